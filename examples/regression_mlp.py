@@ -1,0 +1,56 @@
+"""A regression on unscaled targets that overflows within eight steps: unwatched, watched, and saved by auto-clip.
+
+Run it with ``python examples/regression_mlp.py``. The training itself (`gradwatch.demo.train`) is an ordinary loop that
+knows nothing of gradwatch; the one call is `attach`.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+import gradwatch
+from gradwatch.demo import EPOCHS, PUBLISHED, Result, network, train
+
+POLICIES: dict[str, gradwatch.AutoClip | str | None] = {
+    "watched only": None,
+    'auto-clip, clip="norm"': "norm",
+    'auto-clip, clip="value"': "value",
+    "always, norm 1.0": gradwatch.AutoClip(gradwatch.ClipNorm(1.0), when="always"),
+    "always, value 5.0": gradwatch.AutoClip(gradwatch.ClipValue(5.0), when="always"),
+}
+
+
+def unwatched(seed: int, epochs: int = EPOCHS) -> Result:
+    """Train without gradwatch."""
+    torch.manual_seed(seed)
+    return train(network(), epochs, seed)
+
+
+def watched(
+    seed: int, clip: gradwatch.AutoClip | str | None, epochs: int = EPOCHS, report: str | None = None
+) -> tuple[Result, gradwatch.Monitor]:
+    """Train with gradwatch attached."""
+    torch.manual_seed(seed)
+    model = network()
+    with gradwatch.attach(model, clip=clip, report=report) as monitor:
+        result = train(model, epochs, seed)
+    return result, monitor
+
+
+def main() -> None:
+    """Print the errors over five seeds, with the published ones beside them."""
+    print(f"{'5 seeds, median':32}{'train':>10}{'test':>10}   runs that end finite")
+    for name, clip in POLICIES.items():
+        results = [watched(seed, clip)[0] for seed in range(5)]
+        finite = [result for result in results if result.train_error < float("inf")]
+        train_error = statistics.median(result.train_error for result in results) if finite else float("nan")
+        test_error = statistics.median(result.test_error for result in results) if finite else float("nan")
+        print(f"{name:32}{train_error:10.3g}{test_error:10.3g}   {len(finite)} of 5")
+    for name, (train_error, test_error) in PUBLISHED.items():
+        print(f"{name:32}{train_error:10.3g}{test_error:10.3g}   one published run")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""gradwatch: training-stability diagnostics for PyTorch.
+
+One call watches every optimizer step: gradient norm per layer, weight norms, NaN and Inf, and the loss. Signs of
+instability become one incident with a verdict, a prime suspect and advice; auto-clip acts on it in time.
+
+>>> import torch
+>>> import gradwatch
+>>> _ = torch.manual_seed(0)
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+>>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+>>> x, y = torch.randn(32, 8), torch.randn(32, 1)
+>>> with gradwatch.attach(model, clip="norm", report=None) as monitor:
+...     for _ in range(10):
+...         optimizer.zero_grad()
+...         torch.nn.functional.mse_loss(model(x), y).backward()
+...         optimizer.step()
+>>> monitor.verdict, monitor.incidents
+('healthy', [])
+>>> monitor.history.grad_norm(last=10).shape
+(10, 4)
+"""
+
+from __future__ import annotations
+
+from gradwatch.attach import attach
+from gradwatch.autoclip import AutoClip
+from gradwatch.clips import Clip, ClipNorm, ClipValue
+from gradwatch.errors import GradwatchError, TrainingUnstableError, UsageError
+from gradwatch.monitor import Monitor
+from gradwatch.records import Alarm, ClipRecord, Incident, Row, Snapshot
+from gradwatch.reports.base import Report
+from gradwatch.rules import Rule, default_rules
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Alarm",
+    "AutoClip",
+    "Clip",
+    "ClipNorm",
+    "ClipRecord",
+    "ClipValue",
+    "GradwatchError",
+    "Incident",
+    "Monitor",
+    "Report",
+    "Row",
+    "Rule",
+    "Snapshot",
+    "TrainingUnstableError",
+    "UsageError",
+    "attach",
+    "default_rules",
+]

@@ -1,0 +1,119 @@
+"""The only file where time enters: pending -> firing -> resolved, as arrays of counters.
+
+A rule's condition must hold for ``for_steps`` steps before its alarm fires; the alarm resolves after the value was at or
+below ``release * limit`` for more than ``keep_steps`` steps. Everything is one (rules, layers) update; an `Alarm` is made only when a state changes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.records import Alarm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from gradwatch.history import History
+    from gradwatch.records import Floats
+    from gradwatch.rules.base import Rule
+
+
+class Alarms:
+    """State of ``R`` rules on ``L`` layers. ``values`` and ``firing`` have shape (R, L).
+
+    A rule about the whole model uses column 0. ``on_error`` is told of a rule that raised; the rule is switched off.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        layers: Sequence[str],
+        on_error: Callable[[str, Exception], None] | None = None,
+    ) -> None:
+        self.rules = tuple(rules)
+        self.layers = tuple(layers)
+        self._on_error = on_error
+        shape = (len(self.rules), max(1, len(self.layers)))
+        self.values = np.full(shape, np.nan)
+        self.firing = np.zeros(shape, dtype=bool)
+        self.limits = np.array([rule.limit for rule in self.rules])[:, None]
+        self._release = self.limits * np.array([rule.release for rule in self.rules])[:, None]
+        self._held = np.zeros(shape, dtype=np.int64)
+        self._calm = np.zeros(shape, dtype=np.int64)
+        self._for_steps = np.array([rule.for_steps for rule in self.rules])[:, None]
+        self._keep_steps = np.array([rule.keep_steps for rule in self.rules])[:, None]
+        self._urgent = np.array([rule.urgent for rule in self.rules], dtype=bool)
+        self._alive = [True] * len(self.rules)
+        self._measured_at = -1
+
+    def update(self, history: History, step: int) -> list[Alarm]:
+        """Measure every rule on the last row and return the alarms that changed state, in rule order."""
+        for index, rule in enumerate(self.rules):
+            if self._alive[index]:
+                self._measure(index, rule, history)
+        elapsed = max(1, step - self._measured_at)
+        self._measured_at = step
+        with np.errstate(invalid="ignore"):
+            over = self.values > self.limits
+        if not over.any() and not self._held.any() and not self.firing.any():
+            return []
+        # a condition seen now is known to hold for this step only; one seen before, for the steps between as well
+        self._held = np.where(over, np.where(self._held > 0, self._held + elapsed, 1), 0)
+        with np.errstate(invalid="ignore"):
+            high = self.values > self._release
+        self._calm = np.where(high, 0, self._calm + elapsed)
+        firing = (self.firing & (self._calm <= self._keep_steps)) | (self._held >= self._for_steps)
+        changed = firing != self.firing
+        self.firing = firing
+        if not changed.any():
+            return []
+        return [self._alarm(int(index), int(column), step) for index, column in np.argwhere(changed)]
+
+    def _measure(self, index: int, rule: Rule, history: History) -> None:
+        try:
+            value = rule.measure(history)
+            if rule.per_layer:
+                self.values[index] = value
+            else:
+                self.values[index, 0] = value[0]
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._alive[index] = False
+            self.values[index] = np.nan
+            self._on_error(f"rule {rule.code} {rule.name}", error)
+
+    def _alarm(self, index: int, column: int, step: int) -> Alarm:
+        rule = self.rules[index]
+        return Alarm(
+            code=rule.code,
+            name=rule.name,
+            sign=rule.sign,
+            kind=rule.kind,
+            layer=self.layers[column] if rule.per_layer else None,
+            step=step,
+            value=float(self.values[index, column]),
+            limit=rule.limit,
+            state="firing" if self.firing[index, column] else "resolved",
+        )
+
+    @property
+    def stirring(self) -> bool:
+        """True while an urgent rule is pending or firing: then no step may go unjudged."""
+        return bool(self._held[self._urgent].any() or self.firing[self._urgent].any())
+
+    def firing_rules(self) -> tuple[str, ...]:
+        """The rules that fire now, as ``"GW203 gradients above 1.0 in each layer"``."""
+        return tuple(f"{self.rules[i].code} {self.rules[i].name}" for i in np.flatnonzero(self.firing.any(axis=1)))
+
+    def closeness(self) -> tuple[Floats, NDArray[np.intp]]:
+        """Each layer's largest value / limit, shape (L,), and the index of the rule it belongs to, shape (L,)."""
+        per_layer = np.array([rule.per_layer and rule.limit > 0 for rule in self.rules])[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = np.where(per_layer & ~np.isnan(self.values), self.values / self.limits, -np.inf)
+        closest = ratio.argmax(axis=0)
+        return ratio.max(axis=0), closest

@@ -1,0 +1,131 @@
+"""`attach`: turns names into instances, refuses bad input with a full error, and starts a monitor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradwatch.autoclip import AutoClip
+from gradwatch.clips import CLIPS, Clip
+from gradwatch.errors import UsageError, did_you_mean
+from gradwatch.monitor import Monitor, attached
+from gradwatch.reports import REPORTS, Report, report_by_name
+from gradwatch.rules import Rule, default_rules
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    rules: Sequence[Rule] | None = None,
+    clip: str | Clip | AutoClip | None = None,
+    report: str | Report | Sequence[Report | str] | None = "auto",
+    every: int = 1,
+    strict: bool = False,  # noqa: FBT001, FBT002  the public surface
+) -> Monitor:
+    """Watch ``model``: from now on every optimizer step is measured, judged and shown.
+
+    Args:
+        model: a module with at least one trainable parameter.
+        optimizer: found by itself at its first step; name it to have it checked now.
+        scaler: found by itself when it steps.
+        rules: the rules to judge with; None for the default set (`gradwatch.default_rules`).
+        clip: None only watches. ``"norm"`` and ``"value"`` switch auto-clip on with its defaults; a `Clip` with those
+            bounds, an `AutoClip` with that policy.
+        report: ``"auto"`` (live in a terminal, log lines elsewhere), ``"live"``, ``"log"``, None, a `Report`, or a list.
+        every: optimizer steps between measurements; while an incident is open each step is measured.
+        strict: raise errors inside gradwatch. Otherwise they are told once and training goes on.
+
+    Returns:
+        The monitor. It may be dropped: it lives as long as the model.
+
+    Raises:
+        UsageError: input that cannot work. Nothing is left attached.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"attach() got {_shown(model)} as model; expected a torch.nn.Module. Pass the module whose parameters you train."
+        )
+    if model in attached:
+        raise UsageError(
+            f"This {type(model).__name__} is already watched: {attached[model]!r}. "
+            "Use that monitor, or call its detach() before you attach again."
+        )
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise UsageError(f"attach() got every={every!r}; expected a whole number of at least 1 (optimizer steps).")
+    monitor = Monitor(model, _rules(rules), _policy(clip), _reports(report), every=every, strict=strict)
+    if optimizer is not None:
+        _check_optimizer(optimizer, monitor, model)
+    monitor.start(optimizer)
+    return monitor
+
+
+def _rules(rules: Sequence[Rule] | None) -> list[Rule]:
+    if rules is None:
+        return default_rules()
+    if isinstance(rules, (str, bytes)) or not isinstance(rules, Sequence):
+        raise UsageError(f"attach() got rules={_shown(rules)}; expected a list of Rule instances, or None for the default set.")
+    for rule in rules:
+        if isinstance(rule, type) and issubclass(rule, Rule):
+            raise UsageError(f"attach() got the class {rule.__name__} among rules; expected an instance: {rule.__name__}().")
+        if not isinstance(rule, Rule):
+            raise UsageError(
+                f"attach() got {_shown(rule)} among rules; expected instances of gradwatch.Rule, "
+                "such as gradwatch.rules.LossJump(limit=20)."
+            )
+    codes = [rule.code for rule in rules]
+    twice = sorted({code for code in codes if codes.count(code) > 1})
+    if twice:
+        raise UsageError(f"attach() got {' and '.join(twice)} more than once among rules; each code may stand once.")
+    return list(rules)
+
+
+def _policy(clip: Any) -> AutoClip | None:
+    if clip is None or isinstance(clip, AutoClip):
+        return clip
+    if isinstance(clip, (str, Clip)):
+        return AutoClip(clip)
+    raise UsageError(
+        f"attach() got clip={_shown(clip)}; expected None, {', '.join(map(repr, CLIPS))}, "
+        "a clip such as gradwatch.ClipNorm(max_norm=1.0), or an AutoClip."
+    )
+
+
+def _reports(report: Any) -> list[Report]:
+    if report is None:
+        return []
+    found: list[Report] = []
+    for one in report if isinstance(report, (list, tuple)) else [report]:
+        if isinstance(one, str):
+            if one not in (*REPORTS, "auto"):
+                raise UsageError(f"There is no report {one!r}.{did_you_mean(one, (*REPORTS, 'auto'))}")
+            found.append(report_by_name(one))
+        elif isinstance(one, Report):
+            found.append(one)
+        else:
+            raise UsageError(
+                f"attach() got {_shown(one)} as report; expected 'auto', {', '.join(map(repr, REPORTS))}, None, "
+                "or an instance of gradwatch.Report."
+            )
+    return found
+
+
+def _check_optimizer(optimizer: Any, monitor: Monitor, model: nn.Module) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"attach() got {_shown(optimizer)} as optimizer; expected a torch.optim.Optimizer.")
+    if not monitor.owns_any(optimizer):
+        raise UsageError(
+            f"The {type(optimizer).__name__} owns none of the {len(monitor.history.layers)} parameters of this "
+            f"{type(model).__name__}. Build the optimizer from model.parameters() after the model is final."
+        )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"a {type(value).__name__}"

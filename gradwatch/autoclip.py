@@ -1,0 +1,201 @@
+"""When to clip, when to let go, when to stop.
+
+`AutoClip` is the policy, frozen; `Clipping` follows one run. Auto-clip never guesses for itself: it acts on the
+incident that the rules opened, in the very step in which it opened.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from gradwatch.clips import Clip, clip_by_name
+from gradwatch.errors import TrainingUnstableError, did_you_mean
+from gradwatch.incidents import EXPLOSION
+from gradwatch.records import SEVERITIES, ClipRecord, Severity
+from gradwatch.settings import Settings
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.incidents import Incidents
+    from gradwatch.records import Row
+
+
+class AutoClip(Settings):
+    """The policy: which incidents switch which clip on, and when it lets go.
+
+    Args:
+        clip: a `Clip`, or ``"norm"`` or ``"value"`` for one with its defaults.
+        when: the incident kinds that switch it on, or ``"always"`` for ordinary clipping with telemetry.
+        severity: the least severity that switches it on.
+        hold: optimizer steps without a firing alarm after which it lets go and the incident closes.
+        on_nonfinite: what to do with a step whose gradients hold NaN or Inf: ``"skip"`` it (parameters and optimizer
+            state stay untouched), ``"stop"`` with a `TrainingUnstableError`, or ``"ignore"``.
+        max_skips: steps skipped in a row before `TrainingUnstableError`.
+
+    Raises:
+        UsageError: a setting is unknown or out of its range.
+    """
+
+    clip: Clip
+    when: tuple[str, ...] | Literal["always"] = EXPLOSION
+    severity: Severity = "warning"
+    hold: int = Field(default=30, ge=1)
+    on_nonfinite: Literal["skip", "stop", "ignore"] = "skip"
+    max_skips: int = Field(default=20, ge=1)
+
+    def __init__(self, clip: Clip | str, **settings: Any) -> None:
+        super().__init__(clip=clip_by_name(clip) if isinstance(clip, str) else clip, **settings)
+
+    @field_validator("when", mode="before")
+    @classmethod
+    def _known_kinds(cls, when: Any) -> Any:
+        kinds = (when,) if isinstance(when, str) and when != "always" else when
+        for kind in () if kinds == "always" else kinds:
+            if kind not in EXPLOSION:
+                raise ValueError(f"there is no explosive incident kind {kind!r}.{did_you_mean(str(kind), EXPLOSION)}")
+        return kinds
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do with this step's gradients before the optimizer sees them."""
+
+    clip: Clip | None = None
+    skip: bool = False
+
+
+NOTHING = Decision()
+_LOOSEN = 1.03  # by step, while letting go: twice the bounds after 24 steps
+_LEVEL = 16  # losses whose median must not rise meanwhile
+_IDLE = 10  # steps without a bite after which a loosened clip is let go
+
+
+class Clipping:
+    """Auto-clip's state in one run: whether it is on, how tight, what it has done.
+
+    On, it clips with the policy's own bounds until the run has been calm for ``hold`` steps. If the clip no longer bites
+    then, it lets go; if it does, it lets go by degrees, loosening the bounds step by step until it bites no more. When
+    the loss gets worse meanwhile, it goes back to its bounds and holds twice as long.
+    """
+
+    def __init__(self, policy: AutoClip, history: History) -> None:
+        self.policy = policy
+        self.history = history
+        self.clipped = 0
+        self.skipped = 0
+        self.record: ClipRecord | None = None
+        self._skips_in_a_row = 0
+        self._hold = policy.hold
+        self._held_since = 0
+        self._looseness = 1.0
+        self._loss_ceiling = math.inf
+        self._idle = 0
+
+    @property
+    def on(self) -> bool:
+        """True while it clips."""
+        return self.record is not None or self.policy.when == "always"
+
+    def decide(self, row: Row, incidents: Incidents) -> Decision:
+        """Say what to do with the gradients of ``row``, before the optimizer sees them.
+
+        Raises:
+            TrainingUnstableError: too many steps in a row had to be skipped.
+        """
+        incident = incidents.open_explosion()
+        if self.record is None and incident is not None and self._switches_on(incident.kind, incident.severity):
+            self.record = ClipRecord(str(self.policy.clip), row.step, loss_before=self._loss_before())
+            self._hold, self._held_since, self._idle = self.policy.hold, row.step, 0
+            self._looseness, self._loss_ceiling = 1.0, math.inf
+        if row.nonfinite is not None:
+            return self._skip(row) if self.policy.on_nonfinite != "ignore" else NOTHING
+        self._skips_in_a_row = 0
+        if not self.on:
+            return NOTHING
+        return Decision(clip=self.policy.clip if self._looseness == 1.0 else self.policy.clip.loosened(self._looseness))
+
+    def done(self, row: Row, decision: Decision, coefficient: float, incidents: Incidents) -> None:
+        """Take note of what was done to ``row``'s gradients; ``coefficient`` is norm after over norm before."""
+        clipped = decision.clip is not None and coefficient < 1.0
+        self.clipped += clipped
+        self.skipped += decision.skip
+        self._idle = 0 if clipped or decision.skip else self._idle + 1
+        if self.record is None:
+            return
+        norm = row.global_norm
+        record = replace(
+            self.record,
+            steps=self.record.steps + 1,
+            clipped=self.record.clipped + clipped,
+            skipped=self.record.skipped + decision.skip,
+            loss_after=row.loss,
+        )
+        if math.isfinite(norm) and not norm <= record.norm_before:
+            record = replace(record, norm_before=norm, norm_after=norm * coefficient)
+        self.record = record
+        incidents.record_clip(record)
+
+    def may_let_go(self, step: int, calm: int) -> bool:
+        """True when the run, calm for ``calm`` steps, needs the clip no more; loosens it when it still bites."""
+        if self.record is None:
+            return calm >= self.policy.hold
+        if min(calm, step - self._held_since) < self._hold:
+            if self._looseness > 1.0:
+                self._tighten(step)
+            return False
+        if self._idle >= (self._hold if self._looseness == 1.0 else _IDLE):
+            return True
+        level, scatter = self.history.loss_level(_LEVEL)
+        if level > self._loss_ceiling:
+            self._tighten(step)
+            return False
+        if math.isfinite(level):
+            self._loss_ceiling = min(self._loss_ceiling, level + max(abs(level), 3 * scatter))
+        self._looseness *= _LOOSEN
+        return False
+
+    def _tighten(self, step: int) -> None:
+        """Go back to the policy's bounds, for twice as long: letting go did harm."""
+        self._looseness, self._loss_ceiling = 1.0, math.inf
+        self._hold, self._held_since = 2 * self._hold, step
+
+    def let_go(self, step: int) -> ClipRecord | None:
+        """Switch off because the incident closes; return the finished record."""
+        if self.record is None:
+            return None
+        before, after = self.record.loss_before, self.record.loss_after
+        # no loss, no claim of harm: a run that became calm was helped
+        helped = not math.isfinite(before) or (math.isfinite(after) and after <= before + abs(before))
+        record = replace(self.record, released_step=step, helped=helped)
+        self.record, self._looseness = None, 1.0
+        return record
+
+    def _switches_on(self, kind: str, severity: Severity) -> bool:
+        enough = SEVERITIES.index(severity) >= SEVERITIES.index(self.policy.severity)
+        return enough and self.policy.when != "always" and kind in self.policy.when
+
+    def _loss_before(self) -> float:
+        middle, _ = self.history.loss_level(8)
+        return middle if math.isfinite(middle) else self.history.row.loss
+
+    def _skip(self, row: Row) -> Decision:
+        self._skips_in_a_row += 1
+        weights = bool(self.history.nonfinite_weight.any())
+        if self.policy.on_nonfinite == "stop" or self._skips_in_a_row > self.policy.max_skips:
+            self.record = None
+            where = self.history.first_nonfinite() or "an unknown layer"
+            cause = (
+                "the weights themselves are not finite, so no later step can be better; go back to a checkpoint"
+                if weights
+                else "no batch since then gave finite gradients; look at the loss and the data of this step"
+            )
+            raise TrainingUnstableError(
+                f"Gradients are not finite at step {row.step} (first in backward order: {where}), after "
+                f"{self._skips_in_a_row - 1} steps skipped in a row of at most {self.policy.max_skips}: {cause}. "
+                f"Parameters and optimizer state are as before step {row.step - self._skips_in_a_row + 1}."
+            )
+        return Decision(skip=True)

@@ -1,0 +1,37 @@
+"""Every error that gradwatch raises on purpose.
+
+::
+
+    GradwatchError
+    ├── UsageError (ValueError)              bad input: says what happened, the value, what was expected, what to do
+    └── TrainingUnstableError (RuntimeError) auto-clip has done all it may; the run cannot go on
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class GradwatchError(Exception):
+    """The root of gradwatch's errors."""
+
+
+class UsageError(GradwatchError, ValueError):
+    """Input that gradwatch cannot work with. Nothing is left attached when it is raised."""
+
+
+class TrainingUnstableError(GradwatchError, RuntimeError):
+    """Auto-clip skipped as many optimizer steps in a row as it may; going on would not train the model."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'norm'?"`` for a near miss, else the list of what is known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    return f" Known: {', '.join(map(repr, known))}."

@@ -1,0 +1,141 @@
+"""The gradients of one optimizer's watched parameters: measure them, clip them, hide them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gradwatch.measure import NormPlan, code_of, global_norm_of, look_closer, norm_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from gradwatch.records import Floats
+
+
+@dataclass(slots=True)
+class Measured:
+    """Gradients of one moment. ``norms`` has shape (L,), NaN where there is no gradient; so has ``nonfinite``."""
+
+    gradients: list[Tensor]
+    columns: NDArray[np.intp]
+    norms: Floats
+    global_norm: float
+    nonfinite: NDArray[np.uint8] | None = None
+    counts: dict[int, tuple[int, int]] | None = None
+
+
+class Gradients:
+    """The watched parameters that one optimizer owns (or all of them, for a loop without one).
+
+    Args:
+        pairs: column and parameter of each.
+        layers: number of columns in all.
+        groups: the number of the parameter group of each pair.
+        total: parameters in the optimizer, watched or not; a change of it means that groups were added.
+    """
+
+    def __init__(
+        self, pairs: Sequence[tuple[int, nn.Parameter]], layers: int, groups: Sequence[int] = (), total: int = 0
+    ) -> None:
+        self.parameters = [parameter for _, parameter in pairs]
+        self.columns = np.array([column for column, _ in pairs], dtype=np.intp)
+        self.total = total
+        self._layers = layers
+        self._groups = np.asarray(groups, dtype=np.intp)
+        self._whole = bool(np.array_equal(self.columns, np.arange(layers)))
+        self._plan: NormPlan | None = None
+        self._planned: list[bool] = []
+        self._rates: tuple[Any, ...] = ()
+        self._rate = np.full(layers, np.nan)
+        self._hidden: list[tuple[nn.Parameter, Tensor]] = []
+
+    def measure(self) -> Measured:
+        """Measure all gradients that exist now, in one batched call per device and dtype."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        there = [gradient for gradient in gradients if gradient is not None]
+        columns = self.columns
+        present = [True] * len(gradients)
+        if len(there) < len(gradients):
+            present = [gradient is not None for gradient in gradients]
+            columns = columns[present]
+        if not there:
+            return Measured([], columns, np.full(self._layers, np.nan), math.nan)
+        if self._plan is None or present != self._planned:
+            self._plan, self._planned = NormPlan(there), present
+        norms = self._plan.norms(there)
+        if self._whole and len(there) == self._layers:
+            spread = norms
+        else:
+            spread = np.full(self._layers, np.nan)
+            spread[columns] = norms
+        measured = Measured(there, columns, spread, global_norm_of(norms))
+        if not math.isfinite(measured.global_norm) or not norms.all():
+            self._look_closer(measured)
+        return measured
+
+    def _look_closer(self, measured: Measured) -> None:
+        """Tell NaN, Inf, overflow of the norm, and underflow apart, for the layers that need it."""
+        codes = np.zeros(self._layers, dtype=np.uint8)
+        counts = {}
+        for gradient, column in zip(measured.gradients, measured.columns.tolist(), strict=True):
+            norm = measured.norms[column]
+            if norm > 0 and math.isfinite(norm):
+                continue
+            nans, infs, norm = look_closer(gradient)
+            if nans or infs:
+                codes[column] = code_of(nans, infs)
+                counts[column] = nans, infs
+                norm = math.nan if nans else math.inf
+            measured.norms[column] = norm
+        if counts:
+            measured.nonfinite, measured.counts = codes, counts
+            measured.global_norm = math.nan if (codes & 1).any() else math.inf
+        else:
+            measured.global_norm = float(np.linalg.norm(measured.norms[measured.columns]))
+
+    def kept(self, measured: Measured) -> float:
+        """Return how much is left now of the largest gradient in ``measured``: what the user's clip did to it."""
+        if not math.isfinite(measured.global_norm) or measured.global_norm == 0:
+            return 1.0
+        largest = int(np.nanargmax(measured.norms[measured.columns]))
+        column = int(measured.columns[largest])
+        return min(1.0, norm_of(measured.gradients[largest]) / float(measured.norms[column]))
+
+    def rate(self, optimizer: Optimizer) -> Floats:
+        """Return each layer's learning rate, shape (L,); NaN where it is unknown."""
+        rates = tuple(group.get("lr", math.nan) for group in optimizer.param_groups)
+        if rates != self._rates:
+            self._rates = rates
+            plain = [math.nan if isinstance(rate, torch.Tensor) and not rate.is_cpu else float(rate) for rate in rates]
+            self._rate = np.full(self._layers, np.nan)
+            self._rate[self.columns] = np.array(plain)[self._groups]
+        return self._rate
+
+    def hide(self) -> None:
+        """Take the gradients away, so that any optimizer leaves parameters and state untouched."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                self._hidden.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    def restore(self) -> None:
+        """Give back what `hide` took."""
+        for parameter, gradient in self._hidden:
+            if parameter.grad is None:
+                parameter.grad = gradient
+        self._hidden.clear()
+
+    def zero(self) -> None:
+        """Set the gradients to zero: the nearest thing to a skip where no optimizer of torch makes the update."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()

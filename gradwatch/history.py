@@ -1,0 +1,243 @@
+"""The ring of the last rows, and the run's own reference values.
+
+Rules read it; nobody but the pipeline writes it. Missing values are NaN; every view is read-only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradwatch.errors import UsageError
+from gradwatch.records import Facts, NonFinite, Provenance, Row
+from gradwatch.statistics import Typical, median_and_mad
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from gradwatch.records import Floats
+
+_BUDGET = 16 * 2**20  # bytes of ring; 1,024 rows of 300 layers take 5 MB
+_FIRST_LOSSES = 16
+
+
+class History:
+    """The last ``window`` rows of ``L`` layers.
+
+    Args:
+        layers: the names of the columns, in registration order.
+        sizes: elements per layer, shape (L,).
+        matrices: True for layers with two or more dimensions, shape (L,). Biases and gains follow other laws.
+        window: rows to keep; fewer when ``L`` is so large that they would take over 16 MB.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        sizes: Sequence[int] | None = None,
+        matrices: Sequence[bool] | None = None,
+        window: int = 1024,
+    ) -> None:
+        self.layers = tuple(layers)
+        count = len(self.layers)
+        self.window = max(64, min(window, _BUDGET // (16 * max(count, 1))))
+        self.sizes = np.asarray(sizes if sizes is not None else [1024] * count, dtype=np.float64)
+        self.matrices = np.asarray(matrices if matrices is not None else [True] * count, dtype=bool)
+        self.order: NDArray[np.intp] = np.arange(count)[::-1].copy()
+        self.facts = Facts()
+        self.rows = 0
+
+        self._grad = np.full((self.window, count), np.nan)
+        self._weight = np.full((self.window, count), np.nan)
+        self._loss = np.full(self.window, np.nan)
+        self._norm = np.full(self.window, np.nan)
+        self._coefficient = np.full(self.window, np.nan)
+        self._skipped = np.zeros(self.window, dtype=bool)
+        self._step = np.full(self.window, -1, dtype=np.int64)
+
+        self.row = Row(-1, math.nan, np.full(count, np.nan), math.nan)
+        self.typical_grad = Typical(count, half_life=64)
+        self.typical_weight = Typical(count, half_life=16)
+        self.weight = np.full(count, np.nan)
+        self.previous_weight = np.full(count, np.nan)
+        self.weight_gap = 1
+        self._weight_step = 0
+        self._all_finite = np.zeros(count, dtype=np.uint8)
+        self.nonfinite = self._all_finite
+        self.nonfinite_weight = np.zeros(count, dtype=bool)
+        self.dead_share = np.full(count, np.nan)
+        self.unchanged = np.full(count, np.nan)
+        self.rate = np.full(count, np.nan)
+        self.reference_loss = math.nan
+        self._first_losses: list[float] = []
+        self.losses = 0
+
+    # -- writing: the pipeline only
+
+    def push(self, row: Row) -> None:
+        """Keep a row. Its non-finite values are kept in the ring, and out of every reference."""
+        slot = self.rows % self.window
+        self.row = row
+        self.rows += 1
+        self._grad[slot] = row.grad_norm
+        self._loss[slot] = row.loss
+        self._norm[slot] = row.global_norm
+        self._coefficient[slot] = row.applied
+        self._skipped[slot] = False
+        self._step[slot] = row.step
+        self.nonfinite = row.nonfinite if row.nonfinite is not None else self._all_finite
+        if row.rate is not None:
+            self.rate = row.rate
+        if row.dead_share is not None:
+            self.dead_share = row.dead_share
+        if row.unchanged is not None:
+            self.unchanged = row.unchanged
+        if row.weight_norm is None:
+            self._weight[slot] = np.nan
+        else:
+            self._push_weight(slot, row)
+        if row.has_loss:
+            self.losses += 1
+            if len(self._first_losses) < _FIRST_LOSSES and math.isfinite(row.loss):
+                self._first_losses.append(row.loss)
+                self.reference_loss = float(np.median(self._first_losses))
+
+    def _push_weight(self, slot: int, row: Row) -> None:
+        weight = row.weight_norm
+        assert weight is not None
+        self._weight[slot] = weight
+        self.previous_weight, self.weight = self.weight, weight
+        self.weight_gap, self._weight_step = max(1, row.step - self._weight_step), row.step
+        if row.nonfinite_weight is not None:
+            self.nonfinite_weight = row.nonfinite_weight
+
+    def learn(self) -> None:
+        """Let the run's own typical values follow the last row; called after the rules have judged it."""
+        self.typical_grad.update(self.row.grad_norm)
+        if self.row.weight_norm is not None:
+            self.typical_weight.update(self.row.weight_norm)
+
+    def amend(self, *, coefficient: float, skipped: bool = False) -> None:
+        """Record on the last row what was done to its gradients."""
+        slot = (self.rows - 1) % self.window
+        self._coefficient[slot] *= coefficient
+        self._skipped[slot] = skipped
+
+    # -- reading
+
+    def _last(self, ring: NDArray[Any], last: int | None) -> NDArray[Any]:
+        kept = min(self.rows, self.window)
+        count = kept if last is None else min(last, kept)
+        end = self.rows % self.window
+        if end - count >= 0:
+            view = ring[end - count : end]
+        else:
+            view = np.concatenate([ring[end - count :], ring[:end]])
+        view.flags.writeable = False
+        return view
+
+    def grad_norm(self, last: int | None = None) -> Floats:
+        """Gradient norms, shape (n, L), oldest first; as measured, before any clip of auto-clip."""
+        return self._last(self._grad, last)
+
+    def weight_norm(self, last: int | None = None) -> Floats:
+        """Weight norms before the step's update, shape (n, L), oldest first; NaN where none was sampled."""
+        return self._last(self._weight, last)
+
+    def loss(self, last: int | None = None) -> Floats:
+        """Losses, shape (n,), oldest first; NaN where none was seen."""
+        return self._last(self._loss, last)
+
+    def global_norm(self, last: int | None = None) -> Floats:
+        """L2 norms of all gradients as one vector, shape (n,), oldest first."""
+        return self._last(self._norm, last)
+
+    def clip_coefficient(self, last: int | None = None) -> Floats:
+        """Norm after clipping over norm before it, shape (n,), oldest first; 1.0 where nothing was clipped."""
+        return self._last(self._coefficient, last)
+
+    def skipped(self, last: int | None = None) -> NDArray[np.bool_]:
+        """Whether auto-clip skipped the optimizer step, shape (n,), oldest first."""
+        return self._last(self._skipped, last)
+
+    def steps(self, last: int | None = None) -> NDArray[np.int64]:
+        """The optimizer steps of the rows, shape (n,), oldest first."""
+        return self._last(self._step, last)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the last row's numbers come from."""
+        return self.row.provenance
+
+    def surge(self) -> Floats:
+        """The last gradient norms over their typical size, shape (L,); NaN in a layer's first eight steps."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = self.row.grad_norm / self.typical_grad.value
+        ratio[(self.typical_grad.seen < 8) | (self.nonfinite > 0)] = np.nan
+        return ratio
+
+    def loss_level(self, window: int = 32) -> tuple[float, float]:
+        """Median and scaled MAD of the losses before the last one."""
+        return median_and_mad(self.loss(last=window + 1)[:-1])
+
+    @property
+    def loss_nonfinite(self) -> bool:
+        """True when the last row has a loss and it is NaN or infinite."""
+        return self.row.loss_nonfinite
+
+    @property
+    def arriving(self) -> NDArray[np.bool_]:
+        """Layers that get a gradient other than zero, shape (L,)."""
+        some = self.row.grad_norm > 0
+        return some if self.row.arrived is None else some | (self.row.arrived & np.isnan(self.row.grad_norm))
+
+    def loss_is_rising(self) -> bool:
+        """True when the median of the last 4 losses lies above the usual scatter of the 32 before them.
+
+        "Above": by more than three scaled MADs and a tenth of the median. With fewer than 8 losses before them there is
+        no usual scatter yet, and where no loss is seen there never is: then nothing speaks for the run, so True. A loss
+        below a tenth of the reference loss is not worth the word.
+        """
+        losses = self.loss(last=36)
+        before = losses[:-4]
+        if self.losses < 12 or not np.isfinite(before).any():
+            return True
+        now = float(np.median(losses[-4:]))
+        if 0 <= now < self.reference_loss / 10:
+            return False
+        middle, scatter = median_and_mad(before)
+        return not now <= middle + max(3 * scatter, abs(middle) / 10)
+
+    def first_nonfinite(self) -> str | None:
+        """The first layer, in backward order, whose gradient holds NaN or Inf in the last row."""
+        hit = np.flatnonzero(self.nonfinite != NonFinite.NONE)
+        if not hit.size:
+            return None
+        return self.layers[int(hit[np.argmin(self.order[hit])])]
+
+    # -- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's references; plain lists and numbers. The ring itself is not part of it."""
+        return {
+            "layers": list(self.layers),
+            "first_losses": list(self._first_losses),
+            "typical_grad": self.typical_grad.state_dict(),
+            "typical_weight": self.typical_weight.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        if tuple(state["layers"]) != self.layers:
+            raise UsageError(
+                f"This state belongs to other layers: {len(state['layers'])} saved, {len(self.layers)} watched. "
+                "Load it into a monitor of the same model, or go on without it."
+            )
+        self._first_losses = list(state["first_losses"])
+        self.reference_loss = float(np.median(self._first_losses)) if self._first_losses else math.nan
+        self.typical_grad.load_state_dict(state["typical_grad"])
+        self.typical_weight.load_state_dict(state["typical_weight"])

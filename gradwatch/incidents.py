@@ -1,0 +1,271 @@
+"""Signs -> verdict. Alarms of one story become one incident: what happened, where it began, how sure that is.
+
+Four kinds (exploding, spike, nonfinite, diverging) are chapters of one story, the explosion; each of the silent kinds
+is a story of its own. An incident opens with the first sign that may open one, is confirmed when a confirming sign
+stands beside a subtle, growth or numeric one, and closes when the run has been calm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.advice import advise
+from gradwatch.records import SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from gradwatch.autoclip import Clipping
+    from gradwatch.history import History
+
+EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")
+CALM_STEPS = 20
+_LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
+_BACK_IN_BAND = 2.0
+_LASTING = 10  # steps of firing after which a jump of the loss is no longer a spike
+_FAR = 10.0  # times the limit of a growth sign at which it speaks for itself
+_BRIEF = 3  # steps of firing up to which an explosion was only a spike
+
+
+@dataclass
+class _Story:
+    """Working state of one open (or not yet opened) incident."""
+
+    firing: dict[tuple[str, str | None], Alarm] = field(default_factory=dict)
+    signs: dict[tuple[str, str | None], Alarm] = field(default_factory=dict)
+    incident: Incident | None = None
+    place: int = -1
+    fired_steps: int = 0
+    last_fired: int = -1
+
+
+class Incidents:
+    """All incidents of a run, in opening order (`all`), and the state behind the open ones.
+
+    Args:
+        history: read for the order of layers, the loss and the model's facts.
+        calm_steps: steps without a firing alarm after which an incident closes.
+        clipping: auto-clip, which keeps the explosion open until it has let go.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        calm_steps: int = CALM_STEPS,
+        clipping: Clipping | None = None,
+    ) -> None:
+        self._history = history
+        self._calm_steps = calm_steps
+        self._clipping = clipping
+        self._left = np.full(len(history.layers), -1, dtype=np.int64)
+        self._stories: dict[str, _Story] = {}
+        self._order: list[str] = []
+        self.all: list[Incident] = []
+
+    @property
+    def open(self) -> list[Incident]:
+        """The incidents that are not closed."""
+        return [story.incident for story in self._stories.values() if story.incident is not None]
+
+    def open_explosion(self) -> Incident | None:
+        """The open incident of the explosion story, if there is one."""
+        story = self._stories.get("explosion")
+        return story.incident if story else None
+
+    def update(self, changes: Iterable[Alarm], opening: frozenset[str], step: int) -> list[Incident]:
+        """Take the alarms that changed; ``opening`` holds the codes that may open an incident. Return what is new."""
+        self._follow_bands(step)
+        touched = set()
+        for alarm in changes:
+            name = "explosion" if alarm.kind in EXPLOSION else alarm.kind
+            story = self._stories.setdefault(name, _Story())
+            key = (alarm.code, alarm.layer)
+            if alarm.state == "firing":
+                story.firing[key] = alarm
+                story.signs.setdefault(key, alarm)
+            else:
+                story.firing.pop(key, None)
+            touched.add(name)
+        news = []
+        for name in list(self._stories):
+            new = self._judge(name, self._stories[name], opening, step, touched=name in touched)
+            if new is not None:
+                news.append(new)
+        return news
+
+    def record_clip(self, record: ClipRecord) -> None:
+        """Attach what auto-clip did to the open explosion."""
+        story = self._stories.get("explosion")
+        if story is not None and story.incident is not None:
+            self._replace(story, replace(story.incident, clip=record))
+
+    def _follow_bands(self, step: int) -> None:
+        surge = self._history.surge()
+        self._left[(surge < _BACK_IN_BAND)] = -1
+        out = (surge > _LEFT_BAND) | (self._history.nonfinite > 0)
+        self._left[out & (self._left < 0)] = step
+
+    def _judge(
+        self, name: str, story: _Story, opening: frozenset[str], step: int, *, touched: bool
+    ) -> Incident | None:
+        active = any(code in opening for code, _ in story.firing)
+        if name != "explosion" and self.open_explosion() is not None:
+            active = False  # what an explosion does to loss and units is part of its own story
+        if story.incident is None and not active:
+            story.signs = dict(story.firing)
+            return None
+        if active:
+            story.last_fired = step
+            story.fired_steps += 1
+            if story.incident is None:
+                if name == "explosion" and not self._harm(story):
+                    return None  # growth while the loss is well: a sign to keep, not a story to tell
+                touched = True
+            touched |= story.fired_steps == _LASTING
+        elif self._over(name, step, calm=step - story.last_fired):
+            return self._close(name, story, step)
+        if not touched:
+            return None
+        return self._tell(story, step)
+
+    def _harm(self, story: _Story) -> bool:
+        """Growth alone may be learning that begins; beside a loss that suffers, or far beyond its limit, it is not."""
+        signs = story.signs.values()
+        return (
+            any(sign.sign in ("subtle", "numeric") or sign.kind == "nonfinite" for sign in signs)
+            or any(sign.sign == "growth" and sign.value > _FAR * sign.limit for sign in story.firing.values())
+            or self._history.loss_is_rising()
+        )
+
+    def _over(self, name: str, step: int, calm: int) -> bool:
+        if self._clipping is None or name != "explosion":
+            return calm >= self._calm_steps
+        return self._clipping.may_let_go(step, calm)
+
+    def _tell(self, story: _Story, step: int) -> Incident | None:
+        """Bring the incident up to date with its signs; return it when its headline is another one."""
+        before = story.incident
+        signs = tuple(story.signs.values())
+        kind = _kind(signs, story.fired_steps)
+        severity, verdict = _severity(signs, kind)
+        if before is not None:
+            severity = max(severity, before.severity, key=SEVERITIES.index)
+        layers = self._layers(signs)
+        phase = before.phase if before is not None and before.phase else _phase(self._history)
+        suspect = self._suspect(signs, layers, phase)
+        if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
+            suspect = before.suspect
+        after = replace(
+            before or Incident(kind, severity, verdict, opened_step=step),
+            kind=kind,
+            severity=severity,
+            verdict=verdict,
+            confirmed_step=(before.confirmed_step if before else None) or (step if verdict == "confirmed" else None),
+            suspect=suspect,
+            layers=layers,
+            signs=signs,
+            evidence=self._evidence(signs, before),
+            phase=phase,
+        )
+        after = replace(after, advice=advise(after, self._history))
+        if before is None:
+            story.place = len(self.all)
+            self.all.append(after)
+        self._replace(story, after)
+        if before is not None and (before.kind, before.severity, before.verdict) == (kind, severity, verdict):
+            return None
+        return after
+
+    def _replace(self, story: _Story, incident: Incident) -> None:
+        story.incident = incident
+        self.all[story.place] = incident
+
+    def _close(self, name: str, story: _Story, step: int) -> Incident:
+        assert story.incident is not None
+        kind = story.incident.kind
+        if kind == "exploding" and story.fired_steps <= _BRIEF and "confirming" not in {s.sign for s in story.incident.signs}:
+            kind = "spike"
+        clip = self._clipping.let_go(step) if self._clipping is not None and name == "explosion" else None
+        closed = replace(story.incident, kind=kind, verdict="resolved", closed_step=step, clip=clip)
+        self._replace(story, closed)
+        self._stories[name] = _Story(firing=story.firing)
+        return closed
+
+    def _layers(self, signs: Sequence[Alarm]) -> tuple[str, ...]:
+        """The layers with a sign or out of their band, in the order in which they left it."""
+        history = self._history
+        column = {layer: index for index, layer in enumerate(history.layers)}
+        first: dict[str, tuple[int, float, int]] = {}
+        for alarm in signs:
+            if alarm.layer is None:
+                continue
+            index = column[alarm.layer]
+            step = int(self._left[index]) if 0 <= self._left[index] < alarm.step else alarm.step
+            # within one step: non-finite ones in backward order, others by how far they are beyond the limit
+            beyond = -alarm.value / alarm.limit if alarm.limit > 0 and np.isfinite(alarm.value) else 0.0
+            key = (step, beyond, int(history.order[index]))
+            first[alarm.layer] = min(first.get(alarm.layer, key), key)
+        for index in np.flatnonzero(self._left >= 0):
+            first.setdefault(history.layers[index], (int(self._left[index]), 0.0, int(history.order[index])))
+        return tuple(sorted(first, key=first.__getitem__))
+
+    def _suspect(self, signs: Sequence[Alarm], layers: Sequence[str], phase: Phase | None) -> str | None:
+        if phase == "gradient" and not any(sign.sign == "growth" for sign in signs):
+            return self._history.first_nonfinite()
+        if phase == "loss" and not any(sign.sign == "growth" for sign in signs):
+            return None
+        return layers[0] if layers else None
+
+    def _evidence(self, signs: Sequence[Alarm], before: Incident | None) -> tuple[str, ...]:
+        lines = []
+        for code in dict.fromkeys(sign.code for sign in signs):
+            same = [sign for sign in signs if sign.code == code]
+            more = f" (and {len(same) - 1} more layers)" if len(same) > 1 else ""
+            lines.append(f"{same[0]}{more}")
+        counted = [line for line in (before.evidence if before else ()) if "elements" in line]
+        row = self._history.row
+        if not counted and row.counts:
+            layer = self._history.first_nonfinite()
+            index = self._history.layers.index(layer) if layer else -1
+            if index in row.counts:
+                nans, infs = row.counts[index]
+                counted = [
+                    f"first in backward order: {layer} with {nans} NaN and {infs} infinite "
+                    f"of {int(self._history.sizes[index])} gradient elements at step {row.step}"
+                ]
+        return (*lines, *counted)
+
+
+def _kind(signs: Sequence[Alarm], fired_steps: int) -> Kind:
+    if signs[0].kind not in EXPLOSION:
+        return signs[0].kind
+    if any(sign.sign == "growth" for sign in signs):
+        return "exploding"
+    if any(sign.kind == "nonfinite" for sign in signs):
+        return "nonfinite"
+    return "diverging" if fired_steps >= _LASTING else "spike"
+
+
+def _severity(signs: Sequence[Alarm], kind: Kind) -> tuple[Severity, Verdict]:
+    found = {sign.sign for sign in signs}
+    confirmed = "confirming" in found and bool(found & {"subtle", "growth", "numeric"})
+    verdict: Verdict = "confirmed" if confirmed else "suspected"
+    if any(sign.kind == "nonfinite" for sign in signs):
+        return "critical", verdict
+    if kind in ("stalled", "spike"):
+        return "notice", verdict
+    return ("critical" if confirmed else "warning"), verdict
+
+
+def _phase(history: History) -> Phase | None:
+    """Where values that are not finite were seen first: weight before loss before gradient, as data flow."""
+    if history.nonfinite_weight.any():
+        return "weight"
+    if history.loss_nonfinite:
+        return "loss"
+    if (history.nonfinite > 0).any():
+        return "gradient"
+    return None

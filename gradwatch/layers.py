@@ -1,0 +1,109 @@
+"""The layers of a model: its named parameter tensors, held weakly, each with a column in the history."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from gradwatch.errors import UsageError
+from gradwatch.records import Facts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.optim import Optimizer
+
+_SELF_SCALING = ("adam", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "muon", "adafactor", "lamb")
+
+
+class Layers:
+    """Named parameters of ``model``. Tied parameters are one layer; their other names stand in ``aliases``.
+
+    Raises:
+        UsageError: the model has no trainable parameter, or one whose shape is not known yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: list[str] = []
+        self.aliases: dict[str, list[str]] = {}
+        self.sizes: list[int] = []
+        self.matrices: list[bool] = []
+        self.with_units: list[bool] = []
+        self._refs: list[weakref.ref[nn.Parameter]] = []
+        self._columns: dict[int, int] = {}
+        embedded = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+        trainable = False
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if isinstance(parameter, UninitializedParameter):
+                raise UsageError(
+                    f"The shape of parameter {name!r} is not known yet (a lazy module). "
+                    "Run one batch through the model, then attach."
+                )
+            known = self._columns.get(id(parameter))
+            if known is not None:
+                self.aliases.setdefault(self.names[known], []).append(name)
+                continue
+            self._columns[id(parameter)] = len(self.names)
+            self.names.append(name)
+            self._refs.append(weakref.ref(parameter))
+            self.sizes.append(parameter.numel())
+            self.matrices.append(parameter.dim() >= 2)
+            self.with_units.append(parameter.dim() >= 2 and id(parameter) not in embedded)
+            trainable |= parameter.requires_grad
+        if not trainable:
+            raise UsageError(
+                f"{type(model).__name__} has no trainable parameter ({len(self.names)} parameters in all), so there is "
+                "no gradient to watch. Call requires_grad_(True) on those that you train, then attach."
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """Yield column and parameter of those still alive."""
+        for column, ref in enumerate(self._refs):
+            parameter = ref()
+            if parameter is not None:
+                yield column, parameter
+
+    def column(self, parameter: torch.Tensor) -> int | None:
+        """Return the column of a watched parameter, None for any other."""
+        column = self._columns.get(id(parameter))
+        return column if column is not None and self._refs[column]() is parameter else None
+
+
+def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
+    """Return what can be told of the model before its optimizer is known."""
+    modules = list(model.modules())
+    gated = any(isinstance(m, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)) for m in modules)
+    return Facts(
+        model=type(model).__name__,
+        layers=len(layers),
+        parameters=sum(layers.sizes),
+        recurrent=gated or any(isinstance(m, (nn.RNN, nn.RNNCell)) for m in modules),
+        gated=gated,
+        normalised=any("Norm" in type(m).__name__ for m in modules),
+        depth=sum(layers.matrices),
+        clip=clip,
+    )
+
+
+def optimizer_facts(facts: Facts, optimizer: Optimizer) -> Facts:
+    """Return ``facts`` with those of the optimizer."""
+    from dataclasses import replace
+
+    names = " ".join(kind.__name__.lower() for kind in type(optimizer).__mro__)
+    scaling = any(word in names for word in _SELF_SCALING)
+    group = optimizer.param_groups[0]
+    rate = group.get("lr", float("nan"))
+    return replace(
+        facts,
+        optimizer=type(optimizer).__name__,
+        family="adam" if scaling else "sgd" if "sgd" in names else "other",
+        rate=float(rate) if not isinstance(rate, torch.Tensor) or rate.is_cpu else float("nan"),
+        momentum=float(group.get("momentum", 0.0) or 0.0),
+    )

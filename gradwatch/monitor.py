@@ -1,0 +1,183 @@
+"""Monitor: owns the parts of one watched model, from start to detach."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.history import History
+from gradwatch.layers import Layers, facts_of, optimizer_facts
+from gradwatch.pipeline import Pipeline
+from gradwatch.probe import Probe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from rich.console import RenderableType
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from gradwatch.autoclip import AutoClip, Decision
+    from gradwatch.records import Alarm, Incident, Row
+    from gradwatch.reports import Report
+    from gradwatch.rules import Rule
+
+_log = logging.getLogger("gradwatch")
+
+# model -> its monitor: keeps the monitor alive for as long as the model lives, and no longer
+attached: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
+
+
+class Monitor:
+    """Watches one model. Made by `gradwatch.attach`; a context manager that detaches at its end."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Sequence[Rule],
+        policy: AutoClip | None,
+        reports: Sequence[Report],
+        *,
+        every: int = 1,
+        strict: bool = False,
+    ) -> None:
+        layers = Layers(model)
+        self._model = weakref.ref(model)
+        self._strict = strict
+        self._told: set[str] = set()
+        self.history = History(layers.names, layers.sizes, layers.matrices)
+        self.history.facts = facts_of(model, layers, str(policy.clip) if policy else None)
+        self._pipeline = Pipeline(self.history, rules, policy, reports, self.failed)
+        self._probe = Probe(layers, self, every)
+        self.attached = False
+
+    # Life.
+
+    def start(self, optimizer: Optimizer | None = None) -> None:
+        """Put the hooks in place; `gradwatch.attach` calls it."""
+        self._probe.start(optimizer)
+        self.attached = True
+        model = self._model()
+        assert model is not None
+        attached[model] = self
+        self._finish = weakref.finalize(model, _end, weakref.ref(self))
+        self._finish.atexit = False
+        atexit.register(self.detach)
+
+    def detach(self) -> None:
+        """Remove every hook and tap, end the reports; the model is as it was before. Safe to call twice."""
+        if not self.attached:
+            return
+        self.attached = False
+        atexit.unregister(self.detach)
+        self._finish.detach()
+        self._probe.stop()
+        model = self._model()
+        if model is not None:
+            attached.pop(model, None)
+        self._pipeline.close(self._probe.seconds)
+
+    def owns_any(self, optimizer: Optimizer) -> bool:
+        """True when the optimizer holds at least one of the watched parameters."""
+        return self._probe.owns_any(optimizer)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"<gradwatch.Monitor of {self.history.facts.model}, {state}, step {self.history.row.step}: {self.verdict}>"
+
+    # What the user says.
+
+    def loss(self, loss: Tensor | float) -> Any:
+        """Hand over the loss of the coming step and return it unchanged. It outranks the loss found by itself.
+
+        ``loss`` is a number or a tensor of one element; anything else raises `UsageError`.
+        """
+        self._probe.give_loss(loss)
+        return loss
+
+    def step(self) -> None:
+        """Say that the update is about to happen: only for loops with no torch.optim optimizer."""
+        self._probe.explicit_step()
+
+    # What the user reads.
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """The last 2,000 changes of state of the rules, oldest first."""
+        return list(self._pipeline.changes)
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """All incidents so far, in opening order."""
+        return list(self._pipeline.incidents.all)
+
+    @property
+    def verdict(self) -> str:
+        """The run in one word: ``"healthy"``, ``"suspected"`` or ``"confirmed"``."""
+        return self._pipeline.verdict
+
+    @property
+    def notes(self) -> list[str]:
+        """What gradwatch could not do, each said once."""
+        return list(self._pipeline.notes)
+
+    def summary(self) -> RenderableType:
+        """Return the run so far as a rich renderable; ``str()`` of it is plain text."""
+        from gradwatch.reports.summary import Summary  # rich is loaded only when something is shown
+
+        return Summary(self._pipeline.snapshot(self._probe.seconds))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the run's baselines, in plain lists, so that a resumed run need not learn them again."""
+        return {"step": self._probe.step, "history": self.history.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; raises `UsageError` when it belongs to other layers."""
+        self.history.load_state_dict(state["history"])
+        self._probe.step = int(state["step"])
+
+    # What the probe reports.
+
+    def optimizer_found(self, optimizer: Optimizer) -> None:
+        """See `gradwatch.probe.Judge`."""
+        self.history.facts = optimizer_facts(self.history.facts, optimizer)
+
+    def judge(self, row: Row) -> Decision:
+        """See `gradwatch.probe.Judge`."""
+        if self._probe.order is not None:
+            self.history.order = self._probe.order
+        decision = self._pipeline.step(row)
+        self._probe.watch_closely(closely=self._pipeline.incidents.open_explosion() is not None)
+        return decision
+
+    def done(self, row: Row, decision: Decision, coefficient: float) -> None:
+        """See `gradwatch.probe.Judge`."""
+        self._pipeline.done(row, decision, coefficient)
+        self._pipeline.report(self._probe.seconds)
+
+    def failed(self, part: str, error: Exception) -> None:
+        """See `gradwatch.probe.Judge`."""
+        if self._strict:
+            raise error
+        if part not in self._told:
+            self._told.add(part)
+            self._pipeline.notes.append(f"{part} failed and is switched off: {type(error).__name__}: {error}")
+            _log.error("gradwatch: %s failed and is switched off; training goes on.", part, exc_info=error)
+
+
+def _end(monitor: weakref.ref[Monitor]) -> None:
+    """The model is gone: end its monitor too."""
+    here = monitor()
+    if here is not None:
+        here.detach()

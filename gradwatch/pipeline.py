@@ -1,0 +1,174 @@
+"""The library on one page: row -> history -> rules -> alarms -> incidents -> auto-clip -> reports.
+
+Imports no torch: a written series runs through it as a training does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.alarms import Alarms
+from gradwatch.autoclip import NOTHING, AutoClip, Clipping, Decision
+from gradwatch.incidents import CALM_STEPS, Incidents
+from gradwatch.records import Alarm, Incident, Row, Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gradwatch.history import History
+    from gradwatch.reports import Report
+    from gradwatch.rules import Rule
+
+_EVERY_STEP = 64  # every rule judges each of the first steps: small models explode within 30
+_CADENCE = 16  # afterwards, while nothing stirs
+_STIR = 3.0  # times a layer's typical gradient norm at which a quiet step is looked at
+_SERIES = 400  # rows that a report gets for its curves
+_RATE_OVER = 0.2  # seconds over which the speed is taken
+_NO_LOSS = 5  # rows without a loss after which the loss rules say that they rest
+
+
+class Pipeline:
+    """One run. Every optimizer step goes through `step`.
+
+    Args:
+        history: the ring, made for the run's layers.
+        rules: the rules to judge with.
+        policy: auto-clip, or None to only watch.
+        reports: told of every change, and now and then in between.
+        on_error: told of a part that raised; the part is switched off.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        rules: Sequence[Rule],
+        policy: AutoClip | None,
+        reports: Sequence[Report],
+        on_error: Callable[[str, Exception], None],
+    ) -> None:
+        self.history = history
+        self.alarms = Alarms(rules, history.layers, on_error)
+        self.clipping = Clipping(policy, history) if policy is not None else None
+        self.incidents = Incidents(history, CALM_STEPS, self.clipping)
+        self.reports = list(reports)
+        self.changes: deque[Alarm] = deque(maxlen=2000)
+        self.notes: list[str] = []
+        self._opening = frozenset(rule.code for rule in rules if rule.opens)
+        self._on_error = on_error
+        self._news: tuple[Incident, ...] = ()
+        self._band = np.full(len(history.layers), np.inf)
+        self._loss_band = math.inf
+        self._started = perf_counter()
+        self._shown = self._started
+        self._shown_rows = 0
+        self._speed = math.nan
+        self._period = min((report.period for report in reports), default=math.inf)
+
+    def step(self, row: Row) -> Decision:
+        """Judge one row; return what to do with its gradients before the optimizer sees them."""
+        self.history.push(row)
+        if not self._quiet(row):
+            self._judge(row)
+        decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
+        self.history.learn()
+        return decision
+
+    def done(self, row: Row, decision: Decision, coefficient: float) -> None:
+        """Take note of what was done to the gradients."""
+        if self.clipping is not None and decision is not NOTHING:
+            self.history.amend(coefficient=coefficient, skipped=decision.skip)
+            self.clipping.done(row, decision, coefficient, self.incidents)
+
+    def _quiet(self, row: Row) -> bool:
+        """True on a step on which no rule can have anything to say that may not wait up to 16 steps."""
+        return not (
+            row.step < _EVERY_STEP
+            or row.step % _CADENCE == 0
+            or row.nonfinite is not None
+            or (row.has_loss and not row.loss <= self._loss_band)
+            or self.alarms.stirring
+            or self.incidents.open_explosion() is not None
+            or (row.grad_norm > self._band).any()
+        )
+
+    def _judge(self, row: Row) -> None:
+        changes = self.alarms.update(self.history, row.step)
+        self.changes.extend(changes)
+        self._news += tuple(self.incidents.update(changes, self._opening, row.step))
+        self._band = _STIR * self.history.typical_grad.value
+        if row.has_loss:
+            middle, spread = self.history.loss_level()
+            self._loss_band = middle + 3 * max(spread, abs(middle) / 10)
+        elif self.history.rows == _NO_LOSS and not self.history.losses:
+            self.notes.append("no loss seen: the loss rules rest. Hand it over with monitor.loss(loss).")
+
+    # Reports.
+
+    def report(self, cost: float) -> None:
+        """Show the reports a snapshot: at once when something is new, else when their period is over.
+
+        ``cost`` is gradwatch's own time so far, in seconds.
+        """
+        now = perf_counter()
+        if not self._news and now - self._shown < self._period:
+            return
+        snapshot = self.snapshot(cost)
+        self._news = ()
+        self._each("step", snapshot)
+
+    def close(self, cost: float) -> None:
+        """Show the reports the last snapshot and end them."""
+        self._each("close", self.snapshot(cost))
+        self.reports.clear()
+
+    def _each(self, method: str, snapshot: Snapshot) -> None:
+        for report in tuple(self.reports):
+            try:
+                getattr(report, method)(snapshot)
+            except Exception as error:  # noqa: BLE001  a failing report must not stop training
+                self.reports.remove(report)
+                self._on_error(f"report {type(report).__name__}", error)
+
+    def snapshot(self, cost: float) -> Snapshot:
+        """Return all that a report may know of this moment."""
+        history, now = self.history, perf_counter()
+        if now - self._shown >= _RATE_OVER or math.isnan(self._speed):
+            self._speed = (history.rows - self._shown_rows) / max(now - self._shown, 1e-9)
+            self._shown, self._shown_rows = now, history.rows
+        closeness, closest = self.alarms.closeness()
+        return Snapshot(
+            facts=history.facts,
+            step=history.row.step,
+            layers=history.layers,
+            loss=history.loss(last=_SERIES).copy(),
+            global_norm=history.global_norm(last=_SERIES).copy(),
+            grad_norm=history.row.grad_norm.copy(),
+            weight_norm=history.weight.copy(),
+            closeness=closeness,
+            closest=closest,
+            rules=tuple(f"{rule.code} {rule.name}" for rule in self.alarms.rules),
+            firing=self.alarms.firing_rules(),
+            incidents=tuple(self.incidents.all),
+            verdict=self.verdict,
+            clipping=str(self.clipping.policy.clip) if self.clipping is not None else None,
+            clip_on=self.clipping is not None and self.clipping.on,
+            clipped=self.clipping.clipped if self.clipping is not None else 0,
+            skipped=self.clipping.skipped if self.clipping is not None else 0,
+            seconds=now - self._started,
+            steps_per_second=self._speed,
+            cost_us=1e6 * cost / max(history.rows, 1),
+            provenance=history.row.provenance,
+            notes=tuple(self.notes),
+            news=self._news,
+        )
+
+    @property
+    def verdict(self) -> str:
+        """The run in one word: ``"healthy"``, or the verdict of the gravest open incident."""
+        found = [incident.verdict for incident in self.incidents.open if incident.severity != "notice"]
+        return "confirmed" if "confirmed" in found else "suspected" if found else "healthy"

@@ -1,0 +1,404 @@
+"""What sits on the model and its optimizer: the only file that registers hooks.
+
+One process-wide pair of optimizer hooks serves all probes; a step is measured just before its update. Post-accumulate
+hooks on the parameters tell which gradients arrived and in which order: on all parameters for the first backwards and
+while an incident is open, else on one, the marker. A probe holds weak references only, so it never keeps a model alive.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from gradwatch import taps
+from gradwatch.errors import TrainingUnstableError
+from gradwatch.gradients import Gradients, Measured
+from gradwatch.measure import norm_of
+from gradwatch.records import Provenance, Row
+from gradwatch.sampling import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+    from gradwatch.autoclip import Decision
+    from gradwatch.layers import Layers
+
+_LEARNING = 3  # backwards on which the order of arrival is learned
+_UNDECIDED = 16  # backwards without an optimizer step after which a loop is taken to have none
+
+Source = Literal["optimizer step", "closure", "end of backward", "monitor.step()"]
+
+
+class Judge(Protocol):
+    """Whom a probe reports to: the monitor."""
+
+    def optimizer_found(self, optimizer: Optimizer) -> None:
+        """An optimizer of the watched parameters is about to make its first step."""
+
+    def judge(self, row: Row) -> Decision:
+        """Take a row; say what to do with its gradients."""
+
+    def done(self, row: Row, decision: Decision, coefficient: float) -> None:
+        """Take note of what was done to them."""
+
+    def failed(self, part: str, error: Exception) -> None:
+        """Take note of an error inside gradwatch; raises it when strict."""
+
+
+class Probe:
+    """The hooks of one monitor.
+
+    Args:
+        layers: the watched parameters.
+        judge: told of every row; held weakly.
+        every: optimizer steps between measurements.
+    """
+
+    def __init__(self, layers: Layers, judge: Judge, every: int = 1) -> None:
+        self._layers = layers
+        self._judge = weakref.ref(judge)
+        self._every = every
+        self._sampling = Sampling(layers)
+        self._owned: weakref.WeakKeyDictionary[Optimizer, Gradients] = weakref.WeakKeyDictionary()
+        self._all: Gradients | None = None
+        self._hooks: dict[int, RemovableHandle] = {}
+        self._learning = _LEARNING
+        self._arrivals: list[int] = []
+        self._marker: int | None = None
+        self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
+        self._lone_backwards = 0
+        self._weights_then = math.nan
+        self._roots: list[Tensor] = []
+        self._given_loss: Tensor | float | None = None
+        self._before_clip: Measured | None = None
+        self._stepping: weakref.ref[Optimizer] | None = None
+        self._stepping_at = -1
+        self._closely = False
+        self.order: NDArray[np.intp] | None = None
+        self.active = False
+        self.backwards = 0
+        self.step = 0
+        self.seconds = 0.0
+
+    # Life.
+
+    def start(self, optimizer: Optimizer | None = None) -> None:
+        """Put every hook in place."""
+        self.active = True
+        if optimizer is not None:
+            self._find(optimizer)
+        self._hook_all()
+        _listen(self)
+        taps.BACKWARD.add(self)
+        taps.USER_CLIP.add(self)
+
+    def stop(self) -> None:
+        """Remove every hook and give back what was hidden."""
+        self.active = False
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+        _unlisten(self)
+        taps.BACKWARD.remove(self)
+        taps.USER_CLIP.remove(self)
+        for gradients in tuple(self._owned.values()):
+            gradients.restore()
+
+    def owns_any(self, optimizer: Optimizer) -> bool:
+        """True when the optimizer holds at least one watched parameter."""
+        return any(self._layers.column(p) is not None for group in optimizer.param_groups for p in group["params"])
+
+    def watch_closely(self, *, closely: bool) -> None:
+        """Follow the order of arrival and sample the weights on each step, while an incident is open."""
+        if closely == self._closely:
+            return
+        self._closely = closely
+        if closely:
+            self._hook_all()
+        elif not self._learning:
+            self._keep_marker()
+
+    def give_loss(self, loss: Tensor | float) -> None:
+        """Take the user's own loss for the coming step; it outranks every other source."""
+        self._given_loss = loss.detach() if isinstance(loss, torch.Tensor) else float(loss)
+
+    # Backward: what arrived, in which order, from which loss.
+
+    def _hook_all(self) -> None:
+        for column, parameter in self._layers.parameters():
+            if parameter.requires_grad and column not in self._hooks:
+                self._hook(column, parameter)
+
+    def _keep_marker(self) -> None:
+        for column in [column for column in self._hooks if column != self._marker]:
+            self._hooks.pop(column).remove()
+
+    def _hook(self, column: int, parameter: nn.Parameter) -> None:
+        arrivals = self._arrivals  # the list alone: a hook that knew the probe would keep it alive
+
+        def arrived(_: Tensor) -> None:
+            arrivals.append(column)
+
+        self._hooks[column] = parameter.register_post_accumulate_grad_hook(arrived)
+
+    def backward_begins(self) -> None:
+        """See `taps.Listener`."""
+        self._arrivals.clear()
+
+    def backward_ended(self, root: Tensor | None) -> None:
+        """See `taps.Listener`."""
+        if not self._arrivals:  # another model's backward
+            return
+        self.backwards += 1
+        if root is not None:
+            self._roots.append(root)
+        if self._learning or self._closely:
+            self._learn_order()
+        self._arrivals.clear()
+        if self._loop in ("unknown", "backward"):
+            self._guarded(self._end_of_backward)
+
+    def _learn_order(self) -> None:
+        rank = np.full(len(self._layers), len(self._layers), dtype=np.intp)
+        for place, column in enumerate(dict.fromkeys(self._arrivals)):
+            rank[column] = place
+        self.order = rank
+        self._sampling.arrived |= rank < len(self._layers)
+        if self._marker is None:
+            self._marker = self._arrivals[0]
+        self._learning = max(0, self._learning - 1)
+        if not self._learning and not self._closely:
+            self._keep_marker()
+
+    def _end_of_backward(self) -> None:
+        """In a loop without a torch optimizer, the end of backward is the last moment before the update."""
+        if self._loop == "unknown" and not self._updates_without_optimizer():
+            return
+        self._loop = "backward"
+        self._measure(self._everything(), "end of backward")
+
+    def _updates_without_optimizer(self) -> bool:
+        """True when the weights moved although no optimizer stepped, or after many backwards without a step."""
+        self._lone_backwards += 1
+        then, self._weights_then = self._weights_then, sum(norm_of(p) for _, p in self._layers.parameters())
+        moved = self._lone_backwards > 1 and self._weights_then != then
+        return moved or self._lone_backwards >= _UNDECIDED
+
+    def user_clips(self, gradients: Sequence[Tensor]) -> None:
+        """See `taps.Listener`: the user's first clip of a step is the last moment to see the gradients whole."""
+        if self._before_clip is not None or not gradients:
+            return
+        mine = next(iter(self._owned.values())) if len(self._owned) == 1 else self._everything()
+        if any(parameter.grad is gradients[0] for parameter in mine.parameters):
+            self._guarded(self._measure_before_clip, mine)
+
+    def _measure_before_clip(self, mine: Gradients) -> None:
+        self._before_clip = mine.measure()
+
+    # The optimizer's hooks.
+
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Measure what the optimizer is about to use; return new arguments when it has a closure."""
+        mine = self._gradients_of(optimizer)
+        # a subclass that calls super().step() comes here twice for one step; a step that raised never came to its end
+        again = self._stepping is not None and self._stepping() is optimizer and self._stepping_at == self.backwards
+        if mine is None or again:
+            return None
+        self._stepping, self._stepping_at = weakref.ref(optimizer), self.backwards
+        if self._arrivals:  # a backward that passed by the tap
+            self._learn_order()
+            self._arrivals.clear()
+        if self._loop != "explicit":
+            self._loop = "optimizer"
+        mine.restore()
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            if self._loop == "optimizer":
+                self._guarded(self._measure, mine, "optimizer step", optimizer)
+            return None
+        wrapped = self._wrap(closure, mine, optimizer)
+        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Give back the gradients that were hidden so that the optimizer skipped them."""
+        mine = self._owned.get(optimizer)
+        if mine is not None:
+            mine.restore()
+            self._stepping = None
+
+    def _wrap(self, closure: Callable[[], Any], mine: Gradients, optimizer: Optimizer) -> Callable[[], Any]:
+        evaluations = 0
+
+        def wrapped() -> Any:
+            nonlocal evaluations
+            with torch.enable_grad():
+                loss = closure()
+            evaluations += 1
+            if evaluations == 1 and self._loop == "optimizer":  # a line search evaluates several times for one step
+                self._guarded(self._measure, mine, "closure", optimizer, loss)
+            return loss
+
+        return wrapped
+
+    def explicit_step(self) -> None:
+        """The user says that the update is about to happen."""
+        self._loop = "explicit"
+        self._guarded(self._measure, self._everything(), "monitor.step()")
+
+    def _gradients_of(self, optimizer: Optimizer) -> Gradients | None:
+        mine = self._owned.get(optimizer)
+        if mine is None or mine.total != sum(len(group["params"]) for group in optimizer.param_groups):
+            mine = self._find(optimizer)
+        return mine
+
+    def _find(self, optimizer: Optimizer) -> Gradients | None:
+        """Look up which watched layers an optimizer owns; None when it owns none."""
+        pairs, groups, total = [], [], 0
+        for number, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                total += 1
+                column = self._layers.column(parameter)
+                if column is not None:
+                    pairs.append((column, parameter))
+                    groups.append(number)
+        if not pairs:
+            return None
+        self._owned[optimizer] = Gradients(pairs, len(self._layers), groups, total)
+        judge = self._judge()
+        if judge is not None:
+            judge.optimizer_found(optimizer)
+        return self._owned[optimizer]
+
+    def _everything(self) -> Gradients:
+        if self._all is None:
+            self._all = Gradients(list(self._layers.parameters()), len(self._layers))
+        return self._all
+
+    # One row.
+
+    def _measure(
+        self, mine: Gradients, source: Source, optimizer: Optimizer | None = None, returned: Any = None
+    ) -> None:
+        """Measure, ask the judge, act: all that happens between a backward and its update."""
+        judge = self._judge()
+        if judge is None:
+            return
+        step, self.step = self.step, self.step + 1
+        if step % self._every and not self._closely:
+            self._forget()
+            return
+        now = mine.measure()
+        loss, loss_source = self._loss(returned)
+        whole, applied, clipped = now, 1.0, "as the optimizer sees it"
+        if self._before_clip is not None:
+            whole, clipped = self._before_clip, "before the user's clip"
+            applied = mine.kept(whole)
+        elif taps.USER_CLIP.installed:
+            clipped = "no clip_grad_norm_ seen"
+        self._forget()
+        weights = self._sampling.weights() if self._closely or self._sampling.weights_due(step) else None
+        census = self._sampling.census_due(step)
+        if census:
+            self._sampling.census(step, now.gradients, now.columns.tolist())
+        row = Row(
+            step=step,
+            loss=loss,
+            grad_norm=whole.norms,
+            global_norm=whole.global_norm,
+            weight_norm=weights.norms if weights else None,
+            nonfinite=whole.nonfinite,
+            nonfinite_weight=weights.nonfinite if weights else None,
+            counts=whole.counts,
+            rate=mine.rate(optimizer) if optimizer is not None else None,
+            applied=applied,
+            dead_share=self._sampling.dead_share.copy() if census else None,
+            unchanged=self._sampling.unchanged.copy() if census else None,
+            arrived=self._sampling.arrived,
+            provenance=Provenance(source, clipped, loss_source),
+        )
+        decision = judge.judge(row)
+        coefficient = 1.0
+        if decision.skip:
+            mine.hide() if optimizer is not None else mine.zero()
+        elif decision.clip is not None and now.gradients and self._clippable(source, optimizer):
+            coefficient = decision.clip.apply(now.gradients, now.global_norm)
+        judge.done(row, decision, coefficient)
+    def _clippable(self, source: Source, optimizer: Optimizer | None) -> bool:
+        """False inside a line search: there the gradients belong to the search, and a clip would mislead it."""
+        return source != "closure" or not isinstance(optimizer, torch.optim.LBFGS)
+
+    def _loss(self, returned: Any) -> tuple[float, Literal["monitor.loss()", "closure", "backward root", "none"]]:
+        """Return the step's loss and its source; several backwards of one step add up."""
+        if self._given_loss is not None:
+            return float(self._given_loss), "monitor.loss()"
+        if isinstance(returned, (int, float)) or (isinstance(returned, torch.Tensor) and returned.numel() == 1):
+            return float(returned), "closure"
+        if self._roots:
+            return sum(root.item() for root in self._roots), "backward root"
+        return math.nan, "none"
+
+    def _forget(self) -> None:
+        self._roots.clear()
+        self._given_loss = None
+        self._before_clip = None
+
+    def _guarded(self, do: Callable[..., None], *args: Any) -> None:
+        """Run a part of gradwatch: its errors never reach the training loop, unless they are meant to."""
+        if not self.active:
+            return
+        started = perf_counter()
+        try:
+            with torch.no_grad():
+                do(*args)
+        except TrainingUnstableError:
+            raise
+        except Exception as error:  # noqa: BLE001  a failing monitor must not stop training
+            self.stop()
+            judge = self._judge()
+            if judge is not None:
+                judge.failed("measuring", error)
+        finally:
+            self.seconds += perf_counter() - started
+
+
+_probes: weakref.WeakSet[Probe] = weakref.WeakSet()
+_handles: list[RemovableHandle] = []
+
+
+def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    changed = None
+    for probe in tuple(_probes):
+        changed = probe.before_step(optimizer, args, kwargs) or changed
+        args, kwargs = changed or (args, kwargs)
+    return changed
+
+
+def _after_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    for probe in tuple(_probes):
+        probe.after_step(optimizer)
+
+
+def _listen(probe: Probe) -> None:
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_before_any_step))
+        _handles.append(register_optimizer_step_post_hook(_after_any_step))
+    _probes.add(probe)
+
+
+def _unlisten(probe: Probe) -> None:
+    _probes.discard(probe)
+    if not _probes:
+        for handle in _handles:
+            handle.remove()
+        _handles.clear()

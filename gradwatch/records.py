@@ -1,0 +1,227 @@
+"""The words of the library: Row, Alarm, Incident, ClipRecord, Facts, Snapshot.
+
+Plain frozen data. Nothing here imports torch, so all of it can be kept, sent and shown anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import IntFlag
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+Sign = Literal["subtle", "confirming", "growth", "numeric", "silent"]
+Kind = Literal["exploding", "spike", "nonfinite", "diverging", "vanishing", "stalled", "dead", "frozen"]
+Severity = Literal["notice", "warning", "critical"]
+Verdict = Literal["suspected", "confirmed", "resolved"]
+Phase = Literal["loss", "gradient", "weight"]
+
+SEVERITIES: tuple[Severity, ...] = ("notice", "warning", "critical")
+
+
+class NonFinite(IntFlag):
+    """What a gradient held that is not a finite number."""
+
+    NONE = 0
+    NAN = 1
+    INF = 2
+
+
+class Provenance(NamedTuple):
+    """Where a row's gradient norms come from: no number without it.
+
+    ``source``: the moment of measuring. ``clipped``: before or after the user's own clipping, where that is known.
+    """
+
+    source: Literal["optimizer step", "closure", "end of backward", "monitor.step()", "written"] = "optimizer step"
+    clipped: Literal["no clip_grad_norm_ seen", "before the user's clip", "as the optimizer sees it"] = (
+        "as the optimizer sees it"
+    )
+    loss: Literal["monitor.loss()", "closure", "backward root", "written", "none"] = "none"
+
+    def __str__(self) -> str:
+        return f"measured at {self.source}, {self.clipped}; loss from {self.loss}"
+
+
+class Row(NamedTuple):
+    """The numbers of one optimizer step. ``L`` is the number of layers; missing is NaN.
+
+    ``applied`` is the factor that the user's own clipping put on the gradients (1.0: none was seen).
+    ``rate`` (L,) is the learning rate of each layer's parameter group. ``counts`` maps a layer's column to its number
+    of (NaN, Inf) gradient elements and exists only for steps with non-finite gradients.
+    """
+
+    step: int
+    loss: float
+    grad_norm: Floats
+    global_norm: float
+    weight_norm: Floats | None = None
+    nonfinite: NDArray[np.uint8] | None = None
+    nonfinite_weight: NDArray[np.bool_] | None = None
+    counts: Mapping[int, tuple[int, int]] | None = None
+    rate: Floats | None = None
+    applied: float = 1.0
+    dead_share: Floats | None = None
+    unchanged: Floats | None = None
+    arrived: NDArray[np.bool_] | None = None
+    provenance: Provenance = Provenance()
+
+    @property
+    def has_loss(self) -> bool:
+        """False when no loss was seen; then ``loss`` is NaN for "missing"."""
+        return self.provenance.loss != "none"
+
+    @property
+    def loss_nonfinite(self) -> bool:
+        """True when a loss was seen and it is NaN or infinite."""
+        return self.has_loss and not math.isfinite(self.loss)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Alarm:
+    """A change of state of one rule on one layer (``None``: the whole model)."""
+
+    code: str
+    name: str
+    sign: Sign
+    kind: Kind
+    layer: str | None
+    step: int
+    value: float
+    limit: float
+    state: Literal["firing", "resolved"] = "firing"
+
+    def __repr__(self) -> str:
+        return f"<Alarm {self}, {self.state}>"
+
+    def __str__(self) -> str:
+        where = f" in {self.layer}" if self.layer else ""
+        return f"{self.code} {self.name}{where}: {self.value:.3g} > {self.limit:.3g} at step {self.step}"
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRecord:
+    """What auto-clip did about an incident, and whether it helped (``None``: not known yet)."""
+
+    clip: str
+    from_step: int
+    clipped: int = 0
+    skipped: int = 0
+    steps: int = 0
+    norm_before: float = float("nan")
+    norm_after: float = float("nan")
+    loss_before: float = float("nan")
+    loss_after: float = float("nan")
+    released_step: int | None = None
+    helped: bool | None = None
+
+    def __str__(self) -> str:
+        done = f"{self.clip} clipped {self.clipped} of {self.steps} steps"
+        if self.skipped:
+            done += f", {self.skipped} skipped"
+        if np.isfinite(self.norm_before):
+            done += f"; largest norm {self.norm_before:.3g}"
+        if self.released_step is None:
+            return f"{done}; still on"
+        outcome = "it helped" if self.helped else "it did not help, the learning rate is the likelier cause"
+        return (
+            f"{done}; loss {self.loss_before:.3g} -> {self.loss_after:.3g}; "
+            f"released at step {self.released_step}: {outcome}"
+        )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Incident:
+    """Alarms of one story. Replaced, never changed: what a report holds stays as it was.
+
+    ``layers`` stand in the order in which they left their band; ``suspect`` is the prime suspect.
+    ``phase`` says where non-finite values were seen first. Steps count optimizer steps from 0.
+    """
+
+    kind: Kind
+    severity: Severity
+    verdict: Verdict
+    opened_step: int
+    confirmed_step: int | None = None
+    closed_step: int | None = None
+    suspect: str | None = None
+    layers: tuple[str, ...] = ()
+    signs: tuple[Alarm, ...] = ()
+    evidence: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    phase: Phase | None = None
+    clip: ClipRecord | None = None
+
+    @property
+    def open(self) -> bool:
+        """True until the run has been calm again."""
+        return self.closed_step is None
+
+    def __repr__(self) -> str:
+        return f"<Incident {self}>"
+
+    def __str__(self) -> str:
+        steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
+        suspect = f", prime suspect {self.suspect}" if self.suspect else ""
+        return f"{self.kind} {self.verdict} ({self.severity}), {steps}{suspect}"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of the model and its optimizer, for advice and reports."""
+
+    model: str = "model"
+    layers: int = 0
+    parameters: int = 0
+    recurrent: bool = False
+    gated: bool = False
+    normalised: bool = False
+    depth: int = 0
+    optimizer: str | None = None
+    family: Literal["sgd", "adam", "other"] = "other"
+    rate: float = float("nan")
+    momentum: float = 0.0
+    clip: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a report may know of a step. ``L`` layers; the series hold the last rows, oldest first.
+
+    ``closeness`` (L,) is each layer's largest value over limit among all rules, ``closest`` (L,) the index in
+    ``rules`` of the rule it belongs to. ``cost_us`` is gradwatch's own time per optimizer step. ``firing`` names the rules that
+    fire now; ``news`` are the incidents that changed since the snapshot before.
+    """
+
+    facts: Facts
+    step: int
+    layers: Sequence[str]
+    loss: Floats
+    global_norm: Floats
+    grad_norm: Floats
+    weight_norm: Floats
+    closeness: Floats
+    closest: NDArray[np.intp]
+    rules: Sequence[str]
+    firing: tuple[str, ...]
+    incidents: tuple[Incident, ...]
+    verdict: str
+    clipping: str | None
+    clip_on: bool
+    clipped: int
+    skipped: int
+    seconds: float
+    steps_per_second: float
+    cost_us: float
+    provenance: Provenance
+    notes: tuple[str, ...] = ()
+    news: tuple[Incident, ...] = field(default=())

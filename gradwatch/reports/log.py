@@ -1,0 +1,62 @@
+"""Plain log lines, only on change."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from gradwatch.reports.base import Report
+
+if TYPE_CHECKING:
+    from gradwatch.records import Incident, Snapshot
+
+
+class LogReport(Report):
+    """One line when an incident opens, changes or closes, with its evidence and advice; the summary at the end.
+
+    Args:
+        stream: where to write; None is the standard error stream of that moment.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._notes = 0
+        self._said: dict[int, set[str]] = {}
+
+    def step(self, snapshot: Snapshot) -> None:
+        """Write what is new."""
+        lines = [f"note: {note}" for note in snapshot.notes[self._notes :]]
+        self._notes = len(snapshot.notes)
+        for incident in snapshot.news:
+            said = self._said.setdefault(incident.opened_step, set())
+            new = [line for line in incident_lines(incident) if line not in said]
+            said.update(new)
+            lines += new
+        for line in lines:
+            self._write(f"gradwatch | step {snapshot.step} | {line}")
+
+    def close(self, snapshot: Snapshot) -> None:
+        """Write the summary."""
+        from gradwatch.reports.summary import Summary  # rich is loaded only when something is shown
+
+        self._write(str(Summary(snapshot)))
+
+    def _write(self, text: str) -> None:
+        stream = self._stream if self._stream is not None else sys.stderr
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is not None and self._stream is None:
+            tqdm.tqdm.write(text, file=stream)  # above the bar, if there is one
+        else:
+            stream.write(text + "\n")
+        stream.flush()
+
+
+def incident_lines(incident: Incident) -> list[str]:
+    """Return the incident as lines: headline, evidence, what auto-clip did, what to do."""
+    lines = [str(incident)]
+    if incident.open:
+        lines += [f"  {line}" for line in incident.evidence]
+        lines += [f"  do: {line}" for line in incident.advice]
+    if incident.clip is not None:
+        lines.append(f"  auto-clip: {incident.clip}")
+    return lines

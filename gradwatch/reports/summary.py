@@ -1,0 +1,72 @@
+"""The run in a few lines, for its end."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from gradwatch.reports.view import SEVERITY_STYLES, STYLES, headline, number
+
+if TYPE_CHECKING:
+    from rich.console import ConsoleOptions, RenderResult
+
+    from gradwatch.records import Incident, Snapshot
+
+_MOST = 8
+
+
+class Summary:
+    """A rich renderable; ``str()`` of it is plain text."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip("\n")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        snapshot, facts = self.snapshot, self.snapshot.facts
+        told = [incident for incident in snapshot.incidents if incident.severity != "notice"]
+        notices = [incident for incident in snapshot.incidents if incident.severity == "notice"]
+        word = snapshot.verdict if any(i.open for i in told) else "resolved" if told else "healthy"
+        yield Text.assemble(
+            ("gradwatch ", "bold"),
+            (word, STYLES[word]),
+            f": {snapshot.step + 1:,} steps of {facts.model} ({facts.layers} layers, {facts.parameters:,} parameters)",
+            f" with {facts.optimizer}" if facts.optimizer else "",
+        )
+        if snapshot.step >= 0:
+            loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]))
+            yield Text(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]))}")
+            yield Text(f"  {snapshot.provenance}", "dim")
+        if snapshot.clipping is not None:
+            yield Text(f"  auto-clip {snapshot.clipping}: {snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped")
+        for incident in told[:_MOST]:
+            yield from self._story(incident, options.max_width)
+        if len(told) > _MOST:
+            yield Text(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
+        for incident in notices[:_MOST]:
+            yield Padding(headline(incident, options.max_width - 2), (0, 0, 0, 2))
+        stable = () if any(i.open for i in snapshot.incidents) else snapshot.firing
+        for note in (*(f"{sign}, and nothing else beside it" for sign in stable), *snapshot.notes):
+            yield Padding(Text(f"note: {note}", "dim"), (0, 0, 0, 2))
+        yield Text(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
+
+    def _story(self, incident: Incident, width: int) -> RenderResult:
+        yield Padding(headline(incident, width - 2), (0, 0, 0, 2))
+        if len(incident.layers) > 1:
+            more = f" and {len(incident.layers) - 4} more" if len(incident.layers) > 4 else ""
+            yield Padding(Text(f"left their band in this order: {', '.join(incident.layers[:4])}{more}"), (0, 0, 0, 4))
+        for line in incident.evidence:
+            yield Padding(Text(line), (0, 0, 0, 4))
+        if incident.clip is not None:
+            yield Padding(Text(f"auto-clip: {incident.clip}"), (0, 0, 0, 4))
+        for line in incident.advice:
+            yield Padding(Text(f"do: {line}", SEVERITY_STYLES["notice"]), (0, 0, 0, 4))

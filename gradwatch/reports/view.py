@@ -1,0 +1,171 @@
+"""The live picture of a run, as rich draws it: verdict, curves, the layers closest to their limits, incidents."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from gradwatch.reports.sparkline import sparkline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from gradwatch.records import Incident, Snapshot
+
+STYLES = {"healthy": "bold green", "suspected": "bold yellow", "confirmed": "bold red", "resolved": "green"}
+SEVERITY_STYLES = {"notice": "cyan", "warning": "yellow", "critical": "red"}
+_MOST_LINES = 24
+_BAR = 8
+
+
+def number(value: float) -> str:
+    """Return a number in at most eight characters; a dash for missing, ``NaN`` and ``Inf`` spelled out."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "Inf"
+    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+
+
+def shorten(name: str, width: int) -> str:
+    """Return the name in ``width`` cells: its beginning and, more telling, its end.
+
+    >>> shorten("blocks.11.mlp.up.weight", 15)
+    'bloc….up.weight'
+    """
+    if cell_len(name) <= width:
+        return name
+    head = max(0, (width - 1) // 3)
+    tail = max(0, width - 1 - head)
+    return f"{name[:head]}…{name[len(name) - tail :]}"
+
+
+class View:
+    """A snapshot drawn to fit the console, whatever its size.
+
+    Args:
+        snapshot: what to draw.
+        status: lines of other programs (progress bars) to keep below.
+    """
+
+    def __init__(self, snapshot: Snapshot, status: Sequence[Text] = ()) -> None:
+        self.snapshot = snapshot
+        self.status = status
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        height = min(options.height or console.size.height - 1, _MOST_LINES)
+        head = [self._headline(width), *self._curves(width)]
+        foot = [*self._incidents(width, most=3 if height >= 20 else 1), *self._auto_clip(width), self._footer(width), *self.status]
+        room = height - len(head) - len(foot) - 1
+        yield from head
+        if room >= 1:
+            yield self._layers(width, room)
+        yield from foot[: max(1, height - len(head))]
+
+    def _headline(self, width: int) -> Text:
+        snapshot = self.snapshot
+        line = Text.assemble(("gradwatch ", "bold"), (f"● {snapshot.verdict}", STYLES[snapshot.verdict]))
+        facts = snapshot.facts
+        for part in (
+            f"  step {snapshot.step:,}",
+            f"  {facts.model}",
+            f"  {facts.optimizer} {facts.rate:.3g}" if facts.optimizer else "",
+        ):
+            if cell_len(line.plain + part) <= width:
+                line.append(part)
+        return line
+
+    def _curves(self, width: int) -> Iterator[Text]:
+        for label, values in (("loss", self.snapshot.loss), ("global norm", self.snapshot.global_norm)):
+            last = float(values[-1]) if len(values) else math.nan
+            seen = bool(len(values)) and not (label == "loss" and self.snapshot.provenance.loss == "none")
+            line = Text.assemble((f"{label:<12}", "bold"), f"{number(last) if seen else '-':>9} ")
+            for block in sparkline(values, width - len(line.plain)) if seen else "":
+                line.append(block, "bold red" if block == "×" else "cyan")
+            yield line
+
+    def _layers(self, width: int, most: int) -> Table:
+        snapshot = self.snapshot
+        table = Table(box=None, expand=True, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold dim")
+        table.add_column("closest to their limits", no_wrap=True, ratio=1)
+        table.add_column("gradient", justify="right", no_wrap=True)
+        if width >= 60:
+            table.add_column("weight", justify="right", no_wrap=True)
+        table.add_column("of limit", no_wrap=True, width=_BAR + 6)
+        if width >= 100:
+            table.add_column("sign", no_wrap=True)
+        name_width = max(8, width - 10 - (10 if width >= 60 else 0) - (_BAR + 8) - (40 if width >= 100 else 0))
+        order = np.argsort(-np.nan_to_num(snapshot.closeness, nan=-1.0, neginf=-1.0), kind="stable")
+        for column in order[:most]:
+            share = float(snapshot.closeness[column])
+            cells = [Text(shorten(snapshot.layers[column], name_width)), Text(number(float(snapshot.grad_norm[column])))]
+            if width >= 60:
+                cells.append(Text(number(float(snapshot.weight_norm[column]))))
+            cells.append(_bar(share))
+            if width >= 100:
+                known = math.isfinite(share)
+                cells.append(Text(snapshot.rules[snapshot.closest[column]] if known else "", "dim"))
+            table.add_row(*cells)
+        return table
+
+    def _incidents(self, width: int, most: int) -> Iterator[Text]:
+        found = [incident for incident in self.snapshot.incidents if incident.severity != "notice"]
+        found.sort(key=lambda incident: (incident.open, incident.opened_step))
+        for incident in found[-most:]:
+            yield headline(incident, width)
+            if incident.open and incident.advice:
+                yield _cut(Text(f"  do: {incident.advice[0]}"), width)
+            elif incident.clip is not None:
+                yield _cut(Text(f"  auto-clip: {incident.clip}"), width)
+
+    def _auto_clip(self, width: int) -> Iterator[Text]:
+        snapshot = self.snapshot
+        if snapshot.clipping is None:
+            return
+        state = ("on", "bold yellow") if snapshot.clip_on else ("armed", "green")
+        yield _cut(
+            Text.assemble(
+                ("auto-clip ", "bold"), state, f"  {snapshot.clipping}, {snapshot.clipped:,} clipped, {snapshot.skipped:,} skipped"
+            ),
+            width,
+        )
+
+    def _footer(self, width: int) -> Text:
+        snapshot = self.snapshot
+        share = snapshot.cost_us * snapshot.steps_per_second / 1e4
+        return _cut(
+            Text(f"{snapshot.steps_per_second:,.0f} steps/s · gradwatch itself {snapshot.cost_us:.0f} µs a step ({share:.1f} %)", "dim"),
+            width,
+        )
+
+
+def headline(incident: Incident, width: int) -> Text:
+    """Return one line: mark, kind, verdict, steps, prime suspect."""
+    mark = {"notice": "·", "warning": "▲", "critical": "■"}[incident.severity]
+    if not incident.open:
+        mark = "✓"
+    style = STYLES["resolved"] if not incident.open else SEVERITY_STYLES[incident.severity]
+    return _cut(Text(f"{mark} {incident}", style), width)
+
+
+def _bar(share: float) -> Text:
+    if not math.isfinite(share) or share < 0:
+        return Text("-", "dim")
+    filled = min(_BAR, round(share * _BAR))
+    style = "green" if share < 0.5 else "yellow" if share <= 1 else "bold red"
+    text = f"{share:.2f}" if share < 10 else f"{min(share, 9e99):.0f}x" if share < 1e4 else f"{share:.0e}x"
+    return Text.assemble(("█" * filled + "░" * (_BAR - filled), style), f" {text}")
+
+
+def _cut(text: Text, width: int) -> Text:
+    text.truncate(width, overflow="ellipsis")
+    text.no_wrap = True
+    return text

@@ -1,0 +1,70 @@
+"""One sign a file: its code, its documentation, its validated thresholds and its own cases.
+
+A new rule is one new file and one line here.
+"""
+
+from __future__ import annotations
+
+from gradwatch.errors import UsageError, did_you_mean
+from gradwatch.rules.base import Rule
+from gradwatch.rules.dead import Dead
+from gradwatch.rules.frozen import Frozen
+from gradwatch.rules.gradient_nonfinite import GradientNonFinite
+from gradwatch.rules.gradient_surge import GradientSurge
+from gradwatch.rules.gradients_above_one import GradientsAboveOne
+from gradwatch.rules.loss_jump import LossJump
+from gradwatch.rules.loss_nonfinite import LossNonFinite
+from gradwatch.rules.no_traction import NoTraction
+from gradwatch.rules.update_too_large import UpdateTooLarge
+from gradwatch.rules.vanishing import Vanishing
+from gradwatch.rules.weight_growth import WeightGrowth
+from gradwatch.rules.weight_nonfinite import WeightNonFinite
+
+RULES: tuple[type[Rule], ...] = (
+    NoTraction,
+    LossJump,
+    LossNonFinite,
+    WeightGrowth,
+    WeightNonFinite,
+    GradientsAboveOne,
+    GradientSurge,
+    GradientNonFinite,
+    UpdateTooLarge,
+    Vanishing,
+    Dead,
+    Frozen,
+)
+
+
+def default_rules() -> list[Rule]:
+    """Return one instance of each rule, with its default thresholds."""
+    return [rule() for rule in RULES]
+
+
+def rule_by_code(code: str) -> type[Rule]:
+    """Return the rule with this code or name; a `UsageError` names the nearest one otherwise."""
+    known = {rule.code: rule for rule in RULES} | {rule.__name__: rule for rule in RULES}
+    found = {name.lower(): rule for name, rule in known.items()}.get(code.lower())
+    if found is None:
+        raise UsageError(f"There is no rule {code!r}.{did_you_mean(code.upper(), [r.code for r in RULES])}")
+    return found
+
+
+__all__ = [
+    "RULES",
+    "Dead",
+    "Frozen",
+    "GradientNonFinite",
+    "GradientSurge",
+    "GradientsAboveOne",
+    "LossJump",
+    "LossNonFinite",
+    "NoTraction",
+    "Rule",
+    "UpdateTooLarge",
+    "Vanishing",
+    "WeightGrowth",
+    "WeightNonFinite",
+    "default_rules",
+    "rule_by_code",
+]

@@ -1,0 +1,58 @@
+"""What a rule is: frozen thresholds and one measured quantity. Time is not its business (see `gradwatch.alarms`)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from gradwatch.settings import Settings
+
+if TYPE_CHECKING:
+    from gradwatch.cases import Case
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class Rule(Settings):
+    """One sign of instability: it fires where ``measure(history) > limit`` for ``for_steps`` steps in a row.
+
+    It resolves after more than ``keep_steps`` steps at or below ``release * limit``.
+
+    A rule of your own is a subclass with the class variables below, a `measure`, and a docstring under the fixed
+    headings; pass an instance in ``attach(model, rules=[*gradwatch.default_rules(), MyRule()])``.
+
+    Class variables:
+        code, name: ``"GW203"`` and a short name in words.
+        sign: what an alarm counts as in the verdict: subtle, confirming, growth, numeric or silent.
+        kind: the incident kind that the alarm points to.
+        per_layer: `measure` returns shape (L,) if True, else (1,).
+        urgent: measured on each step once anything stirs; the others may wait up to 16 steps.
+        opens: an alarm opens an incident. A confirming sign alone does not: it is a note.
+        cases: written runs on which the rule must fire or stay quiet.
+    """
+
+    code: ClassVar[str]
+    name: ClassVar[str]
+    sign: ClassVar[Sign]
+    kind: ClassVar[Kind]
+    per_layer: ClassVar[bool] = True
+    urgent: ClassVar[bool] = True
+    opens: ClassVar[bool] = True
+    cases: ClassVar[tuple[Case, ...]] = ()
+
+    limit: float = Field(default=0.0)
+    release: float = Field(default=1.0, gt=0, le=1)
+    for_steps: int = Field(default=1, ge=1)
+    keep_steps: int = Field(default=5, ge=0)
+
+    def measure(self, history: History) -> Floats:
+        """Return the quantity, shape (L,) or (1,); NaN where it cannot be told. Must not change the history."""
+        raise NotImplementedError
+
+    @classmethod
+    def documentation(cls) -> str:
+        """The rule's page, in Markdown: what `gradwatch explain` prints."""
+        summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
+        return f"# {cls.code} {cls.name}\n\n{summary}\n{rest}"

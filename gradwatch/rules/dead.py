@@ -1,0 +1,62 @@
+"""GW402: units or whole layers are dead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class Dead(Rule):
+    """Units or whole layers are dead: their gradient is exactly zero.
+
+    ## What it means
+    A unit is a row of a weight matrix (an output of a linear layer, a channel of a convolution). It is dead when its
+    gradient was exactly zero at each of the last four samples, each from another batch.
+
+    ## Formula
+    `value = dead units / units` of the layer, from the four samples; `1` where the layer's whole gradient norm is
+    exactly zero on this step. It fires where `value > limit` (0.5) for `for_steps` (16) steps. Embeddings are left out:
+    words that do not occur have no gradient.
+
+    ## Why it is bad
+    A dead unit never learns again: no data reach it, so nothing can bring it back.
+
+    ## What to do
+    Lower the learning rate (one large step is what usually kills ReLU units), use LeakyReLU or GELU, start biases at
+    zero or slightly above, scale the inputs. If a whole layer is dead, look for a `detach()`, an `argmax`, or an output
+    that the loss does not use.
+
+    ## When it is harmless
+    Experts that the router did not choose; a branch that is used later in training.
+
+    ## Source
+    Lu et al., "Dying ReLU and initialization" (2019), arXiv:1903.06733.
+    """
+
+    code: ClassVar[str] = "GW402"
+    name: ClassVar[str] = "dead units"
+    sign: ClassVar[Sign] = "silent"
+    kind: ClassVar[Kind] = "dead"
+    urgent: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("a layer with zero gradient", fires=15, grad="0x40"),
+        Case("three of four units", fires=15, dead="0.75x40"),
+        Case("one unit in five", fires=None, dead="0.2x40"),
+        Case("zero now and then", fires=None, grad="0 1 0 1 0 1 0 1"),
+    )
+
+    limit: float = Field(default=0.5, gt=0, lt=1)
+    for_steps: int = Field(default=16, ge=1)
+
+    def measure(self, history: History) -> Floats:
+        """Return the share of dead units of each layer, shape (L,)."""
+        return np.where(history.row.grad_norm == 0, 1.0, history.dead_share)

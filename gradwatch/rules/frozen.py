@@ -1,0 +1,60 @@
+"""GW403: weights that never change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class Frozen(Rule):
+    """The weights never change although gradients arrive.
+
+    ## What it means
+    Not one bit of the layer has changed since watching began, though it is trainable and its gradient is not zero.
+
+    ## Formula
+    `value = steps since watching began` where an exact fingerprint of the layer's bits was the same at every sample,
+    else `0`. It fires where `value > limit` (48). Layers whose gradient is exactly zero, or that got none, are left out.
+
+    ## Why it is bad
+    The layer is not being trained, and nothing says so: the optimizer holds another copy of the parameters or was built
+    before they were replaced, its learning rate is zero, or its updates are smaller than the rounding of a
+    half-precision weight.
+
+    ## What to do
+    Build the optimizer after the model is final, from `model.parameters()`; look at the learning rate of each group and
+    at its schedule; keep a float32 master copy of half-precision weights.
+
+    ## When it is harmless
+    A warm-up that starts with a long stretch at rate zero; a layer that you left out of the optimizer on purpose: say
+    so with `requires_grad_(False)`.
+
+    ## Source
+    Updates lost to rounding: Micikevicius et al., "Mixed precision training" (2018), arXiv:1710.03740.
+    """
+
+    code: ClassVar[str] = "GW403"
+    name: ClassVar[str] = "weights never change"
+    sign: ClassVar[Sign] = "silent"
+    kind: ClassVar[Kind] = "frozen"
+    urgent: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("a stale optimizer", fires=49, unchanged="0+1x80"),
+        Case("changes at step 30", fires=None, unchanged="0+1x30 0x60"),
+        Case("zero gradient: nothing to learn from", fires=None, grad="0x80", unchanged="0+1x80"),
+    )
+
+    limit: float = Field(default=48.0, gt=0)
+
+    def measure(self, history: History) -> Floats:
+        """Return for how many steps each layer has not changed since the start, shape (L,)."""
+        return np.where(history.arriving, history.unchanged, 0.0)

@@ -1,0 +1,53 @@
+"""GW302: gradients are not finite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class GradientNonFinite(Rule):
+    """Gradients hold NaN or infinite values.
+
+    ## What it means
+    At least one gradient element of the layer is NaN or infinite. Finite gradients whose norm overflows are not meant:
+    gradwatch measures those again in float64.
+
+    ## Formula
+    `value = 1` where the layer's gradient holds NaN, `2` for infinite, `3` for both, else `0`. It fires where
+    `value > limit` (0).
+
+    ## Why it is bad
+    An optimizer step with such a gradient writes NaN into the weights and into the optimizer's moments.
+
+    ## What to do
+    The incident names the first layer in backward order and counts the elements. Do not apply the step: `clip="norm"`
+    skips it. Then look for the operation that made it: log, sqrt, division, exp, norm of a zero vector, a mask of -inf
+    over a whole row of attention.
+
+    ## When it is harmless
+    Now and then under float16 with a GradScaler, which finds its scale by overflowing and skips such steps itself.
+
+    ## Source
+    IEEE 754 arithmetic; `torch.amp.GradScaler`.
+    """
+
+    code: ClassVar[str] = "GW302"
+    name: ClassVar[str] = "gradients not finite"
+    sign: ClassVar[Sign] = "numeric"
+    kind: ClassVar[Kind] = "nonfinite"
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("one layer goes NaN", fires=3, grad={"a": "1x6", "b": "1x3 nan"}),
+        Case("infinite", fires=1, grad="1 inf"),
+        Case("huge but finite", fires=None, grad="1e38x4"),
+    )
+
+    def measure(self, history: History) -> Floats:
+        """Return the code of what each layer's gradient held, shape (L,)."""
+        return history.nonfinite.astype(float)

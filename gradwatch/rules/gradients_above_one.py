@@ -1,0 +1,64 @@
+"""GW203: the gradients are consistently above 1.0 for each layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class GradientsAboveOne(Rule):
+    """The gradients are consistently above 1.0 for each layer during training.
+
+    ## What it means
+    The gradient norm of every layer that got a gradient was above the limit, step after step.
+
+    ## Formula
+    `value = min over layers of ||g_l||`, where `g_l` is the gradient of layer `l`; a norm that is not finite counts as
+    infinitely large. It fires where `value > limit` (1.0) for `for_steps` (3) steps in a row.
+
+    ## Why it is bad
+    Beside a loss that jumps or a norm that surges it confirms that the whole model is driven, not one odd layer.
+
+    ## What to do
+    What the incident says that it confirms. Alone it needs nothing.
+
+    ## When it is harmless
+    Alone: summed losses, unscaled targets and wide layers give large, stable gradients in healthy runs. This is why it
+    never opens an incident by itself.
+
+    ## Source
+    The third of the practitioners' confirming signs (Brownlee 2019). Alone it fires in 22 of 70 healthy runs of the
+    pilot study in the project's notes on detection.
+    """
+
+    code: ClassVar[str] = "GW203"
+    name: ClassVar[str] = "gradients above 1.0 in each layer"
+    sign: ClassVar[Sign] = "confirming"
+    kind: ClassVar[Kind] = "exploding"
+    per_layer: ClassVar[bool] = False
+    urgent: ClassVar[bool] = False
+    opens: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("both layers, three steps", fires=2, grad={"a": "2x5", "b": "30x5"}),
+        Case("one layer stays small", fires=None, grad={"a": "2x50", "b": "0.9x50"}),
+        Case("not three in a row", fires=None, grad={"a": "2 2 0.5 2 2 0.5", "b": "9x6"}),
+        Case("NaN counts as large", fires=2, grad={"a": "nanx5", "b": "infx5"}),
+    )
+
+    limit: float = Field(default=1.0, gt=0)
+    for_steps: int = Field(default=3, ge=1)
+
+    def measure(self, history: History) -> Floats:
+        """Return the smallest gradient norm of all layers with a gradient, shape (1,)."""
+        norms = np.where(history.nonfinite > 0, np.inf, history.row.grad_norm)
+        smallest = np.fmin.reduce(norms, initial=np.nan)
+        return np.array([smallest])

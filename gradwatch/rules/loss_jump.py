@@ -1,0 +1,67 @@
+"""GW102: the loss changes largely from update to update."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class LossJump(Rule):
+    """The loss changes largely from update to update: it jumped up.
+
+    ## What it means
+    The last loss stands far above the losses just before it, measured by how much they usually vary.
+
+    ## Formula
+    `value = (x - m) / s`, with `x` the last loss, `m` and `d` median and scaled MAD of up to 32 losses before it, and
+    `s = max(d, |m| / 10, |r| / 20)`, where `r` is the reference loss (median of the first 16). It fires where
+    `value > limit` (10): the loss then at least doubled, and rose by at least half of the level it began with, so that
+    the ordinary noise of a converged run stays below. Falls never count.
+
+    ## Why it is bad
+    One update did more harm than many updates did good: the step was too long for the curvature it met, or the batch
+    was wrong. It is often the last sign before the loss turns NaN.
+
+    ## What to do
+    A single jump with a return: look at that batch. Jumps that come again or grow: lower the learning rate, add warm-up,
+    scale the targets, or clip by norm.
+
+    ## When it is harmless
+    One hard batch; a warm restart of the learning rate; a new stage of a curriculum.
+
+    ## Source
+    The second of the practitioners' signs (Brownlee 2019); the scale by median and MAD after Leys et al. (2013).
+    """
+
+    code: ClassVar[str] = "GW102"
+    name: ClassVar[str] = "loss jumps"
+    sign: ClassVar[Sign] = "subtle"
+    kind: ClassVar[Kind] = "spike"
+    per_layer: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("one jump", fires=20, loss="1+0.01x20 50 1"),
+        Case("explodes from the start", fires=3, loss="1 1.1 2 40 900"),
+        Case("noise of a converged run", fires=None, loss="2.3x20 0.01x40 0.3 0.01x10"),
+        Case("starts at 1e4 and falls", fires=None, loss="1e4*0.5x30"),
+    )
+
+    limit: float = Field(default=10.0, gt=0)
+    window: int = Field(default=32, ge=4)
+
+    def measure(self, history: History) -> Floats:
+        """Return the jump of the last loss in units of the usual change, shape (1,); NaN before the fourth loss."""
+        middle, spread = history.loss_level(self.window)
+        if history.losses < 4 or math.isnan(middle) or not math.isfinite(history.row.loss):
+            return np.array([np.nan])
+        scale = max(spread, abs(middle) / 10, abs(history.reference_loss) / 20)
+        return np.array([(history.row.loss - middle) / scale if scale else np.nan])

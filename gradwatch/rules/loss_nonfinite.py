@@ -1,0 +1,54 @@
+"""GW103: the loss goes NaN."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class LossNonFinite(Rule):
+    """The loss goes NaN (or infinite) during training.
+
+    ## What it means
+    The loss of this step is not a finite number, so its gradients teach nothing.
+
+    ## Formula
+    `value = 1` where the loss is seen and is NaN or infinite, else `0`. It fires where `value > limit` (0).
+
+    ## Why it is bad
+    The next update writes NaN into the weights, and from then on the run is lost.
+
+    ## What to do
+    Read the incident's evidence: it tells whether the weights, the gradients or the loss went first. Loss first: look
+    for the logarithm or root of zero, a division by zero, exp of a large number, or NaN in the data. Gradients first:
+    clip, lower the learning rate. `clip="norm"` skips such steps.
+
+    ## When it is harmless
+    Now and then under float16 with a GradScaler, which finds its scale by overflowing.
+
+    ## Source
+    The third of the practitioners' signs (Brownlee 2019).
+    """
+
+    code: ClassVar[str] = "GW103"
+    name: ClassVar[str] = "loss not finite"
+    sign: ClassVar[Sign] = "subtle"
+    kind: ClassVar[Kind] = "nonfinite"
+    per_layer: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("NaN after five steps", fires=5, loss="1x5 nan"),
+        Case("infinite", fires=2, loss="1x2 inf"),
+        Case("very large is still finite", fires=None, loss="1*1e30x3"),
+    )
+
+    def measure(self, history: History) -> Floats:
+        """Return 1.0 where the loss is not finite, shape (1,)."""
+        return np.array([float(history.loss_nonfinite)])

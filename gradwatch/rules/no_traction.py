@@ -1,0 +1,75 @@
+"""GW101: the model gets no traction."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+from gradwatch.statistics import median_and_mad
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class NoTraction(Rule):
+    """The model gets no traction on the training data: the loss stays poor.
+
+    ## What it means
+    After `min_steps` optimizer steps the loss is still about where it began.
+
+    ## Formula
+    `value = max(s, |r| / 50) / (r - m)`, infinite where `m >= r`: the gain that would be worth the word over the gain
+    there is. `r` is the reference loss (median of the run's first 16 finite losses), `m` and `s` are median and scaled
+    MAD of the last `window` (50) losses. It fires where `value > limit` (1.0) for `for_steps` (50) steps: the loss has
+    gained less than two per cent, or less than it scatters from batch to batch.
+
+    ## Why it is bad
+    Steps are spent and nothing is learned. Behind it may stand a learning rate that is zero, far too small or so large
+    that the weights were thrown to a flat place; gradients that vanish; a part of the model cut off from the loss;
+    an optimizer that holds other parameters; labels that do not belong to their inputs.
+
+    ## What to do
+    Look at GW401, GW402 and GW403 first: they name layers. Overfit one batch: if that fails too, the fault is in the
+    program, not in the data. Then change the learning rate by factors of three, both ways, and scale the inputs.
+
+    ## When it is harmless
+    A plateau before learning starts; a resumed or pretrained model that was good from the first step; adversarial and
+    reinforcement losses, which need not fall.
+
+    ## Source
+    The first of the signs by which practitioners suspect exploding gradients: Brownlee, "Gradient clipping" (2019).
+    """
+
+    code: ClassVar[str] = "GW101"
+    name: ClassVar[str] = "no traction"
+    sign: ClassVar[Sign] = "subtle"
+    kind: ClassVar[Kind] = "stalled"
+    per_layer: ClassVar[bool] = False
+    urgent: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("flat for 300 steps", fires=248, loss="2.3x300"),
+        Case("falls slowly but surely", fires=None, loss="2.3+-0.002x400"),
+        Case("starts at 1e4 and falls", fires=None, loss="1e4*0.97x400"),
+        Case("a negative loss that falls", fires=None, loss="-1+-0.01x400"),
+    )
+
+    limit: float = Field(default=1.0, gt=0)
+    min_steps: int = Field(default=200, ge=20)
+    window: int = Field(default=50, ge=5)
+    for_steps: int = Field(default=50, ge=1)
+
+    def measure(self, history: History) -> Floats:
+        """Return the gain worth the word over the gain, shape (1,); NaN before ``min_steps`` losses."""
+        if history.losses < self.min_steps:
+            return np.array([np.nan])
+        middle, scatter = median_and_mad(history.loss(last=self.window))
+        reference = history.reference_loss
+        gain = reference - middle
+        worth = max(scatter, abs(reference) / 50)
+        return np.array([worth / gain if gain > 0 else math.inf if gain <= 0 else math.nan])

@@ -1,0 +1,68 @@
+"""GW303: the update is too large for the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class UpdateTooLarge(Rule):
+    """The update is too large for the weights.
+
+    ## What it means
+    One optimizer step moves a layer by more than its own size. It needs no history, so it works from the first step.
+
+    ## Formula
+    `value = ||dw|| / max(||w||, 0.01 * sqrt(n))` for matrices of `n` elements. For SGD the update is known before it
+    happens: `||dw|| = lr * c * ||g||`, with learning rate `lr` and the factor `c` of the user's own clipping (momentum
+    adds to it and is left out). For the others it is measured from below: `||dw|| >= | ||w_t|| - ||w_{t-k}|| | / k`
+    over the `k` steps between two samples of the weight norm. It fires where `value > limit` (1.0) and resolves below
+    `release * limit` (0.1): healthy is 1e-4 to 1e-1. Biases and gains are left out.
+
+    ## Why it is bad
+    What the layer had learned is overwritten by a single batch.
+
+    ## What to do
+    SGD: clip by norm, or lower the learning rate until the value is below 0.1. Adam and its kin: lower the rate or warm
+    up; clipping does not help, because they divide the gradient by its own size.
+
+    ## When it is harmless
+    Layers that were initialised almost at zero, in their first steps.
+
+    ## Source
+    The ratio of updates to weights: Karpathy, CS231n notes, "Ratio of weights:updates". Mean update over mean weight
+    above 1 marks 13 of 13 explosions at no healthy run in the pilot study of the project's notes on detection.
+    """
+
+    code: ClassVar[str] = "GW303"
+    name: ClassVar[str] = "update too large for the weights"
+    sign: ClassVar[Sign] = "growth"
+    kind: ClassVar[Kind] = "exploding"
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("SGD, before the first update", fires=0, grad="500x3", weight="2x3"),
+        Case("SGD, healthy", fires=None, grad="5x100", weight="2x100"),
+        Case("Adam, measured afterwards", fires=2, weight="2 2.1 20", family="adam"),
+        Case("Adam: a large gradient is no large update", fires=None, grad="500x50", weight="2*1.001x50", family="adam"),
+    )
+
+    limit: float = Field(default=1.0, gt=0)
+    release: float = Field(default=0.1, gt=0, le=1)
+
+    def measure(self, history: History) -> Floats:
+        """Return update over weights for each matrix, shape (L,); NaN elsewhere."""
+        floor = 0.01 * np.sqrt(history.sizes)
+        if history.facts.family == "sgd":
+            ratio = history.rate * history.row.applied * history.row.grad_norm / np.fmax(history.weight, floor)
+        else:
+            moved = np.abs(history.weight - history.previous_weight) / history.weight_gap
+            ratio = moved / np.fmax(history.previous_weight, floor)
+        return np.where(history.matrices, ratio, np.nan)

@@ -1,0 +1,61 @@
+"""GW401: gradients vanish on their way back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class Vanishing(Rule):
+    """Gradients vanish on their way back through the layers.
+
+    ## What it means
+    A layer's gradient elements are many orders of magnitude smaller than those of the layer with the largest ones.
+
+    ## Formula
+    `value = max_k(rms_k) / rms_l`, with `rms_l = t_l / sqrt(n_l)`, `t_l` the typical gradient norm of layer `l` and
+    `n_l` its number of elements. It fires where `value > limit` (1e6) for `for_steps` (32) steps. Layers whose
+    gradient is exactly zero belong to GW402.
+
+    ## Why it is bad
+    The layer hardly learns, while the layers behind it fit to what it happens to give them.
+
+    ## What to do
+    Use ReLU-like activations instead of sigmoid or tanh, He or Xavier initialisation, residual connections,
+    normalisation, fewer layers; for recurrent models gated units.
+
+    ## When it is harmless
+    Layers that are hardly used by design, and a layer whose rate was set much higher on purpose.
+
+    ## Source
+    Hochreiter (1991); Bengio et al., "Learning long-term dependencies with gradient descent is difficult" (1994).
+    """
+
+    code: ClassVar[str] = "GW401"
+    name: ClassVar[str] = "gradients vanish"
+    sign: ClassVar[Sign] = "silent"
+    kind: ClassVar[Kind] = "vanishing"
+    urgent: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("seven decades smaller", fires=39, grad={"first": "1e-9x60", "last": "1e-2x60"}),
+        Case("three decades smaller", fires=None, grad={"first": "1e-5x60", "last": "1e-2x60"}),
+        Case("all small together: converged", fires=None, grad={"first": "1e-12x60", "last": "1e-11x60"}),
+    )
+
+    limit: float = Field(default=1e6, gt=1)
+    for_steps: int = Field(default=32, ge=1)
+
+    def measure(self, history: History) -> Floats:
+        """Return how much smaller each layer's typical gradient element is than the largest, shape (L,)."""
+        seen = history.typical_grad.seen >= 8
+        rms = np.where(seen & (history.row.grad_norm > 0), history.typical_grad.value / np.sqrt(history.sizes), np.nan)
+        return np.fmax.reduce(rms, initial=np.nan) / rms

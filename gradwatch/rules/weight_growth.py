@@ -1,0 +1,59 @@
+"""GW201: the weights quickly become very large."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class WeightGrowth(Rule):
+    """The weights quickly become very large during training.
+
+    ## What it means
+    A layer's weight norm is several times the norm it had a short while ago.
+
+    ## Formula
+    `value = ||w|| / max(t, f)`, with `t` the layer's typical weight norm (an exponential average of log norms over some
+    16 samples that starts at the first norm) and a floor `f = c * sqrt(n)` for `n` elements: `c = 0.01` for matrices,
+    `c = 1` for biases and gains, which may well grow from zero. It fires where `value > limit` (5).
+
+    ## Why it is bad
+    Healthy weights grow by percents. Large weights make larger activations and larger gradients, which make larger
+    weights: the loop that ends in overflow.
+
+    ## What to do
+    Clip by norm, lower the learning rate, scale the targets, or put an L2 penalty on the weights.
+
+    ## When it is harmless
+    Layers that were initialised almost at zero, such as the second factor of an adapter.
+
+    ## Source
+    The first of the practitioners' confirming signs (Brownlee 2019).
+    """
+
+    code: ClassVar[str] = "GW201"
+    name: ClassVar[str] = "weights quickly very large"
+    sign: ClassVar[Sign] = "confirming"
+    kind: ClassVar[Kind] = "exploding"
+    opens: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("doubles each step", fires=4, weight="1*2x8"),
+        Case("grows by one per cent a step", fires=None, weight="1*1.01x300"),
+        Case("a bias leaves zero", fires=None, weight="0.001 0.01 0.05 0.09"),
+    )
+
+    limit: float = Field(default=5.0, gt=1)
+
+    def measure(self, history: History) -> Floats:
+        """Return each layer's weight norm over its typical norm, shape (L,); NaN before the second sample."""
+        floor = np.sqrt(history.sizes) * np.where(history.matrices, 0.01, 1.0)
+        return history.weight / np.maximum(history.typical_weight.value, floor)

@@ -1,0 +1,50 @@
+"""GW202: the weights go NaN."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class WeightNonFinite(Rule):
+    """The weights go NaN (or infinite) during training.
+
+    ## What it means
+    A layer holds at least one weight that is not a finite number.
+
+    ## Formula
+    `value = 1` where the layer's weight norm is not finite, else `0`. It fires where `value > limit` (0). Weights are
+    looked at on each of the first steps, on each step of an open incident, and every 16 steps otherwise.
+
+    ## Why it is bad
+    Every later result of this layer is NaN, and no update can repair it.
+
+    ## What to do
+    Go back to the last checkpoint with finite weights, with a lower learning rate or with clipping. If it happens at
+    step 0, the checkpoint or the initialisation is broken.
+
+    ## When it is harmless
+    Never.
+
+    ## Source
+    The second of the practitioners' confirming signs (Brownlee 2019).
+    """
+
+    code: ClassVar[str] = "GW202"
+    name: ClassVar[str] = "weights not finite"
+    sign: ClassVar[Sign] = "confirming"
+    kind: ClassVar[Kind] = "nonfinite"
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("NaN at step 3", fires=3, weight="1x3 nan"),
+        Case("large is still finite", fires=None, weight="1 1e30"),
+    )
+
+    def measure(self, history: History) -> Floats:
+        """Return 1.0 where a layer's weights are not finite, shape (L,)."""
+        return history.nonfinite_weight.astype(float)

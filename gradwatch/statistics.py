@@ -1,0 +1,71 @@
+"""Robust statistics: formula, symbols, shapes and source of each.
+
+All of them look at finite values only, so that one NaN or Inf never poisons what comes after it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from gradwatch.records import Floats
+
+MAD_TO_SIGMA = 1.4826  # makes the MAD of a normal sample an estimate of its standard deviation
+
+
+def median_and_mad(values: Floats) -> tuple[float, float]:
+    """Return the median m and the scaled median absolute deviation s of the finite values.
+
+    ``m = median(x)``, ``s = 1.4826 * median(|x - m|)``; both NaN when no value is finite.
+    Source: Leys et al., "Detecting outliers", J. Exp. Soc. Psychology 49 (2013).
+    """
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return math.nan, math.nan
+    middle = float(np.median(finite))
+    return middle, MAD_TO_SIGMA * float(np.median(np.abs(finite - middle)))
+
+
+class Typical:
+    """The typical size of L positive quantities: an exponential moving average of their logarithms.
+
+    ``b <- b + a_n * clamp(log x - b, -w, w)`` with ``a_n = max(1 / n, 1 - 0.5 ** (1 / half_life))``: a plain mean of the
+    first logs, then an exponential average. The clamp ``w = log(4)`` (winsorising) lets one wild value move the average
+    by at most ``a_n * w``, while a lasting change of level is followed in the end. Zero, NaN and Inf are left out.
+
+    Attributes: ``value`` (L,) is ``exp(b)``, NaN before a layer's first value; ``seen`` (L,) counts the values taken.
+    """
+
+    _WINSOR = math.log(4.0)
+
+    def __init__(self, layers: int, half_life: float) -> None:
+        self._log = np.full(layers, np.nan)
+        self._rate = 1.0 - 0.5 ** (1.0 / half_life)
+        self.seen = np.zeros(layers, dtype=np.int64)
+        self.value = np.full(layers, np.nan)
+
+    def update(self, x: Floats) -> None:
+        """Take one value per layer; ``x`` has shape (L,)."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log = np.log(x)
+        use = np.isfinite(log)
+        self.seen += use
+        np.copyto(self._log, log, where=use & np.isnan(self._log))
+        step = np.where(use, log - self._log, 0.0)
+        np.clip(step, -self._WINSOR, self._WINSOR, out=step)
+        step *= np.maximum(self._rate, 1.0 / np.maximum(self.seen, 1))
+        self._log += step
+        np.exp(self._log, out=self.value)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Plain lists, fit for any file."""
+        return {"log": self._log.tolist(), "seen": self.seen.tolist()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Restore what `state_dict` returned."""
+        self._log = np.asarray(state["log"], dtype=np.float64)
+        self.seen = np.asarray(state["seen"], dtype=np.int64)
+        self.value = np.exp(self._log)

@@ -1,0 +1,120 @@
+"""The few places where torch has no hook. Each tap is named, counted and restorable.
+
+A tap replaces one attribute of torch while at least one listener wants it, and puts the original back when the last one
+leaves. If somebody else has patched the same place on top of it, it stays as a plain pass-through.
+
+* `BACKWARD` (`torch.autograd.backward`): the loss, and the end of a backward.
+* `USER_CLIP` (`torch.nn.utils.clip_grad._get_total_norm`): gradients before the user's own `clip_grad_norm_`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.utils.clip_grad as torch_clip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    Function = Callable[..., Any]
+
+
+class Listener(Protocol):
+    """What a tap tells."""
+
+    def backward_begins(self) -> None:
+        """A backward is about to run."""
+
+    def backward_ended(self, root: Tensor | None) -> None:
+        """A backward is done; ``root`` is the scalar that it started from, if it was one."""
+
+    def user_clips(self, gradients: Sequence[Tensor]) -> None:
+        """The user is about to clip these gradients by their global norm."""
+
+
+class Tap:
+    """One replaceable attribute of torch. ``wrap(original, tap)`` makes the replacement."""
+
+    def __init__(self, name: str, owner: Any, attribute: str, wrap: Callable[[Function, Tap], Function]) -> None:
+        self.name = name
+        self._owner = owner
+        self._attribute = attribute
+        self._wrap = wrap
+        self._original: Function | None = None
+        self._replacement: Function | None = None
+        self._lock = threading.Lock()
+        self.listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @property
+    def installed(self) -> bool:
+        """True while the replacement stands in torch."""
+        return self._replacement is not None and getattr(self._owner, self._attribute) is self._replacement
+
+    def add(self, listener: Listener) -> bool:
+        """Tell this listener from now on; False when this torch has no such place."""
+        with self._lock:
+            if not hasattr(self._owner, self._attribute):
+                return False
+            self.listeners.add(listener)
+            if not self.installed:
+                self._original = getattr(self._owner, self._attribute)
+                self._replacement = self._wrap(self._original, self)
+                setattr(self._owner, self._attribute, self._replacement)
+            return True
+
+    def remove(self, listener: Listener) -> None:
+        """Stop telling this listener; the last one to leave restores torch."""
+        with self._lock:
+            self.listeners.discard(listener)
+            if not self.listeners and self.installed:
+                setattr(self._owner, self._attribute, self._original)
+                self._replacement = self._original = None
+
+
+def _wrap_backward(original: Function, tap: Tap) -> Function:
+    inside = threading.local()
+
+    @functools.wraps(original)
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(inside, "now", False):  # reentrant checkpointing calls backward from inside a backward
+            return original(tensors, *args, **kwargs)
+        listeners = tuple(tap.listeners)
+        for listener in listeners:
+            listener.backward_begins()
+        inside.now = True
+        try:
+            result = original(tensors, *args, **kwargs)
+        finally:
+            inside.now = False
+        root = _scalar(tensors)
+        for listener in listeners:
+            listener.backward_ended(root)
+        return result
+
+    return backward
+
+
+def _scalar(tensors: Any) -> Tensor | None:
+    root = tensors[0] if isinstance(tensors, (list, tuple)) and len(tensors) == 1 else tensors
+    return root.detach() if isinstance(root, torch.Tensor) and root.numel() == 1 else None
+
+
+def _wrap_total_norm(original: Function, tap: Tap) -> Function:
+    @functools.wraps(original)
+    def total_norm(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        gradients = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        for listener in tuple(tap.listeners):
+            listener.user_clips(gradients)
+        return original(gradients, *args, **kwargs)
+
+    return total_norm
+
+
+BACKWARD = Tap("backward", torch.autograd, "backward", _wrap_backward)
+USER_CLIP = Tap("user's clip", torch_clip, "_get_total_norm", _wrap_total_norm)

@@ -1,0 +1,50 @@
+"""What every test relies on: one torch thread, and proof that nothing of gradwatch is left behind."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.utils.clip_grad as torch_clip
+from torch.optim import optimizer as torch_optimizer
+
+from gradwatch import monitor, probe
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples are imported as a package-less folder
+torch.set_num_threads(1)
+
+_BACKWARD, _TOTAL_NORM = torch.autograd.backward, torch_clip._get_total_norm
+
+
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "Refresh" in type(thread).__name__]
+
+
+def left_behind() -> list[str]:
+    """Name everything of gradwatch that is still in torch or in this process."""
+    found = []
+    if torch.autograd.backward is not _BACKWARD:
+        found.append("tap on torch.autograd.backward")
+    if torch_clip._get_total_norm is not _TOTAL_NORM:
+        found.append("tap on _get_total_norm")
+    if probe._handles or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+        found.append("optimizer hooks")
+    if len(monitor.attached):
+        found.append("an attached monitor")
+    return found + _threads()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """After each test no hook, tap or thread remains."""
+    yield
+    gc.collect()
+    found = left_behind()
+    for one in list(monitor.attached.values()):
+        one.detach()
+    assert found == []

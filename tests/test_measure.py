@@ -1,0 +1,95 @@
+"""Norms against dumb loops, and everything that is not an ordinary number."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradwatch.measure import NormPlan, fingerprint, global_norm_of, live_units, look_closer, norm_of
+
+
+def loop_norm(tensor: Tensor) -> float:
+    """The L2 norm by a loop over Python numbers."""
+    dense = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    return math.sqrt(math.fsum(abs(value) ** 2 for value in dense.flatten().tolist()))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 5), max_size=3),
+            st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]),
+        ),
+        min_size=1,
+        max_size=25,
+    ),
+    st.integers(0, 1000),
+)
+def test_norms_of_any_mixture_agree_with_a_dumb_loop(shapes: list[tuple[list[int], torch.dtype]], seed: int) -> None:
+    """Any shapes, empty ones too, any dtypes, in one call, within 1e-6."""
+    torch.manual_seed(seed)
+    tensors = [torch.randn(shape, dtype=dtype) for shape, dtype in shapes]
+    norms = NormPlan(tensors).norms(tensors)
+    np.testing.assert_allclose(norms, [loop_norm(tensor) for tensor in tensors], rtol=1e-6)
+    assert global_norm_of(norms) == pytest.approx(math.sqrt(sum(loop_norm(t) ** 2 for t in tensors)), rel=1e-6)
+
+
+def test_an_uncoalesced_sparse_gradient_is_summed_first() -> None:
+    """Rows that occur twice count once, with their sum."""
+    indices = torch.tensor([[0, 2, 0]])
+    sparse = torch.sparse_coo_tensor(indices, torch.ones(3, 4), (5, 4), check_invariants=True)
+    assert norm_of(sparse) == pytest.approx(loop_norm(sparse.to_dense()))
+
+
+def test_half_precision_norms_do_not_overflow() -> None:
+    """A healthy float16 tensor whose norm exceeds 65504."""
+    half = 3000 * torch.randn(100, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float16)
+    assert half.norm().isinf()
+    assert NormPlan([half]).norms([half])[0] == pytest.approx(half.double().norm().item(), rel=1e-6)
+
+
+def test_large_tensors_keep_their_digits() -> None:
+    """Forty million elements within 1e-6 of float64, where one float32 sum is a thousand times worse."""
+    large = torch.full((40_000_000,), 0.1)
+    assert norm_of(large) == pytest.approx(math.sqrt(40_000_000) * float(np.float32(0.1)), rel=1e-6)
+
+
+def test_nan_inf_and_overflow_are_told_apart() -> None:
+    """Counts of NaN and Inf; finite values whose float32 norm overflows get their true norm."""
+    assert look_closer(torch.tensor([1.0, math.nan, math.inf, -math.inf]))[:2] == (1, 2)
+    nans, infs, norm = look_closer(torch.tensor([3e30, 4e30]))
+    assert (nans, infs) == (0, 0)
+    assert norm == pytest.approx(5e30, rel=1e-6)
+    assert look_closer(torch.tensor([3e-30, 4e-30]))[2] == pytest.approx(5e-30, rel=1e-6)
+
+
+def test_nan_and_inf_propagate_to_the_global_norm() -> None:
+    """Finding them costs nothing because nothing hides them."""
+    assert math.isnan(global_norm_of(np.array([3.0, math.nan, 4.0])))
+    assert math.isinf(global_norm_of(np.array([3.0, math.inf])))
+    assert global_norm_of(np.array([3.0, 4.0])) == 5.0
+
+
+def test_live_units_are_rows_with_any_gradient() -> None:
+    """Even one so small that its square is zero."""
+    gradient = torch.zeros(3, 4)
+    gradient[0, 1] = 1.0
+    gradient[2, 3] = 1e-30
+    assert live_units(gradient).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_a_fingerprint_changes_with_any_bit(dtype: torch.dtype) -> None:
+    """The smallest possible change of one element is seen."""
+    tensor = torch.randn(50, dtype=dtype)
+    before = fingerprint(tensor)
+    assert fingerprint(tensor.clone()) == before
+    tensor.view(torch.uint8)[7] ^= 1
+    assert fingerprint(tensor) != before

@@ -1,0 +1,154 @@
+"""Every rule fires on a real training made for it, and is quiet on that training's repaired twin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradwatch
+from gradwatch.rules import RULES
+from tests.trainings import data, mlp, train
+
+Training = Callable[[bool], gradwatch.Monitor]
+
+
+def watched(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    *,
+    each: Callable[[int], None] | None = None,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = nn.functional.mse_loss,
+    x_y: tuple[Tensor, Tensor] | None = None,
+) -> gradwatch.Monitor:
+    """Train under a monitor that raises its own errors."""
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, optimizer, steps, each=each, loss_of=loss_of, x_y=x_y)
+    return monitor
+
+
+def rate_of_nothing(faulty: bool) -> gradwatch.Monitor:
+    """A learning rate of 1e-7 against one of 0.1."""
+    model = mlp()
+    return watched(model, torch.optim.SGD(model.parameters(), lr=1e-7 if faulty else 0.1), 300)
+
+
+def rate_too_high(faulty: bool) -> gradwatch.Monitor:
+    """A learning rate that doubles each step from step 60 on, against one that stays."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+
+    def schedule(step: int) -> None:
+        if faulty and step >= 60:
+            optimizer.param_groups[0]["lr"] *= 2
+
+    return watched(model, optimizer, 90, each=schedule)
+
+
+def logarithm_of_zero(faulty: bool) -> gradwatch.Monitor:
+    """A loss with log(0) in it, against one with a floor."""
+    model = mlp()
+
+    def loss_of(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(output, target) - 0.01 * torch.log(
+            torch.relu(output - 100) + (0 if faulty else 1e-3)
+        ).mean()
+
+    return watched(model, torch.optim.SGD(model.parameters(), lr=0.01), 20, loss_of=loss_of)
+
+
+def root_of_zero(faulty: bool) -> gradwatch.Monitor:
+    """A penalty with sqrt(0): its value is finite, its gradient is not; against one with a floor."""
+    model = mlp()
+
+    def loss_of(output: Tensor, target: Tensor) -> Tensor:
+        penalty = torch.sqrt((0 * output).square().sum() + (0 if faulty else 1e-6))
+        return nn.functional.mse_loss(output, target) + penalty
+
+    return watched(model, torch.optim.SGD(model.parameters(), lr=0.01), 20, loss_of=loss_of)
+
+
+def unscaled_targets(faulty: bool) -> gradwatch.Monitor:
+    """Targets in the hundreds, against scaled ones."""
+    x, y = data()
+    model = mlp()
+    return watched(model, torch.optim.SGD(model.parameters(), lr=0.05), 20, x_y=(x, y * 300 if faulty else y))
+
+
+def adam_rate(faulty: bool) -> gradwatch.Monitor:
+    """Adam with a rate of 3, against 0.003."""
+    model = mlp()
+    return watched(model, torch.optim.Adam(model.parameters(), lr=3.0 if faulty else 0.003), 40)
+
+
+def one_bad_batch(faulty: bool) -> gradwatch.Monitor:
+    """Inputs a hundred times too large at step 50, against none."""
+    x, y = data()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def spoil(step: int) -> None:
+        x.mul_(100 if faulty and step == 49 else 1)
+        x.div_(100 if faulty and step == 52 else 1)
+
+    return watched(model, optimizer, 70, each=spoil, x_y=(x, y))
+
+
+def deep_sigmoids(faulty: bool) -> gradwatch.Monitor:
+    """Fourteen layers of sigmoids, against ReLU."""
+    model = mlp(depth=14, activation=nn.Sigmoid if faulty else nn.ReLU)
+    for module in model:
+        if isinstance(module, nn.Linear) and not faulty:
+            nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+    return watched(model, torch.optim.SGD(model.parameters(), lr=1e-3), 80)
+
+
+def dying_units(faulty: bool) -> gradwatch.Monitor:
+    """Biases that put every hidden unit below zero, against biases at zero."""
+    model = mlp()
+    hidden = model[0]
+    assert isinstance(hidden, nn.Linear)
+    nn.init.constant_(hidden.bias, -100.0 if faulty else 0.0)
+    return watched(model, torch.optim.SGD(model.parameters(), lr=0.01), 80)
+
+
+def stale_optimizer(faulty: bool) -> gradwatch.Monitor:
+    """An optimizer that was built before half of the model, against one that was built after it."""
+    model = mlp()
+    owned = list(model.parameters())
+    return watched(model, torch.optim.SGD(owned[:2] if faulty else owned, lr=0.05), 80)
+
+
+TRAININGS: dict[str, Training] = {
+    "GW101": rate_of_nothing,
+    "GW102": rate_too_high,
+    "GW103": logarithm_of_zero,
+    "GW201": adam_rate,
+    "GW202": rate_too_high,
+    "GW203": unscaled_targets,
+    "GW301": one_bad_batch,
+    "GW302": root_of_zero,
+    "GW303": unscaled_targets,
+    "GW401": deep_sigmoids,
+    "GW402": dying_units,
+    "GW403": stale_optimizer,
+}
+
+
+def fired(monitor: gradwatch.Monitor) -> set[str]:
+    """Return the codes of the rules that fired."""
+    return {alarm.code for alarm in monitor.alarms if alarm.state == "firing"}
+
+
+@pytest.mark.parametrize("code", [rule.code for rule in RULES])
+def test_a_rule_fires_on_its_training_and_is_quiet_on_the_repaired_twin(code: str) -> None:
+    """The pair differs in the fault alone."""
+    assert code in fired(TRAININGS[code](True))
+    twin = TRAININGS[code](False)
+    assert code not in fired(twin)
+    assert [incident for incident in twin.incidents if incident.severity != "notice"] == []
+    assert math.isfinite(twin.history.loss(last=1)[0])

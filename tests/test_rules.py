@@ -1,0 +1,87 @@
+"""Every rule's form and its own cases; adding a rule adds these tests."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+import gradwatch
+from gradwatch import rules
+from gradwatch.cases import Case
+from gradwatch.rules import RULES, Rule, rule_by_code
+
+HEADINGS = ["What it means", "Formula", "Why it is bad", "What to do", "When it is harmless", "Source"]
+CASES = [pytest.param(rule, case, id=f"{rule.code} {case.name}") for rule in RULES for case in rule.cases]
+
+
+@pytest.mark.parametrize(("rule", "case"), CASES)
+def test_a_case_fires_at_its_step_or_not_at_all(rule: type[Rule], case: Case) -> None:
+    """Through the real history and state machine."""
+    assert case.fired(rule()) == case.fires
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.code)
+class TestForm:
+    """What every rule must have."""
+
+    def test_it_has_a_case_that_fires_and_one_that_stays_quiet(self, rule: type[Rule]) -> None:
+        """A rule without both could be anything."""
+        fires = [case.fires is not None for case in rule.cases]
+        assert any(fires)
+        assert not all(fires)
+
+    def test_its_page_stands_under_the_fixed_headings(self, rule: type[Rule]) -> None:
+        """All of them, in this order, each with text."""
+        page = rule.documentation()
+        assert re.findall(r"^## (.+)$", page, re.MULTILINE) == HEADINGS
+        assert all(part.strip() for part in re.split(r"^## .+$", page, flags=re.MULTILINE))
+        assert page.startswith(f"# {rule.code} {rule.name}")
+
+    def test_its_page_names_the_default_limit(self, rule: type[Rule]) -> None:
+        """The figure in the text is the figure in the code."""
+        limit = rule().limit
+        assert f"({limit:g})" in rule.documentation() or f"({limit:.1f})" in rule.documentation() or (
+            f"({limit:.0e})".replace("e+0", "e") in rule.documentation()
+        )
+
+    def test_its_code_says_its_family(self, rule: type[Rule]) -> None:
+        """GW1 subtle, GW2 confirming, GW3 growth and numeric, GW4 silent."""
+        family = {"1": {"subtle"}, "2": {"confirming"}, "3": {"growth", "numeric"}, "4": {"silent"}}
+        assert re.fullmatch(r"GW\d{3}", rule.code)
+        assert rule.sign in family[rule.code[2]]
+
+    def test_thresholds_are_frozen_and_validated(self, rule: type[Rule]) -> None:
+        """NaN and unknown names are refused, with the value and what is known."""
+        with pytest.raises(gradwatch.UsageError, match="limit=nan"):
+            rule(limit=math.nan)
+        with pytest.raises(gradwatch.UsageError, match="has no setting 'limt'. Did you mean 'limit'"):
+            rule(limt=1.0)
+        with pytest.raises(ValidationError):
+            rule().limit = 3.0  # type: ignore[misc]
+
+
+def test_every_file_of_the_folder_is_exported() -> None:
+    """A new rule is one file and one line; the line cannot be forgotten."""
+    files = {path.stem for path in Path(rules.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    defined = {rule.__module__.rpartition(".")[2] for rule in RULES}
+    assert files == defined
+    for name in files:
+        module = importlib.import_module(f"gradwatch.rules.{name}")
+        assert all(value.__name__ in rules.__all__ for value in vars(module).values() if value in RULES)
+
+
+def test_codes_and_names_are_unique() -> None:
+    """No two rules share either."""
+    assert len({rule.code for rule in RULES}) == len({rule.name for rule in RULES}) == len(RULES)
+
+
+def test_a_rule_is_found_by_its_code_in_any_case() -> None:
+    """And an unknown code gets the nearest one."""
+    assert rule_by_code("gw203") is rules.GradientsAboveOne
+    with pytest.raises(gradwatch.UsageError, match="There is no rule 'GW2O3'. Did you mean 'GW203'"):
+        rule_by_code("GW2O3")

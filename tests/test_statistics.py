@@ -1,0 +1,68 @@
+"""Robust statistics against plain references."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradwatch.statistics import Typical, median_and_mad
+
+positive = st.floats(1e-30, 1e30)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
+def test_median_and_mad_agree_with_the_standard_library(values: list[float]) -> None:
+    """The median and 1.4826 times the median distance from it."""
+    middle, spread = median_and_mad(np.array(values))
+    assert math.isclose(middle, statistics.median(values), abs_tol=1e-9)
+    assert math.isclose(spread, 1.4826 * statistics.median(abs(v - middle) for v in values), rel_tol=1e-9, abs_tol=1e-6)
+
+
+def test_values_that_are_not_finite_do_not_count() -> None:
+    """NaN and Inf are left out; nothing finite gives NaN."""
+    assert median_and_mad(np.array([1.0, math.nan, 3.0, math.inf, 2.0]))[0] == 2.0
+    assert all(map(math.isnan, median_and_mad(np.array([math.nan]))))
+
+
+@given(st.lists(positive, min_size=1, max_size=20))
+def test_the_typical_size_lies_between_the_smallest_and_the_largest(values: list[float]) -> None:
+    """An average of logs never leaves their range."""
+    typical = Typical(1, half_life=16)
+    for value in values:
+        typical.update(np.array([value]))
+    assert min(values) * (1 - 1e-9) <= typical.value[0] <= max(values) * (1 + 1e-9)
+
+
+def test_one_wild_value_moves_the_typical_size_by_a_bounded_factor() -> None:
+    """Winsorising: after 100 ones, 1e30 moves it by less than ten per cent; NaN, Inf and zero not at all."""
+    typical = Typical(2, half_life=64)
+    for _ in range(100):
+        typical.update(np.ones(2))
+    for wild in (math.nan, math.inf, 0.0):
+        typical.update(np.array([wild, 1.0]))
+    assert typical.value.tolist() == [1.0, 1.0]
+    typical.update(np.array([1e30, 1.0]))
+    assert 1.0 < typical.value[0] < 1.1
+    assert typical.value[1] == 1.0
+
+
+def test_a_lasting_change_of_level_is_followed() -> None:
+    """A new level ten times higher is typical after some 400 steps at it."""
+    typical = Typical(1, half_life=64)
+    for value in [1.0] * 200 + [10.0] * 400:
+        typical.update(np.array([value]))
+    assert 8.0 < typical.value[0] <= 10.0
+
+
+def test_the_state_survives_a_round_trip() -> None:
+    """A resumed baseline goes on as if nothing had happened."""
+    one, other = Typical(3, 64), Typical(3, 64)
+    one.update(np.array([1.0, 2.0, math.nan]))
+    other.load_state_dict(one.state_dict())
+    for typical in (one, other):
+        typical.update(np.array([3.0, 3.0, 3.0]))
+    np.testing.assert_array_equal(one.value, other.value)

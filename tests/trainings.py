@@ -1,0 +1,68 @@
+"""Small real trainings that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def data(n: int = 256, width: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return inputs (n, width) and a smooth target (n, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=generator)
+    return x, torch.sin(2 * x[:, :1]) + 0.5 * x[:, 1:2]
+
+
+def mlp(
+    depth: int = 3, width: int = 16, activation: type[nn.Module] = nn.ReLU, seed: int = 0, inputs: int = 8
+) -> nn.Sequential:
+    """Return a plain network with ``depth`` linear layers."""
+    torch.manual_seed(seed)
+    parts: list[nn.Module] = []
+    for _ in range(depth - 1):
+        parts += [nn.Linear(inputs, width), activation()]
+        inputs = width
+    return nn.Sequential(*parts, nn.Linear(inputs, 1))
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    *,
+    each: Callable[[int], Any] | None = None,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = nn.functional.mse_loss,
+    x_y: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+) -> list[float]:
+    """Train on random batches of 32; ``each`` is called after each backward with the step's number."""
+    x, y = x_y if x_y is not None else data()
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for step in range(steps):
+        batch = torch.randint(len(x), (32,), generator=generator)
+        optimizer.zero_grad()
+        loss = loss_of(model(x[batch]), y[batch])
+        loss.backward()  # type: ignore[no-untyped-call]
+        if each is not None:
+            each(step)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def true_norms(model: nn.Module) -> list[float]:
+    """Return each parameter's gradient norm by a dumb loop in float64; NaN where there is no gradient."""
+    norms = []
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            norms.append(float("nan"))
+            continue
+        total = 0.0
+        for value in parameter.grad.flatten().tolist():
+            total += value * value
+        norms.append(total**0.5)
+    return norms
