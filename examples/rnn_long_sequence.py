@@ -29,9 +29,8 @@ class Adder(nn.Module):
         else:
             self.recurrent = nn.RNN(2, width, batch_first=True, nonlinearity="relu")
             # a little more than the identity: the state, and its gradient, grow by the step
-            nn.init.eye_(self.recurrent.weight_hh_l0)
             with torch.no_grad():
-                self.recurrent.weight_hh_l0.mul_(1.03)
+                self.recurrent.get_parameter("weight_hh_l0").copy_(1.03 * torch.eye(width))
         self.output = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -68,7 +68,13 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 def _list_rules(console: Console, *, as_json: bool) -> None:
     if as_json:
         rows = [
-            {"code": rule.code, "name": rule.name, "sign": rule.sign, "kind": rule.kind, "settings": rule().model_dump()}
+            {
+                "code": rule.code,
+                "name": rule.name,
+                "sign": rule.sign,
+                "kind": rule.kind,
+                "settings": rule().model_dump(),
+            }
             for rule in RULES
         ]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """The only file where time enters: pending -> firing -> resolved, as arrays of counters.
 
-A rule's condition must hold for ``for_steps`` steps before its alarm fires; the alarm resolves after the value was at or
-below ``release * limit`` for more than ``keep_steps`` steps. Everything is one (rules, layers) update; an `Alarm` is made only when a state changes.
+A rule's condition must hold for ``for_steps`` steps before its alarm fires; the alarm resolves after the value was at
+or below ``release * limit`` for more than ``keep_steps`` steps. Everything is one (rules, layers) update; an `Alarm` is
+made only when a state changes.
 """
 
 from __future__ import annotations
@@ -111,9 +112,12 @@ class Alarms:
         return tuple(f"{self.rules[i].code} {self.rules[i].name}" for i in np.flatnonzero(self.firing.any(axis=1)))
 
     def closeness(self) -> tuple[Floats, NDArray[np.intp]]:
-        """Each layer's largest value / limit, shape (L,), and the index of the rule it belongs to, shape (L,)."""
-        per_layer = np.array([rule.per_layer and rule.limit > 0 for rule in self.rules])[:, None]
+        """Each layer's largest value / limit, shape (L,), and the index of the rule it belongs to, shape (L,).
+
+        A rule with limit 0 either fires (infinitely close) or has nothing to say. Minus infinity: no rule can tell.
+        """
+        per_layer = np.array([rule.per_layer for rule in self.rules], dtype=bool)[:, None]
         with np.errstate(invalid="ignore", divide="ignore"):
-            ratio = np.where(per_layer & ~np.isnan(self.values), self.values / self.limits, -np.inf)
-        closest = ratio.argmax(axis=0)
-        return ratio.max(axis=0), closest
+            ratio = np.where(self.limits > 0, self.values / self.limits, np.where(self.values > 0, np.inf, -np.inf))
+        ratio = np.where(per_layer & ~np.isnan(ratio), ratio, -np.inf)
+        return ratio.max(axis=0), ratio.argmax(axis=0)

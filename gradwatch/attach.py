@@ -59,7 +59,11 @@ def attach(
         )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise UsageError(f"attach() got every={every!r}; expected a whole number of at least 1 (optimizer steps).")
-    monitor = Monitor(model, _rules(rules), _policy(clip), _reports(report), every=every, strict=strict)
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise UsageError(
+            f"attach() got {_shown(scaler)} as scaler; expected a torch.amp.GradScaler, or None to find it."
+        )
+    monitor = Monitor(model, _rules(rules), _policy(clip), _reports(report), scaler=scaler, every=every, strict=strict)
     if optimizer is not None:
         _check_optimizer(optimizer, monitor, model)
     monitor.start(optimizer)
@@ -70,10 +74,14 @@ def _rules(rules: Sequence[Rule] | None) -> list[Rule]:
     if rules is None:
         return default_rules()
     if isinstance(rules, (str, bytes)) or not isinstance(rules, Sequence):
-        raise UsageError(f"attach() got rules={_shown(rules)}; expected a list of Rule instances, or None for the default set.")
+        raise UsageError(
+            f"attach() got rules={_shown(rules)}; expected a list of Rule instances, or None for the default set."
+        )
     for rule in rules:
         if isinstance(rule, type) and issubclass(rule, Rule):
-            raise UsageError(f"attach() got the class {rule.__name__} among rules; expected an instance: {rule.__name__}().")
+            raise UsageError(
+                f"attach() got the class {rule.__name__} among rules; expected an instance: {rule.__name__}()."
+            )
         if not isinstance(rule, Rule):
             raise UsageError(
                 f"attach() got {_shown(rule)} among rules; expected instances of gradwatch.Rule, "

@@ -93,6 +93,7 @@ class Clipping:
         self._held_since = 0
         self._looseness = 1.0
         self._loss_ceiling = math.inf
+        self._well_below = math.inf
         self._idle = 0
 
     @property
@@ -108,7 +109,10 @@ class Clipping:
         """
         incident = incidents.open_explosion()
         if self.record is None and incident is not None and self._switches_on(incident.kind, incident.severity):
-            self.record = ClipRecord(str(self.policy.clip), row.step, loss_before=self._loss_before())
+            before, scatter = self.history.loss_level()
+            before = before if math.isfinite(before) else row.loss
+            self._well_below = before + max(scatter if math.isfinite(scatter) else 0.0, abs(before) / 20)
+            self.record = ClipRecord(str(self.policy.clip), row.step, loss_before=before)
             self._hold, self._held_since, self._idle = self.policy.hold, row.step, 0
             self._looseness, self._loss_ceiling = 1.0, math.inf
         if row.nonfinite is not None:
@@ -167,20 +171,16 @@ class Clipping:
         """Switch off because the incident closes; return the finished record."""
         if self.record is None:
             return None
-        before, after = self.record.loss_before, self.record.loss_after
-        # no loss, no claim of harm: a run that became calm was helped
-        helped = not math.isfinite(before) or (math.isfinite(after) and after <= before + abs(before))
-        record = replace(self.record, released_step=step, helped=helped)
+        after, _ = self.history.loss_level(_LEVEL)
+        # where no loss was seen nothing speaks against it: the run became calm
+        helped = not math.isfinite(self.record.loss_before) or after <= self._well_below
+        record = replace(self.record, released_step=step, helped=helped, loss_after=after)
         self.record, self._looseness = None, 1.0
         return record
 
     def _switches_on(self, kind: str, severity: Severity) -> bool:
         enough = SEVERITIES.index(severity) >= SEVERITIES.index(self.policy.severity)
         return enough and self.policy.when != "always" and kind in self.policy.when
-
-    def _loss_before(self) -> float:
-        middle, _ = self.history.loss_level(8)
-        return middle if math.isfinite(middle) else self.history.row.loss
 
     def _skip(self, row: Row) -> Decision:
         self._skips_in_a_row += 1

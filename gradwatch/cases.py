@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from gradwatch.rules.base import Rule
 
-_WORD = re.compile(r"(?P<start>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?)(?:(?P<way>[*+])(?P<by>[-\d.e]+))?(?:x(?P<count>\d+))?")
+_WORD = re.compile(
+    r"(?P<start>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?)(?:(?P<way>[*+])(?P<by>[-\d.e]+))?(?:x(?P<count>\d+))?"
+)
 
 
 def series(text: str) -> list[float]:
@@ -36,8 +38,10 @@ def series(text: str) -> list[float]:
         if match is None:
             raise ValueError(f"{word!r} is no series: write 0.1, 0.1x20, 1*2x5 or 1+0.5x4.")
         start, by = float(match["start"]), float(match["by"] or 0)
-        for n in range(int(match["count"] or 1)):
-            values.append(start * by**n if match["way"] == "*" else start + by * n if match["way"] else start)
+        steps = range(int(match["count"] or 1))
+        values.extend(
+            start * by**n if match["way"] == "*" else start + by * n if match["way"] else start for n in steps
+        )
     return values
 
 

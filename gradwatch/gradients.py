@@ -58,8 +58,11 @@ class Gradients:
         self._rate = np.full(layers, np.nan)
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
 
-    def measure(self) -> Measured:
-        """Measure all gradients that exist now, in one batched call per device and dtype."""
+    def measure(self, scale: float = 1.0) -> Measured:
+        """Measure all gradients that exist now, in one batched call per device and dtype.
+
+        ``scale`` is a loss scale that is still on them: the norms come without it.
+        """
         gradients = [parameter.grad for parameter in self.parameters]
         there = [gradient for gradient in gradients if gradient is not None]
         columns = self.columns
@@ -80,6 +83,9 @@ class Gradients:
         measured = Measured(there, columns, spread, global_norm_of(norms))
         if not math.isfinite(measured.global_norm) or not norms.all():
             self._look_closer(measured)
+        if scale != 1.0:
+            measured.norms /= scale
+            measured.global_norm /= scale
         return measured
 
     def _look_closer(self, measured: Measured) -> None:

@@ -62,16 +62,16 @@ class History:
         self.row = Row(-1, math.nan, np.full(count, np.nan), math.nan)
         self.typical_grad = Typical(count, half_life=64)
         self.typical_weight = Typical(count, half_life=16)
-        self.weight = np.full(count, np.nan)
-        self.previous_weight = np.full(count, np.nan)
+        self.weight: Floats = np.full(count, np.nan)
+        self.previous_weight: Floats = np.full(count, np.nan)
         self.weight_gap = 1
         self._weight_step = 0
         self._all_finite = np.zeros(count, dtype=np.uint8)
         self.nonfinite = self._all_finite
         self.nonfinite_weight = np.zeros(count, dtype=bool)
-        self.dead_share = np.full(count, np.nan)
-        self.unchanged = np.full(count, np.nan)
-        self.rate = np.full(count, np.nan)
+        self.dead_share: Floats = np.full(count, np.nan)
+        self.unchanged: Floats = np.full(count, np.nan)
+        self.rate: Floats = np.full(count, np.nan)
         self.reference_loss = math.nan
         self._first_losses: list[float] = []
         self.losses = 0
@@ -133,10 +133,7 @@ class History:
         kept = min(self.rows, self.window)
         count = kept if last is None else min(last, kept)
         end = self.rows % self.window
-        if end - count >= 0:
-            view = ring[end - count : end]
-        else:
-            view = np.concatenate([ring[end - count :], ring[:end]])
+        view = ring[end - count : end] if end - count >= 0 else np.concatenate([ring[end - count :], ring[:end]])
         view.flags.writeable = False
         return view
 
@@ -176,7 +173,7 @@ class History:
     def surge(self) -> Floats:
         """The last gradient norms over their typical size, shape (L,); NaN in a layer's first eight steps."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = self.row.grad_norm / self.typical_grad.value
+            ratio: Floats = self.row.grad_norm / self.typical_grad.value
         ratio[(self.typical_grad.seen < 8) | (self.nonfinite > 0)] = np.nan
         return ratio
 

@@ -16,7 +16,7 @@ from gradwatch.advice import advise
 from gradwatch.records import SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from gradwatch.autoclip import Clipping
     from gradwatch.history import History
@@ -80,7 +80,7 @@ class Incidents:
         self._follow_bands(step)
         touched = set()
         for alarm in changes:
-            name = "explosion" if alarm.kind in EXPLOSION else alarm.kind
+            name: str = "explosion" if alarm.kind in EXPLOSION else alarm.kind
             story = self._stories.setdefault(name, _Story())
             key = (alarm.code, alarm.layer)
             if alarm.state == "firing":
@@ -108,13 +108,10 @@ class Incidents:
         out = (surge > _LEFT_BAND) | (self._history.nonfinite > 0)
         self._left[out & (self._left < 0)] = step
 
-    def _judge(
-        self, name: str, story: _Story, opening: frozenset[str], step: int, *, touched: bool
-    ) -> Incident | None:
+    def _judge(self, name: str, story: _Story, opening: frozenset[str], step: int, *, touched: bool) -> Incident | None:
         active = any(code in opening for code, _ in story.firing)
-        if name != "explosion" and self.open_explosion() is not None:
-            active = False  # what an explosion does to loss and units is part of its own story
-        if story.incident is None and not active:
+        aftermath = name != "explosion" and self.open_explosion() is not None  # part of the explosion's own story
+        if story.incident is None and (aftermath or not active):
             story.signs = dict(story.firing)
             return None
         if active:
@@ -153,6 +150,9 @@ class Incidents:
         severity, verdict = _severity(signs, kind)
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)
+        confirmed = before.confirmed_step if before is not None else None
+        if confirmed is None and verdict == "confirmed":
+            confirmed = step
         layers = self._layers(signs)
         phase = before.phase if before is not None and before.phase else _phase(self._history)
         suspect = self._suspect(signs, layers, phase)
@@ -163,7 +163,7 @@ class Incidents:
             kind=kind,
             severity=severity,
             verdict=verdict,
-            confirmed_step=(before.confirmed_step if before else None) or (step if verdict == "confirmed" else None),
+            confirmed_step=confirmed,
             suspect=suspect,
             layers=layers,
             signs=signs,
@@ -186,7 +186,11 @@ class Incidents:
     def _close(self, name: str, story: _Story, step: int) -> Incident:
         assert story.incident is not None
         kind = story.incident.kind
-        if kind == "exploding" and story.fired_steps <= _BRIEF and "confirming" not in {s.sign for s in story.incident.signs}:
+        if (
+            kind == "exploding"
+            and story.fired_steps <= _BRIEF
+            and "confirming" not in {s.sign for s in story.incident.signs}
+        ):
             kind = "spike"
         clip = self._clipping.let_go(step) if self._clipping is not None and name == "explosion" else None
         closed = replace(story.incident, kind=kind, verdict="resolved", closed_step=step, clip=clip)
@@ -208,7 +212,7 @@ class Incidents:
             beyond = -alarm.value / alarm.limit if alarm.limit > 0 and np.isfinite(alarm.value) else 0.0
             key = (step, beyond, int(history.order[index]))
             first[alarm.layer] = min(first.get(alarm.layer, key), key)
-        for index in np.flatnonzero(self._left >= 0):
+        for index in np.flatnonzero(self._left >= 0).tolist():
             first.setdefault(history.layers[index], (int(self._left[index]), 0.0, int(history.order[index])))
         return tuple(sorted(first, key=first.__getitem__))
 

@@ -35,7 +35,9 @@ class Layers:
         self.with_units: list[bool] = []
         self._refs: list[weakref.ref[nn.Parameter]] = []
         self._columns: dict[int, int] = {}
-        embedded = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+        embedded = {
+            id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        }
         trainable = False
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if isinstance(parameter, UninitializedParameter):

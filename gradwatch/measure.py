@@ -45,7 +45,7 @@ class NormPlan:
         self.simple = len(self.groups) == 1 and not self.alone
         self.count = len(tensors)
 
-    def norms(self, tensors: Sequence[Tensor]) -> Floats:
+    def norms(self, tensors: list[Tensor]) -> Floats:
         """Return the L2 norm of each tensor, shape (n,). One host copy per device and dtype, none on CPU."""
         if self.simple:
             return _batched(tensors, self.groups[0][2])
@@ -66,9 +66,13 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _batched(tensors: Sequence[Tensor], dtype: torch.dtype) -> Floats:
+def _batched(tensors: list[Tensor], dtype: torch.dtype) -> Floats:
     try:
-        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32) if dtype in _HALVES else torch._foreach_norm(tensors, 2)
+        norms = (
+            torch._foreach_norm(tensors, 2, dtype=torch.float32)
+            if dtype in _HALVES
+            else torch._foreach_norm(tensors, 2)
+        )
     except (RuntimeError, NotImplementedError):  # a gradient that is sparse although its parameter is dense
         return np.array([norm_of(tensor) for tensor in tensors])
     if len(norms) < _FEW and norms[0].is_cpu:
@@ -86,7 +90,7 @@ def norm_of(tensor: Tensor) -> float:
     whole = flat.numel() - flat.numel() % _CHUNK if flat.numel() >= _LARGE and flat.is_cpu else 0
     rest = torch.linalg.vector_norm(flat[whole:], dtype=wide)
     if not whole:
-        return rest.item()
+        return float(rest.item())
     chunks = torch.linalg.vector_norm(flat[:whole].view(-1, _CHUNK), dim=1, dtype=wide)
     return math.hypot(torch.linalg.vector_norm(chunks, dtype=torch.float64).item(), rest.item())
 
@@ -126,7 +130,7 @@ def scaled_norm(values: Tensor) -> float:
     largest = max(-low.item(), high.item())
     if largest == 0:
         return 0.0
-    return largest * torch.linalg.vector_norm(values.double() / largest).item()
+    return float(largest * torch.linalg.vector_norm(values.double() / largest).item())
 
 
 def code_of(nans: int, infs: int) -> NonFinite:
@@ -137,7 +141,8 @@ def code_of(nans: int, infs: int) -> NonFinite:
 def live_units(gradient: Tensor) -> Tensor:
     """Return which units (rows along the first dimension) have a gradient other than zero, bool of shape (units,)."""
     # the sum of magnitudes, not of squares: tiny values must not underflow to zero
-    return torch.linalg.vector_norm(gradient.detach().flatten(1), ord=1, dim=1) != 0
+    size: Tensor = torch.linalg.vector_norm(gradient.detach().flatten(1), ord=1, dim=1)
+    return size.bool()
 
 
 def fingerprint(tensor: Tensor) -> int:

@@ -7,6 +7,9 @@ import logging
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from gradwatch.errors import UsageError
 from gradwatch.history import History
 from gradwatch.layers import Layers, facts_of, optimizer_facts
 from gradwatch.pipeline import Pipeline
@@ -41,6 +44,7 @@ class Monitor:
         policy: AutoClip | None,
         reports: Sequence[Report],
         *,
+        scaler: torch.amp.GradScaler | None = None,
         every: int = 1,
         strict: bool = False,
     ) -> None:
@@ -51,7 +55,7 @@ class Monitor:
         self.history = History(layers.names, layers.sizes, layers.matrices)
         self.history.facts = facts_of(model, layers, str(policy.clip) if policy else None)
         self._pipeline = Pipeline(self.history, rules, policy, reports, self.failed)
-        self._probe = Probe(layers, self, every)
+        self._probe = Probe(layers, self, every, scaler)
         self.attached = False
 
     # Life.
@@ -66,6 +70,7 @@ class Monitor:
         self._finish = weakref.finalize(model, _end, weakref.ref(self))
         self._finish.atexit = False
         atexit.register(self.detach)
+        self._pipeline.start()
 
     def detach(self) -> None:
         """Remove every hook and tap, end the reports; the model is as it was before. Safe to call twice."""
@@ -94,7 +99,9 @@ class Monitor:
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
-        return f"<gradwatch.Monitor of {self.history.facts.model}, {state}, step {self.history.row.step}: {self.verdict}>"
+        return (
+            f"<gradwatch.Monitor of {self.history.facts.model}, {state}, step {self.history.row.step}: {self.verdict}>"
+        )
 
     # What the user says.
 
@@ -103,6 +110,10 @@ class Monitor:
 
         ``loss`` is a number or a tensor of one element; anything else raises `UsageError`.
         """
+        number = isinstance(loss, (int, float)) or (isinstance(loss, torch.Tensor) and loss.numel() == 1)
+        if not number:
+            shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+            raise UsageError(f"monitor.loss() got {shape}; expected a number or a tensor of one element: loss.mean()?")
         self._probe.give_loss(loss)
         return loss
 

@@ -72,6 +72,8 @@ class Pipeline:
     def step(self, row: Row) -> Decision:
         """Judge one row; return what to do with its gradients before the optimizer sees them."""
         self.history.push(row)
+        if not self._shown_rows:  # what came before the first step is not the training's speed
+            self._shown, self._shown_rows = perf_counter(), 1
         if not self._quiet(row):
             self._judge(row)
         decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
@@ -87,8 +89,8 @@ class Pipeline:
     def _quiet(self, row: Row) -> bool:
         """True on a step on which no rule can have anything to say that may not wait up to 16 steps."""
         return not (
-            row.step < _EVERY_STEP
-            or row.step % _CADENCE == 0
+            self.history.rows <= _EVERY_STEP
+            or self.history.rows % _CADENCE == 0
             or row.nonfinite is not None
             or (row.has_loss and not row.loss <= self._loss_band)
             or self.alarms.stirring
@@ -104,10 +106,14 @@ class Pipeline:
         if row.has_loss:
             middle, spread = self.history.loss_level()
             self._loss_band = middle + 3 * max(spread, abs(middle) / 10)
-        elif self.history.rows == _NO_LOSS and not self.history.losses:
+        elif self.history.rows == _NO_LOSS and not self.history.losses:  # one of the first steps: all of them come here
             self.notes.append("no loss seen: the loss rules rest. Hand it over with monitor.loss(loss).")
 
     # Reports.
+
+    def start(self) -> None:
+        """Tell the reports that watching begins."""
+        self._each("start")
 
     def report(self, cost: float) -> None:
         """Show the reports a snapshot: at once when something is new, else when their period is over.
@@ -126,18 +132,18 @@ class Pipeline:
         self._each("close", self.snapshot(cost))
         self.reports.clear()
 
-    def _each(self, method: str, snapshot: Snapshot) -> None:
+    def _each(self, method: str, *arguments: Snapshot) -> None:
         for report in tuple(self.reports):
             try:
-                getattr(report, method)(snapshot)
-            except Exception as error:  # noqa: BLE001  a failing report must not stop training
+                getattr(report, method)(*arguments)
+            except Exception as error:
                 self.reports.remove(report)
                 self._on_error(f"report {type(report).__name__}", error)
 
     def snapshot(self, cost: float) -> Snapshot:
         """Return all that a report may know of this moment."""
         history, now = self.history, perf_counter()
-        if now - self._shown >= _RATE_OVER or math.isnan(self._speed):
+        if now - self._shown >= _RATE_OVER and history.rows > self._shown_rows > 0:
             self._speed = (history.rows - self._shown_rows) / max(now - self._shown, 1e-9)
             self._shown, self._shown_rows = now, history.rows
         closeness, closest = self.alarms.closeness()

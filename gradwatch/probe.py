@@ -38,6 +38,7 @@ _LEARNING = 3  # backwards on which the order of arrival is learned
 _UNDECIDED = 16  # backwards without an optimizer step after which a loop is taken to have none
 
 Source = Literal["optimizer step", "closure", "end of backward", "monitor.step()"]
+Clipped = Literal["no clip_grad_norm_ seen", "before the user's clip", "as the optimizer sees it"]
 
 
 class Judge(Protocol):
@@ -63,9 +64,12 @@ class Probe:
         layers: the watched parameters.
         judge: told of every row; held weakly.
         every: optimizer steps between measurements.
+        scaler: the gradient scaler; None: found when it steps.
     """
 
-    def __init__(self, layers: Layers, judge: Judge, every: int = 1) -> None:
+    def __init__(
+        self, layers: Layers, judge: Judge, every: int = 1, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         self._layers = layers
         self._judge = weakref.ref(judge)
         self._every = every
@@ -82,6 +86,7 @@ class Probe:
         self._roots: list[Tensor] = []
         self._given_loss: Tensor | float | None = None
         self._before_clip: Measured | None = None
+        self._scaler = weakref.ref(scaler) if scaler is not None else None
         self._stepping: weakref.ref[Optimizer] | None = None
         self._stepping_at = -1
         self._closely = False
@@ -100,8 +105,8 @@ class Probe:
             self._find(optimizer)
         self._hook_all()
         _listen(self)
-        taps.BACKWARD.add(self)
-        taps.USER_CLIP.add(self)
+        for tap in taps.ALL:
+            tap.add(self)
 
     def stop(self) -> None:
         """Remove every hook and give back what was hidden."""
@@ -110,8 +115,8 @@ class Probe:
             handle.remove()
         self._hooks.clear()
         _unlisten(self)
-        taps.BACKWARD.remove(self)
-        taps.USER_CLIP.remove(self)
+        for tap in taps.ALL:
+            tap.remove(self)
         for gradients in tuple(self._owned.values()):
             gradients.restore()
 
@@ -206,6 +211,16 @@ class Probe:
     def _measure_before_clip(self, mine: Gradients) -> None:
         self._before_clip = mine.measure()
 
+    def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+        """See `taps.Listener`."""
+        if self._gradients_of(optimizer) is not None:
+            self._scaler = weakref.ref(scaler)
+
+    def scaler_stepped(self, optimizer: Optimizer) -> None:
+        """See `taps.Listener`: on overflow the scaler leaves the step out, so its loss belongs to no row."""
+        if self._gradients_of(optimizer) is not None:
+            self._forget()
+
     # The optimizer's hooks.
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -298,14 +313,18 @@ class Probe:
         if step % self._every and not self._closely:
             self._forget()
             return
-        now = mine.measure()
+        scale = _fused_scale(optimizer)
+        if scale is None:  # the optimizer itself leaves the step out: the scaler found an overflow
+            self.step = step
+            self._forget()
+            return
+        now = mine.measure(scale)
         loss, loss_source = self._loss(returned)
-        whole, applied, clipped = now, 1.0, "as the optimizer sees it"
+        whole, applied = now, 1.0
+        clipped: Clipped = "no clip_grad_norm_ seen" if taps.USER_CLIP.installed else "as the optimizer sees it"
         if self._before_clip is not None:
             whole, clipped = self._before_clip, "before the user's clip"
             applied = mine.kept(whole)
-        elif taps.USER_CLIP.installed:
-            clipped = "no clip_grad_norm_ seen"
         self._forget()
         weights = self._sampling.weights() if self._closely or self._sampling.weights_due(step) else None
         census = self._sampling.census_due(step)
@@ -332,8 +351,10 @@ class Probe:
         if decision.skip:
             mine.hide() if optimizer is not None else mine.zero()
         elif decision.clip is not None and now.gradients and self._clippable(source, optimizer):
-            coefficient = decision.clip.apply(now.gradients, now.global_norm)
+            clip = decision.clip if scale == 1.0 else decision.clip.loosened(scale)
+            coefficient = clip.apply(now.gradients, now.global_norm * scale)
         judge.done(row, decision, coefficient)
+
     def _clippable(self, source: Source, optimizer: Optimizer | None) -> bool:
         """False inside a line search: there the gradients belong to the search, and a clip would mislead it."""
         return source != "closure" or not isinstance(optimizer, torch.optim.LBFGS)
@@ -345,7 +366,9 @@ class Probe:
         if isinstance(returned, (int, float)) or (isinstance(returned, torch.Tensor) and returned.numel() == 1):
             return float(returned), "closure"
         if self._roots:
-            return sum(root.item() for root in self._roots), "backward root"
+            scaler = self._scaler() if self._scaler is not None else None
+            scale = scaler.get_scale() if scaler is not None else 1.0
+            return sum(root.item() for root in self._roots) / scale, "backward root"
         return math.nan, "none"
 
     def _forget(self) -> None:
@@ -363,13 +386,21 @@ class Probe:
                 do(*args)
         except TrainingUnstableError:
             raise
-        except Exception as error:  # noqa: BLE001  a failing monitor must not stop training
+        except Exception as error:
             self.stop()
             judge = self._judge()
             if judge is not None:
                 judge.failed("measuring", error)
         finally:
             self.seconds += perf_counter() - started
+
+
+def _fused_scale(optimizer: Optimizer | None) -> float | None:
+    """Return the loss scale that a fused optimizer still has to divide by; None when it will skip this step."""
+    scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if overflow is not None and overflow.item() > 0:
+        return None
+    return 1.0 if scale is None else float(scale.item())
 
 
 _probes: weakref.WeakSet[Probe] = weakref.WeakSet()

@@ -55,7 +55,7 @@ class Sampling:
         if self._plan is None or self._planned != len(parameters):
             self._plan, self._planned = NormPlan(parameters), len(parameters)
         norms = np.full(len(self._layers), np.nan)
-        norms[list(columns)] = self._plan.norms(parameters)
+        norms[list(columns)] = self._plan.norms(list(parameters))
         nonfinite = np.zeros(len(self._layers), dtype=bool)
         for column, parameter in zip(columns, parameters, strict=True):
             if not np.isfinite(norms[column]):

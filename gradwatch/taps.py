@@ -4,6 +4,7 @@ A tap replaces one attribute of torch while at least one listener wants it, and 
 leaves. If somebody else has patched the same place on top of it, it stays as a plain pass-through.
 
 * `BACKWARD` (`torch.autograd.backward`): the loss, and the end of a backward.
+* `SCALER` (`torch.amp.GradScaler.step`): the loss scale, and steps that the scaler leaves out.
 * `USER_CLIP` (`torch.nn.utils.clip_grad._get_total_norm`): gradients before the user's own `clip_grad_norm_`.
 """
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
     Function = Callable[..., Any]
 
@@ -36,6 +38,12 @@ class Listener(Protocol):
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
         """The user is about to clip these gradients by their global norm."""
+
+    def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+        """A gradient scaler is about to step this optimizer."""
+
+    def scaler_stepped(self, optimizer: Optimizer) -> None:
+        """It has, or it has left the step out because gradients overflowed."""
 
 
 class Tap:
@@ -116,5 +124,21 @@ def _wrap_total_norm(original: Function, tap: Tap) -> Function:
     return total_norm
 
 
+def _wrap_scaler_step(original: Function, tap: Tap) -> Function:
+    @functools.wraps(original)
+    def step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        listeners = tuple(tap.listeners)
+        for listener in listeners:
+            listener.scaler_steps(scaler, optimizer)
+        result = original(scaler, optimizer, *args, **kwargs)
+        for listener in listeners:
+            listener.scaler_stepped(optimizer)
+        return result
+
+    return step
+
+
 BACKWARD = Tap("backward", torch.autograd, "backward", _wrap_backward)
+SCALER = Tap("scaler", torch.amp.GradScaler, "step", _wrap_scaler_step)
 USER_CLIP = Tap("user's clip", torch_clip, "_get_total_norm", _wrap_total_norm)
+ALL = (BACKWARD, SCALER, USER_CLIP)

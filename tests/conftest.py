@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ import torch.nn.utils.clip_grad as torch_clip
 from torch.optim import optimizer as torch_optimizer
 
 from gradwatch import monitor, probe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples are imported as a package-less folder
 torch.set_num_threads(1)

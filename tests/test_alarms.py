@@ -32,7 +32,7 @@ def states(text: str, **settings: float) -> list[tuple[int, str]]:
     """Run one layer's series through the state machine; return step and state of each change."""
     history = History(["layer"])
     alarms = Alarms([Size(**settings)], history.layers)
-    changes = []
+    changes: list[tuple[int, str]] = []
     for step, value in enumerate(series(text)):
         history.push(Row(step, 1.0, np.array([value]), value))
         changes += [(alarm.step, alarm.state) for alarm in alarms.update(history, step)]

@@ -85,9 +85,7 @@ def test_huge_finite_gradients_keep_their_direction() -> None:
 def test_a_loosened_clip_is_wider_by_the_factor(name: str) -> None:
     """Every bound is multiplied; the original stays."""
     clip = CLIPS[name]()
-    for before, after in zip(
-        clip.model_dump().values(), clip.loosened(3.0).model_dump().values(), strict=True
-    ):
+    for before, after in zip(clip.model_dump().values(), clip.loosened(3.0).model_dump().values(), strict=True):
         assert after == pytest.approx(3 * before)
 
 
@@ -96,4 +94,4 @@ def test_a_loosened_clip_is_wider_by_the_factor(name: str) -> None:
 def test_a_bound_that_makes_no_sense_is_refused_with_its_value(clip: type[Clip], bad: object) -> None:
     """Zero, negative, NaN, infinite, not a number."""
     with pytest.raises(gradwatch.UsageError, match=rf"{clip.__name__}\(max_.*={bad!r}\)"):
-        clip(bad)  # type: ignore[arg-type, call-arg]
+        clip(bad)  # type: ignore[call-arg]

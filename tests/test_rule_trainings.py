@@ -54,9 +54,10 @@ def logarithm_of_zero(faulty: bool) -> gradwatch.Monitor:
     model = mlp()
 
     def loss_of(output: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.mse_loss(output, target) - 0.01 * torch.log(
-            torch.relu(output - 100) + (0 if faulty else 1e-3)
-        ).mean()
+        return (
+            nn.functional.mse_loss(output, target)
+            - 0.01 * torch.log(torch.relu(output - 100) + (0 if faulty else 1e-3)).mean()
+        )
 
     return watched(model, torch.optim.SGD(model.parameters(), lr=0.01), 20, loss_of=loss_of)
 

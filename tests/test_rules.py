@@ -6,14 +6,17 @@ import importlib
 import math
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from pydantic import ValidationError
 
 import gradwatch
 from gradwatch import rules
-from gradwatch.cases import Case
 from gradwatch.rules import RULES, Rule, rule_by_code
+
+if TYPE_CHECKING:
+    from gradwatch.cases import Case
 
 HEADINGS = ["What it means", "Formula", "Why it is bad", "What to do", "When it is harmless", "Source"]
 CASES = [pytest.param(rule, case, id=f"{rule.code} {case.name}") for rule in RULES for case in rule.cases]
@@ -45,8 +48,10 @@ class TestForm:
     def test_its_page_names_the_default_limit(self, rule: type[Rule]) -> None:
         """The figure in the text is the figure in the code."""
         limit = rule().limit
-        assert f"({limit:g})" in rule.documentation() or f"({limit:.1f})" in rule.documentation() or (
-            f"({limit:.0e})".replace("e+0", "e") in rule.documentation()
+        assert (
+            f"({limit:g})" in rule.documentation()
+            or f"({limit:.1f})" in rule.documentation()
+            or (f"({limit:.0e})".replace("e+0", "e") in rule.documentation())
         )
 
     def test_its_code_says_its_family(self, rule: type[Rule]) -> None:
@@ -59,8 +64,8 @@ class TestForm:
         """NaN and unknown names are refused, with the value and what is known."""
         with pytest.raises(gradwatch.UsageError, match="limit=nan"):
             rule(limit=math.nan)
-        with pytest.raises(gradwatch.UsageError, match="has no setting 'limt'. Did you mean 'limit'"):
-            rule(limt=1.0)
+        with pytest.raises(gradwatch.UsageError, match=r"has no setting 'limt'\. Did you mean 'limit'"):
+            rule(limt=1.0)  # type: ignore[call-arg]
         with pytest.raises(ValidationError):
             rule().limit = 3.0  # type: ignore[misc]
 
@@ -83,5 +88,5 @@ def test_codes_and_names_are_unique() -> None:
 def test_a_rule_is_found_by_its_code_in_any_case() -> None:
     """And an unknown code gets the nearest one."""
     assert rule_by_code("gw203") is rules.GradientsAboveOne
-    with pytest.raises(gradwatch.UsageError, match="There is no rule 'GW2O3'. Did you mean 'GW203'"):
+    with pytest.raises(gradwatch.UsageError, match=r"There is no rule 'GW2O3'\. Did you mean 'GW203'"):
         rule_by_code("GW2O3")

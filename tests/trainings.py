@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def data(n: int = 256, width: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -46,7 +48,7 @@ def train(
         batch = torch.randint(len(x), (32,), generator=generator)
         optimizer.zero_grad()
         loss = loss_of(model(x[batch]), y[batch])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if each is not None:
             each(step)
         optimizer.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradwatch.settings import Settings
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 class Clip(Settings):
     """A way to make gradients smaller."""
+
+    def __init__(self, **bounds: Any) -> None:
+        super().__init__(**bounds)
 
     def apply(self, gradients: Sequence[Tensor], global_norm: float) -> float:
         """Change ``gradients`` in place; return the global norm after over the one before, at most 1.

@@ -39,7 +39,7 @@ class ClipValue(Clip):
                 summed = gradient.coalesce()
                 summed.values().clamp_(-self.max_value, self.max_value)
                 gradient.copy_(summed)
-        after = global_norm_of(NormPlan(gradients).norms(gradients))
+        after = global_norm_of(NormPlan(gradients).norms(list(gradients)))
         return min(1.0, after / global_norm) if global_norm > 0 and math.isfinite(global_norm) else 1.0
 
     def loosened(self, factor: float) -> ClipValue:

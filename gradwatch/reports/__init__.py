@@ -1,34 +1,36 @@
 """One way to tell a file. A report sees snapshots and nothing else.
 
-A new report is one new file and one line here.
+A new report is one new file and one line here. They are named, not imported: rich is loaded only when one is used.
 """
 
 from __future__ import annotations
 
+import os
+import pkgutil
 import sys
+from typing import cast
 
 from gradwatch.reports.base import Report
-from gradwatch.reports.live import LiveReport
-from gradwatch.reports.log import LogReport
 
-REPORTS: dict[str, type[Report]] = {"live": LiveReport, "log": LogReport}
+REPORTS = {
+    "live": "gradwatch.reports.live:LiveReport",
+    "log": "gradwatch.reports.log:LogReport",
+}
 
 
 def report_by_name(name: str) -> Report:
     """Return the report of this name; ``"auto"`` is live in a terminal and log lines elsewhere."""
     if name == "auto":
         name = "live" if _in_terminal() else "log"
-    return REPORTS[name]()
+    return cast("Report", pkgutil.resolve_name(REPORTS[name])())
 
 
 def _in_terminal() -> bool:
     """True when the standard error stream is a terminal that can be drawn on, and no tqdm bar is on it already."""
-    import os
-
     if not sys.stderr.isatty() or os.environ.get("TERM") in (None, "dumb", "unknown"):
         return False
     tqdm = sys.modules.get("tqdm")
     return not (tqdm and getattr(tqdm.tqdm, "_instances", None))
 
 
-__all__ = ["REPORTS", "LiveReport", "LogReport", "Report", "report_by_name"]
+__all__ = ["REPORTS", "Report", "report_by_name"]

@@ -18,6 +18,9 @@ class Report:
 
     period: ClassVar[float] = math.inf
 
+    def start(self) -> None:
+        """Make ready: the monitor is attached, no step has been made yet."""
+
     def step(self, snapshot: Snapshot) -> None:
         """Tell of this moment."""
         raise NotImplementedError

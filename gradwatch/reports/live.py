@@ -6,7 +6,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
@@ -42,49 +42,53 @@ class LiveReport(Report):
         self._live: Live | None = None
         self._above: dict[str, _Above] = {}
 
-    def step(self, snapshot: Snapshot) -> None:
-        """Leave the snapshot for the drawing thread."""
-        self._snapshot = snapshot
-        if self._live is None:
-            self._start()
-
-    def close(self, snapshot: Snapshot) -> None:
-        """Clear the picture and print the summary in its place."""
-        if self._live is not None:
-            for name, above in self._above.items():
-                if getattr(sys, name) is above:
-                    setattr(sys, name, above.rich_proxied_file)
-                above.finish()
-            self._live.stop()
-            self._live = None
-            self._above.clear()
-        if snapshot.step >= 0:
-            self._console.print(Summary(snapshot))
-
-    def _start(self) -> None:
-        self._live = Live(
-            console=self._console,
-            get_renderable=self._picture,
-            refresh_per_second=4,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+    def start(self) -> None:
+        """Stand between the standard streams and the terminal, so that what is written later goes above the picture."""
         for name in ("stdout", "stderr") if self._console.is_terminal else ():
             stream = getattr(sys, name)
             if stream is not None and stream.isatty():
                 self._above[name] = _Above(self._console, stream)
                 setattr(sys, name, self._above[name])
-        self._live.start()
+
+    def step(self, snapshot: Snapshot) -> None:
+        """Leave the snapshot for the drawing thread."""
+        self._snapshot = snapshot
+        if self._live is None:
+            self._live = Live(
+                console=self._console,
+                get_renderable=self._picture,
+                refresh_per_second=4,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._live.start()
+
+    def close(self, snapshot: Snapshot) -> None:
+        """Clear the picture and print the summary in its place."""
+        for name, above in self._above.items():
+            if getattr(sys, name) is above:
+                setattr(sys, name, above.rich_proxied_file)
+            above.finish()
+        self._above.clear()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if snapshot.step >= 0:
+            self._console.print(Summary(snapshot))
 
     def _picture(self) -> RenderableType:
         if self._snapshot is None:
             return Text()
-        return View(self._snapshot, [row for above in self._above.values() for row in above.status.texts()])
+        view = View(self._snapshot, [row for above in self._above.values() for row in above.status.texts()])
+        try:
+            return Group(*view.lines(self._console.width, self._console.height))
+        except Exception as error:
+            return Text(f"gradwatch cannot draw this step: {type(error).__name__}: {error}")
 
 
 class StatusLines:
-    """What progress bars draw over and over: their rows, kept as a terminal would keep them.
+    r"""What progress bars draw over and over: their rows, kept as a terminal would keep them.
 
     Bars return to the start of their row (``\\r``), go down with a newline and up with an escape code.
     """

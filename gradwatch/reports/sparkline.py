@@ -31,9 +31,9 @@ def sparkline(values: Floats, width: int) -> str:
     if (shown > 0).all():
         largest = np.where(finite, np.log(np.where(finite, largest, 1.0)), np.nan)
         shown = largest[finite]
-    low, high = (shown.min(), shown.max()) if shown.size else (0.0, 0.0)
+    low, high = (shown.min() / 2, shown.max() / 2) if shown.size else (0.0, 0.0)  # halves: their span cannot overflow
     span = high - low or 1.0
     return "".join(
-        BLOCKS[round((value - low) / span * (len(BLOCKS) - 1))] if ok else NOT_FINITE
+        BLOCKS[round((value / 2 - low) / span * (len(BLOCKS) - 1))] if ok else NOT_FINITE
         for value, ok in zip(largest, finite, strict=True)
     )

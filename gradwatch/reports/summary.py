@@ -26,10 +26,9 @@ class Summary:
         self.snapshot = snapshot
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip("\n")
+        text = io.StringIO()
+        Console(file=text, width=10_000, color_system=None, legacy_windows=False).print(self)  # lines are never wrapped
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         snapshot, facts = self.snapshot, self.snapshot.facts
@@ -47,26 +46,32 @@ class Summary:
             yield Text(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]))}")
             yield Text(f"  {snapshot.provenance}", "dim")
         if snapshot.clipping is not None:
-            yield Text(f"  auto-clip {snapshot.clipping}: {snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped")
+            yield Text(
+                f"  auto-clip {snapshot.clipping}: {snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped"
+            )
         for incident in told[:_MOST]:
             yield from self._story(incident, options.max_width)
         if len(told) > _MOST:
             yield Text(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
         for incident in notices[:_MOST]:
-            yield Padding(headline(incident, options.max_width - 2), (0, 0, 0, 2))
+            yield _indented(headline(incident, options.max_width - 2), 2)
         stable = () if any(i.open for i in snapshot.incidents) else snapshot.firing
         for note in (*(f"{sign}, and nothing else beside it" for sign in stable), *snapshot.notes):
-            yield Padding(Text(f"note: {note}", "dim"), (0, 0, 0, 2))
+            yield _indented(Text(f"note: {note}", "dim"), 2)
         yield Text(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
 
     def _story(self, incident: Incident, width: int) -> RenderResult:
-        yield Padding(headline(incident, width - 2), (0, 0, 0, 2))
+        yield _indented(headline(incident, width - 2), 2)
         if len(incident.layers) > 1:
             more = f" and {len(incident.layers) - 4} more" if len(incident.layers) > 4 else ""
-            yield Padding(Text(f"left their band in this order: {', '.join(incident.layers[:4])}{more}"), (0, 0, 0, 4))
+            yield _indented(Text(f"left their band in this order: {', '.join(incident.layers[:4])}{more}"), 4)
         for line in incident.evidence:
-            yield Padding(Text(line), (0, 0, 0, 4))
+            yield _indented(Text(line), 4)
         if incident.clip is not None:
-            yield Padding(Text(f"auto-clip: {incident.clip}"), (0, 0, 0, 4))
+            yield _indented(Text(f"auto-clip: {incident.clip}"), 4)
         for line in incident.advice:
-            yield Padding(Text(f"do: {line}", SEVERITY_STYLES["notice"]), (0, 0, 0, 4))
+            yield _indented(Text(f"do: {line}", SEVERITY_STYLES["notice"]), 4)
+
+
+def _indented(text: Text, by: int) -> Padding:
+    return Padding(text, (0, 0, 0, by), expand=False)

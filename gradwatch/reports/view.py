@@ -15,7 +15,7 @@ from gradwatch.reports.sparkline import sparkline
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from gradwatch.records import Incident, Snapshot
 
@@ -60,10 +60,18 @@ class View:
         self.status = status
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width
-        height = min(options.height or console.size.height - 1, _MOST_LINES)
+        yield from self.lines(options.max_width, console.size.height)
+
+    def lines(self, width: int, height: int) -> Iterator[RenderableType]:
+        """Yield what fits a terminal of this size, with one line to spare."""
+        height = min(height - 1, _MOST_LINES)
         head = [self._headline(width), *self._curves(width)]
-        foot = [*self._incidents(width, most=3 if height >= 20 else 1), *self._auto_clip(width), self._footer(width), *self.status]
+        foot = [
+            *self._incidents(width, most=3 if height >= 20 else 1),
+            *self._auto_clip(width),
+            self._footer(width),
+            *self.status,
+        ]
         room = height - len(head) - len(foot) - 1
         yield from head
         if room >= 1:
@@ -103,15 +111,18 @@ class View:
         if width >= 100:
             table.add_column("sign", no_wrap=True)
         name_width = max(8, width - 10 - (10 if width >= 60 else 0) - (_BAR + 8) - (40 if width >= 100 else 0))
-        order = np.argsort(-np.nan_to_num(snapshot.closeness, nan=-1.0, neginf=-1.0), kind="stable")
+        order = np.argsort(-snapshot.closeness, kind="stable")
         for column in order[:most]:
             share = float(snapshot.closeness[column])
-            cells = [Text(shorten(snapshot.layers[column], name_width)), Text(number(float(snapshot.grad_norm[column])))]
+            cells = [
+                Text(shorten(snapshot.layers[column], name_width)),
+                Text(number(float(snapshot.grad_norm[column]))),
+            ]
             if width >= 60:
                 cells.append(Text(number(float(snapshot.weight_norm[column]))))
             cells.append(_bar(share))
             if width >= 100:
-                known = math.isfinite(share)
+                known = share >= 0
                 cells.append(Text(snapshot.rules[snapshot.closest[column]] if known else "", "dim"))
             table.add_row(*cells)
         return table
@@ -133,18 +144,19 @@ class View:
         state = ("on", "bold yellow") if snapshot.clip_on else ("armed", "green")
         yield _cut(
             Text.assemble(
-                ("auto-clip ", "bold"), state, f"  {snapshot.clipping}, {snapshot.clipped:,} clipped, {snapshot.skipped:,} skipped"
+                ("auto-clip ", "bold"),
+                state,
+                f"  {snapshot.clipping}, {snapshot.clipped:,} clipped, {snapshot.skipped:,} skipped",
             ),
             width,
         )
 
     def _footer(self, width: int) -> Text:
         snapshot = self.snapshot
-        share = snapshot.cost_us * snapshot.steps_per_second / 1e4
-        return _cut(
-            Text(f"{snapshot.steps_per_second:,.0f} steps/s · gradwatch itself {snapshot.cost_us:.0f} µs a step ({share:.1f} %)", "dim"),
-            width,
-        )
+        speed = snapshot.steps_per_second
+        pace = "- steps/s" if math.isnan(speed) else f"{speed:,.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
+        share = "" if math.isnan(speed) else f" ({snapshot.cost_us * speed / 1e4:.1f} %)"
+        return _cut(Text(f"{pace} · gradwatch itself {snapshot.cost_us:.0f} µs a step{share}", "dim"), width)
 
 
 def headline(incident: Incident, width: int) -> Text:
@@ -157,11 +169,11 @@ def headline(incident: Incident, width: int) -> Text:
 
 
 def _bar(share: float) -> Text:
-    if not math.isfinite(share) or share < 0:
+    if math.isnan(share) or share < 0:
         return Text("-", "dim")
-    filled = min(_BAR, round(share * _BAR))
+    filled = round(min(1.0, share) * _BAR)
     style = "green" if share < 0.5 else "yellow" if share <= 1 else "bold red"
-    text = f"{share:.2f}" if share < 10 else f"{min(share, 9e99):.0f}x" if share < 1e4 else f"{share:.0e}x"
+    text = f"{share:.2f}" if share < 10 else f"{share:.0f}" if share < 1e4 else f"{share:.0e}"
     return Text.assemble(("█" * filled + "░" * (_BAR - filled), style), f" {text}")
 
 

@@ -63,4 +63,5 @@ class GradientSurge(Rule):
         if history.rows < 2:
             return now
         before = history.grad_norm(last=2)[0] / history.typical_grad.value
-        return np.fmax(np.minimum(now, before), now / 10)
+        value: Floats = np.fmax(np.minimum(now, before), now / 10)
+        return value

@@ -51,7 +51,9 @@ class UpdateTooLarge(Rule):
         Case("SGD, before the first update", fires=0, grad="500x3", weight="2x3"),
         Case("SGD, healthy", fires=None, grad="5x100", weight="2x100"),
         Case("Adam, measured afterwards", fires=2, weight="2 2.1 20", family="adam"),
-        Case("Adam: a large gradient is no large update", fires=None, grad="500x50", weight="2*1.001x50", family="adam"),
+        Case(
+            "Adam: a large gradient is no large update", fires=None, grad="500x50", weight="2*1.001x50", family="adam"
+        ),
     )
 
     limit: float = Field(default=1.0, gt=0)

@@ -58,4 +58,5 @@ class Vanishing(Rule):
         """Return how much smaller each layer's typical gradient element is than the largest, shape (L,)."""
         seen = history.typical_grad.seen >= 8
         rms = np.where(seen & (history.row.grad_norm > 0), history.typical_grad.value / np.sqrt(history.sizes), np.nan)
-        return np.fmax.reduce(rms, initial=np.nan) / rms
+        value: Floats = np.fmax.reduce(rms, initial=np.nan) / rms
+        return value

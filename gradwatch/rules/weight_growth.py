@@ -56,4 +56,5 @@ class WeightGrowth(Rule):
     def measure(self, history: History) -> Floats:
         """Return each layer's weight norm over its typical norm, shape (L,); NaN before the second sample."""
         floor = np.sqrt(history.sizes) * np.where(history.matrices, 0.01, 1.0)
-        return history.weight / np.maximum(history.typical_weight.value, floor)
+        value: Floats = history.weight / np.maximum(history.typical_weight.value, floor)
+        return value

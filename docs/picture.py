@@ -1,0 +1,52 @@
+"""Make docs/live.svg, the README's picture of the live report, from a real run of the regression case.
+
+Run it with ``python docs/picture.py``.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import gradwatch
+from gradwatch.demo import network, train
+from gradwatch.reports.view import View
+
+
+class Keep(gradwatch.Report):
+    """Keeps the snapshot of one step."""
+
+    period = 0.0
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self.kept: gradwatch.Snapshot | None = None
+
+    def step(self, snapshot: gradwatch.Snapshot) -> None:
+        """Keep the snapshot of that step."""
+        if snapshot.step == self._step:
+            self.kept = snapshot
+
+    def close(self, snapshot: gradwatch.Snapshot) -> None:
+        """Nothing is shown at the end."""
+
+
+def main() -> None:
+    """Train with auto-clip and draw step 60 at 84 columns."""
+    torch.manual_seed(0)
+    model, report = network(), Keep(60)
+    with gradwatch.attach(model, clip="norm", report=report):
+        train(model, epochs=5)
+    assert report.kept is not None
+    console = Console(record=True, width=84, height=24, file=io.StringIO(), force_terminal=True)
+    console.print(View(report.kept))
+    path = Path(__file__).parent / "live.svg"
+    path.write_text(console.export_svg(title="gradwatch"))
+    print(path.name)
+
+
+if __name__ == "__main__":
+    main()

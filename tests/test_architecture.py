@@ -1,0 +1,111 @@
+"""Who may import whom, what the hot path may not call, and that importing is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradwatch
+from gradwatch import clips, reports
+
+PACKAGE = Path(gradwatch.__file__).parent
+HOST = ["alarms", "advice", "cases", "history", "incidents", "records", "settings", "statistics", "errors", "pipeline"]
+FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules a file imports when it runs: not those for type checkers only."""
+    tree = ast.parse(path.read_text())
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+@pytest.mark.parametrize("name", [*HOST, *(name for name in FILES if name.startswith(("rules/", "reports/")))])
+def test_the_host_half_imports_no_torch(name: str) -> None:
+    """Written series run through it without a training."""
+    assert not [module for module in imported(FILES[name]) if module.split(".")[0] == "torch"]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("reports/")])
+def test_rich_is_loaded_only_where_something_is_shown(name: str) -> None:
+    """At the top of no file outside the reports; inside functions it may be."""
+    tops = {
+        node.module.split(".")[0]
+        for node in ast.parse(FILES[name].read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
+    assert "rich" not in tops
+
+
+def test_only_the_probe_registers_hooks() -> None:
+    """One file to read when something hangs on a model."""
+    registering = [
+        name for name, path in FILES.items() if "register_" in path.read_text().replace("atexit.register", "")
+    ]
+    assert registering == ["probe"]
+
+
+def test_only_taps_and_their_user_touch_torchs_attributes() -> None:
+    """`setattr` on torch stands in one file."""
+    assert [n for n, path in FILES.items() if "setattr(self._owner" in path.read_text()] == ["taps"]
+
+
+def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
+    """No report imports the probe, the monitor or the pipeline."""
+    for name, path in FILES.items():
+        if name.startswith("reports/"):
+            assert not imported(path) & {
+                "gradwatch.probe",
+                "gradwatch.monitor",
+                "gradwatch.pipeline",
+                "gradwatch.history",
+            }
+
+
+@pytest.mark.parametrize(
+    ("folder", "known", "helpers"),
+    [
+        ("clips", clips.CLIPS, {"base"}),
+        ("reports", reports.REPORTS, {"base", "sparkline", "view", "summary"}),
+    ],
+)
+def test_every_clip_and_report_file_is_exported(folder: str, known: dict[str, type | str], helpers: set[str]) -> None:
+    """A new one is one file and one line; the line cannot be forgotten."""
+    files = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"} - helpers
+    modules = {one.partition(":")[0] if isinstance(one, str) else one.__module__ for one in known.values()}
+    assert {module.rpartition(".")[2] for module in modules} == files
+
+
+def test_importing_gradwatch_loads_neither_rich_nor_a_plotting_library() -> None:
+    """Over torch it adds numpy and pydantic alone."""
+    script = (
+        "import torch, sys; before = set(sys.modules); import gradwatch; "
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    loaded = ast.literal_eval(done.stdout)
+    assert "gradwatch" in loaded
+    assert not {"rich", "matplotlib", "sklearn", "pandas", "tqdm"} & set(loaded)
+
+
+def test_the_public_names_are_those_of_the_design() -> None:
+    """Each can be had from the top."""
+    for name in ("attach", "AutoClip", "ClipNorm", "ClipValue", "Monitor", "Incident", "Rule", "Report", "Snapshot"):
+        assert hasattr(gradwatch, name)
+    assert gradwatch.__all__ == sorted(gradwatch.__all__)

@@ -1,0 +1,167 @@
+"""Signs -> verdict: written runs through the whole host half, no torch involved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import gradwatch
+from gradwatch.cases import Case
+from gradwatch.pipeline import Pipeline
+from gradwatch.records import Facts, Incident
+from gradwatch.rules import default_rules
+
+
+def run(case: Case, facts: Facts | None = None) -> Pipeline:
+    """Run a written case through the pipeline."""
+
+    def failed(part: str, error: Exception) -> None:
+        raise AssertionError(part) from error
+
+    history, rows = case.rows()
+    if facts is not None:
+        history.facts = facts
+    pipeline = Pipeline(history, default_rules(), None, [], failed)
+    for row in rows:
+        pipeline.step(row)
+    return pipeline
+
+
+def only(pipeline: Pipeline) -> Incident:
+    """Return the one incident there is."""
+    assert len(pipeline.incidents.all) == 1
+    return pipeline.incidents.all[0]
+
+
+def test_large_but_stable_gradients_are_no_incident() -> None:
+    """A confirming sign alone is a note."""
+    pipeline = run(Case("stable", None, grad={"a": "50x200", "b": "9x200"}, weight="100x200", loss="1*0.99x200"))
+    assert [alarm.code for alarm in pipeline.changes] == ["GW203"]
+    assert pipeline.incidents.all == []
+    assert pipeline.verdict == "healthy"
+
+
+def test_an_explosion_is_one_incident_with_the_layers_in_the_order_in_which_they_left() -> None:
+    """Two hundred alarms, one story; it opens with growth and is confirmed by large weights."""
+    case = Case(
+        "explosion",
+        None,
+        grad={"first": "0.1x40 0.5 2*3x20", "last": "0.1x43 2*3x20", "middle": "0.1x42 2*3x20"},
+        weight={"first": "1x43 1*2x20", "last": "1x60", "middle": "1x60"},
+        loss="1x41 2*4x20",
+        family="other",
+    )
+    incident = only(run(case))
+    assert (incident.kind, incident.severity, incident.verdict) == ("exploding", "critical", "confirmed")
+    assert incident.opened_step == 42
+    assert incident.confirmed_step is not None
+    assert incident.confirmed_step > 42
+    assert incident.layers == ("first", "middle", "last")
+    assert incident.suspect == "first"
+    assert {"GW102", "GW201", "GW301"} <= {sign.code for sign in incident.signs}
+
+
+def test_growth_while_the_loss_keeps_falling_opens_nothing() -> None:
+    """At the end of a plateau gradients grow because learning begins."""
+    case = Case("learning begins", None, grad="0.01x60 0.01*1.2x20 0.3x40", loss="1x60 1*0.97x60", weight="1x120")
+    assert run(case).incidents.all == []
+
+
+def test_one_jump_that_returns_is_a_spike_and_a_notice() -> None:
+    """It closes after a calm stretch."""
+    incident = only(run(Case("spike", None, loss="1x40 9 1x60")))
+    assert (incident.kind, incident.severity, incident.verdict) == ("spike", "notice", "resolved")
+    assert (incident.opened_step, incident.closed_step) == (40, 65)
+
+
+def test_a_loss_that_stays_up_is_diverging() -> None:
+    """A jump that lasts is no spike."""
+    incident = only(run(Case("diverging", None, loss="1x40 9x18")))
+    assert (incident.kind, incident.severity) == ("diverging", "warning")
+
+
+def test_nan_in_one_layers_gradient_names_it_and_the_phase() -> None:
+    """The first in backward order, not the first in the table."""
+    case = Case("nan", None, grad={"first": "1x30 nan", "last": "1x30 nan"}, weight="1x31", loss="1x31")
+    incident = only(run(case))
+    assert (incident.kind, incident.phase, incident.suspect) == ("nonfinite", "gradient", "last")
+    assert incident.severity == "critical"
+
+
+def test_a_loss_that_goes_nan_first_blames_no_layer() -> None:
+    """The phase is the loss; NaN weights confirm it later."""
+    case = Case(
+        "nan",
+        None,
+        grad={"a": "1x30 nanx5", "b": "1x30 nanx5"},
+        weight={"a": "1x31 nanx4", "b": "1x35"},
+        loss="1x30 nanx5",
+    )
+    incident = only(run(case))
+    assert (incident.kind, incident.phase, incident.suspect, incident.verdict) == (
+        "nonfinite",
+        "loss",
+        None,
+        "confirmed",
+    )
+    assert (incident.opened_step, incident.confirmed_step) == (30, 31)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        (Case("flat", None, loss="2x300"), "stalled"),
+        (Case("vanishing", None, grad={"a": "1e-9x80", "b": "0.01x80"}, loss="1*0.99x80"), "vanishing"),
+        (Case("dead", None, dead={"a": "0.9x80", "b": "0x80"}, loss="1*0.99x80"), "dead"),
+        (Case("frozen", None, unchanged={"a": "0+1x80", "b": "0x80"}, loss="1*0.99x80"), "frozen"),
+    ],
+)
+def test_the_silent_faults_are_stories_of_their_own(case: Case, kind: str) -> None:
+    """Stalled, vanishing, dead, frozen."""
+    incident = only(run(case))
+    assert incident.kind == kind
+    if kind != "stalled":
+        assert incident.layers == ("a",)
+
+
+def test_every_incident_has_advice_for_a_user() -> None:
+    """At most four lines."""
+    for case in (
+        Case("flat", None, loss="2x300"),
+        Case("spike", None, loss="1x40 9 1x40"),
+        Case("nan", None, grad="1x9 nan"),
+    ):
+        assert 1 <= len(only(run(case)).advice) <= 4
+
+
+EXPLOSION = Case("explosion", None, grad="0.1x40 0.1*5x9", loss="1x40 1*5x9", weight="1x49", family="other")
+
+
+def test_an_adam_learning_rate_fault_is_not_advised_to_clip() -> None:
+    """Adam divides gradients by their own size: lower or warm up the rate."""
+    advice = " ".join(only(run(EXPLOSION, Facts(optimizer="AdamW", family="adam", rate=0.3))).advice)
+    assert "Lower the learning rate (now 0.3) or warm it up" in advice
+    assert "clipping does not repair this" in advice
+    assert "attach(model, clip=" not in advice
+
+
+def test_a_vanilla_rnn_is_advised_gates_and_shorter_sequences() -> None:
+    """And an SGD fault to clip."""
+    advice = " ".join(only(run(EXPLOSION, Facts(optimizer="SGD", family="other", recurrent=True))).advice)
+    assert "LSTM or GRU" in advice
+    assert "truncate backpropagation" in advice
+    assert 'attach(model, clip="norm")' in advice
+
+
+def test_unscaled_targets_are_named_with_the_loss_they_began_with() -> None:
+    """The figure comes from the run."""
+    case = Case("explosion", None, grad="10x40 10*5x9", loss="2e4x40 2e4*5x9", weight="1x49", family="other")
+    assert "Scale the targets: the loss began at 2e+04" in only(run(case)).advice[0]
+
+
+def test_a_written_run_needs_no_torch() -> None:
+    """The same numbers always give the same incident."""
+    first, again = only(run(EXPLOSION)), only(run(EXPLOSION))
+    assert first == again
+    assert isinstance(first, gradwatch.Incident)
+    assert np.isfinite(first.signs[0].value)

@@ -1,0 +1,327 @@
+"""What the reports draw, whole, at fixed sizes; and log lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+import gradwatch
+from gradwatch.records import Alarm, ClipRecord, Facts, Incident, Provenance, Snapshot
+from gradwatch.reports.live import StatusLines
+from gradwatch.reports.log import LogReport
+from gradwatch.reports.sparkline import BLOCKS, NOT_FINITE, sparkline
+from gradwatch.reports.summary import Summary
+from gradwatch.reports.view import View, number, shorten
+from tests import terminal
+
+LONG = "encoder.blocks.11.attention.projection.[red]weight[/red]." + "x" * 63
+
+
+def snapshot(layers: int = 300, **changes: object) -> Snapshot:
+    """Return a snapshot of an explosion in a model with many layers."""
+    alarm = Alarm("GW301", "gradient norm surges", "growth", "exploding", LONG, 95, 31.0, 10.0)
+    incident = Incident(
+        kind="exploding",
+        severity="critical",
+        verdict="confirmed",
+        opened_step=95,
+        confirmed_step=97,
+        suspect=LONG,
+        layers=(LONG, "head.bias"),
+        signs=(alarm,),
+        evidence=(str(alarm),),
+        advice=("Lower the learning rate (now 0.1), or warm it up.",),
+        clip=ClipRecord("ClipNorm(max_norm=1.0)", 95, clipped=5, steps=5, norm_before=412.0),
+    )
+    names = (LONG, *(f"blocks.{n}.weight" for n in range(layers - 1)))
+    growth = np.concatenate([np.full(95, 0.5), 0.5 * 3.0 ** np.arange(5)])
+    values = {
+        "facts": Facts(model="Transformer", layers=layers, parameters=10**8, optimizer="SGD", rate=0.1),
+        "step": 99,
+        "layers": names,
+        "loss": growth,
+        "global_norm": np.append(growth, np.nan),
+        "grad_norm": np.linspace(40, 0.1, layers),
+        "weight_norm": np.linspace(3, 1, layers),
+        "closeness": np.linspace(3.1, 0.01, layers),
+        "closest": np.zeros(layers, dtype=np.intp),
+        "rules": ("GW301 gradient norm surges",),
+        "firing": ("GW301 gradient norm surges",),
+        "incidents": (incident,),
+        "verdict": "confirmed",
+        "clipping": "ClipNorm(max_norm=1.0)",
+        "clip_on": True,
+        "clipped": 5,
+        "skipped": 0,
+        "seconds": 12.0,
+        "steps_per_second": 1234.0,
+        "cost_us": 62.0,
+        "provenance": Provenance(loss="backward root"),
+        "news": (incident,),
+    }
+    return Snapshot(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def drawn(shown: object, width: int, height: int) -> list[str]:
+    """Draw on a console of this size; return its lines."""
+    console = Console(file=io.StringIO(), width=width, height=height, color_system=None, force_terminal=False)
+    console.print(shown)
+    assert isinstance(console.file, io.StringIO)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def test_the_view_at_80_by_24() -> None:
+    """The whole picture, as a user sees it."""
+    lines = drawn(View(snapshot()), 80, 24)
+    assert lines[0] == "gradwatch ● confirmed  step 99  Transformer  SGD 0.1"
+    assert lines[1] == "loss             40.5 " + "▁" * 54 + "▃▅▆█"
+    assert lines[2].startswith("global norm       NaN ▁")
+    assert lines[2].endswith("×")
+    assert lines[3] == "closest to their limits                           gradient weight of limit"
+    assert lines[4] == "encoder.blocks…xxxxxxxxxxxxxxxxxxxxxxxxxxxxx            40      3 ████████ 3.10"
+    assert lines[-4].startswith("■ exploding confirmed (critical), step 95, prime suspect encoder.blocks.11")
+    assert lines[-3] == "  do: Lower the learning rate (now 0.1), or warm it up."
+    assert lines[-2] == "auto-clip on  ClipNorm(max_norm=1.0), 5 clipped, 0 skipped"
+    assert lines[-1] == "1,234 steps/s · gradwatch itself 62 µs a step (7.7 %)"
+    assert len(lines) == 23
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 60), (40, 24), (40, 10), (30, 6), (120, 30)])
+@pytest.mark.parametrize("layers", [1, 4, 300])
+def test_the_view_fits_any_terminal(width: int, height: int, layers: int) -> None:
+    """No line is wider, no picture is higher, the verdict is always there."""
+    lines = drawn(View(snapshot(layers)), width, height)
+    assert max(map(len, lines)) <= width
+    assert len(lines) <= height
+    assert "confirmed" in lines[0]
+
+
+def test_markup_in_names_is_shown_as_it_is() -> None:
+    """`[red]` is part of a name, not a colour."""
+    assert "[red]weight[/red]" in "".join(drawn(Summary(snapshot()), 400, 50))
+    assert "[red]" in "".join(drawn(View(snapshot()), 200, 60))
+
+
+def test_the_summary_tells_the_story() -> None:
+    """Verdict, order of layers, evidence, what auto-clip did, what to do."""
+    text = str(Summary(snapshot()))
+    for part in (
+        "gradwatch confirmed: 100 steps of Transformer",
+        "left their band in this order",
+        "GW301 gradient norm surges",
+        "auto-clip: ClipNorm(max_norm=1.0) clipped 5 of 5 steps; largest norm 412; still on",
+        "do: Lower the learning rate",
+    ):
+        assert part in " ".join(text.split())
+
+
+def test_a_confirming_sign_alone_is_a_note_in_the_summary() -> None:
+    """Large but stable gradients."""
+    text = str(Summary(snapshot(incidents=(), verdict="healthy", firing=("GW203 gradients above 1.0 in each layer",))))
+    assert "note: GW203 gradients above 1.0 in each layer, and nothing else beside it" in text
+
+
+@given(st.lists(st.floats(), max_size=300), st.integers(0, 80))
+def test_a_sparkline_never_exceeds_its_width(values: list[float], width: int) -> None:
+    """Whatever the values, NaN and Inf included."""
+    line = sparkline(np.array(values), width)
+    assert len(line) == min(width, len(values))
+    assert set(line) <= {*BLOCKS, NOT_FINITE}
+
+
+def test_a_number_fits_its_column() -> None:
+    """Eight characters at most, NaN and Inf spelled out."""
+    for value in (0.0, 1.0, -1e-12, 123456.0, 9.99999e307, 0.00123, float("nan"), float("inf")):
+        assert len(number(value)) <= 9
+    assert shorten("short", 10) == "short"
+
+
+def test_log_lines_come_only_on_change_and_never_twice() -> None:
+    """No line for a quiet step; the advice once."""
+    stream = io.StringIO()
+    report = LogReport(stream)
+    report.step(snapshot(news=()))
+    assert stream.getvalue() == ""
+    report.step(snapshot())
+    first = stream.getvalue()
+    report.step(snapshot())
+    assert stream.getvalue() == first
+    assert first.count("do: Lower the learning rate") == 1
+    assert all(line.startswith("gradwatch | step 99 | ") for line in first.splitlines())
+
+
+def test_status_lines_keep_nested_progress_bars_apart() -> None:
+    """The rows as a terminal would show them; finished ones make room."""
+    status = StatusLines()
+    status.feed("\repochs 1/3")
+    status.feed("\n")
+    status.feed("\rbatches 1/9")
+    status.feed("\x1b[A")
+    status.feed("\repochs 2/3")
+    assert [text.plain for text in status.texts()] == ["epochs 2/3", "batches 1/9"]
+    finished = status.feed("\n\rthird\n\rfourth\n\rfifth")
+    assert finished == ["epochs 2/3"]
+    assert [text.plain for text in status.texts()] == ["third", "fourth", "fifth"]
+
+
+EXPLODING = """
+import time, torch, gradwatch
+from torch import nn
+torch.manual_seed(0); torch.set_num_threads(1)
+model = nn.Sequential()
+model.add_module("first.[red]" .replace(".", "_") + "x" * 120, nn.Linear(8, 16))
+model.add_module("relu", nn.ReLU())
+model.add_module("last", nn.Linear(16, 1))
+x, y = torch.randn(64, 8), torch.randn(64, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+short = True
+def steps(n):
+    for step in n:
+        optimizer.zero_grad()
+        (nn.functional.mse_loss(model(x), y) * (1e4 if 100 <= step < (104 if short else 160) else 1)).backward()
+        optimizer.step()
+        time.sleep(0.008)
+        yield step
+"""
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (200, 60), (40, 24)])
+def test_the_live_report_in_a_real_terminal(columns: int, rows: int) -> None:
+    """It draws at the foot, prints stay above it in order, and the summary takes its place at the end."""
+    session = terminal.run(
+        EXPLODING
+        + """
+short = False
+gradwatch.attach(model, clip="norm")
+for step in steps(range(300)):
+    if step % 50 == 0:
+        print("printed at", step)
+""",
+        columns,
+        rows,
+    )
+    assert session.code == 0
+    live = [screen for screen in session.screens if any("of limit" in line for line in screen)]
+    assert live
+    assert any("auto-clip on" in line for screen in live for line in screen)
+    printed = [line for line in session.everything.splitlines() if line.startswith("printed at")]
+    assert printed == [f"printed at {step}" for step in range(0, 300, 50)]
+    assert "of limit" not in session.everything
+    assert "300 steps of Sequential" in " ".join(session.everything.split())
+    assert "exploding resolved" in session.everything
+    assert "\x1b[?25h" in session.raw[session.raw.rfind("\x1b[?25l") :]
+
+
+def test_no_color_is_honoured() -> None:
+    """No colour code reaches the terminal, the picture does."""
+    session = terminal.run(
+        EXPLODING + "gradwatch.attach(model)\nfor _ in steps(range(150)): pass\n", environment={"NO_COLOR": "1"}
+    )
+    assert any("of limit" in line for screen in session.screens for line in screen)
+    assert "\x1b[3" not in session.raw.replace("\x1b[38", "\x1b[3")
+    assert "exploding" in session.everything
+
+
+@pytest.mark.parametrize("first", ["monitor", "bar"])
+def test_tqdm_runs_beside_it(first: str) -> None:
+    """A bar that starts later is shown below the picture; one that runs already gets log lines instead."""
+    attach = "gradwatch.attach(model)\n"
+    bar = "from tqdm import tqdm\nbar = tqdm(range(200), desc='train')\n"
+    session = terminal.run(
+        EXPLODING + (attach + bar if first == "monitor" else bar + attach) + "for _ in steps(bar): pass\n"
+    )
+    assert session.code == 0
+    assert any("train: 100%" in line for line in session.everything.splitlines())
+    assert session.everything.count("train:") <= 2
+    assert "exploding" in session.everything
+    live = any("of limit" in line and "closest" in line for screen in session.screens for line in screen)
+    assert live is (first == "monitor")
+
+
+def run_piped(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with its output in pipes."""
+    root = str(Path(__file__).parent.parent)
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": root},
+        timeout=120,
+        check=False,
+    )
+
+
+def test_in_a_pipe_there_are_plain_lines_on_change_only() -> None:
+    """The user's own output stays clean on stdout; lines and summary go to stderr without escapes."""
+    done = run_piped(EXPLODING + "gradwatch.attach(model)\nfor step in steps(range(150)): pass\nprint('done')\n")
+    assert done.returncode == 0
+    assert done.stdout == "done\n"
+    assert "\x1b" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("gradwatch | step 100 | exploding")
+    assert "150 steps of Sequential" in done.stderr
+
+
+def test_a_healthy_run_says_nothing_but_its_summary() -> None:
+    """Silent on healthy runs."""
+    done = run_piped(EXPLODING + "gradwatch.attach(model)\nfor step in steps(range(90)): pass\n")
+    assert done.stderr.splitlines()[0].startswith("gradwatch healthy: 90 steps of Sequential")
+    assert "step 1" not in done.stderr
+
+
+def test_it_does_not_crash_in_a_notebook(tmp_path: Path) -> None:
+    """A real kernel runs a real notebook; log lines and summary appear in its output."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    book = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell(
+                EXPLODING + "monitor = gradwatch.attach(model)\nfor _ in steps(range(150)): pass\nmonitor.detach()"
+            ),
+            nbformat.v4.new_code_cell("monitor.summary()"),
+        ]
+    )
+    NotebookClient(book, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text = json.dumps(book)
+    assert "exploding" in text
+    assert "150 steps of Sequential" in text
+    assert not [output for cell in book.cells for output in cell.outputs if output.output_type == "error"]
+
+
+def test_a_report_of_ones_own_gets_snapshots() -> None:
+    """One object, frozen, at each change and at the end."""
+    from tests.trainings import mlp, train
+
+    class Collect(gradwatch.Report):
+        period = 0.0
+        seen: list[Snapshot]
+        closed = False
+
+        def __init__(self) -> None:
+            self.seen = []
+
+        def step(self, snapshot: Snapshot) -> None:
+            self.seen.append(snapshot)
+
+        def close(self, snapshot: Snapshot) -> None:
+            self.closed = True
+
+    import torch
+
+    model, report = mlp(), Collect()
+    with gradwatch.attach(model, report=report, strict=True):
+        train(model, torch.optim.SGD(model.parameters(), lr=0.01), 5)
+    assert [one.step for one in report.seen] == [0, 1, 2, 3, 4]
+    assert report.closed
