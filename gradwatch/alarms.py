@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.records import Alarm
+from gradwatch.statistics import quiet_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 class Alarms:
     """State of ``R`` rules on ``L`` layers. ``values`` and ``firing`` have shape (R, L).
+
+    ``stirring`` is True while an urgent rule is pending or firing: then no step may go unjudged.
 
     A rule about the whole model uses column 0. ``on_error`` is told of a rule that raised; the rule is switched off.
     """
@@ -50,6 +53,7 @@ class Alarms:
         self._urgent = np.array([rule.urgent for rule in self.rules], dtype=bool)
         self._alive = [True] * len(self.rules)
         self._measured_at = -1
+        self.stirring = False
 
     def update(self, history: History, step: int) -> list[Alarm]:
         """Measure every rule on the last row and return the alarms that changed state, in rule order."""
@@ -58,18 +62,17 @@ class Alarms:
                 self._measure(index, rule, history)
         elapsed = max(1, step - self._measured_at)
         self._measured_at = step
-        with np.errstate(invalid="ignore"):
-            over = self.values > self.limits
+        over = self.values > self.limits
         if not over.any() and not self._held.any() and not self.firing.any():
+            self.stirring = False
             return []
         # a condition seen now is known to hold for this step only; one seen before, for the steps between as well
         self._held = np.where(over, np.where(self._held > 0, self._held + elapsed, 1), 0)
-        with np.errstate(invalid="ignore"):
-            high = self.values > self._release
-        self._calm = np.where(high, 0, self._calm + elapsed)
+        self._calm = np.where(self.values > self._release, 0, self._calm + elapsed)
         firing = (self.firing & (self._calm <= self._keep_steps)) | (self._held >= self._for_steps)
         changed = firing != self.firing
         self.firing = firing
+        self.stirring = bool(self._held[self._urgent].any() or firing[self._urgent].any())
         if not changed.any():
             return []
         return [self._alarm(int(index), int(column), step) for index, column in np.argwhere(changed)]
@@ -102,11 +105,6 @@ class Alarms:
             state="firing" if self.firing[index, column] else "resolved",
         )
 
-    @property
-    def stirring(self) -> bool:
-        """True while an urgent rule is pending or firing: then no step may go unjudged."""
-        return bool(self._held[self._urgent].any() or self.firing[self._urgent].any())
-
     def firing_rules(self) -> tuple[str, ...]:
         """The rules that fire now, as ``"GW203 gradients above 1.0 in each layer"``."""
         return tuple(f"{self.rules[i].code} {self.rules[i].name}" for i in np.flatnonzero(self.firing.any(axis=1)))
@@ -117,7 +115,7 @@ class Alarms:
         A rule with limit 0 either fires (infinitely close) or has nothing to say. Minus infinity: no rule can tell.
         """
         per_layer = np.array([rule.per_layer for rule in self.rules], dtype=bool)[:, None]
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with quiet_numpy():
             ratio = np.where(self.limits > 0, self.values / self.limits, np.where(self.values > 0, np.inf, -np.inf))
         ratio = np.where(per_layer & ~np.isnan(ratio), ratio, -np.inf)
         return ratio.max(axis=0), ratio.argmax(axis=0)

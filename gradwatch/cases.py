@@ -15,6 +15,7 @@ import numpy as np
 
 from gradwatch.history import History
 from gradwatch.records import Facts, NonFinite, Provenance, Row
+from gradwatch.statistics import quiet_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -98,12 +99,13 @@ class Case:
 
         history, rows = self.rows()
         alarms = Alarms((rule,), history.layers)
-        for row in rows:
-            history.push(row)
-            changes = alarms.update(history, row.step)
-            history.learn()
-            if any(change.state == "firing" for change in changes):
-                return row.step
+        with quiet_numpy():
+            for row in rows:
+                history.push(row)
+                changes = alarms.update(history, row.step)
+                history.learn()
+                if any(change.state == "firing" for change in changes):
+                    return row.step
         return None
 
 

@@ -172,8 +172,7 @@ class History:
 
     def surge(self) -> Floats:
         """The last gradient norms over their typical size, shape (L,); NaN in a layer's first eight steps."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio: Floats = self.row.grad_norm / self.typical_grad.value
+        ratio: Floats = self.row.grad_norm / self.typical_grad.value
         ratio[(self.typical_grad.seen < 8) | (self.nonfinite > 0)] = np.nan
         return ratio
 

@@ -16,6 +16,7 @@ from gradwatch.alarms import Alarms
 from gradwatch.autoclip import NOTHING, AutoClip, Clipping, Decision
 from gradwatch.incidents import CALM_STEPS, Incidents
 from gradwatch.records import Alarm, Incident, Row, Snapshot
+from gradwatch.statistics import quiet_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,6 +72,10 @@ class Pipeline:
 
     def step(self, row: Row) -> Decision:
         """Judge one row; return what to do with its gradients before the optimizer sees them."""
+        with quiet_numpy():
+            return self._step(row)
+
+    def _step(self, row: Row) -> Decision:
         self.history.push(row)
         if not self._shown_rows:  # what came before the first step is not the training's speed
             self._shown, self._shown_rows = perf_counter(), 1
