@@ -114,7 +114,7 @@ class Monitor:
         if not number:
             shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
             raise UsageError(f"monitor.loss() got {shape}; expected a number or a tensor of one element: loss.mean()?")
-        self._probe.give_loss(loss)
+        self._probe.losses.give(loss)
         return loss
 
     def step(self) -> None:
@@ -166,8 +166,8 @@ class Monitor:
 
     def judge(self, row: Row) -> Decision:
         """See `gradwatch.probe.Judge`."""
-        if self._probe.order is not None:
-            self.history.order = self._probe.order
+        if self._probe.arrivals.order is not None:
+            self.history.order = self._probe.arrivals.order
         decision = self._pipeline.step(row)
         self._probe.watch_closely(closely=self._pipeline.incidents.open_explosion() is not None)
         return decision

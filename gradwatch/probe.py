@@ -1,8 +1,7 @@
-"""What sits on the model and its optimizer: the only file that registers hooks.
+"""What sits on the model and its optimizer, and when it acts: one row just before each update.
 
-One process-wide pair of optimizer hooks serves all probes; a step is measured just before its update. Post-accumulate
-hooks on the parameters tell which gradients arrived and in which order: on all parameters for the first backwards and
-while an incident is open, else on one, the marker. A probe holds weak references only, so it never keeps a model alive.
+One process-wide pair of optimizer hooks serves all probes. With the post-accumulate hooks of `gradwatch.arrivals` these
+are all the hooks there are. A probe knows the model weakly, so it never keeps it alive.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ import weakref
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch import taps
+from gradwatch.arrivals import Arrivals
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.gradients import Gradients, Measured
+from gradwatch.losses import Losses
 from gradwatch.measure import norm_of
 from gradwatch.records import Provenance, Row
 from gradwatch.sampling import Sampling
@@ -26,15 +26,13 @@ from gradwatch.sampling import Sampling
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
     from gradwatch.autoclip import Decision
     from gradwatch.layers import Layers
 
-_LEARNING = 3  # backwards on which the order of arrival is learned
 _UNDECIDED = 16  # backwards without an optimizer step after which a loop is taken to have none
 
 Source = Literal["optimizer step", "closure", "end of backward", "monitor.step()"]
@@ -76,21 +74,15 @@ class Probe:
         self._sampling = Sampling(layers)
         self._owned: weakref.WeakKeyDictionary[Optimizer, Gradients] = weakref.WeakKeyDictionary()
         self._all: Gradients | None = None
-        self._hooks: dict[int, RemovableHandle] = {}
-        self._learning = _LEARNING
-        self._arrivals: list[int] = []
-        self._marker: int | None = None
         self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
         self._lone_backwards = 0
         self._weights_then = math.nan
-        self._roots: list[Tensor] = []
-        self._given_loss: Tensor | float | None = None
         self._before_clip: Measured | None = None
-        self._scaler = weakref.ref(scaler) if scaler is not None else None
         self._stepping: weakref.ref[Optimizer] | None = None
         self._stepping_at = -1
         self._closely = False
-        self.order: NDArray[np.intp] | None = None
+        self.arrivals = Arrivals(layers)
+        self.losses = Losses(scaler)
         self.active = False
         self.backwards = 0
         self.step = 0
@@ -103,7 +95,7 @@ class Probe:
         self.active = True
         if optimizer is not None:
             self._find(optimizer)
-        self._hook_all()
+        self.arrivals.start()
         _listen(self)
         for tap in taps.ALL:
             tap.add(self)
@@ -111,14 +103,14 @@ class Probe:
     def stop(self) -> None:
         """Remove every hook and give back what was hidden."""
         self.active = False
-        for handle in self._hooks.values():
-            handle.remove()
-        self._hooks.clear()
+        self.arrivals.stop()
         _unlisten(self)
         for tap in taps.ALL:
             tap.remove(self)
         for gradients in tuple(self._owned.values()):
             gradients.restore()
+        self._owned.clear()  # a monitor that is kept for its summary shall not keep the parameters
+        self._all = None
 
     def owns_any(self, optimizer: Optimizer) -> bool:
         """True when the optimizer holds at least one watched parameter."""
@@ -126,65 +118,24 @@ class Probe:
 
     def watch_closely(self, *, closely: bool) -> None:
         """Follow the order of arrival and sample the weights on each step, while an incident is open."""
-        if closely == self._closely:
-            return
         self._closely = closely
-        if closely:
-            self._hook_all()
-        elif not self._learning:
-            self._keep_marker()
+        self.arrivals.follow(closely=closely)
 
-    def give_loss(self, loss: Tensor | float) -> None:
-        """Take the user's own loss for the coming step; it outranks every other source."""
-        self._given_loss = loss.detach() if isinstance(loss, torch.Tensor) else float(loss)
-
-    # Backward: what arrived, in which order, from which loss.
-
-    def _hook_all(self) -> None:
-        for column, parameter in self._layers.parameters():
-            if parameter.requires_grad and column not in self._hooks:
-                self._hook(column, parameter)
-
-    def _keep_marker(self) -> None:
-        for column in [column for column in self._hooks if column != self._marker]:
-            self._hooks.pop(column).remove()
-
-    def _hook(self, column: int, parameter: nn.Parameter) -> None:
-        arrivals = self._arrivals  # the list alone: a hook that knew the probe would keep it alive
-
-        def arrived(_: Tensor) -> None:
-            arrivals.append(column)
-
-        self._hooks[column] = parameter.register_post_accumulate_grad_hook(arrived)
+    # The taps.
 
     def backward_begins(self) -> None:
         """See `taps.Listener`."""
-        self._arrivals.clear()
+        self.arrivals.begin()
 
     def backward_ended(self, root: Tensor | None) -> None:
         """See `taps.Listener`."""
-        if not self._arrivals:  # another model's backward
+        if not self.arrivals.end():  # another model's backward
             return
         self.backwards += 1
         if root is not None:
-            self._roots.append(root)
-        if self._learning or self._closely:
-            self._learn_order()
-        self._arrivals.clear()
+            self.losses.add_root(root)
         if self._loop in ("unknown", "backward"):
             self._guarded(self._end_of_backward)
-
-    def _learn_order(self) -> None:
-        rank = np.full(len(self._layers), len(self._layers), dtype=np.intp)
-        for place, column in enumerate(dict.fromkeys(self._arrivals)):
-            rank[column] = place
-        self.order = rank
-        self._sampling.arrived |= rank < len(self._layers)
-        if self._marker is None:
-            self._marker = self._arrivals[0]
-        self._learning = max(0, self._learning - 1)
-        if not self._learning and not self._closely:
-            self._keep_marker()
 
     def _end_of_backward(self) -> None:
         """In a loop without a torch optimizer, the end of backward is the last moment before the update."""
@@ -214,7 +165,7 @@ class Probe:
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """See `taps.Listener`."""
         if self._gradients_of(optimizer) is not None:
-            self._scaler = weakref.ref(scaler)
+            self.losses.scaled_by(scaler)
 
     def scaler_stepped(self, optimizer: Optimizer) -> None:
         """See `taps.Listener`: on overflow the scaler leaves the step out, so its loss belongs to no row."""
@@ -225,22 +176,23 @@ class Probe:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Measure what the optimizer is about to use; return new arguments when it has a closure."""
+        return self._guarded(self._prepare, optimizer, args, kwargs)
+
+    def _prepare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         mine = self._gradients_of(optimizer)
         # a subclass that calls super().step() comes here twice for one step; a step that raised never came to its end
         again = self._stepping is not None and self._stepping() is optimizer and self._stepping_at == self.backwards
         if mine is None or again:
             return None
         self._stepping, self._stepping_at = weakref.ref(optimizer), self.backwards
-        if self._arrivals:  # a backward that passed by the tap
-            self._learn_order()
-            self._arrivals.clear()
+        self.backwards += self.arrivals.end()  # a backward that passed by the tap
         if self._loop != "explicit":
             self._loop = "optimizer"
         mine.restore()
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
             if self._loop == "optimizer":
-                self._guarded(self._measure, mine, "optimizer step", optimizer)
+                self._measure(mine, "optimizer step", optimizer)
             return None
         wrapped = self._wrap(closure, mine, optimizer)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
@@ -319,7 +271,7 @@ class Probe:
             self._forget()
             return
         now = mine.measure(scale)
-        loss, loss_source = self._loss(returned)
+        loss, loss_source = self.losses.read(returned)
         whole, applied = now, 1.0
         clipped: Clipped = "no clip_grad_norm_ seen" if taps.USER_CLIP.installed else "as the optimizer sees it"
         if self._before_clip is not None:
@@ -343,7 +295,7 @@ class Probe:
             applied=applied,
             dead_share=self._sampling.dead_share.copy() if census else None,
             unchanged=self._sampling.unchanged.copy() if census else None,
-            arrived=self._sampling.arrived,
+            arrived=self.arrivals.arrived,
             provenance=Provenance(source, clipped, loss_source),
         )
         decision = judge.judge(row)
@@ -359,31 +311,18 @@ class Probe:
         """False inside a line search: there the gradients belong to the search, and a clip would mislead it."""
         return source != "closure" or not isinstance(optimizer, torch.optim.LBFGS)
 
-    def _loss(self, returned: Any) -> tuple[float, Literal["monitor.loss()", "closure", "backward root", "none"]]:
-        """Return the step's loss and its source; several backwards of one step add up."""
-        if self._given_loss is not None:
-            return float(self._given_loss), "monitor.loss()"
-        if isinstance(returned, (int, float)) or (isinstance(returned, torch.Tensor) and returned.numel() == 1):
-            return float(returned), "closure"
-        if self._roots:
-            scaler = self._scaler() if self._scaler is not None else None
-            scale = scaler.get_scale() if scaler is not None else 1.0
-            return sum(root.item() for root in self._roots) / scale, "backward root"
-        return math.nan, "none"
-
     def _forget(self) -> None:
-        self._roots.clear()
-        self._given_loss = None
+        self.losses.forget()
         self._before_clip = None
 
-    def _guarded(self, do: Callable[..., None], *args: Any) -> None:
+    def _guarded(self, do: Callable[..., Any], *args: Any) -> Any:
         """Run a part of gradwatch: its errors never reach the training loop, unless they are meant to."""
         if not self.active:
-            return
+            return None
         started = perf_counter()
         try:
             with torch.no_grad():
-                do(*args)
+                return do(*args)
         except TrainingUnstableError:
             raise
         except Exception as error:
@@ -391,6 +330,7 @@ class Probe:
             judge = self._judge()
             if judge is not None:
                 judge.failed("measuring", error)
+            return None
         finally:
             self.seconds += perf_counter() - started
 

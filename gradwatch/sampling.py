@@ -44,7 +44,6 @@ class Sampling:
         self._prints: dict[int, int] = {}
         self._alive: dict[int, Tensor] = {}
         self._censuses = 0
-        self.arrived = np.zeros(len(layers), dtype=bool)
         self.dead_share = np.full(len(layers), np.nan)
         self.unchanged = np.zeros(len(layers))
 

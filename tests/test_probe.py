@@ -252,17 +252,17 @@ def test_the_order_of_arrival_is_learned_and_then_one_hook_is_enough() -> None:
     model = mlp(depth=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with watch(model) as monitor:
-        probe = monitor._probe
-        assert len(probe._hooks) == 8
+        arrivals = monitor._probe.arrivals
+        assert len(arrivals) == 8
         train(model, optimizer, 3)
-        assert len(probe._hooks) == 1
-        assert probe.order is not None
-        last_layer, first_layer = probe.order[6:], probe.order[:2]
+        assert len(arrivals) == 1
+        assert arrivals.order is not None
+        last_layer, first_layer = arrivals.order[6:], arrivals.order[:2]
         assert max(last_layer) < min(first_layer)
-        probe.watch_closely(closely=True)
-        assert len(probe._hooks) == 8
-        probe.watch_closely(closely=False)
-        assert len(probe._hooks) == 1
+        arrivals.follow(closely=True)
+        assert len(arrivals) == 8
+        arrivals.follow(closely=False)
+        assert len(arrivals) == 1
 
 
 def test_tied_parameters_are_one_layer_with_two_names() -> None:

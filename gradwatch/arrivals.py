@@ -1,0 +1,103 @@
+"""Backward hooks on the parameters: which gradients arrived, and in which order.
+
+A Python hook costs a microsecond per parameter and backward. So the order is learned on the first backwards, with a hook
+on every parameter, and followed again while an incident is open; in between one hook is enough, the marker, on the
+parameter whose gradient comes first. It tells that a backward was one of the watched model's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
+
+    from gradwatch.layers import Layers
+
+_LEARNING = 3  # backwards on which the order is learned
+
+
+class Arrivals:
+    """The post-accumulate hooks of one model.
+
+    Attributes: ``order`` (L,) is each layer's rank in the last backward that was followed, ``L`` for those that did not
+    arrive, None before the first; ``arrived`` (L,) is True for layers whose gradient was seen to arrive at least once.
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
+        self._hooks: dict[int, RemovableHandle] = {}
+        self._columns: list[int] = []
+        self._learning = _LEARNING
+        self._closely = False
+        self._marker: int | None = None
+        self.order: NDArray[np.intp] | None = None
+        self.arrived = np.zeros(len(layers), dtype=bool)
+
+    def __len__(self) -> int:
+        """The number of hooks that are in place."""
+        return len(self._hooks)
+
+    def start(self) -> None:
+        """Put a hook on every trainable parameter."""
+        for column, parameter in self._layers.parameters():
+            if parameter.requires_grad and column not in self._hooks:
+                self._hooks[column] = self._hook(column, parameter)
+
+    def stop(self) -> None:
+        """Remove every hook."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+
+    def follow(self, *, closely: bool) -> None:
+        """Follow the order on each backward, or go back to the marker."""
+        if closely == self._closely:
+            return
+        self._closely = closely
+        if closely:
+            self.start()
+        elif not self._learning:
+            self._keep_marker()
+
+    def begin(self) -> None:
+        """A backward begins."""
+        self._columns.clear()
+
+    def end(self) -> bool:
+        """A backward is over; return True if it reached the watched model."""
+        if not self._columns:
+            return False
+        if self._learning or self._closely:
+            self._learn()
+        self._columns.clear()
+        return True
+
+    def _learn(self) -> None:
+        rank = np.full(len(self._layers), len(self._layers), dtype=np.intp)
+        for place, column in enumerate(dict.fromkeys(self._columns)):
+            rank[column] = place
+        self.order = rank
+        self.arrived |= rank < len(self._layers)
+        if self._marker is None:
+            self._marker = self._columns[0]
+        self._learning = max(0, self._learning - 1)
+        if not self._learning and not self._closely:
+            self._keep_marker()
+
+    def _keep_marker(self) -> None:
+        for column in [column for column in self._hooks if column != self._marker]:
+            self._hooks.pop(column).remove()
+
+    def _hook(self, column: int, parameter: nn.Parameter) -> RemovableHandle:
+        columns = self._columns  # the list alone: a hook that knew more would keep it alive
+
+        def arrived(_: Tensor) -> None:
+            columns.append(column)
+
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(arrived)
+        return handle
