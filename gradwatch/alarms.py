@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Alarms:
     """State of ``R`` rules on ``L`` layers. ``values`` and ``firing`` have shape (R, L).
 
-    ``stirring`` is True while an urgent rule is pending or firing: then no step may go unjudged.
+    ``stirring`` is True while any rule is pending or an urgent one fires: then no step may go unjudged.
 
     A rule about the whole model uses column 0. ``on_error`` is told of a rule that raised; the rule is switched off.
     """
@@ -72,7 +72,7 @@ class Alarms:
         firing = (self.firing & (self._calm <= self._keep_steps)) | (self._held >= self._for_steps)
         changed = firing != self.firing
         self.firing = firing
-        self.stirring = bool(self._held[self._urgent].any() or firing[self._urgent].any())
+        self.stirring = bool((self._held > 0)[~firing].any() or firing[self._urgent].any())
         if not changed.any():
             return []
         return [self._alarm(int(index), int(column), step) for index, column in np.argwhere(changed)]
@@ -114,6 +114,8 @@ class Alarms:
 
         A rule with limit 0 either fires (infinitely close) or has nothing to say. Minus infinity: no rule can tell.
         """
+        if not self.rules:
+            return np.full(len(self.layers), -np.inf), np.zeros(len(self.layers), dtype=np.intp)
         per_layer = np.array([rule.per_layer for rule in self.rules], dtype=bool)[:, None]
         with quiet_numpy():
             ratio = np.where(self.limits > 0, self.values / self.limits, np.where(self.values > 0, np.inf, -np.inf))

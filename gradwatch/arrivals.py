@@ -34,7 +34,9 @@ class Arrivals:
         self._columns: list[int] = []
         self._learning = _LEARNING
         self._closely = False
-        self._marker: int | None = None
+        self._common: set[int] = set()
+        self._misses = 0
+        self.marker: int | None = None
         self.order: NDArray[np.intp] | None = None
         self.arrived = np.zeros(len(layers), dtype=bool)
 
@@ -72,25 +74,37 @@ class Arrivals:
         """A backward is over; return True if it reached the watched model."""
         if not self._columns:
             return False
+        self._misses = 0
         if self._learning or self._closely:
             self._learn()
         self._columns.clear()
         return True
 
+    def missed(self, *, enough: bool) -> None:
+        """A backward seems to have passed by the marker: after three, learn the order anew where that is ``enough``."""
+        self._misses += 1
+        if enough and self._misses >= _LEARNING and not self._learning:
+            self._misses, self._learning, self.marker = 0, _LEARNING, None
+            self.start()
+
     def _learn(self) -> None:
         rank = np.full(len(self._layers), len(self._layers), dtype=np.intp)
-        for place, column in enumerate(dict.fromkeys(self._columns)):
+        order = list(dict.fromkeys(self._columns))
+        for place, column in enumerate(order):
             rank[column] = place
         self.order = rank
         self.arrived |= rank < len(self._layers)
-        if self._marker is None:
-            self._marker = self._columns[0]
-        self._learning = max(0, self._learning - 1)
+        if not self._learning:
+            return
+        # the marker is the first of those that arrived each time: parts of a model that take turns must not be it
+        self._common = set(order) if self.marker is None else self._common & set(order)
+        self.marker = next((column for column in order if column in self._common), order[0])
+        self._learning -= 1
         if not self._learning and not self._closely:
             self._keep_marker()
 
     def _keep_marker(self) -> None:
-        for column in [column for column in self._hooks if column != self._marker]:
+        for column in [column for column in self._hooks if column != self.marker]:
             self._hooks.pop(column).remove()
 
     def _hook(self, column: int, parameter: nn.Parameter) -> RemovableHandle:

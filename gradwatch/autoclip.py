@@ -30,7 +30,7 @@ class AutoClip(Settings):
     Args:
         clip: a `Clip`, or ``"norm"`` or ``"value"`` for one with its defaults.
         when: the incident kinds that switch it on, or ``"always"`` for ordinary clipping with telemetry.
-        severity: the least severity that switches it on.
+        severity: the least severity that switches it on: ``"warning"``, or ``"notice"`` where ``when`` names spikes.
         hold: optimizer steps without a firing alarm after which it lets go and the incident closes.
         on_nonfinite: what to do with a step whose gradients hold NaN or Inf: ``"skip"`` it (parameters and optimizer
             state stay untouched), ``"stop"`` with a `TrainingUnstableError`, or ``"ignore"``.
@@ -48,6 +48,8 @@ class AutoClip(Settings):
     max_skips: int = Field(default=20, ge=1)
 
     def __init__(self, clip: Clip | str, **settings: Any) -> None:
+        if "spike" in settings.get("when", ()):  # asked for by name: a spike is never worse than a notice
+            settings.setdefault("severity", "notice")
         super().__init__(clip=clip_by_name(clip) if isinstance(clip, str) else clip, **settings)
 
     @field_validator("when", mode="before")
@@ -115,7 +117,7 @@ class Clipping:
             self.record = ClipRecord(str(self.policy.clip), row.step, loss_before=before)
             self._hold, self._held_since, self._idle = self.policy.hold, row.step, 0
             self._looseness, self._loss_ceiling = 1.0, math.inf
-        if row.nonfinite is not None:
+        if row.poisoned:
             return self._skip(row) if self.policy.on_nonfinite != "ignore" else NOTHING
         self._skips_in_a_row = 0
         if not self.on:
@@ -188,14 +190,16 @@ class Clipping:
         if self.policy.on_nonfinite == "stop" or self._skips_in_a_row > self.policy.max_skips:
             self.record = None
             where = self.history.first_nonfinite() or "an unknown layer"
+            what = f"Gradients are not finite at step {row.step} (first in backward order: {where})"
+            if self.policy.on_nonfinite == "stop":
+                raise TrainingUnstableError(f'{what}, and on_nonfinite="stop". Parameters are those before this step.')
             cause = (
                 "the weights themselves are not finite, so no later step can be better; go back to a checkpoint"
                 if weights
                 else "no batch since then gave finite gradients; look at the loss and the data of this step"
             )
             raise TrainingUnstableError(
-                f"Gradients are not finite at step {row.step} (first in backward order: {where}), after "
-                f"{self._skips_in_a_row - 1} steps skipped in a row of at most {self.policy.max_skips}: {cause}. "
-                f"Parameters and optimizer state are as before step {row.step - self._skips_in_a_row + 1}."
+                f"{what}, after {self._skips_in_a_row - 1} steps skipped in a row of at most {self.policy.max_skips}: "
+                f"{cause}. Parameters and optimizer state are as before step {row.step - self._skips_in_a_row + 1}."
             )
         return Decision(skip=True)

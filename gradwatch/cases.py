@@ -20,6 +20,7 @@ from gradwatch.statistics import quiet_numpy
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from gradwatch.records import Floats
     from gradwatch.rules.base import Rule
 
 _WORD = re.compile(
@@ -81,7 +82,7 @@ class Case:
         losses = series(self.loss)
         steps = max(len(losses), *(len(values) for columns_ in columns.values() for values in columns_))
         history = History(layers, sizes=[self.size] * len(layers))
-        history.facts = Facts(family=self.family)
+        history.facts = Facts(optimizer=self.family.upper(), family=self.family)
 
         def written() -> Iterator[Row]:
             for step in range(steps):
@@ -89,7 +90,7 @@ class Case:
                     word: np.array([values[min(step, len(values) - 1)] for values in layered])
                     for word, layered in columns.items()
                 }
-                yield _row(step, losses[min(step, len(losses) - 1)], now, self.rate)
+                yield _row(step, losses[min(step, len(losses) - 1)], now, self)
 
         return history, written()
 
@@ -109,7 +110,7 @@ class Case:
         return None
 
 
-def _row(step: int, loss: float, now: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]], rate: float) -> Row:
+def _row(step: int, loss: float, now: dict[str, Floats], case: Case) -> Row:
     grad, weight = now["grad"], now["weight"]
     codes = np.where(np.isnan(grad), NonFinite.NAN, np.where(np.isinf(grad), NonFinite.INF, 0)).astype(np.uint8)
     return Row(
@@ -118,9 +119,11 @@ def _row(step: int, loss: float, now: dict[str, np.ndarray[tuple[int, ...], np.d
         grad_norm=grad,
         global_norm=math.sqrt(float(np.dot(grad, grad))) if np.isfinite(grad).all() else math.nan,
         weight_norm=weight,
-        nonfinite=codes,
+        nonfinite=codes if codes.any() else None,
+        poisoned=bool(codes.any()),
+        family=case.family,
         nonfinite_weight=~np.isfinite(weight),
-        rate=np.full(len(grad), rate),
+        rate=np.full(len(grad), case.rate),
         dead_share=now["dead"],
         unchanged=now["unchanged"],
         provenance=Provenance(source="written", loss="written"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,25 @@ class Measured:
     nonfinite: NDArray[np.uint8] | None = None
     counts: dict[int, tuple[int, int]] | None = None
 
+    def only(self, columns: NDArray[np.intp]) -> Measured:
+        """Return what was measured of these layers."""
+        there = np.isin(self.columns, columns)
+        if there.all():
+            return self
+        norms = np.full(len(self.norms), np.nan)
+        kept = self.columns[there]
+        norms[kept] = self.norms[kept]
+        measured = Measured(
+            [g for g, mine in zip(self.gradients, there, strict=True) if mine], kept, norms, global_norm_of(norms[kept])
+        )
+        counts = {column: count for column, count in (self.counts or {}).items() if column in kept}
+        if counts and self.nonfinite is not None:
+            measured.nonfinite, measured.counts = (
+                np.where(np.isin(np.arange(len(norms)), kept), self.nonfinite, 0),
+                counts,
+            )
+        return measured
+
 
 class Gradients:
     """The watched parameters that one optimizer owns (or all of them, for a loop without one).
@@ -41,20 +60,31 @@ class Gradients:
         layers: number of columns in all.
         groups: the number of the parameter group of each pair.
         total: parameters in the optimizer, watched or not; a change of it means that groups were added.
+        family: the optimizer's.
+
+    Attributes: ``steps`` counts those of this optimizer.
     """
 
     def __init__(
-        self, pairs: Sequence[tuple[int, nn.Parameter]], layers: int, groups: Sequence[int] = (), total: int = 0
+        self,
+        pairs: Sequence[tuple[int, nn.Parameter]],
+        layers: int,
+        groups: Sequence[int] = (),
+        total: int = 0,
+        family: Literal["sgd", "adam", "other"] = "other",
     ) -> None:
         self.parameters = [parameter for _, parameter in pairs]
         self.columns = np.array([column for column, _ in pairs], dtype=np.intp)
         self.total = total
+        self.family = family
+        self.steps = 0
+        self._zero = np.zeros(layers, dtype=bool)
         self._layers = layers
         self._groups = np.asarray(groups, dtype=np.intp)
         self._whole = bool(np.array_equal(self.columns, np.arange(layers)))
         self._plan: NormPlan | None = None
         self._planned: list[bool] = []
-        self._rates: tuple[Any, ...] = ()
+        self._rates: list[float] = []
         self._rate = np.full(layers, np.nan)
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -83,6 +113,8 @@ class Gradients:
         measured = Measured(there, columns, spread, global_norm_of(norms))
         if not math.isfinite(measured.global_norm) or not norms.all():
             self._look_closer(measured)
+        else:
+            self._zero[columns] = False
         if scale != 1.0:
             measured.norms /= scale
             measured.global_norm /= scale
@@ -94,7 +126,7 @@ class Gradients:
         counts = {}
         for gradient, column in zip(measured.gradients, measured.columns.tolist(), strict=True):
             norm = measured.norms[column]
-            if norm > 0 and math.isfinite(norm):
+            if math.isfinite(norm) and (norm > 0 or self._zero[column]):
                 continue
             nans, infs, norm = look_closer(gradient)
             if nans or infs:
@@ -102,6 +134,7 @@ class Gradients:
                 counts[column] = nans, infs
                 norm = math.nan if nans else math.inf
             measured.norms[column] = norm
+        self._zero = measured.norms == 0  # looked at once: a layer that stays at zero costs nothing more
         if counts:
             measured.nonfinite, measured.counts = codes, counts
             measured.global_norm = math.nan if (codes & 1).any() else math.inf
@@ -118,20 +151,20 @@ class Gradients:
 
     def rate(self, optimizer: Optimizer) -> Floats:
         """Return each layer's learning rate, shape (L,); NaN where it is unknown."""
-        rates = tuple(group.get("lr", math.nan) for group in optimizer.param_groups)
+        rates = [_number(group.get("lr")) for group in optimizer.param_groups]
         if rates != self._rates:
             self._rates = rates
-            plain = [math.nan if isinstance(rate, torch.Tensor) and not rate.is_cpu else float(rate) for rate in rates]
             self._rate = np.full(self._layers, np.nan)
-            self._rate[self.columns] = np.array(plain)[self._groups]
+            self._rate[self.columns] = np.array(rates)[self._groups]
         return self._rate
 
-    def hide(self) -> None:
-        """Take the gradients away, so that any optimizer leaves parameters and state untouched."""
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                self._hidden.append((parameter, parameter.grad))
-                parameter.grad = None
+    def hide(self, optimizer: Optimizer) -> None:
+        """Take the optimizer's gradients away, watched or not, so that it leaves parameters and state untouched."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._hidden.append((parameter, parameter.grad))
+                    parameter.grad = None
 
     def restore(self) -> None:
         """Give back what `hide` took."""
@@ -145,3 +178,10 @@ class Gradients:
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.zero_()
+
+
+def _number(rate: Any) -> float:
+    """Return a learning rate as a number; NaN where that is not known without waiting for a device."""
+    if isinstance(rate, torch.Tensor):
+        return rate.item() if rate.is_cpu else math.nan
+    return math.nan if rate is None else float(rate)

@@ -202,7 +202,7 @@ class History:
         before = losses[:-4]
         if self.losses < 12 or not np.isfinite(before).any():
             return True
-        now = float(np.median(losses[-4:]))
+        now, _ = median_and_mad(losses[-4:])
         if 0 <= now < self.reference_loss / 10:
             return False
         middle, scatter = median_and_mad(before)
@@ -221,6 +221,7 @@ class History:
         """The run's references; plain lists and numbers. The ring itself is not part of it."""
         return {
             "layers": list(self.layers),
+            "losses": self.losses,
             "first_losses": list(self._first_losses),
             "typical_grad": self.typical_grad.state_dict(),
             "typical_weight": self.typical_weight.state_dict(),
@@ -233,6 +234,7 @@ class History:
                 f"This state belongs to other layers: {len(state['layers'])} saved, {len(self.layers)} watched. "
                 "Load it into a monitor of the same model, or go on without it."
             )
+        self.losses = int(state["losses"])
         self._first_losses = list(state["first_losses"])
         self.reference_loss = float(np.median(self._first_losses)) if self._first_losses else math.nan
         self.typical_grad.load_state_dict(state["typical_grad"])

@@ -112,7 +112,7 @@ class Incidents:
         active = any(code in opening for code, _ in story.firing)
         aftermath = name != "explosion" and self.open_explosion() is not None  # part of the explosion's own story
         if story.incident is None and (aftermath or not active):
-            story.signs = dict(story.firing)
+            story.signs, story.fired_steps = dict(story.firing), 0
             return None
         if active:
             story.last_fired = step

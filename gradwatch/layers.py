@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -72,6 +73,10 @@ class Layers:
             if parameter is not None:
                 yield column, parameter
 
+    def parameter(self, column: int | None) -> nn.Parameter | None:
+        """Return the parameter of a column, None when it is gone."""
+        return None if column is None else self._refs[column]()
+
     def column(self, parameter: torch.Tensor) -> int | None:
         """Return the column of a watched parameter, None for any other."""
         column = self._columns.get(id(parameter))
@@ -94,18 +99,14 @@ def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
     )
 
 
+def family_of(optimizer: Optimizer) -> Literal["sgd", "adam", "other"]:
+    """Return whether an optimizer steps by rate times gradient, by gradients divided by their own size, or otherwise."""
+    names = " ".join(kind.__name__.lower() for kind in type(optimizer).__mro__)
+    if any(word in names for word in _SELF_SCALING):
+        return "adam"
+    return "sgd" if "sgd" in names else "other"
+
+
 def optimizer_facts(facts: Facts, optimizer: Optimizer) -> Facts:
     """Return ``facts`` with those of the optimizer."""
-    from dataclasses import replace
-
-    names = " ".join(kind.__name__.lower() for kind in type(optimizer).__mro__)
-    scaling = any(word in names for word in _SELF_SCALING)
-    group = optimizer.param_groups[0]
-    rate = group.get("lr", float("nan"))
-    return replace(
-        facts,
-        optimizer=type(optimizer).__name__,
-        family="adam" if scaling else "sgd" if "sgd" in names else "other",
-        rate=float(rate) if not isinstance(rate, torch.Tensor) or rate.is_cpu else float("nan"),
-        momentum=float(group.get("momentum", 0.0) or 0.0),
-    )
+    return replace(facts, optimizer=type(optimizer).__name__, family=family_of(optimizer))

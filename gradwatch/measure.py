@@ -146,6 +146,6 @@ def live_units(gradient: Tensor) -> Tensor:
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """Return the sum of the tensor's bits read as integers: it changes when any element does."""
+    """Return the sum of the tensor's bits read as integers: a change of one element changes it, of many almost surely."""
     values = _values(tensor)
     return int(values.view(_BITS[values.element_size()]).sum(dtype=torch.int64).item())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import logging
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from gradwatch.errors import UsageError
+from gradwatch.errors import TrainingUnstableError, UsageError
 from gradwatch.history import History
 from gradwatch.layers import Layers, facts_of, optimizer_facts
 from gradwatch.pipeline import Pipeline
@@ -70,7 +72,11 @@ class Monitor:
         self._finish = weakref.finalize(model, _end, weakref.ref(self))
         self._finish.atexit = False
         atexit.register(self.detach)
-        self._pipeline.start()
+        try:
+            self._pipeline.start()
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Remove every hook and tap, end the reports; the model is as it was before. Safe to call twice."""
@@ -163,12 +169,20 @@ class Monitor:
     def optimizer_found(self, optimizer: Optimizer) -> None:
         """See `gradwatch.probe.Judge`."""
         self.history.facts = optimizer_facts(self.history.facts, optimizer)
+        if self.history.facts.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
+            self._pipeline.notes.append("auto-clip does not act inside a line search: LBFGS is watched only.")
 
     def judge(self, row: Row) -> Decision:
         """See `gradwatch.probe.Judge`."""
         if self._probe.arrivals.order is not None:
             self.history.order = self._probe.arrivals.order
-        decision = self._pipeline.step(row)
+        if row.rate is not None and row.rate is not self.history.rate:
+            self.history.facts = replace(self.history.facts, rate=float(np.nanmax(row.rate, initial=0.0)))
+        try:
+            decision = self._pipeline.step(row)
+        except TrainingUnstableError:
+            self._pipeline.report(self._probe.seconds)
+            raise
         self._probe.watch_closely(closely=self._pipeline.incidents.open_explosion() is not None)
         return decision
 

@@ -29,7 +29,7 @@ _EVERY_STEP = 64  # every rule judges each of the first steps: small models expl
 _CADENCE = 16  # afterwards, while nothing stirs
 _STIR = 3.0  # times a layer's typical gradient norm at which a quiet step is looked at
 _SERIES = 400  # rows that a report gets for its curves
-_RATE_OVER = 0.2  # seconds over which the speed is taken
+_SPEED_OVER = 0.2  # seconds over which the speed is taken
 _NO_LOSS = 5  # rows without a loss after which the loss rules say that they rest
 
 
@@ -65,10 +65,12 @@ class Pipeline:
         self._band = np.full(len(history.layers), np.inf)
         self._loss_band = math.inf
         self._started = perf_counter()
-        self._shown = self._started
-        self._shown_rows = 0
+        self._timed = self._started
+        self._timed_step = 0
+        self._first_step: int | None = None
         self._speed = math.nan
-        self._period = min((report.period for report in reports), default=math.inf)
+        self._last: dict[int, float] = {}
+        self._notes_told = 0
 
     def step(self, row: Row) -> Decision:
         """Judge one row; return what to do with its gradients before the optimizer sees them."""
@@ -77,8 +79,9 @@ class Pipeline:
 
     def _step(self, row: Row) -> Decision:
         self.history.push(row)
-        if not self._shown_rows:  # what came before the first step is not the training's speed
-            self._shown, self._shown_rows = perf_counter(), 1
+        if self._first_step is None:  # what came before the first step is not the training's speed
+            self._first_step = self._timed_step = row.step
+            self._timed = perf_counter()
         if not self._quiet(row):
             self._judge(row)
         decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
@@ -107,7 +110,8 @@ class Pipeline:
         changes = self.alarms.update(self.history, row.step)
         self.changes.extend(changes)
         self._news += tuple(self.incidents.update(changes, self._opening, row.step))
-        self._band = _STIR * self.history.typical_grad.value
+        # a layer without a typical norm yet is looked at whenever it has a gradient
+        self._band = np.nan_to_num(_STIR * self.history.typical_grad.value, nan=0.0, posinf=np.inf)
         if row.has_loss:
             middle, spread = self.history.loss_level()
             self._loss_band = middle + 3 * max(spread, abs(middle) / 10)
@@ -126,11 +130,17 @@ class Pipeline:
         ``cost`` is gradwatch's own time so far, in seconds.
         """
         now = perf_counter()
-        if not self._news and now - self._shown < self._period:
+        told = bool(self._news) or len(self.notes) > self._notes_told
+        due = [
+            report for report in self.reports if told or now - self._last.get(id(report), -math.inf) >= report.period
+        ]
+        if not due:
             return
         snapshot = self.snapshot(cost)
-        self._news = ()
-        self._each("step", snapshot)
+        self._news, self._notes_told = (), len(self.notes)
+        for report in due:
+            self._last[id(report)] = now
+            self._tell(report, "step", snapshot)
 
     def close(self, cost: float) -> None:
         """Show the reports the last snapshot and end them."""
@@ -139,26 +149,31 @@ class Pipeline:
 
     def _each(self, method: str, *arguments: Snapshot) -> None:
         for report in tuple(self.reports):
-            try:
-                getattr(report, method)(*arguments)
-            except Exception as error:
-                self.reports.remove(report)
-                self._on_error(f"report {type(report).__name__}", error)
+            self._tell(report, method, *arguments)
+
+    def _tell(self, report: Report, method: str, *arguments: Snapshot) -> None:
+        try:
+            getattr(report, method)(*arguments)
+        except Exception as error:
+            self.reports.remove(report)
+            self._on_error(f"report {type(report).__name__}", error)
 
     def snapshot(self, cost: float) -> Snapshot:
         """Return all that a report may know of this moment."""
         history, now = self.history, perf_counter()
-        if now - self._shown >= _RATE_OVER and history.rows > self._shown_rows > 0:
-            self._speed = (history.rows - self._shown_rows) / max(now - self._shown, 1e-9)
-            self._shown, self._shown_rows = now, history.rows
+        step = history.row.step
+        if now - self._timed >= _SPEED_OVER and step > self._timed_step:
+            self._speed = (step - self._timed_step) / (now - self._timed)
+            self._timed, self._timed_step = now, step
         closeness, closest = self.alarms.closeness()
         return Snapshot(
             facts=history.facts,
-            step=history.row.step,
+            step=step,
             layers=history.layers,
             loss=history.loss(last=_SERIES).copy(),
             global_norm=history.global_norm(last=_SERIES).copy(),
             grad_norm=history.row.grad_norm.copy(),
+            nonfinite=history.nonfinite.copy(),
             weight_norm=history.weight.copy(),
             closeness=closeness,
             closest=closest,
@@ -172,7 +187,7 @@ class Pipeline:
             skipped=self.clipping.skipped if self.clipping is not None else 0,
             seconds=now - self._started,
             steps_per_second=self._speed,
-            cost_us=1e6 * cost / max(history.rows, 1),
+            cost_us=1e6 * cost / max(step - (self._first_step or 0) + 1, 1),
             provenance=history.row.provenance,
             notes=tuple(self.notes),
             news=self._news,

@@ -18,6 +18,7 @@ from gradwatch import taps
 from gradwatch.arrivals import Arrivals
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.gradients import Gradients, Measured
+from gradwatch.layers import family_of
 from gradwatch.losses import Losses
 from gradwatch.measure import norm_of
 from gradwatch.records import Provenance, Row
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
     from gradwatch.autoclip import Decision
     from gradwatch.layers import Layers
 
-_UNDECIDED = 16  # backwards without an optimizer step after which a loop is taken to have none
+_UNDECIDED = 16  # steps of optimizers that own no watched layer after which a loop is taken to have none of its own
+_PATIENCE = 10  # steps in a row that a gradient scaler may leave out before one is judged
 
-Source = Literal["optimizer step", "closure", "end of backward", "monitor.step()"]
+Source = Literal["optimizer step", "closure", "end of backward", "monitor.step()", "left out by the scaler"]
 Clipped = Literal["no clip_grad_norm_ seen", "before the user's clip", "as the optimizer sees it"]
 
 
@@ -75,7 +77,9 @@ class Probe:
         self._owned: weakref.WeakKeyDictionary[Optimizer, Gradients] = weakref.WeakKeyDictionary()
         self._all: Gradients | None = None
         self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
-        self._lone_backwards = 0
+        self._vain_steps = 0
+        self._backwards_then = 0
+        self._left_out = self._left_out_before = 0
         self._weights_then = math.nan
         self._before_clip: Measured | None = None
         self._stepping: weakref.ref[Optimizer] | None = None
@@ -102,9 +106,13 @@ class Probe:
 
     def stop(self) -> None:
         """Remove every hook and give back what was hidden."""
+        self._give_up()
+        _unlisten(self)
+
+    def _give_up(self) -> None:
+        """Stop, but for the process-wide hooks: torch may be walking over them right now."""
         self.active = False
         self.arrivals.stop()
-        _unlisten(self)
         for tap in taps.ALL:
             tap.remove(self)
         for gradients in tuple(self._owned.values()):
@@ -126,16 +134,26 @@ class Probe:
     def backward_begins(self) -> None:
         """See `taps.Listener`."""
         self.arrivals.begin()
+        if self.losses.pending and self._gradients_cleared():  # the user left a step out: its loss belongs to no row
+            self.losses.forget()
 
     def backward_ended(self, root: Tensor | None) -> None:
         """See `taps.Listener`."""
-        if not self.arrivals.end():  # another model's backward
+        if not self.arrivals.end():  # another model's backward, or one that passed by the marker
+            self.arrivals.missed(enough=self._loop == "backward")
             return
         self.backwards += 1
+        self._before_clip = None  # what was clipped before this backward was not stepped with
         if root is not None:
             self.losses.add_root(root)
-        if self._loop in ("unknown", "backward"):
+        if self._loop == "backward" or (self._loop == "unknown" and not self._owned):
             self._guarded(self._end_of_backward)
+
+    def _gradients_cleared(self) -> bool:
+        marker = self._layers.parameter(self.arrivals.marker)
+        if marker is None:
+            return False
+        return marker.grad is None or (marker.grad.is_cpu and not marker.grad.any())
 
     def _end_of_backward(self) -> None:
         """In a loop without a torch optimizer, the end of backward is the last moment before the update."""
@@ -145,17 +163,16 @@ class Probe:
         self._measure(self._everything(), "end of backward")
 
     def _updates_without_optimizer(self) -> bool:
-        """True when the weights moved although no optimizer stepped, or after many backwards without a step."""
-        self._lone_backwards += 1
+        """True when the weights moved although no optimizer of theirs stepped, or another one keeps stepping in vain."""
         then, self._weights_then = self._weights_then, sum(norm_of(p) for _, p in self._layers.parameters())
-        moved = self._lone_backwards > 1 and self._weights_then != then
-        return moved or self._lone_backwards >= _UNDECIDED
+        moved = not math.isnan(then) and self._weights_then != then
+        return moved or self._vain_steps >= _UNDECIDED
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
         """See `taps.Listener`: the user's first clip of a step is the last moment to see the gradients whole."""
         if self._before_clip is not None or not gradients:
             return
-        mine = next(iter(self._owned.values())) if len(self._owned) == 1 else self._everything()
+        mine = self._everything()
         if any(parameter.grad is gradients[0] for parameter in mine.parameters):
             self._guarded(self._measure_before_clip, mine)
 
@@ -165,12 +182,18 @@ class Probe:
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """See `taps.Listener`."""
         if self._gradients_of(optimizer) is not None:
-            self.losses.scaled_by(scaler)
+            self.losses.scaler = scaler
+            self._left_out_before = self._left_out
+            self._left_out += 1
 
     def scaler_stepped(self, optimizer: Optimizer) -> None:
-        """See `taps.Listener`: on overflow the scaler leaves the step out, so its loss belongs to no row."""
-        if self._gradients_of(optimizer) is not None:
-            self._forget()
+        """See `taps.Listener`: now and then a step is left out to find the scale; many in a row are a fault."""
+        mine = self._gradients_of(optimizer)
+        if mine is not None and self._left_out > self._left_out_before:
+            if self._left_out >= _PATIENCE:
+                self._guarded(self._measure, mine, "left out by the scaler", optimizer)
+            self.losses.forget()
+        self.losses.scaler = None
 
     # The optimizer's hooks.
 
@@ -182,10 +205,15 @@ class Probe:
         mine = self._gradients_of(optimizer)
         # a subclass that calls super().step() comes here twice for one step; a step that raised never came to its end
         again = self._stepping is not None and self._stepping() is optimizer and self._stepping_at == self.backwards
+        if mine is None:
+            self._vain_steps += 1
         if mine is None or again:
             return None
         self._stepping, self._stepping_at = weakref.ref(optimizer), self.backwards
         self.backwards += self.arrivals.end()  # a backward that passed by the tap
+        if self.backwards == self._backwards_then:
+            self.arrivals.missed(enough=True)
+        self._backwards_then = self.backwards
         if self._loop != "explicit":
             self._loop = "optimizer"
         mine.restore()
@@ -241,7 +269,7 @@ class Probe:
                     groups.append(number)
         if not pairs:
             return None
-        self._owned[optimizer] = Gradients(pairs, len(self._layers), groups, total)
+        self._owned[optimizer] = Gradients(pairs, len(self._layers), groups, total, family_of(optimizer))
         judge = self._judge()
         if judge is not None:
             judge.optimizer_found(optimizer)
@@ -261,47 +289,53 @@ class Probe:
         judge = self._judge()
         if judge is None:
             return
-        step, self.step = self.step, self.step + 1
-        if step % self._every and not self._closely:
-            self._forget()
-            return
         scale = _fused_scale(optimizer)
+        left_out = source == "left out by the scaler"
         if scale is None:  # the optimizer itself leaves the step out: the scaler found an overflow
-            self.step = step
-            self._forget()
+            return
+        if not left_out:
+            self._left_out = 0
+        step, self.step = self.step, self.step + 1
+        mine.steps += 1
+        if (mine.steps - 1) % self._every and not self._closely:
+            self.losses.spend()
             return
         now = mine.measure(scale)
         loss, loss_source = self.losses.read(returned)
         whole, applied = now, 1.0
         clipped: Clipped = "no clip_grad_norm_ seen" if taps.USER_CLIP.installed else "as the optimizer sees it"
         if self._before_clip is not None:
-            whole, clipped = self._before_clip, "before the user's clip"
+            whole, clipped = self._before_clip.only(mine.columns), "before the user's clip"
             applied = mine.kept(whole)
-        self._forget()
-        weights = self._sampling.weights() if self._closely or self._sampling.weights_due(step) else None
-        census = self._sampling.census_due(step)
-        if census:
-            self._sampling.census(step, now.gradients, now.columns.tolist())
+        sampled = self._sampling.take(now, closely=self._closely)
         row = Row(
             step=step,
             loss=loss,
             grad_norm=whole.norms,
             global_norm=whole.global_norm,
-            weight_norm=weights.norms if weights else None,
+            weight_norm=sampled.weight_norm,
             nonfinite=whole.nonfinite,
-            nonfinite_weight=weights.nonfinite if weights else None,
+            nonfinite_weight=sampled.nonfinite_weight,
             counts=whole.counts,
+            poisoned=now.nonfinite is not None,
             rate=mine.rate(optimizer) if optimizer is not None else None,
+            family=mine.family,
             applied=applied,
-            dead_share=self._sampling.dead_share.copy() if census else None,
-            unchanged=self._sampling.unchanged.copy() if census else None,
+            dead_share=sampled.dead_share,
+            unchanged=sampled.unchanged,
             arrived=self.arrivals.arrived,
             provenance=Provenance(source, clipped, loss_source),
         )
-        decision = judge.judge(row)
+        try:
+            decision = judge.judge(row)
+        except TrainingUnstableError:
+            self._stepping = None  # a user who steps again all the same is judged again
+            raise
         coefficient = 1.0
-        if decision.skip:
-            mine.hide() if optimizer is not None else mine.zero()
+        if decision.skip and optimizer is not None and not left_out:
+            mine.hide(optimizer)
+        elif decision.skip:
+            mine.zero()
         elif decision.clip is not None and now.gradients and self._clippable(source, optimizer):
             clip = decision.clip if scale == 1.0 else decision.clip.loosened(scale)
             coefficient = clip.apply(now.gradients, now.global_norm * scale)
@@ -310,10 +344,6 @@ class Probe:
     def _clippable(self, source: Source, optimizer: Optimizer | None) -> bool:
         """False inside a line search: there the gradients belong to the search, and a clip would mislead it."""
         return source != "closure" or not isinstance(optimizer, torch.optim.LBFGS)
-
-    def _forget(self) -> None:
-        self.losses.forget()
-        self._before_clip = None
 
     def _guarded(self, do: Callable[..., Any], *args: Any) -> Any:
         """Run a part of gradwatch: its errors never reach the training loop, unless they are meant to."""
@@ -326,7 +356,7 @@ class Probe:
         except TrainingUnstableError:
             raise
         except Exception as error:
-            self.stop()
+            self._give_up()
             judge = self._judge()
             if judge is not None:
                 judge.failed("measuring", error)

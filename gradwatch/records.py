@@ -42,7 +42,9 @@ class Provenance(NamedTuple):
     ``source``: the moment of measuring. ``clipped``: before or after the user's own clipping, where that is known.
     """
 
-    source: Literal["optimizer step", "closure", "end of backward", "monitor.step()", "written"] = "optimizer step"
+    source: Literal[
+        "optimizer step", "closure", "end of backward", "monitor.step()", "left out by the scaler", "written"
+    ] = "optimizer step"
     clipped: Literal["no clip_grad_norm_ seen", "before the user's clip", "as the optimizer sees it"] = (
         "as the optimizer sees it"
     )
@@ -55,7 +57,9 @@ class Provenance(NamedTuple):
 class Row(NamedTuple):
     """The numbers of one optimizer step. ``L`` is the number of layers; missing is NaN.
 
-    ``applied`` is the factor that the user's own clipping put on the gradients (1.0: none was seen).
+    ``poisoned``: what the optimizer is about to use is not finite (``nonfinite`` may tell of before the user's clip).
+    ``family`` is the optimizer's. ``applied`` is the factor that the user's own clipping put on the gradients (1.0: none
+    was seen).
     ``rate`` (L,) is the learning rate of each layer's parameter group. ``counts`` maps a layer's column to its number
     of (NaN, Inf) gradient elements and exists only for steps with non-finite gradients.
     """
@@ -68,7 +72,9 @@ class Row(NamedTuple):
     nonfinite: NDArray[np.uint8] | None = None
     nonfinite_weight: NDArray[np.bool_] | None = None
     counts: Mapping[int, tuple[int, int]] | None = None
+    poisoned: bool = False
     rate: Floats | None = None
+    family: Literal["sgd", "adam", "other"] = "other"
     applied: float = 1.0
     dead_share: Floats | None = None
     unchanged: Floats | None = None
@@ -189,7 +195,6 @@ class Facts:
     optimizer: str | None = None
     family: Literal["sgd", "adam", "other"] = "other"
     rate: float = float("nan")
-    momentum: float = 0.0
     clip: str | None = None
 
 
@@ -208,6 +213,7 @@ class Snapshot:
     loss: Floats
     global_norm: Floats
     grad_norm: Floats
+    nonfinite: NDArray[np.uint8]
     weight_norm: Floats
     closeness: Floats
     closest: NDArray[np.intp]

@@ -6,95 +6,93 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from gradwatch.measure import NormPlan, fingerprint, live_units, look_closer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from gradwatch.gradients import Measured
     from gradwatch.layers import Layers
     from gradwatch.records import Floats
 
-FIRST_STEPS = 32  # weights are sampled on each of them
-WEIGHTS_EVERY = 16
-CENSUS_EVERY = 64
-_FIRST_CENSUSES = frozenset((8, 16, 24, 32, 48))
-_ROUND = 4  # censuses after which a unit without any gradient is called dead
+_FIRST_ROWS = 32  # weights are sampled on each of them
+_WEIGHTS_EVERY = 16
+_CENSUS_EVERY = 61  # odd, as the first censuses are even and odd: parts of a model that take turns are all seen
+_FIRST_CENSUSES = frozenset((5, 10, 17, 24, 33, 44))
+_ROUND = 4  # censuses of a layer after which a unit without any gradient is called dead
 
 
 @dataclass(slots=True)
-class Weights:
-    """Weight norms of one moment, shape (L,), and which layers hold values that are not finite."""
+class Sample:
+    """What was looked at with one row; None where it was not its turn. Arrays have shape (L,)."""
 
-    norms: Floats
-    nonfinite: NDArray[np.bool_]
+    weight_norm: Floats | None = None
+    nonfinite_weight: NDArray[np.bool_] | None = None
+    dead_share: Floats | None = None
+    unchanged: Floats | None = None
 
 
 class Sampling:
-    """The sampled statistics of one model. Arrays have shape (L,)."""
+    """The sampled statistics of one model, by rows since it was attached."""
 
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
         self._plan: NormPlan | None = None
         self._planned = 0
+        self._rows = 0
         self._prints: dict[int, int] = {}
-        self._alive: dict[int, Tensor] = {}
-        self._censuses = 0
-        self.dead_share = np.full(len(layers), np.nan)
-        self.unchanged = np.zeros(len(layers))
+        self._alive: dict[int, tuple[int, Tensor]] = {}
+        self._dead_share = np.full(len(layers), np.nan)
+        self._unchanged = np.zeros(len(layers))
 
-    @torch.no_grad()
-    def weights(self) -> Weights:
-        """Measure the norm of every layer's weights."""
+    def take(self, now: Measured, *, closely: bool) -> Sample:
+        """Look at what is due with this row; ``closely``: the weights are. Runs without autograd."""
+        row, self._rows = self._rows, self._rows + 1
+        sample = Sample()
+        if closely or row < _FIRST_ROWS or row % _WEIGHTS_EVERY == 0:
+            self._weights(sample)
+        if row == 0 or row in _FIRST_CENSUSES or row % _CENSUS_EVERY == 0:
+            self._count_units(now)
+            self._compare(row)
+            sample.dead_share, sample.unchanged = self._dead_share.copy(), self._unchanged.copy()
+        return sample
+
+    def _weights(self, sample: Sample) -> None:
         columns, parameters = zip(*self._layers.parameters(), strict=True)
         if self._plan is None or self._planned != len(parameters):
             self._plan, self._planned = NormPlan(parameters), len(parameters)
         norms = np.full(len(self._layers), np.nan)
         norms[list(columns)] = self._plan.norms(list(parameters))
         nonfinite = np.zeros(len(self._layers), dtype=bool)
-        for column, parameter in zip(columns, parameters, strict=True):
-            if not np.isfinite(norms[column]):
-                nans, infs, norms[column] = look_closer(parameter)
-                nonfinite[column] = nans + infs > 0
-        return Weights(norms, nonfinite)
+        for place in np.flatnonzero(~np.isfinite(norms[list(columns)])).tolist():
+            nans, infs, norms[columns[place]] = look_closer(parameters[place])
+            nonfinite[columns[place]] = nans + infs > 0
+        sample.weight_norm, sample.nonfinite_weight = norms, nonfinite
 
-    def weights_due(self, step: int) -> bool:
-        """True on the first steps and on every sixteenth."""
-        return step < FIRST_STEPS or step % WEIGHTS_EVERY == 0
+    def _count_units(self, now: Measured) -> None:
+        for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
+            if not self._layers.with_units[column] or not gradient.numel() or gradient.is_sparse:
+                continue
+            looks, live = self._alive.get(column, (0, None))
+            seen = live_units(gradient)
+            looks, live = looks + 1, seen if live is None else live | seen
+            self._alive[column] = looks, live
+            if looks == _ROUND:
+                self._dead_share[column] = 1.0 - live.float().mean().item()
+                del self._alive[column]
 
-    def census_due(self, step: int) -> bool:
-        """True on the steps on which units and fingerprints are looked at."""
-        return step in _FIRST_CENSUSES or step % CENSUS_EVERY == 0
-
-    @torch.no_grad()
-    def census(self, step: int, gradients: Sequence[Tensor], columns: Sequence[int]) -> None:
-        """Look at the units of these gradients, and at whether weights have changed since step 0."""
-        self._count_units(gradients, columns)
+    def _compare(self, row: int) -> None:
+        """Compare the weights with those of the first row, exactly."""
         for column, parameter in self._layers.parameters():
-            if step and column not in self._prints:  # it has changed: it is not frozen, for good
+            if row and column not in self._prints:  # it has changed: it is not frozen, for good
                 continue
             if not parameter.requires_grad or not parameter.numel():
                 continue
             now = fingerprint(parameter)
             if self._prints.setdefault(column, now) == now:
-                self.unchanged[column] = step
+                self._unchanged[column] = row
             else:
                 del self._prints[column]
-                self.unchanged[column] = 0
-
-    def _count_units(self, gradients: Sequence[Tensor], columns: Sequence[int]) -> None:
-        for gradient, column in zip(gradients, columns, strict=True):
-            if self._layers.with_units[column] and gradient.layout is torch.strided and gradient.numel():
-                live = live_units(gradient)
-                self._alive[column] = self._alive[column] | live if column in self._alive else live
-        self._censuses += 1
-        if self._censuses < _ROUND:
-            return
-        for column, live in self._alive.items():
-            self.dead_share[column] = 1.0 - live.float().mean().item()
-        self._alive.clear()
-        self._censuses = 0
+                self._unchanged[column] = 0

@@ -56,7 +56,7 @@ class Tap:
         self._wrap = wrap
         self._original: Function | None = None
         self._replacement: Function | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may end an old monitor right in here
         self.listeners: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property

@@ -51,6 +51,7 @@ def snapshot(layers: int = 300, **changes: object) -> Snapshot:
         "layers": names,
         "loss": growth,
         "global_norm": np.append(growth, np.nan),
+        "nonfinite": np.zeros(layers, dtype=np.uint8),
         "grad_norm": np.linspace(40, 0.1, layers),
         "weight_norm": np.linspace(3, 1, layers),
         "closeness": np.linspace(3.1, 0.01, layers),

@@ -26,8 +26,12 @@ def report_by_name(name: str) -> Report:
 
 
 def _in_terminal() -> bool:
-    """True when the standard error stream is a terminal that can be drawn on, and no tqdm bar is on it already."""
-    if not sys.stderr.isatty() or os.environ.get("TERM") in (None, "dumb", "unknown"):
+    """True when standard error is a terminal that can be drawn on, with no tqdm bar and no other picture on it."""
+    if (
+        not sys.stderr.isatty()
+        or hasattr(sys.stderr, "rich_proxied_file")
+        or os.environ.get("TERM") in (None, "dumb", "unknown")
+    ):
         return False
     tqdm = sys.modules.get("tqdm")
     return not (tqdm and getattr(tqdm.tqdm, "_instances", None))

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from gradwatch.reports.base import Report
+from gradwatch.reports.log import LogReport
 from gradwatch.reports.summary import Summary
 from gradwatch.reports.view import View
 
@@ -41,9 +42,15 @@ class LiveReport(Report):
         self._snapshot: Snapshot | None = None
         self._live: Live | None = None
         self._above: dict[str, _Above] = {}
+        self._instead: LogReport | None = None
 
     def start(self) -> None:
         """Stand between the standard streams and the terminal, so that what is written later goes above the picture."""
+        if hasattr(
+            sys.stderr, "rich_proxied_file"
+        ):  # another monitor draws here already: this one writes lines above it
+            self._instead = LogReport()
+            return
         for name in ("stdout", "stderr") if self._console.is_terminal else ():
             stream = getattr(sys, name)
             if stream is not None and stream.isatty():
@@ -52,6 +59,9 @@ class LiveReport(Report):
 
     def step(self, snapshot: Snapshot) -> None:
         """Leave the snapshot for the drawing thread."""
+        if self._instead is not None:
+            self._instead.step(snapshot)
+            return
         self._snapshot = snapshot
         if self._live is None:
             self._live = Live(
@@ -66,6 +76,9 @@ class LiveReport(Report):
 
     def close(self, snapshot: Snapshot) -> None:
         """Clear the picture and print the summary in its place."""
+        if self._instead is not None:
+            self._instead.close(snapshot)
+            return
         for name, above in self._above.items():
             if getattr(sys, name) is above:
                 setattr(sys, name, above.rich_proxied_file)
@@ -80,7 +93,7 @@ class LiveReport(Report):
     def _picture(self) -> RenderableType:
         if self._snapshot is None:
             return Text()
-        view = View(self._snapshot, [row for above in self._above.values() for row in above.status.texts()])
+        view = View(self._snapshot, [row for above in self._above.values() for row in above.below()])
         try:
             return Group(*view.lines(self._console.width, self._console.height))
         except Exception as error:
@@ -161,7 +174,12 @@ class _Above:
             self.write(line)
 
     def flush(self) -> None:
-        """Do nothing: a line without its end waits for it."""
+        """Do nothing: a line without its end is shown below the picture, such as the prompt of an input."""
+
+    def below(self) -> list[Text]:
+        """What belongs below the picture: bars, and a line that is not finished."""
+        partial = [Text.from_ansi(self._partial, no_wrap=True, overflow="ellipsis")] if self._partial.strip() else []
+        return self.status.texts() + partial
 
     def finish(self) -> None:
         """Print what is left."""

@@ -26,7 +26,7 @@ _BAR = 8
 
 
 def number(value: float) -> str:
-    """Return a number in at most eight characters; a dash for missing, ``NaN`` and ``Inf`` spelled out."""
+    """Return a number in at most nine characters, ``NaN`` and ``Inf`` spelled out."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
@@ -114,10 +114,9 @@ class View:
         order = np.argsort(-snapshot.closeness, kind="stable")
         for column in order[:most]:
             share = float(snapshot.closeness[column])
-            cells = [
-                Text(shorten(snapshot.layers[column], name_width)),
-                Text(number(float(snapshot.grad_norm[column]))),
-            ]
+            norm = float(snapshot.grad_norm[column])
+            missing = math.isnan(norm) and not snapshot.nonfinite[column]
+            cells = [Text(shorten(snapshot.layers[column], name_width)), Text("-" if missing else number(norm))]
             if width >= 60:
                 cells.append(Text(number(float(snapshot.weight_norm[column]))))
             cells.append(_bar(share))

@@ -62,9 +62,9 @@ class UpdateTooLarge(Rule):
     def measure(self, history: History) -> Floats:
         """Return update over weights for each matrix, shape (L,); NaN elsewhere."""
         floor = 0.01 * np.sqrt(history.sizes)
-        if history.facts.family == "sgd":
-            ratio = history.rate * history.row.applied * history.row.grad_norm / np.fmax(history.weight, floor)
+        if history.row.family == "sgd":
+            ratio = history.rate * history.row.applied * history.row.grad_norm / np.maximum(history.weight, floor)
         else:
             moved = np.abs(history.weight - history.previous_weight) / history.weight_gap
-            ratio = moved / np.fmax(history.previous_weight, floor)
+            ratio = moved / np.maximum(history.previous_weight, floor)
         return np.where(history.matrices, ratio, np.nan)
