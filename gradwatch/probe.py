@@ -77,7 +77,7 @@ class Probe:
         self._owned: weakref.WeakKeyDictionary[Optimizer, Gradients] = weakref.WeakKeyDictionary()
         self._all: Gradients | None = None
         self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
-        self._vain_steps = 0
+        self._vain_steps = self._vain_at = 0
         self._backwards_then = 0
         self._left_out = self._left_out_before = 0
         self._weights_then = math.nan
@@ -205,8 +205,8 @@ class Probe:
         mine = self._gradients_of(optimizer)
         # a subclass that calls super().step() comes here twice for one step; a step that raised never came to its end
         again = self._stepping is not None and self._stepping() is optimizer and self._stepping_at == self.backwards
-        if mine is None:
-            self._vain_steps += 1
+        if mine is None and self.backwards > self._vain_at:  # another optimizer steps after a backward of this model
+            self._vain_steps, self._vain_at = self._vain_steps + 1, self.backwards
         if mine is None or again:
             return None
         self._stepping, self._stepping_at = weakref.ref(optimizer), self.backwards

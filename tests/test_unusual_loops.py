@@ -1,0 +1,336 @@
+"""Loops that tempt a monitor into a wrong row, a wrong verdict or a wrong clip."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradwatch
+from tests import terminal
+from tests.conftest import left_behind
+from tests.trainings import data, mlp, train, true_norms
+
+
+def watch(model: nn.Module, **settings: Any) -> gradwatch.Monitor:
+    """Attach silently and strictly."""
+    return gradwatch.attach(model, report=None, strict=True, **settings)
+
+
+def test_accumulation_over_many_batches_is_no_loop_without_an_optimizer() -> None:
+    """Sixty-four backwards, one step, one row; nothing is clipped before it."""
+    x, y = data()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model, clip=gradwatch.AutoClip("norm", when="always")) as monitor:
+        for _ in range(2):
+            optimizer.zero_grad()
+            for _ in range(64):
+                nn.functional.mse_loss(model(x), 10 * y).backward()
+            truth = true_norms(model)
+            optimizer.step()
+            np.testing.assert_allclose(monitor.history.grad_norm(last=1)[0], truth, rtol=1e-6)
+    assert monitor.history.rows == 2
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("clips", [True, False])
+def test_a_step_that_the_user_leaves_out_does_not_spoil_the_next_row(*, to_none: bool, clips: bool) -> None:
+    """The usual guard against NaN: no incident, no skipped good step, the right loss."""
+    x, y = data()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model, clip="norm") as monitor:
+        for step in range(30):
+            optimizer.zero_grad(set_to_none=to_none)
+            loss = nn.functional.mse_loss(model(x * (math.nan if step == 20 else 1)), y)
+            loss.backward()
+            if clips:
+                nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            if not loss.isfinite():
+                continue
+            optimizer.step()
+            assert monitor.history.loss(last=1)[0] == pytest.approx(loss.item())
+    assert monitor.incidents == []
+    assert monitor.history.rows == 29
+
+
+def test_two_optimizers_on_one_model_leave_a_row_each() -> None:
+    """Each with its own layers, the shared loss, and norms before the one clip over the whole model."""
+    x, y = data()
+    model = mlp()
+    body, head = list(model.parameters())[:4], list(model.parameters())[4:]
+    one, other = torch.optim.SGD(body, lr=0.01), torch.optim.Adam(head, lr=1e-3)
+    with watch(model) as monitor:
+        for _ in range(80):
+            model.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            truth = true_norms(model)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            one.step()
+            other.step()
+            first, second = monitor.history.grad_norm(last=2)
+            np.testing.assert_allclose(first, [*truth[:4], math.nan, math.nan], rtol=1e-6)
+            np.testing.assert_allclose(second, [*[math.nan] * 4, *truth[4:]], rtol=1e-6)
+            np.testing.assert_allclose(monitor.history.loss(last=2), [loss.item()] * 2, rtol=1e-6)
+            assert monitor.history.provenance.clipped == "before the user's clip"
+    assert monitor.incidents == []
+    assert not np.isnan(monitor.history.dead_share[[0, 2, 4]]).any()
+
+
+def test_every_counts_the_steps_of_each_optimizer() -> None:
+    """With two optimizers and `every=2` both are seen."""
+    x, y = data()
+    model = mlp()
+    optimizers = [
+        torch.optim.SGD(part, lr=0.01) for part in (list(model.parameters())[:4], list(model.parameters())[4:])
+    ]
+    with watch(model, every=2) as monitor:
+        for _ in range(6):
+            model.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert (~np.isnan(monitor.history.grad_norm())).sum(axis=0).tolist() == [3] * 6
+
+
+def test_parts_that_take_turns_lose_no_loss_and_are_not_dead() -> None:
+    """Two heads used alternately, with gradients set to zero instead of None."""
+    trunk, heads = nn.Linear(8, 16), nn.ModuleList([nn.Linear(16, 1), nn.Linear(16, 1)])
+    model = nn.ModuleList([trunk, heads])
+    x, y = data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model) as monitor:
+        for step in range(150):
+            optimizer.zero_grad(set_to_none=False)
+            nn.functional.mse_loss(heads[step % 2](torch.tanh(trunk(x))), y).backward()
+            optimizer.step()
+    assert not np.isnan(monitor.history.loss()).any()
+    assert monitor.incidents == []
+
+
+def test_the_loss_is_seen_again_after_the_marker_layer_is_frozen() -> None:
+    """At most a few losses are lost until another layer marks the backwards."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model) as monitor:
+        train(model, optimizer, 10)
+        model[4].requires_grad_(False)
+        train(model, optimizer, 20)
+    assert np.isnan(monitor.history.loss()).sum() <= 5
+    assert not np.isnan(monitor.history.loss(last=10)).any()
+
+
+def test_a_scaler_that_never_recovers_is_an_incident() -> None:
+    """Left-out steps leave no rows, until there are ten in a row."""
+    x, y = data()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model) as monitor:
+        for step in range(60):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x * (math.nan if step >= 20 else 1)), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if step == 25:
+                assert monitor.incidents == []
+    assert monitor.incidents[0].kind == "nonfinite"
+    assert monitor.history.provenance.source == "left out by the scaler"
+
+
+def test_a_loss_without_a_scaler_is_not_divided_by_the_last_ones_scale() -> None:
+    """Half of a training under AMP, half without."""
+    x, y = data()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model) as monitor:
+        scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        assert monitor.history.loss(last=1)[0] == pytest.approx(loss.item())
+
+
+def test_a_skipped_step_is_skipped_for_parameters_of_other_models_too() -> None:
+    """One optimizer over two models, one of them watched: the step happens for both or for none."""
+    watched, other = mlp(), mlp(seed=1)
+    optimizer = torch.optim.AdamW([*watched.parameters(), *other.parameters()], lr=0.01)
+    x, y = data()
+    with watch(watched, clip="norm"):
+        for bad in (False, True):
+            optimizer.zero_grad()
+            before = [parameter.detach().clone() for parameter in other.parameters()]
+            (nn.functional.mse_loss(watched(x * (math.nan if bad else 1)), y) + other(x).square().mean()).backward()
+            optimizer.step()
+            same = [torch.equal(b, p.detach()) for b, p in zip(before, other.parameters(), strict=True)]
+            assert all(same) is bad
+
+
+def test_gradients_that_the_user_has_mended_are_not_skipped() -> None:
+    """The row tells of the NaN before the clip; the step happens, because the optimizer gets finite gradients."""
+    x, y = data()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model, clip="norm") as monitor:
+        for bad in (False, True):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x * (math.nan if bad else 1)), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.nan_to_num_(0.0)
+            optimizer.step()
+    assert monitor.incidents[0].kind == "nonfinite"
+    assert not monitor.history.skipped().any()
+
+
+def test_a_step_after_the_stop_is_judged_again() -> None:
+    """Catching `TrainingUnstableError` and stepping on does not write NaN into the weights."""
+    x, y = data()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model, clip=gradwatch.AutoClip("norm", on_nonfinite="stop")):
+        nn.functional.mse_loss(model(x * math.nan), y).backward()
+        for _ in range(2):
+            with pytest.raises(gradwatch.TrainingUnstableError, match='on_nonfinite="stop"'):
+                optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_resumed_healthy_run_stays_healthy() -> None:
+    """Resumed between two samples of the weights, with clip armed: no incident, no clip, frozen layers still seen."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    with watch(model) as monitor:
+        train(model, optimizer, 100)
+    with watch(model, clip="norm") as resumed:
+        resumed.load_state_dict(monitor.state_dict())
+        train(model, optimizer, 100, seed=1)
+    assert resumed.incidents == []
+    assert resumed.history.losses == 200
+    optimizer.param_groups[0]["lr"] = 0.0
+    with watch(model) as frozen:
+        frozen.load_state_dict(resumed.state_dict())
+        train(model, optimizer, 130)
+    assert "frozen" in {incident.kind for incident in frozen.incidents}
+
+
+def test_no_rules_at_all_only_records() -> None:
+    """An empty list is a choice."""
+    model = mlp()
+    with watch(model, rules=[]) as monitor:
+        train(model, torch.optim.SGD(model.parameters(), lr=0.01), 3)
+    assert "healthy: 3 steps" in str(monitor.summary())
+
+
+def test_a_report_that_fails_to_start_leaves_nothing_attached_when_strict() -> None:
+    """The error comes out of `attach`, and nothing stays."""
+
+    class NoStart(gradwatch.Report):
+        def start(self) -> None:
+            raise OSError("no screen")
+
+    model = mlp()
+    with pytest.raises(OSError, match="no screen"):
+        gradwatch.attach(model, report=NoStart(), strict=True)
+    assert left_behind() == []
+
+
+def test_a_spike_switches_auto_clip_on_where_it_is_named() -> None:
+    """A spike is a notice; asking for it by name is enough."""
+    assert gradwatch.AutoClip("norm", when="spike").severity == "notice"
+    assert gradwatch.AutoClip("norm").severity == "warning"
+
+
+def test_each_report_has_its_own_period() -> None:
+    """A slow one is not called as often as a quick one."""
+
+    class Count(gradwatch.Report):
+        calls = 0
+
+        def step(self, snapshot: gradwatch.Snapshot) -> None:
+            self.calls += 1
+
+        def close(self, snapshot: gradwatch.Snapshot) -> None:
+            pass
+
+    class Quick(Count):
+        period: ClassVar[float] = 0.0
+
+    class Slow(Count):
+        period: ClassVar[float] = 60.0
+
+    model, quick, slow = mlp(), Quick(), Slow()
+    with gradwatch.attach(model, report=[quick, slow], strict=True):
+        train(model, torch.optim.SGD(model.parameters(), lr=0.01), 30)
+    assert (quick.calls, slow.calls) == (30, 1)
+
+
+def test_two_live_monitors_share_a_terminal() -> None:
+    """The first draws, the second writes lines above it; prints come through, both summaries appear, nothing hangs."""
+    session = terminal.run(
+        "import torch, gradwatch\n"
+        "from tests.trainings import mlp, train\n"
+        "one, other = mlp(), mlp(seed=1)\n"
+        "first = gradwatch.attach(one, report='live'); second = gradwatch.attach(other, report='live')\n"
+        "for model in (one, other):\n"
+        "    train(model, torch.optim.SGD(model.parameters(), lr=0.01), 40)\n"
+        "    print('hello')\n"
+        "first.detach(); second.detach()\n"
+        "print('end')\n"
+    )
+    assert session.code == 0
+    assert session.everything.count("hello") == 2
+    assert session.everything.count("gradwatch healthy: 40 steps") == 2
+    assert session.everything.rstrip().endswith("end")
+
+
+def test_another_librarys_global_hook_survives_a_failing_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch walks over its hooks while the monitor switches itself off."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    monkeypatch.setattr("gradwatch.gradients.global_norm_of", lambda _: 1 / 0)
+    calls: list[int] = []
+    model = mlp()
+    monitor = gradwatch.attach(model, report=None)
+    handle = register_optimizer_step_pre_hook(lambda *_: calls.append(1))
+    train(model, torch.optim.SGD(model.parameters(), lr=0.01), 3)
+    handle.remove()
+    monitor.detach()
+    assert len(calls) == 3
+
+
+def test_warnings_as_errors_meet_none_of_gradwatchs() -> None:
+    """NaN, Inf, zeros and empty parameters pass without a word from numpy."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.empty = nn.Parameter(torch.zeros(0, 3))
+            self.scalar = nn.Parameter(torch.tensor(1.0))
+            self.zero = nn.Parameter(torch.zeros(4, 4))
+            self.wide = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            total: Tensor = (x * self.scalar).sum() + (0 * self.zero).sum() + self.wide.sum() + self.empty.sum()
+            return total
+
+    model = Odd()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model) as monitor:
+        for step in range(100):
+            optimizer.zero_grad()
+            model(torch.full((2,), [1.0, 0.0, math.inf, math.nan][step % 4 if step > 70 else 0])).backward()
+            optimizer.step()
+        str(monitor.summary())
+    assert monitor.history.rows == 100
