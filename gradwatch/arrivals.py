@@ -7,11 +7,14 @@ parameter whose gradient comes first. It tells that a backward was one of the wa
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from numpy.typing import NDArray
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
@@ -32,6 +35,7 @@ class Arrivals:
         self._layers = layers
         self._hooks: dict[int, RemovableHandle] = {}
         self._columns: list[int] = []
+        self._thread = [0]  # the one that the first arrival of this backward came on
         self._learning = _LEARNING
         self._closely = False
         self._common: set[int] = set()
@@ -66,13 +70,16 @@ class Arrivals:
         elif not self._learning:
             self._keep_marker()
 
-    def begin(self) -> None:
-        """A backward begins."""
+    def failed(self) -> None:
+        """A backward raised: what arrived belongs to no step."""
         self._columns.clear()
 
-    def end(self) -> bool:
-        """A backward is over; return True if it reached the watched model."""
-        if not self._columns:
+    def end(self, others: Collection[int] = ()) -> bool:
+        """A backward is over; return True if it reached the watched model.
+
+        ``others`` are threads with a backward of their own under way: what arrived on one of them is theirs.
+        """
+        if not self._columns or self._thread[0] in others:
             return False
         self._misses = 0
         if self._learning or self._closely:
@@ -108,9 +115,11 @@ class Arrivals:
             self._hooks.pop(column).remove()
 
     def _hook(self, column: int, parameter: nn.Parameter) -> RemovableHandle:
-        columns = self._columns  # the list alone: a hook that knew more would keep it alive
+        columns, thread = self._columns, self._thread  # no more: a hook that knew this object would keep it alive
 
         def arrived(_: Tensor) -> None:
+            if not columns:
+                thread[0] = get_ident()
             columns.append(column)
 
         handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(arrived)

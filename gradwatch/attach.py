@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from gradwatch.autoclip import AutoClip
 from gradwatch.clips import CLIPS, Clip
 from gradwatch.errors import UsageError, did_you_mean
 from gradwatch.monitor import Monitor, attached
+from gradwatch.records import Kind, Sign
 from gradwatch.reports import REPORTS, Report, report_by_name
 from gradwatch.rules import Rule, default_rules
 
@@ -63,7 +64,13 @@ def attach(
         raise UsageError(
             f"attach() got {_shown(scaler)} as scaler; expected a torch.amp.GradScaler, or None to find it."
         )
-    monitor = Monitor(model, _rules(rules), _policy(clip), _reports(report), scaler=scaler, every=every, strict=strict)
+    policy = _policy(clip)
+    if policy is not None and every > 1:
+        raise UsageError(
+            f"attach() got every={every} together with clip={_shown(clip)}: auto-clip decides about each step, so each has "
+            "to be measured. Leave out one of the two."
+        )
+    monitor = Monitor(model, _rules(rules), policy, _reports(report), scaler=scaler, every=every, strict=strict)
     if optimizer is not None:
         _check_optimizer(optimizer, monitor, model)
     monitor.start(optimizer)
@@ -87,11 +94,23 @@ def _rules(rules: Sequence[Rule] | None) -> list[Rule]:
                 f"attach() got {_shown(rule)} among rules; expected instances of gradwatch.Rule, "
                 "such as gradwatch.rules.LossJump(limit=20)."
             )
+    for rule in rules:
+        _check_form(rule)
     codes = [rule.code for rule in rules]
     twice = sorted({code for code in codes if codes.count(code) > 1})
     if twice:
         raise UsageError(f"attach() got {' and '.join(twice)} more than once among rules; each code may stand once.")
     return list(rules)
+
+
+def _check_form(rule: Rule) -> None:
+    for name, allowed in (("code", None), ("name", None), ("sign", get_args(Sign)), ("kind", get_args(Kind))):
+        value = getattr(rule, name, None)
+        if not isinstance(value, str) or (allowed is not None and value not in allowed):
+            expected = "text" if allowed is None else "one of " + ", ".join(map(repr, allowed))
+            raise UsageError(
+                f"The rule {type(rule).__name__} has {name}={value!r}; expected {expected}, set on its class."
+            )
 
 
 def _policy(clip: Any) -> AutoClip | None:

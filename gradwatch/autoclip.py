@@ -48,7 +48,10 @@ class AutoClip(Settings):
     max_skips: int = Field(default=20, ge=1)
 
     def __init__(self, clip: Clip | str, **settings: Any) -> None:
-        if "spike" in settings.get("when", ()):  # asked for by name: a spike is never worse than a notice
+        when = settings.get("when")
+        if (
+            isinstance(when, (str, tuple, list)) and "spike" in when
+        ):  # asked for by name: a spike is never worse than a notice
             settings.setdefault("severity", "notice")
         super().__init__(clip=clip_by_name(clip) if isinstance(clip, str) else clip, **settings)
 
@@ -56,6 +59,8 @@ class AutoClip(Settings):
     @classmethod
     def _known_kinds(cls, when: Any) -> Any:
         kinds = (when,) if isinstance(when, str) and when != "always" else when
+        if not isinstance(kinds, (str, tuple, list)):
+            raise ValueError("expected incident kinds, or 'always'")  # noqa: TRY004  pydantic turns it into a UsageError
         for kind in () if kinds == "always" else kinds:
             if kind not in EXPLOSION:
                 raise ValueError(f"there is no explosive incident kind {kind!r}.{did_you_mean(str(kind), EXPLOSION)}")
@@ -113,7 +118,10 @@ class Clipping:
         if self.record is None and incident is not None and self._switches_on(incident.kind, incident.severity):
             before, scatter = self.history.loss_level()
             before = before if math.isfinite(before) else row.loss
-            self._well_below = before + max(scatter if math.isfinite(scatter) else 0.0, abs(before) / 20)
+            usual = (
+                scatter if self.history.losses >= _LEVEL else 0.0
+            )  # a few losses of an explosion have no usual scatter
+            self._well_below = before + max(usual, abs(before) / 20)
             self.record = ClipRecord(str(self.policy.clip), row.step, loss_before=before)
             self._hold, self._held_since, self._idle = self.policy.hold, row.step, 0
             self._looseness, self._loss_ceiling = 1.0, math.inf

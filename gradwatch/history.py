@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _BUDGET = 16 * 2**20  # bytes of ring; 1,024 rows of 300 layers take 5 MB
 _FIRST_LOSSES = 16
+EARLY = 12  # losses before which there is no usual scatter yet
 
 
 class History:
@@ -32,6 +33,7 @@ class History:
         layers: the names of the columns, in registration order.
         sizes: elements per layer, shape (L,).
         matrices: True for layers with two or more dimensions, shape (L,). Biases and gains follow other laws.
+        fan_in: inputs of each unit of a layer, shape (L,).
         window: rows to keep; fewer when ``L`` is so large that they would take over 16 MB.
     """
 
@@ -40,6 +42,7 @@ class History:
         layers: Sequence[str],
         sizes: Sequence[int] | None = None,
         matrices: Sequence[bool] | None = None,
+        fan_in: Sequence[int] | None = None,
         window: int = 1024,
     ) -> None:
         self.layers = tuple(layers)
@@ -47,6 +50,7 @@ class History:
         self.window = max(64, min(window, _BUDGET // (16 * max(count, 1))))
         self.sizes = np.asarray(sizes if sizes is not None else [1024] * count, dtype=np.float64)
         self.matrices = np.asarray(matrices if matrices is not None else [True] * count, dtype=bool)
+        self.fan_in = np.asarray(fan_in if fan_in is not None else [10] * count, dtype=np.float64)
         self.order: NDArray[np.intp] = np.arange(count)[::-1].copy()
         self.facts = Facts()
         self.rows = 0
@@ -194,14 +198,16 @@ class History:
     def loss_is_rising(self) -> bool:
         """True when the median of the last 4 losses lies above the usual scatter of the 32 before them.
 
-        "Above": by more than three scaled MADs and a tenth of the median. With fewer than 8 losses before them there is
-        no usual scatter yet, and where no loss is seen there never is: then nothing speaks for the run, so True. A loss
-        below a tenth of the reference loss is not worth the word.
+        "Above": by more than three scaled MADs and a tenth of the median. In the first 12 steps there is no usual
+        scatter yet: then it must have doubled since the first. Where no loss is seen nothing speaks for the run: True. A
+        loss below a tenth of the reference loss is not worth the word.
         """
+        if not self._first_losses:
+            return True
+        if self.losses < EARLY:
+            return not self.row.loss <= self._first_losses[0] + abs(self._first_losses[0])
         losses = self.loss(last=36)
         before = losses[:-4]
-        if self.losses < 12 or not np.isfinite(before).any():
-            return True
         now, _ = median_and_mad(losses[-4:])
         if 0 <= now < self.reference_loss / 10:
             return False
@@ -229,6 +235,9 @@ class History:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        wanted = self.state_dict().keys()
+        if not isinstance(state, dict) or not wanted <= state.keys():
+            raise UsageError(f"This is no state of a history: expected a dict with {', '.join(sorted(wanted))}.")
         if tuple(state["layers"]) != self.layers:
             raise UsageError(
                 f"This state belongs to other layers: {len(state['layers'])} saved, {len(self.layers)} watched. "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.advice import advise
+from gradwatch.history import EARLY
 from gradwatch.records import SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")
 CALM_STEPS = 20
 _LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
 _BACK_IN_BAND = 2.0
-_LASTING = 10  # steps of firing after which a jump of the loss is no longer a spike
-_FAR = 10.0  # times the limit of a growth sign at which it speaks for itself
+_LASTING = 5  # steps of firing after which a loss that is still up is no longer a spike
+_FAR = 10.0  # times the limit of a surge at which it speaks for itself
 _BRIEF = 3  # steps of firing up to which an explosion was only a spike
 
 
@@ -40,6 +41,7 @@ class _Story:
     place: int = -1
     fired_steps: int = 0
     last_fired: int = -1
+    lasting: bool = False
 
 
 class Incidents:
@@ -121,7 +123,8 @@ class Incidents:
                 if name == "explosion" and not self._harm(story):
                     return None  # growth while the loss is well: a sign to keep, not a story to tell
                 touched = True
-            touched |= story.fired_steps == _LASTING
+            if story.fired_steps >= _LASTING and not story.lasting and self._history.loss_is_rising():
+                touched = story.lasting = True
         elif self._over(name, step, calm=step - story.last_fired):
             return self._close(name, story, step)
         if not touched:
@@ -130,10 +133,16 @@ class Incidents:
 
     def _harm(self, story: _Story) -> bool:
         """Growth alone may be learning that begins; beside a loss that suffers, or far beyond its limit, it is not."""
-        signs = story.signs.values()
+        signs = story.firing.values()
         return (
             any(sign.sign in ("subtle", "numeric") or sign.kind == "nonfinite" for sign in signs)
-            or any(sign.sign == "growth" and sign.value > _FAR * sign.limit for sign in story.firing.values())
+            or any(sign.code == "GW301" and sign.value > _FAR * sign.limit for sign in signs)
+            # early on, only the update that SGD is about to make can be told, and only before it is made
+            or (
+                self._history.losses < EARLY
+                and self._history.row.family == "sgd"
+                and "GW303" in {s.code for s in signs}
+            )
             or self._history.loss_is_rising()
         )
 
@@ -146,7 +155,7 @@ class Incidents:
         """Bring the incident up to date with its signs; return it when its headline is another one."""
         before = story.incident
         signs = tuple(story.signs.values())
-        kind = _kind(signs, story.fired_steps)
+        kind = _kind(signs, lasting=story.lasting)
         severity, verdict = _severity(signs, kind)
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)
@@ -243,14 +252,14 @@ class Incidents:
         return (*lines, *counted)
 
 
-def _kind(signs: Sequence[Alarm], fired_steps: int) -> Kind:
+def _kind(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
     if signs[0].kind not in EXPLOSION:
         return signs[0].kind
     if any(sign.sign == "growth" for sign in signs):
         return "exploding"
     if any(sign.kind == "nonfinite" for sign in signs):
         return "nonfinite"
-    return "diverging" if fired_steps >= _LASTING else "spike"
+    return "diverging" if lasting else "spike"
 
 
 def _severity(signs: Sequence[Alarm], kind: Kind) -> tuple[Severity, Verdict]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from gradwatch.errors import UsageError
@@ -33,12 +34,12 @@ class Layers:
         self.aliases: dict[str, list[str]] = {}
         self.sizes: list[int] = []
         self.matrices: list[bool] = []
+        self.fan_in: list[int] = []
         self.with_units: list[bool] = []
         self._refs: list[weakref.ref[nn.Parameter]] = []
         self._columns: dict[int, int] = {}
-        embedded = {
-            id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        }
+        # rows of these weights are units, each fed by every input
+        united = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))}
         trainable = False
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if isinstance(parameter, UninitializedParameter):
@@ -46,6 +47,8 @@ class Layers:
                     f"The shape of parameter {name!r} is not known yet (a lazy module). "
                     "Run one batch through the model, then attach."
                 )
+            if not parameter.is_floating_point() and not parameter.is_complex():
+                continue  # quantised: it has no gradient
             known = self._columns.get(id(parameter))
             if known is not None:
                 self.aliases.setdefault(self.names[known], []).append(name)
@@ -55,7 +58,8 @@ class Layers:
             self._refs.append(weakref.ref(parameter))
             self.sizes.append(parameter.numel())
             self.matrices.append(parameter.dim() >= 2)
-            self.with_units.append(parameter.dim() >= 2 and id(parameter) not in embedded)
+            self.fan_in.append(max(1, parameter.numel() // max(1, len(parameter))) if parameter.dim() >= 2 else 1)
+            self.with_units.append(id(parameter) in united)
             trainable |= parameter.requires_grad
         if not trainable:
             raise UsageError(

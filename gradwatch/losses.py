@@ -20,7 +20,7 @@ class Losses:
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        self._given: Tensor | float | None = None
+        self._given: list[Tensor | float] = []
         self._roots: list[Tensor] = []
         self._spent = False
         self._always = weakref.ref(scaler) if scaler is not None else None
@@ -32,10 +32,10 @@ class Losses:
         return bool(self._roots) and not self._spent
 
     def give(self, loss: Tensor | float) -> None:
-        """Take the user's own loss; it outranks every other source."""
+        """Take the user's own loss; it outranks every other source. Several of one step add up."""
         if self._spent:
             self.forget()
-        self._given = loss.detach() if isinstance(loss, torch.Tensor) else float(loss)
+        self._given.append(loss.detach() if isinstance(loss, torch.Tensor) else float(loss))
 
     def add_root(self, root: Tensor) -> None:
         """Take the scalar that a backward began from; several of one step add up."""
@@ -46,8 +46,8 @@ class Losses:
     def read(self, returned: Any) -> tuple[float, Literal["monitor.loss()", "closure", "backward root", "none"]]:
         """Return the loss and its source; ``returned`` is what a closure returned. NaN where none was seen."""
         self._spent = True
-        if self._given is not None:
-            return float(self._given), "monitor.loss()"
+        if self._given:
+            return sum(float(loss) for loss in self._given), "monitor.loss()"
         if isinstance(returned, (int, float)) or (isinstance(returned, torch.Tensor) and returned.numel() == 1):
             return float(returned), "closure"
         if self._roots:
@@ -62,6 +62,6 @@ class Losses:
 
     def forget(self) -> None:
         """Start anew."""
-        self._given = None
+        self._given.clear()
         self._roots.clear()
         self._spent = False

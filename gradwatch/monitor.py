@@ -6,6 +6,7 @@ import atexit
 import logging
 import weakref
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Monitor:
         self._model = weakref.ref(model)
         self._strict = strict
         self._told: set[str] = set()
-        self.history = History(layers.names, layers.sizes, layers.matrices)
+        self.history = History(layers.names, layers.sizes, layers.matrices, layers.fan_in)
         self.history.facts = facts_of(model, layers, str(policy.clip) if policy else None)
         self._pipeline = Pipeline(self.history, rules, policy, reports, self.failed)
         self._probe = Probe(layers, self, every, scaler)
@@ -114,9 +115,10 @@ class Monitor:
     def loss(self, loss: Tensor | float) -> Any:
         """Hand over the loss of the coming step and return it unchanged. It outranks the loss found by itself.
 
+        Several of one step add up, as those of accumulated backwards do.
         ``loss`` is a number or a tensor of one element; anything else raises `UsageError`.
         """
-        number = isinstance(loss, (int, float)) or (isinstance(loss, torch.Tensor) and loss.numel() == 1)
+        number = isinstance(loss, Real) or (isinstance(loss, torch.Tensor) and loss.numel() == 1)
         if not number:
             shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
             raise UsageError(f"monitor.loss() got {shape}; expected a number or a tensor of one element: loss.mean()?")
@@ -161,6 +163,10 @@ class Monitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; raises `UsageError` when it belongs to other layers."""
+        if not isinstance(state, dict) or not {"step", "history"} <= state.keys():
+            raise UsageError(
+                f"load_state_dict() got {type(state).__name__}; expected what monitor.state_dict() returned."
+            )
         self.history.load_state_dict(state["history"])
         self._probe.step = int(state["step"])
 
@@ -169,6 +175,13 @@ class Monitor:
     def optimizer_found(self, optimizer: Optimizer) -> None:
         """See `gradwatch.probe.Judge`."""
         self.history.facts = optimizer_facts(self.history.facts, optimizer)
+        model = self._model()
+        added = [] if model is None else self._probe.unwatched(optimizer, model)
+        if added:
+            self._pipeline.notes.append(
+                f"{len(added)} parameters were added after attach and are not watched, {added[0]} first: "
+                "detach, then attach again."
+            )
         if self.history.facts.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
             self._pipeline.notes.append("auto-clip does not act inside a line search: LBFGS is watched only.")
 

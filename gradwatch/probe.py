@@ -25,9 +25,9 @@ from gradwatch.records import Provenance, Row
 from gradwatch.sampling import Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
@@ -124,6 +124,12 @@ class Probe:
         """True when the optimizer holds at least one watched parameter."""
         return any(self._layers.column(p) is not None for group in optimizer.param_groups for p in group["params"])
 
+    def unwatched(self, optimizer: Optimizer, model: nn.Module) -> list[str]:
+        """Name the parameters of the model that the optimizer holds and that have no column."""
+        names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+        return [names[id(p)] for p in held if self._layers.column(p) is None]
+
     def watch_closely(self, *, closely: bool) -> None:
         """Follow the order of arrival and sample the weights on each step, while an incident is open."""
         self._closely = closely
@@ -133,13 +139,16 @@ class Probe:
 
     def backward_begins(self) -> None:
         """See `taps.Listener`."""
-        self.arrivals.begin()
         if self.losses.pending and self._gradients_cleared():  # the user left a step out: its loss belongs to no row
             self.losses.forget()
 
-    def backward_ended(self, root: Tensor | None) -> None:
+    def backward_failed(self) -> None:
         """See `taps.Listener`."""
-        if not self.arrivals.end():  # another model's backward, or one that passed by the marker
+        self.arrivals.failed()
+
+    def backward_ended(self, root: Tensor | None, others: Collection[int]) -> None:
+        """See `taps.Listener`."""
+        if not self.arrivals.end(others):  # another model's backward, or one that passed by the marker
             self.arrivals.missed(enough=self._loop == "backward")
             return
         self.backwards += 1
@@ -203,8 +212,9 @@ class Probe:
 
     def _prepare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         mine = self._gradients_of(optimizer)
-        # a subclass that calls super().step() comes here twice for one step; a step that raised never came to its end
-        again = self._stepping is not None and self._stepping() is optimizer and self._stepping_at == self.backwards
+        # an optimizer that steps inside another's step (super().step(), a wrapper) belongs to it; a step that raised never
+        # came to its end, but then another backward has been since
+        again = self._stepping is not None and self._stepping_at == self.backwards
         if mine is None and self.backwards > self._vain_at:  # another optimizer steps after a backward of this model
             self._vain_steps, self._vain_at = self._vain_steps + 1, self.backwards
         if mine is None or again:
@@ -230,7 +240,8 @@ class Probe:
         mine = self._owned.get(optimizer)
         if mine is not None:
             mine.restore()
-            self._stepping = None
+            if self._stepping is not None and self._stepping() is optimizer:
+                self._stepping = None
 
     def _wrap(self, closure: Callable[[], Any], mine: Gradients, optimizer: Optimizer) -> Callable[[], Any]:
         evaluations = 0
@@ -392,8 +403,9 @@ def _after_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 
 def _listen(probe: Probe) -> None:
     if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(_before_any_step))
-        _handles.append(register_optimizer_step_post_hook(_after_any_step))
+        # a compiled optimizer step breaks its graph once here instead of tracing into the monitor
+        _handles.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_any_step)))
+        _handles.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_any_step)))
     _probes.add(probe)
 
 

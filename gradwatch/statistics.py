@@ -47,7 +47,8 @@ class Typical:
     first logs, then an exponential average. The clamp ``w = log(4)`` (winsorising) lets one wild value move the average
     by at most ``a_n * w``, while a lasting change of level is followed in the end. Zero, NaN and Inf are left out.
 
-    Attributes: ``value`` (L,) is ``exp(b)``, NaN before a layer's first value; ``seen`` (L,) counts the values taken.
+    Attributes: ``value`` (L,) is ``exp(b)``, NaN before a layer's first value; ``scatter`` (L,) is the same average of
+    ``min(|log x - b|, w)``; ``seen`` (L,) counts the values taken.
     """
 
     _WINSOR = math.log(4.0)
@@ -57,6 +58,7 @@ class Typical:
         self._rate = 1.0 - 0.5 ** (1.0 / half_life)
         self.seen = np.zeros(layers, dtype=np.int64)
         self.value = np.full(layers, np.nan)
+        self.scatter = np.zeros(layers)
 
     def update(self, x: Floats) -> None:
         """Take one value per layer; ``x`` has shape (L,). Call it under `quiet_numpy`: log of zero is no fault here."""
@@ -66,16 +68,18 @@ class Typical:
         np.copyto(self._log, log, where=use & np.isnan(self._log))
         step = np.where(use, log - self._log, 0.0)
         np.clip(step, -self._WINSOR, self._WINSOR, out=step)
-        step *= np.maximum(self._rate, 1.0 / np.maximum(self.seen, 1))
-        self._log += step
+        weight = np.maximum(self._rate, 1.0 / np.maximum(self.seen, 1))
+        self.scatter += weight * (np.abs(step) - self.scatter)
+        self._log += weight * step
         np.exp(self._log, out=self.value)
 
     def state_dict(self) -> dict[str, list[float]]:
         """Plain lists, fit for any file."""
-        return {"log": self._log.tolist(), "seen": self.seen.tolist()}
+        return {"log": self._log.tolist(), "scatter": self.scatter.tolist(), "seen": self.seen.tolist()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         """Restore what `state_dict` returned."""
         self._log = np.asarray(state["log"], dtype=np.float64)
+        self.scatter = np.asarray(state["scatter"], dtype=np.float64)
         self.seen = np.asarray(state["seen"], dtype=np.int64)
         self.value = np.exp(self._log)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.utils.clip_grad as torch_clip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -33,8 +33,11 @@ class Listener(Protocol):
     def backward_begins(self) -> None:
         """A backward is about to run."""
 
-    def backward_ended(self, root: Tensor | None) -> None:
-        """A backward is done; ``root`` is the scalar that it started from, if it was one."""
+    def backward_failed(self) -> None:
+        """A backward raised."""
+
+    def backward_ended(self, root: Tensor | None, others: Collection[int]) -> None:
+        """A backward is done; ``root`` is the scalar that it started from, ``others`` are threads with one under way."""
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
         """The user is about to clip these gradients by their global norm."""
@@ -86,31 +89,41 @@ class Tap:
 
 
 def _wrap_backward(original: Function, tap: Tap) -> Function:
-    inside = threading.local()
+    running: set[int] = set()
 
     @functools.wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(inside, "now", False):  # reentrant checkpointing calls backward from inside a backward
+        me = threading.get_ident()
+        if me in running:  # reentrant checkpointing calls backward from inside a backward
             return original(tensors, *args, **kwargs)
         listeners = tuple(tap.listeners)
         for listener in listeners:
             listener.backward_begins()
-        inside.now = True
+        running.add(me)
         try:
             result = original(tensors, *args, **kwargs)
+        except BaseException:
+            for listener in listeners:
+                listener.backward_failed()
+            raise
         finally:
-            inside.now = False
+            running.discard(me)
         root = _scalar(tensors)
         for listener in listeners:
-            listener.backward_ended(root)
+            listener.backward_ended(root, running)
         return result
 
     return backward
 
 
 def _scalar(tensors: Any) -> Tensor | None:
-    root = tensors[0] if isinstance(tensors, (list, tuple)) and len(tensors) == 1 else tensors
-    return root.detach() if isinstance(root, torch.Tensor) and root.numel() == 1 else None
+    roots = list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
+    if not roots or not all(isinstance(root, torch.Tensor) and root.numel() == 1 for root in roots):
+        return None
+    total: Tensor = (
+        roots[0].detach() if len(roots) == 1 else torch.stack([root.detach().flatten() for root in roots]).sum()
+    )
+    return total
 
 
 def _wrap_total_norm(original: Function, tap: Tap) -> Function:

@@ -28,7 +28,8 @@ def report_by_name(name: str) -> Report:
 def _in_terminal() -> bool:
     """True when standard error is a terminal that can be drawn on, with no tqdm bar and no other picture on it."""
     if (
-        not sys.stderr.isatty()
+        sys.stderr is None
+        or not sys.stderr.isatty()
         or hasattr(sys.stderr, "rich_proxied_file")
         or os.environ.get("TERM") in (None, "dumb", "unknown")
     ):

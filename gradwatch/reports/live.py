@@ -38,7 +38,8 @@ class LiveReport(Report):
     period: ClassVar[float] = 0.2
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        # the stream itself, not the name: whoever stands in for sys.stderr later must not be drawn into
+        self._console = console or Console(file=sys.stderr)
         self._snapshot: Snapshot | None = None
         self._live: Live | None = None
         self._above: dict[str, _Above] = {}
@@ -46,9 +47,8 @@ class LiveReport(Report):
 
     def start(self) -> None:
         """Stand between the standard streams and the terminal, so that what is written later goes above the picture."""
-        if hasattr(
-            sys.stderr, "rich_proxied_file"
-        ):  # another monitor draws here already: this one writes lines above it
+        # another picture is drawn here already: this report writes lines above it
+        if any(hasattr(stream, "rich_proxied_file") for stream in (sys.stdout, sys.stderr)):
             self._instead = LogReport()
             return
         for name in ("stdout", "stderr") if self._console.is_terminal else ():
@@ -154,12 +154,15 @@ class _Above:
         self._partial = ""
         self.rich_proxied_file = stream  # by this name rich finds the stream below
         self.status = StatusLines()
+        self._ended = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rich_proxied_file, name)
 
     def write(self, text: str) -> int:
         """Print whole lines above the picture; keep a bar's rows for below it."""
+        if self._ended:
+            return self.rich_proxied_file.write(text)
         text_ = text.replace("\r\n", "\n")
         if not self._partial and self.status.takes(text_):
             self._print(self.status.feed(text_))
@@ -186,6 +189,7 @@ class _Above:
         rest = [self._partial] if self._partial else []
         self._partial = ""
         self._print(self.status.finish() + rest)
+        self._ended = True  # whoever still holds this writes straight on
 
     def _print(self, lines: list[str]) -> None:
         for line in lines:

@@ -43,6 +43,10 @@ class LogReport(Report):
 
     def _write(self, text: str) -> None:
         stream = self._stream if self._stream is not None else sys.stderr
+        if stream is None:  # a program without a console
+            return
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)
         tqdm = sys.modules.get("tqdm")
         if tqdm is not None and self._stream is None:
             tqdm.tqdm.write(text, file=stream)  # above the bar, if there is one

@@ -24,8 +24,9 @@ class Dead(Rule):
 
     ## Formula
     `value = dead units / units` of the layer, from the four samples; `1` where the layer's whole gradient norm is
-    exactly zero on this step. It fires where `value > limit` (0.5) for `for_steps` (16) steps. Embeddings are left out:
-    words that do not occur have no gradient.
+    exactly zero on this step. It fires where `value > limit` (0.5) for `for_steps` (16) steps. Only the weights
+    of linear and convolutional layers have units; words that do not occur in an embedding are not dead. Nothing is, where
+    the whole model's gradient is zero: the loss is at its floor.
 
     ## Why it is bad
     A dead unit never learns again: no data reach it, so nothing can bring it back.
@@ -48,7 +49,8 @@ class Dead(Rule):
     kind: ClassVar[Kind] = "dead"
     urgent: ClassVar[bool] = False
     cases: ClassVar[tuple[Case, ...]] = (
-        Case("a layer with zero gradient", fires=15, grad="0x40"),
+        Case("a layer with zero gradient", fires=15, grad={"a": "0x40", "b": "1x40"}),
+        Case("a loss at its floor", fires=None, grad="0x40"),
         Case("three of four units", fires=15, dead="0.75x40"),
         Case("one unit in five", fires=None, dead="0.2x40"),
         Case("zero now and then", fires=None, grad="0 1 0 1 0 1 0 1"),
@@ -59,4 +61,6 @@ class Dead(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the share of dead units of each layer, shape (L,)."""
+        if history.row.global_norm == 0:  # the loss has no slope at all: it is at its floor
+            return np.zeros(len(history.layers))
         return np.where(history.row.grad_norm == 0, 1.0, history.dead_share)

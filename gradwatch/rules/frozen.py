@@ -23,7 +23,8 @@ class Frozen(Rule):
 
     ## Formula
     `value = steps since watching began` where an exact fingerprint of the layer's bits was the same at every sample,
-    else `0`. It fires where `value > limit` (48). Layers whose gradient is exactly zero, or that got none, are left out.
+    else `0`. It fires where `value > limit` (48). Layers whose gradient is exactly zero, or that got none, are left
+    out, and so are parameter groups at rate zero beside others that are not: they wait to be unfrozen.
 
     ## Why it is bad
     The layer is not being trained, and nothing says so: the optimizer holds another copy of the parameters or was built
@@ -57,4 +58,5 @@ class Frozen(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return for how many steps each layer has not changed since the start, shape (L,)."""
-        return np.where(history.arriving, history.unchanged, 0.0)
+        meant = (history.rate == 0) & (history.rate > 0).any()
+        return np.where(history.arriving & ~meant, history.unchanged, 0.0)

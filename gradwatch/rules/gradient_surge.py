@@ -22,9 +22,11 @@ class GradientSurge(Rule):
     A layer's gradient norm is many times what it usually is in this run: for two steps in a row, or once by far.
 
     ## Formula
-    `value = max(min(q_t, q_{t-1}), q_t / 10)`, with `q = ||g|| / t` and `t` the layer's typical gradient norm (an
-    exponential average of log norms, half-life 64 steps, finite values only, winsorised). It fires where
-    `value > limit` (10): two steps above 10 times, or one above 100 times. It is silent in a layer's first 8 steps.
+    `value = max(min(q_t, q_{t-1}), q_t / 10) / max(1, exp(4 s) / 10)`, with `q = ||g|| / t`, `t` the layer's typical
+    gradient norm (an exponential average of log norms, half-life 64 steps, finite values only, winsorised) and `s` the
+    usual distance of a log norm from it. It fires where `value > limit` (10): two steps above 10 times, or one above 100
+    times, and more in runs whose norms scatter widely from step to step, such as those with a batch of one. It is silent
+    in a layer's first 8 steps.
 
     ## Why it is bad
     The run's own history is the best yardstick there is for its gradients: explosions show as growth long before they
@@ -63,5 +65,6 @@ class GradientSurge(Rule):
         if history.rows < 2:
             return now
         before = history.grad_norm(last=2)[0] / history.typical_grad.value
-        value: Floats = np.fmax(np.minimum(now, before), now / 10)
+        wide = np.maximum(1.0, np.exp(4 * history.typical_grad.scatter) / 10)
+        value: Floats = np.fmax(np.minimum(now, before), now / 10) / wide
         return value

@@ -24,9 +24,10 @@ class LossJump(Rule):
 
     ## Formula
     `value = (x - m) / s`, with `x` the last loss, `m` and `d` median and scaled MAD of up to 32 losses before it, and
-    `s = max(d, |m| / 10, |r| / 20)`, where `r` is the reference loss (median of the first 16). It fires where
-    `value > limit` (10): the loss then at least doubled, and rose by at least half of the level it began with, so that
-    the ordinary noise of a converged run stays below. Falls never count.
+    `s = max(d, |m| / 10, |r| / 20, (h - m) / 5)`, where `r` is the reference loss (median of the first 16) and `h` the
+    highest of the losses before it. It fires where `value > limit` (10): the loss then at least doubled, rose by at least
+    half of the level it began with, and twice as far as at any of the 32 steps before, so that the ordinary noise of a
+    converged run stays below. Falls never count.
 
     ## Why it is bad
     One update did more harm than many updates did good: the step was too long for the curvature it met, or the batch
@@ -63,5 +64,7 @@ class LossJump(Rule):
         middle, spread = history.loss_level(self.window)
         if history.losses < 4 or math.isnan(middle) or not math.isfinite(history.row.loss):
             return np.array([np.nan])
-        scale = max(spread, abs(middle) / 10, abs(history.reference_loss) / 20)
+        before = history.loss(last=self.window + 1)[:-1]
+        highest = float(before[np.isfinite(before)].max())
+        scale = max(spread, abs(middle) / 10, abs(history.reference_loss) / 20, (highest - middle) / 5)
         return np.array([(history.row.loss - middle) / scale if scale else np.nan])

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from gradwatch.history import History
     from gradwatch.records import Floats, Kind, Sign
 
+_SMALLEST = 16  # elements: a line through a few points may well move by more than itself
+
 
 class UpdateTooLarge(Rule):
     """The update is too large for the weights.
@@ -22,11 +24,12 @@ class UpdateTooLarge(Rule):
     One optimizer step moves a layer by more than its own size. It needs no history, so it works from the first step.
 
     ## Formula
-    `value = ||dw|| / max(||w||, 0.01 * sqrt(n))` for matrices of `n` elements. For SGD the update is known before it
-    happens: `||dw|| = lr * c * ||g||`, with learning rate `lr` and the factor `c` of the user's own clipping (momentum
-    adds to it and is left out). For the others it is measured from below: `||dw|| >= | ||w_t|| - ||w_{t-k}|| | / k`
-    over the `k` steps between two samples of the weight norm. It fires where `value > limit` (1.0) and resolves below
-    `release * limit` (0.1): healthy is 1e-4 to 1e-1. Biases and gains are left out.
+    `value = ||dw|| / max(||w||, 0.5 * sqrt(n / f))` for matrices of `n >= 16` elements and `f` inputs: the floor is half
+    of a usual initialisation, for layers that start at zero. For SGD the update is known before it happens:
+    `||dw|| = lr * c * ||g||`, with learning rate `lr` and the factor `c` of the user's own clipping (momentum adds to it
+    and is left out). For the others it is measured from below: `||dw|| >= | ||w_t|| - ||w_{t-k}|| | / k` over the `k`
+    steps between two samples of the weight norm. It fires where `value > limit` (1.0) and resolves below
+    `release * limit` (0.1): healthy is 1e-4 to 1e-1. Biases, gains and optimizers with a line search are left out.
 
     ## Why it is bad
     What the layer had learned is overwritten by a single batch.
@@ -61,10 +64,12 @@ class UpdateTooLarge(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return update over weights for each matrix, shape (L,); NaN elsewhere."""
-        floor = 0.01 * np.sqrt(history.sizes)
+        floor = 0.5 * np.sqrt(history.sizes / history.fan_in)
+        if history.row.family == "other":  # a line search goes as far as the loss bears
+            return np.full(len(history.layers), np.nan)
         if history.row.family == "sgd":
             ratio = history.rate * history.row.applied * history.row.grad_norm / np.maximum(history.weight, floor)
         else:
             moved = np.abs(history.weight - history.previous_weight) / history.weight_gap
             ratio = moved / np.maximum(history.previous_weight, floor)
-        return np.where(history.matrices, ratio, np.nan)
+        return np.where(history.matrices & (history.sizes >= _SMALLEST), ratio, np.nan)

@@ -24,7 +24,8 @@ class Vanishing(Rule):
     ## Formula
     `value = max_k(rms_k) / rms_l`, with `rms_l = t_l / sqrt(n_l)`, `t_l` the typical gradient norm of layer `l` and
     `n_l` its number of elements. It fires where `value > limit` (1e6) for `for_steps` (32) steps. Layers whose
-    gradient is exactly zero belong to GW402.
+    gradient is exactly zero belong to GW402; biases and gains are left out, because the gradient of a bias before a
+    normalisation is zero by mathematics.
 
     ## Why it is bad
     The layer hardly learns, while the layers behind it fit to what it happens to give them.
@@ -57,6 +58,7 @@ class Vanishing(Rule):
     def measure(self, history: History) -> Floats:
         """Return how much smaller each layer's typical gradient element is than the largest, shape (L,)."""
         seen = history.typical_grad.seen >= 8
-        rms = np.where(seen & (history.row.grad_norm > 0), history.typical_grad.value / np.sqrt(history.sizes), np.nan)
+        told = seen & history.matrices & (history.row.grad_norm > 0)
+        rms = np.where(told, history.typical_grad.value / np.sqrt(history.sizes), np.nan)
         value: Floats = np.fmax.reduce(rms, initial=np.nan) / rms
         return value
