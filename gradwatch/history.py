@@ -196,23 +196,31 @@ class History:
         return some if self.row.arrived is None else some | (self.row.arrived & np.isnan(self.row.grad_norm))
 
     def loss_is_rising(self) -> bool:
-        """True when the median of the last 4 losses lies above the usual scatter of the 32 before them.
+        """True when the median of the last 4 losses lies above what the 32 before them usually stay below.
 
-        "Above": by more than three scaled MADs and a tenth of the median. In the first 12 steps there is no usual
-        scatter yet: then it must have doubled since the first. Where no loss is seen nothing speaks for the run: True. A
-        loss below a tenth of the reference loss is not worth the word.
+        In the first 12 steps there is no usual scatter yet: then it must have doubled since the first. Where no loss is
+        seen nothing speaks for the run: True. A loss below a tenth of the reference loss is not worth the word.
         """
         if not self._first_losses:
             return True
         if self.losses < EARLY:
             return not self.row.loss <= self._first_losses[0] + abs(self._first_losses[0])
-        losses = self.loss(last=36)
-        before = losses[:-4]
-        now, _ = median_and_mad(losses[-4:])
-        if 0 <= now < self.reference_loss / 10:
-            return False
+        now, _ = median_and_mad(self.loss(last=4))
+        return not (0 <= now < self.reference_loss / 10 or now <= self.loss_ceiling(last=4))
+
+    def loss_ceiling(self, last: int) -> float:
+        """What the 32 losses before the ``last`` ones usually stay below; NaN where there are none.
+
+        The highest of: nine in ten of them; their median and three scaled MADs; their median and a tenth of it.
+        """
+        before = self.loss(last=32 + last)[:-last]
+        before = before[np.isfinite(before)]
         middle, scatter = median_and_mad(before)
-        return not now <= middle + max(3 * scatter, abs(middle) / 10)
+        return (
+            max(float(np.quantile(before, 0.9)), middle + max(3 * scatter, abs(middle) / 10))
+            if before.size
+            else math.nan
+        )
 
     def first_nonfinite(self) -> str | None:
         """The first layer, in backward order, whose gradient holds NaN or Inf in the last row."""

@@ -7,6 +7,7 @@ stands beside a subtle, growth or numeric one, and closes when the run has been 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")
 CALM_STEPS = 20
 _LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
 _BACK_IN_BAND = 2.0
-_LASTING = 5  # steps of firing after which a loss that is still up is no longer a spike
+_LASTING = 12  # steps after which a loss that is still up is no longer a spike
 _FAR = 10.0  # times the limit of a surge at which it speaks for itself
 _BRIEF = 3  # steps of firing up to which an explosion was only a spike
 
@@ -41,6 +42,8 @@ class _Story:
     place: int = -1
     fired_steps: int = 0
     last_fired: int = -1
+    ceiling: float = math.nan
+    settled: bool = False
     lasting: bool = False
 
 
@@ -123,9 +126,12 @@ class Incidents:
                 if name == "explosion" and not self._harm(story):
                     return None  # growth while the loss is well: a sign to keep, not a story to tell
                 touched = True
-            if story.fired_steps >= _LASTING and not story.lasting and self._history.loss_is_rising():
-                touched = story.lasting = True
-        elif self._over(name, step, calm=step - story.last_fired):
+                story.ceiling = self._history.loss_ceiling(last=1)
+        if story.incident is not None and not story.settled and step - story.incident.opened_step >= _LASTING:
+            level, _ = self._history.loss_level(_LASTING - 2)
+            story.settled, story.lasting = True, level > story.ceiling
+            touched |= story.lasting
+        if not active and self._over(name, step, calm=step - story.last_fired):
             return self._close(name, story, step)
         if not touched:
             return None
