@@ -74,12 +74,12 @@ class Arrivals:
         """A backward raised: what arrived belongs to no step."""
         self._columns.clear()
 
-    def end(self, others: Collection[int] = ()) -> bool:
+    def end(self, callers: Collection[int] = ()) -> bool:
         """A backward is over; return True if it reached the watched model.
 
-        ``others`` are threads with a backward of their own under way: what arrived on one of them is theirs.
+        ``callers`` are the threads that call backward: what arrived on another of them is that one's.
         """
-        if not self._columns or self._thread[0] in others:
+        if not self._columns or (self._thread[0] != get_ident() and self._thread[0] in callers):
             return False
         self._misses = 0
         if self._learning or self._closely:

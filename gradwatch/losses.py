@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
 import torch
 
@@ -31,7 +31,7 @@ class Losses:
         """True while a loss waits for its step."""
         return bool(self._roots) and not self._spent
 
-    def give(self, loss: Tensor | float) -> None:
+    def give(self, loss: Tensor | SupportsFloat) -> None:
         """Take the user's own loss; it outranks every other source. Several of one step add up."""
         if self._spent:
             self.forget()

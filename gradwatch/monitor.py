@@ -7,7 +7,7 @@ import logging
 import weakref
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ class Monitor:
 
     # What the user says.
 
-    def loss(self, loss: Tensor | float) -> Any:
+    def loss(self, loss: Tensor | SupportsFloat) -> Any:
         """Hand over the loss of the coming step and return it unchanged. It outranks the loss found by itself.
 
         Several of one step add up, as those of accumulated backwards do.

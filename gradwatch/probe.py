@@ -146,9 +146,9 @@ class Probe:
         """See `taps.Listener`."""
         self.arrivals.failed()
 
-    def backward_ended(self, root: Tensor | None, others: Collection[int]) -> None:
+    def backward_ended(self, root: Tensor | None, callers: Collection[int]) -> None:
         """See `taps.Listener`."""
-        if not self.arrivals.end(others):  # another model's backward, or one that passed by the marker
+        if not self.arrivals.end(callers):  # another model's backward, or one that passed by the marker
             self.arrivals.missed(enough=self._loop == "backward")
             return
         self.backwards += 1

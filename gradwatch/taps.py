@@ -36,8 +36,8 @@ class Listener(Protocol):
     def backward_failed(self) -> None:
         """A backward raised."""
 
-    def backward_ended(self, root: Tensor | None, others: Collection[int]) -> None:
-        """A backward is done; ``root`` is the scalar that it started from, ``others`` are threads with one under way."""
+    def backward_ended(self, root: Tensor | None, callers: Collection[int]) -> None:
+        """A backward is done; ``root`` is the scalar that it started from, ``callers`` are all threads that call it."""
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
         """The user is about to clip these gradients by their global norm."""
@@ -90,6 +90,7 @@ class Tap:
 
 def _wrap_backward(original: Function, tap: Tap) -> Function:
     running: set[int] = set()
+    callers: set[int] = set()
 
     @functools.wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +101,7 @@ def _wrap_backward(original: Function, tap: Tap) -> Function:
         for listener in listeners:
             listener.backward_begins()
         running.add(me)
+        callers.add(me)
         try:
             result = original(tensors, *args, **kwargs)
         except BaseException:
@@ -110,7 +112,7 @@ def _wrap_backward(original: Function, tap: Tap) -> Function:
             running.discard(me)
         root = _scalar(tensors)
         for listener in listeners:
-            listener.backward_ended(root, running)
+            listener.backward_ended(root, callers)
         return result
 
     return backward

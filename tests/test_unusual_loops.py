@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any, ClassVar
 
 import numpy as np
@@ -334,3 +335,143 @@ def test_warnings_as_errors_meet_none_of_gradwatchs() -> None:
             optimizer.step()
         str(monitor.summary())
     assert monitor.history.rows == 100
+
+
+def test_quantised_parameters_are_left_alone() -> None:
+    """A frozen integer parameter has no gradient and no norm."""
+    model = mlp()
+    model.register_parameter("quantised", nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False))
+    with watch(model) as monitor:
+        train(model, torch.optim.SGD(list(model.parameters())[1:], lr=0.01), 3)
+    assert "quantised" not in monitor.history.layers
+    assert monitor.history.rows == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, from inside dynamo
+def test_a_compiled_optimizer_step_is_measured() -> None:
+    """Dynamo does not trace into the monitor."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    step = torch.compile(optimizer.step, backend="eager")
+    x, y = data()
+    with watch(model) as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            truth = true_norms(model)
+            step()
+            np.testing.assert_allclose(monitor.history.grad_norm(last=1)[0], truth, rtol=1e-6)
+    assert monitor.history.rows == 4
+
+
+def test_trainings_in_threads_keep_their_own_losses() -> None:
+    """Three models, three threads, three monitors: each row holds its own loss."""
+    models = [mlp(seed=seed) for seed in range(3)]
+    monitors = [watch(model) for model in models]
+    losses: dict[int, list[float]] = {}
+
+    def work(number: int) -> None:
+        optimizer = torch.optim.SGD(models[number].parameters(), lr=0.01)
+        losses[number] = train(models[number], optimizer, 60, seed=number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, monitor in enumerate(monitors):
+        monitor.detach()
+        np.testing.assert_allclose(monitor.history.loss(), losses[number], rtol=1e-6)
+
+
+def test_an_optimizer_that_wraps_another_makes_one_row_a_step() -> None:
+    """A Lookahead-like wrapper: both are optimizers of torch over the same parameters."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, base: torch.optim.Optimizer) -> None:
+            self.base = base
+            super().__init__([parameter for group in base.param_groups for parameter in group["params"]], {"lr": 0.01})
+
+        def step(self, closure: Any = None) -> Any:
+            return self.base.step(closure)
+
+    model = mlp()
+    with watch(model) as monitor:
+        train(model, Wrapper(torch.optim.SGD(model.parameters(), lr=0.01)), 5)
+    assert monitor.history.rows == 5
+
+
+def test_losses_of_several_roots_and_several_calls_add_up() -> None:
+    """As the gradients do."""
+    x, y = data()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model) as monitor:
+        loss = nn.functional.mse_loss(model(x), y)
+        torch.autograd.backward([loss, 2 * loss])
+        optimizer.step()
+        assert monitor.history.loss(last=1)[0] == pytest.approx(3 * loss.item())
+        for part in range(2):
+            monitor.loss(np.float32(part + 1))
+        optimizer.step()
+        assert monitor.history.loss(last=1)[0] == 3.0
+
+
+def test_auto_clip_and_measuring_each_nth_step_exclude_each_other() -> None:
+    """A step that is not measured could not be saved."""
+    model = mlp()
+    with pytest.raises(gradwatch.UsageError, match="every=10 together with clip='norm'"):
+        watch(model, every=10, clip="norm")
+
+
+def test_parameters_that_come_after_attach_are_told_of() -> None:
+    """A replaced head is not watched, and the monitor says so."""
+    model = mlp()
+    with watch(model) as monitor:
+        model[4] = nn.Linear(16, 1)
+        train(model, torch.optim.SGD(model.parameters(), lr=0.01), 2)
+    assert "2 parameters were added after attach and are not watched, 4.weight first" in monitor.notes[0]
+
+
+@pytest.mark.parametrize("state", [None, {}, {"step": 3}, {"step": 3, "history": {}}])
+def test_a_state_that_is_none_is_refused(state: Any) -> None:
+    """With what was expected."""
+    model = mlp()
+    with watch(model) as monitor, pytest.raises(gradwatch.UsageError, match="expected"):
+        monitor.load_state_dict(state)
+
+
+def test_a_rule_without_its_form_is_refused() -> None:
+    """A missing code or a sign that does not exist."""
+
+    class Formless(gradwatch.Rule):
+        """No code."""
+
+    class Misspelt(gradwatch.rules.LossJump):
+        """A wrong sign."""
+
+        sign: ClassVar[Any] = "sutble"
+
+    model = mlp()
+    with pytest.raises(gradwatch.UsageError, match="Formless has code=None; expected text"):
+        watch(model, rules=[Formless()])
+    with pytest.raises(gradwatch.UsageError, match="sign='sutble'; expected one of 'subtle'"):
+        watch(model, rules=[Misspelt()])
+
+
+def test_another_live_display_of_rich_does_not_recurse() -> None:
+    """A user's own `rich.live.Live` around the loop, with prints."""
+    session = terminal.run(
+        "import time, torch, gradwatch\n"
+        "from rich.live import Live\n"
+        "from tests.trainings import mlp, train\n"
+        "model = mlp()\n"
+        "gradwatch.attach(model)\n"
+        "with Live('theirs', refresh_per_second=10):\n"
+        "    train(model, torch.optim.SGD(model.parameters(), lr=0.01), 60, each=lambda _: time.sleep(0.01))\n"
+        "    print('hello')\n"
+    )
+    assert session.code == 0
+    assert "RecursionError" not in session.raw
+    assert "hello" in session.everything
+    assert "60 steps of Sequential" in session.everything
