@@ -64,7 +64,7 @@ class Result:
         return all(map(math.isfinite, self.losses))
 
 
-def train(cell: str = "rnn", clip: gradwatch.AutoClip | str | None = None, steps: int = 150, seed: int = 0) -> Result:
+def train(cell: str = "rnn", clip: gradwatch.AutoClip | str | None = None, steps: int = 100, seed: int = 0) -> Result:
     """Train on fresh sequences with SGD."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
