@@ -55,10 +55,13 @@ class Arrivals:
                 self._hooks[column] = self._hook(column, parameter)
 
     def stop(self) -> None:
-        """Remove every hook."""
+        """Remove every hook, and the empty tables that torch made for them."""
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
+        for _, parameter in self._layers.parameters():
+            if not parameter._post_accumulate_grad_hooks:
+                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # as torch has it
 
     def follow(self, *, closely: bool) -> None:
         """Follow the order on each backward, or go back to the marker."""

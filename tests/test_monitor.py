@@ -73,7 +73,7 @@ def test_detach_leaves_the_model_as_it_was() -> None:
     monitor.detach()
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     for parameter in model.parameters():
-        assert not parameter._post_accumulate_grad_hooks
+        assert parameter._post_accumulate_grad_hooks is None
         assert not parameter._backward_hooks
     assert not optimizer._optimizer_step_pre_hooks
     train(model, optimizer, 5)
