@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.columns import widened
 from gradwatch.records import Alarm
 from gradwatch.statistics import quiet_numpy
 
@@ -54,6 +55,13 @@ class Alarms:
         self._alive = [True] * len(self.rules)
         self._measured_at = -1
         self.stirring = False
+
+    def grow(self, layers: Sequence[str]) -> None:
+        """Take the columns of layers that were added."""
+        self.layers = tuple(layers)
+        self.values = widened(self.values, len(self.layers), np.nan)
+        for name in ("firing", "_held", "_calm"):
+            setattr(self, name, widened(getattr(self, name), len(self.layers), 0))
 
     def update(self, history: History, step: int) -> list[Alarm]:
         """Measure every rule on the last row and return the alarms that changed state, in rule order."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.columns import widened
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -94,8 +96,21 @@ class Arrivals:
         """A backward seems to have passed by the marker: after three, learn the order anew where that is ``enough``."""
         self._misses += 1
         if enough and self._misses >= _LEARNING and not self._learning:
-            self._misses, self._learning, self.marker = 0, _LEARNING, None
-            self.start()
+            self._learn_anew()
+
+    def grow(self) -> None:
+        """Follow the parameters that were added or replaced."""
+        self.arrived = widened(self.arrived, len(self._layers), 0)
+        if self.order is not None:
+            self.order = widened(self.order, len(self._layers), len(self._layers))
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+        self._learn_anew()
+
+    def _learn_anew(self) -> None:
+        self._misses, self._learning, self.marker = 0, _LEARNING, None
+        self.start()
 
     def _learn(self) -> None:
         rank = np.full(len(self._layers), len(self._layers), dtype=np.intp)

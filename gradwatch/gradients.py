@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from gradwatch.measure import NormPlan, code_of, global_norm_of, look_closer, norm_of
+from gradwatch.measure import NormPlan, code_of, global_norm_of, look_closer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +50,20 @@ class Measured:
                 counts,
             )
         return measured
+
+
+def assembled(parts: Sequence[Measured]) -> Measured:
+    """Return the gradients of one backward as one, from parts that no longer exist as tensors."""
+    columns = np.concatenate([part.columns for part in parts])
+    norms = np.full(len(parts[0].norms), np.nan)
+    for part in parts:
+        norms[part.columns] = part.norms[part.columns]
+    whole = Measured([], columns, norms, global_norm_of(norms[columns]))
+    codes = [part.nonfinite for part in parts if part.nonfinite is not None]
+    if codes:
+        whole.nonfinite = np.bitwise_or.reduce(codes)
+        whole.counts = {column: count for part in parts for column, count in (part.counts or {}).items()}
+    return whole
 
 
 class Gradients:
@@ -140,14 +154,6 @@ class Gradients:
             measured.global_norm = math.nan if (codes & 1).any() else math.inf
         else:
             measured.global_norm = float(np.linalg.norm(measured.norms[measured.columns]))
-
-    def kept(self, measured: Measured) -> float:
-        """Return how much is left now of the largest gradient in ``measured``: what the user's clip did to it."""
-        if not math.isfinite(measured.global_norm) or measured.global_norm == 0:
-            return 1.0
-        largest = int(np.nanargmax(measured.norms[measured.columns]))
-        column = int(measured.columns[largest])
-        return min(1.0, norm_of(measured.gradients[largest]) / float(measured.norms[column]))
 
     def rate(self, optimizer: Optimizer) -> Floats:
         """Return each layer's learning rate, shape (L,); NaN where it is unknown."""

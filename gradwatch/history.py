@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradwatch.columns import widened
 from gradwatch.errors import UsageError
 from gradwatch.records import Facts, NonFinite, Provenance, Row
 from gradwatch.statistics import Typical, median_and_mad
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from gradwatch.columns import Columns
     from gradwatch.records import Floats
 
 _BUDGET = 16 * 2**20  # bytes of ring; 1,024 rows of 300 layers take 5 MB
@@ -118,6 +120,23 @@ class History:
         self.weight_gap, self._weight_step = max(1, row.step - self._weight_step), row.step
         if row.nonfinite_weight is not None:
             self.nonfinite_weight = row.nonfinite_weight
+
+    def grow(self, columns: Columns) -> None:
+        """Take the columns of layers that were added; their past is missing."""
+        self.layers = tuple(columns.names)
+        count = len(self.layers)
+        self.sizes = np.asarray(columns.sizes, dtype=np.float64)
+        self.matrices = np.asarray(columns.matrices, dtype=bool)
+        self.fan_in = np.asarray(columns.fan_in, dtype=np.float64)
+        self.order = widened(self.order, count, count)
+        for name in ("_grad", "_weight", "weight", "previous_weight", "dead_share", "unchanged", "rate"):
+            setattr(self, name, widened(getattr(self, name), count, np.nan))
+        self._all_finite = np.zeros(count, dtype=np.uint8)
+        self.nonfinite = widened(self.nonfinite, count, 0)
+        self.nonfinite_weight = widened(self.nonfinite_weight, count, 0)
+        self.typical_grad.grow(count)
+        self.typical_weight.grow(count)
+        self.row = self.row._replace(grad_norm=widened(self.row.grad_norm, count, np.nan))
 
     def learn(self) -> None:
         """Let the run's own typical values follow the last row; called after the rules have judged it."""

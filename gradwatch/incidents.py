@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.advice import advise
+from gradwatch.columns import widened
 from gradwatch.history import EARLY
 from gradwatch.records import SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
 
@@ -69,6 +70,10 @@ class Incidents:
         self._stories: dict[str, _Story] = {}
         self._order: list[str] = []
         self.all: list[Incident] = []
+
+    def grow(self) -> None:
+        """Take the columns of layers that were added."""
+        self._left = widened(self._left, len(self._history.layers), -1)
 
     @property
     def open(self) -> list[Incident]:

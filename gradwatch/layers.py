@@ -25,11 +25,15 @@ _SELF_SCALING = ("adam", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "muo
 class Layers:
     """Named parameters of ``model``. Tied parameters are one layer; their other names stand in ``aliases``.
 
+    The columns only ever grow: a layer keeps its own when its parameter is replaced under the same name, and one that
+    comes later gets the next (`look_again`). Names are those inside DistributedDataParallel and `torch.compile`.
+
     Raises:
         UsageError: the model has no trainable parameter, or one whose shape is not known yet.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
         self.names: list[str] = []
         self.aliases: dict[str, list[str]] = {}
         self.sizes: list[int] = []
@@ -38,10 +42,24 @@ class Layers:
         self.with_units: list[bool] = []
         self._refs: list[weakref.ref[nn.Parameter]] = []
         self._columns: dict[int, int] = {}
+        self.look_again()
+        if not any(parameter.requires_grad for _, parameter in self.parameters()):
+            raise UsageError(
+                f"{type(model).__name__} has no trainable parameter ({len(self.names)} parameters in all), so there is "
+                "no gradient to watch. Call requires_grad_(True) on those that you train, then attach."
+            )
+
+    def look_again(self) -> bool:
+        """Follow parameters that were replaced, take in those that were added; True when there is any of either."""
+        model = self._model()
+        if model is None:
+            return False
+        inner = unwrapped(model)
         # rows of these weights are units, each fed by every input
-        united = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))}
-        trainable = False
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        united = {id(module.weight) for module in inner.modules() if isinstance(module, (nn.Linear, _ConvNd))}
+        news = False
+        seen: dict[int, str] = {}
+        for name, parameter in inner.named_parameters(remove_duplicate=False):
             if isinstance(parameter, UninitializedParameter):
                 raise UsageError(
                     f"The shape of parameter {name!r} is not known yet (a lazy module). "
@@ -49,23 +67,31 @@ class Layers:
                 )
             if not parameter.is_floating_point() and not parameter.is_complex():
                 continue  # quantised: it has no gradient
-            known = self._columns.get(id(parameter))
-            if known is not None:
-                self.aliases.setdefault(self.names[known], []).append(name)
-                continue
-            self._columns[id(parameter)] = len(self.names)
+            first = seen.setdefault(id(parameter), name)
+            if first != name:
+                aliases = self.aliases.setdefault(first, [])
+                if name not in aliases:
+                    aliases.append(name)
+            elif self.column(parameter) is None:
+                news = True
+                self._take(name, parameter, with_units=id(parameter) in united)
+        return news
+
+    def _take(self, name: str, parameter: nn.Parameter, *, with_units: bool) -> None:
+        ref = weakref.ref(parameter)
+        if name in self.names:
+            column = self.names.index(name)
+            self._refs[column] = ref
+            self._columns = {key: other for key, other in self._columns.items() if other != column}
+        else:
+            column = len(self.names)
             self.names.append(name)
-            self._refs.append(weakref.ref(parameter))
+            self._refs.append(ref)
             self.sizes.append(parameter.numel())
             self.matrices.append(parameter.dim() >= 2)
             self.fan_in.append(max(1, parameter.numel() // max(1, len(parameter))) if parameter.dim() >= 2 else 1)
-            self.with_units.append(id(parameter) in united)
-            trainable |= parameter.requires_grad
-        if not trainable:
-            raise UsageError(
-                f"{type(model).__name__} has no trainable parameter ({len(self.names)} parameters in all), so there is "
-                "no gradient to watch. Call requires_grad_(True) on those that you train, then attach."
-            )
+            self.with_units.append(with_units)
+        self._columns[id(parameter)] = column
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,8 +113,16 @@ class Layers:
         return column if column is not None and self._refs[column]() is parameter else None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's own module inside DistributedDataParallel and `torch.compile`."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in model._modules:
+        model = model._orig_mod if "_orig_mod" in model._modules else model.module  # type: ignore[assignment]
+    return model
+
+
 def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
     """Return what can be told of the model before its optimizer is known."""
+    model = unwrapped(model)
     modules = list(model.modules())
     gated = any(isinstance(m, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)) for m in modules)
     return Facts(

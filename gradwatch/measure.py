@@ -9,7 +9,7 @@ through the norm, so that finding them costs nothing; telling them apart is done
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,14 +19,14 @@ from gradwatch.records import NonFinite
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from gradwatch.records import Floats
 
-_LARGE = 1 << 18  # elements from which CPU tensors are summed in chunks
+_LARGE = 1 << 15  # elements from which CPU tensors are summed in chunks
 _CHUNK = 1 << 10
 _FEW = 16  # tensors up to which reading one by one beats stacking, on CPU
-_HALVES = (torch.float16, torch.bfloat16)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,26 +35,45 @@ class NormPlan:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        self.alone: list[int] = []
+        self._alone: list[int] = []
         for index, tensor in enumerate(tensors):
             if _is_plain(tensor):
                 together.setdefault((tensor.device, tensor.dtype), []).append(index)
             else:
-                self.alone.append(index)
-        self.groups = [(np.asarray(columns), columns, dtype) for (_, dtype), columns in together.items()]
-        self.simple = len(self.groups) == 1 and not self.alone
-        self.count = len(tensors)
+                self._alone.append(index)
+        self._groups = [(np.asarray(indices), indices, _wide(tensors[indices[0]])) for indices in together.values()]
+        self._simple = len(self._groups) == 1 and not self._alone
+        self._count = len(tensors)
+        self._order: Tensor | None = None
 
     def norms(self, tensors: list[Tensor]) -> Floats:
-        """Return the L2 norm of each tensor, shape (n,). One host copy per device and dtype, none on CPU."""
-        if self.simple:
-            return _batched(tensors, self.groups[0][2])
-        norms = np.empty(self.count)
-        for columns, indices, dtype in self.groups:
-            norms[columns] = _batched([tensors[index] for index in indices], dtype)
-        for index in self.alone:
+        """Return the L2 norm of each tensor, float64 of shape (n,), on the host: only where reading is free."""
+        if self._simple:
+            return _read(_batched(tensors, self._groups[0][2]))
+        norms = np.empty(self._count)
+        for columns, indices, wide in self._groups:
+            norms[columns] = _read(_batched([tensors[index] for index in indices], wide))
+        for index in self._alone:
             norms[index] = norm_of(tensors[index])
         return norms
+
+    def norms_on(self, home: torch.device, tensors: list[Tensor]) -> Tensor:
+        """Return the L2 norm of each tensor, float64 of shape (n,), on ``home``; nothing is read on the host."""
+        parts = [
+            torch.stack(_batched([tensors[index] for index in indices], wide)).to(
+                home, torch.float64, non_blocking=True
+            )
+            for _, indices, wide in self._groups
+        ]
+        parts += [
+            norm_tensor(tensors[index]).to(home, torch.float64, non_blocking=True).view(1) for index in self._alone
+        ]
+        if self._simple:
+            return parts[0]
+        if self._order is None:
+            placed = [index for _, indices, _ in self._groups for index in indices] + self._alone
+            self._order = on_device(np.argsort(placed), home)
+        return torch.cat(parts)[self._order]
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -62,37 +81,60 @@ def _is_plain(tensor: Tensor) -> bool:
         tensor.layout is torch.strided
         and tensor.is_floating_point()
         and tensor.numel() > 0
-        and not (tensor.device.type == "cpu" and tensor.numel() >= _LARGE)
+        and not (tensor.is_cpu and tensor.numel() >= _LARGE)
     )
 
 
-def _batched(tensors: list[Tensor], dtype: torch.dtype) -> Floats:
+def _wide(tensor: Tensor) -> torch.dtype:
+    """What to sum in. Off the CPU nobody can look again when squares overflow, so that they must not."""
+    if tensor.dtype is torch.float64 or tensor.device.type not in ("cpu", "mps"):  # Metal has no float64
+        return torch.float64
+    return torch.float32
+
+
+def _batched(tensors: list[Tensor], wide: torch.dtype) -> list[Tensor]:
     try:
-        norms = (
-            torch._foreach_norm(tensors, 2, dtype=torch.float32)
-            if dtype in _HALVES
-            else torch._foreach_norm(tensors, 2)
-        )
+        return list(torch._foreach_norm(tensors, 2, dtype=wide))
     except (RuntimeError, NotImplementedError):  # a gradient that is sparse although its parameter is dense
-        return np.array([norm_of(tensor) for tensor in tensors])
+        return [norm_tensor(tensor) for tensor in tensors]
+
+
+def _read(norms: list[Tensor]) -> Floats:
     if len(norms) < _FEW and norms[0].is_cpu:
         return np.array([norm.item() for norm in norms])
-    return torch.stack(norms).detach().cpu().numpy().astype(np.float64)
+    return torch.stack(norms).cpu().numpy().astype(np.float64)
 
 
 def norm_of(tensor: Tensor) -> float:
     """Return the L2 norm of one tensor of any layout, dtype and size; 0.0 when it is empty."""
+    return float(norm_tensor(tensor).item())
+
+
+def norm_tensor(tensor: Tensor) -> Tensor:
+    """Return the same as a tensor without dimensions on its device; nothing is read on the host, unless it is sparse."""
     values = _values(tensor)
+    wide = _wide(values)
     if not values.numel():
-        return 0.0
-    wide = torch.float64 if values.dtype is torch.float64 else torch.float32
+        return torch.zeros((), dtype=wide, device=values.device)
     flat = values.reshape(-1)
-    whole = flat.numel() - flat.numel() % _CHUNK if flat.numel() >= _LARGE and flat.is_cpu else 0
-    rest = torch.linalg.vector_norm(flat[whole:], dtype=wide)
-    if not whole:
-        return float(rest.item())
+    if not flat.is_cpu or flat.numel() < _LARGE:
+        return _l2(flat, wide)
+    whole = flat.numel() - flat.numel() % _CHUNK
     chunks = torch.linalg.vector_norm(flat[:whole].view(-1, _CHUNK), dim=1, dtype=wide)
-    return math.hypot(torch.linalg.vector_norm(chunks, dtype=torch.float64).item(), rest.item())
+    return _l2(torch.cat([chunks, _l2(flat[whole:], wide).view(1)]), torch.float64)
+
+
+def _l2(values: Tensor, wide: torch.dtype) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
+    return norm
+
+
+def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return ``array`` as a tensor on ``device``, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _values(tensor: Tensor) -> Tensor:

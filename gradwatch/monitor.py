@@ -175,15 +175,23 @@ class Monitor:
     def optimizer_found(self, optimizer: Optimizer) -> None:
         """See `gradwatch.probe.Judge`."""
         self.history.facts = optimizer_facts(self.history.facts, optimizer)
-        model = self._model()
-        added = [] if model is None else self._probe.unwatched(optimizer, model)
-        if added:
-            self._pipeline.notes.append(
-                f"{len(added)} parameters were added after attach and are not watched, {added[0]} first: "
-                "detach, then attach again."
-            )
         if self.history.facts.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
-            self._pipeline.notes.append("auto-clip does not act inside a line search: LBFGS is watched only.")
+            self.note("auto-clip does not act inside a line search: LBFGS is watched only.")
+
+    def grown(self, layers: Layers) -> None:
+        """See `gradwatch.probe.Judge`."""
+        self._pipeline.grow(layers)
+        model = self._model()
+        if model is not None:
+            facts = facts_of(model, layers, self.history.facts.clip)
+            self.history.facts = replace(
+                self.history.facts, layers=facts.layers, parameters=facts.parameters, depth=facts.depth
+            )
+
+    def note(self, text: str) -> None:
+        """See `gradwatch.probe.Judge`."""
+        if text not in self._pipeline.notes:
+            self._pipeline.notes.append(text)
 
     def judge(self, row: Row) -> Decision:
         """See `gradwatch.probe.Judge`."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from gradwatch.alarms import Alarms
 from gradwatch.autoclip import NOTHING, AutoClip, Clipping, Decision
+from gradwatch.columns import widened
 from gradwatch.incidents import CALM_STEPS, Incidents
 from gradwatch.records import Alarm, Incident, Row, Snapshot
 from gradwatch.statistics import quiet_numpy
@@ -21,6 +22,7 @@ from gradwatch.statistics import quiet_numpy
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from gradwatch.columns import Columns
     from gradwatch.history import History
     from gradwatch.reports import Report
     from gradwatch.rules import Rule
@@ -71,6 +73,13 @@ class Pipeline:
         self._speed = math.nan
         self._last: dict[int, float] = {}
         self._notes_told = 0
+
+    def grow(self, columns: Columns) -> None:
+        """Take the columns of layers that were added; each is looked at on every step until it has a typical norm."""
+        self.history.grow(columns)
+        self.alarms.grow(self.history.layers)
+        self.incidents.grow()
+        self._band = widened(self._band, len(self.history.layers), 0.0)
 
     def step(self, row: Row) -> Decision:
         """Judge one row; return what to do with its gradients before the optimizer sees them."""

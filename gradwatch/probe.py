@@ -11,34 +11,33 @@ import weakref
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gradwatch import taps
+from gradwatch import hooks, taps
 from gradwatch.arrivals import Arrivals
+from gradwatch.autoclip import NOTHING
+from gradwatch.columns import widened
 from gradwatch.errors import TrainingUnstableError
-from gradwatch.gradients import Gradients, Measured
+from gradwatch.gradients import Gradients, Measured, assembled
 from gradwatch.layers import family_of
 from gradwatch.losses import Losses
 from gradwatch.measure import norm_of
-from gradwatch.records import Provenance, Row
-from gradwatch.sampling import Sampling
+from gradwatch.records import Clipped, Provenance, Row, Source
+from gradwatch.sampling import Sample, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.optim import Optimizer
-    from torch.utils.hooks import RemovableHandle
 
     from gradwatch.autoclip import Decision
     from gradwatch.layers import Layers
+    from gradwatch.records import Floats
 
 _UNDECIDED = 16  # steps of optimizers that own no watched layer after which a loop is taken to have none of its own
 _PATIENCE = 10  # steps in a row that a gradient scaler may leave out before one is judged
-
-Source = Literal["optimizer step", "closure", "end of backward", "monitor.step()", "left out by the scaler"]
-Clipped = Literal["no clip_grad_norm_ seen", "before the user's clip", "as the optimizer sees it"]
 
 
 class Judge(Protocol):
@@ -52,6 +51,12 @@ class Judge(Protocol):
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
         """Take note of what was done to them."""
+
+    def grown(self, layers: Layers) -> None:
+        """Parameters were added to the model or replaced."""
+
+    def note(self, text: str) -> None:
+        """Say once what cannot be done."""
 
     def failed(self, part: str, error: Exception) -> None:
         """Take note of an error inside gradwatch; raises it when strict."""
@@ -74,7 +79,8 @@ class Probe:
         self._judge = weakref.ref(judge)
         self._every = every
         self._sampling = Sampling(layers)
-        self._owned: weakref.WeakKeyDictionary[Optimizer, Gradients] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Optimizer, Gradients] = weakref.WeakKeyDictionary()
+        self._owners = False
         self._all: Gradients | None = None
         self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
         self._vain_steps = self._vain_at = 0
@@ -82,6 +88,8 @@ class Probe:
         self._left_out = self._left_out_before = 0
         self._weights_then = math.nan
         self._before_clip: Measured | None = None
+        self._inside: list[tuple[Measured, Floats]] = []
+        self._stray: Tensor | None = None
         self._stepping: weakref.ref[Optimizer] | None = None
         self._stepping_at = -1
         self._closely = False
@@ -100,14 +108,14 @@ class Probe:
         if optimizer is not None:
             self._find(optimizer)
         self.arrivals.start()
-        _listen(self)
+        hooks.listen(self)
         for tap in taps.ALL:
             tap.add(self)
 
     def stop(self) -> None:
         """Remove every hook and give back what was hidden."""
         self._give_up()
-        _unlisten(self)
+        hooks.unlisten(self)
 
     def _give_up(self) -> None:
         """Stop, but for the process-wide hooks: torch may be walking over them right now."""
@@ -115,20 +123,14 @@ class Probe:
         self.arrivals.stop()
         for tap in taps.ALL:
             tap.remove(self)
-        for gradients in tuple(self._owned.values()):
+        for gradients in tuple(self._known.values()):
             gradients.restore()
-        self._owned.clear()  # a monitor that is kept for its summary shall not keep the parameters
+        self._known.clear()  # a monitor that is kept for its summary shall not keep the parameters
         self._all = None
 
     def owns_any(self, optimizer: Optimizer) -> bool:
         """True when the optimizer holds at least one watched parameter."""
         return any(self._layers.column(p) is not None for group in optimizer.param_groups for p in group["params"])
-
-    def unwatched(self, optimizer: Optimizer, model: nn.Module) -> list[str]:
-        """Name the parameters of the model that the optimizer holds and that have no column."""
-        names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
-        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
-        return [names[id(p)] for p in held if self._layers.column(p) is None]
 
     def watch_closely(self, *, closely: bool) -> None:
         """Follow the order of arrival and sample the weights on each step, while an incident is open."""
@@ -150,12 +152,15 @@ class Probe:
         """See `taps.Listener`."""
         if not self.arrivals.end(callers):  # another model's backward, or one that passed by the marker
             self.arrivals.missed(enough=self._loop == "backward")
+            self._stray = root
             return
         self.backwards += 1
         self._before_clip = None  # what was clipped before this backward was not stepped with
         if root is not None:
             self.losses.add_root(root)
-        if self._loop == "backward" or (self._loop == "unknown" and not self._owned):
+        if self._inside:
+            self._guarded(self._end_of_fused_backward)
+        elif self._loop == "backward" or (self._loop == "unknown" and not self._owners):
             self._guarded(self._end_of_backward)
 
     def _gradients_cleared(self) -> bool:
@@ -220,6 +225,9 @@ class Probe:
         if mine is None or again:
             return None
         self._stepping, self._stepping_at = weakref.ref(optimizer), self.backwards
+        if torch._C._current_graph_task_id() != -1:  # fused into backward: one step for each parameter
+            self._step_inside_backward(mine, optimizer)
+            return None
         self.backwards += self.arrivals.end()  # a backward that passed by the tap
         if self.backwards == self._backwards_then:
             self.arrivals.missed(enough=True)
@@ -235,9 +243,36 @@ class Probe:
         wrapped = self._wrap(closure, mine, optimizer)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
+    def _step_inside_backward(self, mine: Gradients, optimizer: Optimizer) -> None:
+        self._loop = "optimizer"
+        part = mine.measure()
+        if any(
+            np.isin(part.columns, earlier.columns).any() for earlier, _ in self._inside
+        ):  # its end passed by the tap
+            self._end_of_fused_backward()
+        self._inside.append((part, mine.rate(optimizer)))
+
+    def _end_of_fused_backward(self) -> None:
+        """Make one row of the steps that an optimizer made inside backward; too late to act on any of them."""
+        judge = self._judge()
+        if judge is None:
+            return
+        parts, self._inside = self._inside, []
+        step, self.step = self.step, self.step + 1
+        if step % self._every and not self._closely:
+            self.losses.spend()
+            return
+        now = assembled([part for part, _ in parts])
+        rate = np.fmax.reduce([rate for _, rate in parts])
+        row = self._row(step, "optimizer in backward", now, now, 1.0, self._sampling.take(now, closely=self._closely))
+        row = row._replace(rate=rate, poisoned=False)  # nothing is left to be kept from the optimizer
+        if judge.judge(row) is not NOTHING:
+            judge.note("auto-clip cannot act where the optimizer steps inside backward: it only watches there.")
+        judge.done(row, NOTHING, 1.0)
+
     def after_step(self, optimizer: Optimizer) -> None:
         """Give back the gradients that were hidden so that the optimizer skipped them."""
-        mine = self._owned.get(optimizer)
+        mine = self._known.get(optimizer)
         if mine is not None:
             mine.restore()
             if self._stepping is not None and self._stepping() is optimizer:
@@ -263,28 +298,45 @@ class Probe:
         self._guarded(self._measure, self._everything(), "monitor.step()")
 
     def _gradients_of(self, optimizer: Optimizer) -> Gradients | None:
-        mine = self._owned.get(optimizer)
+        """Return the gradients of the watched layers that an optimizer owns; None when it owns none."""
+        mine = self._known.get(optimizer)
         if mine is None or mine.total != sum(len(group["params"]) for group in optimizer.param_groups):
             mine = self._find(optimizer)
+        return mine if mine.parameters else None
+
+    def _find(self, optimizer: Optimizer) -> Gradients:
+        """Look up which watched layers an optimizer owns; the model may have changed since attach."""
+        held = [(p, number) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        if any(self._layers.column(p) is None for p, _ in held) and self._layers.look_again():
+            self._grow()
+        pairs, groups = [], []
+        for parameter, number in held:
+            column = self._layers.column(parameter)
+            if column is not None:
+                pairs.append((column, parameter))
+                groups.append(number)
+        self._known[optimizer] = mine = Gradients(pairs, len(self._layers), groups, len(held), family_of(optimizer))
+        judge = self._judge()
+        if pairs and judge is not None:
+            self._owners = True
+            judge.optimizer_found(optimizer)
         return mine
 
-    def _find(self, optimizer: Optimizer) -> Gradients | None:
-        """Look up which watched layers an optimizer owns; None when it owns none."""
-        pairs, groups, total = [], [], 0
-        for number, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                total += 1
-                column = self._layers.column(parameter)
-                if column is not None:
-                    pairs.append((column, parameter))
-                    groups.append(number)
-        if not pairs:
-            return None
-        self._owned[optimizer] = Gradients(pairs, len(self._layers), groups, total, family_of(optimizer))
+    def _grow(self) -> None:
+        """Follow parameters that were added or replaced: adapters, a new head, `load_state_dict(assign=True)`."""
+        for gradients in tuple(self._known.values()):
+            gradients.restore()
+        self._known.clear()
+        self._all = None
+        if self._before_clip is not None:
+            self._before_clip.norms = widened(self._before_clip.norms, len(self._layers), math.nan)
+        if self._stray is not None:  # the backward just now was this model's, by parameters not known then
+            self.losses.add_root(self._stray)
+        self._sampling.grow()
+        self.arrivals.grow()
         judge = self._judge()
         if judge is not None:
-            judge.optimizer_found(optimizer)
-        return self._owned[optimizer]
+            judge.grown(self._layers)
 
     def _everything(self) -> Gradients:
         if self._all is None:
@@ -301,10 +353,9 @@ class Probe:
         if judge is None:
             return
         scale = _fused_scale(optimizer)
-        left_out = source == "left out by the scaler"
         if scale is None:  # the optimizer itself leaves the step out: the scaler found an overflow
             return
-        if not left_out:
+        if source != "left out by the scaler":
             self._left_out = 0
         step, self.step = self.step, self.step + 1
         mine.steps += 1
@@ -312,14 +363,33 @@ class Probe:
             self.losses.spend()
             return
         now = mine.measure(scale)
-        loss, loss_source = self.losses.read(returned)
-        whole, applied = now, 1.0
-        clipped: Clipped = "no clip_grad_norm_ seen" if taps.USER_CLIP.installed else "as the optimizer sees it"
-        if self._before_clip is not None:
-            whole, clipped = self._before_clip.only(mine.columns), "before the user's clip"
-            applied = mine.kept(whole)
+        whole = now if self._before_clip is None else self._before_clip.only(mine.columns)
         sampled = self._sampling.take(now, closely=self._closely)
-        row = Row(
+        row = self._row(step, source, now, whole, _share_left(now, whole), sampled, returned)
+        row = row._replace(rate=mine.rate(optimizer) if optimizer is not None else None, family=mine.family)
+        try:
+            decision = judge.judge(row)
+        except TrainingUnstableError:
+            self._stepping = None  # a user who steps again all the same is judged again
+            raise
+        judge.done(row, decision, self._act(decision, now, scale, mine, source, optimizer))
+
+    def _row(
+        self,
+        step: int,
+        source: Source,
+        now: Measured,
+        whole: Measured,
+        applied: float,
+        sampled: Sample,
+        returned: Any = None,
+    ) -> Row:
+        """Put together what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
+        loss, loss_source = self.losses.read(returned)
+        clipped: Clipped = "no clip before it seen" if taps.USER_CLIP.installed else "as the optimizer sees it"
+        if whole is not now:
+            clipped = "before the user's clip"
+        return Row(
             step=step,
             loss=loss,
             grad_norm=whole.norms,
@@ -329,28 +399,31 @@ class Probe:
             nonfinite_weight=sampled.nonfinite_weight,
             counts=whole.counts,
             poisoned=now.nonfinite is not None,
-            rate=mine.rate(optimizer) if optimizer is not None else None,
-            family=mine.family,
             applied=applied,
             dead_share=sampled.dead_share,
             unchanged=sampled.unchanged,
             arrived=self.arrivals.arrived,
             provenance=Provenance(source, clipped, loss_source),
         )
-        try:
-            decision = judge.judge(row)
-        except TrainingUnstableError:
-            self._stepping = None  # a user who steps again all the same is judged again
-            raise
-        coefficient = 1.0
-        if decision.skip and optimizer is not None and not left_out:
+
+    def _act(
+        self,
+        decision: Decision,
+        now: Measured,
+        scale: float,
+        mine: Gradients,
+        source: Source,
+        optimizer: Optimizer | None,
+    ) -> float:
+        """Do to the gradients what was decided; return the norm after over the norm before."""
+        if decision.skip and optimizer is not None and source != "left out by the scaler":
             mine.hide(optimizer)
         elif decision.skip:
             mine.zero()
         elif decision.clip is not None and now.gradients and self._clippable(source, optimizer):
             clip = decision.clip if scale == 1.0 else decision.clip.loosened(scale)
-            coefficient = clip.apply(now.gradients, now.global_norm * scale)
-        judge.done(row, decision, coefficient)
+            return clip.apply(now.gradients, now.global_norm * scale)
+        return 1.0
 
     def _clippable(self, source: Source, optimizer: Optimizer | None) -> bool:
         """False inside a line search: there the gradients belong to the search, and a clip would mislead it."""
@@ -376,42 +449,16 @@ class Probe:
             self.seconds += perf_counter() - started
 
 
+def _share_left(now: Measured, whole: Measured) -> float:
+    """Return the norm after the user's clip over the norm before it."""
+    if now is whole or not math.isfinite(whole.global_norm) or not 0 < now.global_norm < whole.global_norm:
+        return 1.0
+    return now.global_norm / whole.global_norm
+
+
 def _fused_scale(optimizer: Optimizer | None) -> float | None:
     """Return the loss scale that a fused optimizer still has to divide by; None when it will skip this step."""
     scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if overflow is not None and overflow.item() > 0:
         return None
     return 1.0 if scale is None else float(scale.item())
-
-
-_probes: weakref.WeakSet[Probe] = weakref.WeakSet()
-_handles: list[RemovableHandle] = []
-
-
-def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-    changed = None
-    for probe in tuple(_probes):
-        changed = probe.before_step(optimizer, args, kwargs) or changed
-        args, kwargs = changed or (args, kwargs)
-    return changed
-
-
-def _after_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    for probe in tuple(_probes):
-        probe.after_step(optimizer)
-
-
-def _listen(probe: Probe) -> None:
-    if not _handles:
-        # a compiled optimizer step breaks its graph once here instead of tracing into the monitor
-        _handles.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_any_step)))
-        _handles.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_any_step)))
-    _probes.add(probe)
-
-
-def _unlisten(probe: Probe) -> None:
-    _probes.discard(probe)
-    if not _probes:
-        for handle in _handles:
-            handle.remove()
-        _handles.clear()

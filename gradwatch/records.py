@@ -24,6 +24,16 @@ Kind = Literal["exploding", "spike", "nonfinite", "diverging", "vanishing", "sta
 Severity = Literal["notice", "warning", "critical"]
 Verdict = Literal["suspected", "confirmed", "resolved"]
 Phase = Literal["loss", "gradient", "weight"]
+Source = Literal[
+    "optimizer step",
+    "closure",
+    "end of backward",
+    "monitor.step()",
+    "optimizer in backward",
+    "left out by the scaler",
+    "written",
+]
+Clipped = Literal["no clip before it seen", "before the user's clip", "as the optimizer sees it"]
 
 SEVERITIES: tuple[Severity, ...] = ("notice", "warning", "critical")
 
@@ -42,12 +52,8 @@ class Provenance(NamedTuple):
     ``source``: the moment of measuring. ``clipped``: before or after the user's own clipping, where that is known.
     """
 
-    source: Literal[
-        "optimizer step", "closure", "end of backward", "monitor.step()", "left out by the scaler", "written"
-    ] = "optimizer step"
-    clipped: Literal["no clip_grad_norm_ seen", "before the user's clip", "as the optimizer sees it"] = (
-        "as the optimizer sees it"
-    )
+    source: Source = "optimizer step"
+    clipped: Clipped = "as the optimizer sees it"
     loss: Literal["monitor.loss()", "closure", "backward root", "written", "none"] = "none"
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.columns import widened
 from gradwatch.measure import NormPlan, fingerprint, live_units, look_closer
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ class Sampling:
         self._dead_share = np.full(len(layers), np.nan)
         self._unchanged = np.zeros(len(layers))
 
+    def grow(self) -> None:
+        """Take the columns of layers that were added."""
+        self._dead_share = widened(self._dead_share, len(self._layers), np.nan)
+        self._unchanged = widened(self._unchanged, len(self._layers), 0.0)
+        self._plan = None
+
     def take(self, now: Measured, *, closely: bool) -> Sample:
         """Look at what is due with this row; ``closely``: the weights are. Runs without autograd."""
         row, self._rows = self._rows, self._rows + 1
@@ -72,6 +79,8 @@ class Sampling:
         sample.weight_norm, sample.nonfinite_weight = norms, nonfinite
 
     def _count_units(self, now: Measured) -> None:
+        if not now.gradients:
+            return
         for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
             if not self._layers.with_units[column] or not gradient.numel() or gradient.is_sparse:
                 continue

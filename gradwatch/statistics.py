@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.columns import widened
+
 if TYPE_CHECKING:
     from gradwatch.records import Floats
 
@@ -59,6 +61,13 @@ class Typical:
         self.seen = np.zeros(layers, dtype=np.int64)
         self.value = np.full(layers, np.nan)
         self.scatter = np.zeros(layers)
+
+    def grow(self, layers: int) -> None:
+        """Make room for layers that came later."""
+        self._log = widened(self._log, layers, np.nan)
+        self.seen = widened(self.seen, layers, 0)
+        self.value = widened(self.value, layers, np.nan)
+        self.scatter = widened(self.scatter, layers, 0)
 
     def update(self, x: Floats) -> None:
         """Take one value per layer; ``x`` has shape (L,). Call it under `quiet_numpy`: log of zero is no fault here."""

@@ -5,7 +5,8 @@ leaves. If somebody else has patched the same place on top of it, it stays as a 
 
 * `BACKWARD` (`torch.autograd.backward`): the loss, and the end of a backward.
 * `SCALER` (`torch.amp.GradScaler.step`): the loss scale, and steps that the scaler leaves out.
-* `USER_CLIP` (`torch.nn.utils.clip_grad._get_total_norm`): gradients before the user's own `clip_grad_norm_`.
+* `USER_CLIP` (`torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype`): gradients before the user's own
+  `clip_grad_norm_`, `clip_grads_with_norm_` or `clip_grad_value_`, all of which come by here, imported early or late.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Listener(Protocol):
         """A backward is done; ``root`` is the scalar that it started from, ``callers`` are all threads that call it."""
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
-        """The user is about to clip these gradients by their global norm."""
+        """The user is about to clip these gradients."""
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """A gradient scaler is about to step this optimizer."""
@@ -75,7 +76,8 @@ class Tap:
             self.listeners.add(listener)
             if not self.installed:
                 self._original = getattr(self._owner, self._attribute)
-                self._replacement = self._wrap(self._original, self)
+                # in a compiled region Dynamo shall break its graph here instead of tracing into the monitor
+                self._replacement = torch.compiler.disable(self._wrap(self._original, self))
                 setattr(self._owner, self._attribute, self._replacement)
             return True
 
@@ -128,15 +130,14 @@ def _scalar(tensors: Any) -> Tensor | None:
     return total
 
 
-def _wrap_total_norm(original: Function, tap: Tap) -> Function:
+def _wrap_grouping(original: Function, tap: Tap) -> Function:
     @functools.wraps(original)
-    def total_norm(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        gradients = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    def grouping(lists: Sequence[Sequence[Tensor]], *args: Any, **kwargs: Any) -> Any:
         for listener in tuple(tap.listeners):
-            listener.user_clips(gradients)
-        return original(gradients, *args, **kwargs)
+            listener.user_clips(lists[0])
+        return original(lists, *args, **kwargs)
 
-    return total_norm
+    return grouping
 
 
 def _wrap_scaler_step(original: Function, tap: Tap) -> Function:
@@ -155,5 +156,5 @@ def _wrap_scaler_step(original: Function, tap: Tap) -> Function:
 
 BACKWARD = Tap("backward", torch.autograd, "backward", _wrap_backward)
 SCALER = Tap("scaler", torch.amp.GradScaler, "step", _wrap_scaler_step)
-USER_CLIP = Tap("user's clip", torch_clip, "_get_total_norm", _wrap_total_norm)
+USER_CLIP = Tap("user's clip", torch_clip, "_group_tensors_by_device_and_dtype", _wrap_grouping)
 ALL = (BACKWARD, SCALER, USER_CLIP)

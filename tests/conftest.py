@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import torch.nn.utils.clip_grad as torch_clip
+from torch.nn.utils import clip_grad as torch_clip
 from torch.optim import optimizer as torch_optimizer
 
-from gradwatch import monitor, probe
+from gradwatch import hooks, monitor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples are imported as a package-less folder
 torch.set_num_threads(1)
 
-_BACKWARD, _TOTAL_NORM = torch.autograd.backward, torch_clip._get_total_norm
+_GROUP = "_group_tensors_by_device_and_dtype"
+_BACKWARD, _GROUPING = torch.autograd.backward, getattr(torch_clip, _GROUP)
 
 
 def _threads() -> list[str]:
@@ -33,9 +34,9 @@ def left_behind() -> list[str]:
     found = []
     if torch.autograd.backward is not _BACKWARD:
         found.append("tap on torch.autograd.backward")
-    if torch_clip._get_total_norm is not _TOTAL_NORM:
-        found.append("tap on _get_total_norm")
-    if probe._handles or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+    if getattr(torch_clip, _GROUP) is not _GROUPING:
+        found.append(f"tap on {_GROUP}")
+    if hooks._handles or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
         found.append("optimizer hooks")
     if len(monitor.attached):
         found.append("an attached monitor")

@@ -53,12 +53,12 @@ def test_rich_is_loaded_only_where_something_is_shown(name: str) -> None:
     assert "rich" not in tops
 
 
-def test_only_the_probe_and_its_arrivals_register_hooks() -> None:
-    """Two files to read when something hangs on a model."""
+def test_only_hooks_and_arrivals_register_hooks() -> None:
+    """Two files to read when something hangs on a model or an optimizer."""
     registering = [
         name for name, path in FILES.items() if "register_" in path.read_text().replace("atexit.register", "")
     ]
-    assert sorted(registering) == ["arrivals", "probe"]
+    assert sorted(registering) == ["arrivals", "hooks"]
 
 
 def test_only_taps_and_their_user_touch_torchs_attributes() -> None:

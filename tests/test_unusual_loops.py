@@ -424,13 +424,16 @@ def test_auto_clip_and_measuring_each_nth_step_exclude_each_other() -> None:
         watch(model, every=10, clip="norm")
 
 
-def test_parameters_that_come_after_attach_are_told_of() -> None:
-    """A replaced head is not watched, and the monitor says so."""
+def test_parameters_that_come_after_attach_are_watched() -> None:
+    """A replaced head keeps its columns; the loss of its first backward is not lost."""
     model = mlp()
     with watch(model) as monitor:
         model[4] = nn.Linear(16, 1)
         train(model, torch.optim.SGD(model.parameters(), lr=0.01), 2)
-    assert "2 parameters were added after attach and are not watched, 4.weight first" in monitor.notes[0]
+    assert len(monitor.history.layers) == 6
+    assert (monitor.history.grad_norm() > 0).all()
+    assert not np.isnan(monitor.history.loss()).any()
+    assert monitor.notes == []
 
 
 @pytest.mark.parametrize("state", [None, {}, {"step": 3}, {"step": 3, "history": {}}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,13 +59,14 @@ def train(
 
 def true_norms(model: nn.Module) -> list[float]:
     """Return each parameter's gradient norm by a dumb loop in float64; NaN where there is no gradient."""
-    norms = []
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            norms.append(float("nan"))
-            continue
-        total = 0.0
-        for value in parameter.grad.flatten().tolist():
-            total += value * value
-        norms.append(total**0.5)
-    return norms
+    return [true_norm(parameter.grad) for parameter in model.parameters()]
+
+
+def true_norm(gradient: Tensor | None) -> float:
+    """Return the L2 norm of a tensor of any kind by a dumb loop in float64; NaN for None."""
+    if gradient is None:
+        return float("nan")
+    total = 0.0
+    for value in gradient.to_dense().flatten().tolist():
+        total += abs(value) ** 2
+    return math.sqrt(total)
