@@ -1,18 +1,23 @@
-"""Backward hooks on the parameters: which gradients arrived, and in which order.
+"""Backward hooks on the parameters: which gradients arrived, in which order, and whether this process's own are finite.
 
 A Python hook costs a microsecond per parameter and backward. So the order is learned on the first backwards, with a hook
 on every parameter, and followed again while an incident is open; in between one hook is enough, the marker, on the
 parameter whose gradient comes first. It tells that a backward was one of the watched model's.
+
+Where parameters bear no hooks (under FSDP), the gradients themselves tell: one of them is another than before.
 """
 
 from __future__ import annotations
 
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from gradwatch.columns import widened
+from gradwatch.measure import norm_tensor
+from gradwatch.wrappers import is_fully_sharded, unreduced
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -42,6 +47,9 @@ class Arrivals:
         self._closely = False
         self._common: set[int] = set()
         self._misses = 0
+        self._signatures: list[Any] | None = None
+        self._own: list[Tensor] = []
+        self._sentinel: RemovableHandle | None = None
         self.marker: int | None = None
         self.order: NDArray[np.intp] | None = None
         self.arrived = np.zeros(len(layers), dtype=bool)
@@ -51,16 +59,20 @@ class Arrivals:
         return len(self._hooks)
 
     def start(self) -> None:
-        """Put a hook on every trainable parameter."""
+        """Put a hook on every trainable parameter, where hooks can be."""
+        if self._layers.model is not None and is_fully_sharded(self._layers.model):
+            self._signatures = self._signatures or []
+            return
         for column, parameter in self._layers.parameters():
             if parameter.requires_grad and column not in self._hooks:
                 self._hooks[column] = self._hook(column, parameter)
 
     def stop(self) -> None:
         """Remove every hook, and the empty tables that torch made for them."""
-        for handle in self._hooks.values():
+        for handle in (*self._hooks.values(), *filter(None, [self._sentinel])):
             handle.remove()
         self._hooks.clear()
+        self._sentinel = None
         for _, parameter in self._layers.parameters():
             if not parameter._post_accumulate_grad_hooks:
                 parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # as torch has it
@@ -84,6 +96,9 @@ class Arrivals:
 
         ``callers`` are the threads that call backward: what arrived on another of them is that one's.
         """
+        if self._signatures is not None:
+            before, self._signatures = self._signatures, self._signed()
+            return self._signatures != before
         if not self._columns or (self._thread[0] != get_ident() and self._thread[0] in callers):
             return False
         self._misses = 0
@@ -103,14 +118,45 @@ class Arrivals:
         self.arrived = widened(self.arrived, len(self._layers), 0)
         if self.order is not None:
             self.order = widened(self.order, len(self._layers), len(self._layers))
-        for handle in self._hooks.values():
-            handle.remove()
-        self._hooks.clear()
+        self.stop()
         self._learn_anew()
 
     def _learn_anew(self) -> None:
         self._misses, self._learning, self.marker = 0, _LEARNING, None
         self.start()
+
+    def begin(self) -> None:
+        """A backward is about to run."""
+        if self._signatures is not None:
+            self._signatures = self._signed()
+
+    def _signed(self) -> list[Any]:
+        gradients = [parameter.grad for _, parameter in self._layers.parameters()] + unreduced(self._layers.model)
+        return [None if g is None else (id(g), getattr(g, "_local_tensor", g)._version) for g in gradients]
+
+    def stand_sentinel(self) -> None:
+        """Look at what this process's own backwards give, before the processes' gradients become one.
+
+        What is not finite in the middle of a backward reaches the parameters that come last: of the first four in the
+        model, the smallest is looked at.
+        """
+        first = [parameter for _, parameter in self._layers.parameters() if parameter.requires_grad][:4]
+        if self._sentinel is not None or self._signatures is not None or not first:
+            return
+        own = self._own
+
+        def look(parameter: Tensor) -> None:
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                own.append(norm_tensor(parameter.grad))
+
+        smallest = min(first, key=torch.Tensor.numel)
+        self._sentinel = smallest.register_post_accumulate_grad_hook(look)
+
+    def own_norms(self) -> list[Tensor]:
+        """Return the sentinel's norms since it was asked last; scalar tensors, not read."""
+        own = list(self._own)
+        self._own.clear()
+        return own
 
     def _learn(self) -> None:
         rank = np.full(len(self._layers), len(self._layers), dtype=np.intp)

@@ -12,9 +12,11 @@ from gradwatch.autoclip import AutoClip
 from gradwatch.clips import CLIPS, Clip
 from gradwatch.errors import UsageError, did_you_mean
 from gradwatch.monitor import Monitor, attached
+from gradwatch.ranks import is_first
 from gradwatch.records import Kind, Sign
 from gradwatch.reports import REPORTS, Report, report_by_name
 from gradwatch.rules import Rule, default_rules
+from gradwatch.wrappers import unmeasurable
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -53,6 +55,9 @@ def attach(
         raise UsageError(
             f"attach() got {_shown(model)} as model; expected a torch.nn.Module. Pass the module whose parameters you train."
         )
+    reason = unmeasurable(model, optimizer)
+    if reason is not None:
+        raise UsageError(f"This {type(model).__name__} cannot be watched: {reason}, where gradwatch does not look yet.")
     if model in attached:
         raise UsageError(
             f"This {type(model).__name__} is already watched: {attached[model]!r}. "
@@ -132,7 +137,8 @@ def _reports(report: Any) -> list[Report]:
         if isinstance(one, str):
             if one not in (*REPORTS, "auto"):
                 raise UsageError(f"There is no report {one!r}.{did_you_mean(one, (*REPORTS, 'auto'))}")
-            found.append(report_by_name(one))
+            if is_first():  # of the processes that train together, one draws
+                found.append(report_by_name(one))
         elif isinstance(one, Report):
             found.append(one)
         else:

@@ -4,7 +4,9 @@
 
     GradwatchError
     ├── UsageError (ValueError)              bad input: says what happened, the value, what was expected, what to do
-    └── TrainingUnstableError (RuntimeError) auto-clip has done all it may; the run cannot go on
+    ├── TrainingUnstableError (RuntimeError) auto-clip has done all it may; the run cannot go on
+    ├── ExchangeError (RuntimeError)         another process of a distributed training is gone
+    └── PeerError (RuntimeError)             gradwatch itself failed in another process
 """
 
 from __future__ import annotations
@@ -26,6 +28,14 @@ class UsageError(GradwatchError, ValueError):
 
 class TrainingUnstableError(GradwatchError, RuntimeError):
     """Auto-clip skipped as many optimizer steps in a row as it may; going on would not train the model."""
+
+
+class ExchangeError(GradwatchError, RuntimeError):
+    """Rows could not be exchanged with the other processes; a distributed training cannot go on without them either."""
+
+
+class PeerError(GradwatchError, RuntimeError):
+    """Gradwatch failed in another process; so it is switched off in this one too, for no rows can be exchanged."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from gradwatch.measure import NormPlan, code_of, global_norm_of, look_closer
+from gradwatch.wrappers import is_dtensor, local_of, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,6 +96,7 @@ class Gradients:
         self._zero = np.zeros(layers, dtype=bool)
         self._layers = layers
         self._groups = np.asarray(groups, dtype=np.intp)
+        self._sharded = any(is_dtensor(parameter) for parameter in self.parameters)
         self._whole = bool(np.array_equal(self.columns, np.arange(layers)))
         self._plan: NormPlan | None = None
         self._planned: list[bool] = []
@@ -108,6 +110,8 @@ class Gradients:
         ``scale`` is a loss scale that is still on them: the norms come without it.
         """
         gradients = [parameter.grad for parameter in self.parameters]
+        if self._sharded:
+            gradients = [None if gradient is None else local_of(summed(gradient)) for gradient in gradients]
         there = [gradient for gradient in gradients if gradient is not None]
         columns = self.columns
         present = [True] * len(gradients)

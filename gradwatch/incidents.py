@@ -46,6 +46,8 @@ class _Story:
     ceiling: float = math.nan
     settled: bool = False
     lasting: bool = False
+    ranks: tuple[int, ...] = ()
+    findings: list[str] = field(default_factory=list)
 
 
 class Incidents:
@@ -178,6 +180,7 @@ class Incidents:
         suspect = self._suspect(signs, layers, phase)
         if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
             suspect = before.suspect
+        evidence = self._evidence(signs, story)
         after = replace(
             before or Incident(kind, severity, verdict, opened_step=step),
             kind=kind,
@@ -187,7 +190,8 @@ class Incidents:
             suspect=suspect,
             layers=layers,
             signs=signs,
-            evidence=self._evidence(signs, before),
+            evidence=evidence,
+            ranks=story.ranks,
             phase=phase,
         )
         after = replace(after, advice=advise(after, self._history))
@@ -243,24 +247,30 @@ class Incidents:
             return None
         return layers[0] if layers else None
 
-    def _evidence(self, signs: Sequence[Alarm], before: Incident | None) -> tuple[str, ...]:
+    def _evidence(self, signs: Sequence[Alarm], story: _Story) -> tuple[str, ...]:
         lines = []
         for code in dict.fromkeys(sign.code for sign in signs):
             same = [sign for sign in signs if sign.code == code]
             more = f" (and {len(same) - 1} more layers)" if len(same) > 1 else ""
             lines.append(f"{same[0]}{more}")
-        counted = [line for line in (before.evidence if before else ()) if "elements" in line]
+        self._find(story)
+        return (*lines, *story.findings)
+
+    def _find(self, story: _Story) -> None:
+        """Keep what the first non-finite row says of its place: elements, and processes of a distributed training."""
         row = self._history.row
-        if not counted and row.counts:
+        if not story.findings and row.counts:
             layer = self._history.first_nonfinite()
             index = self._history.layers.index(layer) if layer else -1
             if index in row.counts:
                 nans, infs = row.counts[index]
-                counted = [
+                story.findings.append(
                     f"first in backward order: {layer} with {nans} NaN and {infs} infinite "
                     f"of {int(self._history.sizes[index])} gradient elements at step {row.step}"
-                ]
-        return (*lines, *counted)
+                )
+        if not story.ranks and row.culprits is not None:
+            story.ranks = row.culprits.ranks
+            story.findings.append(f"{row.culprits} at step {row.step}")
 
 
 def _kind(signs: Sequence[Alarm], *, lasting: bool) -> Kind:

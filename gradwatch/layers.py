@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gradwatch.errors import UsageError
 from gradwatch.records import Facts
+from gradwatch.wrappers import own_name, plain_name, unwrapped, whole_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +50,11 @@ class Layers:
                 "no gradient to watch. Call requires_grad_(True) on those that you train, then attach."
             )
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, None when it is gone."""
+        return self._model()
+
     def look_again(self) -> bool:
         """Follow parameters that were replaced, take in those that were added; True when there is any of either."""
         model = self._model()
@@ -57,9 +63,11 @@ class Layers:
         inner = unwrapped(model)
         # rows of these weights are units, each fed by every input
         united = {id(module.weight) for module in inner.modules() if isinstance(module, (nn.Linear, _ConvNd))}
+        shapes = whole_shapes(inner)
         news = False
         seen: dict[int, str] = {}
-        for name, parameter in inner.named_parameters(remove_duplicate=False):
+        for wrapped, parameter in inner.named_parameters(remove_duplicate=False):
+            name = plain_name(wrapped)
             if isinstance(parameter, UninitializedParameter):
                 raise UsageError(
                     f"The shape of parameter {name!r} is not known yet (a lazy module). "
@@ -74,24 +82,27 @@ class Layers:
                     aliases.append(name)
             elif self.column(parameter) is None:
                 news = True
-                self._take(name, parameter, with_units=id(parameter) in united)
+                self._take(name, parameter, shapes.get(id(parameter), parameter.shape), id(parameter) in united)
         return news
 
-    def _take(self, name: str, parameter: nn.Parameter, *, with_units: bool) -> None:
-        ref = weakref.ref(parameter)
+    def _take(self, name: str, parameter: nn.Parameter, shape: torch.Size, with_units: bool) -> None:  # noqa: FBT001
         if name in self.names:
             column = self.names.index(name)
-            self._refs[column] = ref
             self._columns = {key: other for key, other in self._columns.items() if other != column}
         else:
             column = len(self.names)
             self.names.append(name)
-            self._refs.append(ref)
-            self.sizes.append(parameter.numel())
-            self.matrices.append(parameter.dim() >= 2)
-            self.fan_in.append(max(1, parameter.numel() // max(1, len(parameter))) if parameter.dim() >= 2 else 1)
-            self.with_units.append(with_units)
+            self._refs.append(weakref.ref(parameter))
+            self.sizes.append(0)
+            self.fan_in.append(0)
+            self.matrices.append(False)
+            self.with_units.append(False)
         self._columns[id(parameter)] = column
+        self._refs[column] = weakref.ref(parameter)
+        self.sizes[column] = shape.numel()
+        self.matrices[column] = len(shape) >= 2
+        self.fan_in[column] = max(1, shape.numel() // max(1, shape[0])) if len(shape) >= 2 else 1
+        self.with_units[column] = with_units and parameter.dim() == len(shape)  # FSDP1 keeps flat pieces
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,20 +124,13 @@ class Layers:
         return column if column is not None and self._refs[column]() is parameter else None
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's own module inside DistributedDataParallel and `torch.compile`."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in model._modules:
-        model = model._orig_mod if "_orig_mod" in model._modules else model.module  # type: ignore[assignment]
-    return model
-
-
 def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
     """Return what can be told of the model before its optimizer is known."""
     model = unwrapped(model)
     modules = list(model.modules())
     gated = any(isinstance(m, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)) for m in modules)
     return Facts(
-        model=type(model).__name__,
+        model=own_name(model),
         layers=len(layers),
         parameters=sum(layers.sizes),
         recurrent=gated or any(isinstance(m, (nn.RNN, nn.RNNCell)) for m in modules),

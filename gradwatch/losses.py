@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from gradwatch.records import LossSource
 
 
 class Losses:
@@ -43,7 +45,7 @@ class Losses:
             self.forget()
         self._roots.append(root)
 
-    def read(self, returned: Any) -> tuple[float, Literal["monitor.loss()", "closure", "backward root", "none"]]:
+    def read(self, returned: Any) -> tuple[float, LossSource]:
         """Return the loss and its source; ``returned`` is what a closure returned. NaN where none was seen."""
         self._spent = True
         if self._given:

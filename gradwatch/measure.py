@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from gradwatch.records import NonFinite
+from gradwatch.wrappers import local_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,8 +139,8 @@ def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """The tensor's real elements: coalesced values of a sparse one, both parts of a complex one."""
-    tensor = tensor.detach()
+    """The real elements that this process holds: coalesced values of a sparse tensor, both parts of a complex one."""
+    tensor = local_of(tensor.detach())
     if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce().values()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

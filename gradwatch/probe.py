@@ -18,13 +18,15 @@ from gradwatch import hooks, taps
 from gradwatch.arrivals import Arrivals
 from gradwatch.autoclip import NOTHING
 from gradwatch.columns import widened
-from gradwatch.errors import TrainingUnstableError
+from gradwatch.errors import ExchangeError, PeerError, TrainingUnstableError, UsageError
 from gradwatch.gradients import Gradients, Measured, assembled
 from gradwatch.layers import family_of
 from gradwatch.losses import Losses
 from gradwatch.measure import norm_of
-from gradwatch.records import Clipped, Provenance, Row, Source
+from gradwatch.ranks import Local, Ranks, Unsupported, find_ranks
+from gradwatch.records import Clipped, Culprits, LossSource, Provenance, Row, Source
 from gradwatch.sampling import Sample, Sampling
+from gradwatch.wrappers import unmeasurable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -90,6 +92,13 @@ class Probe:
         self._before_clip: Measured | None = None
         self._inside: list[tuple[Measured, Floats]] = []
         self._stray: Tensor | None = None
+        self._ranks: Ranks | None = None
+        self._met = False
+        self._due = False
+        self._lame = False
+        self._may_act = True
+        self._clipped_by_value: tuple[Row, Decision, float] | None = None
+        self._after = 0.0
         self._stepping: weakref.ref[Optimizer] | None = None
         self._stepping_at = -1
         self._closely = False
@@ -126,7 +135,7 @@ class Probe:
         for gradients in tuple(self._known.values()):
             gradients.restore()
         self._known.clear()  # a monitor that is kept for its summary shall not keep the parameters
-        self._all = None
+        self._all = self._ranks = None
 
     def owns_any(self, optimizer: Optimizer) -> bool:
         """True when the optimizer holds at least one watched parameter."""
@@ -141,6 +150,7 @@ class Probe:
 
     def backward_begins(self) -> None:
         """See `taps.Listener`."""
+        self.arrivals.begin()
         if self.losses.pending and self._gradients_cleared():  # the user left a step out: its loss belongs to no row
             self.losses.forget()
 
@@ -264,7 +274,7 @@ class Probe:
             return
         now = assembled([part for part, _ in parts])
         rate = np.fmax.reduce([rate for _, rate in parts])
-        row = self._row(step, "optimizer in backward", now, now, 1.0, self._sampling.take(now, closely=self._closely))
+        row = self._row(step, "optimizer in backward", now, now, self._sampling.take(now, closely=self._closely))
         row = row._replace(rate=rate, poisoned=False)  # nothing is left to be kept from the optimizer
         if judge.judge(row) is not NOTHING:
             judge.note("auto-clip cannot act where the optimizer steps inside backward: it only watches there.")
@@ -320,6 +330,9 @@ class Probe:
         if pairs and judge is not None:
             self._owners = True
             judge.optimizer_found(optimizer)
+            reason = unmeasurable(optimizer=optimizer)
+            if reason is not None:
+                raise UsageError(f"{type(optimizer).__name__} cannot be watched: {reason}.")
         return mine
 
     def _grow(self) -> None:
@@ -334,6 +347,8 @@ class Probe:
             self.losses.add_root(self._stray)
         self._sampling.grow()
         self.arrivals.grow()
+        if self._ranks is not None:
+            self._meet()
         judge = self._judge()
         if judge is not None:
             judge.grown(self._layers)
@@ -362,17 +377,29 @@ class Probe:
         if (mine.steps - 1) % self._every and not self._closely:
             self.losses.spend()
             return
+        if not self._met:
+            self._meet()
+        self._due = True
+        if self._lame:
+            self._say_lame()
+            return
         now = mine.measure(scale)
         whole = now if self._before_clip is None else self._before_clip.only(mine.columns)
         sampled = self._sampling.take(now, closely=self._closely)
-        row = self._row(step, source, now, whole, _share_left(now, whole), sampled, returned)
+        row = self._row(step, source, now, whole, sampled, returned)
         row = row._replace(rate=mine.rate(optimizer) if optimizer is not None else None, family=mine.family)
         try:
             decision = judge.judge(row)
         except TrainingUnstableError:
             self._stepping = None  # a user who steps again all the same is judged again
             raise
-        judge.done(row, decision, self._act(decision, now, scale, mine, source, optimizer))
+        coefficient = self._act(decision, now, scale, mine, source, optimizer)
+        if self._ranks is not None and decision.clip is not None and not decision.clip.keeps_direction:
+            # what is left of the norm of the whole is known at the next exchange
+            self._clipped_by_value = row, decision, now.global_norm
+            self._after = self._ranks.part_of_square(mine.measure(scale))
+        else:
+            judge.done(row, decision, coefficient)
 
     def _row(
         self,
@@ -380,12 +407,15 @@ class Probe:
         source: Source,
         now: Measured,
         whole: Measured,
-        applied: float,
         sampled: Sample,
         returned: Any = None,
     ) -> Row:
         """Put together what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
         loss, loss_source = self.losses.read(returned)
+        culprits, processes = None, 1
+        if self._ranks is not None and not self._ranks.apart:
+            loss, loss_source, culprits = self._unite(loss, loss_source, whole, now, sampled)
+            processes = self._ranks.size
         clipped: Clipped = "no clip before it seen" if taps.USER_CLIP.installed else "as the optimizer sees it"
         if whole is not now:
             clipped = "before the user's clip"
@@ -398,13 +428,77 @@ class Probe:
             nonfinite=whole.nonfinite,
             nonfinite_weight=sampled.nonfinite_weight,
             counts=whole.counts,
-            poisoned=now.nonfinite is not None,
-            applied=applied,
+            poisoned=bool(now.gradients) and not math.isfinite(now.global_norm),
+            applied=_share_left(now, whole),
             dead_share=sampled.dead_share,
             unchanged=sampled.unchanged,
             arrived=self.arrivals.arrived,
-            provenance=Provenance(source, clipped, loss_source),
+            culprits=culprits,
+            provenance=Provenance(source, clipped, loss_source, processes),
         )
+
+    # Other processes.
+
+    def _meet(self) -> None:
+        """At the first step, find the processes that train this model together, and make sure that all of them watch."""
+        self._met = True
+        self._ranks = None
+        model, judge = self._layers.model, self._judge()
+        if model is None or judge is None:
+            return
+        try:
+            ranks = find_ranks(model, self._layers)
+        except Unsupported as finding:
+            judge.note(f"{finding}: numbers and verdict are those of this process alone.")
+            return
+        if ranks is None:
+            return
+        if not ranks.agree():
+            self._may_act = False
+            judge.note(
+                f"only some of the {ranks.size} processes watch this model, so that numbers are those of this process alone "
+                "and auto-clip does not act: call attach() in each of them."
+            )
+            return
+        self._ranks = ranks
+        if ranks.replica is not None:
+            self.arrivals.stand_sentinel()
+
+    def _unite(
+        self, loss: float, source: LossSource, whole: Measured, now: Measured, sampled: Sample
+    ) -> tuple[float, LossSource, Culprits | None]:
+        """Make the numbers those of all processes, in place."""
+        assert self._ranks is not None
+        bad = any(not math.isfinite(norm.item()) for norm in self.arrivals.own_norms())
+        mine = Local(loss if source != "none" else None, bad, self._after)
+        self._due = False
+        united = self._ranks.unite(mine, whole, now, sampled)
+        if self._clipped_by_value is not None:
+            row, decision, before = self._clipped_by_value
+            self._clipped_by_value, self._after = None, 0.0
+            judge = self._judge()
+            if judge is not None:
+                judge.done(row, decision, min(1.0, united.after_norm / before) if before > 0 else 1.0)
+        if united.loss is None:
+            return math.nan, "none", united.culprits
+        return united.loss, source if source != "none" else "backward root", united.culprits
+
+    def _fail(self, error: Exception) -> None:
+        """Switch off; where others wait for this process's rows, tell them first, now or at the next step."""
+        if self._ranks is None or isinstance(error, PeerError):
+            self._give_up()
+        elif self._due:
+            self._say_lame()
+        else:
+            self._lame = True
+        judge = self._judge()
+        if judge is not None:
+            judge.failed("measuring", error)
+
+    def _say_lame(self) -> None:
+        if self._ranks is not None and not self._ranks.apart:
+            self._ranks.tell_failure()
+        self._give_up()
 
     def _act(
         self,
@@ -416,6 +510,8 @@ class Probe:
         optimizer: Optimizer | None,
     ) -> float:
         """Do to the gradients what was decided; return the norm after over the norm before."""
+        if not self._may_act:
+            return 1.0
         if decision.skip and optimizer is not None and source != "left out by the scaler":
             mine.hide(optimizer)
         elif decision.skip:
@@ -439,11 +535,11 @@ class Probe:
                 return do(*args)
         except TrainingUnstableError:
             raise
-        except Exception as error:
+        except ExchangeError:
             self._give_up()
-            judge = self._judge()
-            if judge is not None:
-                judge.failed("measuring", error)
+            raise
+        except Exception as error:
+            self._fail(error)
             return None
         finally:
             self.seconds += perf_counter() - started

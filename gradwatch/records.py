@@ -33,6 +33,7 @@ Source = Literal[
     "left out by the scaler",
     "written",
 ]
+LossSource = Literal["monitor.loss()", "closure", "backward root", "written", "none"]
 Clipped = Literal["no clip before it seen", "before the user's clip", "as the optimizer sees it"]
 
 SEVERITIES: tuple[Severity, ...] = ("notice", "warning", "critical")
@@ -50,14 +51,33 @@ class Provenance(NamedTuple):
     """Where a row's gradient norms come from: no number without it.
 
     ``source``: the moment of measuring. ``clipped``: before or after the user's own clipping, where that is known.
+    ``processes``: those whose parts make up the numbers; losses are their mean. 1: the numbers are this process's own.
     """
 
     source: Source = "optimizer step"
     clipped: Clipped = "as the optimizer sees it"
-    loss: Literal["monitor.loss()", "closure", "backward root", "written", "none"] = "none"
+    loss: LossSource = "none"
+    processes: int = 1
 
     def __str__(self) -> str:
-        return f"measured at {self.source}, {self.clipped}; loss from {self.loss}"
+        of = f", of all {self.processes} processes" if self.processes > 1 else ""
+        return f"measured at {self.source}, {self.clipped}{of}; loss from {self.loss}"
+
+
+class Culprits(NamedTuple):
+    """The processes that a non-finite step came from: only their own loss, backward or gradients were not finite."""
+
+    ranks: tuple[int, ...]
+    sign: Literal["loss", "backward", "gradient"]
+
+    def __str__(self) -> str:
+        who = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else "ranks " + ", ".join(map(str, self.ranks))
+        what = {
+            "loss": "the loss was not finite",
+            "backward": "backward gave gradients that are not finite",
+            "gradient": "there are gradients that are not finite",
+        }
+        return f"on {who} alone {what[self.sign]}"
 
 
 class Row(NamedTuple):
@@ -85,6 +105,7 @@ class Row(NamedTuple):
     dead_share: Floats | None = None
     unchanged: Floats | None = None
     arrived: NDArray[np.bool_] | None = None
+    culprits: Culprits | None = None
     provenance: Provenance = Provenance()
 
     @property
@@ -156,7 +177,8 @@ class Incident:
     """Alarms of one story. Replaced, never changed: what a report holds stays as it was.
 
     ``layers`` stand in the order in which they left their band; ``suspect`` is the prime suspect.
-    ``phase`` says where non-finite values were seen first. Steps count optimizer steps from 0.
+    ``phase`` says where non-finite values were seen first. Steps count optimizer steps from 0. ``ranks`` are the processes
+    of a distributed training that non-finite values came from, where that could be told.
     """
 
     kind: Kind
@@ -172,6 +194,7 @@ class Incident:
     advice: tuple[str, ...] = ()
     phase: Phase | None = None
     clip: ClipRecord | None = None
+    ranks: tuple[int, ...] = ()
 
     @property
     def open(self) -> bool:

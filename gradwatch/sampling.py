@@ -9,6 +9,7 @@ import numpy as np
 
 from gradwatch.columns import widened
 from gradwatch.measure import NormPlan, fingerprint, live_units, look_closer
+from gradwatch.wrappers import local_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,8 +28,12 @@ _ROUND = 4  # censuses of a layer after which a unit without any gradient is cal
 
 @dataclass(slots=True)
 class Sample:
-    """What was looked at with one row; None where it was not its turn. Arrays have shape (L,)."""
+    """What was looked at with one row; None where it was not its turn. Arrays have shape (L,).
 
+    ``row`` counts the rows since attach.
+    """
+
+    row: int
     weight_norm: Floats | None = None
     nonfinite_weight: NDArray[np.bool_] | None = None
     dead_share: Floats | None = None
@@ -57,7 +62,7 @@ class Sampling:
     def take(self, now: Measured, *, closely: bool) -> Sample:
         """Look at what is due with this row; ``closely``: the weights are. Runs without autograd."""
         row, self._rows = self._rows, self._rows + 1
-        sample = Sample()
+        sample = Sample(row)
         if closely or row < _FIRST_ROWS or row % _WEIGHTS_EVERY == 0:
             self._weights(sample)
         if row == 0 or row in _FIRST_CENSUSES or row % _CENSUS_EVERY == 0:
@@ -67,11 +72,12 @@ class Sampling:
         return sample
 
     def _weights(self, sample: Sample) -> None:
-        columns, parameters = zip(*self._layers.parameters(), strict=True)
+        columns, whole = zip(*self._layers.parameters(), strict=True)
+        parameters = [local_of(parameter) for parameter in whole]
         if self._plan is None or self._planned != len(parameters):
             self._plan, self._planned = NormPlan(parameters), len(parameters)
         norms = np.full(len(self._layers), np.nan)
-        norms[list(columns)] = self._plan.norms(list(parameters))
+        norms[list(columns)] = self._plan.norms(parameters)
         nonfinite = np.zeros(len(self._layers), dtype=bool)
         for place in np.flatnonzero(~np.isfinite(norms[list(columns)])).tolist():
             nans, infs, norms[columns[place]] = look_closer(parameters[place])

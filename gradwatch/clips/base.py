@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gradwatch.settings import Settings
 
@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 class Clip(Settings):
-    """A way to make gradients smaller."""
+    """A way to make gradients smaller.
+
+    Class variable ``keeps_direction``: it multiplies all gradients by one factor.
+    """
+
+    keeps_direction: ClassVar[bool] = False
 
     def __init__(self, **bounds: Any) -> None:
         super().__init__(**bounds)

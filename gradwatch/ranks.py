@@ -1,0 +1,265 @@
+"""The processes that train one model together: who they are, what each holds, and the one exchange of a step.
+
+Each process measures its own part. Squares are shared out (one over the number of processes that hold the same), so that
+a single sum over all processes gives the norms of the whole in DDP, FSDP2, tensor parallelism and their mixtures. All
+processes then hold the same row and come to the same decision.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from gradwatch.errors import ExchangeError, PeerError
+from gradwatch.records import Culprits
+from gradwatch.table import (
+    AFTER,
+    BACKWARD_BAD,
+    CHANGED,
+    DEAD,
+    FAILED,
+    GRADIENT_BAD,
+    INFS,
+    LOSS,
+    LOSS_BAD,
+    LOSSES,
+    NANS,
+    NOW,
+    PRESENT,
+    SQUARE,
+    WEIGHT,
+    Numbers,
+    Table,
+)
+from gradwatch.wrappers import flat_modules, is_dtensor, replica_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from gradwatch.gradients import Measured
+    from gradwatch.layers import Layers
+    from gradwatch.sampling import Sample
+
+_PATIENCE = 30.0  # seconds that the first step waits for the other processes to watch as well
+
+
+class Unsupported(Exception):  # noqa: N818  it is a finding, told in a note
+    """A kind of parallel training that cannot be measured as a whole; the message says why."""
+
+
+@dataclass(slots=True)
+class Local:
+    """What this process alone knows of a step, beside norms.
+
+    ``backward_bad``: its own backward gave gradients that are not finite. ``after``: its part of the squared norm that
+    was left by a clip by value at the step before.
+    """
+
+    loss: float | None
+    backward_bad: bool = False
+    after: float = 0.0
+
+
+@dataclass(slots=True)
+class United:
+    """What all processes know of it: the mean loss, where trouble came from, the norm after the last clip by value."""
+
+    loss: float | None
+    culprits: Culprits | None
+    after_norm: float
+
+
+class Ranks:
+    """The group of processes, and each layer's part in this one.
+
+    Attributes: ``share`` (L,) is one over the number of processes that hold the same part of a layer; ``part`` (L,) is
+    the share of the whole layer's elements that this process answers for.
+    """
+
+    def __init__(self, layers: Layers, group: Any, replica: Any = None, pieces: int = 1) -> None:
+        self._layers = layers
+        self._group = None if group is dist.group.WORLD else group  # destroyed at exit, it shall not be held here
+        self._pieces = pieces
+        self.replica = replica
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self.world = [dist.get_global_rank(group, rank) for rank in range(self.size)] if group else range(self.size)
+        self.home = _home(group)
+        self.ours()
+
+    def ours(self) -> None:
+        """Look up which part of each layer this process holds."""
+        self.share, self.part = np.zeros((2, len(self._layers)))
+        parameter: Any
+        for column, parameter in self._layers.parameters():
+            pieces = self._pieces
+            held = parameter
+            if is_dtensor(parameter):
+                split = [
+                    (length, placement)
+                    for length, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+                    if not placement.is_replicate()
+                ]
+                pieces = math.prod(length for length, _ in split)
+                held = parameter.to_local()
+                if any(getattr(placement, "dim", 0) for _, placement in split):
+                    self._layers.with_units[column] = False  # a unit's row lies in several processes
+            self.share[column] = pieces / self.size
+            self.part[column] = self.share[column] * held.numel() / max(1, self._layers.sizes[column])
+
+    @property
+    def apart(self) -> bool:
+        """True while some processes may have no more batches (`model.join()`): then nothing may be exchanged."""
+        return self.replica is not None and bool(self.replica._join_config.enable)
+
+    def agree(self) -> bool:
+        """Find out whether every process of the group watches this model: exchanging alone would hang the training.
+
+        Goes through the store that the processes met at, not through a collective. The first to decide decides for all.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        names = zlib.crc32("\n".join([*self._layers.names, *map(str, self.world)]).encode())
+        turn = _turns[names] = _turns.get(names, -1) + 1
+        key = f"gradwatch/{names}/{turn}"
+        if store.add(f"{key}/watching", 1) == self.size:
+            store.compare_set(f"{key}/verdict", "", "all")
+        until = time.monotonic() + _PATIENCE
+        while time.monotonic() < until and not store.check([f"{key}/verdict"]):
+            time.sleep(0.01)
+        return bool(store.compare_set(f"{key}/verdict", "", "some") == b"all")
+
+    def unite(self, mine: Local, whole: Measured, now: Measured, sampled: Sample) -> United:
+        """Make the numbers of this process those of all; ``whole``, ``now`` and ``sampled`` are changed in place.
+
+        Raises:
+            ExchangeError: a process is gone.
+            PeerError: gradwatch failed in another process.
+        """
+        table = Table(len(self._layers), self.size)
+        rows, singles = table.rows, table.singles
+        there = whole.columns
+        rows[SQUARE, there] = whole.norms[there] ** 2 * self.share[there]
+        rows[PRESENT, there] = 1
+        for column, (nans, infs) in (whole.counts or {}).items():
+            rows[[NANS, INFS], column] = np.array([nans, infs]) * self.share[column]
+        if sampled.weight_norm is not None:
+            rows[WEIGHT] = np.where(self.part > 0, sampled.weight_norm**2 * self.share, 0.0)
+        if sampled.dead_share is not None and sampled.unchanged is not None:
+            rows[DEAD] = np.where(self.part > 0, sampled.dead_share * self.part, 0.0)
+            rows[CHANGED] = (sampled.unchanged == 0) & (self.part > 0)
+        singles[NOW] = self.part_of_square(now)
+        singles[AFTER] = mine.after
+        if mine.loss is not None:
+            singles[LOSS], singles[LOSSES] = mine.loss, 1
+        table.ranks[self.rank] = (
+            LOSS_BAD * (mine.loss is not None and not math.isfinite(mine.loss))
+            + BACKWARD_BAD * mine.backward_bad
+            + GRADIENT_BAD * (now.nonfinite is not None or whole.nonfinite is not None)
+        )
+        self._exchange(table)
+        numbers = Numbers.of(table)
+        if numbers.failed:
+            raise PeerError("gradwatch failed in another process, whose output has the cause")
+        whole.norms, whole.global_norm = numbers.grad_norm, numbers.global_norm
+        whole.nonfinite, whole.counts = numbers.nonfinite, numbers.counts
+        now.global_norm = numbers.now_norm
+        if sampled.weight_norm is not None:
+            known = ~np.isnan(sampled.weight_norm) | (self.part > 0)
+            sampled.weight_norm = np.where(known, numbers.weight_norm, np.nan)
+            sampled.nonfinite_weight = known & ~np.isfinite(numbers.weight_norm)
+        if sampled.unchanged is not None:
+            sampled.dead_share = numbers.dead_share
+            sampled.unchanged = np.where(numbers.changed, 0.0, sampled.row)
+        bad = not math.isfinite(numbers.now_norm) or numbers.nonfinite is not None or not numbers.loss_is_well
+        return United(numbers.loss, self._culprits(numbers.ranks) if bad else None, numbers.after_norm)
+
+    def part_of_square(self, measured: Measured) -> float:
+        """Return this process's part of the squared global norm."""
+        there = measured.columns
+        return float(np.dot(measured.norms[there] ** 2, self.share[there]))
+
+    def tell_failure(self) -> None:
+        """Take part in one exchange only to say that gradwatch failed here, so that nobody waits for its rows."""
+        table = Table(len(self._layers), self.size)
+        table.singles[FAILED] = 1
+        self._exchange(table)
+
+    def _exchange(self, table: Table) -> None:
+        """Sum a table over all processes, in place: the one collective of a step."""
+        flat = torch.from_numpy(table.flat)
+        there = flat.to(self.home)
+        try:
+            dist.all_reduce(there, group=self._group)
+        except Exception as error:
+            raise ExchangeError(
+                f"gradwatch could not exchange a row with the other {self.size - 1} processes: {error} "
+                "One of them has probably ended; look at its output."
+            ) from error
+        if there is not flat:
+            flat.copy_(there)
+
+    def _culprits(self, flags: NDArray[np.int64]) -> Culprits | None:
+        """Return the processes that a non-finite step came from, when that can be told; ``flags`` has shape (W,)."""
+        for bit, sign in ((LOSS_BAD, "loss"), (BACKWARD_BAD, "backward"), (GRADIENT_BAD, "gradient")):
+            found = np.flatnonzero(flags & bit)
+            if 0 < found.size < self.size:
+                return Culprits(tuple(int(self.world[rank]) for rank in found), sign)  # type: ignore[arg-type]
+        return None
+
+
+_turns: dict[int, int] = {}
+
+
+def is_first() -> bool:
+    """True in the process that may draw: rank 0, or the only one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def find_ranks(model: nn.Module, layers: Layers) -> Ranks | None:
+    """Return the processes that train ``model``; None when it is this one alone.
+
+    Raises:
+        Unsupported: several processes run, and how they share the work is not known.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    world = dist.get_world_size()
+    replica = replica_of(model)
+    parameters: list[Any] = [parameter for _, parameter in layers.parameters()]
+    meshes = {parameter.device_mesh for parameter in parameters if is_dtensor(parameter)}
+    if meshes:
+        widest = max(meshes, key=lambda mesh: mesh.size())
+        copies = dist.get_world_size(replica.process_group) if replica is not None else 1
+        if widest.size() * copies == world:
+            return Ranks(layers, None, replica)
+        if widest.ndim == 1 and replica is None and len(meshes) == 1:
+            return Ranks(layers, widest.get_group())
+        raise Unsupported(f"a device mesh {tuple(widest.shape)} among {world} processes has no group of its own")
+    flat = flat_modules(model)
+    if flat:
+        between = getattr(flat[0], "_inter_node_pg", None)  # hybrid: sharded inside a node, replicated between nodes
+        whole_world = between is not None and dist.get_world_size(flat[0].process_group) * between.size() == world
+        split = 1 if flat[0].sharding_strategy.name == "NO_SHARD" else dist.get_world_size(flat[0].process_group)
+        return Ranks(layers, None if whole_world else flat[0].process_group, pieces=split)
+    if replica is not None:
+        return Ranks(layers, replica.process_group, replica)
+    raise Unsupported(f"{world} processes run, and this model is none of DistributedDataParallel, FSDP and DTensors")
+
+
+def _home(group: Any) -> torch.device:
+    """Return the device that the group's collectives run on, the CPU where that is possible."""
+    every: Any = dist.group.WORLD
+    devices = (group or every)._device_types
+    cpu = torch.device("cpu")
+    return cpu if cpu in devices else torch.accelerator.current_accelerator() or cpu

@@ -1,0 +1,107 @@
+"""One row's numbers as one flat float64 vector, to be exchanged between processes or to come over from a device.
+
+Squares, counts and flags add up, so that one sum over all processes makes the numbers of the whole from those of the
+parts. What several processes hold alike goes in with a share of one over their number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.records import NonFinite
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gradwatch.records import Floats
+
+# rows of one number for each layer
+SQUARE, PRESENT, NANS, INFS, WEIGHT, DEAD, CHANGED = range(7)
+_ROWS = 7
+# single numbers after them
+NOW, LOSS, LOSSES, FAILED, AFTER, COEFFICIENT, SKIPPED, LEFT_OUT = range(8)
+_SINGLES = 8
+# one number for each process after them: which of its own numbers are not finite
+LOSS_BAD, BACKWARD_BAD, GRADIENT_BAD = 1, 2, 4
+
+
+class Table:
+    """The numbers of one row: ``rows`` (7, L), ``singles`` (8,), ``ranks`` (W,), all views of ``flat``.
+
+    Args:
+        layers: ``L``.
+        processes: ``W``.
+        flat: numbers that have come over; None: zeros to be filled.
+    """
+
+    def __init__(self, layers: int, processes: int = 1, flat: Floats | None = None) -> None:
+        self.flat: Floats = np.zeros(size_of(layers, processes)) if flat is None else flat
+        self.rows = self.flat[: _ROWS * layers].reshape(_ROWS, layers)
+        self.singles = self.flat[_ROWS * layers :][:_SINGLES]
+        self.ranks = self.flat[_ROWS * layers + _SINGLES :]
+
+
+def size_of(layers: int, processes: int) -> int:
+    """Return how many numbers a table holds."""
+    return _ROWS * layers + _SINGLES + processes
+
+
+@dataclass(slots=True)
+class Numbers:
+    """What a table says once it has come to the host. Arrays have shape (L,); missing is NaN."""
+
+    grad_norm: Floats
+    global_norm: float
+    nonfinite: NDArray[np.uint8] | None
+    counts: dict[int, tuple[int, int]] | None
+    now_norm: float
+    loss: float | None
+    weight_norm: Floats
+    dead_share: Floats
+    changed: NDArray[np.bool_]
+    failed: bool
+    after_norm: float
+    coefficient: float
+    skipped: bool
+    left_out: bool
+    ranks: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, table: Table) -> Numbers:
+        """Read a table."""
+        rows, singles = table.rows, table.singles
+        present = rows[PRESENT] > 0
+        norms = np.where(present, np.sqrt(rows[SQUARE]), np.nan)
+        nans = (present & np.isnan(norms)) | (rows[NANS] > 0)
+        infs = (present & np.isinf(norms)) | (rows[INFS] > 0)
+        nonfinite = counts = None
+        if nans.any() or infs.any():
+            nonfinite = (nans * int(NonFinite.NAN) + infs * int(NonFinite.INF)).astype(np.uint8)
+            counted = np.flatnonzero(rows[NANS] + rows[INFS]).tolist()
+            counts = {i: (round(float(rows[NANS, i])), round(float(rows[INFS, i]))) for i in counted}
+        return cls(
+            grad_norm=norms,
+            global_norm=float(np.sqrt(rows[SQUARE][present].sum())) if present.any() else np.nan,
+            nonfinite=nonfinite,
+            counts=counts,
+            now_norm=float(np.sqrt(singles[NOW])),
+            loss=float(singles[LOSS] / singles[LOSSES]) if singles[LOSSES] > 0 else None,
+            weight_norm=np.sqrt(rows[WEIGHT]),
+            dead_share=rows[DEAD].copy(),
+            changed=rows[CHANGED] > 0,
+            failed=bool(singles[FAILED] > 0),
+            after_norm=float(np.sqrt(singles[AFTER])),
+            coefficient=float(singles[COEFFICIENT]),
+            skipped=bool(singles[SKIPPED] > 0),
+            left_out=bool(singles[LEFT_OUT] > 0),
+            ranks=table.ranks.astype(np.int64),
+        )
+
+    @property
+    def loss_is_well(self) -> bool:
+        """False when a loss was seen and it is not finite."""
+        return self.loss is None or math.isfinite(self.loss)

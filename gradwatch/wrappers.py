@@ -1,0 +1,133 @@
+"""What torch puts around a model and its tensors: DistributedDataParallel, FSDP, DTensor, compile.
+
+Modules of torch that the user has not imported are not imported here either: what they make cannot be there.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    import torch
+    from torch.optim import Optimizer
+
+_IN_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_ELSEWHERE = {
+    "deepspeed": "DeepSpeed keeps gradients in flat buffers of its own",
+    "megatron": "Megatron-LM keeps gradients in main_grad",
+}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's own module inside DistributedDataParallel and `torch.compile`."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in model._modules:
+        model = model._orig_mod if "_orig_mod" in model._modules else model.module  # type: ignore[assignment]
+    return model
+
+
+def own_name(model: nn.Module) -> str:
+    """Return the name of the user's own class."""
+    inner = unwrapped(model)
+    inner = inner._fsdp_wrapped_module if "_fsdp_wrapped_module" in inner._modules else inner  # type: ignore[assignment]
+    kind = type(inner)
+    # `fully_shard` derives a class from FSDPModule and the user's own
+    return kind.__bases__[-1].__name__ if kind.__bases__[0].__name__ == "FSDPModule" else kind.__name__
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what wrappers put into it."""
+    for part in _IN_NAMES:
+        name = name.replace(part, "")
+    return name
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """True for a part of a distributed tensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process holds; call it without autograd."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def summed(gradient: torch.Tensor) -> torch.Tensor:
+    """Return a distributed gradient whose parts are pieces of the sum, not summands of it (`Partial`)."""
+    if not is_dtensor(gradient) or not any(placement.is_partial() for placement in gradient.placements):  # type: ignore[attr-defined]
+        return gradient
+    replicate = sys.modules["torch.distributed.tensor"].Replicate()
+    whole = [replicate if placement.is_partial() else placement for placement in gradient.placements]  # type: ignore[attr-defined]
+    return gradient.redistribute(placements=whole)  # type: ignore[attr-defined,no-any-return]
+
+
+def replica_of(model: nn.Module) -> Any:
+    """Return the DistributedDataParallel around the model: itself, a part of it, or one built around it; else None."""
+    kind = nn.parallel.DistributedDataParallel
+    for module in model.modules():
+        if isinstance(module, kind):
+            return module
+    inner = unwrapped(model)
+    # one that was built after attach: nothing in torch leads from a module to it
+    # by type, for some objects mind being asked for their class
+    return next((o for o in gc.get_objects() if issubclass(type(o), kind) and o.module is inner), None)
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """True under FSDP2's `fully_shard` and under FSDP1: there hooks on parameters fire not at all, or do harm."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    kinds = (module.FSDPModule, module.FullyShardedDataParallel) if module is not None else ()
+    return any(isinstance(part, kinds) for part in model.modules())
+
+
+def unreduced(model: nn.Module | None) -> list[torch.Tensor | None]:
+    """Return the gradients that FSDP2 holds back while it accumulates without reducing."""
+    found: list[torch.Tensor | None] = []
+    module = sys.modules.get("torch.distributed.fsdp")
+    if model is None or module is None:
+        return found
+    for part in model.modules():
+        if isinstance(part, module.FSDPModule):
+            group = getattr(part._get_fsdp_state(), "_fsdp_param_group", None)
+            for one in group.fsdp_params if group is not None else ():
+                whole = getattr(one, "_unsharded_param", None)
+                found += [one.unsharded_accumulated_grad, whole.grad if whole is not None else None]
+    return found
+
+
+def flat_modules(model: nn.Module) -> list[Any]:
+    """Return the FSDP1 modules of a model."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return [] if module is None else [m for m in model.modules() if isinstance(m, module.FullyShardedDataParallel)]
+
+
+def whole_shapes(model: nn.Module) -> dict[int, torch.Size]:
+    """Return the shape of each whole parameter of which FSDP1 keeps a piece, by the id of the piece."""
+    shapes = {}
+    for module in flat_modules(model):
+        flat = getattr(module._handle, "flat_param", None)
+        if flat is None:
+            continue
+        shapes[id(flat)] = flat._unpadded_unsharded_size
+        for piece, shape in zip(flat._params or (), flat._shapes, strict=False):
+            shapes[id(piece)] = shape
+    return shapes
+
+
+def unmeasurable(model: nn.Module | None = None, optimizer: Optimizer | None = None) -> str | None:
+    """Say why the gradients of this model cannot be seen, None when they can: zeros are never reported."""
+    for thing in (model, optimizer):
+        for kind in type(thing).__mro__:
+            reason = _ELSEWHERE.get(kind.__module__.split(".")[0])
+            if reason is not None:
+                return reason
+    for parameter in model.parameters() if model is not None else ():
+        if hasattr(parameter, "ds_id"):
+            return _ELSEWHERE["deepspeed"]
+        if hasattr(parameter, "main_grad"):
+            return _ELSEWHERE["megatron"]
+    return None

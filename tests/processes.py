@@ -1,0 +1,340 @@
+"""Distributed trainings on gloo: the rows of the tests and of docs/training-modes.md, and the script of each process.
+
+Run by torchrun as ``python -m tests.processes NAME FOLDER``; each process leaves what it saw as JSON in FOLDER. All
+trainings start from the same model in float64 and see the same data as `alone`, so that their numbers must agree with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import gradwatch
+from gradwatch import ranks
+from gradwatch.wrappers import local_of
+from tests.trainings import data, true_norm
+
+STEPS = 6
+mse = nn.functional.mse_loss
+
+
+def plain() -> nn.Sequential:
+    """Return the model that all trainings start from."""
+    torch.manual_seed(0)
+    parts = [nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 1)]
+    return nn.Sequential(*parts).double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """Return the whole batch of a step: 32 rows, whatever the number of processes."""
+    x, y = data()
+    return x[32 * step : 32 * step + 32].double(), y[32 * step : 32 * step + 32].double()
+
+
+def alone() -> dict[str, Any]:
+    """Train in one process; return the true norms by a dumb loop, by step and layer, and the losses."""
+    model = plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    norms, losses = [], []
+    for step in range(STEPS):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = mse(model(x), y)
+        loss.backward()
+        norms.append({name: true_norm(parameter.grad) for name, parameter in model.named_parameters()})
+        losses.append(loss.item())
+        optimizer.step()
+    return {"norms": norms, "losses": losses}
+
+
+@dataclass
+class Training:
+    """What a mode makes of the plain model, and which rows of the batch this process sees in each backward."""
+
+    model: nn.Module
+    watched: nn.Module
+    parts: list[list[int]]
+    no_sync: Callable[[], Any] | None = None
+    attach_first: bool = False
+
+
+Make = Callable[[nn.Module, int, int], Training]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One row of the matrix."""
+
+    name: str
+    processes: int
+    recorded: str
+    make: Make = field(repr=False)
+    names: bool = True
+
+
+MODES: list[Mode] = []
+WHOLE = "gradients as reduced, losses averaged"
+SHARDS = "norms of the whole from those of the shards, losses averaged"
+
+
+def mode(name: str, processes: int, recorded: str, *, names: bool = True) -> Callable[[Make], Make]:
+    """Add a training to the matrix."""
+
+    def add(make: Make) -> Make:
+        MODES.append(Mode(name, processes, recorded, make, names))
+        return make
+
+    return add
+
+
+def rows(rank: int, size: int, pieces: int = 1) -> list[list[int]]:
+    """Return this process's rows of the batch, in ``pieces`` backwards."""
+    mine = list(range(rank, 32, size))
+    return [mine[start::pieces] for start in range(pieces)]
+
+
+@mode("DistributedDataParallel", 2, WHOLE)
+def _ddp(model: nn.Module, rank: int, size: int) -> Training:
+    wrapped = DistributedDataParallel(model)
+    return Training(wrapped, wrapped, rows(rank, size))
+
+
+@mode("DistributedDataParallel, 4 processes", 4, WHOLE)
+def _ddp4(model: nn.Module, rank: int, size: int) -> Training:
+    return _ddp(model, rank, size)
+
+
+@mode("DistributedDataParallel, built around the model after attach", 2, WHOLE)
+def _ddp_later(model: nn.Module, rank: int, size: int) -> Training:
+    return Training(DistributedDataParallel(model), model, rows(rank, size), attach_first=True)
+
+
+@mode("DistributedDataParallel, static graph, gradients as bucket views", 2, WHOLE)
+def _ddp_static(model: nn.Module, rank: int, size: int) -> Training:
+    wrapped = DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True)
+    return Training(wrapped, wrapped, rows(rank, size))
+
+
+@mode("DistributedDataParallel, accumulation under `no_sync`", 2, WHOLE)
+def _ddp_no_sync(model: nn.Module, rank: int, size: int) -> Training:
+    wrapped = DistributedDataParallel(model)
+    return Training(wrapped, wrapped, rows(rank, size, pieces=2), wrapped.no_sync)
+
+
+def _sharded(model: nn.Module, mesh: Any) -> Any:
+    for part in model.children():
+        if list(part.parameters()):
+            fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@mode("FSDP2 (`fully_shard`)", 2, SHARDS)
+def _fsdp2(model: nn.Module, rank: int, size: int) -> Training:
+    sharded = _sharded(model, init_device_mesh("cpu", (size,)))
+    return Training(sharded, sharded, rows(rank, size))
+
+
+@mode("FSDP2, sharded after attach", 2, SHARDS)
+def _fsdp2_later(model: nn.Module, rank: int, size: int) -> Training:
+    return Training(model, model, rows(rank, size), attach_first=True)
+
+
+@mode("FSDP2, accumulation, reduced each time", 2, SHARDS)
+def _fsdp2_accumulating(model: nn.Module, rank: int, size: int) -> Training:
+    sharded = _sharded(model, init_device_mesh("cpu", (size,)))
+    return Training(sharded, sharded, rows(rank, size, pieces=2))
+
+
+@mode("FSDP2, accumulation without reducing", 2, SHARDS)
+def _fsdp2_no_sync(model: Any, rank: int, size: int) -> Training:
+    sharded: Any = _sharded(model, init_device_mesh("cpu", (size,)))
+
+    class Held:
+        def __enter__(self) -> None:
+            sharded.set_requires_gradient_sync(False)
+
+        def __exit__(self, *_: object) -> None:
+            sharded.set_requires_gradient_sync(True)
+
+    return Training(sharded, sharded, rows(rank, size, pieces=2), Held)
+
+
+@mode("HSDP, 2 x 2: replicated and sharded", 4, SHARDS)
+def _hsdp(model: nn.Module, rank: int, size: int) -> Training:
+    sharded = _sharded(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    return Training(sharded, sharded, rows(rank, size))
+
+
+PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+
+
+@mode("tensor parallel, plain parameters beside DTensors", 2, SHARDS)
+def _tp(model: nn.Module, _rank: int, size: int) -> Training:
+    parallel = parallelize_module(model, init_device_mesh("cpu", (size,)), PLAN)
+    return Training(parallel, parallel, rows(0, 1))
+
+
+@mode("FSDP2 x tensor parallel, 2 x 2", 4, SHARDS)
+def _fsdp2_tp(model: nn.Module, rank: int, _size: int) -> Training:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallel = parallelize_module(model, mesh["tensor"], PLAN)
+    sharded = _sharded(parallel, mesh["data"])
+    return Training(sharded, sharded, rows(rank // 2, 2))
+
+
+@mode("FSDP1, `use_orig_params=True`", 2, SHARDS)
+def _fsdp1(model: nn.Module, rank: int, size: int) -> Training:
+    sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    return Training(sharded, sharded, rows(rank, size))
+
+
+@mode("FSDP1, `use_orig_params=False`", 2, "one layer for each flat unit; global norm as ever", names=False)
+def _fsdp1_flat(model: nn.Module, rank: int, size: int) -> Training:
+    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    return Training(sharded, sharded, rows(rank, size))
+
+
+class PoisonBackward(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        """Pass through."""
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        """Lose everything."""
+        return gradients[0] * math.nan
+
+
+# what may go wrong in one process
+EVENTS = (
+    "nothing",
+    "nan loss",
+    "nan backward",
+    "nan gradient",
+    "explodes",
+    "killed",
+    "gradwatch fails",
+    "one attaches",
+)
+
+
+def train(name: str, event: str, clip: str | None) -> dict[str, Any]:
+    """Train in this process; return what its monitor saw."""
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    exchanges = [0]
+    _count(exchanges)
+    found = next(m for m in MODES if m.name == name)
+    model = plain()
+    ready = None if found.name == "FSDP2, sharded after attach" else found.make(model, rank, size)
+    policy = gradwatch.AutoClip(clip, hold=5) if clip else None
+    if event == "one attaches":
+        ranks._PATIENCE = 2.0
+    monitor = None
+    if event != "one attaches" or rank == 0:
+        # a training that is watched by one process only shall go on
+        monitor = gradwatch.attach(ready.watched if ready else model, clip=policy, report="log")
+    if ready is None:
+        _sharded(model, init_device_mesh("cpu", (size,)))
+        ready = found.make(model, rank, size)
+    optimizer = torch.optim.SGD(ready.model.parameters(), lr=0.05)
+    for step in range(STEPS if event == "nothing" else 30):
+        bad = step == 3 and rank == size - 1
+        x, y = batch(step % STEPS)
+        optimizer.zero_grad()
+        for number, part in enumerate(ready.parts):
+            waiting = ready.no_sync is not None and number < len(ready.parts) - 1
+            with ready.no_sync() if waiting and ready.no_sync is not None else nullcontext():
+                loss = _loss(ready.model, x[part], y[part], event, bad=bad) * len(part) / sum(map(len, ready.parts))
+                if event == "explodes" and step >= 12:
+                    loss = loss * 4.0 ** (step - 12)
+                loss.backward()
+        if bad and event == "nan gradient":
+            gradient = next(p.grad for p in ready.model.parameters() if p.grad is not None)
+            local_of(gradient).view(-1)[0] = math.nan
+        if bad and event == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if bad and event == "gradwatch fails" and monitor is not None:
+            monitor._probe._sampling.take = None  # type: ignore[method-assign,assignment]
+        optimizer.step()
+    seen = _seen(monitor, ready.model, exchanges[0]) if monitor is not None else {}
+    if monitor is not None:
+        monitor.detach()
+    return seen
+
+
+def _count(exchanges: list[int]) -> None:
+    original = ranks.Ranks._exchange
+
+    def counting(self: Any, table: Any) -> None:
+        exchanges[0] += 1
+        original(self, table)
+
+    ranks.Ranks._exchange = counting  # type: ignore[method-assign]
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor, event: str, *, bad: bool) -> Tensor:
+    if bad and event == "nan loss":
+        x = x * math.nan
+    output = model(x)
+    if bad and event == "nan backward":
+        output = PoisonBackward.apply(output)  # type: ignore[no-untyped-call]
+    return mse(output, y)
+
+
+def _seen(monitor: gradwatch.Monitor, model: nn.Module, exchanges: int) -> dict[str, Any]:
+    history = monitor.history
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return {
+        "layers": list(history.layers),
+        "norms": history.grad_norm().tolist(),
+        "global": history.global_norm().tolist(),
+        "losses": history.loss().tolist(),
+        "weights": history.weight_norm(last=1).tolist(),
+        "coefficients": history.clip_coefficient().tolist(),
+        "skipped": history.skipped().tolist(),
+        "incidents": [
+            [i.kind, i.verdict, i.opened_step, i.suspect, list(i.ranks), list(i.evidence), str(i.clip)]
+            for i in monitor.incidents
+        ],
+        "notes": monitor.notes,
+        "processes": history.provenance.processes,
+        "exchanges": exchanges,
+        "parameters": [p.detach().flatten().tolist() for p in whole],
+        "hooks": len(monitor._probe.arrivals),
+    }
+
+
+def main() -> None:
+    """Train and leave what was seen."""
+    torch.set_num_threads(1)
+    name, event, clip, folder = sys.argv[1:5]
+    seen = train(name, event, None if clip == "none" else clip)
+    (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads now and then abort an ordinary exit, without gradwatch too (pytorch#190489)
+
+
+if __name__ == "__main__":
+    main()

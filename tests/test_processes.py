@@ -1,0 +1,150 @@
+"""Distributed trainings under torchrun: the same right numbers, verdicts and decisions in every process."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.processes import MODES, STEPS, Mode, alone
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+BY_NAME = {mode.name: mode for mode in MODES}
+PAIRS = ["DistributedDataParallel", "FSDP2 (`fully_shard`)", "tensor parallel, plain parameters beside DTensors"]
+
+
+def launch(mode: Mode, folder: Path, event: str = "nothing", clip: str = "none") -> list[dict[str, Any]]:
+    """Train under torchrun; return what each process saw."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(mode.processes)]
+    command += ["--redirects", "3", "--log-dir", str(folder / "log"), "-m", "tests.processes"]
+    done = subprocess.run(
+        [*command, mode.name, event, clip, str(folder)],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    logs = {path: path.read_text() for path in (folder / "log").rglob("std*.log")}
+    assert done.returncode == 0, "\n".join(logs.values()) + done.stderr
+    seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(mode.processes)]
+    for rank, one in enumerate(seen):
+        one["output"] = "".join(text for path, text in logs.items() if path.parent.name == str(rank))
+    return seen
+
+
+@functools.cache
+def reference() -> dict[str, Any]:
+    """Train in this process alone."""
+    return alone()
+
+
+def same(seen: list[dict[str, Any]], *names: str) -> None:
+    """Assert that all processes saw the same, to the last bit."""
+    for name in names:
+        texts = {json.dumps(one[name]) for one in seen}
+        assert len(texts) == 1, (name, texts)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_rows_agree_with_a_training_in_one_process(mode: Mode, tmp_path: Path) -> None:
+    """Layer norms, global norm and loss within 1e-6 of a float64 loop, in each process; one exchange for one step."""
+    seen = launch(mode, tmp_path)
+    truth = reference()
+    same(seen, "norms", "global", "losses", "weights", "incidents", "coefficients")
+    first = seen[0]
+    assert first["notes"] == []
+    assert first["processes"] == mode.processes
+    assert first["exchanges"] == STEPS
+    totals = [math.sqrt(sum(norm**2 for norm in step.values())) for step in truth["norms"]]
+    np.testing.assert_allclose(first["global"], totals, rtol=1e-6)
+    np.testing.assert_allclose(first["losses"], truth["losses"], rtol=1e-6)
+    if mode.names:
+        assert first["layers"] == list(truth["norms"][0])
+        np.testing.assert_allclose(first["norms"], [list(step.values()) for step in truth["norms"]], rtol=1e-6)
+    assert ["gradwatch" in one["output"] for one in seen] == [True] + [False] * (
+        mode.processes - 1
+    )  # one of them draws
+
+
+@pytest.mark.parametrize("name", PAIRS[:2])
+@pytest.mark.parametrize(
+    ("event", "word"),
+    [("nan loss", "the loss was not finite"), ("nan gradient", "there are gradients that are not finite")],
+)
+def test_nan_in_one_process_is_seen_by_all_and_that_rank_is_named(
+    name: str, event: str, word: str, tmp_path: Path
+) -> None:
+    """The step is skipped everywhere, and parameters stay the same everywhere."""
+    seen = launch(BY_NAME[name], tmp_path, event, "norm")
+    same(seen, "norms", "losses", "incidents", "skipped", "parameters")
+    kind, _, opened, _, who, evidence, _ = seen[0]["incidents"][0]
+    assert (kind, opened, who) == ("nonfinite", 3, [1])
+    assert f"on rank 1 alone {word} at step 3" in evidence
+    assert seen[0]["skipped"][:5] == [False, False, False, True, False]
+    assert np.isfinite(np.concatenate(seen[0]["parameters"])).all()
+
+
+def test_nan_that_one_backward_made_is_traced_through_the_average(tmp_path: Path) -> None:
+    """Under DDP all gradients are NaN after the average; the rank whose own backward gave it is named."""
+    seen = launch(BY_NAME["DistributedDataParallel"], tmp_path, "nan backward", "norm")
+    same(seen, "norms", "incidents", "skipped", "parameters")
+    assert seen[0]["incidents"][0][4] == [1]
+    assert "on rank 1 alone backward gave gradients that are not finite at step 3" in seen[0]["incidents"][0][5]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_auto_clip_keeps_all_processes_in_step(name: str, clip: str, tmp_path: Path) -> None:
+    """An explosion is clipped at the same steps by the same factors; parameters end identical and finite."""
+    seen = launch(BY_NAME[name], tmp_path, "explodes", clip)
+    same(seen, "norms", "losses", "incidents", "coefficients", "skipped", "parameters")
+    assert seen[0]["incidents"][0][0] == "exploding"
+    assert min(seen[0]["coefficients"]) < 1
+    assert np.isfinite(np.concatenate(seen[0]["parameters"])).all()
+    assert seen[0]["exchanges"] == 30
+
+
+def test_a_failure_of_gradwatch_in_one_process_switches_all_off(tmp_path: Path) -> None:
+    """Training goes on, nobody waits for rows, and each process says what happened."""
+    first, second = launch(BY_NAME["DistributedDataParallel"], tmp_path, "gradwatch fails", "norm")
+    same([first, second], "parameters", "norms", "exchanges")
+    assert "TypeError" in second["notes"][0]
+    assert "failed in another process" in first["notes"][0]
+    assert first["exchanges"] == 4
+
+
+def test_one_process_that_attaches_alone_watches_alone(tmp_path: Path) -> None:
+    """It says so, does not clip, and nobody hangs."""
+    mode = BY_NAME["DistributedDataParallel"]
+    first, second = launch(mode, tmp_path, "one attaches", "norm")
+    assert "call attach() in each of them" in first["notes"][0]
+    assert first["processes"] == 1
+    assert len(first["losses"]) == 30
+    assert "norms" not in second
+
+
+def test_the_others_end_with_an_error_when_one_process_is_killed(tmp_path: Path) -> None:
+    """Not with a hang. Started without torchrun, which would end the others itself."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "tests.processes", "DistributedDataParallel, 4 processes", "killed", "norm"]
+    running = [
+        subprocess.Popen(
+            [*command, str(tmp_path)],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank in range(4)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=60)[1] for process in running]
+    assert running[3].returncode == -9
+    assert all(process.returncode == 1 for process in running[:3])
+    assert all("gradwatch could not exchange a row with the other 3 processes" in error for error in errors[:3])
