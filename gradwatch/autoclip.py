@@ -76,6 +76,24 @@ class Decision:
 
 
 NOTHING = Decision()
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What to do with a step before any rule has seen it: for gradients on a device, whose rows arrive steps later.
+
+    ``clip``: on each step, for auto-clip is on. ``reserve``: where the step surges: the global norm above ``far`` times
+    the typical one, or above ``surge`` times beside a loss above ``loss_ceiling``. ``skip``: a step that is not finite.
+    """
+
+    clip: Clip | None = None
+    reserve: Clip | None = None
+    skip: bool = False
+    surge: float = math.inf
+    far: float = math.inf
+    loss_ceiling: float = math.inf
+
+
 _LOOSEN = 1.03  # by step, while letting go: twice the bounds after 24 steps
 _LEVEL = 16  # losses whose median must not rise meanwhile
 _IDLE = 10  # steps without a bite after which a loosened clip is let go
@@ -108,6 +126,23 @@ class Clipping:
         """True while it clips."""
         return self.record is not None or self.policy.when == "always"
 
+    @property
+    def clip(self) -> Clip:
+        """The clip with the bounds of this moment."""
+        return self.policy.clip if self._looseness == 1.0 else self.policy.clip.loosened(self._looseness)
+
+    def orders(self, surge: float, far: float) -> Orders:
+        """Say what to do with the coming step, in advance; ``surge`` and ``far`` are the rules' limits."""
+        explosive = self.policy.when != "always" and "exploding" in self.policy.when
+        return Orders(
+            clip=self.clip if self.on else None,
+            reserve=self.policy.clip if explosive and not self.on else None,
+            skip=self.policy.on_nonfinite != "ignore",
+            surge=surge,
+            far=far,
+            loss_ceiling=self.history.next_loss_ceiling(),
+        )
+
     def decide(self, row: Row, incidents: Incidents) -> Decision:
         """Say what to do with the gradients of ``row``, before the optimizer sees them.
 
@@ -130,7 +165,7 @@ class Clipping:
         self._skips_in_a_row = 0
         if not self.on:
             return NOTHING
-        return Decision(clip=self.policy.clip if self._looseness == 1.0 else self.policy.clip.loosened(self._looseness))
+        return Decision(clip=self.clip)
 
     def done(self, row: Row, decision: Decision, coefficient: float, incidents: Incidents) -> None:
         """Take note of what was done to ``row``'s gradients; ``coefficient`` is norm after over norm before."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
+from gradwatch.device import Unread, precise
 from gradwatch.measure import NormPlan, code_of, global_norm_of, look_closer
 from gradwatch.wrappers import is_dtensor, local_of, summed
 
@@ -103,26 +105,19 @@ class Gradients:
         self._rates: list[float] = []
         self._rate = np.full(layers, np.nan)
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
+        self._first_device: torch.device | None = None
+        self._home = torch.device("cpu")
+        self._lent: list[tuple[weakref.ref[Optimizer], str, Tensor | None]] = []
 
     def measure(self, scale: float = 1.0) -> Measured:
         """Measure all gradients that exist now, in one batched call per device and dtype.
 
         ``scale`` is a loss scale that is still on them: the norms come without it.
         """
-        gradients = [parameter.grad for parameter in self.parameters]
-        if self._sharded:
-            gradients = [None if gradient is None else local_of(summed(gradient)) for gradient in gradients]
-        there = [gradient for gradient in gradients if gradient is not None]
-        columns = self.columns
-        present = [True] * len(gradients)
-        if len(there) < len(gradients):
-            present = [gradient is not None for gradient in gradients]
-            columns = columns[present]
-        if not there:
+        there, columns, plan = self._present()
+        if plan is None:
             return Measured([], columns, np.full(self._layers, np.nan), math.nan)
-        if self._plan is None or present != self._planned:
-            self._plan, self._planned = NormPlan(there), present
-        norms = self._plan.norms(there)
+        norms = plan.norms(there)
         if self._whole and len(there) == self._layers:
             spread = norms
         else:
@@ -137,6 +132,41 @@ class Gradients:
             measured.norms /= scale
             measured.global_norm /= scale
         return measured
+
+    def measure_unread(self, home: torch.device, scale: Tensor | None = None) -> Unread:
+        """Do the same on the device: nothing is read, and norms are summed so wide that no second look is needed."""
+        there, columns, plan = self._present()
+        if plan is None:
+            return Unread([], columns, torch.zeros(0, dtype=precise(home), device=home))
+        norms = plan.norms_on(home, there)
+        return Unread(there, columns, norms if scale is None else norms / scale.to(home, non_blocking=True))
+
+    def _present(self) -> tuple[list[Tensor], NDArray[np.intp], NormPlan | None]:
+        """Return the gradients that exist now, of sharded ones this process's part, their columns and their plan."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        if self._sharded:
+            gradients = [None if gradient is None else local_of(summed(gradient)) for gradient in gradients]
+        there = [gradient for gradient in gradients if gradient is not None]
+        columns = self.columns
+        present = [True] * len(gradients)
+        if len(there) < len(gradients):
+            present = [gradient is not None for gradient in gradients]
+            columns = columns[present]
+        if not there:
+            return there, columns, None
+        if self._plan is None or present != self._planned:
+            self._plan, self._planned = NormPlan(there), present
+        return there, columns, self._plan
+
+    @property
+    def home(self) -> torch.device:
+        """The device on which the numbers of this step come together: the first that is not the CPU, if there is any."""
+        first = self.parameters[0].device
+        if first != self._first_device:  # the model has moved
+            self._first_device, self._plan = first, None
+            devices = [parameter.device for parameter in self.parameters]
+            self._home = next((one for one in devices if one.type != "cpu"), first)
+        return self._home
 
     def _look_closer(self, measured: Measured) -> None:
         """Tell NaN, Inf, overflow of the norm, and underflow apart, for the layers that need it."""
@@ -176,8 +206,40 @@ class Gradients:
                     self._hidden.append((parameter, parameter.grad))
                     parameter.grad = None
 
+    def folds(self, optimizer: Optimizer | None) -> bool:
+        """True when a factor on all gradients can be left to the optimizer: it is fused, and all it owns is watched."""
+        return self.skips(optimizer) and self.total == len(self.parameters)
+
+    def skips(self, optimizer: Optimizer | None) -> bool:
+        """True when the optimizer can leave out a step by itself, on the device: when it is fused."""
+        return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+    def leave_to(self, optimizer: Optimizer, factor: Tensor | None, skip: Tensor | None) -> None:
+        """Let a fused optimizer multiply its gradients by ``factor`` and leave the step out where ``skip``: no extra pass.
+
+        Both attributes are those by which a `GradScaler` speaks to it; what it said already is kept.
+        """
+        scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if factor is not None:
+            divisor = (1.0 if scale is None else scale) / factor
+            self._lend(optimizer, "grad_scale", divisor.to(torch.float32))
+        if skip is not None:
+            found = skip.to(torch.float32)
+            self._lend(optimizer, "found_inf", found if overflow is None else torch.maximum(found, overflow))
+
+    def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
+        self._lent.append((weakref.ref(optimizer), name, getattr(optimizer, name, None)))
+        setattr(optimizer, name, value)
+
     def restore(self) -> None:
-        """Give back what `hide` took."""
+        """Give back what `hide` took, take back what `leave_to` gave."""
+        for ref, name, value in reversed(self._lent):
+            optimizer = ref()
+            if optimizer is not None and value is not None:
+                setattr(optimizer, name, value)
+            elif optimizer is not None:
+                vars(optimizer).pop(name, None)
+        self._lent.clear()
         for parameter, gradient in self._hidden:
             if parameter.grad is None:
                 parameter.grad = gradient
@@ -195,3 +257,15 @@ def _number(rate: Any) -> float:
     if isinstance(rate, torch.Tensor):
         return rate.item() if rate.is_cpu else math.nan
     return math.nan if rate is None else float(rate)
+
+
+def zero_where(gradients: Sequence[Tensor], bad: Tensor) -> None:
+    """Set gradients to zero, in place, where ``bad`` (bool, no dimensions): NaN too, which a product would keep."""
+    for gradient in gradients:
+        here = bad.to(gradient.device, non_blocking=True)
+        if gradient.is_sparse:
+            summed = gradient.coalesce()
+            summed.values().masked_fill_(here, 0)
+            gradient.copy_(summed)
+        else:
+            gradient.masked_fill_(here, 0)

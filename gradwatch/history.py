@@ -227,12 +227,21 @@ class History:
         now, _ = median_and_mad(self.loss(last=4))
         return not (0 <= now < self.reference_loss / 10 or now <= self.loss_ceiling(last=4))
 
+    def next_loss_ceiling(self) -> float:
+        """What the coming loss should stay below, as in `loss_is_rising`; minus infinity where none is seen."""
+        if not self._first_losses:
+            return -math.inf
+        if self.losses < EARLY:
+            return self._first_losses[0] + abs(self._first_losses[0])
+        return self.loss_ceiling(last=0)
+
     def loss_ceiling(self, last: int) -> float:
         """What the 32 losses before the ``last`` ones usually stay below; NaN where there are none.
 
         The highest of: nine in ten of them; their median and three scaled MADs; their median and a tenth of it.
         """
-        before = self.loss(last=32 + last)[:-last]
+        before = self.loss(last=32 + last)
+        before = before[: len(before) - last]
         before = before[np.isfinite(before)]
         middle, scatter = median_and_mad(before)
         return (

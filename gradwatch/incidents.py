@@ -29,7 +29,7 @@ CALM_STEPS = 20
 _LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
 _BACK_IN_BAND = 2.0
 _LASTING = 12  # steps after which a loss that is still up is no longer a spike
-_FAR = 10.0  # times the limit of a surge at which it speaks for itself
+FAR = 10.0  # times the limit of a surge at which it speaks for itself
 _BRIEF = 3  # steps of firing up to which an explosion was only a spike
 
 
@@ -149,7 +149,7 @@ class Incidents:
         signs = story.firing.values()
         return (
             any(sign.sign in ("subtle", "numeric") or sign.kind == "nonfinite" for sign in signs)
-            or any(sign.code == "GW301" and sign.value > _FAR * sign.limit for sign in signs)
+            or any(sign.code == "GW301" and sign.value > FAR * sign.limit for sign in signs)
             # early on, only the update that SGD is about to make can be told, and only before it is made
             or (
                 self._history.losses < EARLY

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 
+from gradwatch.device import precise
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from gradwatch.records import LossSource
@@ -45,6 +49,22 @@ class Losses:
             self.forget()
         self._roots.append(root)
 
+    def unread(self, returned: Any) -> tuple[Tensor | float | None, LossSource]:
+        """Return the same as `read`, as a tensor where its value would have to be waited for; None where none was seen."""
+        self._spent = True
+        if self._given:
+            return _sum(self._given), "monitor.loss()"
+        if isinstance(returned, (int, float)) or (isinstance(returned, torch.Tensor) and returned.numel() == 1):
+            return _sum([returned]), "closure"
+        if self._roots:
+            scaler = self.scaler or (self._always() if self._always is not None else None)
+            scale = scaler._get_scale_async() if scaler is not None else None
+            total = _sum(self._roots)
+            return (
+                total if scale is None else total / scale.to(self._roots[0].device, non_blocking=True)
+            ), "backward root"
+        return None, "none"
+
     def read(self, returned: Any) -> tuple[float, LossSource]:
         """Return the loss and its source; ``returned`` is what a closure returned. NaN where none was seen."""
         self._spent = True
@@ -67,3 +87,11 @@ class Losses:
         self._given.clear()
         self._roots.clear()
         self._spent = False
+
+
+def _sum(losses: Sequence[Tensor | float]) -> Tensor | float:
+    """Add up losses, as a float64 tensor without dimensions if one of them is a tensor."""
+    return sum(
+        loss.detach().to(precise(loss.device)).reshape(()) if isinstance(loss, torch.Tensor) else loss
+        for loss in losses
+    )

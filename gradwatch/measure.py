@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gradwatch import device
 from gradwatch.records import NonFinite
 from gradwatch.wrappers import local_of
 
@@ -59,16 +60,12 @@ class NormPlan:
         return norms
 
     def norms_on(self, home: torch.device, tensors: list[Tensor]) -> Tensor:
-        """Return the L2 norm of each tensor, float64 of shape (n,), on ``home``; nothing is read on the host."""
+        """Return the L2 norm of each tensor, shape (n,), on ``home``, in its widest float; nothing is read on the host."""
         parts = [
-            torch.stack(_batched([tensors[index] for index in indices], wide)).to(
-                home, torch.float64, non_blocking=True
-            )
-            for _, indices, wide in self._groups
+            torch.stack(_batched([tensors[index] for index in indices], wide)) for _, indices, wide in self._groups
         ]
-        parts += [
-            norm_tensor(tensors[index]).to(home, torch.float64, non_blocking=True).view(1) for index in self._alone
-        ]
+        parts += [norm_tensor(tensors[index]).view(1) for index in self._alone]
+        parts = [part.to(home, device.precise(home), non_blocking=True) for part in parts]
         if self._simple:
             return parts[0]
         if self._order is None:
@@ -87,9 +84,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """What to sum in. Off the CPU nobody can look again when squares overflow, so that they must not."""
-    if tensor.dtype is torch.float64 or tensor.device.type not in ("cpu", "mps"):  # Metal has no float64
-        return torch.float64
+    """What to sum in. Where reading is not free nobody can look again when squares overflow, so that they must not."""
+    if tensor.dtype is torch.float64 or not device.reading_is_free(tensor.device):
+        return device.precise(tensor.device)
     return torch.float32
 
 
@@ -130,12 +127,12 @@ def _l2(values: Tensor, wide: torch.dtype) -> Tensor:
     return norm
 
 
-def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Return ``array`` as a tensor on ``device``, without waiting for it."""
+def on_device(array: NDArray[Any], home: torch.device) -> Tensor:
+    """Return ``array`` as a tensor on ``home``, without waiting for it."""
     tensor = torch.from_numpy(array)
-    if device.type == "cuda":
+    if home.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(home, non_blocking=True)
 
 
 def _values(tensor: Tensor) -> Tensor:
@@ -188,7 +185,7 @@ def live_units(gradient: Tensor) -> Tensor:
     return size.bool()
 
 
-def fingerprint(tensor: Tensor) -> int:
+def fingerprint(tensor: Tensor) -> Tensor:
     """Return the sum of the tensor's bits read as integers: a change of one element changes it, of many almost surely."""
     values = _values(tensor)
-    return int(values.view(_BITS[values.element_size()]).sum(dtype=torch.int64).item())
+    return values.view(_BITS[values.element_size()]).sum(dtype=torch.int64)

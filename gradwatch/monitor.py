@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from gradwatch.autoclip import AutoClip, Decision
+    from gradwatch.autoclip import AutoClip, Decision, Orders
     from gradwatch.records import Alarm, Incident, Row
     from gradwatch.reports import Report
     from gradwatch.rules import Rule
@@ -134,16 +134,19 @@ class Monitor:
     @property
     def alarms(self) -> list[Alarm]:
         """The last 2,000 changes of state of the rules, oldest first."""
+        self._probe.catch_up()
         return list(self._pipeline.changes)
 
     @property
     def incidents(self) -> list[Incident]:
-        """All incidents so far, in opening order."""
+        """All incidents so far, in opening order. Where gradients live on a device, this waits for the rows under way."""
+        self._probe.catch_up()
         return list(self._pipeline.incidents.all)
 
     @property
     def verdict(self) -> str:
-        """The run in one word: ``"healthy"``, ``"suspected"`` or ``"confirmed"``."""
+        """The run in one word: ``"healthy"``, ``"suspected"`` or ``"confirmed"``. Waits as `incidents` does."""
+        self._probe.catch_up()
         return self._pipeline.verdict
 
     @property
@@ -155,10 +158,12 @@ class Monitor:
         """Return the run so far as a rich renderable; ``str()`` of it is plain text."""
         from gradwatch.reports.summary import Summary  # rich is loaded only when something is shown
 
+        self._probe.catch_up()
         return Summary(self._pipeline.snapshot(self._probe.seconds))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the run's baselines, in plain lists, so that a resumed run need not learn them again."""
+        self._probe.catch_up()
         return {"step": self._probe.step, "history": self.history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -206,6 +211,10 @@ class Monitor:
             raise
         self._probe.watch_closely(closely=self._pipeline.incidents.open_explosion() is not None)
         return decision
+
+    def orders(self) -> Orders | None:
+        """See `gradwatch.probe.Judge`."""
+        return self._pipeline.orders()
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
         """See `gradwatch.probe.Judge`."""

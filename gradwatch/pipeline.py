@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.alarms import Alarms
-from gradwatch.autoclip import NOTHING, AutoClip, Clipping, Decision
+from gradwatch.autoclip import NOTHING, AutoClip, Clipping, Decision, Orders
 from gradwatch.columns import widened
-from gradwatch.incidents import CALM_STEPS, Incidents
+from gradwatch.incidents import CALM_STEPS, FAR, Incidents
 from gradwatch.records import Alarm, Incident, Row, Snapshot
 from gradwatch.statistics import quiet_numpy
 
@@ -61,6 +61,7 @@ class Pipeline:
         self.reports = list(reports)
         self.changes: deque[Alarm] = deque(maxlen=2000)
         self.notes: list[str] = []
+        self._surge = next((rule.limit for rule in rules if rule.code == "GW301"), math.inf)
         self._opening = frozenset(rule.code for rule in rules if rule.opens)
         self._on_error = on_error
         self._news: tuple[Incident, ...] = ()
@@ -96,6 +97,13 @@ class Pipeline:
         decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
         self.history.learn()
         return decision
+
+    def orders(self) -> Orders | None:
+        """Return what to do with a step that is not known yet; None: only watch it."""
+        if self.clipping is None:
+            return None
+        with quiet_numpy():
+            return self.clipping.orders(self._surge, FAR * self._surge)
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
         """Take note of what was done to the gradients."""

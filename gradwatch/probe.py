@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 
-from gradwatch import hooks, taps
+from gradwatch import device, hooks, taps
 from gradwatch.arrivals import Arrivals
 from gradwatch.autoclip import NOTHING
 from gradwatch.columns import widened
+from gradwatch.device import Unread
 from gradwatch.errors import ExchangeError, PeerError, TrainingUnstableError, UsageError
 from gradwatch.gradients import Gradients, Measured, assembled
+from gradwatch.later import Facts, Later
 from gradwatch.layers import family_of
 from gradwatch.losses import Losses
 from gradwatch.measure import norm_of
 from gradwatch.ranks import Local, Ranks, Unsupported, find_ranks
 from gradwatch.records import Clipped, Culprits, LossSource, Provenance, Row, Source
 from gradwatch.sampling import Sample, Sampling
-from gradwatch.wrappers import unmeasurable
+from gradwatch.wrappers import local_of, unmeasurable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from gradwatch.autoclip import Decision
+    from gradwatch.autoclip import Decision, Orders
     from gradwatch.layers import Layers
     from gradwatch.records import Floats
 
@@ -50,6 +52,9 @@ class Judge(Protocol):
 
     def judge(self, row: Row) -> Decision:
         """Take a row; say what to do with its gradients."""
+
+    def orders(self) -> Orders | None:
+        """Say what to do with a step before it is known; None: only watch it."""
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
         """Take note of what was done to them."""
@@ -89,13 +94,14 @@ class Probe:
         self._backwards_then = 0
         self._left_out = self._left_out_before = 0
         self._weights_then = math.nan
-        self._before_clip: Measured | None = None
+        self._before_clip: Measured | Unread | None = None
         self._inside: list[tuple[Measured, Floats]] = []
         self._stray: Tensor | None = None
         self._ranks: Ranks | None = None
         self._met = False
         self._due = False
-        self._lame = False
+        self._lame = 0
+        self._later: Later | None = None
         self._may_act = True
         self._clipped_by_value: tuple[Row, Decision, float] | None = None
         self._after = 0.0
@@ -123,6 +129,7 @@ class Probe:
 
     def stop(self) -> None:
         """Remove every hook and give back what was hidden."""
+        self.catch_up(all_of_them=True)
         self._give_up()
         hooks.unlisten(self)
 
@@ -135,7 +142,7 @@ class Probe:
         for gradients in tuple(self._known.values()):
             gradients.restore()
         self._known.clear()  # a monitor that is kept for its summary shall not keep the parameters
-        self._all = self._ranks = None
+        self._all = self._ranks = self._later = None
 
     def owns_any(self, optimizer: Optimizer) -> bool:
         """True when the optimizer holds at least one watched parameter."""
@@ -188,7 +195,12 @@ class Probe:
 
     def _updates_without_optimizer(self) -> bool:
         """True when the weights moved although no optimizer of theirs stepped, or another one keeps stepping in vain."""
-        then, self._weights_then = self._weights_then, sum(norm_of(p) for _, p in self._layers.parameters())
+        parameters = [parameter for _, parameter in self._layers.parameters()]
+        if all(device.reading_is_free(parameter.device) for parameter in parameters):
+            now = sum(norm_of(parameter) for parameter in parameters)
+        else:  # torch counts the changes in place of each tensor
+            now = float(sum(local_of(parameter)._version for parameter in parameters))
+        then, self._weights_then = self._weights_then, now
         moved = not math.isnan(then) and self._weights_then != then
         return moved or self._vain_steps >= _UNDECIDED
 
@@ -201,7 +213,8 @@ class Probe:
             self._guarded(self._measure_before_clip, mine)
 
     def _measure_before_clip(self, mine: Gradients) -> None:
-        self._before_clip = mine.measure()
+        free = device.reading_is_free(mine.home)
+        self._before_clip = mine.measure() if free else mine.measure_unread(mine.home)
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """See `taps.Listener`."""
@@ -341,10 +354,12 @@ class Probe:
             gradients.restore()
         self._known.clear()
         self._all = None
-        if self._before_clip is not None:
+        if isinstance(self._before_clip, Measured):
             self._before_clip.norms = widened(self._before_clip.norms, len(self._layers), math.nan)
         if self._stray is not None:  # the backward just now was this model's, by parameters not known then
             self.losses.add_root(self._stray)
+        self.catch_up(all_of_them=True)
+        self._later = None
         self._sampling.grow()
         self.arrivals.grow()
         if self._ranks is not None:
@@ -367,24 +382,31 @@ class Probe:
         judge = self._judge()
         if judge is None:
             return
-        scale = _fused_scale(optimizer)
+        home = mine.home
+        free = device.reading_is_free(home)
+        scale = _fused_scale(optimizer) if free else 1.0
         if scale is None:  # the optimizer itself leaves the step out: the scaler found an overflow
             return
         if source != "left out by the scaler":
             self._left_out = 0
-        step, self.step = self.step, self.step + 1
         mine.steps += 1
         if (mine.steps - 1) % self._every and not self._closely:
+            self.step += 1
             self.losses.spend()
             return
         if not self._met:
             self._meet()
-        self._due = True
         if self._lame:
             self._say_lame()
             return
+        self._due = True
+        if not free:
+            self._read()
+            self._measure_unread(mine, source, optimizer, returned, home)
+            return
+        step, self.step = self.step, self.step + 1
         now = mine.measure(scale)
-        whole = now if self._before_clip is None else self._before_clip.only(mine.columns)
+        whole = self._before_clip.only(mine.columns) if isinstance(self._before_clip, Measured) else now
         sampled = self._sampling.take(now, closely=self._closely)
         row = self._row(step, source, now, whole, sampled, returned)
         row = row._replace(rate=mine.rate(optimizer) if optimizer is not None else None, family=mine.family)
@@ -416,9 +438,6 @@ class Probe:
         if self._ranks is not None and not self._ranks.apart:
             loss, loss_source, culprits = self._unite(loss, loss_source, whole, now, sampled)
             processes = self._ranks.size
-        clipped: Clipped = "no clip before it seen" if taps.USER_CLIP.installed else "as the optimizer sees it"
-        if whole is not now:
-            clipped = "before the user's clip"
         return Row(
             step=step,
             loss=loss,
@@ -434,8 +453,63 @@ class Probe:
             unchanged=sampled.unchanged,
             arrived=self.arrivals.arrived,
             culprits=culprits,
-            provenance=Provenance(source, clipped, loss_source, processes),
+            provenance=Provenance(source, self._seen_clip(whole is not now), loss_source, processes),
         )
+
+    def _seen_clip(self, before: bool) -> Clipped:  # noqa: FBT001
+        if before:
+            return "before the user's clip"
+        return "no clip before it seen" if taps.USER_CLIP.installed else "as the optimizer sees it"
+
+    # Gradients on a device: rows come later.
+
+    def _measure_unread(
+        self, mine: Gradients, source: Source, optimizer: Optimizer | None, returned: Any, home: torch.device
+    ) -> None:
+        judge = self._judge()
+        assert judge is not None
+        if self._later is None or self._later.home != home:
+            self.catch_up(all_of_them=True)
+            self._later = Later(self._layers, self._sampling, home, self._ranks)
+        before = self._before_clip if isinstance(self._before_clip, Unread) else None
+        loss, loss_source = self.losses.unread(returned)
+        facts = Facts(
+            source=source,
+            clipped=self._seen_clip(before is not None),
+            loss_source=loss_source,
+            rate=mine.rate(optimizer) if optimizer is not None else None,
+            family=mine.family,
+            arrived=self.arrivals.arrived,
+        )
+        acts = self._may_act and source != "left out by the scaler" and self._clippable(source, optimizer)
+        orders = judge.orders() if acts else None
+        if orders is not None and orders.skip and not mine.skips(optimizer):
+            judge.note(
+                "on a device, gradients that are not finite are set to zero: of torch's optimizers only fused ones "
+                "(fused=True) can leave a step out there."
+            )
+        self._due = False
+        self._later.take(mine, before, facts, loss, optimizer, orders, self.arrivals.own_norms(), closely=self._closely)
+
+    def catch_up(self, *, all_of_them: bool = False) -> None:
+        """Wait for the rows that are still under way; of several processes only at the end, for they decide in step."""
+        if self._later is not None and (self._ranks is None or all_of_them):
+            self._guarded(self._read, True)  # noqa: FBT003
+
+    def _read(self, wait: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Judge the rows that have come over from the device."""
+        judge = self._judge()
+        if self._later is None or judge is None:
+            return
+        for unnumbered, decision, numbers in self._later.rows(wait=wait):
+            self._settle(numbers.after_norm)
+            row = unnumbered._replace(step=self.step)
+            self.step += 1
+            judge.judge(row)
+            if self._ranks is not None and decision.clip is not None and not decision.clip.keeps_direction:
+                self._clipped_by_value = row, decision, numbers.now_norm
+            else:
+                judge.done(row, decision, numbers.coefficient)
 
     # Other processes.
 
@@ -473,24 +547,28 @@ class Probe:
         mine = Local(loss if source != "none" else None, bad, self._after)
         self._due = False
         united = self._ranks.unite(mine, whole, now, sampled)
-        if self._clipped_by_value is not None:
-            row, decision, before = self._clipped_by_value
-            self._clipped_by_value, self._after = None, 0.0
-            judge = self._judge()
-            if judge is not None:
-                judge.done(row, decision, min(1.0, united.after_norm / before) if before > 0 else 1.0)
+        self._after = 0.0
+        self._settle(united.after_norm)
         if united.loss is None:
             return math.nan, "none", united.culprits
         return united.loss, source if source != "none" else "backward root", united.culprits
+
+    def _settle(self, after_norm: float) -> None:
+        """Tell what a clip by value left at the step before, now that all processes know."""
+        judge = self._judge()
+        if self._clipped_by_value is not None and judge is not None:
+            row, decision, before = self._clipped_by_value
+            self._clipped_by_value = None
+            judge.done(row, decision, min(1.0, after_norm / before) if before > 0 else 1.0)
 
     def _fail(self, error: Exception) -> None:
         """Switch off; where others wait for this process's rows, tell them first, now or at the next step."""
         if self._ranks is None or isinstance(error, PeerError):
             self._give_up()
-        elif self._due:
-            self._say_lame()
-        else:
-            self._lame = True
+        elif not self._lame:  # each of them reads the news after the same number of steps
+            self._lame = 1 if self._later is None else device.LAG
+            if self._due or (self._later is not None and self._later.due):
+                self._say_lame()
         judge = self._judge()
         if judge is not None:
             judge.failed("measuring", error)
@@ -498,7 +576,9 @@ class Probe:
     def _say_lame(self) -> None:
         if self._ranks is not None and not self._ranks.apart:
             self._ranks.tell_failure()
-        self._give_up()
+        self._lame -= 1
+        if not self._lame:
+            self._give_up()
 
     def _act(
         self,

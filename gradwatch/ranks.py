@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gradwatch.errors import ExchangeError, PeerError
-from gradwatch.records import Culprits
+from gradwatch.records import Culprits, CulpritSign
 from gradwatch.table import (
     AFTER,
     BACKWARD_BAD,
@@ -42,8 +42,7 @@ from gradwatch.table import (
 from gradwatch.wrappers import flat_modules, is_dtensor, replica_of
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
     from gradwatch.gradients import Measured
     from gradwatch.layers import Layers
@@ -172,15 +171,8 @@ class Ranks:
         whole.norms, whole.global_norm = numbers.grad_norm, numbers.global_norm
         whole.nonfinite, whole.counts = numbers.nonfinite, numbers.counts
         now.global_norm = numbers.now_norm
-        if sampled.weight_norm is not None:
-            known = ~np.isnan(sampled.weight_norm) | (self.part > 0)
-            sampled.weight_norm = np.where(known, numbers.weight_norm, np.nan)
-            sampled.nonfinite_weight = known & ~np.isfinite(numbers.weight_norm)
-        if sampled.unchanged is not None:
-            sampled.dead_share = numbers.dead_share
-            sampled.unchanged = np.where(numbers.changed, 0.0, sampled.row)
-        bad = not math.isfinite(numbers.now_norm) or numbers.nonfinite is not None or not numbers.loss_is_well
-        return United(numbers.loss, self._culprits(numbers.ranks) if bad else None, numbers.after_norm)
+        sampled.fill(numbers)
+        return United(numbers.loss, self.culprits(numbers), numbers.after_norm)
 
     def part_of_square(self, measured: Measured) -> float:
         """Return this process's part of the squared global norm."""
@@ -194,28 +186,36 @@ class Ranks:
         self._exchange(table)
 
     def _exchange(self, table: Table) -> None:
-        """Sum a table over all processes, in place: the one collective of a step."""
         flat = torch.from_numpy(table.flat)
         there = flat.to(self.home)
+        self.exchange(there)
+        if there is not flat:
+            flat.copy_(there)
+
+    def exchange(self, flat: Tensor) -> None:
+        """Sum a table over all processes, in place: the one collective of a step."""
         try:
-            dist.all_reduce(there, group=self._group)
+            dist.all_reduce(flat, group=self._group)
         except Exception as error:
             raise ExchangeError(
                 f"gradwatch could not exchange a row with the other {self.size - 1} processes: {error} "
                 "One of them has probably ended; look at its output."
             ) from error
-        if there is not flat:
-            flat.copy_(there)
 
-    def _culprits(self, flags: NDArray[np.int64]) -> Culprits | None:
-        """Return the processes that a non-finite step came from, when that can be told; ``flags`` has shape (W,)."""
-        for bit, sign in ((LOSS_BAD, "loss"), (BACKWARD_BAD, "backward"), (GRADIENT_BAD, "gradient")):
-            found = np.flatnonzero(flags & bit)
+    def culprits(self, numbers: Numbers) -> Culprits | None:
+        """Return the processes that a non-finite step came from, None where there is none or that cannot be told."""
+        for bit, sign in _SIGNS:
+            found = np.flatnonzero(numbers.ranks & bit)
             if 0 < found.size < self.size:
-                return Culprits(tuple(int(self.world[rank]) for rank in found), sign)  # type: ignore[arg-type]
+                return Culprits(tuple(int(self.world[rank]) for rank in found), sign)
         return None
 
 
+_SIGNS: tuple[tuple[int, CulpritSign], ...] = (
+    (LOSS_BAD, "loss"),
+    (BACKWARD_BAD, "backward"),
+    (GRADIENT_BAD, "gradient"),
+)
 _turns: dict[int, int] = {}
 
 

@@ -33,6 +33,7 @@ Source = Literal[
     "left out by the scaler",
     "written",
 ]
+CulpritSign = Literal["loss", "backward", "gradient"]
 LossSource = Literal["monitor.loss()", "closure", "backward root", "written", "none"]
 Clipped = Literal["no clip before it seen", "before the user's clip", "as the optimizer sees it"]
 
@@ -68,7 +69,7 @@ class Culprits(NamedTuple):
     """The processes that a non-finite step came from: only their own loss, backward or gradients were not finite."""
 
     ranks: tuple[int, ...]
-    sign: Literal["loss", "backward", "gradient"]
+    sign: CulpritSign
 
     def __str__(self) -> str:
         who = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else "ranks " + ", ".join(map(str, self.ranks))

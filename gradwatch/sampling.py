@@ -6,18 +6,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from gradwatch.columns import widened
-from gradwatch.measure import NormPlan, fingerprint, live_units, look_closer
+from gradwatch.measure import NormPlan, fingerprint, live_units, look_closer, on_device
+from gradwatch.table import CHANGED, DEAD, WEIGHT
 from gradwatch.wrappers import local_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from gradwatch.device import Slot, Unread
     from gradwatch.gradients import Measured
+    from gradwatch.later import Parts
     from gradwatch.layers import Layers
     from gradwatch.records import Floats
+    from gradwatch.table import Numbers
 
 _FIRST_ROWS = 32  # weights are sampled on each of them
 _WEIGHTS_EVERY = 16
@@ -30,14 +35,25 @@ _ROUND = 4  # censuses of a layer after which a unit without any gradient is cal
 class Sample:
     """What was looked at with one row; None where it was not its turn. Arrays have shape (L,).
 
-    ``row`` counts the rows since attach.
+    ``row`` counts the rows since attach; ``gone`` are layers whose parameter is no more.
     """
 
     row: int
+    gone: NDArray[np.bool_]
     weight_norm: Floats | None = None
     nonfinite_weight: NDArray[np.bool_] | None = None
     dead_share: Floats | None = None
     unchanged: Floats | None = None
+
+    def fill(self, numbers: Numbers) -> None:
+        """Take the numbers of all processes, or those that have come over from a device, for what was looked at."""
+        if self.weight_norm is not None:
+            known = ~self.gone
+            self.weight_norm = np.where(known, numbers.weight_norm, np.nan)
+            self.nonfinite_weight = known & ~np.isfinite(numbers.weight_norm)
+        if self.unchanged is not None:
+            self.dead_share = numbers.dead_share
+            self.unchanged = np.where(numbers.changed, 0.0, self.row)
 
 
 class Sampling:
@@ -50,6 +66,9 @@ class Sampling:
         self._rows = 0
         self._prints: dict[int, int] = {}
         self._alive: dict[int, tuple[int, Tensor]] = {}
+        self._dead_on: dict[int, Tensor] = {}
+        self._prints_on: dict[int, Tensor] = {}
+        self._columns = torch.zeros(0)
         self._dead_share = np.full(len(layers), np.nan)
         self._unchanged = np.zeros(len(layers))
 
@@ -61,15 +80,74 @@ class Sampling:
 
     def take(self, now: Measured, *, closely: bool) -> Sample:
         """Look at what is due with this row; ``closely``: the weights are. Runs without autograd."""
-        row, self._rows = self._rows, self._rows + 1
-        sample = Sample(row)
-        if closely or row < _FIRST_ROWS or row % _WEIGHTS_EVERY == 0:
+        row, weights, census = self._due(closely=closely)
+        sample = Sample(row, self._gone())
+        if weights:
             self._weights(sample)
-        if row == 0 or row in _FIRST_CENSUSES or row % _CENSUS_EVERY == 0:
+        if census:
             self._count_units(now)
             self._compare(row)
             sample.dead_share, sample.unchanged = self._dead_share.copy(), self._unchanged.copy()
         return sample
+
+    def _gone(self) -> NDArray[np.bool_]:
+        gone = np.ones(len(self._layers), dtype=bool)
+        gone[[column for column, _ in self._layers.parameters()]] = False
+        return gone
+
+    def _due(self, *, closely: bool) -> tuple[int, bool, bool]:
+        """Return the row's number, whether the weights are looked at, and whether units and changes are."""
+        row, self._rows = self._rows, self._rows + 1
+        weights = closely or row < _FIRST_ROWS or row % _WEIGHTS_EVERY == 0
+        return row, weights, row == 0 or row in _FIRST_CENSUSES or row % _CENSUS_EVERY == 0
+
+    def take_unread(self, now: Unread, slot: Slot, share: Parts | None, *, closely: bool) -> Sample:
+        """Do the same on a device, into ``slot``; the sample says only what was looked at (see `Sample.fill`)."""
+        row, weights, census = self._due(closely=closely)
+        sample = Sample(row, self._gone())
+        home = slot.flat.device
+        if weights:
+            columns, norms = self._weights_on(home)
+            squares = torch.square(norms)
+            slot.rows[WEIGHT].index_copy_(0, columns, squares if share is None else squares * share.share[columns])
+            sample.weight_norm = np.zeros(len(self._layers))
+        if census:
+            self._count_units_on(now, slot.rows[DEAD], share)
+            self._compare_on(slot.rows[CHANGED])
+            sample.dead_share = sample.unchanged = np.full(len(self._layers), np.nan)
+        return sample
+
+    def _weights_on(self, home: torch.device) -> tuple[Tensor, Tensor]:
+        columns, whole = zip(*self._layers.parameters(), strict=True)
+        if self._plan is None or self._planned != len(whole):
+            self._plan, self._planned = NormPlan([local_of(parameter) for parameter in whole]), len(whole)
+            self._columns = on_device(np.array(columns), home)
+        return self._columns, self._plan.norms_on(home, [local_of(parameter) for parameter in whole])
+
+    def _count_units_on(self, now: Unread, dead: Tensor, share: Parts | None) -> None:
+        for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
+            if not self._layers.with_units[column] or not gradient.numel() or gradient.is_sparse:
+                continue
+            looks, live = self._alive.get(column, (0, None))
+            seen = live_units(gradient)
+            looks, live = looks + 1, seen if live is None else live | seen
+            self._alive[column] = looks, live
+            if looks == _ROUND:
+                self._dead_on[column] = 1.0 - live.float().mean()
+                del self._alive[column]
+        for column, found in self._dead_on.items():
+            dead[column] = found if share is None else found * share.part[column]
+        unknown = [column for column in range(len(dead)) if column not in self._dead_on]
+        if unknown:
+            dead.index_fill_(0, on_device(np.array(unknown), dead.device), np.nan)
+
+    def _compare_on(self, changed: Tensor) -> None:
+        for column, parameter in self._layers.parameters():
+            if not parameter.requires_grad:
+                changed[column] = 1
+            elif local_of(parameter).numel():
+                now = fingerprint(parameter)
+                changed[column] = (now != self._prints_on.setdefault(column, now)).to(changed.dtype)
 
     def _weights(self, sample: Sample) -> None:
         columns, whole = zip(*self._layers.parameters(), strict=True)
@@ -105,7 +183,7 @@ class Sampling:
                 continue
             if not parameter.requires_grad or not parameter.numel():
                 continue
-            now = fingerprint(parameter)
+            now = int(fingerprint(parameter).item())
             if self._prints.setdefault(column, now) == now:
                 self._unchanged[column] = row
             else:

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
-from gradwatch import ranks
+from gradwatch import device, ranks
 from gradwatch.wrappers import local_of
 from tests.trainings import data, true_norm
 
@@ -274,22 +274,23 @@ def train(name: str, event: str, clip: str | None) -> dict[str, Any]:
         if bad and event == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if bad and event == "gradwatch fails" and monitor is not None:
-            monitor._probe._sampling.take = None  # type: ignore[method-assign,assignment]
+            monitor._probe._sampling.take = monitor._probe._sampling.take_unread = None  # type: ignore[method-assign,assignment]
         optimizer.step()
-    seen = _seen(monitor, ready.model, exchanges[0]) if monitor is not None else {}
-    if monitor is not None:
-        monitor.detach()
-    return seen
+    if monitor is None:
+        return {}
+    seen = {"hooks": len(monitor._probe.arrivals)}
+    monitor.detach()
+    return seen | _seen(monitor, ready.model, exchanges[0])
 
 
 def _count(exchanges: list[int]) -> None:
-    original = ranks.Ranks._exchange
+    original = ranks.Ranks.exchange
 
-    def counting(self: Any, table: Any) -> None:
+    def counting(self: Any, flat: Tensor) -> None:
         exchanges[0] += 1
-        original(self, table)
+        original(self, flat)
 
-    ranks.Ranks._exchange = counting  # type: ignore[method-assign]
+    ranks.Ranks.exchange = counting  # type: ignore[method-assign]
 
 
 def _loss(model: nn.Module, x: Tensor, y: Tensor, event: str, *, bad: bool) -> Tensor:
@@ -320,13 +321,14 @@ def _seen(monitor: gradwatch.Monitor, model: nn.Module, exchanges: int) -> dict[
         "processes": history.provenance.processes,
         "exchanges": exchanges,
         "parameters": [p.detach().flatten().tolist() for p in whole],
-        "hooks": len(monitor._probe.arrivals),
     }
 
 
 def main() -> None:
     """Train and leave what was seen."""
     torch.set_num_threads(1)
+    if os.environ.get("AS_ON_A_DEVICE"):
+        device.reading_is_free = lambda _: False  # type: ignore[assignment]
     name, event, clip, folder = sys.argv[1:5]
     seen = train(name, event, None if clip == "none" else clip)
     (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(seen))

@@ -23,13 +23,16 @@ BY_NAME = {mode.name: mode for mode in MODES}
 PAIRS = ["DistributedDataParallel", "FSDP2 (`fully_shard`)", "tensor parallel, plain parameters beside DTensors"]
 
 
-def launch(mode: Mode, folder: Path, event: str = "nothing", clip: str = "none") -> list[dict[str, Any]]:
-    """Train under torchrun; return what each process saw."""
+def launch(
+    mode: Mode, folder: Path, event: str = "nothing", clip: str = "none", *, later: bool = False
+) -> list[dict[str, Any]]:
+    """Train under torchrun, ``later`` by the path for devices; return what each process saw."""
+    environment = {**ENVIRONMENT, **({"AS_ON_A_DEVICE": "1"} if later else {})}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(mode.processes)]
     command += ["--redirects", "3", "--log-dir", str(folder / "log"), "-m", "tests.processes"]
     done = subprocess.run(
         [*command, mode.name, event, clip, str(folder)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120,
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     logs = {path: path.read_text() for path in (folder / "log").rglob("std*.log")}
     assert done.returncode == 0, "\n".join(logs.values()) + done.stderr
@@ -109,6 +112,41 @@ def test_auto_clip_keeps_all_processes_in_step(name: str, clip: str, tmp_path: P
     assert min(seen[0]["coefficients"]) < 1
     assert np.isfinite(np.concatenate(seen[0]["parameters"])).all()
     assert seen[0]["exchanges"] == 30
+
+
+LATER = ["DistributedDataParallel", "FSDP2 (`fully_shard`)", "FSDP2 x tensor parallel, 2 x 2"]
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_rows_that_come_later_agree_in_all_processes(name: str, tmp_path: Path) -> None:
+    """The path for devices: the same numbers, one exchange for one step."""
+    seen = launch(BY_NAME[name], tmp_path, later=True)
+    same(seen, "norms", "global", "losses", "weights", "incidents", "coefficients")
+    truth = reference()
+    np.testing.assert_allclose(seen[0]["norms"], [list(step.values()) for step in truth["norms"]], rtol=1e-6)
+    np.testing.assert_allclose(seen[0]["losses"], truth["losses"], rtol=1e-6)
+    assert seen[0]["exchanges"] == STEPS
+
+
+@pytest.mark.parametrize(("event", "clip"), [("nan loss", "norm"), ("explodes", "norm"), ("explodes", "value")])
+def test_decisions_that_fall_on_devices_are_the_same(event: str, clip: str, tmp_path: Path) -> None:
+    """Without a read, and with rows that the host sees eight steps later, parameters stay identical and finite."""
+    seen = launch(BY_NAME["FSDP2 (`fully_shard`)"], tmp_path, event, clip, later=True)
+    same(seen, "norms", "losses", "incidents", "coefficients", "skipped", "parameters")
+    assert np.isfinite(np.concatenate(seen[0]["parameters"])).all()
+    assert seen[0]["incidents"]
+    if event == "nan loss":
+        assert seen[0]["incidents"][0][2] == 3
+        assert seen[0]["incidents"][0][4] == [1]
+    else:
+        assert np.nanmin(seen[0]["coefficients"]) < 1
+
+
+def test_a_failure_that_is_seen_later_switches_all_off_at_the_same_step(tmp_path: Path) -> None:
+    """Nobody is left waiting although the news takes eight steps."""
+    first, second = launch(BY_NAME["DistributedDataParallel"], tmp_path, "gradwatch fails", "norm", later=True)
+    same([first, second], "parameters", "exchanges")
+    assert "failed in another process" in first["notes"][-1]
 
 
 def test_a_failure_of_gradwatch_in_one_process_switches_all_off(tmp_path: Path) -> None:

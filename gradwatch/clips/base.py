@@ -33,6 +33,23 @@ class Clip(Settings):
         """
         raise NotImplementedError
 
+    def apply_unread(
+        self, gradients: Sequence[Tensor], global_norm: Tensor, fires: Tensor | None, scale: Any
+    ) -> Tensor:
+        """Do the same on a device, where nothing is read, and only where ``fires``; return the norm after over before.
+
+        Args:
+            gradients: tensors of any shape, finite or not, that still carry a loss scale of ``scale``.
+            global_norm: their L2 norm without it, float64, no dimensions.
+            fires: bool, no dimensions; None: on each step.
+            scale: a number or a tensor without dimensions.
+        """
+        raise NotImplementedError
+
+    def factor(self, global_norm: Tensor, fires: Tensor | None) -> Tensor:
+        """Return the one factor of a clip that keeps the direction, on the device; 1 where it does not clip."""
+        raise NotImplementedError
+
     def loosened(self, factor: float) -> Self:
         """Return the same clip with its bounds ``factor`` times as wide."""
         raise NotImplementedError

@@ -33,19 +33,45 @@ class ClipNorm(Clip):
         coefficient = self.max_norm / (global_norm + 1e-6)
         if coefficient >= 1.0:
             return 1.0
-        scale(gradients, coefficient)
+        scale_by(gradients, coefficient)
         return coefficient
+
+    def factor(self, global_norm: Tensor, fires: Tensor | None) -> Tensor:
+        """See `Clip.factor`; 1 where the norm is not finite."""
+        factor = torch.clamp(self.max_norm / (global_norm + 1e-6), max=1.0)
+        clips = torch.isfinite(global_norm)
+        return torch.where(clips if fires is None else clips & fires, factor, 1.0)
+
+    def apply_unread(
+        self,
+        gradients: Sequence[Tensor],
+        global_norm: Tensor,
+        fires: Tensor | None,
+        scale: Any,  # noqa: ARG002  a factor knows no scale
+    ) -> Tensor:
+        """See `Clip.apply_unread`."""
+        factor = self.factor(global_norm, fires)
+        scale_by(gradients, factor)
+        return factor
 
     def loosened(self, factor: float) -> ClipNorm:
         """See `Clip.loosened`."""
         return ClipNorm(self.max_norm * factor)
 
 
-def scale(gradients: Sequence[Tensor], coefficient: float) -> None:
-    """Multiply every gradient by ``coefficient``, in place; sparse ones too."""
-    dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
+def scale_by(gradients: Sequence[Tensor], coefficient: float | Tensor) -> None:
+    """Multiply every gradient by ``coefficient``, in place; sparse ones too, on whatever devices they are."""
+    dense: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
-        if gradient.layout is not torch.strided:
+        if gradient.layout is torch.strided:
+            dense.setdefault(gradient.device, []).append(gradient)
+        else:
             gradient.mul_(coefficient)
-    if dense:
-        torch._foreach_mul_(dense, coefficient)
+    for device, together in dense.items():
+        # a 0-dim tensor of float32 leaves the gradients' own dtype as it is
+        there = (
+            coefficient.to(device, torch.float32, non_blocking=True)
+            if isinstance(coefficient, torch.Tensor)
+            else coefficient
+        )
+        torch._foreach_mul_(together, there)

@@ -32,16 +32,35 @@ class ClipValue(Clip):
     def apply(self, gradients: Sequence[Tensor], global_norm: float) -> float:
         """See `Clip.apply`."""
         for gradient in gradients:
-            if gradient.layout is torch.strided:
-                values = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-                values.clamp_(-self.max_value, self.max_value)
-            else:
-                summed = gradient.coalesce()
-                summed.values().clamp_(-self.max_value, self.max_value)
-                gradient.copy_(summed)
+            _limit(gradient, self.max_value)
         after = global_norm_of(NormPlan(gradients).norms(list(gradients)))
         return min(1.0, after / global_norm) if global_norm > 0 and math.isfinite(global_norm) else 1.0
+
+    def apply_unread(
+        self, gradients: Sequence[Tensor], global_norm: Tensor, fires: Tensor | None, scale: Any
+    ) -> Tensor:
+        """See `Clip.apply_unread`."""
+        bound = self.max_value * torch.as_tensor(scale)
+        if fires is not None:
+            bound = torch.where(fires, bound.to(fires.device, non_blocking=True), math.inf)
+        for gradient in gradients:
+            _limit(gradient, bound.to(gradient.device, non_blocking=True))
+        after = NormPlan(gradients).norms_on(global_norm.device, list(gradients)) / scale
+        left = torch.sqrt(torch.square(after).sum()) / global_norm  # summed as the norm before it was: equal is equal
+        acted = torch.isfinite(left) if fires is None else torch.isfinite(left) & fires
+        return torch.where(acted, left.clamp(max=1.0), 1.0)
 
     def loosened(self, factor: float) -> ClipValue:
         """See `Clip.loosened`."""
         return ClipValue(self.max_value * factor)
+
+
+def _limit(gradient: Tensor, bound: Any) -> None:
+    """Limit each element in place; ``bound`` is a number or a tensor without dimensions."""
+    if gradient.layout is torch.strided:
+        values = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        values.clamp_(-bound, bound)
+    else:
+        summed = gradient.coalesce()
+        summed.values().clamp_(-bound, bound)
+        gradient.copy_(summed)

@@ -1,0 +1,94 @@
+"""Write docs/training-modes.md from the tests' own lists: ``python -m docs.training_modes``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests import modes, processes
+
+PAGE = Path(__file__).with_name("training-modes.md")
+HEAD = """# Training modes
+
+Written by `python -m docs.training_modes` from the lists that the tests walk over (`tests/modes.py`, `tests/processes.py`).
+Each row is a training: `tests/test_training_modes.py` and `tests/test_processes.py` compare its numbers with a loop in
+float64 in one process; every layer's gradient norm, the global norm and the loss agree within 1e-6. One row of the history
+is one optimizer step.
+
+## One process
+
+| mode | what is recorded | when |
+|---|---|---|
+"""
+TOGETHER = """
+All of these are run a second time on the path for devices (below), with the same result.
+
+## Several processes (`torchrun`)
+
+Attach in each process. Each measures its own part; one sum of {small} numbers for a model of 100 layers and 8 processes
+makes them the numbers of the whole, so that norms, verdicts and decisions are the same to the bit in all of them. Losses
+are averaged. Where NaN or Inf came from one process alone, the incident names its rank. Only rank 0 draws, but a `Report`
+of your own is called in each process.
+
+| mode | processes | what is recorded |
+|---|---|---|
+"""
+TAIL = """
+* FSDP2 with `CPUOffloadPolicy` needs an accelerator and was not run.
+* Call `detach()` in every process or in none; a process that stops exchanging leaves the others waiting.
+* Inside `DistributedDataParallel.join()` nothing is exchanged, since some processes may have no batch left: there each
+  process's row is its own.
+* Under FSDP parameters bear no hooks. There the order of layers within one backward is that of the model, reversed.
+* If only some of the processes attach, their numbers are their own, auto-clip does not act, and the summary says so. It
+  is found out at the first step, within 30 seconds.
+* If gradwatch fails in one process, it switches off in all of them at the same step, and training goes on.
+
+## Gradients on a device
+
+Where gradients live on CUDA or another accelerator, no step reads a value on the host. Rows are written to a ring on the
+device and copied to pinned memory; rules see them when they have arrived, usually one or two steps later, at most 64; with
+several processes each reads a row exactly 8 steps later. Incidents carry the true step. `monitor.incidents`,
+`monitor.verdict` and `monitor.summary()` wait for the rows under way (of several processes only the end does).
+
+What must be done at once is decided on the device: a step whose gradients are not finite is left out, and one whose global
+norm is 100 times its typical value, or 10 times beside a loss that suffers, is clipped before any rule has seen it. While an
+incident is open each step is clipped.
+
+| optimizer | clip by norm | clip by value | a step that is not finite |
+|---|---|---|---|
+| `fused=True` (Adam, AdamW, SGD, Adagrad) | left to the optimizer, no extra pass | one pass | left out for real: parameters and state untouched |
+| others | one pass | one pass | gradients set to zero: momentum and weight decay still act, and the summary says so |
+
+Sums are in float64 there, so that squares neither overflow nor lose digits. Counts of NaN and Inf elements are not taken.
+Sparse gradients are coalesced, which waits for the device. Metal (`mps`) has no float64: norms above 1e19 read as infinite
+there. Tests on meta tensors, where every read raises, and a count of reads prove it without a GPU; `pytest -m gpu` runs the
+real thing where there is one. A model on several devices is measured as one (`tests/test_gpu.py`).
+
+## Accuracy
+
+On CPU, float32 sums over 32,768 elements and more go in chunks of 1,024, which keeps them within 1e-6. Below that torch's
+own sum is used: within 1e-6 for ordinary gradients; where all elements of such a layer are equal it can be off by 1e-5.
+Half precision is summed in float32. Where squares overflow or underflow float32, the layer is measured again in float64, so
+that finite gradients near 1e20 get their true norm and are clipped in the right direction.
+
+## Not supported
+
+* DeepSpeed and Megatron-LM keep gradients in buffers of their own. `attach` says so and refuses; zeros are never reported.
+* Several processes in which the model is neither DistributedDataParallel nor FSDP nor made of DTensors (gradients averaged
+  by hand, pipeline stages): each process watches its own part alone, and the summary says so.
+* Auto-clip inside backward, where each parameter is updated before the global norm is known, and inside LBFGS's line
+  search: both are watched only.
+* CUDA graphs: a captured step runs no Python, so that only what is outside of the graph is seen.
+"""
+
+
+def page() -> str:
+    """Return the page."""
+    from gradwatch.table import size_of
+
+    alone = "".join(f"| {mode.name} | {mode.recorded} | {mode.when} |\n" for mode in modes.MODES)
+    together = "".join(f"| {mode.name} | {mode.processes} | {mode.recorded} |\n" for mode in processes.MODES)
+    return HEAD + alone + TOGETHER.format(small=size_of(100, 8)) + together + TAIL
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,249 @@
+"""Rows of gradients on a device, from the step in which they are measured to the later one in which they are read.
+
+`Later.take` does on the device what a step needs at once: norms, the exchange with other processes, the decision, the
+clip. `Later.rows` gives the rows that have come over, in order, with what was done to them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from gradwatch.autoclip import NOTHING, Decision, Orders
+from gradwatch.device import LAG, Gate, Ring, Slot, Unread
+from gradwatch.errors import PeerError
+from gradwatch.gradients import zero_where
+from gradwatch.measure import on_device
+from gradwatch.records import Provenance, Row
+from gradwatch.table import (
+    AFTER,
+    BACKWARD_BAD,
+    COEFFICIENT,
+    GRADIENT_BAD,
+    LEFT_OUT,
+    LOSS,
+    LOSS_BAD,
+    LOSSES,
+    NOW,
+    PRESENT,
+    SKIPPED,
+    SQUARE,
+    Numbers,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from gradwatch.clips import Clip
+    from gradwatch.gradients import Gradients
+    from gradwatch.layers import Layers
+    from gradwatch.ranks import Ranks
+    from gradwatch.records import Clipped, Floats, LossSource, Source
+    from gradwatch.sampling import Sample, Sampling
+
+
+@dataclass(slots=True)
+class Parts:
+    """`Ranks.share` and `Ranks.part` on the device."""
+
+    share: Tensor
+    part: Tensor
+
+
+@dataclass(slots=True)
+class Facts:
+    """What the host knows of a row before its numbers have come over."""
+
+    source: Source
+    clipped: Clipped
+    loss_source: LossSource
+    rate: Floats | None
+    family: Literal["sgd", "adam", "other"]
+    arrived: NDArray[np.bool_]
+    sample: Sample | None = None
+    clip: Clip | None = None
+
+
+class Later:
+    """The device half of one monitor.
+
+    Args:
+        layers: the watched parameters.
+        sampling: what is looked at now and then.
+        home: the device on which rows are made.
+        ranks: the processes that train together; None: this one alone.
+    """
+
+    def __init__(self, layers: Layers, sampling: Sampling, home: torch.device, ranks: Ranks | None) -> None:
+        self._layers = layers
+        self._sampling = sampling
+        self._ranks = ranks
+        self._processes = ranks.size if ranks is not None else 1
+        self._ring = Ring(len(layers), self._processes, home, LAG if ranks is not None else None)
+        self._gate = Gate(home)
+        self._parts = Parts(on_device(ranks.share, home), on_device(ranks.part, home)) if ranks is not None else None
+        self._indices: tuple[NDArray[Any], Tensor] | None = None
+        self._after: Tensor | None = None
+        self.home = home
+        self.due = False  # true while other processes wait for this one's row
+
+    # On the device: nothing is read.
+
+    def take(
+        self,
+        mine: Gradients,
+        before: Unread | None,
+        facts: Facts,
+        loss: Tensor | float | None,
+        optimizer: Optimizer | None,
+        orders: Orders | None,
+        own_norms: list[Tensor],
+        *,
+        closely: bool,
+    ) -> None:
+        """Measure, exchange, decide and act; send the row on its way."""
+        scale = getattr(optimizer, "grad_scale", None)
+        overflow = getattr(optimizer, "found_inf", None)
+        slot = self._ring.next()
+        self.due = self._ranks is not None
+        now = mine.measure_unread(self.home, scale)
+        whole = before or now
+        self._write(slot, whole, now, loss, own_norms)
+        facts.sample = self._sampling.take_unread(now, slot, self._parts, closely=closely)
+        if overflow is not None:
+            slot.singles[LEFT_OUT].copy_(overflow.reshape(()), non_blocking=True)
+        if self._ranks is not None:
+            self.due = False
+            self._ranks.exchange(slot.flat)
+        slot.singles[COEFFICIENT] = 1.0
+        if orders is not None:
+            facts.clip = self._act(mine, now, slot, orders, optimizer, scale)
+        self._ring.send(facts)
+
+    def _write(
+        self, slot: Slot, whole: Unread, now: Unread, loss: Tensor | float | None, own_norms: list[Tensor]
+    ) -> None:
+        if len(whole.gradients):
+            index = self._index(whole.columns)
+            slot.rows[SQUARE].index_copy_(0, index, self._shared(whole))
+            slot.rows[PRESENT].index_fill_(0, index, 1.0)
+            slot.singles[NOW] = self._shared(now).sum()
+        if loss is not None:
+            if isinstance(loss, torch.Tensor):
+                slot.singles[LOSS].copy_(loss, non_blocking=True)
+            else:
+                slot.singles[LOSS] = loss
+            slot.singles[LOSSES] = 1.0
+        if self._ranks is not None:
+            flags = GRADIENT_BAD * ~torch.isfinite(slot.rows[SQUARE].sum() + slot.singles[NOW])
+            flags = flags + LOSS_BAD * ~torch.isfinite(slot.singles[LOSS])
+            if own_norms:
+                norms = torch.stack([norm.to(self.home, non_blocking=True) for norm in own_norms])
+                flags = flags + BACKWARD_BAD * ~torch.isfinite(norms).all()
+            slot.ranks[self._ranks.rank] = flags
+            if self._after is not None:
+                slot.singles[AFTER] = self._after
+                self._after = None
+
+    def _index(self, columns: NDArray[Any]) -> Tensor:
+        if self._indices is None or not np.array_equal(self._indices[0], columns):
+            self._indices = columns, on_device(columns, self.home)
+        return self._indices[1]
+
+    def _shared(self, measured: Unread) -> Tensor:
+        squares = torch.square(measured.norms)
+        return squares if self._parts is None else squares * self._parts.share[self._index(measured.columns)]
+
+    def _act(
+        self,
+        mine: Gradients,
+        now: Unread,
+        slot: Slot,
+        orders: Orders,
+        optimizer: Optimizer | None,
+        scale: Tensor | None,
+    ) -> Clip | None:
+        """Clip and skip by numbers that stay on the device; return the clip that was in force."""
+        norm = torch.sqrt(slot.singles[NOW])
+        bad = ~torch.isfinite(norm)
+        clip, fires = orders.clip or orders.reserve, None
+        if orders.clip is None and clip is not None:
+            fires = self._gate.fires(norm, slot.singles[LOSS] / slot.singles[LOSSES], orders)
+        if orders.reserve is not None:
+            self._gate.learn(norm)
+        coefficient = None
+        if clip is not None and now.gradients:
+            if clip.keeps_direction and mine.folds(optimizer):
+                coefficient = clip.factor(norm, fires)
+            else:
+                slot.singles[COEFFICIENT] = clip.apply_unread(
+                    now.gradients, norm, fires, 1.0 if scale is None else scale
+                )
+                if not clip.keeps_direction and self._ranks is not None:
+                    after = mine.measure_unread(self.home, scale)
+                    self._after = self._shared(after).sum()
+                    slot.singles[COEFFICIENT] = math.nan  # known at the next exchange
+        if orders.skip:
+            slot.singles[SKIPPED] = bad
+        if coefficient is not None:
+            slot.singles[COEFFICIENT] = coefficient
+        if optimizer is not None and mine.skips(optimizer):
+            mine.leave_to(optimizer, coefficient, bad if orders.skip else None)
+        elif orders.skip:
+            zero_where(now.gradients, bad)
+        return clip
+
+    # On the host, later.
+
+    def rows(self, *, wait: bool = False) -> Iterator[tuple[Row, Decision, Numbers]]:
+        """Yield what has come over: rows in order, their step not yet numbered, each with what was done.
+
+        Raises:
+            PeerError: gradwatch failed in another process.
+        """
+        for facts, table in self._ring.arrived(wait=wait):
+            numbers = Numbers.of(table)
+            if numbers.failed:
+                raise PeerError("gradwatch failed in another process, whose output has the cause")
+            if numbers.left_out:
+                continue
+            decision = NOTHING
+            if numbers.skipped:
+                decision = Decision(skip=True)
+            elif facts.clip is not None:
+                decision = Decision(clip=facts.clip)
+            yield self._row(facts, numbers), decision, numbers
+
+    def _row(self, facts: Facts, numbers: Numbers) -> Row:
+        sample = facts.sample
+        assert sample is not None
+        sample.fill(numbers)
+        seen = numbers.loss is not None
+        left = numbers.now_norm / numbers.global_norm if numbers.global_norm > 0 else 1.0
+        return Row(
+            step=-1,
+            loss=numbers.loss if numbers.loss is not None else math.nan,
+            grad_norm=numbers.grad_norm,
+            global_norm=numbers.global_norm,
+            weight_norm=sample.weight_norm,
+            nonfinite=numbers.nonfinite,
+            nonfinite_weight=sample.nonfinite_weight,
+            counts=None,
+            poisoned=not math.isfinite(numbers.now_norm),
+            rate=facts.rate,
+            family=facts.family,
+            applied=left if left < 1.0 and facts.clipped == "before the user's clip" else 1.0,
+            dead_share=sample.dead_share,
+            unchanged=sample.unchanged,
+            arrived=facts.arrived,
+            culprits=self._ranks.culprits(numbers) if self._ranks is not None else None,
+            provenance=Provenance(facts.source, facts.clipped, facts.loss_source if seen else "none", self._processes),
+        )

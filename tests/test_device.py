@@ -1,0 +1,274 @@
+"""Gradients on a device: nothing is read, decisions fall there, and rows come over in order."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradwatch
+from gradwatch import device
+from gradwatch.autoclip import Orders
+from tests.trainings import data, mlp, train
+
+CLIPS = [None, gradwatch.ClipNorm(1.0), gradwatch.ClipValue(0.5)]
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the CPU as a device that must be waited for."""
+    monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+
+
+def watch(model: nn.Module, **settings: Any) -> gradwatch.Monitor:
+    """Attach silently and strictly."""
+    return gradwatch.attach(model, report=None, strict=True, **settings)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that bring a tensor's value to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.is_nonzero.default,
+            torch.ops.aten.equal.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("when", ["armed", "always"])
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+def test_the_hot_path_runs_where_every_read_raises(clip: gradwatch.Clip | None, when: str) -> None:
+    """On meta tensors there is no value to be had: measuring, deciding, clipping and sampling never ask for one."""
+    model = mlp().to("meta")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    policy = None if clip is None else gradwatch.AutoClip(clip, **({"when": "always"} if when == "always" else {}))
+    x, y = (part.to("meta") for part in data())
+    with watch(model, clip=policy) as monitor:
+        for _ in range(70):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        assert monitor._probe._later is not None
+        assert monitor.incidents == []
+    assert monitor.history.rows == 0  # numbers that do not exist cannot come over, and zeros are never reported
+    with pytest.raises(RuntimeError):
+        torch.zeros((), device="meta").item()  # the proof can fail
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+def test_no_step_reads_a_value(clip: gradwatch.Clip | None, fused: bool) -> None:
+    """Not one scalar of 100 steps comes to the host by a read, whatever is armed."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
+    x, y = data()
+    with watch(model, clip=clip) as monitor, Reads() as reads:
+        for _ in range(100):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        assert reads.count == 0
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.item()
+        assert reads.count == 1  # the count can fail
+    assert monitor.history.rows == 100
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_watching_changes_nothing_and_clipping_matches_torch(name: str) -> None:
+    """Fused optimizers take the factor without an extra pass: the same parameters as after `clip_grad_norm_`."""
+
+    def run(how: str, fused: bool) -> list[Tensor]:
+        model = mlp()
+        optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01, fused=fused)
+        policy = gradwatch.AutoClip(gradwatch.ClipNorm(0.05), when="always") if how == "auto" else None
+        monitor = watch(model, clip=policy) if how != "torch" else None
+
+        def clip(_: int) -> None:
+            if how == "torch":
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+        train(model, optimizer, 20, each=clip if how != "watched" else None)
+        if monitor is not None:
+            monitor.detach()
+            assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
+            if how == "auto":
+                norms = monitor.history.global_norm()
+                np.testing.assert_allclose(
+                    monitor.history.clip_coefficient(), np.minimum(1, 0.05 / (norms + 1e-6)), rtol=1e-6
+                )
+        return [parameter.detach() for parameter in model.parameters()]
+
+    for fused in (False, True):
+        for ours, torchs in zip(run("auto", fused), run("torch", fused), strict=True):
+            torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_a_fused_optimizer_skips_a_poisoned_step_for_real(name: str) -> None:
+    """Parameters and state stay as they were, to the bit; the row says so when it has come over."""
+    model = mlp()
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01, fused=True)
+    x, y = data()
+    with watch(model, clip="norm") as monitor:
+        for step in range(12):
+            before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x * (math.nan if step == 6 else 1)), y).backward()
+            optimizer.step()
+            if step == 6:
+                torch.testing.assert_close(
+                    [model.state_dict(), optimizer.state_dict()["state"]], before, rtol=0, atol=0
+                )
+        assert [i.opened_step for i in monitor.incidents if i.kind == "nonfinite"] == [6]
+    assert np.flatnonzero(monitor.history.skipped()).tolist() == [6]
+    assert monitor.notes == []
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_other_optimizers_get_zeros_and_the_monitor_says_so() -> None:
+    """No NaN reaches the weights; momentum and decay still act, and that is told."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x, y = data()
+    with watch(model, clip="norm") as monitor:
+        for step in range(12):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x * (math.nan if step == 6 else 1)), y).backward()
+            optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert "set to zero" in monitor.notes[0]
+    assert np.flatnonzero(monitor.history.skipped()).tolist() == [6]
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_a_surge_is_clipped_in_the_very_step(clip: str, fused: bool) -> None:
+    """Before any rule has seen it: the device decides by its own typical norm."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
+    x, y = data()
+    with watch(model, clip=clip) as monitor:
+        for step in range(40):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y * (1e4 if step == 30 else 1)).backward()
+            optimizer.step()
+    coefficients = monitor.history.clip_coefficient()
+    assert coefficients[30] < 1e-2
+    assert (coefficients[:30] == 1).all()
+    assert monitor.history.loss(last=1)[0] < 2
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_an_exploding_run_is_saved_as_on_the_cpu(clip: str, fused: bool) -> None:
+    """A rate sixty times too high from step 60 on: NaN unwatched, finite with auto-clip."""
+
+    def run(armed: bool) -> tuple[float, list[gradwatch.Incident]]:
+        model = mlp(depth=5, width=32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, fused=fused)
+        monitor = watch(model, clip=clip if armed else None)
+
+        def rate(step: int) -> None:
+            optimizer.param_groups[0]["lr"] = 0.02 * (60 if step >= 60 else 1)
+
+        x, y = data()
+        losses = train(model, optimizer, 120, each=rate, x_y=(x, 10 * y))
+        monitor.detach()
+        return losses[-1], monitor.incidents
+
+    assert not math.isfinite(run(armed=False)[0])
+    loss, incidents = run(armed=True)
+    assert math.isfinite(loss)
+    assert incidents[0].opened_step >= 60
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_incidents_carry_the_true_step_although_rows_are_read_later() -> None:
+    """The row of step 9 is read at step 10, and says 9."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    x, y = data()
+    with watch(model) as monitor:
+        for step in range(12):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y * (math.nan if step == 9 else 1)).backward()
+            optimizer.step()
+            assert monitor.history.rows == step
+        assert monitor.incidents[0].opened_step == 9
+
+
+def test_a_ring_reads_in_order_and_never_holds_more_than_its_lag() -> None:
+    """With a lag of 3, the row sent 3 steps ago is the newest that is read; at the end all are."""
+    ring = device.Ring(2, 1, torch.device("cpu"), lag=3)
+    read = []
+    for step in range(100):
+        ring.next().singles[0] = step
+        ring.send(step)
+        read.append([facts for facts, table in ring.arrived() if table.singles[0] == facts])
+    assert read[:3] == [[], [], [0]]
+    assert read[99] == [97]
+    assert [facts for facts, _ in ring.arrived(wait=True)] == [98, 99]
+
+
+def test_the_gates_typical_norm_is_that_of_the_host() -> None:
+    """The same series, NaN, zeros and spikes included, gives the same surge as `Typical`."""
+    from gradwatch.statistics import Typical, quiet_numpy
+
+    gate, typical = device.Gate(torch.device("cpu")), Typical(1, half_life=64)
+    generator = np.random.default_rng(0)
+    series = np.exp(generator.normal(size=300))
+    series[[20, 50, 51]] = [np.nan, 1e9, 0.0]
+    for value in series:
+        gate.learn(torch.tensor(value))
+        with quiet_numpy():
+            typical.update(np.array([value]))
+    assert math.exp(gate._log.item()) == pytest.approx(typical.value[0], rel=1e-9)
+    assert gate._seen.item() == typical.seen[0]
+
+
+@pytest.mark.parametrize(
+    ("norm", "loss", "expected"),
+    [(5.0, 9.0, False), (20.0, 0.5, False), (20.0, 9.0, True), (20.0, math.nan, True), (200.0, 0.5, True)],
+)
+def test_the_gate_fires_far_out_or_beside_a_loss_that_suffers(norm: float, loss: float, expected: bool) -> None:
+    """Ten times the usual norm is learning that begins, unless the loss is up; a hundred times is not."""
+    gate = device.Gate(torch.device("cpu"))
+    orders = Orders(reserve=gradwatch.ClipNorm(), surge=10, far=100, loss_ceiling=1.0)
+    for _ in range(20):
+        gate.learn(torch.tensor(1.0))
+    assert bool(gate.fires(torch.tensor(norm), torch.tensor(loss), orders)) is expected
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("fused", [False, True])
+def test_huge_finite_gradients_keep_their_direction(fused: bool) -> None:
+    """Near 1e20, where torch's own clip zeroes everything, the update has the gradient's direction and length 1."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
+    x, y = data()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with watch(model, clip=gradwatch.AutoClip(gradwatch.ClipNorm(1.0), when="always")):
+        (1e20 * nn.functional.mse_loss(model(x), y)).backward()
+        truth = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+        optimizer.step()
+    moved = torch.cat([(b - p.detach()).double().flatten() for b, p in zip(before, model.parameters(), strict=True)])
+    torch.testing.assert_close(moved, truth / truth.norm(), rtol=1e-4, atol=1e-6)
