@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from gradwatch.device import Unread, precise
+from gradwatch.layers import family_of
 from gradwatch.measure import NormPlan, code_of, global_norm_of, look_closer
 from gradwatch.wrappers import is_dtensor, local_of, summed
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from gradwatch.records import Floats
+    from gradwatch.records import Family, Floats
 
 
 @dataclass(slots=True)
@@ -77,9 +78,9 @@ class Gradients:
         layers: number of columns in all.
         groups: the number of the parameter group of each pair.
         total: parameters in the optimizer, watched or not; a change of it means that groups were added.
-        family: the optimizer's.
+        optimizer: the one; None where there is none.
 
-    Attributes: ``steps`` counts those of this optimizer.
+    Attributes: ``steps`` counts those of this optimizer, ``family`` is its family.
     """
 
     def __init__(
@@ -88,20 +89,22 @@ class Gradients:
         layers: int,
         groups: Sequence[int] = (),
         total: int = 0,
-        family: Literal["sgd", "adam", "other"] = "other",
+        optimizer: Optimizer | None = None,
     ) -> None:
         self.parameters = [parameter for _, parameter in pairs]
         self.columns = np.array([column for column, _ in pairs], dtype=np.intp)
         self.total = total
-        self.family = family
+        self.family: Family = family_of(optimizer) if optimizer is not None else "other"
+        self._optimizer = weakref.ref(optimizer) if optimizer is not None else None
         self.steps = 0
         self._zero = np.zeros(layers, dtype=bool)
+        self._any_zero = False
         self._layers = layers
         self._groups = np.asarray(groups, dtype=np.intp)
         self._sharded = any(is_dtensor(parameter) for parameter in self.parameters)
         self._whole = bool(np.array_equal(self.columns, np.arange(layers)))
         self._plan: NormPlan | None = None
-        self._planned: list[bool] = []
+        self._planned: list[bool] | None = None  # which gradients the plan is for; None: all
         self._rates: list[float] = []
         self._rate = np.full(layers, np.nan)
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
@@ -124,10 +127,11 @@ class Gradients:
             spread = np.full(self._layers, np.nan)
             spread[columns] = norms
         measured = Measured(there, columns, spread, global_norm_of(norms))
-        if not math.isfinite(measured.global_norm) or not norms.all():
+        if not (norms.min() > 0 and measured.global_norm < math.inf):
             self._look_closer(measured)
-        else:
+        elif self._any_zero:
             self._zero[columns] = False
+            self._any_zero = bool(self._zero.any())
         if scale != 1.0:
             measured.norms /= scale
             measured.global_norm /= scale
@@ -143,20 +147,24 @@ class Gradients:
 
     def _present(self) -> tuple[list[Tensor], NDArray[np.intp], NormPlan | None]:
         """Return the gradients that exist now, of sharded ones this process's part, their columns and their plan."""
-        gradients = [parameter.grad for parameter in self.parameters]
+        there = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
         if self._sharded:
-            gradients = [None if gradient is None else local_of(summed(gradient)) for gradient in gradients]
-        there = [gradient for gradient in gradients if gradient is not None]
-        columns = self.columns
-        present = [True] * len(gradients)
-        if len(there) < len(gradients):
-            present = [gradient is not None for gradient in gradients]
+            there = [local_of(summed(gradient)) for gradient in there]
+        columns, present = self.columns, None
+        if len(there) < len(self.parameters):
+            present = [parameter.grad is not None for parameter in self.parameters]
             columns = columns[present]
         if not there:
             return there, columns, None
         if self._plan is None or present != self._planned:
             self._plan, self._planned = NormPlan(there), present
         return there, columns, self._plan
+
+    def is_stale(self, optimizer: Optimizer) -> bool:
+        """True when this was made for another optimizer, or for other parameter groups."""
+        groups = optimizer.param_groups
+        total = len(groups[0]["params"]) if len(groups) == 1 else sum(len(group["params"]) for group in groups)
+        return total != self.total or self._optimizer is None or self._optimizer() is not optimizer
 
     @property
     def home(self) -> torch.device:
@@ -170,18 +178,22 @@ class Gradients:
 
     def _look_closer(self, measured: Measured) -> None:
         """Tell NaN, Inf, overflow of the norm, and underflow apart, for the layers that need it."""
+        norms = measured.norms[measured.columns]
+        doubtful = np.flatnonzero(~np.isfinite(norms) | ((norms == 0) & ~self._zero[measured.columns])).tolist()
+        self._zero[measured.columns] &= norms == 0
+        if not doubtful:  # layers that stay at zero
+            return
         codes = np.zeros(self._layers, dtype=np.uint8)
         counts = {}
-        for gradient, column in zip(measured.gradients, measured.columns.tolist(), strict=True):
-            norm = measured.norms[column]
-            if math.isfinite(norm) and (norm > 0 or self._zero[column]):
-                continue
+        for place in doubtful:
+            gradient, column = measured.gradients[place], int(measured.columns[place])
             nans, infs, norm = look_closer(gradient)
             if nans or infs:
                 codes[column] = code_of(nans, infs)
                 counts[column] = nans, infs
                 norm = math.nan if nans else math.inf
             measured.norms[column] = norm
+        self._any_zero = True
         self._zero = measured.norms == 0  # looked at once: a layer that stays at zero costs nothing more
         if counts:
             measured.nonfinite, measured.counts = codes, counts

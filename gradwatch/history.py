@@ -13,7 +13,7 @@ import numpy as np
 from gradwatch.columns import widened
 from gradwatch.errors import UsageError
 from gradwatch.records import Facts, NonFinite, Provenance, Row
-from gradwatch.statistics import Typical, median_and_mad
+from gradwatch.statistics import Typical, median_and_mad, quiet_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +66,8 @@ class History:
         self._step = np.full(self.window, -1, dtype=np.int64)
 
         self.row = Row(-1, math.nan, np.full(count, np.nan), math.nan)
-        self.typical_grad = Typical(count, half_life=64)
+        self._typical_grad = Typical(count, half_life=64)
+        self._learned = self._to_learn = 0
         self.typical_weight = Typical(count, half_life=16)
         self.weight: Floats = np.full(count, np.nan)
         self.previous_weight: Floats = np.full(count, np.nan)
@@ -123,6 +124,7 @@ class History:
 
     def grow(self, columns: Columns) -> None:
         """Take the columns of layers that were added; their past is missing."""
+        typical_grad = self.typical_grad
         self.layers = tuple(columns.names)
         count = len(self.layers)
         self.sizes = np.asarray(columns.sizes, dtype=np.float64)
@@ -134,15 +136,34 @@ class History:
         self._all_finite = np.zeros(count, dtype=np.uint8)
         self.nonfinite = widened(self.nonfinite, count, 0)
         self.nonfinite_weight = widened(self.nonfinite_weight, count, 0)
-        self.typical_grad.grow(count)
+        typical_grad.grow(count)
         self.typical_weight.grow(count)
         self.row = self.row._replace(grad_norm=widened(self.row.grad_norm, count, np.nan))
 
     def learn(self) -> None:
-        """Let the run's own typical values follow the last row; called after the rules have judged it."""
-        self.typical_grad.update(self.row.grad_norm)
+        """Let the run's own typical values follow the last row; called after the rules have judged it.
+
+        Gradient norms are only noted: they are learned together when somebody asks for their typical values.
+        """
+        self._to_learn = self.rows
         if self.row.weight_norm is not None:
-            self.typical_weight.update(self.row.weight_norm)
+            with quiet_numpy():
+                self.typical_weight.update(self.row.weight_norm)
+        if self._to_learn - self._learned >= self.window // 2:
+            self._catch_up()
+
+    @property
+    def typical_grad(self) -> Typical:
+        """The typical gradient norm of each layer, before the row that is being judged."""
+        if self._learned < self._to_learn:
+            self._catch_up()
+        return self._typical_grad
+
+    def _catch_up(self) -> None:
+        slots = np.arange(self._learned, self._to_learn) % self.window
+        self._learned = self._to_learn
+        with quiet_numpy():
+            self._typical_grad.update_all(self._grad[slots])
 
     def amend(self, *, coefficient: float, skipped: bool = False) -> None:
         """Record on the last row what was done to its gradients."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")
 CALM_STEPS = 20
-_LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
+LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
 _BACK_IN_BAND = 2.0
 _LASTING = 12  # steps after which a loss that is still up is no longer a spike
 FAR = 10.0  # times the limit of a surge at which it speaks for itself
@@ -87,6 +87,11 @@ class Incidents:
         story = self._stories.get("explosion")
         return story.incident if story else None
 
+    @property
+    def exploding(self) -> bool:
+        """True while an incident of the explosion story is open."""
+        return self.open_explosion() is not None
+
     def update(self, changes: Iterable[Alarm], opening: frozenset[str], step: int) -> list[Incident]:
         """Take the alarms that changed; ``opening`` holds the codes that may open an incident. Return what is new."""
         self._follow_bands(step)
@@ -117,7 +122,7 @@ class Incidents:
     def _follow_bands(self, step: int) -> None:
         surge = self._history.surge()
         self._left[(surge < _BACK_IN_BAND)] = -1
-        out = (surge > _LEFT_BAND) | (self._history.nonfinite > 0)
+        out = (surge > LEFT_BAND) | (self._history.nonfinite > 0)
         self._left[out & (self._left < 0)] = step
 
     def _judge(self, name: str, story: _Story, opening: frozenset[str], step: int, *, touched: bool) -> Incident | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from gradwatch.gradients import Gradients
     from gradwatch.layers import Layers
     from gradwatch.ranks import Ranks
-    from gradwatch.records import Clipped, Floats, LossSource, Source
+    from gradwatch.records import Clipped, Family, Floats, LossSource, Source
     from gradwatch.sampling import Sample, Sampling
 
 
@@ -66,7 +66,7 @@ class Facts:
     clipped: Clipped
     loss_source: LossSource
     rate: Floats | None
-    family: Literal["sgd", "adam", "other"]
+    family: Family
     arrived: NDArray[np.bool_]
     sample: Sample | None = None
     clip: Clip | None = None

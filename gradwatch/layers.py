@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch.optim import Optimizer
+
+    from gradwatch.records import Family
 
 _SELF_SCALING = ("adam", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "muon", "adafactor", "lamb")
 
@@ -141,7 +143,7 @@ def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
     )
 
 
-def family_of(optimizer: Optimizer) -> Literal["sgd", "adam", "other"]:
+def family_of(optimizer: Optimizer) -> Family:
     """Return whether an optimizer steps by rate times gradient, by gradients divided by their own size, or otherwise."""
     names = " ".join(kind.__name__.lower() for kind in type(optimizer).__mro__)
     if any(word in names for word in _SELF_SCALING):

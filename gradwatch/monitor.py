@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 import numpy as np
 import torch
 
+from gradwatch.autoclip import NOTHING
 from gradwatch.errors import TrainingUnstableError, UsageError
 from gradwatch.history import History
 from gradwatch.layers import Layers, facts_of, optimizer_facts
@@ -209,7 +210,9 @@ class Monitor:
         except TrainingUnstableError:
             self._pipeline.report(self._probe.seconds)
             raise
-        self._probe.watch_closely(closely=self._pipeline.incidents.open_explosion() is not None)
+        self._probe.watch_closely(closely=self._pipeline.incidents.exploding)
+        if decision is NOTHING:
+            self._pipeline.report(self._probe.seconds)
         return decision
 
     def orders(self) -> Orders | None:

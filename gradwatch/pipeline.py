@@ -15,7 +15,7 @@ import numpy as np
 from gradwatch.alarms import Alarms
 from gradwatch.autoclip import NOTHING, AutoClip, Clipping, Decision, Orders
 from gradwatch.columns import widened
-from gradwatch.incidents import CALM_STEPS, FAR, Incidents
+from gradwatch.incidents import CALM_STEPS, FAR, LEFT_BAND, Incidents
 from gradwatch.records import Alarm, Incident, Row, Snapshot
 from gradwatch.statistics import quiet_numpy
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _EVERY_STEP = 64  # every rule judges each of the first steps: small models explode within 30
 _CADENCE = 16  # afterwards, while nothing stirs
-_STIR = 3.0  # times a layer's typical gradient norm at which a quiet step is looked at
 _SERIES = 400  # rows that a report gets for its curves
 _SPEED_OVER = 0.2  # seconds over which the speed is taken
 _NO_LOSS = 5  # rows without a loss after which the loss rules say that they rest
@@ -84,17 +83,13 @@ class Pipeline:
 
     def step(self, row: Row) -> Decision:
         """Judge one row; return what to do with its gradients before the optimizer sees them."""
-        with quiet_numpy():
-            return self._step(row)
-
-    def _step(self, row: Row) -> Decision:
         self.history.push(row)
-        if self._first_step is None:  # what came before the first step is not the training's speed
-            self._first_step = self._timed_step = row.step
-            self._timed = perf_counter()
-        if not self._quiet(row):
-            self._judge(row)
-        decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
+        if self._quiet(row):
+            decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
+        else:
+            with quiet_numpy():
+                self._judge(row)
+                decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
         self.history.learn()
         return decision
 
@@ -124,11 +119,16 @@ class Pipeline:
         )
 
     def _judge(self, row: Row) -> None:
+        if self._first_step is None:  # what came before the first step is not the training's speed
+            self._first_step = self._timed_step = row.step
+            self._timed = perf_counter()
         changes = self.alarms.update(self.history, row.step)
         self.changes.extend(changes)
         self._news += tuple(self.incidents.update(changes, self._opening, row.step))
         # a layer without a typical norm yet is looked at whenever it has a gradient
-        self._band = np.nan_to_num(_STIR * self.history.typical_grad.value, nan=0.0, posinf=np.inf)
+        typical = self.history.typical_grad
+        band = typical.value * np.maximum(LEFT_BAND, np.exp(4 * typical.scatter))
+        self._band = np.nan_to_num(band, nan=0.0, posinf=np.inf)
         if row.has_loss:
             middle, spread = self.history.loss_level()
             self._loss_band = middle + 3 * max(spread, abs(middle) / 10)
@@ -146,6 +146,9 @@ class Pipeline:
 
         ``cost`` is gradwatch's own time so far, in seconds.
         """
+        if not self.reports:
+            self._news = ()
+            return
         now = perf_counter()
         told = bool(self._news) or len(self.notes) > self._notes_told
         due = [

@@ -22,11 +22,10 @@ from gradwatch.device import Unread
 from gradwatch.errors import ExchangeError, PeerError, TrainingUnstableError, UsageError
 from gradwatch.gradients import Gradients, Measured, assembled
 from gradwatch.later import Facts, Later
-from gradwatch.layers import family_of
 from gradwatch.losses import Losses
 from gradwatch.measure import norm_of
 from gradwatch.ranks import Local, Ranks, Unsupported, find_ranks
-from gradwatch.records import Clipped, Culprits, LossSource, Provenance, Row, Source
+from gradwatch.records import Clipped, Culprits, Family, LossSource, Provenance, Row, Source
 from gradwatch.sampling import Sample, Sampling
 from gradwatch.wrappers import local_of, unmeasurable
 
@@ -51,7 +50,7 @@ class Judge(Protocol):
         """An optimizer of the watched parameters is about to make its first step."""
 
     def judge(self, row: Row) -> Decision:
-        """Take a row; say what to do with its gradients."""
+        """Take a row; say what to do with its gradients. `done` follows, unless that is nothing."""
 
     def orders(self) -> Orders | None:
         """Say what to do with a step before it is known; None: only watch it."""
@@ -86,7 +85,7 @@ class Probe:
         self._judge = weakref.ref(judge)
         self._every = every
         self._sampling = Sampling(layers)
-        self._known: weakref.WeakKeyDictionary[Optimizer, Gradients] = weakref.WeakKeyDictionary()
+        self._known: dict[int, Gradients] = {}  # by the optimizer's id
         self._owners = False
         self._all: Gradients | None = None
         self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
@@ -96,6 +95,8 @@ class Probe:
         self._weights_then = math.nan
         self._before_clip: Measured | Unread | None = None
         self._inside: list[tuple[Measured, Floats]] = []
+        self._inside_family: Family = "other"
+        self._last_provenance = Provenance()
         self._stray: Tensor | None = None
         self._ranks: Ranks | None = None
         self._met = False
@@ -274,6 +275,7 @@ class Probe:
         ):  # its end passed by the tap
             self._end_of_fused_backward()
         self._inside.append((part, mine.rate(optimizer)))
+        self._inside_family = mine.family
 
     def _end_of_fused_backward(self) -> None:
         """Make one row of the steps that an optimizer made inside backward; too late to act on any of them."""
@@ -287,16 +289,16 @@ class Probe:
             return
         now = assembled([part for part, _ in parts])
         rate = np.fmax.reduce([rate for _, rate in parts])
-        row = self._row(step, "optimizer in backward", now, now, self._sampling.take(now, closely=self._closely))
-        row = row._replace(rate=rate, poisoned=False)  # nothing is left to be kept from the optimizer
-        if judge.judge(row) is not NOTHING:
+        sampled = self._sampling.take(now, closely=self._closely)
+        row = self._row(step, "optimizer in backward", now, now, sampled, rate, self._inside_family)
+        # nothing is left to be kept from the optimizer
+        if judge.judge(row._replace(poisoned=False)) is not NOTHING:
             judge.note("auto-clip cannot act where the optimizer steps inside backward: it only watches there.")
-        judge.done(row, NOTHING, 1.0)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Give back the gradients that were hidden so that the optimizer skipped them."""
-        mine = self._known.get(optimizer)
-        if mine is not None:
+        mine = self._known.get(id(optimizer))
+        if mine is not None and mine.parameters:
             mine.restore()
             if self._stepping is not None and self._stepping() is optimizer:
                 self._stepping = None
@@ -322,8 +324,8 @@ class Probe:
 
     def _gradients_of(self, optimizer: Optimizer) -> Gradients | None:
         """Return the gradients of the watched layers that an optimizer owns; None when it owns none."""
-        mine = self._known.get(optimizer)
-        if mine is None or mine.total != sum(len(group["params"]) for group in optimizer.param_groups):
+        mine = self._known.get(id(optimizer))
+        if mine is None or mine.is_stale(optimizer):
             mine = self._find(optimizer)
         return mine if mine.parameters else None
 
@@ -338,7 +340,10 @@ class Probe:
             if column is not None:
                 pairs.append((column, parameter))
                 groups.append(number)
-        self._known[optimizer] = mine = Gradients(pairs, len(self._layers), groups, len(held), family_of(optimizer))
+        mine = Gradients(pairs, len(self._layers), groups, len(held), optimizer)
+        known = self._known
+        known[id(optimizer)] = mine
+        weakref.finalize(optimizer, known.pop, id(optimizer), None).atexit = False
         judge = self._judge()
         if pairs and judge is not None:
             self._owners = True
@@ -390,7 +395,7 @@ class Probe:
         if source != "left out by the scaler":
             self._left_out = 0
         mine.steps += 1
-        if (mine.steps - 1) % self._every and not self._closely:
+        if self._every > 1 and (mine.steps - 1) % self._every and not self._closely:
             self.step += 1
             self.losses.spend()
             return
@@ -408,13 +413,15 @@ class Probe:
         now = mine.measure(scale)
         whole = self._before_clip.only(mine.columns) if isinstance(self._before_clip, Measured) else now
         sampled = self._sampling.take(now, closely=self._closely)
-        row = self._row(step, source, now, whole, sampled, returned)
-        row = row._replace(rate=mine.rate(optimizer) if optimizer is not None else None, family=mine.family)
+        rate = mine.rate(optimizer) if optimizer is not None else None
+        row = self._row(step, source, now, whole, sampled, rate, mine.family, returned)
         try:
             decision = judge.judge(row)
         except TrainingUnstableError:
             self._stepping = None  # a user who steps again all the same is judged again
             raise
+        if decision is NOTHING:
+            return
         coefficient = self._act(decision, now, scale, mine, source, optimizer)
         if self._ranks is not None and decision.clip is not None and not decision.clip.keeps_direction:
             # what is left of the norm of the whole is known at the next exchange
@@ -430,6 +437,8 @@ class Probe:
         now: Measured,
         whole: Measured,
         sampled: Sample,
+        rate: Floats | None,
+        family: Family,
         returned: Any = None,
     ) -> Row:
         """Put together what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
@@ -448,13 +457,22 @@ class Probe:
             nonfinite_weight=sampled.nonfinite_weight,
             counts=whole.counts,
             poisoned=bool(now.gradients) and not math.isfinite(now.global_norm),
-            applied=_share_left(now, whole),
+            rate=rate,
+            family=family,
+            applied=1.0 if whole is now else _share_left(now, whole),
             dead_share=sampled.dead_share,
             unchanged=sampled.unchanged,
             arrived=self.arrivals.arrived,
             culprits=culprits,
-            provenance=Provenance(source, self._seen_clip(whole is not now), loss_source, processes),
+            provenance=self._provenance(source, whole is not now, loss_source, processes),
         )
+
+    def _provenance(self, source: Source, before: bool, loss: LossSource, processes: int) -> Provenance:  # noqa: FBT001
+        last = self._last_provenance
+        if last[0] == source and before is (last[1] == "before the user's clip") and last[2] == loss:
+            return last
+        self._last_provenance = Provenance(source, self._seen_clip(before), loss, processes)
+        return self._last_provenance
 
     def _seen_clip(self, before: bool) -> Clipped:  # noqa: FBT001
         if before:
@@ -506,6 +524,8 @@ class Probe:
             row = unnumbered._replace(step=self.step)
             self.step += 1
             judge.judge(row)
+            if decision is NOTHING:
+                continue
             if self._ranks is not None and decision.clip is not None and not decision.clip.keeps_direction:
                 self._clipped_by_value = row, decision, numbers.now_norm
             else:
@@ -610,9 +630,10 @@ class Probe:
         if not self.active:
             return None
         started = perf_counter()
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # noqa: FBT003  as `torch.no_grad`, which costs ten times as much
         try:
-            with torch.no_grad():
-                return do(*args)
+            return do(*args)
         except TrainingUnstableError:
             raise
         except ExchangeError:
@@ -622,6 +643,7 @@ class Probe:
             self._fail(error)
             return None
         finally:
+            torch._C._set_grad_enabled(grad)
             self.seconds += perf_counter() - started
 
 

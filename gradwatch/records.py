@@ -33,6 +33,7 @@ Source = Literal[
     "left out by the scaler",
     "written",
 ]
+Family = Literal["sgd", "adam", "other"]
 CulpritSign = Literal["loss", "backward", "gradient"]
 LossSource = Literal["monitor.loss()", "closure", "backward root", "written", "none"]
 Clipped = Literal["no clip before it seen", "before the user's clip", "as the optimizer sees it"]
@@ -101,7 +102,7 @@ class Row(NamedTuple):
     counts: Mapping[int, tuple[int, int]] | None = None
     poisoned: bool = False
     rate: Floats | None = None
-    family: Literal["sgd", "adam", "other"] = "other"
+    family: Family = "other"
     applied: float = 1.0
     dead_share: Floats | None = None
     unchanged: Floats | None = None
@@ -223,7 +224,7 @@ class Facts:
     normalised: bool = False
     depth: int = 0
     optimizer: str | None = None
-    family: Literal["sgd", "adam", "other"] = "other"
+    family: Family = "other"
     rate: float = float("nan")
     clip: str | None = None
 

@@ -56,6 +56,9 @@ class Sample:
             self.unchanged = np.where(numbers.changed, 0.0, self.row)
 
 
+_NOT_DUE = Sample(-1, np.zeros(0, dtype=bool))
+
+
 class Sampling:
     """The sampled statistics of one model, by rows since it was attached."""
 
@@ -81,6 +84,8 @@ class Sampling:
     def take(self, now: Measured, *, closely: bool) -> Sample:
         """Look at what is due with this row; ``closely``: the weights are. Runs without autograd."""
         row, weights, census = self._due(closely=closely)
+        if not (weights or census):
+            return _NOT_DUE
         sample = Sample(row, self._gone())
         if weights:
             self._weights(sample)

@@ -6,6 +6,7 @@ import math
 import statistics
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,3 +68,21 @@ def test_the_state_survives_a_round_trip() -> None:
     for typical in (one, other):
         typical.update(np.array([3.0, 3.0, 3.0]))
     np.testing.assert_array_equal(one.value, other.value)
+
+
+@pytest.mark.parametrize("wild", [None, np.nan, np.inf, 0.0, 1e6])
+def test_many_rows_at_once_are_learned_as_one_by_one(wild: float | None) -> None:
+    """The closed form, and its way back to the loop where a value is missing or clamped."""
+    generator = np.random.default_rng(0)
+    together, one_by_one = Typical(5, half_life=16), Typical(5, half_life=16)
+    for block in range(30):
+        rows = np.exp(generator.normal(scale=0.3, size=(generator.integers(1, 17), 5)))
+        if wild is not None and block % 7 == 3:
+            rows[0, 2] = wild
+        with quiet_numpy():
+            together.update_all(rows)
+            for row in rows:
+                one_by_one.update(row)
+        np.testing.assert_allclose(together.value, one_by_one.value, rtol=1e-12)
+        np.testing.assert_allclose(together.scatter, one_by_one.scatter, rtol=1e-10)
+        assert together.seen.tolist() == one_by_one.seen.tolist()
