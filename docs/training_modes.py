@@ -35,8 +35,10 @@ of your own is called in each process.
 TAIL = """
 * FSDP2 with `CPUOffloadPolicy` needs an accelerator and was not run.
 * Call `detach()` in every process or in none; a process that stops exchanging leaves the others waiting.
-* Inside `DistributedDataParallel.join()` nothing is exchanged, since some processes may have no batch left: there each
-  process's row is its own.
+* From the first `DistributedDataParallel.join()` on nothing is exchanged, since some processes may have no batch left: each
+  process's rows are its own then, auto-clip does not act, and the summary says so.
+* A gradient that is only a summand of the whole (`Partial`, as of a sequence-parallel norm) is summed before it is measured,
+  as the optimizer would do it; that is one more exchange for each.
 * Under FSDP parameters bear no hooks. There the order of layers within one backward is that of the model, reversed.
 * If only some of the processes attach, their numbers are their own, auto-clip does not act, and the summary says so. It
   is found out at the first step, within 30 seconds.
@@ -75,6 +77,7 @@ that finite gradients near 1e20 get their true norm and are clipped in the right
 * DeepSpeed and Megatron-LM keep gradients in buffers of their own. `attach` says so and refuses; zeros are never reported.
 * Several processes in which the model is neither DistributedDataParallel nor FSDP nor made of DTensors (gradients averaged
   by hand, pipeline stages): each process watches its own part alone, and the summary says so.
+* A clip of your own on a device, unless it has `apply_unread`.
 * Auto-clip inside backward, where each parameter is updated before the global norm is known, and inside LBFGS's line
   search: both are watched only.
 * CUDA graphs: a captured step runs no Python, so that only what is outside of the graph is seen.

@@ -125,6 +125,11 @@ class Arrivals:
         self._misses, self._learning, self.marker = 0, _LEARNING, None
         self.start()
 
+    @property
+    def hookless(self) -> bool:
+        """True where parameters bear no hooks."""
+        return self._signatures is not None
+
     def begin(self) -> None:
         """A backward is about to run."""
         if self._signatures is not None:

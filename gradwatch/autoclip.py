@@ -235,7 +235,7 @@ class Clipping:
             where = self.history.first_nonfinite() or "an unknown layer"
             what = f"Gradients are not finite at step {row.step} (first in backward order: {where})"
             if self.policy.on_nonfinite == "stop":
-                raise TrainingUnstableError(f'{what}, and on_nonfinite="stop". Parameters are those before this step.')
+                raise TrainingUnstableError(f'{what}, and on_nonfinite="stop". They were not applied.')
             cause = (
                 "the weights themselves are not finite, so no later step can be better; go back to a checkpoint"
                 if weights
@@ -243,6 +243,6 @@ class Clipping:
             )
             raise TrainingUnstableError(
                 f"{what}, after {self._skips_in_a_row - 1} steps skipped in a row of at most {self.policy.max_skips}: "
-                f"{cause}. Parameters and optimizer state are as before step {row.step - self._skips_in_a_row + 1}."
+                f"{cause}. No gradient that is not finite was applied since step {row.step - self._skips_in_a_row + 1}."
             )
         return Decision(skip=True)

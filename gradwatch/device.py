@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from gradwatch.table import Table, size_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 RING = 64  # rows under way at most: a host that is further ahead waits for the oldest
 LAG = 8  # steps after which each of several processes reads a row, so that all decide alike
+PATIENCE = 10  # steps in a row that a gradient scaler may leave out before one is judged
 _WINSOR = math.log(4.0)
 _RATE = 1.0 - 0.5 ** (1.0 / 64)
 _SETTLED = 8  # norms before which nothing is a surge
@@ -48,11 +50,14 @@ class Unread:
     columns: NDArray[Any]
     norms: Tensor
 
-    @property
-    def total(self) -> Tensor:
-        """The L2 norm of all of them as one vector, of the parts that this process holds."""
-        norm: Tensor = torch.linalg.vector_norm(self.norms)
-        return norm
+    def only(self, columns: NDArray[Any], places: Tensor | None) -> Unread:
+        """Return those of ``columns``; ``places`` (k,) are theirs among ``norms``, None where all are."""
+        return self if places is None else Unread(self.gradients, columns, self.norms[places])
+
+
+def joined(parts: list[Unread]) -> Unread:
+    """Return the gradients of one backward as one, from parts that no longer exist as tensors."""
+    return Unread([], np.concatenate([part.columns for part in parts]), torch.cat([part.norms for part in parts]))
 
 
 class Slot:

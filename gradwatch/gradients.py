@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gradwatch.device import Unread, precise
+from gradwatch.device import Gate, Unread, precise
 from gradwatch.layers import family_of
 from gradwatch.measure import NormPlan, code_of, global_norm_of, look_closer
 from gradwatch.wrappers import is_dtensor, local_of, summed
@@ -56,16 +56,18 @@ class Measured:
         return measured
 
 
-def assembled(parts: Sequence[Measured]) -> Measured:
+def assembled(parts: Sequence[Measured], layers: int) -> Measured:
     """Return the gradients of one backward as one, from parts that no longer exist as tensors."""
     columns = np.concatenate([part.columns for part in parts])
-    norms = np.full(len(parts[0].norms), np.nan)
+    norms = np.full(layers, np.nan)
     for part in parts:
         norms[part.columns] = part.norms[part.columns]
     whole = Measured([], columns, norms, global_norm_of(norms[columns]))
     codes = [part.nonfinite for part in parts if part.nonfinite is not None]
     if codes:
-        whole.nonfinite = np.bitwise_or.reduce(codes)
+        whole.nonfinite = np.zeros(layers, dtype=np.uint8)
+        for code in codes:
+            whole.nonfinite[: len(code)] |= code
         whole.counts = {column: count for part in parts for column, count in (part.counts or {}).items()}
     return whole
 
@@ -96,6 +98,7 @@ class Gradients:
         self.total = total
         self.family: Family = family_of(optimizer) if optimizer is not None else "other"
         self._optimizer = weakref.ref(optimizer) if optimizer is not None else None
+        self._ends = _ends(optimizer) if optimizer is not None else []
         self.steps = 0
         self._zero = np.zeros(layers, dtype=bool)
         self._any_zero = False
@@ -108,8 +111,7 @@ class Gradients:
         self._rates: list[float] = []
         self._rate = np.full(layers, np.nan)
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
-        self._first_device: torch.device | None = None
-        self._home = torch.device("cpu")
+        self.gate: Gate | None = None  # on a device, the typical norm of this optimizer's steps
         self._lent: list[tuple[weakref.ref[Optimizer], str, Tensor | None]] = []
 
     def measure(self, scale: float = 1.0) -> Measured:
@@ -149,32 +151,31 @@ class Gradients:
         """Return the gradients that exist now, of sharded ones this process's part, their columns and their plan."""
         there = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
         if self._sharded:
-            there = [local_of(summed(gradient)) for gradient in there]
+            there = self._parts()
         columns, present = self.columns, None
         if len(there) < len(self.parameters):
             present = [parameter.grad is not None for parameter in self.parameters]
             columns = columns[present]
         if not there:
             return there, columns, None
-        if self._plan is None or present != self._planned:
+        if self._plan is None or present != self._planned or there[0].device != self._plan.device:
             self._plan, self._planned = NormPlan(there), present
         return there, columns, self._plan
 
-    def is_stale(self, optimizer: Optimizer) -> bool:
-        """True when this was made for another optimizer, or for other parameter groups."""
-        groups = optimizer.param_groups
-        total = len(groups[0]["params"]) if len(groups) == 1 else sum(len(group["params"]) for group in groups)
-        return total != self.total or self._optimizer is None or self._optimizer() is not optimizer
+    def _parts(self) -> list[Tensor]:
+        """Return this process's part of each gradient that exists; what is only a summand is summed first, in place."""
+        parts = []
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                whole = summed(parameter.grad)
+                if whole is not parameter.grad:  # a clip must reach it too; the optimizer would sum it itself
+                    parameter.grad = whole
+                parts.append(local_of(whole))
+        return parts
 
-    @property
-    def home(self) -> torch.device:
-        """The device on which the numbers of this step come together: the first that is not the CPU, if there is any."""
-        first = self.parameters[0].device
-        if first != self._first_device:  # the model has moved
-            self._first_device, self._plan = first, None
-            devices = [parameter.device for parameter in self.parameters]
-            self._home = next((one for one in devices if one.type != "cpu"), first)
-        return self._home
+    def is_stale(self, optimizer: Optimizer) -> bool:
+        """True when this was made for another optimizer, or for other parameters than it holds now."""
+        return self._optimizer is None or self._optimizer() is not optimizer or _ends(optimizer) != self._ends
 
     def _look_closer(self, measured: Measured) -> None:
         """Tell NaN, Inf, overflow of the norm, and underflow apart, for the layers that need it."""
@@ -269,6 +270,12 @@ def _number(rate: Any) -> float:
     if isinstance(rate, torch.Tensor):
         return rate.item() if rate.is_cpu else math.nan
     return math.nan if rate is None else float(rate)
+
+
+def _ends(optimizer: Optimizer) -> list[tuple[int, int, int]]:
+    """Return the size and the ends of each parameter group: all of them on each step would cost more than the norms."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    return [(len(group), id(group[0]), id(group[-1])) if group else (0, 0, 0) for group in groups]
 
 
 def zero_where(gradients: Sequence[Tensor], bad: Tensor) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gradwatch.autoclip import NOTHING, Decision, Orders
-from gradwatch.device import LAG, Gate, Ring, Slot, Unread
+from gradwatch.device import LAG, PATIENCE, Gate, Ring, Slot, Unread
 from gradwatch.errors import PeerError
 from gradwatch.gradients import zero_where
 from gradwatch.measure import on_device
@@ -23,6 +23,7 @@ from gradwatch.table import (
     AFTER,
     BACKWARD_BAD,
     COEFFICIENT,
+    FAILED,
     GRADIENT_BAD,
     LEFT_OUT,
     LOSS,
@@ -88,18 +89,19 @@ class Later:
         self._ranks = ranks
         self._processes = ranks.size if ranks is not None else 1
         self._ring = Ring(len(layers), self._processes, home, LAG if ranks is not None else None)
-        self._gate = Gate(home)
         self._parts = Parts(on_device(ranks.share, home), on_device(ranks.part, home)) if ranks is not None else None
         self._indices: tuple[NDArray[Any], Tensor] | None = None
+        self._places: dict[int, Tensor] = {}
         self._after: Tensor | None = None
+        self._left_out = 0
         self.home = home
-        self.due = False  # true while other processes wait for this one's row
 
     # On the device: nothing is read.
 
     def take(
         self,
-        mine: Gradients,
+        mine: Gradients | None,
+        now: Unread,
         before: Unread | None,
         facts: Facts,
         loss: Tensor | float | None,
@@ -109,29 +111,49 @@ class Later:
         *,
         closely: bool,
     ) -> None:
-        """Measure, exchange, decide and act; send the row on its way."""
+        """Exchange, decide and act on what was measured; send the row on its way."""
         scale = getattr(optimizer, "grad_scale", None)
         overflow = getattr(optimizer, "found_inf", None)
         slot = self._ring.next()
-        self.due = self._ranks is not None
-        now = mine.measure_unread(self.home, scale)
-        whole = before or now
-        self._write(slot, whole, now, loss, own_norms)
+        self._write(slot, now if before is None else self._same_columns(before, now), now, loss, own_norms)
         facts.sample = self._sampling.take_unread(now, slot, self._parts, closely=closely)
         if overflow is not None:
             slot.singles[LEFT_OUT].copy_(overflow.reshape(()), non_blocking=True)
         if self._ranks is not None:
-            self.due = False
             self._ranks.exchange(slot.flat)
         slot.singles[COEFFICIENT] = 1.0
-        if orders is not None:
+        if orders is not None and mine is not None:
             facts.clip = self._act(mine, now, slot, orders, optimizer, scale)
         self._ring.send(facts)
+
+    def tell_failure(self) -> None:
+        """Take part in one exchange only to say that gradwatch failed here."""
+        slot = self._ring.next()
+        slot.singles[FAILED] = 1.0
+        if self._ranks is not None:
+            self._ranks.exchange(slot.flat)
+        self._ring.send(None)
+
+    def failure_is_known(self) -> bool:
+        """True from the step on in which all processes read the first row that tells of a failure."""
+        return any(Numbers.of(table).failed for _, table in self._ring.arrived())
+
+    def _same_columns(self, before: Unread, now: Unread) -> Unread:
+        """Of what was there before the user's clip, take what this optimizer owns."""
+        if np.array_equal(before.columns, now.columns):
+            return before
+        key = hash(now.columns.tobytes())
+        if key not in self._places:
+            where = {column: place for place, column in enumerate(before.columns.tolist())}
+            if not where.keys() >= set(now.columns.tolist()):  # some came after the clip
+                return now
+            self._places[key] = on_device(np.array([where[column] for column in now.columns.tolist()]), self.home)
+        return before.only(now.columns, self._places[key])
 
     def _write(
         self, slot: Slot, whole: Unread, now: Unread, loss: Tensor | float | None, own_norms: list[Tensor]
     ) -> None:
-        if len(whole.gradients):
+        if len(whole.columns):
             index = self._index(whole.columns)
             slot.rows[SQUARE].index_copy_(0, index, self._shared(whole))
             slot.rows[PRESENT].index_fill_(0, index, 1.0)
@@ -175,12 +197,13 @@ class Later:
         norm = torch.sqrt(slot.singles[NOW])
         bad = ~torch.isfinite(norm)
         clip, fires = orders.clip or orders.reserve, None
+        mine.gate = mine.gate or Gate(self.home)
         if orders.clip is None and clip is not None:
-            fires = self._gate.fires(norm, slot.singles[LOSS] / slot.singles[LOSSES], orders)
+            fires = mine.gate.fires(norm, slot.singles[LOSS] / slot.singles[LOSSES], orders)
         if orders.reserve is not None:
-            self._gate.learn(norm)
+            mine.gate.learn(norm)
         coefficient = None
-        if clip is not None and now.gradients:
+        if clip is not None:
             if clip.keeps_direction and mine.folds(optimizer):
                 coefficient = clip.factor(norm, fires)
             else:
@@ -188,8 +211,7 @@ class Later:
                     now.gradients, norm, fires, 1.0 if scale is None else scale
                 )
                 if not clip.keeps_direction and self._ranks is not None:
-                    after = mine.measure_unread(self.home, scale)
-                    self._after = self._shared(after).sum()
+                    self._after = self._shared(mine.measure_unread(self.home, scale)).sum()
                     slot.singles[COEFFICIENT] = math.nan  # known at the next exchange
         if orders.skip:
             slot.singles[SKIPPED] = bad
@@ -213,12 +235,15 @@ class Later:
             numbers = Numbers.of(table)
             if numbers.failed:
                 raise PeerError("gradwatch failed in another process, whose output has the cause")
-            if numbers.left_out:
-                continue
+            self._left_out = self._left_out + 1 if numbers.left_out else 0
+            if numbers.left_out:  # the scaler found an overflow; now and then that is how it finds its scale
+                if self._left_out < PATIENCE:
+                    continue
+                facts.source = "left out by the scaler"
             decision = NOTHING
-            if numbers.skipped:
+            if numbers.skipped and not numbers.left_out:
                 decision = Decision(skip=True)
-            elif facts.clip is not None:
+            elif facts.clip is not None and not numbers.left_out:
                 decision = Decision(clip=facts.clip)
             yield self._row(facts, numbers), decision, numbers
 
@@ -226,7 +251,10 @@ class Later:
         sample = facts.sample
         assert sample is not None
         sample.fill(numbers)
-        seen = numbers.loss is not None
+        # another process may have seen one where this one did not
+        loss_source: LossSource = facts.loss_source if facts.loss_source != "none" else "backward root"
+        if numbers.loss is None:
+            loss_source = "none"
         left = numbers.now_norm / numbers.global_norm if numbers.global_norm > 0 else 1.0
         return Row(
             step=-1,
@@ -245,5 +273,5 @@ class Later:
             unchanged=sample.unchanged,
             arrived=facts.arrived,
             culprits=self._ranks.culprits(numbers) if self._ranks is not None else None,
-            provenance=Provenance(facts.source, facts.clipped, facts.loss_source if seen else "none", self._processes),
+            provenance=Provenance(facts.source, facts.clipped, loss_source, self._processes),
         )

@@ -44,6 +44,8 @@ class Layers:
         self.fan_in: list[int] = []
         self.with_units: list[bool] = []
         self._refs: list[weakref.ref[nn.Parameter]] = []
+        self._first_device: torch.device | None = None
+        self._home = torch.device("cpu")
         self._columns: dict[int, int] = {}
         self.look_again()
         if not any(parameter.requires_grad for _, parameter in self.parameters()):
@@ -57,16 +59,27 @@ class Layers:
         """The model, None when it is gone."""
         return self._model()
 
-    def look_again(self) -> bool:
-        """Follow parameters that were replaced, take in those that were added; True when there is any of either."""
+    @property
+    def home(self) -> torch.device:
+        """The device on which the numbers of all layers come together: the first that is not the CPU, if there is any."""
+        first = self._refs[0]()
+        if first is not None and first.device != self._first_device:  # at first, or the model has moved
+            self._first_device = first.device
+            devices = [parameter.device for _, parameter in self.parameters()]
+            self._home = next((device for device in devices if device.type != "cpu"), first.device)
+        return self._home
+
+    def look_again(self) -> set[int]:
+        """Follow parameters that were replaced, take in those that were added; return the columns of both."""
         model = self._model()
         if model is None:
-            return False
+            return set()
+        self._first_device = None
         inner = unwrapped(model)
         # rows of these weights are units, each fed by every input
         united = {id(module.weight) for module in inner.modules() if isinstance(module, (nn.Linear, _ConvNd))}
         shapes = whole_shapes(inner)
-        news = False
+        news = set()
         seen: dict[int, str] = {}
         for wrapped, parameter in inner.named_parameters(remove_duplicate=False):
             name = plain_name(wrapped)
@@ -83,11 +96,11 @@ class Layers:
                 if name not in aliases:
                     aliases.append(name)
             elif self.column(parameter) is None:
-                news = True
-                self._take(name, parameter, shapes.get(id(parameter), parameter.shape), id(parameter) in united)
+                shape = shapes.get(id(parameter), parameter.shape)
+                news.add(self._take(name, parameter, shape, with_units=id(parameter) in united))
         return news
 
-    def _take(self, name: str, parameter: nn.Parameter, shape: torch.Size, with_units: bool) -> None:  # noqa: FBT001
+    def _take(self, name: str, parameter: nn.Parameter, shape: torch.Size, *, with_units: bool) -> int:
         if name in self.names:
             column = self.names.index(name)
             self._columns = {key: other for key, other in self._columns.items() if other != column}
@@ -105,6 +118,7 @@ class Layers:
         self.matrices[column] = len(shape) >= 2
         self.fan_in[column] = max(1, shape.numel() // max(1, shape[0])) if len(shape) >= 2 else 1
         self.with_units[column] = with_units and parameter.dim() == len(shape)  # FSDP1 keeps flat pieces
+        return column
 
     def __len__(self) -> int:
         return len(self.names)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 import torch
 
 from gradwatch.device import precise
+from gradwatch.wrappers import local_of, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,6 +93,6 @@ class Losses:
 def _sum(losses: Sequence[Tensor | float]) -> Tensor | float:
     """Add up losses, as a float64 tensor without dimensions if one of them is a tensor."""
     return sum(
-        loss.detach().to(precise(loss.device)).reshape(()) if isinstance(loss, torch.Tensor) else loss
+        local_of(summed(loss.detach())).to(precise(loss.device)).reshape(()) if isinstance(loss, torch.Tensor) else loss
         for loss in losses
     )

@@ -46,6 +46,7 @@ class NormPlan:
         self._groups = [(np.asarray(indices), indices, _wide(tensors[indices[0]])) for indices in together.values()]
         self._simple = len(self._groups) == 1 and not self._alone
         self._count = len(tensors)
+        self.device = tensors[0].device
         self._order: Tensor | None = None
 
     def norms(self, tensors: list[Tensor]) -> Floats:

@@ -87,11 +87,13 @@ class Monitor:
         self.attached = False
         atexit.unregister(self.detach)
         self._finish.detach()
-        self._probe.stop()
         model = self._model()
         if model is not None:
             attached.pop(model, None)
-        self._pipeline.close(self._probe.seconds)
+        try:
+            self._probe.stop()
+        finally:
+            self._pipeline.close(self._probe.seconds)
 
     def owns_any(self, optimizer: Optimizer) -> bool:
         """True when the optimizer holds at least one of the watched parameters."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,8 +18,9 @@ import torch
 from gradwatch import device, hooks, taps
 from gradwatch.arrivals import Arrivals
 from gradwatch.autoclip import NOTHING
+from gradwatch.clips import Clip
 from gradwatch.columns import widened
-from gradwatch.device import Unread
+from gradwatch.device import Unread, joined
 from gradwatch.errors import ExchangeError, PeerError, TrainingUnstableError, UsageError
 from gradwatch.gradients import Gradients, Measured, assembled
 from gradwatch.later import Facts, Later
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 _UNDECIDED = 16  # steps of optimizers that own no watched layer after which a loop is taken to have none of its own
-_PATIENCE = 10  # steps in a row that a gradient scaler may leave out before one is judged
 
 
 class Judge(Protocol):
@@ -94,15 +95,17 @@ class Probe:
         self._left_out = self._left_out_before = 0
         self._weights_then = math.nan
         self._before_clip: Measured | Unread | None = None
-        self._inside: list[tuple[Measured, Floats]] = []
+        self._inside: list[tuple[Measured | Unread, Floats]] = []
+        self._inside_seen: set[int] = set()
         self._inside_family: Family = "other"
         self._last_provenance = Provenance()
         self._stray: Tensor | None = None
         self._ranks: Ranks | None = None
         self._met = False
         self._due = False
-        self._lame = 0
+        self._lame = False
         self._later: Later | None = None
+        self._stop: TrainingUnstableError | None = None
         self._may_act = True
         self._clipped_by_value: tuple[Row, Decision, float] | None = None
         self._after = 0.0
@@ -130,9 +133,11 @@ class Probe:
 
     def stop(self) -> None:
         """Remove every hook and give back what was hidden."""
-        self.catch_up(all_of_them=True)
-        self._give_up()
-        hooks.unlisten(self)
+        try:
+            self.catch_up(all_of_them=True)
+        finally:
+            self._give_up()
+            hooks.unlisten(self)
 
     def _give_up(self) -> None:
         """Stop, but for the process-wide hooks: torch may be walking over them right now."""
@@ -158,7 +163,8 @@ class Probe:
 
     def backward_begins(self) -> None:
         """See `taps.Listener`."""
-        self.arrivals.begin()
+        if self.arrivals.hookless:
+            self._guarded(self.arrivals.begin)
         if self.losses.pending and self._gradients_cleared():  # the user left a step out: its loss belongs to no row
             self.losses.forget()
 
@@ -168,7 +174,8 @@ class Probe:
 
     def backward_ended(self, root: Tensor | None, callers: Collection[int]) -> None:
         """See `taps.Listener`."""
-        if not self.arrivals.end(callers):  # another model's backward, or one that passed by the marker
+        reached = self._guarded(self.arrivals.end, callers) if self.arrivals.hookless else self.arrivals.end(callers)
+        if not reached and not self._inside:  # another model's backward, or one that passed by the marker
             self.arrivals.missed(enough=self._loop == "backward")
             self._stray = root
             return
@@ -214,21 +221,21 @@ class Probe:
             self._guarded(self._measure_before_clip, mine)
 
     def _measure_before_clip(self, mine: Gradients) -> None:
-        free = device.reading_is_free(mine.home)
-        self._before_clip = mine.measure() if free else mine.measure_unread(mine.home)
+        home = self._layers.home
+        self._before_clip = mine.measure() if device.reading_is_free(home) else mine.measure_unread(home)
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """See `taps.Listener`."""
-        if self._gradients_of(optimizer) is not None:
+        if self._guarded(self._gradients_of, optimizer) is not None:
             self.losses.scaler = scaler
             self._left_out_before = self._left_out
             self._left_out += 1
 
     def scaler_stepped(self, optimizer: Optimizer) -> None:
         """See `taps.Listener`: now and then a step is left out to find the scale; many in a row are a fault."""
-        mine = self._gradients_of(optimizer)
+        mine = self._guarded(self._gradients_of, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
-            if self._left_out >= _PATIENCE:
+            if self._left_out >= device.PATIENCE:
                 self._guarded(self._measure, mine, "left out by the scaler", optimizer)
             self.losses.forget()
         self.losses.scaler = None
@@ -240,6 +247,13 @@ class Probe:
         return self._guarded(self._prepare, optimizer, args, kwargs)
 
     def _prepare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if self._ranks is not None:  # should anything fail from here on, the others must not wait
+            self._ranks.exchanged, self._due = False, True
+        changed = self._prepare_step(optimizer, args, kwargs)
+        self._due = False
+        return changed
+
+    def _prepare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         mine = self._gradients_of(optimizer)
         # an optimizer that steps inside another's step (super().step(), a wrapper) belongs to it; a step that raised never
         # came to its end, but then another backward has been since
@@ -269,31 +283,38 @@ class Probe:
 
     def _step_inside_backward(self, mine: Gradients, optimizer: Optimizer) -> None:
         self._loop = "optimizer"
-        part = mine.measure()
-        if any(
-            np.isin(part.columns, earlier.columns).any() for earlier, _ in self._inside
-        ):  # its end passed by the tap
+        home = self._layers.home
+        part = mine.measure() if device.reading_is_free(home) else mine.measure_unread(home)
+        columns = part.columns.tolist()
+        if not self._inside_seen.isdisjoint(columns):  # the end of that backward passed by the tap
             self._end_of_fused_backward()
+        self._inside_seen.update(columns)
         self._inside.append((part, mine.rate(optimizer)))
         self._inside_family = mine.family
 
     def _end_of_fused_backward(self) -> None:
         """Make one row of the steps that an optimizer made inside backward; too late to act on any of them."""
         judge = self._judge()
-        if judge is None:
-            return
         parts, self._inside = self._inside, []
-        step, self.step = self.step, self.step + 1
-        if step % self._every and not self._closely:
-            self.losses.spend()
+        self._inside_seen.clear()
+        if judge is None or not self._is_due(self.step):
             return
-        now = assembled([part for part, _ in parts])
-        rate = np.fmax.reduce([rate for _, rate in parts])
-        sampled = self._sampling.take(now, closely=self._closely)
-        row = self._row(step, "optimizer in backward", now, now, sampled, rate, self._inside_family)
-        # nothing is left to be kept from the optimizer
-        if judge.judge(row._replace(poisoned=False)) is not NOTHING:
+        rates = np.full((len(parts), len(self._layers)), np.nan)
+        for place, (_, rate) in enumerate(parts):
+            rates[place, : len(rate)] = rate
+        rate = np.fmax.reduce(rates)
+        source: Source = "optimizer in backward"
+        if judge.orders() is not None:
             judge.note("auto-clip cannot act where the optimizer steps inside backward: it only watches there.")
+        unread = [part for part, _ in parts if isinstance(part, Unread)]
+        if unread:
+            self._send(joined(unread), source, rate, self._inside_family, None, None, None, None)
+            return
+        now = assembled([part for part, _ in parts if isinstance(part, Measured)], len(self._layers))
+        step, self.step = self.step, self.step + 1
+        sampled = self._sampling.take(now, closely=self._closely)
+        row = self._row(step, source, now, now, sampled, rate, self._inside_family)
+        judge.judge(row._replace(poisoned=False))  # nothing is left to be kept from the optimizer
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Give back the gradients that were hidden so that the optimizer skipped them."""
@@ -332,8 +353,10 @@ class Probe:
     def _find(self, optimizer: Optimizer) -> Gradients:
         """Look up which watched layers an optimizer owns; the model may have changed since attach."""
         held = [(p, number) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        if any(self._layers.column(p) is None for p, _ in held) and self._layers.look_again():
-            self._grow()
+        if any(self._layers.column(p) is None for p, _ in held):
+            news = self._layers.look_again()
+            if news:
+                self._grow(news)
         pairs, groups = [], []
         for parameter, number in held:
             column = self._layers.column(parameter)
@@ -353,7 +376,7 @@ class Probe:
                 raise UsageError(f"{type(optimizer).__name__} cannot be watched: {reason}.")
         return mine
 
-    def _grow(self) -> None:
+    def _grow(self, news: set[int]) -> None:
         """Follow parameters that were added or replaced: adapters, a new head, `load_state_dict(assign=True)`."""
         for gradients in tuple(self._known.values()):
             gradients.restore()
@@ -365,7 +388,7 @@ class Probe:
             self.losses.add_root(self._stray)
         self.catch_up(all_of_them=True)
         self._later = None
-        self._sampling.grow()
+        self._sampling.grow(news)
         self.arrivals.grow()
         if self._ranks is not None:
             self._meet()
@@ -380,6 +403,29 @@ class Probe:
 
     # One row.
 
+    def _is_due(self, steps: int) -> bool:
+        """Meet the other processes and see to what is pending; False when this step leaves no row."""
+        if self._every > 1 and steps % self._every and not self._closely:
+            self.step += 1
+            self.losses.spend()
+            return False
+        if not self._met:
+            self._meet()
+        elif self._ranks is not None and self._ranks.apart:
+            self._part_company()
+        if self._ranks is not None:
+            self._ranks.exchanged = False
+            self._due = True
+        if self._lame:
+            self._say_lame()
+            return False
+        if self._later is not None:
+            self._read()
+        if self._stop is not None:
+            stop, self._stop = self._stop, None
+            raise stop
+        return True
+
     def _measure(
         self, mine: Gradients, source: Source, optimizer: Optimizer | None = None, returned: Any = None
     ) -> None:
@@ -387,33 +433,24 @@ class Probe:
         judge = self._judge()
         if judge is None:
             return
-        home = mine.home
-        free = device.reading_is_free(home)
+        free = device.reading_is_free(self._layers.home)
         scale = _fused_scale(optimizer) if free else 1.0
         if scale is None:  # the optimizer itself leaves the step out: the scaler found an overflow
             return
         if source != "left out by the scaler":
             self._left_out = 0
         mine.steps += 1
-        if self._every > 1 and (mine.steps - 1) % self._every and not self._closely:
-            self.step += 1
-            self.losses.spend()
+        if not self._is_due(mine.steps - 1):
             return
-        if not self._met:
-            self._meet()
-        if self._lame:
-            self._say_lame()
-            return
-        self._due = True
+        rate = mine.rate(optimizer) if optimizer is not None else None
         if not free:
-            self._read()
-            self._measure_unread(mine, source, optimizer, returned, home)
+            now_unread = mine.measure_unread(self._layers.home, getattr(optimizer, "grad_scale", None))
+            self._send(now_unread, source, rate, mine.family, mine, optimizer, returned, self._before_clip)
             return
         step, self.step = self.step, self.step + 1
         now = mine.measure(scale)
         whole = self._before_clip.only(mine.columns) if isinstance(self._before_clip, Measured) else now
         sampled = self._sampling.take(now, closely=self._closely)
-        rate = mine.rate(optimizer) if optimizer is not None else None
         row = self._row(step, source, now, whole, sampled, rate, mine.family, returned)
         try:
             decision = judge.judge(row)
@@ -444,7 +481,7 @@ class Probe:
         """Put together what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
         loss, loss_source = self.losses.read(returned)
         culprits, processes = None, 1
-        if self._ranks is not None and not self._ranks.apart:
+        if self._ranks is not None:
             loss, loss_source, culprits = self._unite(loss, loss_source, whole, now, sampled)
             processes = self._ranks.size
         return Row(
@@ -456,7 +493,8 @@ class Probe:
             nonfinite=whole.nonfinite,
             nonfinite_weight=sampled.nonfinite_weight,
             counts=whole.counts,
-            poisoned=bool(now.gradients) and not math.isfinite(now.global_norm),
+            # of several processes, some may hold no gradient
+            poisoned=not math.isfinite(now.global_norm) and (processes > 1 or bool(now.gradients)),
             rate=rate,
             family=family,
             applied=1.0 if whole is now else _share_left(now, whole),
@@ -481,38 +519,55 @@ class Probe:
 
     # Gradients on a device: rows come later.
 
-    def _measure_unread(
-        self, mine: Gradients, source: Source, optimizer: Optimizer | None, returned: Any, home: torch.device
+    def _send(
+        self,
+        now: Unread,
+        source: Source,
+        rate: Floats | None,
+        family: Family,
+        mine: Gradients | None,
+        optimizer: Optimizer | None,
+        returned: Any,
+        before: Measured | Unread | None,
     ) -> None:
+        """Send a row on its way; what must be done at once is decided on the device."""
         judge = self._judge()
         assert judge is not None
-        if self._later is None or self._later.home != home:
-            self.catch_up(all_of_them=True)
-            self._later = Later(self._layers, self._sampling, home, self._ranks)
-        before = self._before_clip if isinstance(self._before_clip, Unread) else None
+        later = self._require_later()
+        before = before if isinstance(before, Unread) else None
         loss, loss_source = self.losses.unread(returned)
-        facts = Facts(
-            source=source,
-            clipped=self._seen_clip(before is not None),
-            loss_source=loss_source,
-            rate=mine.rate(optimizer) if optimizer is not None else None,
-            family=mine.family,
-            arrived=self.arrivals.arrived,
-        )
-        acts = self._may_act and source != "left out by the scaler" and self._clippable(source, optimizer)
-        orders = judge.orders() if acts else None
-        if orders is not None and orders.skip and not mine.skips(optimizer):
+        facts = Facts(source, self._seen_clip(before is not None), loss_source, rate, family, self.arrivals.arrived)
+        acts = mine is not None and source != "left out by the scaler" and self._clippable(source, optimizer)
+        orders = judge.orders() if acts and self._may_act else None
+        if orders is not None and orders.skip and mine is not None and not mine.skips(optimizer):
             judge.note(
                 "on a device, gradients that are not finite are set to zero: of torch's optimizers only fused ones "
                 "(fused=True) can leave a step out there."
             )
-        self._due = False
-        self._later.take(mine, before, facts, loss, optimizer, orders, self.arrivals.own_norms(), closely=self._closely)
+        clip = (orders.clip or orders.reserve) if orders is not None else None
+        if orders is not None and clip is not None and type(clip).apply_unread is Clip.apply_unread:
+            judge.note(f"{clip} has no apply_unread: it does not act on a device.")
+            orders = replace(orders, clip=None, reserve=None)
+        own = self.arrivals.own_norms()
+        later.take(mine, now, before, facts, loss, optimizer, orders, own, closely=self._closely)
+
+    def _require_later(self) -> Later:
+        home = self._layers.home
+        if self._later is None or self._later.home != home:
+            self._read(wait=True)
+            self._later = Later(self._layers, self._sampling, home, self._ranks)
+        return self._later
 
     def catch_up(self, *, all_of_them: bool = False) -> None:
-        """Wait for the rows that are still under way; of several processes only at the end, for they decide in step."""
+        """Wait for the rows that are still under way; of several processes only at the end, for they decide in step.
+
+        That the run is unstable is not raised here but at the next step.
+        """
         if self._later is not None and (self._ranks is None or all_of_them):
-            self._guarded(self._read, True)  # noqa: FBT003
+            try:
+                self._guarded(self._read, True)  # noqa: FBT003
+            except TrainingUnstableError as stop:
+                self._stop = stop
 
     def _read(self, wait: bool = False) -> None:  # noqa: FBT001, FBT002
         """Judge the rows that have come over from the device."""
@@ -555,8 +610,19 @@ class Probe:
             )
             return
         self._ranks = ranks
-        if ranks.replica is not None:
+        if ranks.averages:
             self.arrivals.stand_sentinel()
+
+    def _part_company(self) -> None:
+        """From the first `model.join()` on some processes may have no more batches: each goes on by itself."""
+        self.catch_up(all_of_them=True)
+        self._ranks = self._later = self._clipped_by_value = None
+        self._may_act = False
+        judge = self._judge()
+        if judge is not None:
+            judge.note(
+                "model.join() was used: from there on numbers are those of this process alone, and auto-clip does not act."
+            )
 
     def _unite(
         self, loss: float, source: LossSource, whole: Measured, now: Measured, sampled: Sample
@@ -565,7 +631,6 @@ class Probe:
         assert self._ranks is not None
         bad = any(not math.isfinite(norm.item()) for norm in self.arrivals.own_norms())
         mine = Local(loss if source != "none" else None, bad, self._after)
-        self._due = False
         united = self._ranks.unite(mine, whole, now, sampled)
         self._after = 0.0
         self._settle(united.after_norm)
@@ -585,20 +650,26 @@ class Probe:
         """Switch off; where others wait for this process's rows, tell them first, now or at the next step."""
         if self._ranks is None or isinstance(error, PeerError):
             self._give_up()
-        elif not self._lame:  # each of them reads the news after the same number of steps
-            self._lame = 1 if self._later is None else device.LAG
-            if self._due or (self._later is not None and self._later.due):
+        elif not self._lame:
+            self._lame = True
+            if self._due and not self._ranks.exchanged:
                 self._say_lame()
         judge = self._judge()
         if judge is not None:
             judge.failed("measuring", error)
 
     def _say_lame(self) -> None:
-        if self._ranks is not None and not self._ranks.apart:
-            self._ranks.tell_failure()
-        self._lame -= 1
-        if not self._lame:
+        """Exchange the news that gradwatch failed here; leave in the step in which all processes know."""
+        ranks = self._ranks
+        if ranks is None:
             self._give_up()
+        elif device.reading_is_free(self._layers.home):
+            ranks.tell_failure()
+            self._give_up()
+        elif self._later is not None and self._later.failure_is_known():
+            self._give_up()
+        else:
+            self._require_later().tell_failure()
 
     def _act(
         self,
@@ -616,7 +687,7 @@ class Probe:
             mine.hide(optimizer)
         elif decision.skip:
             mine.zero()
-        elif decision.clip is not None and now.gradients and self._clippable(source, optimizer):
+        elif decision.clip is not None and math.isfinite(now.global_norm) and self._clippable(source, optimizer):
             clip = decision.clip if scale == 1.0 else decision.clip.loosened(scale)
             return clip.apply(now.gradients, now.global_norm * scale)
         return 1.0

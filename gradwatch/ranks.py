@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import weakref
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ from gradwatch.table import (
     Numbers,
     Table,
 )
-from gradwatch.wrappers import flat_modules, is_dtensor, replica_of
+from gradwatch.wrappers import flat_modules, is_dtensor, replica_of, whole_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -88,7 +89,9 @@ class Ranks:
         self._layers = layers
         self._group = None if group is dist.group.WORLD else group  # destroyed at exit, it shall not be held here
         self._pieces = pieces
-        self.replica = replica
+        self._replica = weakref.ref(replica) if replica is not None else None
+        self.averages = replica is not None
+        self.exchanged = False
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.world = [dist.get_global_rank(group, rank) for rank in range(self.size)] if group else range(self.size)
@@ -99,8 +102,10 @@ class Ranks:
         """Look up which part of each layer this process holds."""
         self.share, self.part = np.zeros((2, len(self._layers)))
         parameter: Any
+        model = self._layers.model
+        flat = whole_shapes(model) if model is not None else {}
         for column, parameter in self._layers.parameters():
-            pieces = self._pieces
+            pieces = self._pieces if id(parameter) in flat else 1
             held = parameter
             if is_dtensor(parameter):
                 split = [
@@ -117,8 +122,12 @@ class Ranks:
 
     @property
     def apart(self) -> bool:
-        """True while some processes may have no more batches (`model.join()`): then nothing may be exchanged."""
-        return self.replica is not None and bool(self.replica._join_config.enable)
+        """True from the first `model.join()` on: some processes may have no more batches, so nothing may be exchanged.
+
+        Torch does not tell when the context ends.
+        """
+        replica = self._replica() if self._replica is not None else None
+        return replica is not None and bool(replica._join_config.enable)
 
     def agree(self) -> bool:
         """Find out whether every process of the group watches this model: exchanging alone would hang the training.
@@ -194,6 +203,7 @@ class Ranks:
 
     def exchange(self, flat: Tensor) -> None:
         """Sum a table over all processes, in place: the one collective of a step."""
+        self.exchanged = True
         try:
             dist.all_reduce(flat, group=self._group)
         except Exception as error:

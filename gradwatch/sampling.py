@@ -65,7 +65,7 @@ class Sampling:
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
         self._plan: NormPlan | None = None
-        self._planned = 0
+        self._planned: tuple[int, torch.device | None] = 0, None
         self._rows = 0
         self._prints: dict[int, int] = {}
         self._alive: dict[int, tuple[int, Tensor]] = {}
@@ -75,8 +75,12 @@ class Sampling:
         self._dead_share = np.full(len(layers), np.nan)
         self._unchanged = np.zeros(len(layers))
 
-    def grow(self) -> None:
-        """Take the columns of layers that were added."""
+    def grow(self, news: set[int]) -> None:
+        """Take the columns of layers that were added or whose parameter is another now."""
+        self._alive.clear()
+        for known in (self._prints, self._prints_on, self._dead_on):
+            for column in news & known.keys():
+                del known[column]
         self._dead_share = widened(self._dead_share, len(self._layers), np.nan)
         self._unchanged = widened(self._unchanged, len(self._layers), 0.0)
         self._plan = None
@@ -118,19 +122,20 @@ class Sampling:
             sample.weight_norm = np.zeros(len(self._layers))
         if census:
             self._count_units_on(now, slot.rows[DEAD], share)
-            self._compare_on(slot.rows[CHANGED])
+            self._compare_on(slot.rows[CHANGED], first=row == 0)
             sample.dead_share = sample.unchanged = np.full(len(self._layers), np.nan)
         return sample
 
     def _weights_on(self, home: torch.device) -> tuple[Tensor, Tensor]:
         columns, whole = zip(*self._layers.parameters(), strict=True)
-        if self._plan is None or self._planned != len(whole):
-            self._plan, self._planned = NormPlan([local_of(parameter) for parameter in whole]), len(whole)
+        if self._plan is None or self._planned != (len(whole), home):
+            self._plan, self._planned = NormPlan([local_of(parameter) for parameter in whole]), (len(whole), home)
             self._columns = on_device(np.array(columns), home)
         return self._columns, self._plan.norms_on(home, [local_of(parameter) for parameter in whole])
 
     def _count_units_on(self, now: Unread, dead: Tensor, share: Parts | None) -> None:
-        for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
+        here = zip(now.gradients, now.columns.tolist(), strict=True) if now.gradients else ()
+        for gradient, column in here:
             if not self._layers.with_units[column] or not gradient.numel() or gradient.is_sparse:
                 continue
             looks, live = self._alive.get(column, (0, None))
@@ -146,19 +151,19 @@ class Sampling:
         if unknown:
             dead.index_fill_(0, on_device(np.array(unknown), dead.device), np.nan)
 
-    def _compare_on(self, changed: Tensor) -> None:
+    def _compare_on(self, changed: Tensor, *, first: bool) -> None:
         for column, parameter in self._layers.parameters():
-            if not parameter.requires_grad:
-                changed[column] = 1
-            elif local_of(parameter).numel():
+            if parameter.requires_grad and local_of(parameter).numel() and (first or column in self._prints_on):
                 now = fingerprint(parameter)
                 changed[column] = (now != self._prints_on.setdefault(column, now)).to(changed.dtype)
+            elif local_of(parameter).numel():  # not known from the beginning
+                changed[column] = 1
 
     def _weights(self, sample: Sample) -> None:
         columns, whole = zip(*self._layers.parameters(), strict=True)
         parameters = [local_of(parameter) for parameter in whole]
-        if self._plan is None or self._planned != len(parameters):
-            self._plan, self._planned = NormPlan(parameters), len(parameters)
+        if self._plan is None or self._planned != (len(parameters), None):
+            self._plan, self._planned = NormPlan(parameters), (len(parameters), None)
         norms = np.full(len(self._layers), np.nan)
         norms[list(columns)] = self._plan.norms(parameters)
         nonfinite = np.zeros(len(self._layers), dtype=bool)

@@ -92,8 +92,9 @@ def unreduced(model: nn.Module | None) -> list[torch.Tensor | None]:
         return found
     for part in model.modules():
         if isinstance(part, module.FSDPModule):
-            group = getattr(part._get_fsdp_state(), "_fsdp_param_group", None)
-            for one in group.fsdp_params if group is not None else ():
+            state = part._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            for one in (one for group in groups if group is not None for one in group.fsdp_params):
                 whole = getattr(one, "_unsharded_param", None)
                 found += [one.unsharded_accumulated_grad, whole.grad if whole is not None else None]
     return found

@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations, 
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
-from tests.trainings import data, mlp, true_norm, true_norms
+from tests.trainings import data, mlp, step_in_backward, true_norm, true_norms
 
 mse = nn.functional.mse_loss
 
@@ -377,16 +377,12 @@ def _compiled_step(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[
 @mode("optimizer in backward", "all of its steps in one backward, as one row; auto-clip only watches", "after backward")
 def _in_backward(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model = mlp()
-    optimizers: dict[Tensor, Any] = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
     seen: dict[Tensor, float] = {}
 
-    def update(parameter: Tensor) -> None:
+    def see(parameter: Tensor) -> None:
         seen[parameter] = true_norm(parameter.grad)
-        optimizers[parameter].step()
-        optimizers[parameter].zero_grad()
 
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(update)
+    step_in_backward(model, before=see)
     watch(model)
     for x, y in batches():
         loss = mse(model(x), y)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradwatch
 from gradwatch import device
 from gradwatch.autoclip import Orders
-from tests.trainings import data, mlp, train
+from tests.trainings import data, mlp, step_in_backward, train
 
 CLIPS = [None, gradwatch.ClipNorm(1.0), gradwatch.ClipValue(0.5)]
 
@@ -272,3 +272,114 @@ def test_huge_finite_gradients_keep_their_direction(fused: bool) -> None:
         optimizer.step()
     moved = torch.cat([(b - p.detach()).double().flatten() for b, p in zip(before, model.parameters(), strict=True)])
     torch.testing.assert_close(moved, truth / truth.norm(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_a_stop_that_is_read_at_the_end_leaves_nothing_attached() -> None:
+    """`detach` and the properties do not raise it; it is for the next step."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    x, y = data()
+    monitor = watch(model, clip=gradwatch.AutoClip("norm", on_nonfinite="stop"))
+
+    def step(factor: float) -> None:
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x * factor), y).backward()
+        optimizer.step()
+
+    step(1.0)
+    step(math.nan)
+    assert monitor.incidents[0].kind == "nonfinite"
+    with pytest.raises(gradwatch.TrainingUnstableError):
+        step(1.0)
+    step(math.nan)
+    monitor.detach()  # the fixture of all tests looks for what is left
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_two_optimizers_have_a_typical_norm_each() -> None:
+    """A small one and a large one, after one clip of the user's over both: rows of their own layers, no false clip."""
+    x, y = data()
+    model = mlp()
+    body, head = list(model.parameters())[:4], list(model.parameters())[4:]
+    one, other = torch.optim.SGD(body, lr=0.001), torch.optim.SGD(head, lr=0.001)
+    with watch(model, clip="norm") as monitor:
+        for _ in range(40):
+            model.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            with torch.no_grad():
+                for parameter in body:
+                    parameter.grad.mul_(1e-3)  # type: ignore[union-attr]
+            truth = [[p.grad.norm().item() for p in part] for part in (body, head)]  # type: ignore[union-attr]
+            nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+            one.step()
+            other.step()
+    np.testing.assert_allclose(monitor.history.grad_norm(last=2)[0], [*truth[0], math.nan, math.nan], rtol=1e-5)
+    np.testing.assert_allclose(monitor.history.grad_norm(last=2)[1], [*[math.nan] * 4, *truth[1]], rtol=1e-5)
+    assert (monitor.history.clip_coefficient() == 1).all()
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_an_optimizer_inside_backward_is_not_read_either() -> None:
+    """Its many small steps become one row on the device."""
+    model = mlp()
+    step_in_backward(model)
+    x, y = data()
+    with watch(model) as monitor, Reads() as reads:
+        for _ in range(10):
+            nn.functional.mse_loss(model(x), y).backward()
+        assert reads.count == 0
+    assert monitor.history.rows == 10
+    assert (monitor.history.grad_norm() > 0).all()
+
+
+def test_a_model_that_moves_to_a_device_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows before and after it, in one history."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model) as monitor:
+        train(model, optimizer, 40)
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+        train(model, optimizer, 40)
+    assert monitor.history.steps().tolist() == list(range(80))
+    assert (monitor.history.grad_norm() > 0).all()
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_a_clip_that_knows_no_device_says_so() -> None:
+    """One of the user's own: watched on, not switched off."""
+
+    class Half(gradwatch.Clip):
+        """Halves."""
+
+        def apply(self, gradients: Any, global_norm: float) -> float:
+            """See `gradwatch.Clip`."""
+            return 1.0
+
+        def loosened(self, factor: float) -> Any:
+            """See `gradwatch.Clip`."""
+            return self
+
+    model = mlp()
+    with watch(model, clip=gradwatch.AutoClip(Half(), when="always")) as monitor:
+        train(model, torch.optim.SGD(model.parameters(), lr=0.01, fused=True), 5)
+    assert monitor.history.rows == 5
+    assert "does not act on a device" in monitor.notes[0]
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_a_fused_scaler_that_never_recovers_is_an_incident() -> None:
+    """Left-out steps leave no rows, until there are ten in a row."""
+    x, y = data()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model) as monitor:
+        for step in range(40):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x * (math.nan if step >= 20 else 1)), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert [incident.kind for incident in monitor.incidents if incident.severity == "critical"] == ["nonfinite"]
+    assert monitor.history.provenance.source == "left out by the scaler"

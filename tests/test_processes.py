@@ -23,19 +23,23 @@ BY_NAME = {mode.name: mode for mode in MODES}
 PAIRS = ["DistributedDataParallel", "FSDP2 (`fully_shard`)", "tensor parallel, plain parameters beside DTensors"]
 
 
+def torchrun(processes: int, folder: Path, *arguments: str, **more: str) -> dict[Path, str]:
+    """Run a module of the tests in several processes; return what they wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["--redirects", "3", "--log-dir", str(folder / "log"), "-m", *arguments]
+    environment = {**ENVIRONMENT, **more}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    logs = {path: path.read_text() for path in (folder / "log").rglob("std*.log")}
+    assert done.returncode == 0, "\n".join(logs.values()) + done.stderr
+    return logs
+
+
 def launch(
     mode: Mode, folder: Path, event: str = "nothing", clip: str = "none", *, later: bool = False
 ) -> list[dict[str, Any]]:
     """Train under torchrun, ``later`` by the path for devices; return what each process saw."""
-    environment = {**ENVIRONMENT, **({"AS_ON_A_DEVICE": "1"} if later else {})}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(mode.processes)]
-    command += ["--redirects", "3", "--log-dir", str(folder / "log"), "-m", "tests.processes"]
-    done = subprocess.run(
-        [*command, mode.name, event, clip, str(folder)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    logs = {path: path.read_text() for path in (folder / "log").rglob("std*.log")}
-    assert done.returncode == 0, "\n".join(logs.values()) + done.stderr
+    more = {"AS_ON_A_DEVICE": "1"} if later else {}
+    logs = torchrun(mode.processes, folder, "tests.processes", mode.name, event, clip, str(folder), **more)
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(mode.processes)]
     for rank, one in enumerate(seen):
         one["output"] = "".join(text for path, text in logs.items() if path.parent.name == str(rank))
@@ -186,3 +190,57 @@ def test_the_others_end_with_an_error_when_one_process_is_killed(tmp_path: Path)
     assert running[3].returncode == -9
     assert all(process.returncode == 1 for process in running[:3])
     assert all("gradwatch could not exchange a row with the other 3 processes" in error for error in errors[:3])
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All scenes, played once in two processes."""
+    folder = tmp_path_factory.mktemp("scenes")
+    torchrun(2, folder, "tests.scenes", str(folder))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_one_optimizer_over_several_models_exchanges_in_one_order(played: list[dict[str, Any]]) -> None:
+    """Each model's rows are its own."""
+    for one in played:
+        scene = one["one_optimizer_over_several_models"]
+        np.testing.assert_allclose(scene["norms"], scene["truth"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["uneven_batches", "uneven_batches_on_a_device"])
+def test_nobody_waits_for_a_process_without_batches(name: str, played: list[dict[str, Any]]) -> None:
+    """And each process says that it goes on by itself."""
+    assert [one[name]["rows"] for one in played] == [6, 8]
+    assert all("auto-clip does not act" in one[name]["notes"][0] for one in played)
+
+
+def test_a_failure_before_measuring_is_told_in_the_same_step(played: list[dict[str, Any]]) -> None:
+    """Four rows in both, and the reason."""
+    first, second = (one["failing_before_measuring"] for one in played)
+    assert first["rows"] == second["rows"] == 4
+    assert "OSError" in first["notes"][0]
+    assert "failed in another process" in second["notes"][0]
+
+
+def test_a_second_failure_while_the_first_is_on_its_way_hangs_nobody(played: list[dict[str, Any]]) -> None:
+    """Both tell of their own."""
+    assert all("OSError" in one["two_failures_on_devices"]["notes"][0] for one in played)
+
+
+def test_a_process_without_gradients_decides_with_the_others(played: list[dict[str, Any]]) -> None:
+    """From the numbers of all."""
+    assert [one["no_gradient_in_one_process"]["skipped"] for one in played] == [
+        [False, False, True, True, False, False]
+    ] * 2
+
+
+def test_summands_are_clipped_by_the_same_factor(played: list[dict[str, Any]]) -> None:
+    """The whole gradient has the norm that was asked for."""
+    for one in played:
+        assert one["summands_are_clipped_too"]["left"] == pytest.approx(1e-3, rel=1e-3)
+        assert one["summands_are_clipped_too"]["notes"] == []
+
+
+def test_a_dropped_model_is_freed(played: list[dict[str, Any]]) -> None:
+    """In each process."""
+    assert all(one["a_dropped_model"]["freed"] for one in played)

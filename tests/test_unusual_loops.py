@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
+from gradwatch import device
 from tests import terminal
 from tests.conftest import left_behind
-from tests.trainings import data, mlp, train, true_norms
+from tests.trainings import data, mlp, step_in_backward, train, true_norms
 
 
 def watch(model: nn.Module, **settings: Any) -> gradwatch.Monitor:
@@ -478,3 +479,69 @@ def test_another_live_display_of_rich_does_not_recurse() -> None:
     assert "RecursionError" not in session.raw
     assert "hello" in session.everything
     assert "60 steps of Sequential" in session.everything
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_layers_that_learn_later_are_not_called_frozen(*, later: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unfrozen at step 100; and a head that is replaced by one of another shape while units are counted."""
+    if later:
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+    x, y = data()
+    model = mlp()
+    model[0].requires_grad_(False)
+    with watch(model) as monitor:
+        train(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01), 100)
+        model[0].requires_grad_(True)
+        train(model, torch.optim.SGD(model.parameters(), lr=0.01), 40)
+        model[4] = nn.Linear(16, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(150):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x).mean(1, keepdim=True), y).backward()
+            optimizer.step()
+    assert monitor.history.rows == 290
+    assert not [incident for incident in monitor.incidents if incident.kind == "frozen"]
+
+
+def test_parameters_swapped_inside_an_optimizer_are_followed() -> None:
+    """As a wrapper does it that shards the model after the optimizer was made."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, optimizer=optimizer, report=None, strict=True) as monitor:
+        model.load_state_dict(model.state_dict(), assign=True)
+        for name in list(dict(model.named_parameters())):
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, nn.Parameter(model.get_parameter(name).detach().clone()))
+        optimizer.param_groups[0]["params"][:] = list(model.parameters())
+        truth: list[list[float]] = []
+        train(model, optimizer, 5, each=lambda _: truth.append(true_norms(model)))
+    np.testing.assert_allclose(monitor.history.grad_norm(), truth, rtol=1e-6)
+
+
+def test_a_failure_around_a_scalers_step_never_reaches_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told, and training goes on."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu")
+    x, y = data()
+    with gradwatch.attach(model, report=None) as monitor:
+        monkeypatch.setattr(monitor._probe, "_find", None)
+        scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
+        scaler.step(optimizer)
+    assert "TypeError" in monitor.notes[0]
+
+
+def test_an_optimizer_inside_backward_takes_in_a_new_head() -> None:
+    """Parts of one backward from before and after it join into rows of the new width."""
+    model = mlp()
+    step_in_backward(model)
+    x, y = data()
+    with watch(model) as monitor:
+        nn.functional.mse_loss(model(x), y).backward()
+        model.append(nn.Linear(1, 1))
+        step_in_backward(model[5])
+        for _ in range(4):
+            nn.functional.mse_loss(model(x), y).backward()
+    assert monitor.history.layers[-2:] == ("5.weight", "5.bias")
+    assert monitor.history.rows == 5
+    assert (monitor.history.grad_norm(last=3) > 0).all()

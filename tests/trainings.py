@@ -57,6 +57,20 @@ def train(
     return losses
 
 
+def step_in_backward(module: nn.Module, before: Callable[[Tensor], Any] | None = None) -> None:
+    """Give each parameter an optimizer of its own that steps inside backward; ``before`` is called before each."""
+    for parameter in module.parameters():
+        optimizer = torch.optim.SGD([parameter], lr=0.01)
+
+        def update(parameter: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            if before is not None:
+                before(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(update)
+
+
 def true_norms(model: nn.Module) -> list[float]:
     """Return each parameter's gradient norm by a dumb loop in float64; NaN where there is no gradient."""
     return [true_norm(parameter.grad) for parameter in model.parameters()]
