@@ -167,7 +167,7 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the run's baselines, in plain lists, so that a resumed run need not learn them again."""
         self._probe.catch_up()
-        return {"step": self._probe.step, "history": self.history.state_dict()}
+        return {"step": self._probe.rows.step, "history": self.history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; raises `UsageError` when it belongs to other layers."""
@@ -176,18 +176,18 @@ class Monitor:
                 f"load_state_dict() got {type(state).__name__}; expected what monitor.state_dict() returned."
             )
         self.history.load_state_dict(state["history"])
-        self._probe.step = int(state["step"])
+        self._probe.rows.step = int(state["step"])
 
     # What the probe reports.
 
     def optimizer_found(self, optimizer: Optimizer) -> None:
-        """See `gradwatch.probe.Judge`."""
+        """See `gradwatch.rows.Judge`."""
         self.history.facts = optimizer_facts(self.history.facts, optimizer)
         if self.history.facts.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
             self.note("auto-clip does not act inside a line search: LBFGS is watched only.")
 
     def grown(self, layers: Layers) -> None:
-        """See `gradwatch.probe.Judge`."""
+        """See `gradwatch.rows.Judge`."""
         self._pipeline.grow(layers)
         model = self._model()
         if model is not None:
@@ -197,12 +197,12 @@ class Monitor:
             )
 
     def note(self, text: str) -> None:
-        """See `gradwatch.probe.Judge`."""
+        """See `gradwatch.rows.Judge`."""
         if text not in self._pipeline.notes:
             self._pipeline.notes.append(text)
 
     def judge(self, row: Row) -> Decision:
-        """See `gradwatch.probe.Judge`."""
+        """See `gradwatch.rows.Judge`."""
         if self._probe.arrivals.order is not None:
             self.history.order = self._probe.arrivals.order
         if row.rate is not None and row.rate is not self.history.rate:
@@ -218,16 +218,16 @@ class Monitor:
         return decision
 
     def orders(self) -> Orders | None:
-        """See `gradwatch.probe.Judge`."""
+        """See `gradwatch.rows.Judge`."""
         return self._pipeline.orders()
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
-        """See `gradwatch.probe.Judge`."""
+        """See `gradwatch.rows.Judge`."""
         self._pipeline.done(row, decision, coefficient)
         self._pipeline.report(self._probe.seconds)
 
     def failed(self, part: str, error: Exception) -> None:
-        """See `gradwatch.probe.Judge`."""
+        """See `gradwatch.rows.Judge`."""
         if self._strict:
             raise error
         if part not in self._told:

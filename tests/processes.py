@@ -274,7 +274,8 @@ def train(name: str, event: str, clip: str | None) -> dict[str, Any]:
         if bad and event == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if bad and event == "gradwatch fails" and monitor is not None:
-            monitor._probe._sampling.take = monitor._probe._sampling.take_unread = None  # type: ignore[method-assign,assignment]
+            sampling: Any = monitor._probe.rows._sampling
+            sampling.take = sampling.take_unread = None
         optimizer.step()
     if monitor is None:
         return {}
