@@ -120,7 +120,9 @@ def norm_tensor(tensor: Tensor) -> Tensor:
         return _l2(flat, wide)
     whole = flat.numel() - flat.numel() % _CHUNK
     chunks = torch.linalg.vector_norm(flat[:whole].view(-1, _CHUNK), dim=1, dtype=wide)
-    return _l2(torch.cat([chunks, _l2(flat[whole:], wide).view(1)]), torch.float64)
+    if whole < flat.numel():
+        chunks = torch.cat([chunks, _l2(flat[whole:], wide).view(1)])
+    return _l2(chunks, torch.float64)
 
 
 def _l2(values: Tensor, wide: torch.dtype) -> Tensor:

@@ -1,0 +1,114 @@
+"""What a quiet step may do, by counts that do not drift as times do."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradwatch
+from tests.trainings import data, mlp
+
+CALLS = 75  # Python functions of gradwatch in one quiet step, whatever the number of layers
+OPERATIONS = 5  # of torch in one quiet step: batched norm, stack, its copy, and detaching and reading the loss
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def quiet_steps(depth: int, *, watched: bool, measure: Any, count: int = 10) -> Any:
+    """Train 96 steps, then ``count`` quiet ones under ``measure``, which is a context manager."""
+    model = mlp(depth=depth)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x, y = data()
+    monitor = gradwatch.attach(model, clip="norm", report=None, strict=True) if watched else None
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+    for _ in range(97):  # row 96 is one of those at which the weights are sampled and all rules judge
+        step()
+    with measure:
+        for _ in range(count):
+            step()
+    if monitor is not None:
+        monitor.detach()
+    return measure
+
+
+@pytest.mark.parametrize("depth", [10, 40])
+def test_a_quiet_step_is_a_handful_of_operations(depth: int) -> None:
+    """One batched norm, one stack, and reading them; not one for each layer."""
+    watched = quiet_steps(depth, watched=True, measure=Operations()).count
+    plain = quiet_steps(depth, watched=False, measure=Operations()).count
+    assert 0 < (watched - plain) / 10 <= OPERATIONS
+
+
+class Calls:
+    """Counts calls of gradwatch's functions."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> None:
+        sys.setprofile(self._see)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _see(self, frame: Any, event: str, _: Any) -> None:
+        self.count += event == "call" and "gradwatch/" in frame.f_code.co_filename.replace("tests/", "")
+
+
+def test_a_quiet_step_calls_as_many_functions_whatever_the_number_of_layers() -> None:
+    """And not many."""
+    few, many = (quiet_steps(depth, watched=True, measure=Calls()).count / 10 for depth in (10, 40))
+    assert few == many
+    assert 0 < few <= CALLS
+
+
+class Kept:
+    """Counts memory blocks that are left behind."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+
+    def __enter__(self) -> None:
+        gc.collect()
+        self.blocks = -sys.getallocatedblocks()
+
+    def __exit__(self, *_: object) -> None:
+        gc.collect()
+        self.blocks += sys.getallocatedblocks()
+
+
+def test_steps_leave_nothing_behind() -> None:
+    """Over 800 steps fewer memory blocks stay than there are steps, with 20 layers as with 80."""
+    for depth in (10, 40):
+        assert quiet_steps(depth, watched=True, measure=Kept(), count=800).blocks < 400
+
+
+def test_the_ring_is_bounded() -> None:
+    """At 300 layers it takes less than 16 MB, at 30,000 it is shorter."""
+    from gradwatch.history import History
+
+    for layers in (300, 30_000):
+        history = History([str(number) for number in range(layers)])
+        size = sum(array.nbytes for array in vars(history).values() if hasattr(array, "nbytes"))
+        assert size < (16 * 2**20 if layers == 300 else 64 * 16 * layers + 40 * 8 * layers)
