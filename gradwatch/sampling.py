@@ -14,6 +14,8 @@ from gradwatch.table import CHANGED, DEAD, WEIGHT
 from gradwatch.wrappers import local_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -134,17 +136,7 @@ class Sampling:
         return self._columns, self._plan.norms_on(home, [local_of(parameter) for parameter in whole])
 
     def _count_units_on(self, now: Unread, dead: Tensor, share: Parts | None) -> None:
-        here = zip(now.gradients, now.columns.tolist(), strict=True) if now.gradients else ()
-        for gradient, column in here:
-            if not self._layers.with_units[column] or not gradient.numel() or gradient.is_sparse:
-                continue
-            looks, live = self._alive.get(column, (0, None))
-            seen = live_units(gradient)
-            looks, live = looks + 1, seen if live is None else live | seen
-            self._alive[column] = looks, live
-            if looks == _ROUND:
-                self._dead_on[column] = 1.0 - live.float().mean()
-                del self._alive[column]
+        self._dead_on.update(self._finished_rounds(now))
         for column, found in self._dead_on.items():
             dead[column] = found if share is None else found * share.part[column]
         unknown = [column for column in range(len(dead)) if column not in self._dead_on]
@@ -173,7 +165,12 @@ class Sampling:
         sample.weight_norm, sample.nonfinite_weight = norms, nonfinite
 
     def _count_units(self, now: Measured) -> None:
-        if not now.gradients:
+        for column, share in self._finished_rounds(now):
+            self._dead_share[column] = share.item()
+
+    def _finished_rounds(self, now: Measured | Unread) -> Iterator[tuple[int, Tensor]]:
+        """Look for units with a gradient; yield the dead share, no dimensions, of layers looked at often enough."""
+        if not now.gradients:  # they no longer exist as tensors
             return
         for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
             if not self._layers.with_units[column] or not gradient.numel() or gradient.is_sparse:
@@ -183,7 +180,7 @@ class Sampling:
             looks, live = looks + 1, seen if live is None else live | seen
             self._alive[column] = looks, live
             if looks == _ROUND:
-                self._dead_share[column] = 1.0 - live.float().mean().item()
+                yield column, 1.0 - live.float().mean()
                 del self._alive[column]
 
     def _compare(self, row: int) -> None:
