@@ -44,15 +44,11 @@ def precise(device: torch.device) -> torch.dtype:
 
 @dataclass(slots=True)
 class Unread:
-    """Gradients of one moment on a device. ``norms`` (n,) belong to ``columns``; ``total`` is their global norm."""
+    """Gradients of one moment on a device. ``norms`` (n,) belong to ``columns``."""
 
     gradients: list[Tensor]
     columns: NDArray[Any]
     norms: Tensor
-
-    def only(self, columns: NDArray[Any], places: Tensor | None) -> Unread:
-        """Return those of ``columns``; ``places`` (k,) are theirs among ``norms``, None where all are."""
-        return self if places is None else Unread(self.gradients, columns, self.norms[places])
 
 
 def joined(parts: list[Unread]) -> Unread:
@@ -131,6 +127,7 @@ class Gate:
     """
 
     def __init__(self, home: torch.device) -> None:
+        self.home = home
         self._log = torch.zeros((), dtype=precise(home), device=home)
         self._seen = torch.zeros((), dtype=precise(home), device=home)
 

@@ -37,7 +37,7 @@ from gradwatch.table import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from gradwatch.ranks import Ranks
     from gradwatch.records import Clipped, Family, Floats, LossSource, Source
     from gradwatch.sampling import Sample, Sampling
+
+
+_PATTERNS = 64  # of layers with a gradient, whose indices are kept on the device
 
 
 @dataclass(slots=True)
@@ -90,8 +93,7 @@ class Later:
         self._processes = ranks.size if ranks is not None else 1
         self._ring = Ring(len(layers), self._processes, home, LAG if ranks is not None else None)
         self._parts = Parts(on_device(ranks.share, home), on_device(ranks.part, home)) if ranks is not None else None
-        self._indices: tuple[NDArray[Any], Tensor] | None = None
-        self._places: dict[int, Tensor] = {}
+        self._kept: dict[Any, Tensor] = {}
         self._after: Tensor | None = None
         self._left_out = 0
         self.home = home
@@ -142,13 +144,16 @@ class Later:
         """Of what was there before the user's clip, take what this optimizer owns."""
         if np.array_equal(before.columns, now.columns):
             return before
-        key = hash(now.columns.tobytes())
-        if key not in self._places:
+        if not np.isin(now.columns, before.columns).all():  # some came after the clip
+            return now
+
+        def places() -> NDArray[Any]:
             where = {column: place for place, column in enumerate(before.columns.tolist())}
-            if not where.keys() >= set(now.columns.tolist()):  # some came after the clip
-                return now
-            self._places[key] = on_device(np.array([where[column] for column in now.columns.tolist()]), self.home)
-        return before.only(now.columns, self._places[key])
+            return np.array([where[column] for column in now.columns.tolist()])
+
+        return Unread(
+            [], now.columns, before.norms[self._keep((before.columns.tobytes(), now.columns.tobytes()), places)]
+        )
 
     def _write(
         self, slot: Slot, whole: Unread, now: Unread, loss: Tensor | float | None, own_norms: list[Tensor]
@@ -176,9 +181,15 @@ class Later:
                 self._after = None
 
     def _index(self, columns: NDArray[Any]) -> Tensor:
-        if self._indices is None or not np.array_equal(self._indices[0], columns):
-            self._indices = columns, on_device(columns, self.home)
-        return self._indices[1]
+        return self._keep(columns.tobytes(), lambda: columns)
+
+    def _keep(self, key: Any, make: Callable[[], NDArray[Any]]) -> Tensor:
+        """Return what ``make`` gives as a tensor on the device, made once for each pattern of layers with a gradient."""
+        if key not in self._kept:
+            if len(self._kept) >= _PATTERNS:
+                self._kept.clear()
+            self._kept[key] = on_device(make(), self.home)
+        return self._kept[key]
 
     def _shared(self, measured: Unread) -> Tensor:
         squares = torch.square(measured.norms)
@@ -197,7 +208,8 @@ class Later:
         norm = torch.sqrt(slot.singles[NOW])
         bad = ~torch.isfinite(norm)
         clip, fires = orders.clip or orders.reserve, None
-        mine.gate = mine.gate or Gate(self.home)
+        if mine.gate is None or mine.gate.home != self.home:
+            mine.gate = Gate(self.home)
         if orders.clip is None and clip is not None:
             fires = mine.gate.fires(norm, slot.singles[LOSS] / slot.singles[LOSSES], orders)
         if orders.reserve is not None:
@@ -265,7 +277,8 @@ class Later:
             nonfinite=numbers.nonfinite,
             nonfinite_weight=sample.nonfinite_weight,
             counts=None,
-            poisoned=not math.isfinite(numbers.now_norm),
+            # inside backward nothing is left to be kept from the optimizer
+            poisoned=not math.isfinite(numbers.now_norm) and facts.source != "optimizer in backward",
             rate=facts.rate,
             family=facts.family,
             applied=left if left < 1.0 and facts.clipped == "before the user's clip" else 1.0,

@@ -236,7 +236,8 @@ class Rows:
 
     def _provenance(self, source: Source, before: bool, loss: LossSource, processes: int) -> Provenance:  # noqa: FBT001
         last = self._last_provenance
-        if last[0] == source and before is (last[1] == "before the user's clip") and last[2] == loss:
+        same = (last.source, last.loss, last.processes) == (source, loss, processes)
+        if same and before is (last.clipped == "before the user's clip"):
             return last
         self._last_provenance = Provenance(source, self._seen_clip(before), loss, processes)
         return self._last_provenance
@@ -450,7 +451,7 @@ class Rows:
 
 def _share_left(now: Measured, whole: Measured) -> float:
     """Return the norm after the user's clip over the norm before it."""
-    if now is whole or not math.isfinite(whole.global_norm) or not 0 < now.global_norm < whole.global_norm:
+    if not math.isfinite(whole.global_norm) or not 0 < now.global_norm < whole.global_norm:
         return 1.0
     return now.global_norm / whole.global_norm
 

@@ -93,7 +93,8 @@ def _join(*, later: bool) -> dict[str, Any]:
         with model.join():
             for number in range(3 + 2 * dist.get_rank()):
                 step(model, optimizer, number, scale=1e3 if number == 2 and dist.get_rank() else 1.0)
-    return {"rows": monitor.history.rows, "notes": [note for note in monitor.notes if "join" in note]}
+    notes = [note for note in monitor.notes if "join" in note]
+    return {"rows": monitor.history.rows, "notes": notes, "processes": monitor.history.provenance.processes}
 
 
 @scene

@@ -383,3 +383,36 @@ def test_a_fused_scaler_that_never_recovers_is_an_incident() -> None:
             scaler.update()
     assert [incident.kind for incident in monitor.incidents if incident.severity == "critical"] == ["nonfinite"]
     assert monitor.history.provenance.source == "left out by the scaler"
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_two_optimizers_with_heads_that_take_turns_keep_their_numbers() -> None:
+    """What the user's clip saw is matched to the layers of each step, whichever had a gradient."""
+    trunk, heads = nn.Linear(8, 16), nn.ModuleList([nn.Linear(16, 1), nn.Linear(16, 1)])
+    model = nn.ModuleList([heads, trunk])
+    one, other = torch.optim.SGD(trunk.parameters(), lr=0.01), torch.optim.SGD(heads.parameters(), lr=0.01)
+    x, y = data()
+    truth = []
+    with watch(model) as monitor:
+        for step in range(6):
+            model.zero_grad()
+            head = heads[0](torch.tanh(trunk(x))) if step % 3 else sum(h(torch.tanh(trunk(x))) for h in heads)
+            nn.functional.mse_loss(head, y).backward()
+            truth.append([parameter.grad.norm().item() for parameter in trunk.parameters()])  # type: ignore[union-attr]
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            one.step()
+            other.step()
+    np.testing.assert_allclose(monitor.history.grad_norm()[::2, 4:], truth, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_nan_inside_a_fused_backward_never_stops_the_run() -> None:
+    """Auto-clip only watches there: no step was skipped, so none counts against the cap."""
+    model = mlp()
+    step_in_backward(model)
+    x, y = data()
+    with watch(model, clip=gradwatch.AutoClip("norm", max_skips=2)) as monitor:
+        for _ in range(8):
+            nn.functional.mse_loss(model(x), y * math.nan).backward()
+    assert monitor.history.rows == 8
+    assert not monitor.history.skipped().any()

@@ -211,6 +211,7 @@ def test_one_optimizer_over_several_models_exchanges_in_one_order(played: list[d
 def test_nobody_waits_for_a_process_without_batches(name: str, played: list[dict[str, Any]]) -> None:
     """And each process says that it goes on by itself."""
     assert [one[name]["rows"] for one in played] == [6, 8]
+    assert [one[name]["processes"] for one in played] == [1, 1]
     assert all("auto-clip does not act" in one[name]["notes"][0] for one in played)
 
 
