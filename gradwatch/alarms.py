@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 class Alarms:
     """State of ``R`` rules on ``L`` layers. ``values`` and ``firing`` have shape (R, L).
 
-    ``stirring`` is True while any rule is pending or an urgent one fires: then no step may go unjudged.
+    ``stirring`` is True while a rule is pending or an urgent one fires: then no step may go unjudged. A rule about the
+    whole model that is not urgent may pend unseen: the loss's medians do not change from step to step. One about single
+    layers may not, or parts of a model that take turns would be seen only at rest.
 
     A rule about the whole model uses column 0. ``on_error`` is told of a rule that raised; the rule is switched off.
     """
@@ -52,6 +54,7 @@ class Alarms:
         self._for_steps = np.array([rule.for_steps for rule in self.rules])[:, None]
         self._keep_steps = np.array([rule.keep_steps for rule in self.rules])[:, None]
         self._urgent = np.array([rule.urgent for rule in self.rules], dtype=bool)
+        self._impatient = np.array([rule.urgent or rule.per_layer for rule in self.rules], dtype=bool)
         self._alive = [True] * len(self.rules)
         self._measured_at = -1
         self.stirring = False
@@ -80,7 +83,8 @@ class Alarms:
         firing = (self.firing & (self._calm <= self._keep_steps)) | (self._held >= self._for_steps)
         changed = firing != self.firing
         self.firing = firing
-        self.stirring = bool((self._held > 0)[~firing].any() or firing[self._urgent].any())
+        pending = (self._held > 0) & ~firing
+        self.stirring = bool(pending[self._impatient].any() or firing[self._urgent].any())
         if not changed.any():
             return []
         return [self._alarm(int(index), int(column), step) for index, column in np.argwhere(changed)]

@@ -107,6 +107,11 @@ class Arrivals:
         self._columns.clear()
         return True
 
+    @property
+    def pending(self) -> bool:
+        """True when gradients arrived in a backward whose end was not seen."""
+        return bool(self._columns)
+
     def missed(self, *, enough: bool) -> None:
         """A backward seems to have passed by the marker: after three, learn the order anew where that is ``enough``."""
         self._misses += 1

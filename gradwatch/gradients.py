@@ -119,7 +119,7 @@ class Gradients:
 
         ``scale`` is a loss scale that is still on them: the norms come without it.
         """
-        there, columns, plan = self._present()
+        there, columns, plan = self.present()
         if plan is None:
             return Measured([], columns, np.full(self._layers, np.nan), math.nan)
         norms = plan.norms(there)
@@ -141,13 +141,13 @@ class Gradients:
 
     def measure_unread(self, home: torch.device, scale: Tensor | None = None) -> Unread:
         """Do the same on the device: nothing is read, and norms are summed so wide that no second look is needed."""
-        there, columns, plan = self._present()
+        there, columns, plan = self.present()
         if plan is None:
             return Unread([], columns, torch.zeros(0, dtype=precise(home), device=home))
         norms = plan.norms_on(home, there)
         return Unread(there, columns, norms if scale is None else norms / scale.to(home, non_blocking=True))
 
-    def _present(self) -> tuple[list[Tensor], NDArray[np.intp], NormPlan | None]:
+    def present(self) -> tuple[list[Tensor], NDArray[np.intp], NormPlan | None]:
         """Return the gradients that exist now, of sharded ones this process's part, their columns and their plan."""
         there = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
         if self._sharded:
@@ -172,6 +172,11 @@ class Gradients:
                     parameter.grad = whole
                 parts.append(local_of(whole))
         return parts
+
+    @property
+    def sharded(self) -> bool:
+        """True when this process holds only parts of them."""
+        return self._sharded
 
     def is_stale(self, optimizer: Optimizer) -> bool:
         """True when this was made for another optimizer, or for other parameters than it holds now."""

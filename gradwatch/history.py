@@ -65,7 +65,8 @@ class History:
         self._skipped = np.zeros(self.window, dtype=bool)
         self._step = np.full(self.window, -1, dtype=np.int64)
 
-        self.row = Row(-1, math.nan, np.full(count, np.nan), math.nan)
+        self._row = Row(-1, math.nan, np.full(count, np.nan), math.nan)
+        self._row_is_last = True
         self._typical_grad = Typical(count, half_life=64)
         self._learned = self._to_learn = 0
         self.typical_weight = Typical(count, half_life=16)
@@ -87,15 +88,9 @@ class History:
 
     def push(self, row: Row) -> None:
         """Keep a row. Its non-finite values are kept in the ring, and out of every reference."""
-        slot = self.rows % self.window
-        self.row = row
-        self.rows += 1
-        self._grad[slot] = row.grad_norm
-        self._loss[slot] = row.loss
-        self._norm[slot] = row.global_norm
+        slot = self._put(row.step, row.loss, row.grad_norm, row.global_norm)
+        self._row, self._row_is_last = row, True
         self._coefficient[slot] = row.applied
-        self._skipped[slot] = False
-        self._step[slot] = row.step
         self.nonfinite = row.nonfinite if row.nonfinite is not None else self._all_finite
         if row.rate is not None:
             self.rate = row.rate
@@ -112,6 +107,34 @@ class History:
             if len(self._first_losses) < _FIRST_LOSSES and math.isfinite(row.loss):
                 self._first_losses.append(row.loss)
                 self.reference_loss = float(np.median(self._first_losses))
+
+    def note(self, step: int, loss: float, grad_norm: Floats, columns: NDArray[np.intp] | None, applied: float) -> None:
+        """Keep a row that nobody need judge: finite, like the one before it but for these numbers.
+
+        ``grad_norm`` has shape (n,), its columns' numbers are ``columns``; None: all layers. ``applied`` is the factor of
+        the user's clip.
+        """
+        global_norm = math.sqrt(np.dot(grad_norm, grad_norm))
+        if columns is not None:
+            spread = np.full(len(self.layers), np.nan)
+            spread[columns] = grad_norm
+            grad_norm = spread
+        slot = self._put(step, loss, grad_norm, global_norm)
+        self._row_is_last = False
+        self._coefficient[slot] = applied
+        self._weight[slot] = np.nan
+        self.losses += self._row.has_loss
+        self._to_learn = self.rows
+
+    def _put(self, step: int, loss: float, grad_norm: Floats, global_norm: float) -> int:
+        slot = self.rows % self.window
+        self.rows += 1
+        self._grad[slot] = grad_norm
+        self._loss[slot] = loss
+        self._norm[slot] = global_norm
+        self._skipped[slot] = False
+        self._step[slot] = step
+        return slot
 
     def _push_weight(self, slot: int, row: Row) -> None:
         weight = row.weight_norm
@@ -138,7 +161,7 @@ class History:
         self.nonfinite_weight = widened(self.nonfinite_weight, count, 0)
         typical_grad.grow(count)
         self.typical_weight.grow(count)
-        self.row = self.row._replace(grad_norm=widened(self.row.grad_norm, count, np.nan))
+        self._row = self.row._replace(grad_norm=widened(self.row.grad_norm, count, np.nan))
 
     def learn(self) -> None:
         """Let the run's own typical values follow the last row; called after the rules have judged it.
@@ -172,6 +195,26 @@ class History:
         self._skipped[slot] = skipped
 
     # -- reading
+
+    @property
+    def row(self) -> Row:
+        """The last row."""
+        if not self._row_is_last:
+            slot = (self.rows - 1) % self.window
+            last = self._row
+            self._row_is_last = True
+            self._row = Row(
+                step=int(self._step[slot]),
+                loss=float(self._loss[slot]),
+                grad_norm=self._grad[slot].copy(),
+                global_norm=float(self._norm[slot]),
+                rate=last.rate,
+                family=last.family,
+                applied=float(self._coefficient[slot]),
+                arrived=last.arrived,
+                provenance=last.provenance,
+            )
+        return self._row
 
     def _last(self, ring: NDArray[Any], last: int | None) -> NDArray[Any]:
         kept = min(self.rows, self.window)

@@ -28,23 +28,32 @@ if TYPE_CHECKING:
 
 _LARGE = 1 << 15  # elements from which CPU tensors are summed in chunks
 _CHUNK = 1 << 10
+_LONGEST, _SHORTEST = 1 << 12, 1 << 8  # elements of a piece, where the tensor can be cut into equal ones
 _FEW = 16  # tensors up to which reading one by one beats stacking, on CPU
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class NormPlan:
-    """How to measure one fixed list of tensors: which go together in one batched call, which go alone."""
+    """How to measure one fixed list of tensors: which go together in one batched call, which in pieces, which alone."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        self._pieces: list[tuple[int, int]] = []  # large ones: their place, and the length of a piece
         self._alone: list[int] = []
         for index, tensor in enumerate(tensors):
-            if _is_plain(tensor):
+            piece = _piece(tensor)
+            if piece:
+                self._pieces.append((index, piece))
+            elif _is_plain(tensor):
                 together.setdefault((tensor.device, tensor.dtype), []).append(index)
             else:
                 self._alone.append(index)
         self._groups = [(np.asarray(indices), indices, _wide(tensors[indices[0]])) for indices in together.values()]
-        self._simple = len(self._groups) == 1 and not self._alone
+        self._simple = len(self._groups) == 1 and not self._alone and not self._pieces
+        self._large = np.array([index for index, _ in self._pieces], dtype=np.intp)
+        counts = [tensors[index].numel() // piece for index, piece in self._pieces]
+        self._starts = np.cumsum([0, *counts[:-1]], dtype=np.intp)
+        self._alone_on = [index for index, _ in self._pieces] + self._alone
         self._count = len(tensors)
         self.device = tensors[0].device
         self._order: Tensor | None = None
@@ -56,21 +65,49 @@ class NormPlan:
         norms = np.empty(self._count)
         for columns, indices, wide in self._groups:
             norms[columns] = _read(_batched([tensors[index] for index in indices], wide))
+        if self._pieces:
+            norms[self._large] = self._in_pieces(tensors)
         for index in self._alone:
             norms[index] = norm_of(tensors[index])
         return norms
+
+    @property
+    def shareable(self) -> bool:
+        """True where torch's own `clip_grad_norm_` takes the same norms: on CPU, of float32 tensors in one group."""
+        dtypes = {wide for _, _, wide in self._groups}
+        return len(self._groups) <= 1 and not self._alone and dtypes <= {torch.float32} and self.device.type == "cpu"
+
+    def shared(self, tensors: list[Tensor]) -> tuple[Floats, Tensor]:
+        """Return the L2 norm of each tensor as `norms` does, and that of all as `clip_grad_norm_` has it, to the bit."""
+        together = torch.stack(torch._foreach_norm(tensors, 2.0))
+        norms = together.numpy().astype(np.float64)
+        if self._pieces:
+            norms[self._large] = self._in_pieces(tensors)
+        return norms, torch.linalg.vector_norm(together, 2.0)
+
+    def _in_pieces(self, tensors: list[Tensor]) -> Floats:
+        """Return the norms of the large tensors: those of pieces in float32, their squares added in float64."""
+        parts = []
+        for index, piece in self._pieces:
+            tensor = tensors[index]
+            rows = tensor.view(-1, piece) if tensor.is_contiguous() else tensor.reshape(-1, piece)
+            parts.append(torch.linalg.vector_norm(rows, dim=1))
+        squares = torch.cat(parts).numpy().astype(np.float64)
+        squares *= squares
+        summed: Floats = np.sqrt(np.add.reduceat(squares, self._starts))
+        return summed
 
     def norms_on(self, home: torch.device, tensors: list[Tensor]) -> Tensor:
         """Return the L2 norm of each tensor, shape (n,), on ``home``, in its widest float; nothing is read on the host."""
         parts = [
             torch.stack(_batched([tensors[index] for index in indices], wide)) for _, indices, wide in self._groups
         ]
-        parts += [norm_tensor(tensors[index]).view(1) for index in self._alone]
+        parts += [norm_tensor(tensors[index]).view(1) for index in self._alone_on]
         parts = [part.to(home, device.precise(home), non_blocking=True) for part in parts]
         if self._simple:
             return parts[0]
         if self._order is None:
-            placed = [index for _, indices, _ in self._groups for index in indices] + self._alone
+            placed = [index for _, indices, _ in self._groups for index in indices] + self._alone_on
             self._order = on_device(np.argsort(placed), home)
         return torch.cat(parts)[self._order]
 
@@ -82,6 +119,16 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.numel() > 0
         and not (tensor.is_cpu and tensor.numel() >= _LARGE)
     )
+
+
+def _piece(tensor: Tensor) -> int:
+    """Return the length of the pieces that a large tensor on the CPU is summed in; 0 where it is not cut."""
+    if tensor.layout is not torch.strided or tensor.dtype is not torch.float32 or not tensor.is_cpu:
+        return 0
+    elements = tensor.numel()
+    if elements < _LARGE:
+        return 0
+    return next((piece for piece in range(_LONGEST, _SHORTEST - 1, -1) if elements % piece == 0), 0)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.autoclip import AutoClip, Decision, Orders
+    from gradwatch.quiet import Bounds
     from gradwatch.records import Alarm, Incident, Row
     from gradwatch.reports import Report
     from gradwatch.rules import Rule
@@ -216,6 +217,10 @@ class Monitor:
         if decision is NOTHING:
             self._pipeline.report(self._probe.seconds)
         return decision
+
+    def bounds(self) -> Bounds | None:
+        """See `gradwatch.rows.Judge`."""
+        return self._pipeline.bounds()
 
     def orders(self) -> Orders | None:
         """See `gradwatch.rows.Judge`."""

@@ -16,6 +16,7 @@ from gradwatch.alarms import Alarms
 from gradwatch.autoclip import NOTHING, AutoClip, Clipping, Decision, Orders
 from gradwatch.columns import widened
 from gradwatch.incidents import CALM_STEPS, FAR, LEFT_BAND, Incidents
+from gradwatch.quiet import Bounds
 from gradwatch.records import Alarm, Incident, Row, Snapshot
 from gradwatch.statistics import quiet_numpy
 
@@ -117,6 +118,20 @@ class Pipeline:
             or self.incidents.open_explosion() is not None
             or (row.grad_norm > self._band).any()
         )
+
+    def bounds(self) -> Bounds | None:
+        """Return what the coming rows may be and still go unjudged; None while each is judged."""
+        if (
+            self.history.rows < _EVERY_STEP
+            or self.alarms.stirring
+            or self.incidents.open_explosion() is not None
+            or (self.clipping is not None and self.clipping.on)
+        ):
+            return None
+        until = min(
+            (self._last.get(id(report), -math.inf) + report.period for report in self.reports), default=math.inf
+        )
+        return Bounds(self.history, -(self.history.rows + 1) % _CADENCE, self._band, self._loss_band, until)
 
     def _judge(self, row: Row) -> None:
         if self._first_step is None:  # what came before the first step is not the training's speed

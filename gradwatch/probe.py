@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gradwatch.device import Unread
     from gradwatch.gradients import Measured
     from gradwatch.layers import Layers
+    from gradwatch.quiet import Quiet
     from gradwatch.records import Family, Floats, Source
     from gradwatch.rows import Judge
 
@@ -173,11 +174,25 @@ class Probe:
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
         """See `taps.Listener`: the user's first clip of a step is the last moment to see the gradients whole."""
-        if self.rows.seen_before_clip or not gradients:
+        resting = self.rows.quiet is not None and self.rows.quiet.resting
+        if resting or self.rows.seen_before_clip or not gradients:
             return
         mine = self._everything()
         if any(parameter.grad is gradients[0] for parameter in mine.parameters):
             self._guarded(self.rows.measure_before_clip, mine)
+
+    def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        """See `taps.Listener`."""
+        quiet = self.rows.quiet
+        if quiet is None or self.rows.seen_before_clip or not isinstance(gradients, list):
+            return None
+        total: Tensor | None = self._guarded(quiet.share, gradients)
+        return total
+
+    def user_scales(self, total: Tensor, max_norm: float) -> None:
+        """See `taps.Listener`."""
+        if self.rows.quiet is not None:
+            self._guarded(self.rows.quiet.scaled, total, max_norm)
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """See `taps.Listener`."""
@@ -199,7 +214,36 @@ class Probe:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Measure what the optimizer is about to use; return new arguments when it has a closure."""
+        quiet = self.rows.quiet
+        if quiet is not None and len(args) == 1 and not kwargs and self._passes(quiet, optimizer):
+            return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
+
+    def _passes(self, quiet: Quiet, optimizer: Optimizer) -> bool:
+        """True when the step went the short way; one that is unusual in any way goes the long one from its beginning."""
+        if (
+            self._stepping is not None
+            or self.backwards == self._backwards_then
+            or self._loop != "optimizer"
+            or self.arrivals.pending
+            or torch._C._current_graph_task_id() != -1
+        ):
+            return False
+        started = perf_counter()
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # noqa: FBT003
+        try:
+            if not quiet.take(optimizer, self.rows, self.losses):
+                return False
+        except Exception:
+            return False  # the long way fails in the same place, and tells
+        finally:
+            torch._C._set_grad_enabled(grad)
+            self.seconds += perf_counter() - started
+        self._stepping, self._stepping_at = quiet.optimizer, self.backwards
+        self._backwards_then = self.backwards
+        self._left_out = 0
+        return True
 
     def _prepare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.rows.expect()

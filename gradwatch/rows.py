@@ -21,6 +21,7 @@ from gradwatch.device import Unread, joined
 from gradwatch.errors import PeerError, TrainingUnstableError
 from gradwatch.gradients import Gradients, Measured, assembled
 from gradwatch.later import Facts, Later
+from gradwatch.quiet import Quiet
 from gradwatch.ranks import Local, Ranks, Unsupported, find_ranks
 from gradwatch.records import Clipped, Culprits, Family, LossSource, Provenance, Row, Source
 from gradwatch.sampling import Sample, Sampling
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from gradwatch.autoclip import Decision, Orders
     from gradwatch.layers import Layers
     from gradwatch.losses import Losses
+    from gradwatch.quiet import Bounds
     from gradwatch.records import Floats
 
 
@@ -43,6 +45,9 @@ class Judge(Protocol):
 
     def judge(self, row: Row) -> Decision:
         """Take a row; say what to do with its gradients. `done` follows, unless that is nothing."""
+
+    def bounds(self) -> Bounds | None:
+        """Say what the coming rows may be and still go unjudged; None: all are judged."""
 
     def orders(self) -> Orders | None:
         """Say what to do with a step before it is known; None: only watch it."""
@@ -91,6 +96,7 @@ class Rows:
         self._may_act = True
         self._clipped_by_value: tuple[Row, Decision, float] | None = None
         self._after = 0.0
+        self.quiet: Quiet | None = None  # the short way, while nothing stirs
         self.closely = False
         self.over = False
         self.step = 0
@@ -100,21 +106,21 @@ class Rows:
         if isinstance(self._before_clip, Measured):
             self._before_clip.norms = widened(self._before_clip.norms, len(self._layers), math.nan)
         self.catch_up(all_of_them=True)
-        self._later = None
+        self._later = self.quiet = None
         self._sampling.grow(news)
         if self._ranks is not None:
             self._meet()
 
     def close(self) -> None:
         """Let go of processes and devices."""
-        self._ranks = self._later = None
+        self._ranks = self._later = self.quiet = None
 
     # Before the user's own clip.
 
     @property
     def seen_before_clip(self) -> bool:
         """True when the gradients of the coming step were measured before the user's clip."""
-        return self._before_clip is not None
+        return self._before_clip is not None or (self.quiet is not None and self.quiet.shared)
 
     def measure_before_clip(self, mine: Gradients) -> None:
         """Measure what the user is about to clip."""
@@ -124,6 +130,13 @@ class Rows:
     def forget_clip(self) -> None:
         """What was clipped was not stepped with."""
         self._before_clip = None
+        if self.quiet is not None:
+            self.quiet.forget()
+
+    def _leave_quiet(self) -> None:
+        if self.quiet is not None and self._before_clip is None:
+            self._before_clip = self.quiet.before_clip
+        self.quiet = None
 
     # One row.
 
@@ -167,6 +180,7 @@ class Rows:
         judge = self._judge()
         if judge is None:
             return True
+        self._leave_quiet()
         free = device.reading_is_free(self._layers.home)
         scale = _fused_scale(optimizer) if free else 1.0
         if scale is None:
@@ -186,6 +200,8 @@ class Rows:
         row = self._row(step, source, now, whole, sampled, rate, mine.family, returned)
         decision = judge.judge(row)
         if decision is NOTHING:
+            if source == "optimizer step" and scale == 1.0 and row.nonfinite is None:
+                self._rest(judge, mine, optimizer, row, clipped=whole is not now)
             return True
         coefficient = self._act(decision, now, scale, mine, source, optimizer)
         if self._ranks is not None and decision.clip is not None and not decision.clip.keeps_direction:
@@ -195,6 +211,22 @@ class Rows:
         else:
             judge.done(row, decision, coefficient)
         return True
+
+    def _rest(self, judge: Judge, mine: Gradients, optimizer: Optimizer | None, row: Row, *, clipped: bool) -> None:
+        """Let the coming rows go the short way, as far as nothing is due with them."""
+        if self._ranks is not None or mine.sharded or optimizer is None:
+            return
+        bounds = judge.bounds()
+        rows = min(bounds.rows, self._sampling.rest) if bounds is not None else 0
+        if bounds is not None and (rows or self._every > 1):
+            bounds = replace(bounds, rows=rows)
+            self.quiet = Quiet(bounds, mine, optimizer, row.provenance.loss, self._every, clipped=clipped)
+
+    def count(self) -> int:
+        """Return the number of a row that goes the short way."""
+        self._sampling.count()
+        step, self.step = self.step, self.step + 1
+        return step
 
     def _row(
         self,

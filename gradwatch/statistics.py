@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # NaN and Inf are data here: numpy shall not warn of them. Entered once a step, for it costs a microsecond
 quiet_numpy = functools.partial(np.errstate, all="ignore")
 
+_FEW = 8  # layers up to which plain numbers beat arrays
 MAD_TO_SIGMA = 1.4826  # makes the MAD of a normal sample an estimate of its standard deviation
 
 
@@ -87,7 +88,7 @@ class Typical:
         np.copyto(self._log, log, where=use & np.isnan(self._log))
         step = np.where(use, log - self._log, 0.0)
         np.clip(step, -self._WINSOR, self._WINSOR, out=step)
-        weight = np.maximum(self._rate, 1.0 / np.maximum(self.seen, 1))
+        weight = np.where(use, np.maximum(self._rate, 1.0 / np.maximum(self.seen, 1)), 0.0)
         self.scatter += weight * (np.abs(step) - self.scatter)
         self._log += weight * step
         np.exp(self._log, out=self.value)
@@ -98,7 +99,7 @@ class Typical:
         With a constant weight and nothing clamped, ``b_i = d b_(i-1) + (1 - d) log x_i`` is one triangular product.
         """
         k = len(rows)
-        if k == 1 or not self.seen.size or self.seen.min() * self._rate < 1:
+        if k == 1 or not self.seen.size:
             for row in rows:
                 self.update(row)
             return
@@ -107,14 +108,35 @@ class Typical:
         means = products @ logs
         means += decays[1:, None] * self._log
         steps = np.abs(logs - np.concatenate([self._log[None], means[:-1]]))
-        if not steps.max() <= self._WINSOR:  # or it is NaN: the first such step is where the product goes wrong
+        # where a step is clamped or missing, or a layer is young, the product goes wrong
+        even = (steps.max(axis=0) <= self._WINSOR) & (self.seen * self._rate >= 1)
+        uneven = np.flatnonzero(~even)
+        if len(uneven) > _FEW:
             for row in rows:
                 self.update(row)
             return
-        self.scatter = products[-1] @ steps + decays[-1] * self.scatter
-        self._log = means[-1]
-        self.seen += k
+        log, scatter = means[-1], products[-1] @ steps + decays[-1] * self.scatter
+        self.seen[even] += k
+        for column in uneven.tolist():
+            log[column], scatter[column] = self._follow(column, logs[:, column].tolist())
+        self._log, self.scatter = log, scatter
         np.exp(self._log, out=self.value)
+
+    def _follow(self, column: int, logs: list[float]) -> tuple[float, float]:
+        """Do what `update` does to one layer, value by value; return its mean and scatter."""
+        mean, scatter, seen = float(self._log[column]), float(self.scatter[column]), int(self.seen[column])
+        for log in logs:
+            if not math.isfinite(log):
+                continue
+            seen += 1
+            if math.isnan(mean):
+                mean = log
+            step = min(max(log - mean, -self._WINSOR), self._WINSOR)
+            weight = max(self._rate, 1.0 / seen)
+            scatter += weight * (abs(step) - scatter)
+            mean += weight * step
+        self.seen[column] = seen
+        return mean, scatter
 
     def state_dict(self) -> dict[str, list[float]]:
         """Plain lists, fit for any file."""

@@ -5,6 +5,8 @@ leaves. If somebody else has patched the same place on top of it, it stays as a 
 
 * `BACKWARD` (`torch.autograd.backward`): the loss, and the end of a backward.
 * `SCALER` (`torch.amp.GradScaler.step`): the loss scale, and steps that the scaler leaves out.
+* `USER_NORM` and `USER_SCALE` (`torch.nn.utils.clip_grad._get_total_norm`, `_clip_grads_with_norm_`): the two halves of
+  the user's `clip_grad_norm_`, so that a norm need not be taken twice.
 * `USER_CLIP` (`torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype`): gradients before the user's own
   `clip_grad_norm_`, `clip_grads_with_norm_` or `clip_grad_value_`, all of which come by here, imported early or late.
 """
@@ -42,6 +44,12 @@ class Listener(Protocol):
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
         """The user is about to clip these gradients."""
+
+    def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        """The user asks for the L2 norm of these gradients as one vector: return torch's own number, or None."""
+
+    def user_scales(self, total: Tensor, max_norm: float) -> None:
+        """The user has scaled gradients whose norm was ``total`` down to ``max_norm``."""
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """A gradient scaler is about to step this optimizer."""
@@ -145,6 +153,30 @@ def _wrap_grouping(original: Function, tap: Tap) -> Function:
     return grouping
 
 
+def _wrap_total_norm(original: Function, tap: Tap) -> Function:
+    @functools.wraps(original)
+    def total_norm(tensors: Any, norm_type: float = 2.0, strict: Any = False, foreach: bool | None = None) -> Any:  # noqa: FBT001, FBT002
+        if norm_type == 2.0 and not strict and foreach is not False and isinstance(tensors, list):
+            for listener in tap.listeners:
+                total = listener.user_norms(tensors)
+                if total is not None:
+                    return total
+        return original(tensors, norm_type, strict, foreach)
+
+    return total_norm
+
+
+def _wrap_scaling(original: Function, tap: Tap) -> Function:
+    @functools.wraps(original)
+    def scaling(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(parameters, max_norm, total_norm, *args, **kwargs)
+        for listener in tap.listeners:
+            listener.user_scales(total_norm, max_norm)
+        return result
+
+    return scaling
+
+
 def _wrap_scaler_step(original: Function, tap: Tap) -> Function:
     @functools.wraps(original)
     def step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -162,4 +194,6 @@ def _wrap_scaler_step(original: Function, tap: Tap) -> Function:
 BACKWARD = Tap("backward", torch.autograd, "backward", _wrap_backward)
 SCALER = Tap("scaler", torch.amp.GradScaler, "step", _wrap_scaler_step)
 USER_CLIP = Tap("user's clip", torch_clip, "_group_tensors_by_device_and_dtype", _wrap_grouping)
-ALL = (BACKWARD, SCALER, USER_CLIP)
+USER_NORM = Tap("user's norm", torch_clip, "_get_total_norm", _wrap_total_norm)
+USER_SCALE = Tap("user's scaling", torch_clip, "_clip_grads_with_norm_", _wrap_scaling)
+ALL = (BACKWARD, SCALER, USER_CLIP, USER_NORM, USER_SCALE)

@@ -1,0 +1,166 @@
+"""The short way through a step while nothing stirs: measure, compare with the bounds, note, done.
+
+After a row on which all rules were judged, the pipeline says how far the coming rows may go unjudged (`Bounds`). A step
+that stays within them leaves the same numbers behind as one that goes the long way through `gradwatch.rows`, for a
+fraction of the calls; one that does not, or that is unusual in any way, goes the long way from its beginning.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import weakref
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.gradients import Gradients, Measured
+from gradwatch.measure import global_norm_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from gradwatch.history import History
+    from gradwatch.losses import Losses
+    from gradwatch.records import Floats, LossSource
+    from gradwatch.rows import Rows
+
+_LARGEST = float(np.finfo(np.float64).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the coming rows may be and still go unjudged.
+
+    Args:
+        history: what they are noted in.
+        rows: how many they may be.
+        grad_norm: their largest gradient norms, shape (L,).
+        loss: their largest loss.
+        until: when a report is due, in seconds of `perf_counter`.
+    """
+
+    history: History
+    rows: int
+    grad_norm: Floats
+    loss: float
+    until: float = math.inf
+
+
+class Quiet:
+    """The coming rows of one optimizer, as long as they are quiet.
+
+    Args:
+        bounds: what they must stay within.
+        mine: the gradients, which could be measured in one call just now.
+        optimizer: whose they are; held weakly.
+        loss: where the loss must come from.
+        every: optimizer steps between rows.
+        clipped: the user clips before each step.
+    """
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        mine: Gradients,
+        optimizer: Optimizer,
+        loss: LossSource,
+        every: int,
+        *,
+        clipped: bool,
+    ) -> None:
+        self._history = bounds.history
+        self._left = bounds.rows
+        self._every = every
+        self._clipped = clipped
+        self._total: Tensor | None = None  # of the user's clip of this step, and the norms that it came from
+        self._norms: Floats | None = None
+        self._coefficient = math.nan
+        self._until = bounds.until
+        self._loss = bounds.loss
+        self._loss_source = loss
+        self._mine = mine
+        self.optimizer = weakref.ref(optimizer)
+        _, columns, self._plan = mine.present()
+        self._columns = None if len(columns) == len(bounds.grad_norm) else columns
+        band = bounds.grad_norm if self._columns is None else bounds.grad_norm[columns]
+        self._band = np.minimum(band, _LARGEST)  # an infinite norm is never within
+
+    @property
+    def resting(self) -> bool:
+        """True while the coming step leaves no row."""
+        return self._every > 1 and self._mine.steps % self._every != 0
+
+    @property
+    def shared(self) -> bool:
+        """True when the norm of the user's clip of this step came from here."""
+        return self._norms is not None
+
+    @property
+    def before_clip(self) -> Measured | None:
+        """What the user's clip of this step came from."""
+        if self._norms is None:
+            return None
+        gradients, columns, _ = self._mine.present()
+        norms = np.full(len(self._history.layers), np.nan)
+        norms[columns] = self._norms
+        return Measured(gradients, columns, norms, global_norm_of(self._norms))
+
+    def share(self, tensors: list[Tensor]) -> Tensor | None:
+        """The user is about to clip these gradients: return their norm as one vector; None where torch shall take it."""
+        plan = self._plan
+        if not self._left or self.resting or plan is None or not plan.shareable or not self._clipped:
+            return None
+        gradients, _, now = self._mine.present()
+        if now is not plan or len(tensors) != len(gradients) or not all(map(operator.is_, tensors, gradients)):
+            return None
+        norms, total = plan.shared(gradients)
+        if not self._holds(norms):
+            return None
+        self._norms, self._total, self._coefficient = norms, total, math.nan
+        return total
+
+    def scaled(self, total: Tensor, max_norm: float) -> None:
+        """The user has clipped."""
+        if total is self._total:
+            self._coefficient = min(1.0, max_norm / (total.item() + 1e-6))
+
+    def forget(self) -> None:
+        """What was clipped was not stepped with."""
+        self._norms = self._total = None
+
+    def _measured(self, rows: Rows) -> Floats | None:
+        gradients, _, plan = self._mine.present()
+        if plan is not self._plan or plan is None or rows.seen_before_clip:
+            return None
+        norms = plan.norms(gradients)
+        return norms if self._holds(norms) else None
+
+    def _holds(self, norms: Floats) -> bool:
+        # a norm of zero may be an underflow, which only a second look can tell
+        return bool((norms <= self._band).all() and norms.all())
+
+    def take(self, optimizer: Optimizer, rows: Rows, losses: Losses) -> bool:
+        """Note this step's row; False when it has to go the long way, with nothing changed."""
+        mine = self._mine
+        if optimizer is not self.optimizer() or losses.scaler is not None:
+            return False
+        if self.resting:
+            mine.steps += 1
+            rows.step += 1
+            losses.spend()
+            return True
+        loss, source = losses.read(None)
+        expected = source == self._loss_source and (loss <= self._loss or source == "none")
+        if not self._left or not expected or perf_counter() > self._until or mine.is_stale(optimizer):
+            return False
+        norms, coefficient = (self._norms, self._coefficient) if self._clipped else (self._measured(rows), 1.0)
+        if norms is None or not coefficient > 0:
+            return False
+        self._left -= 1
+        mine.steps += 1
+        self._history.note(rows.count(), loss, norms, self._columns, coefficient)
+        return True
