@@ -2,34 +2,52 @@
 
 One process, one model, one optimizer; each variant is switched on and off block by block, in random order beside plain
 steps, plain steps again (the noise) and steps with `clip_grad_norm_`. Ratios are those of blocks that stand side by side;
-shown are their medians and quartiles. One thread, and the process's own clock, which other load does not move.
+shown are their medians and quartiles. One thread, and the process's own clock, which other load does not move; on a CUDA
+device the wall clock, with the device awaited at the end of each block.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
 import platform
 import random
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
 import gradwatch
+from benchmarks.others import MISSING, OTHERS
+from benchmarks.parts import Parts
 from benchmarks.workloads import WORKLOADS
 from gradwatch import hooks, taps
+from gradwatch.reports.live import LiveReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 WARM = 70  # steps after which each variant is in its steady state
-Variant = Callable[["Bench"], AbstractContextManager[None]]
+OWN: dict[str, dict[str, Any]] = {
+    "watching": {},
+    "armed": {"clip": "norm"},
+    "clipping each step": {"clip": gradwatch.AutoClip(gradwatch.ClipNorm(1e-6), when="always")},
+    "live report": {"clip": "norm", "report": "drawn into nothing"},
+    "budget 1 %": {"budget": 0.01},
+    "every=8": {"every": 8},
+    "user clips too": {},
+}
+CACHED = Path("build") / "overhead.json"
 
 
 class Bench:
@@ -39,20 +57,24 @@ class Bench:
         torch.manual_seed(0)
         self.model, self.loss = make()
         self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
+        self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
+        self.on_device = not self.parameters[0].is_cpu
         self.before_step: Callable[[], Any] | None = None
         self.clip_seconds = 0.0
 
     def steps(self, count: int) -> float:
         """Train; return the seconds of the process for one step."""
-        started = time.process_time()
+        clock = time.perf_counter if self.on_device else time.process_time
+        started = clock()
         for _ in range(count):
             self.optimizer.zero_grad()
             self.loss().backward()
             if self.before_step is not None:
                 self.before_step()
             self.optimizer.step()
-        return (time.process_time() - started) / count
+        if self.on_device:
+            torch.cuda.synchronize()
+        return (clock() - started) / count
 
     def clip(self) -> None:
         """What users do today, at a bound that clips nothing."""
@@ -65,7 +87,11 @@ class Watched:
     """A monitor that can be switched off and on without losing what it has learned."""
 
     def __init__(self, bench: Bench, **settings: Any) -> None:
-        self.monitor = gradwatch.attach(bench.model, report=None, strict=True, **settings)
+        report = None
+        if settings.pop("report", None):  # a terminal that shows nothing
+            nothing = io.TextIOWrapper(io.FileIO(os.devnull, "w"))
+            report = LiveReport(Console(file=nothing, force_terminal=True, width=120, height=40))
+        self.monitor = gradwatch.attach(bench.model, report=report, strict=True, **settings)
         bench.steps(WARM)
         self.probe = self.monitor._probe
         self.off()
@@ -88,79 +114,79 @@ class Watched:
             if parameter is not None:
                 self.probe.arrivals._hooks[column] = self.probe.arrivals._hook(column, parameter)
 
-
-def naive(bench: Bench) -> Callable[[], None]:
-    """The loop that people write: one norm read for each parameter."""
-
-    def record() -> None:
-        [parameter.grad.norm().item() for parameter in bench.parameters if parameter.grad is not None]
-
-    return record
+    @contextmanager
+    def switched_on(self) -> Iterator[None]:
+        """Watch for a while."""
+        self.on()
+        try:
+            yield
+        finally:
+            self.off()
 
 
 def compare(bench: Bench, name: str, rounds: int, block: int) -> dict[str, Any]:
     """Run one variant beside its controls; return ratios and times."""
-    watched: Watched | None = None
-    context: AbstractContextManager[Any] = nullcontext()
-    before: Callable[[], None] | None = None
-    if name == "watching":
-        watched = Watched(bench)
-    elif name == "armed":
-        watched = Watched(bench, clip="norm")
-    elif name == "clipping each step":
-        watched = Watched(bench, clip=gradwatch.AutoClip(gradwatch.ClipNorm(1e-6), when="always"))
-    elif name == "every=8":
-        watched = Watched(bench, every=8)
-    elif name == "item loop":
-        before = naive(bench)
-    elif name == "detect_anomaly":
-        warnings.filterwarnings("ignore", "Anomaly Detection")
-        context = torch.autograd.detect_anomaly(check_nan=True)
+    watched = Watched(bench, **OWN[name]) if name in OWN else None
     bench.steps(3)
     times: dict[str, list[float]] = {"plain": [], "again": [], "clip": [], "variant": []}
     own, clips = [], []
     for _ in range(rounds):
         for which in random.sample(list(times), 4):
-            bench.before_step = {"clip": bench.clip, "variant": before}.get(which)
-            bench.clip_seconds = 0.0
-            if which == "variant" and watched is not None:
-                watched.on()
-                spent = watched.probe.seconds
-            with context if which == "variant" else nullcontext():
+            switch: AbstractContextManager[None] = nullcontext()
+            if which == "variant":
+                switch = watched.switched_on() if watched is not None else OTHERS[name](bench)
+            with switch:
+                if which == "clip" or (which == "variant" and name == "user clips too"):
+                    bench.before_step = bench.clip
+                bench.clip_seconds = 0.0
+                spent = watched.probe.seconds if watched is not None else 0.0
                 times[which].append(bench.steps(block))
+                bench.before_step = None if which == "clip" or watched is not None else bench.before_step
             if which == "variant" and watched is not None:
                 own.append((watched.probe.seconds - spent) / block)
-                watched.off()
             if which == "clip":
                 clips.append(bench.clip_seconds / block)
-    bench.before_step = None
     if watched is not None:
         watched.on()
         watched.monitor.detach()
-    pairs = {
-        "to plain": [v / p for v, p in zip(times["variant"], times["plain"], strict=True)],
-        "to clip": [v / c for v, c in zip(times["variant"], times["clip"], strict=True)],
-        "noise": [a / p for a, p in zip(times["again"], times["plain"], strict=True)],
-        "clip to plain": [c / p for c, p in zip(times["clip"], times["plain"], strict=True)],
-    }
+    pairs = list(zip(times["variant"], times["plain"], times["clip"], times["again"], strict=True))
     return {
-        **pairs,
+        "to plain": [variant / plain for variant, plain, _, _ in pairs],
+        "to clip": [variant / clip for variant, _, clip, _ in pairs],
+        "noise": [again / plain for _, plain, _, again in pairs],
+        "clip to plain": [clip / plain for _, plain, clip, _ in pairs],
         "plain": statistics.median(times["plain"]),
         "own": statistics.median(own) if own else None,
         "clip own": statistics.median(clips),
     }
 
 
-def blocks_kept(bench: Bench) -> float:
-    """Return how many of Python's memory blocks a quiet step leaves behind, over 320 steps."""
-    watched = Watched(bench)
+def parts_of(bench: Bench, count: int) -> dict[str, float]:
+    """Return gradwatch's own microseconds for a step, armed, by part: see `Parts`."""
+    watched = Watched(bench, clip="norm")
+    with watched.switched_on(), Parts(watched.probe) as parts:
+        bench.steps(count)
     watched.on()
-    bench.steps(16)
-    before = sys.getallocatedblocks()
-    bench.steps(320)
-    kept = (sys.getallocatedblocks() - before) / 320
     watched.monitor.detach()
-    return kept
+    return {name: 1e6 * seconds / count for name, seconds in parts.seconds.items()}
+
+
+def memory_of(bench: Bench, count: int) -> tuple[float, float]:
+    """Return memory blocks that a step leaves behind, and kilobytes by which the process grows in 1,000 steps."""
+    watched = Watched(bench, clip="norm")
+    with watched.switched_on():
+        bench.steps(1100)  # the ring is full, every page of it has been touched
+        blocks, size = -sys.getallocatedblocks(), -_resident()
+        bench.steps(count)
+        blocks, size = blocks + sys.getallocatedblocks(), size + _resident()
+    watched.on()
+    watched.monitor.detach()
+    return blocks / count, size / count
+
+
+def _resident() -> float:
+    """Bytes of the process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def shown(values: list[float]) -> str:
@@ -169,52 +195,95 @@ def shown(values: list[float]) -> str:
     return f"{middle:.3f} ({low:.3f}-{high:.3f})"
 
 
-VARIANTS = ("watching", "armed", "clipping each step", "every=8", "item loop", "detect_anomaly")
-
-
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description="What watching costs, beside clip_grad_norm_ and others.")
-    parser.add_argument("--workloads", default="abcdef", help="which of a to f")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="which of: " + ", ".join(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=15, help="blocks of each kind")
-    parser.add_argument("--seconds", type=float, default=0.15, help="length of a block")
-    parser.add_argument("--fused", action="store_true", help="AdamW(fused=True)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(
-        f"torch {torch.__version__}, Python {platform.python_version()}, one thread of {os.cpu_count()} cores, "
-        f"AdamW {'fused' if options.fused else 'foreach'}, {options.rounds} rounds; median (quartiles)"
-    )
+def run(options: argparse.Namespace, console: Console) -> dict[str, dict[str, Any]]:
+    """Run what was asked for and print a table for each workload; return medians."""
+    found: dict[str, dict[str, Any]] = {}
     for letter in options.workloads:
         workload = WORKLOADS[letter]
         table = Table(title=f"({letter}) {workload.title}", title_justify="left")
         for column in ("variant", "step / plain", "step / step with clip", "noise", "own us", "own / clip's own"):
             table.add_column(column)
-        for name in options.variants.split(","):
+        here: dict[str, Any] = {}
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            for name in progress.track(options.variants.split(","), description=f"({letter})"):
+                bench = Bench(workload.make, fused=options.fused)
+                bench.steps(2)
+                block = max(2, round(options.seconds / bench.steps(3)))
+                try:
+                    last = compare(bench, name, options.rounds, block)
+                except Exception as error:  # another's fault must not end the run
+                    if name in OWN:
+                        raise
+                    table.add_row(name, f"failed: {type(error).__name__}: {str(error)[:50]}")
+                    continue
+                own, clip = last["own"], last["clip own"]
+                table.add_row(
+                    name,
+                    shown(last["to plain"]),
+                    shown(last["to clip"]),
+                    shown(last["noise"]),
+                    "" if own is None else f"{1e6 * own:.0f}",
+                    "" if own is None else f"{own / clip:.2f}",
+                )
+                here[name] = {
+                    "to plain": statistics.median(last["to plain"]),
+                    "to clip": statistics.median(last["to clip"]),
+                    "own": None if own is None else 1e6 * own,
+                    "own to clip": None if own is None else own / clip,
+                }
+                here["plain"], here["clip"] = 1e3 * last["plain"], statistics.median(last["clip to plain"])
             bench = Bench(workload.make, fused=options.fused)
-            bench.steps(2)
-            block = max(2, round(options.seconds / bench.steps(3)))
-            found = compare(bench, name, options.rounds, block)
-            own = found["own"]
-            table.add_row(
-                name,
-                shown(found["to plain"]),
-                shown(found["to clip"]),
-                shown(found["noise"]),
-                "" if own is None else f"{1e6 * own:.0f}",
-                "" if own is None else f"{own / found['clip own']:.2f}",
-            )
-            last = found
+            split = parts_of(bench, 320 if letter in "ab" else 64)
+        here["parts"] = split
         table.caption = (
-            f"plain step {1e3 * last['plain']:.3g} ms; clip_grad_norm_ {1e6 * last['clip own']:.0f} us, "
-            f"step {shown(last['clip to plain'])} of plain"
+            f"plain step {here['plain']:.3g} ms, with clip_grad_norm_ {here['clip']:.3f} of it; armed, in us: "
+            + ", ".join(f"{name} {value:.0f}" for name, value in split.items())
         )
-        if letter in "ab":  # the others take minutes for 320 steps
-            kept = blocks_kept(Bench(workload.make, fused=options.fused))
-            table.caption += f"; a quiet step leaves {kept:.2f} blocks of memory"
+        if letter == "a":
+            here["blocks"], here["growth"] = memory_of(Bench(workload.make, fused=options.fused), 5000)
+            table.caption += (
+                f"; a step leaves {here['blocks']:.2f} memory blocks behind, 1,000 steps {here['growth']:.1f} KB"
+            )
         console.print(table)
+        found[letter] = here
+    return found
+
+
+def main() -> None:
+    """Run and print."""
+    names = [*OWN, *OTHERS]
+    parser = argparse.ArgumentParser(description="What watching costs, beside clip_grad_norm_ and others.")
+    parser.add_argument("--workloads", default="abcdef", help="which of a to f")
+    parser.add_argument("--variants", default=",".join(names), help="which of: " + ", ".join(names))
+    parser.add_argument("--rounds", type=int, default=9, help="blocks of each kind")
+    parser.add_argument("--seconds", type=float, default=0.15, help="length of a block")
+    parser.add_argument("--fused", action="store_true", help="AdamW(fused=True)")
+    parser.add_argument("--device", default="cpu", help="where the models live: cpu or cuda")
+    parser.add_argument("--scaling", action="store_true", help="cost by layers, parameters and steps done, instead")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/performance.md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_default_device(options.device)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    title = (
+        f"torch {torch.__version__}, Python {platform.python_version()}, {options.device}, one thread of "
+        f"{os.cpu_count()} cores, AdamW {'fused' if options.fused else 'foreach'}, {options.rounds} rounds"
+    )
+    console.print(f"{title}; median (quartiles)")
+    if MISSING:
+        console.print("not installed: " + ", ".join(MISSING) + "; pip install -e '.[bench]'")
+    if options.scaling:
+        from benchmarks import scaling
+
+        scaling.main(console, write=options.write)
+        return
+    found = run(options, console)
+    CACHED.parent.mkdir(exist_ok=True)
+    CACHED.write_text(json.dumps(found, indent=1))
+    if options.write:
+        from benchmarks.pages import write_overhead
+
+        write_overhead(found, title)
 
 
 if __name__ == "__main__":

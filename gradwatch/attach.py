@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 
 from gradwatch.autoclip import AutoClip
+from gradwatch.budget import Budget
 from gradwatch.clips import CLIPS, Clip
 from gradwatch.errors import UsageError, did_you_mean
 from gradwatch.monitor import Monitor, attached
@@ -31,6 +33,8 @@ def attach(
     report: str | Report | Sequence[Report | str] | None = "auto",
     every: int = 1,
     strict: bool = False,  # noqa: FBT001, FBT002  the public surface
+    *,
+    budget: float | None = None,
 ) -> Monitor:
     """Watch ``model``: from now on every optimizer step is measured, judged and shown.
 
@@ -42,8 +46,12 @@ def attach(
         clip: None only watches. ``"norm"`` and ``"value"`` switch auto-clip on with its defaults; a `Clip` with those
             bounds, an `AutoClip` with that policy.
         report: ``"auto"`` (live in a terminal, log lines elsewhere), ``"live"``, ``"log"``, None, a `Report`, or a list.
-        every: optimizer steps between measurements; while an incident is open each step is measured.
+        every: optimizer steps between measurements; while an incident is open each step is measured. In between, one
+            layer's gradient and the loss are looked at, once the run has 64 rows: when they leave their bounds, the step
+            is measured.
         strict: raise errors inside gradwatch. Otherwise they are told once and training goes on.
+        budget: the share of the training's time that measuring may take, such as 0.01: ``every`` is then chosen, and
+            chosen anew as the run goes on. The first 64 steps are all measured.
 
     Returns:
         The monitor. It may be dropped: it lives as long as the model.
@@ -69,17 +77,29 @@ def attach(
         raise UsageError(
             f"attach() got {_shown(scaler)} as scaler; expected a torch.amp.GradScaler, or None to find it."
         )
-    policy = _policy(clip)
-    if policy is not None and every > 1:
+    if budget is not None and not (_is_number(budget) and 0 < budget < 1):
+        raise UsageError(f"attach() got budget={budget!r}; expected a share between 0 and 1, such as 0.01.")
+    if budget is not None and every > 1:
         raise UsageError(
-            f"attach() got every={every} together with clip={_shown(clip)}: auto-clip decides about each step, so each has "
+            f"attach() got every={every} together with budget={budget}: a budget chooses every; leave one out."
+        )
+    policy = _policy(clip)
+    if policy is not None and (every > 1 or budget is not None):
+        given = f"every={every}" if budget is None else f"budget={budget}"
+        raise UsageError(
+            f"attach() got {given} together with clip={_shown(clip)}: auto-clip decides about each step, so each has "
             "to be measured. Leave out one of the two."
         )
-    monitor = Monitor(model, _rules(rules), policy, _reports(report), scaler=scaler, every=every, strict=strict)
+    pace = every if budget is None else Budget(budget)
+    monitor = Monitor(model, _rules(rules), policy, _reports(report), scaler=scaler, every=pace, strict=strict)
     if optimizer is not None:
         _check_optimizer(optimizer, monitor, model)
     monitor.start(optimizer)
     return monitor
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _rules(rules: Sequence[Rule] | None) -> list[Rule]:

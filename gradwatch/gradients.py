@@ -173,6 +173,17 @@ class Gradients:
                 parts.append(local_of(whole))
         return parts
 
+    def sentinel(self, columns: NDArray[np.intp]) -> tuple[int, nn.Parameter]:
+        """Return the place among ``columns``, and the parameter, that tells most for least of a backward.
+
+        What grows or is not finite anywhere reaches the parameters that come last in it: of the first four of the model,
+        the smallest.
+        """
+        held = dict(zip(self.columns.tolist(), self.parameters, strict=True))
+        first = np.argsort(columns)[:4].tolist()
+        place = min(first, key=lambda place: held[int(columns[place])].numel())
+        return place, held[int(columns[place])]
+
     @property
     def sharded(self) -> bool:
         """True when this process holds only parts of them."""

@@ -68,7 +68,7 @@ class History:
         self._row = Row(-1, math.nan, np.full(count, np.nan), math.nan)
         self._row_is_last = True
         self._typical_grad = Typical(count, half_life=64)
-        self._learned = self._to_learn = 0
+        self._learned = self._to_learn = self._normed = 0
         self.typical_weight = Typical(count, half_life=16)
         self.weight: Floats = np.full(count, np.nan)
         self.previous_weight: Floats = np.full(count, np.nan)
@@ -88,8 +88,10 @@ class History:
 
     def push(self, row: Row) -> None:
         """Keep a row. Its non-finite values are kept in the ring, and out of every reference."""
-        slot = self._put(row.step, row.loss, row.grad_norm, row.global_norm)
-        self._row, self._row_is_last = row, True
+        self._add_norms()
+        slot = self._put(row.step, row.loss, row.grad_norm)
+        self._row, self._row_is_last, self._normed = row, True, self.rows
+        self._norm[slot] = row.global_norm
         self._coefficient[slot] = row.applied
         self.nonfinite = row.nonfinite if row.nonfinite is not None else self._all_finite
         if row.rate is not None:
@@ -114,24 +116,29 @@ class History:
         ``grad_norm`` has shape (n,), its columns' numbers are ``columns``; None: all layers. ``applied`` is the factor of
         the user's clip.
         """
-        global_norm = math.sqrt(np.dot(grad_norm, grad_norm))
         if columns is not None:
             spread = np.full(len(self.layers), np.nan)
             spread[columns] = grad_norm
             grad_norm = spread
-        slot = self._put(step, loss, grad_norm, global_norm)
+        slot = self._put(step, loss, grad_norm)
         self._row_is_last = False
         self._coefficient[slot] = applied
         self._weight[slot] = np.nan
         self.losses += self._row.has_loss
         self._to_learn = self.rows
 
-    def _put(self, step: int, loss: float, grad_norm: Floats, global_norm: float) -> int:
+    def _add_norms(self) -> None:
+        """Compute the global norms of the noted rows, which nobody has asked for yet."""
+        if self._normed < self.rows:
+            slots = np.arange(self._normed, self.rows) % self.window
+            self._norm[slots] = np.sqrt(np.nansum(np.square(self._grad[slots]), axis=1))
+            self._normed = self.rows
+
+    def _put(self, step: int, loss: float, grad_norm: Floats) -> int:
         slot = self.rows % self.window
         self.rows += 1
         self._grad[slot] = grad_norm
         self._loss[slot] = loss
-        self._norm[slot] = global_norm
         self._skipped[slot] = False
         self._step[slot] = step
         return slot
@@ -200,6 +207,7 @@ class History:
     def row(self) -> Row:
         """The last row."""
         if not self._row_is_last:
+            self._add_norms()
             slot = (self.rows - 1) % self.window
             last = self._row
             self._row_is_last = True
@@ -238,6 +246,7 @@ class History:
 
     def global_norm(self, last: int | None = None) -> Floats:
         """L2 norms of all gradients as one vector, shape (n,), oldest first."""
+        self._add_norms()
         return self._last(self._norm, last)
 
     def clip_coefficient(self, last: int | None = None) -> Floats:

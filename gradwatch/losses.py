@@ -74,6 +74,10 @@ class Losses:
         if isinstance(returned, (int, float)) or (isinstance(returned, torch.Tensor) and returned.numel() == 1):
             return float(returned), "closure"
         if self._roots:
+            if (
+                len(self._roots) == 1 and self.scaler is None and self._always is None
+            ):  # as the lines below, on the hot path
+                return self._roots[0].item(), "backward root"
             scaler = self.scaler or (self._always() if self._always is not None else None)
             scale = scaler.get_scale() if scaler is not None else 1.0
             return sum(root.item() for root in self._roots) / scale, "backward root"

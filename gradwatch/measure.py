@@ -9,6 +9,7 @@ through the norm, so that finding them costs nothing; telling them apart is done
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from gradwatch.records import NonFinite
 from gradwatch.wrappers import local_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -49,6 +50,7 @@ class NormPlan:
             else:
                 self._alone.append(index)
         self._groups = [(np.asarray(indices), indices, _wide(tensors[indices[0]])) for indices in together.values()]
+        self._picks = [(columns, _picker(indices), wide) for columns, indices, wide in self._groups]
         self._simple = len(self._groups) == 1 and not self._alone and not self._pieces
         self._large = np.array([index for index, _ in self._pieces], dtype=np.intp)
         counts = [tensors[index].numel() // piece for index, piece in self._pieces]
@@ -63,8 +65,8 @@ class NormPlan:
         if self._simple:
             return _read(_batched(tensors, self._groups[0][2]))
         norms = np.empty(self._count)
-        for columns, indices, wide in self._groups:
-            norms[columns] = _read(_batched([tensors[index] for index in indices], wide))
+        for columns, pick, wide in self._picks:
+            norms[columns] = _read(_batched(pick(tensors), wide))
         if self._pieces:
             norms[self._large] = self._in_pieces(tensors)
         for index in self._alone:
@@ -131,6 +133,13 @@ def _piece(tensor: Tensor) -> int:
     return next((piece for piece in range(_LONGEST, _SHORTEST - 1, -1) if elements % piece == 0), 0)
 
 
+def _picker(indices: list[int]) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
+    """Return what picks these places of a list, in one call."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda tensors: tuple(tensors[index] for index in indices)
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     """What to sum in. Where reading is not free nobody can look again when squares overflow, so that they must not."""
     if tensor.dtype is torch.float64 or not device.reading_is_free(tensor.device):
@@ -138,7 +147,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def _batched(tensors: list[Tensor], wide: torch.dtype) -> list[Tensor]:
+def _batched(tensors: list[Tensor] | tuple[Tensor, ...], wide: torch.dtype) -> list[Tensor]:
     try:
         return list(torch._foreach_norm(tensors, 2, dtype=wide))
     except (RuntimeError, NotImplementedError):  # a gradient that is sparse although its parameter is dense
@@ -148,7 +157,8 @@ def _batched(tensors: list[Tensor], wide: torch.dtype) -> list[Tensor]:
 def _read(norms: list[Tensor]) -> Floats:
     if len(norms) < _FEW and norms[0].is_cpu:
         return np.array([norm.item() for norm in norms])
-    return torch.stack(norms).cpu().numpy().astype(np.float64)
+    together = torch.stack(norms)
+    return (together if together.is_cpu else together.cpu()).numpy().astype(np.float64)
 
 
 def norm_of(tensor: Tensor) -> float:

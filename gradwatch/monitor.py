@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.autoclip import AutoClip, Decision, Orders
+    from gradwatch.budget import Budget
     from gradwatch.quiet import Bounds
     from gradwatch.records import Alarm, Incident, Row
     from gradwatch.reports import Report
@@ -50,7 +51,7 @@ class Monitor:
         reports: Sequence[Report],
         *,
         scaler: torch.amp.GradScaler | None = None,
-        every: int = 1,
+        every: int | Budget = 1,
         strict: bool = False,
     ) -> None:
         layers = Layers(model)

@@ -16,7 +16,7 @@ from gradwatch.alarms import Alarms
 from gradwatch.autoclip import NOTHING, AutoClip, Clipping, Decision, Orders
 from gradwatch.columns import widened
 from gradwatch.incidents import CALM_STEPS, FAR, LEFT_BAND, Incidents
-from gradwatch.quiet import Bounds
+from gradwatch.quiet import Bounds, cadence
 from gradwatch.records import Alarm, Incident, Row, Snapshot
 from gradwatch.statistics import quiet_numpy
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from gradwatch.rules import Rule
 
 _EVERY_STEP = 64  # every rule judges each of the first steps: small models explode within 30
-_CADENCE = 16  # afterwards, while nothing stirs
 _SERIES = 400  # rows that a report gets for its curves
 _SPEED_OVER = 0.2  # seconds over which the speed is taken
 _NO_LOSS = 5  # rows without a loss after which the loss rules say that they rest
@@ -108,10 +107,10 @@ class Pipeline:
             self.clipping.done(row, decision, coefficient, self.incidents)
 
     def _quiet(self, row: Row) -> bool:
-        """True on a step on which no rule can have anything to say that may not wait up to 16 steps."""
+        """True on a step on which no rule can have anything to say that may not wait for its turn."""
         return not (
             self.history.rows <= _EVERY_STEP
-            or self.history.rows % _CADENCE == 0
+            or self.history.rows % cadence(self.history.rows) == 0
             or row.nonfinite is not None
             or (row.has_loss and not row.loss <= self._loss_band)
             or self.alarms.stirring
@@ -131,7 +130,8 @@ class Pipeline:
         until = min(
             (self._last.get(id(report), -math.inf) + report.period for report in self.reports), default=math.inf
         )
-        return Bounds(self.history, -(self.history.rows + 1) % _CADENCE, self._band, self._loss_band, until)
+        coming = self.history.rows + 1
+        return Bounds(self.history, -coming % cadence(coming), self._band, self._loss_band, until)
 
     def _judge(self, row: Row) -> None:
         if self._first_step is None:  # what came before the first step is not the training's speed

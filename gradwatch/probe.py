@@ -15,6 +15,7 @@ import torch
 
 from gradwatch import device, hooks, taps
 from gradwatch.arrivals import Arrivals
+from gradwatch.budget import Budget
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
 from gradwatch.gradients import Gradients
 from gradwatch.losses import Losses
@@ -44,12 +45,12 @@ class Probe:
     Args:
         layers: the watched parameters.
         judge: told of every row; held weakly.
-        every: optimizer steps between measurements.
+        every: optimizer steps between measurements; a `Budget` chooses them.
         scaler: the gradient scaler; None: found when it steps.
     """
 
     def __init__(
-        self, layers: Layers, judge: Judge, every: int = 1, scaler: torch.amp.GradScaler | None = None
+        self, layers: Layers, judge: Judge, every: int | Budget = 1, scaler: torch.amp.GradScaler | None = None
     ) -> None:
         self._layers = layers
         self._judge = weakref.ref(judge)
@@ -69,7 +70,8 @@ class Probe:
         self._stepping_at = -1
         self.arrivals = Arrivals(layers)
         self.losses = Losses(scaler)
-        self.rows = Rows(layers, judge, self.arrivals, self.losses, every)
+        self._budget = every if isinstance(every, Budget) else None
+        self.rows = Rows(layers, judge, self.arrivals, self.losses, every if isinstance(every, int) else 1)
         self.active = False
         self.backwards = 0
         self.seconds = 0.0
@@ -252,6 +254,8 @@ class Probe:
         return changed
 
     def _take(self, mine: Gradients, source: Source, optimizer: Optimizer | None = None, returned: Any = None) -> None:
+        if self._budget is not None:
+            self.rows.every = self._budget.every(self.seconds, self.rows.step, self.rows.made)
         if self.rows.take(mine, source, optimizer, returned) and source != "left out by the scaler":
             self._left_out = 0
 

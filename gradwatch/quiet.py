@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.gradients import Gradients, Measured
-from gradwatch.measure import global_norm_of
+from gradwatch.measure import global_norm_of, norm_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from gradwatch.losses import Losses
     from gradwatch.records import Floats, LossSource
     from gradwatch.rows import Rows
+
+_SETTLED = 512  # rows after which a run that is well is looked at half as often
+
+
+def cadence(row: int) -> int:
+    """Return every how many rows all rules judge and the weights are sampled, while nothing stirs, ``row`` rows in."""
+    return 16 if row < _SETTLED else 32
+
 
 _LARGEST = float(np.finfo(np.float64).max)
 
@@ -88,6 +96,7 @@ class Quiet:
         self._columns = None if len(columns) == len(bounds.grad_norm) else columns
         band = bounds.grad_norm if self._columns is None else bounds.grad_norm[columns]
         self._band = np.minimum(band, _LARGEST)  # an infinite norm is never within
+        self._sentinel = mine.sentinel(columns)
 
     @property
     def resting(self) -> bool:
@@ -132,6 +141,15 @@ class Quiet:
         """What was clipped was not stepped with."""
         self._norms = self._total = None
 
+    def _sentinel_is_well(self, losses: Losses) -> bool:
+        """True while one layer's gradient and the loss stay within their bounds, on a step that leaves no row."""
+        place, parameter = self._sentinel
+        gradient = parameter.grad
+        if gradient is not None and not norm_of(gradient) <= self._band[place]:
+            return False
+        loss, source = losses.read(None)
+        return source == "none" or loss <= self._loss
+
     def _measured(self, rows: Rows) -> Floats | None:
         gradients, _, plan = self._mine.present()
         if plan is not self._plan or plan is None or rows.seen_before_clip:
@@ -140,8 +158,9 @@ class Quiet:
         return norms if self._holds(norms) else None
 
     def _holds(self, norms: Floats) -> bool:
-        # a norm of zero may be an underflow, which only a second look can tell
-        return bool((norms <= self._band).all() and norms.all())
+        # a norm of zero may be an underflow, which only a second look can tell; counting is the quickest of numpy's tests
+        count = len(norms)
+        return bool(np.count_nonzero(norms <= self._band) == count and np.count_nonzero(norms) == count)
 
     def take(self, optimizer: Optimizer, rows: Rows, losses: Losses) -> bool:
         """Note this step's row; False when it has to go the long way, with nothing changed."""
@@ -149,6 +168,9 @@ class Quiet:
         if optimizer is not self.optimizer() or losses.scaler is not None:
             return False
         if self.resting:
+            if not self._sentinel_is_well(losses):
+                rows.alert = True
+                return False
             mine.steps += 1
             rows.step += 1
             losses.spend()

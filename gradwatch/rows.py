@@ -75,7 +75,8 @@ class Rows:
         losses: what is known of the loss.
         every: optimizer steps between measurements.
 
-    Attributes: ``step`` is the number of the coming row's step; ``over`` is True when nothing more can be measured.
+    Attributes: ``every`` as above; ``step`` is the number of the coming row's step; ``over`` is True when nothing more can be
+    measured.
     """
 
     def __init__(self, layers: Layers, judge: Judge, arrivals: Arrivals, losses: Losses, every: int) -> None:
@@ -83,7 +84,7 @@ class Rows:
         self._judge = weakref.ref(judge)
         self._arrivals = arrivals
         self._losses = losses
-        self._every = every
+        self.every = every
         self._sampling = Sampling(layers)
         self._before_clip: Measured | Unread | None = None
         self._last_provenance = Provenance()
@@ -98,6 +99,7 @@ class Rows:
         self._after = 0.0
         self.quiet: Quiet | None = None  # the short way, while nothing stirs
         self.closely = False
+        self.alert = False  # the sentinel saw something: this step is measured whatever ``every`` says
         self.over = False
         self.step = 0
 
@@ -151,7 +153,8 @@ class Rows:
 
     def _is_due(self, steps: int) -> bool:
         """Meet the other processes and see to what is pending; False when this step leaves no row."""
-        if self._every > 1 and steps % self._every and not self.closely:
+        alert, self.alert = self.alert, False
+        if self.every > 1 and steps % self.every and not self.closely and not alert:
             self.step += 1
             self._losses.spend()
             return False
@@ -218,9 +221,14 @@ class Rows:
             return
         bounds = judge.bounds()
         rows = min(bounds.rows, self._sampling.rest) if bounds is not None else 0
-        if bounds is not None and (rows or self._every > 1):
+        if bounds is not None and (rows or self.every > 1):
             bounds = replace(bounds, rows=rows)
-            self.quiet = Quiet(bounds, mine, optimizer, row.provenance.loss, self._every, clipped=clipped)
+            self.quiet = Quiet(bounds, mine, optimizer, row.provenance.loss, self.every, clipped=clipped)
+
+    @property
+    def made(self) -> int:
+        """The number of rows so far."""
+        return self._sampling.rows
 
     def count(self) -> int:
         """Return the number of a row that goes the short way."""

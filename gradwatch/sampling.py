@@ -10,6 +10,7 @@ import torch
 
 from gradwatch.columns import widened
 from gradwatch.measure import NormPlan, fingerprint, live_units, look_closer, on_device
+from gradwatch.quiet import cadence
 from gradwatch.table import CHANGED, DEAD, WEIGHT
 from gradwatch.wrappers import local_of
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _FIRST_ROWS = 32  # weights are sampled on each of them
 _WATCHED_ROWS = 45  # the last of the first censuses is among them
-_WEIGHTS_EVERY = 16  # with the rows on which all rules judge
 _CENSUS_EVERY = 61  # odd, as the first censuses are even and odd: parts of a model that take turns are all seen
 _FIRST_CENSUSES = frozenset((5, 10, 17, 24, 33, 44))
 _ROUND = 4  # censuses of a layer after which a unit without any gradient is called dead
@@ -69,7 +69,7 @@ class Sampling:
         self._layers = layers
         self._plan: NormPlan | None = None
         self._planned: tuple[int, torch.device | None] = 0, None
-        self._rows = 0
+        self.rows = 0
         self._prints: dict[int, int] = {}
         self._alive: dict[int, tuple[int, Tensor]] = {}
         self._dead_on: dict[int, Tensor] = {}
@@ -109,19 +109,19 @@ class Sampling:
 
     def _due(self, *, closely: bool) -> tuple[int, bool, bool]:
         """Return the row's number, whether the weights are looked at, and whether units and changes are."""
-        row, self._rows = self._rows, self._rows + 1
-        weights = closely or row < _FIRST_ROWS or (row + 1) % _WEIGHTS_EVERY == 0
+        row, self.rows = self.rows, self.rows + 1
+        weights = closely or row < _FIRST_ROWS or (row + 1) % cadence(row + 1) == 0  # as the rules judge
         return row, weights, row == 0 or row in _FIRST_CENSUSES or row % _CENSUS_EVERY == 0
 
     @property
     def rest(self) -> int:
         """The number of coming rows with which nothing is due."""
-        row = self._rows
-        return 0 if row < _WATCHED_ROWS else min(-(row + 1) % _WEIGHTS_EVERY, -row % _CENSUS_EVERY)
+        row = self.rows
+        return 0 if row < _WATCHED_ROWS else min(-(row + 1) % cadence(row + 1), -row % _CENSUS_EVERY)
 
     def count(self) -> None:
         """A row with which nothing was due."""
-        self._rows += 1
+        self.rows += 1
 
     def take_unread(self, now: Unread, slot: Slot, share: Parts | None, *, closely: bool) -> Sample:
         """Do the same on a device, into ``slot``; the sample says only what was looked at (see `Sample.fill`)."""

@@ -134,7 +134,9 @@ def _wrap_backward(original: Function, tap: Tap) -> Function:
 
 
 def _scalar(tensors: Any) -> Tensor | None:
-    roots = list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
+    if isinstance(tensors, torch.Tensor):
+        return tensors.detach() if tensors.numel() == 1 else None
+    roots = list(tensors) if isinstance(tensors, (list, tuple)) else []
     if not roots or not all(isinstance(root, torch.Tensor) and root.numel() == 1 for root in roots):
         return None
     total: Tensor = (

@@ -29,6 +29,10 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (MODEL, {"rules": [LossJump(), LossJump(limit=5.0)]}, "GW102 more than once"),
     (MODEL, {"every": 0}, "every=0; expected a whole number of at least 1"),
     (MODEL, {"every": 2.5}, "every=2.5"),
+    (MODEL, {"budget": 2}, "budget=2; expected a share between 0 and 1"),
+    (MODEL, {"budget": True}, "budget=True"),
+    (MODEL, {"budget": 0.01, "every": 4}, "a budget chooses every"),
+    (MODEL, {"budget": 0.01, "clip": "norm"}, "each has to be measured"),
     (MODEL, {"optimizer": "SGD"}, "got 'SGD' as optimizer"),
     (
         MODEL,

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradwatch
 from tests.trainings import data, mlp
 
-CALLS = 75  # Python functions of gradwatch in one quiet step, whatever the number of layers
+CALLS = 45  # Python functions of gradwatch in one quiet step, whatever the number of layers
 OPERATIONS = 5  # of torch in one quiet step: batched norm, stack, its copy, and detaching and reading the loss
 
 

@@ -28,7 +28,7 @@ class Rule(Settings):
         sign: what an alarm counts as in the verdict: subtle, confirming, growth, numeric or silent.
         kind: the incident kind that the alarm points to.
         per_layer: `measure` returns shape (L,) if True, else (1,).
-        urgent: measured on each step once it stirs; one of the whole model that is not may wait up to 16 steps.
+        urgent: measured on each step once it stirs; one of the whole model that is not may wait up to 32 steps.
         opens: an alarm opens an incident. A confirming sign alone does not: it is a note.
         cases: written runs on which the rule must fire or stay quiet.
     """

@@ -20,7 +20,7 @@ class WeightNonFinite(Rule):
 
     ## Formula
     `value = 1` where the layer's weight norm is not finite, else `0`. It fires where `value > limit` (0). Weights are
-    looked at on each of the first steps, on each step of an open incident, and every 16 steps otherwise.
+    looked at on each of the first steps, on each step of an open incident, and every 16 steps otherwise (every 32 after 512).
 
     ## Why it is bad
     Every later result of this layer is NaN, and no update can repair it.
