@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from gradwatch.gradients import Gradients, Measured
 from gradwatch.measure import global_norm_of, norm_of
@@ -145,8 +146,10 @@ class Quiet:
         """True while one layer's gradient and the loss stay within their bounds, on a step that leaves no row."""
         place, parameter = self._sentinel
         gradient = parameter.grad
-        if gradient is not None and not norm_of(gradient) <= self._band[place]:
-            return False
+        if gradient is not None:
+            plain = gradient.layout is torch.strided and gradient.dtype is torch.float32
+            if not (torch.linalg.vector_norm(gradient).item() if plain else norm_of(gradient)) <= self._band[place]:
+                return False
         loss, source = losses.read(None)
         return source == "none" or loss <= self._loss
 
