@@ -17,6 +17,7 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,6 +188,34 @@ def memory_of(bench: Bench, count: int) -> tuple[float, float]:
     return blocks / count, size / count
 
 
+def device_counts(bench: Bench, count: int = 20) -> dict[str, float]:
+    """Return, for a step on a CUDA device, how often watching waits for it and how many kernels it launches, armed."""
+    watched = Watched(bench, clip="norm")
+    found = {}
+    for name, switch in (("plain", nullcontext()), ("armed", watched.switched_on())):
+        with switch, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                for _ in range(count):  # without the wait at the end of a block
+                    bench.optimizer.zero_grad()
+                    bench.loss().backward()
+                    bench.optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            waits = sum("synchroniz" in str(warning.message) for warning in told)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                bench.steps(count)
+        kernels = sum(event.device_type.name == "CUDA" for event in profile.events() or [])
+        found[name] = waits / count, kernels / count
+    watched.on()
+    watched.monitor.detach()
+    return {
+        "device waits a step": found["armed"][0] - found["plain"][0],
+        "kernels a step": found["armed"][1] - found["plain"][1],
+    }
+
+
 def _resident() -> float:
     """Bytes of the process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -242,6 +271,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, dict[str, An
             f"plain step {here['plain']:.3g} ms, with clip_grad_norm_ {here['clip']:.3f} of it; armed, in us: "
             + ", ".join(f"{name} {value:.0f}" for name, value in split.items())
         )
+        if options.device == "cuda":
+            here["device"] = device_counts(Bench(workload.make, fused=options.fused))
+            table.caption += "; " + ", ".join(f"{name} {value:g}" for name, value in here["device"].items())
         if letter == "a":
             here["blocks"], here["growth"] = memory_of(Bench(workload.make, fused=options.fused), 5000)
             table.caption += (

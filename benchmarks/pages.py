@@ -73,7 +73,7 @@ def write_overhead(found: dict[str, dict[str, Any]], title: str) -> None:
     )
     rows = [plain, clip, *core]
     for name in names:
-        if name in ("armed", "parts"):
+        if name in ("armed", "parts", "device"):
             continue
         if name == "user clips too":
             rows.append(line("watching while the user clips: step / step with clip", name, "to clip"))

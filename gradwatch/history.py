@@ -287,6 +287,25 @@ class History:
         some = self.row.grad_norm > 0
         return some if self.row.arrived is None else some | (self.row.arrived & np.isnan(self.row.grad_norm))
 
+    @property
+    def largest_first_loss(self) -> float:
+        """The largest magnitude of the run's first 16 finite losses; NaN before the sixteenth."""
+        return max(map(abs, self._first_losses)) if len(self._first_losses) == _FIRST_LOSSES else math.nan
+
+    @property
+    def stuck(self) -> bool:
+        """True when at least 100 losses were seen and the last 32 lie less than a tenth below the reference loss."""
+        if self.losses < 100:
+            return False
+        now, _ = median_and_mad(self.loss(last=32))
+        return not self.reference_loss - now >= abs(self.reference_loss) / 10
+
+    @property
+    def half_won(self) -> bool:
+        """True when the median of the last 32 losses lies at half of the reference loss or below."""
+        now, _ = median_and_mad(self.loss(last=32))
+        return bool(self.reference_loss > 0 and now <= self.reference_loss / 2)
+
     def loss_is_rising(self) -> bool:
         """True when the median of the last 4 losses lies above what the 32 before them usually stay below.
 

@@ -17,6 +17,7 @@ from gradwatch.advice import advise
 from gradwatch.columns import widened
 from gradwatch.history import EARLY
 from gradwatch.records import SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
+from gradwatch.statistics import median_and_mad
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
 _BACK_IN_BAND = 2.0
 _LASTING = 12  # steps after which a loss that is still up is no longer a spike
 FAR = 10.0  # times the limit of a surge at which it speaks for itself
+_FIRST = 12  # steps in which an explosion is one of the initialisation
 _BRIEF = 3  # steps of firing up to which an explosion was only a spike
 
 
@@ -141,7 +143,12 @@ class Incidents:
                 story.ceiling = self._history.loss_ceiling(last=1)
         if story.incident is not None and not story.settled and step - story.incident.opened_step >= _LASTING:
             level, _ = self._history.loss_level(_LASTING - 2)
-            story.settled, story.lasting = True, level > story.ceiling
+            after = self._history.loss(last=_LASTING)
+            (first, _), (second, _) = (
+                median_and_mad(part) for part in (after[: _LASTING // 2], after[_LASTING // 2 :])
+            )
+            # a loss that comes down again is a change of the task, not a divergence
+            story.settled, story.lasting = True, level > story.ceiling and not second < 0.8 * first
             touched |= story.lasting
         if not active and self._over(name, step, calm=step - story.last_fired):
             return self._close(name, story, step)
@@ -154,15 +161,27 @@ class Incidents:
         signs = story.firing.values()
         return (
             any(sign.sign in ("subtle", "numeric") or sign.kind == "nonfinite" for sign in signs)
-            or any(sign.code == "GW301" and sign.value > FAR * sign.limit for sign in signs)
+            or self._far_beyond(signs)
             # early on, only the update that SGD is about to make can be told, and only before it is made
             or (
                 self._history.losses < EARLY
                 and self._history.row.family == "sgd"
+                and np.count_nonzero(self._history.matrices) > 1  # one layer alone does not multiply
                 and "GW303" in {s.code for s in signs}
             )
             or self._history.loss_is_rising()
         )
+
+    def _far_beyond(self, signs: Iterable[Alarm]) -> bool:
+        """A surge so large that it speaks for itself: in some layers only, or while the loss is up.
+
+        Where a plateau ends, most layers surge together while the loss is at its level or falls.
+        """
+        far = [sign for sign in signs if sign.code == "GW301" and sign.value > FAR * sign.limit]
+        if not far:
+            return False
+        middle, scatter = self._history.loss_level()
+        return 2 * len(far) <= len(self._history.layers) or not self._history.row.loss <= middle + scatter
 
     def _over(self, name: str, step: int, calm: int) -> bool:
         if self._clipping is None or name != "explosion":
@@ -175,6 +194,8 @@ class Incidents:
         signs = tuple(story.signs.values())
         kind = _kind(signs, lasting=story.lasting)
         severity, verdict = _severity(signs, kind)
+        if kind == "dead" and self._history.half_won:  # what learns all the same may do without them
+            severity = "notice"
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)
         confirmed = before.confirmed_step if before is not None else None
@@ -239,7 +260,9 @@ class Incidents:
             step = int(self._left[index]) if 0 <= self._left[index] < alarm.step else alarm.step
             # within one step: non-finite ones in backward order, others by how far they are beyond the limit
             beyond = -alarm.value / alarm.limit if alarm.limit > 0 and np.isfinite(alarm.value) else 0.0
-            key = (step, beyond, int(history.order[index]))
+            # what is dead starves all layers behind it: the first in forward order is the cause
+            place = -int(history.order[index]) if alarm.kind == "dead" else int(history.order[index])
+            key = (step, beyond, place)
             first[alarm.layer] = min(first.get(alarm.layer, key), key)
         for index in np.flatnonzero(self._left >= 0).tolist():
             first.setdefault(history.layers[index], (int(self._left[index]), 0.0, int(history.order[index])))
@@ -250,7 +273,18 @@ class Incidents:
             return self._history.first_nonfinite()
         if phase == "loss" and not any(sign.sign == "growth" for sign in signs):
             return None
-        return layers[0] if layers else None
+        odd = self._odd_scale() if signs[0].step < _FIRST and signs[0].kind in EXPLOSION else None
+        return odd or (layers[0] if layers else None)
+
+    def _odd_scale(self) -> str | None:
+        """The layer whose weights multiply what passes by more than ten times as much as its neighbours' do, if one does."""
+        history = self._history
+        gain = history.weight / np.sqrt(history.sizes) * np.sqrt(history.fan_in)
+        gain = np.where(history.matrices & (history.sizes >= 16), gain, np.nan)
+        if np.count_nonzero(np.isfinite(gain)) < 3:
+            return None
+        largest = int(np.nanargmax(gain))
+        return history.layers[largest] if gain[largest] > 10 * max(float(np.nanmedian(gain)), 0.5) else None
 
     def _evidence(self, signs: Sequence[Alarm], story: _Story) -> tuple[str, ...]:
         lines = []
@@ -285,7 +319,7 @@ def _kind(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
         return "exploding"
     if any(sign.kind == "nonfinite" for sign in signs):
         return "nonfinite"
-    return "diverging" if lasting else "spike"
+    return "diverging" if lasting or any(sign.kind == "diverging" for sign in signs) else "spike"
 
 
 def _severity(signs: Sequence[Alarm], kind: Kind) -> tuple[Severity, Verdict]:

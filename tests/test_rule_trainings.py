@@ -73,6 +73,17 @@ def root_of_zero(faulty: bool) -> gradwatch.Monitor:
     return watched(model, torch.optim.SGD(model.parameters(), lr=0.01), 20, loss_of=loss_of)
 
 
+def wrong_sign(faulty: bool) -> gradwatch.Monitor:
+    """A loss that is maximised step by step, against one that is minimised."""
+    model = mlp()
+    sign = -1 if faulty else 1
+
+    def loss_of(output: Tensor, target: Tensor) -> Tensor:
+        return sign * nn.functional.mse_loss(output, target)
+
+    return watched(model, torch.optim.Adam(model.parameters(), lr=0.01), 200, loss_of=loss_of)
+
+
 def unscaled_targets(faulty: bool) -> gradwatch.Monitor:
     """Targets in the hundreds, against scaled ones."""
     x, y = data()
@@ -128,6 +139,7 @@ TRAININGS: dict[str, Training] = {
     "GW101": rate_of_nothing,
     "GW102": rate_too_high,
     "GW103": logarithm_of_zero,
+    "GW104": wrong_sign,
     "GW201": adam_rate,
     "GW202": rate_too_high,
     "GW203": unscaled_targets,

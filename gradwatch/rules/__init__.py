@@ -14,6 +14,7 @@ from gradwatch.rules.gradient_surge import GradientSurge
 from gradwatch.rules.gradients_above_one import GradientsAboveOne
 from gradwatch.rules.loss_jump import LossJump
 from gradwatch.rules.loss_nonfinite import LossNonFinite
+from gradwatch.rules.loss_runaway import LossRunaway
 from gradwatch.rules.no_traction import NoTraction
 from gradwatch.rules.update_too_large import UpdateTooLarge
 from gradwatch.rules.vanishing import Vanishing
@@ -24,6 +25,7 @@ RULES: tuple[type[Rule], ...] = (
     NoTraction,
     LossJump,
     LossNonFinite,
+    LossRunaway,
     WeightGrowth,
     WeightNonFinite,
     GradientsAboveOne,
@@ -59,6 +61,7 @@ __all__ = [
     "GradientsAboveOne",
     "LossJump",
     "LossNonFinite",
+    "LossRunaway",
     "NoTraction",
     "Rule",
     "UpdateTooLarge",

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Kind, Sign
 
 
+_REST = 49  # rows after which a layer without a gradient no longer only rests
+
+
 class Dead(Rule):
     """Units or whole layers are dead: their gradient is exactly zero.
 
@@ -24,9 +27,10 @@ class Dead(Rule):
 
     ## Formula
     `value = dead units / units` of the layer, from the four samples; `1` where the layer's whole gradient norm is
-    exactly zero on this step. It fires where `value > limit` (0.5) for `for_steps` (16) steps. Only the weights
-    of linear and convolutional layers have units; words that do not occur in an embedding are not dead. Nothing is, where
-    the whole model's gradient is zero: the loss is at its floor.
+    exactly zero on this step and was on each of the 48 before (a head that is used now and then rests). It fires where
+    `value > limit` (0.5) for `for_steps` (16) steps. Only the weights of linear and convolutional layers have units; words
+    that do not occur in an embedding are not dead. Nothing is, where the whole model's gradient is zero: the loss is at its
+    floor. Where the loss has fallen to half of what it was, the incident is a notice.
 
     ## Why it is bad
     A dead unit never learns again: no data reach it, so nothing can bring it back.
@@ -63,4 +67,7 @@ class Dead(Rule):
         """Return the share of dead units of each layer, shape (L,)."""
         if history.row.global_norm == 0:  # the loss has no slope at all: it is at its floor
             return np.zeros(len(history.layers))
-        return np.where(history.row.grad_norm == 0, 1.0, history.dead_share)
+        if not (history.row.grad_norm == 0).any():
+            return history.dead_share
+        silent = ~(history.grad_norm(last=_REST) > 0).any(axis=0)
+        return np.where(history.row.grad_norm == 0, np.where(silent, 1.0, 0.0), history.dead_share)

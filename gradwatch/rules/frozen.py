@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Kind, Sign
 
 
+_HELD = 6e-8  # of a float32 number: half the gap to the next one
+
+
 class Frozen(Rule):
     """The weights never change although gradients arrive.
 
@@ -23,8 +26,11 @@ class Frozen(Rule):
 
     ## Formula
     `value = steps since watching began` where an exact fingerprint of the layer's bits was the same at every sample,
-    else `0`. It fires where `value > limit` (48). Layers whose gradient is exactly zero, or that got none, are left
-    out, and so are parameter groups at rate zero beside others that are not: they wait to be unfrozen.
+    or where the loss is stuck (100 steps and less than a tenth gained) and the update is, in each layer, too small for float32
+    to hold: `u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and `lr sqrt(n)` for Adam; else `0`. It fires where
+    `value > limit` (48). Left out are biases and gains (the gradient of a critic's last bias cancels), layers whose
+    gradient is exactly zero or that got none, and parameter groups at rate zero beside others that are not: they wait to
+    be unfrozen.
 
     ## Why it is bad
     The layer is not being trained, and nothing says so: the optimizer holds another copy of the parameters or was built
@@ -59,4 +65,11 @@ class Frozen(Rule):
     def measure(self, history: History) -> Floats:
         """Return for how many steps each layer has not changed since the start, shape (L,)."""
         meant = (history.rate == 0) & (history.rate > 0).any()
-        return np.where(history.arriving & ~meant, history.unchanged, 0.0)
+        value = np.where(history.arriving & ~meant & history.matrices, history.unchanged, 0.0)
+        if history.row.family != "other" and history.stuck:
+            told = history.matrices & (history.row.grad_norm > 0)
+            sgd = history.row.family == "sgd"
+            update = history.rate * (history.row.grad_norm if sgd else np.sqrt(history.sizes)) / history.weight
+            if told.any() and (update[told] < _HELD).all():
+                value = np.where(told, history.losses, value)
+        return value

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Kind, Sign
 
 
+_STUCK = 1e4 / 3  # times as much does a ratio count where the loss is stuck
+
+
 class Vanishing(Rule):
     """Gradients vanish on their way back through the layers.
 
@@ -24,7 +27,8 @@ class Vanishing(Rule):
     ## Formula
     `value = max_k(rms_k) / rms_l`, with `rms_l = t_l / sqrt(n_l)`, `t_l` the typical gradient norm of layer `l` and
     `n_l` its number of elements. It fires where `value > limit` (1e6) for `for_steps` (32) steps. Layers whose
-    gradient is exactly zero belong to GW402; biases and gains are left out, because the gradient of a bias before a
+    gradient is exactly zero belong to GW402; where the loss is stuck (100 steps and less than a tenth gained) a factor of
+    300 is enough: `value` then counts 3,333-fold; biases and gains are left out, because the gradient of a bias before a
     normalisation is zero by mathematics.
 
     ## Why it is bad
@@ -61,4 +65,4 @@ class Vanishing(Rule):
         told = seen & history.matrices & (history.row.grad_norm > 0)
         rms = np.where(told, history.typical_grad.value / np.sqrt(history.sizes), np.nan)
         value: Floats = np.fmax.reduce(rms, initial=np.nan) / rms
-        return value
+        return value * _STUCK if history.stuck else value

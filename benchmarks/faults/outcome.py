@@ -1,0 +1,124 @@
+"""What became of a run: the labels of the fault set, by outcome and never by intent.
+
+``python -m benchmarks.faults.outcome`` runs every program unwatched over three seeds and writes ``labels.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from benchmarks.faults.program import Trace, run_program
+
+if TYPE_CHECKING:
+    from benchmarks.faults.program import Program
+
+SEEDS = (0, 1, 2)
+LABELS = Path(__file__).with_name("labels.json")
+_FAR = 10.0  # times the level before the cause: diverged
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run's end.
+
+    Args:
+        first: the first loss.
+        final: the median of the last tenth of the losses.
+        nonfinite: the first step whose loss is not finite.
+        diverged: the first step whose loss is not finite or ten times its level before the cause.
+    """
+
+    first: float
+    final: float
+    nonfinite: int | None
+    diverged: int | None
+
+
+def outcome_of(trace: Trace, onset: int) -> Outcome:
+    """Judge a run by its losses."""
+    losses = np.array(trace.losses)
+    bad = ~np.isfinite(losses)
+    level = float(np.median(losses[max(0, onset - 20) : onset])) if onset else float(losses[0])
+    with np.errstate(invalid="ignore"):
+        far = bad | (np.abs(losses) > _FAR * max(abs(level), 1e-3))
+    far[:onset] = False
+    return Outcome(
+        first=float(losses[0]),
+        final=float(np.median(losses[-max(1, len(losses) // 10) :])),
+        nonfinite=_first(bad),
+        diverged=_first(far),
+    )
+
+
+def _first(hits: object) -> int | None:
+    found = np.flatnonzero(np.asarray(hits))
+    return int(found[0]) if found.size else None
+
+
+def is_faulty(faulty: Outcome, twin: Outcome) -> bool:
+    """True when the faulty run ends worse than its twin by half, or did not stay finite, or diverged."""
+    if faulty.diverged is not None or not math.isfinite(faulty.final):
+        return True
+    return faulty.final - twin.final > 0.5 * max(abs(twin.final), 0.02 * abs(twin.first))
+
+
+def is_healthy(run: Outcome) -> bool:
+    """True when it stayed finite."""
+    return run.nonfinite is None and math.isfinite(run.final)
+
+
+def _label(index: int, seed: int) -> tuple[str, int, dict[str, object]]:
+    from benchmarks.faults.programs import PROGRAMS
+
+    torch.set_num_threads(1)
+    program = PROGRAMS[index]
+    found: dict[str, object] = {}
+    for name, train in (("faulty" if program.twin else "healthy", program.faulty), ("twin", program.twin)):
+        if train is not None:
+            trace = Trace()
+            run_program(train, seed, program.steps, trace)
+            found[name] = asdict(outcome_of(trace, program.onset if name == "faulty" else 0))
+    return program.name, seed, found
+
+
+def main() -> None:
+    """Run all and write the labels."""
+    from rich.progress import track
+
+    from benchmarks.faults.programs import PROGRAMS
+
+    labels: dict[str, dict[str, object]] = {program.name: {} for program in PROGRAMS}
+    with ProcessPoolExecutor(2) as pool:
+        jobs = [pool.submit(_label, index, seed) for index in range(len(PROGRAMS)) for seed in SEEDS]
+        for job in track(as_completed(jobs), total=len(jobs), description="unwatched runs"):
+            name, seed, found = job.result()
+            labels[name][str(seed)] = found
+    LABELS.write_text(
+        json.dumps({name: dict(sorted(found.items())) for name, found in labels.items()}, indent=1) + "\n"
+    )
+    for program in PROGRAMS:
+        _check(program, labels[program.name])
+
+
+def _check(program: Program, found: dict[str, object]) -> None:
+    """Print programs whose outcome is not what they stand in the set for."""
+    for seed, runs in found.items():
+        assert isinstance(runs, dict)
+        outcomes = {name: Outcome(**values) for name, values in runs.items()}
+        if program.twin is not None and not is_faulty(outcomes["faulty"], outcomes["twin"]):
+            print(f"{program.name}, seed {seed}: not faulty by outcome: {outcomes}")
+        healthy = outcomes.get("twin") or outcomes["healthy"]
+        if not is_healthy(healthy):
+            print(f"{program.name}, seed {seed}: the healthy run is not: {healthy}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""All programs of the fault set, and the half that each belongs to."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from benchmarks.faults.program import Program
+
+Half = Literal["development", "report"]
+_MODULES = (
+    "learning_rate",
+    "recurrent",
+    "initialisation",
+    "activations",
+    "precision",
+    "numerics",
+    "data_faults",
+    "transformers",
+    "optimizer_state",
+    "injected",
+    "plain_bugs",
+    "adversarial",
+    "healthy_supervised",
+    "healthy_sequences",
+    "healthy_unusual",
+)
+SPLIT = Path(__file__).with_name("split.json")
+
+
+def _all() -> tuple[Program, ...]:
+    found: list[Program] = []
+    for module in _MODULES:
+        found += importlib.import_module(f"benchmarks.faults.{module}").PROGRAMS
+    names = [program.name for program in found]
+    assert len(set(names)) == len(names), f"twice: {sorted({name for name in names if names.count(name) > 1})}"
+    return tuple(found)
+
+
+PROGRAMS = _all()
+
+
+def draw() -> dict[str, Half]:
+    """Draw the halves, faulty and healthy programs apart."""
+    generator = random.Random("gradwatch")
+    halves: dict[str, Half] = {}
+    for faulty in (True, False):
+        names = sorted(program.name for program in PROGRAMS if (program.twin is not None) is faulty)
+        generator.shuffle(names)
+        for place, name in enumerate(names):
+            halves[name] = "development" if place < len(names) / 2 else "report"
+    return halves
+
+
+def halves() -> dict[str, Half]:
+    """Return each program's half as it was drawn once and written down."""
+    found: dict[str, Half] = json.loads(SPLIT.read_text())
+    return found
+
+
+if __name__ == "__main__":
+    if SPLIT.exists():
+        raise SystemExit(f"{SPLIT.name} stands: the halves are drawn once. Delete it only with a new fault set.")
+    SPLIT.write_text(json.dumps(draw(), indent=1) + "\n")
