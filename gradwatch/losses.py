@@ -80,6 +80,8 @@ class Losses:
                 return self._roots[0].item(), "backward root"
             scaler = self.scaler or (self._always() if self._always is not None else None)
             scale = scaler.get_scale() if scaler is not None else 1.0
+            if scale == 0:  # halved until nothing was left: the scaled loss tells nothing
+                return math.nan, "none"
             return sum(root.item() for root in self._roots) / scale, "backward root"
         return math.nan, "none"
 

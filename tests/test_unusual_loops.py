@@ -531,6 +531,23 @@ def test_a_failure_around_a_scalers_step_never_reaches_the_loop(monkeypatch: pyt
     assert "TypeError" in monitor.notes[0]
 
 
+def test_a_loss_scale_that_was_halved_to_nothing_leaves_no_loss() -> None:
+    """Zero times the loss is zero: that is not the loss."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e-45, backoff_factor=0.1, growth_interval=10**6)
+    x, y = data()
+    with watch(model) as monitor:
+        for step in range(20):
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.mse_loss(model(x), y) * (float("inf") if step < 3 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert scaler.get_scale() == 0
+    assert np.isnan(monitor.history.loss()[-1])
+    assert monitor.incidents[-1].kind == "nonfinite"
+
+
 def test_an_optimizer_inside_backward_takes_in_a_new_head() -> None:
     """Parts of one backward from before and after it join into rows of the new width."""
     model = mlp()
