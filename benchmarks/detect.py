@@ -30,7 +30,7 @@ from benchmarks.faults.toys import STEPS, TOYS
 from benchmarks.pages import ROOT, between_marks, markdown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -199,32 +199,44 @@ def _before(program: Program, result: Result, detector: str) -> bool:
 
 
 def misses(programs: Sequence[Program], results: dict[str, Result]) -> list[str]:
-    """Return what gradwatch got wrong, a line each."""
-    lines = []
+    """Return what gradwatch got wrong, a line for each program and kind of error, with the seeds."""
+    found: dict[tuple[str, str], tuple[list[int], str]] = {}
     for program in programs:
         for seed in SEEDS:
             for which in ("faulty", "twin") if program.twin is not None else ("healthy",):
-                result = results[f"{program.name}/{which}/{seed}"]
-                alarm, said = _alarm(result, OURS), f"{result['grave'][:3]} {result['codes']}"
-                where = f"[{program.family}] {program.name}, {which}, seed {seed}: "
-                if which != "faulty" and alarm is not None:
-                    lines.append(where + f"false alarm {said}")
-                elif which == "faulty" and alarm is None:
-                    lines.append(where + f"missed (diverged {result['diverged']}; notices {result['notices'][:3]})")
-                elif which == "faulty":
-                    assert alarm is not None
-                    if alarm < program.onset:
-                        lines.append(where + f"before the cause {said}")
-                    if result["alarm"]["kind"] not in program.symptoms:
-                        lines.append(where + f"kind {result['alarm']['kind']}, expected {program.symptoms}")
-                    if program.suspect and not (result["alarm"]["suspect"] or "").startswith(program.suspect):
-                        lines.append(where + f"suspect {result['alarm']['suspect']}, expected {program.suspect}")
-                    late = result["diverged"] is not None and alarm >= result["diverged"]
-                    if late and result["diverged"] - program.onset >= _EARLY:
-                        lines.append(where + f"late: alarm {alarm}, diverged {result['diverged']}, {said}")
-                    if len(result["grave"]) > 3:
-                        lines.append(where + f"{len(result['grave'])} incidents {said}")
+                where = f"{program.name} ({program.family}{', the twin' if which == 'twin' else ''})"
+                for what, detail in _errors(program, which, results[f"{program.name}/{which}/{seed}"]):
+                    found.setdefault((where, what), ([], detail))[0].append(seed)
+    lines = []
+    for (where, what), (seeds, detail) in found.items():
+        of = "each seed" if len(seeds) == len(SEEDS) else f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        lines.append(f"{where}, {of}: {what}{detail}")
     return lines
+
+
+def _errors(program: Program, which: str, result: Result) -> Iterator[tuple[str, str]]:
+    """Yield what was wrong with one run, and the detail of it."""
+    alarm = _alarm(result, OURS)
+    told = (
+        f" ({', '.join(f'{kind} at step {step}' for kind, step in result['notices'][:2])})" if result["notices"] else ""
+    )
+    if which != "faulty":
+        if alarm is not None:
+            yield "false alarm", f": {result['alarm']['kind']} at step {alarm}, by {', '.join(result['codes'])}"
+        return
+    if alarm is None:
+        yield ("told as a notice only" if told else "missed"), told
+        return
+    kind, suspect = result["alarm"]["kind"], result["alarm"]["suspect"]
+    if alarm < program.onset:
+        yield "an alarm before the cause", f", at step {alarm} of {program.onset}"
+    if kind not in program.symptoms:
+        yield f"called {kind}", f", expected {' or '.join(program.symptoms)}"
+    if program.suspect and not (suspect or "").startswith(program.suspect):
+        yield "another suspect", f": {suspect}, expected {program.suspect}"
+    diverged = result["diverged"]
+    if diverged is not None and diverged - program.onset >= _EARLY and alarm >= diverged:
+        yield "late", f": alarm at step {alarm}, diverged at {diverged}"
 
 
 def toy_rows(results: dict[str, Result]) -> list[list[str]]:
