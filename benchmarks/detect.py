@@ -23,7 +23,7 @@ from rich.table import Table
 
 import gradwatch
 from benchmarks.detectors import BASELINES
-from benchmarks.faults.outcome import SEEDS, outcome_of
+from benchmarks.faults.outcome import SEEDS, outcome_of, symptoms_of
 from benchmarks.faults.program import Trace, run_program
 from benchmarks.faults.programs import PROGRAMS, halves
 from benchmarks.faults.toys import STEPS, TOYS
@@ -77,6 +77,7 @@ def watched_run(train: Any, seed: int, steps: int, onset: int) -> Result:
         "baselines": {name: detect(trace) for name, detect in BASELINES.items()},
         "diverged": outcome.diverged,
         "nonfinite": outcome.nonfinite,
+        "growth": outcome.growth,
     }
 
 
@@ -179,7 +180,9 @@ def scores(programs: Sequence[Program], results: dict[str, Result], detector: st
     if detector == OURS:
         grave = [len(r["grave"]) for _, _, r in faulty]
         rows |= {
-            "first incident's kind is a measured symptom": _share(r["alarm"]["kind"] in p.symptoms for p, r in found),
+            "first incident's kind is a measured symptom": _share(
+                r["alarm"]["kind"] in symptoms_of(p, r["growth"]) for p, r in found
+            ),
             "prime suspect is the faulty layer": _share(
                 (r["alarm"]["suspect"] or "").startswith(p.suspect) for p, r in found if p.suspect is not None
             ),
@@ -230,8 +233,9 @@ def _errors(program: Program, which: str, result: Result) -> Iterator[tuple[str,
     kind, suspect = result["alarm"]["kind"], result["alarm"]["suspect"]
     if alarm < program.onset:
         yield "an alarm before the cause", f", at step {alarm} of {program.onset}"
-    if kind not in program.symptoms:
-        yield f"called {kind}", f", expected {' or '.join(program.symptoms)}"
+    symptoms = symptoms_of(program, result["growth"])
+    if kind not in symptoms:
+        yield f"called {kind}", f", expected {' or '.join(symptoms)}"
     if program.suspect and not (suspect or "").startswith(program.suspect):
         yield "another suspect", f": {suspect}, expected {program.suspect}"
     diverged = result["diverged"]

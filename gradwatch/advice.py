@@ -38,6 +38,11 @@ def _lines(incident: Incident, history: History) -> Iterator[str]:
         if facts.family != "adam":
             yield 'If it comes again, clip by norm when it happens: attach(model, clip="norm").'
     elif incident.kind == "stalled":
+        codes = {sign.code for sign in incident.signs}
+        if "GW405" in codes:
+            yield "Check that inputs and labels belong together, and that the loss gets logits, not probabilities."
+        if "GW404" in codes:
+            yield f"Look at how {incident.suspect} begins: its weights are far larger than the other layers'."
         yield "Overfit one batch first: if the loss stays up there too, the fault is in the program, not in the data."
         yield f"Change the learning rate ({_rate(facts)}) by factors of three, both ways."
         yield "Scale the inputs to zero mean and unit variance."

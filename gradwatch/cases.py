@@ -27,6 +27,8 @@ _WORD = re.compile(
     r"(?P<start>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?)(?:(?P<way>[*+])(?P<by>[-\d.e]+))?(?:x(?P<count>\d+))?"
 )
 
+_OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "other": "another"}
+
 
 def series(text: str) -> list[float]:
     """Read a written series.
@@ -41,9 +43,11 @@ def series(text: str) -> list[float]:
             raise ValueError(f"{word!r} is no series: write 0.1, 0.1x20, 1*2x5 or 1+0.5x4.")
         start, by = float(match["start"]), float(match["by"] or 0)
         steps = range(int(match["count"] or 1))
-        values.extend(
-            start * by**n if match["way"] == "*" else start + by * n if match["way"] else start for n in steps
-        )
+        with quiet_numpy():  # what grows beyond all numbers is infinite
+            values.extend(
+                start * float(np.float64(by) ** n) if match["way"] == "*" else start + by * n if match["way"] else start
+                for n in steps
+            )
     return values
 
 
@@ -82,7 +86,7 @@ class Case:
         losses = series(self.loss)
         steps = max(len(losses), *(len(values) for columns_ in columns.values() for values in columns_))
         history = History(layers, sizes=[self.size] * len(layers))
-        history.facts = Facts(optimizer=self.family.upper(), family=self.family)
+        history.facts = Facts(optimizer=_OPTIMIZERS[self.family], family=self.family)
 
         def written() -> Iterator[Row]:
             for step in range(steps):
@@ -117,7 +121,7 @@ def _row(step: int, loss: float, now: dict[str, Floats], case: Case) -> Row:
         step=step,
         loss=loss,
         grad_norm=grad,
-        global_norm=math.sqrt(float(np.dot(grad, grad))) if np.isfinite(grad).all() else math.nan,
+        global_norm=math.hypot(*grad.tolist()) if np.isfinite(grad).all() else math.nan,
         weight_norm=weight,
         nonfinite=codes if codes.any() else None,
         poisoned=bool(codes.any()),

@@ -13,7 +13,7 @@ import numpy as np
 from gradwatch.columns import widened
 from gradwatch.errors import UsageError
 from gradwatch.records import Facts, NonFinite, Provenance, Row
-from gradwatch.statistics import Typical, median_and_mad, quiet_numpy
+from gradwatch.statistics import Typical, median, median_and_mad, quiet_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _BUDGET = 16 * 2**20  # bytes of ring; 1,024 rows of 300 layers take 5 MB
 _FIRST_LOSSES = 16
+_SMALLEST = 16  # elements of a matrix that can be told by its norm
+_RECENT = 100  # rows in which weights may have grown quickly
 EARLY = 12  # losses before which there is no usual scatter yet
 
 
@@ -72,6 +74,7 @@ class History:
         self.typical_weight = Typical(count, half_life=16)
         self.weight: Floats = np.full(count, np.nan)
         self.previous_weight: Floats = np.full(count, np.nan)
+        self.least_weight: Floats = np.full(count, np.nan)
         self.weight_gap = 1
         self._weight_step = 0
         self._all_finite = np.zeros(count, dtype=np.uint8)
@@ -108,7 +111,7 @@ class History:
             self.losses += 1
             if len(self._first_losses) < _FIRST_LOSSES and math.isfinite(row.loss):
                 self._first_losses.append(row.loss)
-                self.reference_loss = float(np.median(self._first_losses))
+                self.reference_loss = median(np.array(self._first_losses))
 
     def note(self, step: int, loss: float, grad_norm: Floats, columns: NDArray[np.intp] | None, applied: float) -> None:
         """Keep a row that nobody need judge: finite, like the one before it but for these numbers.
@@ -148,6 +151,7 @@ class History:
         assert weight is not None
         self._weight[slot] = weight
         self.previous_weight, self.weight = self.weight, weight
+        self.least_weight = np.fmin.reduce(self.weight_norm(last=_RECENT), axis=0)
         self.weight_gap, self._weight_step = max(1, row.step - self._weight_step), row.step
         if row.nonfinite_weight is not None:
             self.nonfinite_weight = row.nonfinite_weight
@@ -161,7 +165,16 @@ class History:
         self.matrices = np.asarray(columns.matrices, dtype=bool)
         self.fan_in = np.asarray(columns.fan_in, dtype=np.float64)
         self.order = widened(self.order, count, count)
-        for name in ("_grad", "_weight", "weight", "previous_weight", "dead_share", "unchanged", "rate"):
+        for name in (
+            "_grad",
+            "_weight",
+            "weight",
+            "previous_weight",
+            "least_weight",
+            "dead_share",
+            "unchanged",
+            "rate",
+        ):
             setattr(self, name, widened(getattr(self, name), count, np.nan))
         self._all_finite = np.zeros(count, dtype=np.uint8)
         self.nonfinite = widened(self.nonfinite, count, 0)
@@ -297,8 +310,25 @@ class History:
         """True when at least 100 losses were seen and the last 32 lie less than a tenth below the reference loss."""
         if self.losses < 100:
             return False
-        now, _ = median_and_mad(self.loss(last=32))
-        return not self.reference_loss - now >= abs(self.reference_loss) / 10
+        return not self.gained(0.1, last=32)
+
+    def gained(self, share: float, last: int = 16) -> bool:
+        """True when the median of the last losses lies at least this share of the reference loss below it."""
+        now, _ = median_and_mad(self.loss(last=last))
+        return bool(self.reference_loss - now >= share * abs(self.reference_loss))
+
+    def relative_gain(self) -> Floats:
+        """What each matrix multiplies by, over the median of all, shape (L,); NaN for others and with less than three.
+
+        The gain is ``||w|| sqrt(f / n)``: near 1 for a usual initialisation, whatever the shape.
+        """
+        gain = self.weight * np.sqrt(self.fan_in / self.sizes)
+        gain[~self.matrices | (self.sizes < _SMALLEST)] = np.nan
+        if np.count_nonzero(np.isfinite(gain)) < 3:
+            gain[:] = np.nan
+            return gain
+        relative: Floats = gain / max(float(np.nanmedian(gain)), 0.5)
+        return relative
 
     @property
     def half_won(self) -> bool:
@@ -373,6 +403,6 @@ class History:
             )
         self.losses = int(state["losses"])
         self._first_losses = list(state["first_losses"])
-        self.reference_loss = float(np.median(self._first_losses)) if self._first_losses else math.nan
+        self.reference_loss = median(np.array(self._first_losses))
         self.typical_grad.load_state_dict(state["typical_grad"])
         self.typical_weight.load_state_dict(state["typical_weight"])

@@ -17,21 +17,25 @@ from gradwatch.advice import advise
 from gradwatch.columns import widened
 from gradwatch.history import EARLY
 from gradwatch.records import SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
-from gradwatch.statistics import median_and_mad
+from gradwatch.statistics import doubling, median_and_mad
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gradwatch.autoclip import Clipping
     from gradwatch.history import History
+    from gradwatch.records import Floats
 
 EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")
 CALM_STEPS = 20
 LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
 _BACK_IN_BAND = 2.0
 _LASTING = 12  # steps after which a loss that is still up is no longer a spike
-FAR = 10.0  # times the limit of a surge at which it speaks for itself
+FAR = 5.0  # times the limit of a surge at which it speaks for itself
 _FIRST = 12  # steps in which an explosion is one of the initialisation
+_KEPT = 1000  # incidents of a run
+_TREND = 8  # steps of which growth is told
+_QUICK = 50.0  # steps within which gradients double, for growth to be worth a forecast
 _BRIEF = 3  # steps of firing up to which an explosion was only a spike
 
 
@@ -46,6 +50,8 @@ class _Story:
     fired_steps: int = 0
     last_fired: int = -1
     ceiling: float = math.nan
+    peak: float = math.nan
+    jumped: bool = False
     settled: bool = False
     lasting: bool = False
     ranks: tuple[int, ...] = ()
@@ -53,7 +59,7 @@ class _Story:
 
 
 class Incidents:
-    """All incidents of a run, in opening order (`all`), and the state behind the open ones.
+    """The incidents of a run, in opening order (`all`: the last 1,000), and the state behind the open ones.
 
     Args:
         history: read for the order of layers, the loss and the model's facts.
@@ -73,6 +79,7 @@ class Incidents:
         self._left = np.full(len(history.layers), -1, dtype=np.int64)
         self._stories: dict[str, _Story] = {}
         self._order: list[str] = []
+        self._told = 0
         self.all: list[Incident] = []
 
     def grow(self) -> None:
@@ -140,7 +147,8 @@ class Incidents:
                 if name == "explosion" and not self._harm(story):
                     return None  # growth while the loss is well: a sign to keep, not a story to tell
                 touched = True
-                story.ceiling = self._history.loss_ceiling(last=1)
+                story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
+                story.jumped = any(code == "GW102" for code, _ in story.firing)
         if story.incident is not None and not story.settled and step - story.incident.opened_step >= _LASTING:
             level, _ = self._history.loss_level(_LASTING - 2)
             after = self._history.loss(last=_LASTING)
@@ -148,7 +156,9 @@ class Incidents:
                 median_and_mad(part) for part in (after[: _LASTING // 2], after[_LASTING // 2 :])
             )
             # a loss that comes down again is a change of the task, not a divergence
-            story.settled, story.lasting = True, level > story.ceiling and not second < 0.8 * first
+            half_way = math.sqrt(story.peak * story.ceiling) if 0 < story.ceiling < story.peak else -math.inf
+            back = second < 0.8 * first or second < half_way
+            story.settled, story.lasting = True, level > story.ceiling and not back
             touched |= story.lasting
         if not active and self._over(name, step, calm=step - story.last_fired):
             return self._close(name, story, step)
@@ -162,10 +172,10 @@ class Incidents:
         return (
             any(sign.sign in ("subtle", "numeric") or sign.kind == "nonfinite" for sign in signs)
             or self._far_beyond(signs)
-            # early on, only the update that SGD is about to make can be told, and only before it is made
+            # early on, only the update that is about to be made can be told, and only before it is made
             or (
                 self._history.losses < EARLY
-                and self._history.row.family == "sgd"
+                and self._history.row.family != "other"
                 and np.count_nonzero(self._history.matrices) > 1  # one layer alone does not multiply
                 and "GW303" in {s.code for s in signs}
             )
@@ -183,6 +193,10 @@ class Incidents:
         middle, scatter = self._history.loss_level()
         return 2 * len(far) <= len(self._history.layers) or not self._history.row.loss <= middle + scatter
 
+    def _falls(self, story: _Story) -> bool:
+        """True when the loss, after it jumped, stays near where it jumped to or falls: the task may have changed."""
+        return story.jumped and not story.lasting and self._history.row.loss <= 1.25 * story.peak
+
     def _over(self, name: str, step: int, calm: int) -> bool:
         if self._clipping is None or name != "explosion":
             return calm >= self._calm_steps
@@ -193,6 +207,8 @@ class Incidents:
         before = story.incident
         signs = tuple(story.signs.values())
         kind = _kind(signs, lasting=story.lasting)
+        if kind in ("exploding", "diverging") and before is not None and before.kind == "spike" and self._falls(story):
+            kind = "spike"
         severity, verdict = _severity(signs, kind)
         if kind == "dead" and self._history.half_won:  # what learns all the same may do without them
             severity = "notice"
@@ -208,7 +224,7 @@ class Incidents:
             suspect = before.suspect
         evidence = self._evidence(signs, story)
         after = replace(
-            before or Incident(kind, severity, verdict, opened_step=step),
+            before or Incident(kind, severity, verdict, opened_step=step, number=self._told),
             kind=kind,
             severity=severity,
             verdict=verdict,
@@ -222,6 +238,8 @@ class Incidents:
         )
         after = replace(after, advice=advise(after, self._history))
         if before is None:
+            self._make_room()
+            self._told += 1
             story.place = len(self.all)
             self.all.append(after)
         self._replace(story, after)
@@ -232,6 +250,15 @@ class Incidents:
     def _replace(self, story: _Story, incident: Incident) -> None:
         story.incident = incident
         self.all[story.place] = incident
+
+    def _make_room(self) -> None:
+        """Forget the oldest closed incident where there are too many: a run of a million steps must not fill memory."""
+        if len(self.all) < _KEPT:
+            return
+        oldest = next(index for index, incident in enumerate(self.all) if not incident.open)
+        del self.all[oldest]
+        for story in self._stories.values():
+            story.place -= story.place > oldest
 
     def _close(self, name: str, story: _Story, step: int) -> Incident:
         assert story.incident is not None
@@ -253,18 +280,19 @@ class Incidents:
         history = self._history
         column = {layer: index for index, layer in enumerate(history.layers)}
         first: dict[str, tuple[int, float, int]] = {}
+        grows = signs[0].kind in EXPLOSION  # what is silent leaves no band
         for alarm in signs:
             if alarm.layer is None:
                 continue
             index = column[alarm.layer]
-            step = int(self._left[index]) if 0 <= self._left[index] < alarm.step else alarm.step
+            step = int(self._left[index]) if grows and 0 <= self._left[index] < alarm.step else alarm.step
             # within one step: non-finite ones in backward order, others by how far they are beyond the limit
             beyond = -alarm.value / alarm.limit if alarm.limit > 0 and np.isfinite(alarm.value) else 0.0
             # what is dead starves all layers behind it: the first in forward order is the cause
             place = -int(history.order[index]) if alarm.kind == "dead" else int(history.order[index])
             key = (step, beyond, place)
             first[alarm.layer] = min(first.get(alarm.layer, key), key)
-        for index in np.flatnonzero(self._left >= 0).tolist():
+        for index in np.flatnonzero(self._left >= 0).tolist() if grows else ():
             first.setdefault(history.layers[index], (int(self._left[index]), 0.0, int(history.order[index])))
         return tuple(sorted(first, key=first.__getitem__))
 
@@ -278,13 +306,10 @@ class Incidents:
 
     def _odd_scale(self) -> str | None:
         """The layer whose weights multiply what passes by more than ten times as much as its neighbours' do, if one does."""
-        history = self._history
-        gain = history.weight / np.sqrt(history.sizes) * np.sqrt(history.fan_in)
-        gain = np.where(history.matrices & (history.sizes >= 16), gain, np.nan)
-        if np.count_nonzero(np.isfinite(gain)) < 3:
+        gain = self._history.relative_gain()
+        if not np.isfinite(gain).any() or not np.nanmax(gain) > 10:
             return None
-        largest = int(np.nanargmax(gain))
-        return history.layers[largest] if gain[largest] > 10 * max(float(np.nanmedian(gain)), 0.5) else None
+        return self._history.layers[int(np.nanargmax(gain))]
 
     def _evidence(self, signs: Sequence[Alarm], story: _Story) -> tuple[str, ...]:
         lines = []
@@ -293,6 +318,8 @@ class Incidents:
             more = f" (and {len(same) - 1} more layers)" if len(same) > 1 else ""
             lines.append(f"{same[0]}{more}")
         self._find(story)
+        if any(sign.sign == "growth" for sign in signs):
+            lines += forecast(self._history.global_norm(last=_TREND))
         return (*lines, *story.findings)
 
     def _find(self, story: _Story) -> None:
@@ -312,6 +339,21 @@ class Incidents:
             story.findings.append(f"{row.culprits} at step {row.step}")
 
 
+def forecast(norms: Floats) -> list[str]:
+    """Say when gradients that go on growing as they do will leave float16 and float32; nothing where they do not grow.
+
+    ``norms`` (n,) are the last global norms, oldest first.
+    """
+    steps = doubling(norms)
+    if not steps <= _QUICK or not 4 * norms[0] < norms[-1] < math.inf:
+        return []
+    room = {np.dtype(kind).name: float(np.finfo(kind).max / norms[-1]) for kind in (np.float16, np.float32)}
+    until = [f"{name} in about {max(steps * math.log2(times), 1):.0f}" for name, times in room.items() if times > 1]
+    return (
+        [f"gradients double every {steps:.1f} steps: at this growth they leave {' and '.join(until)}"] if until else []
+    )
+
+
 def _kind(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
     if signs[0].kind not in EXPLOSION:
         return signs[0].kind
@@ -328,7 +370,7 @@ def _severity(signs: Sequence[Alarm], kind: Kind) -> tuple[Severity, Verdict]:
     verdict: Verdict = "confirmed" if confirmed else "suspected"
     if any(sign.kind == "nonfinite" for sign in signs):
         return "critical", verdict
-    if kind in ("stalled", "spike"):
+    if kind == "spike" or (kind == "stalled" and "silent" not in found):
         return "notice", verdict
     return ("critical" if confirmed else "warning"), verdict
 

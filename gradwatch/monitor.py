@@ -144,7 +144,10 @@ class Monitor:
 
     @property
     def incidents(self) -> list[Incident]:
-        """All incidents so far, in opening order. Where gradients live on a device, this waits for the rows under way."""
+        """The incidents so far, in opening order, at most the last 1,000.
+
+        Where gradients live on a device, this waits for the rows under way.
+        """
         self._probe.catch_up()
         return list(self._pipeline.incidents.all)
 

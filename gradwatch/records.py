@@ -180,7 +180,8 @@ class Incident:
 
     ``layers`` stand in the order in which they left their band; ``suspect`` is the prime suspect.
     ``phase`` says where non-finite values were seen first. Steps count optimizer steps from 0. ``ranks`` are the processes
-    of a distributed training that non-finite values came from, where that could be told.
+    of a distributed training that non-finite values came from, where that could be told. ``number`` counts the incidents of
+    a run from 0.
     """
 
     kind: Kind
@@ -197,6 +198,7 @@ class Incident:
     phase: Phase | None = None
     clip: ClipRecord | None = None
     ranks: tuple[int, ...] = ()
+    number: int = 0
 
     @property
     def open(self) -> bool:

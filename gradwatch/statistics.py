@@ -34,15 +34,36 @@ def median_and_mad(values: Floats) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
     if not finite.size:
         return math.nan, math.nan
-    middle = _median(finite)
-    return middle, MAD_TO_SIGMA * _median(np.abs(finite - middle))
+    middle = median(finite)
+    return middle, MAD_TO_SIGMA * median(np.abs(finite - middle))
 
 
-def _median(values: Floats) -> float:
-    """Return the median of finite values; for a few dozen of them, sorting is six times as quick as numpy's median."""
+def median(values: Floats) -> float:
+    """Return the median of finite values; for a few dozen of them, sorting is six times as quick as numpy's median.
+
+    NaN where there are none.
+    """
+    if not len(values):
+        return math.nan
     ordered = np.sort(values)
     half = len(ordered) // 2
-    return float(ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2)
+    return float(ordered[half] if len(ordered) % 2 else ordered[half - 1] / 2 + ordered[half] / 2)
+
+
+def doubling(values: Floats) -> float:
+    """Return the steps in which a quantity doubles: ``1 / slope`` of the least-squares line through ``log2 x_t``.
+
+    ``values`` (n,), oldest first; those that are not finite or not positive are left out. Infinite where it does not grow
+    or fewer than three values are left.
+    """
+    with quiet_numpy():
+        logs = np.log2(values)
+    use = np.flatnonzero(np.isfinite(logs))
+    if use.size < 3:
+        return math.inf
+    time = use - use.mean()
+    slope = float((time * logs[use]).sum() / np.square(time).sum())
+    return 1 / slope if slope > 0 else math.inf
 
 
 @functools.lru_cache

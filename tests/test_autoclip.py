@@ -187,7 +187,7 @@ def test_huge_finite_gradients_are_clipped_in_their_direction() -> None:
 
 def test_a_clip_that_still_bites_is_let_go_by_degrees() -> None:
     """A lasting higher level: the bounds widen step by step until they bite no more."""
-    monitor, seen = exploding(gradwatch.AutoClip("norm", hold=10), steps=400, factor=50.0, lasts=400)
+    monitor, seen = exploding(gradwatch.AutoClip("norm", hold=10), steps=250, factor=30.0, lasts=250)
     norms = [norm(gradients) for gradients in seen]
     incident = monitor.incidents[0]
     assert incident.closed_step is not None

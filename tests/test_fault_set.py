@@ -58,7 +58,7 @@ def test_a_program_run_again_has_the_outcome_of_its_label() -> None:
 
 def written(losses: list[float], norms: list[float]) -> Trace:
     """Return the trace of a run of one layer."""
-    return Trace(["layer"], losses, [[norm] for norm in norms], [[1.0]] * len(norms), [[False]] * len(norms))
+    return Trace(["layer"], losses, [[norm] for norm in norms], [[1.0]] * len(norms), [[False]] * len(norms), [1.0])
 
 
 @pytest.mark.parametrize(

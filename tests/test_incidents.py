@@ -165,3 +165,22 @@ def test_a_written_run_needs_no_torch() -> None:
     assert first == again
     assert isinstance(first, gradwatch.Incident)
     assert np.isfinite(first.signs[0].value)
+
+
+def test_a_resumed_run_knows_a_surge_in_its_first_steps() -> None:
+    """Its typical norms came with the checkpoint; a fresh monitor has none yet and has to wait."""
+    before, rows = Case("before", None, grad="0.1x200", loss="0.5x200", family="adam").rows()
+    for row in rows:
+        before.push(row)
+        before.learn()
+    surge = Case("after", None, grad="0.1x4 20x4", loss="0.5x4 0.9x4", family="adam")
+    found = []
+    for state in (None, before.state_dict()):
+        history, rows = surge.rows()
+        if state is not None:
+            history.load_state_dict(state)
+        pipeline = Pipeline(history, default_rules(), None, [], lambda *_: None)
+        for row in rows:
+            pipeline.step(row)
+        found.append([(incident.kind, incident.opened_step) for incident in pipeline.incidents.all])
+    assert found == [[], [("exploding", 5)]]

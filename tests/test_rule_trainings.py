@@ -135,6 +135,37 @@ def stale_optimizer(faulty: bool) -> gradwatch.Monitor:
     return watched(model, torch.optim.SGD(owned[:2] if faulty else owned, lr=0.05), 80)
 
 
+def growing_weights(faulty: bool) -> gradwatch.Monitor:
+    """Weights that grow by five per cent a step, as with a weight decay of the wrong sign, against weights left alone."""
+    model = mlp()
+
+    def grow(_: int) -> None:
+        for parameter in model.parameters():
+            parameter.data.mul_(1.05 if faulty else 1.0)
+
+    return watched(model, torch.optim.SGD(model.parameters(), lr=1e-3), 60, each=grow)
+
+
+def one_large_layer(faulty: bool) -> gradwatch.Monitor:
+    """A first layer two hundred times too large before tanh, against one that is not; the rate is low in both."""
+    model = mlp(activation=nn.Tanh)
+    first = model[0]
+    assert isinstance(first, nn.Linear)
+    first.weight.data.mul_(200 if faulty else 1)
+    return watched(model, torch.optim.SGD(model.parameters(), lr=1e-6), 200)
+
+
+def labels_by_lot(faulty: bool) -> gradwatch.Monitor:
+    """Four classes drawn by lot, against four that the inputs tell."""
+    x, _ = data(1024)
+    told = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    labels = told[torch.randperm(len(told))] if faulty else told
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return watched(model, optimizer, 320, loss_of=nn.functional.cross_entropy, x_y=(x, labels))
+
+
 TRAININGS: dict[str, Training] = {
     "GW101": rate_of_nothing,
     "GW102": rate_too_high,
@@ -146,9 +177,12 @@ TRAININGS: dict[str, Training] = {
     "GW301": one_bad_batch,
     "GW302": root_of_zero,
     "GW303": unscaled_targets,
+    "GW304": growing_weights,
     "GW401": deep_sigmoids,
     "GW402": dying_units,
     "GW403": stale_optimizer,
+    "GW404": one_large_layer,
+    "GW405": labels_by_lot,
 }
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 LABELS = Path(__file__).with_name("labels.json")
+_GROWN = 10.0  # times the first weight norm: exploded, in the pilot study of the project's notes on detection
 _FAR = 10.0  # times the level before the cause: diverged
 
 
@@ -34,12 +35,14 @@ class Outcome:
         final: the median of the last tenth of the losses.
         nonfinite: the first step whose loss is not finite.
         diverged: the first step whose loss is not finite or ten times its level before the cause.
+        growth: the largest norm of all weights together over the first one, finite ones only; 1 where it is 0.
     """
 
     first: float
     final: float
     nonfinite: int | None
     diverged: int | None
+    growth: float
 
 
 def outcome_of(trace: Trace, onset: int) -> Outcome:
@@ -50,12 +53,21 @@ def outcome_of(trace: Trace, onset: int) -> Outcome:
     with np.errstate(invalid="ignore"):
         far = bad | (np.abs(losses) > _FAR * max(abs(level), 1e-3))
     far[:onset] = False
+    weights = np.linalg.norm(np.array(trace.weight_norm), axis=1)
+    first = float(np.linalg.norm(trace.first_weight_norm))
+    weights = weights / first if first > 0 else np.ones(len(weights))
     return Outcome(
         first=float(losses[0]),
         final=float(np.median(losses[-max(1, len(losses) // 10) :])),
         nonfinite=_first(bad),
         diverged=_first(far),
+        growth=float(np.max(weights, where=np.isfinite(weights), initial=0.0)),
     )
+
+
+def symptoms_of(program: Program, growth: float) -> tuple[str, ...]:
+    """Return the incident kinds that name what is to be seen: the program's, and explosion where weights grow tenfold."""
+    return (*program.symptoms, "exploding") if growth >= _GROWN else program.symptoms
 
 
 def _first(hits: object) -> int | None:

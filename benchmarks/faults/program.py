@@ -114,8 +114,8 @@ def run_program(train: Callable[[Run], None], seed: int, steps: int, watcher: Wa
 class Trace:
     """What an unwatched run left: the input of all baselines, and of labels by outcome.
 
-    ``losses`` (T,), ``grad_norm`` (T, L), ``weight_norm`` (T, L); NaN where there is no gradient, which ``absent`` (T, L)
-    tells from NaN in one.
+    ``losses`` (T,), ``grad_norm`` (T, L), ``weight_norm`` (T, L) after each step, ``first_weight_norm`` (L,); NaN where there
+    is no gradient, which ``absent`` (T, L) tells from NaN in one.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -123,12 +123,14 @@ class Trace:
     grad_norm: list[list[float]] = field(default_factory=list)
     weight_norm: list[list[float]] = field(default_factory=list)
     absent: list[list[bool]] = field(default_factory=list)
+    first_weight_norm: list[float] = field(default_factory=list)
     _parameters: list[nn.Parameter] = field(default_factory=list, repr=False)
 
     def watch(self, model: nn.Module) -> None:
         """See `Watcher`."""
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.layers, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self.first_weight_norm = [_norm(parameter) for parameter in self._parameters]
 
     def step(self, loss: float) -> None:
         """See `Watcher`."""
@@ -143,5 +145,7 @@ def _norm(tensor: Tensor | None) -> float:
     if tensor is None:
         return float("nan")
     return float(
-        torch.linalg.vector_norm(tensor.coalesce().values() if tensor.is_sparse else tensor, dtype=torch.float64)
+        torch.linalg.vector_norm(
+            tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach(), dtype=torch.float64
+        )
     )

@@ -6,6 +6,7 @@ A new rule is one new file and one line here.
 from __future__ import annotations
 
 from gradwatch.errors import UsageError, did_you_mean
+from gradwatch.rules.at_chance import AtChance
 from gradwatch.rules.base import Rule
 from gradwatch.rules.dead import Dead
 from gradwatch.rules.frozen import Frozen
@@ -16,10 +17,12 @@ from gradwatch.rules.loss_jump import LossJump
 from gradwatch.rules.loss_nonfinite import LossNonFinite
 from gradwatch.rules.loss_runaway import LossRunaway
 from gradwatch.rules.no_traction import NoTraction
+from gradwatch.rules.out_of_scale import OutOfScale
 from gradwatch.rules.update_too_large import UpdateTooLarge
 from gradwatch.rules.vanishing import Vanishing
 from gradwatch.rules.weight_growth import WeightGrowth
 from gradwatch.rules.weight_nonfinite import WeightNonFinite
+from gradwatch.rules.weights_run_away import WeightsRunAway
 
 RULES: tuple[type[Rule], ...] = (
     NoTraction,
@@ -32,9 +35,12 @@ RULES: tuple[type[Rule], ...] = (
     GradientSurge,
     GradientNonFinite,
     UpdateTooLarge,
+    WeightsRunAway,
     Vanishing,
     Dead,
     Frozen,
+    OutOfScale,
+    AtChance,
 )
 
 
@@ -54,6 +60,7 @@ def rule_by_code(code: str) -> type[Rule]:
 
 __all__ = [
     "RULES",
+    "AtChance",
     "Dead",
     "Frozen",
     "GradientNonFinite",
@@ -63,11 +70,13 @@ __all__ = [
     "LossNonFinite",
     "LossRunaway",
     "NoTraction",
+    "OutOfScale",
     "Rule",
     "UpdateTooLarge",
     "Vanishing",
     "WeightGrowth",
     "WeightNonFinite",
+    "WeightsRunAway",
     "default_rules",
     "rule_by_code",
 ]

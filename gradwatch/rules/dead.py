@@ -26,7 +26,9 @@ class Dead(Rule):
     gradient was exactly zero at each of the last four samples, each from another batch.
 
     ## Formula
-    `value = dead units / units` of the layer, from the four samples; `1` where the layer's whole gradient norm is
+    `value = dead units / units` of the layer, from the four samples, less `1 / sqrt(units)` but for the first layer: deep
+    in a network at its start all inputs look alike to a unit, and it is on or off for all of them as a coin falls, so that
+    two deviations of the share of heads are chance; `1` where the layer's whole gradient norm is
     exactly zero on this step and was on each of the 48 before (a head that is used now and then rests). It fires where
     `value > limit` (0.5) for `for_steps` (16) steps. Only the weights of linear and convolutional layers have units; words
     that do not occur in an embedding are not dead. Nothing is, where the whole model's gradient is zero: the loss is at its
@@ -67,7 +69,16 @@ class Dead(Rule):
         """Return the share of dead units of each layer, shape (L,)."""
         if history.row.global_norm == 0:  # the loss has no slope at all: it is at its floor
             return np.zeros(len(history.layers))
+        by_chance = self._by_chance(history)
         if not (history.row.grad_norm == 0).any():
-            return history.dead_share
+            return history.dead_share - by_chance
         silent = ~(history.grad_norm(last=_REST) > 0).any(axis=0)
-        return np.where(history.row.grad_norm == 0, np.where(silent, 1.0, 0.0), history.dead_share)
+        return np.where(history.row.grad_norm == 0, np.where(silent, 1.0, 0.0), history.dead_share - by_chance)
+
+    @staticmethod
+    def _by_chance(history: History) -> Floats:
+        """Return the share above a half that chance alone makes dead, shape (L,); none in the first layer."""
+        units = np.maximum(history.sizes / history.fan_in, 1)
+        known = np.isfinite(history.dead_share)
+        first = known & (history.order == np.max(history.order, where=known, initial=-1))
+        return np.where(first, 0.0, 1 / np.sqrt(units))

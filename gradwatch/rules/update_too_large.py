@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gradwatch.history import History
     from gradwatch.records import Floats, Kind, Sign
 
+_RATE_SIZED = {"Adam", "AdamW", "NAdam", "Adamax", "RMSprop"}  # each element moves by about the rate
 _SMALLEST = 16  # elements: a line through a few points may well move by more than itself
 
 
@@ -27,9 +28,11 @@ class UpdateTooLarge(Rule):
     `value = ||dw|| / max(||w||, 0.5 * sqrt(n / f))` for matrices of `n >= 16` elements and `f` inputs: the floor is half
     of a usual initialisation, for layers that start at zero. For SGD the update is known before it happens:
     `||dw|| = lr * c * ||g||`, with learning rate `lr` and the factor `c` of the user's own clipping (momentum adds to it
-    and is left out). For the others it is measured from below: `||dw|| >= | ||w_t|| - ||w_{t-k}|| | / k` over the `k`
-    steps between two samples of the weight norm. It fires where `value > limit` (1.0) and resolves below
-    `release * limit` (0.1): healthy is 1e-4 to 1e-1. Biases, gains and optimizers with a line search are left out.
+    and is left out). Adam, AdamW, NAdam, Adamax and RMSprop move each element by about the rate while gradients point one
+    way, as at the start: `||dw|| = lr sqrt(n)`. All but SGD are measured as well, from below:
+    `||dw|| >= | ||w_t|| - ||w_{t-k}|| | / k` over the `k` steps between two samples of the weight norm. It fires where
+    `value > limit` (1.0) and resolves below `release * limit` (0.1): healthy is 1e-4 to 1e-1. Biases, gains and
+    optimizers with a line search are left out.
 
     ## Why it is bad
     What the layer had learned is overwritten by a single batch.
@@ -54,6 +57,7 @@ class UpdateTooLarge(Rule):
         Case("SGD, before the first update", fires=0, grad="500x3", weight="2x3"),
         Case("SGD, healthy", fires=None, grad="5x100", weight="2x100"),
         Case("Adam, measured afterwards", fires=2, weight="2 2.1 20", family="adam"),
+        Case("Adam, a rate beyond the weights", fires=0, weight="5x5", rate=0.6, family="adam"),
         Case(
             "Adam: a large gradient is no large update", fires=None, grad="500x50", weight="2*1.001x50", family="adam"
         ),
@@ -72,4 +76,7 @@ class UpdateTooLarge(Rule):
         else:
             moved = np.abs(history.weight - history.previous_weight) / history.weight_gap
             ratio = moved / np.maximum(history.previous_weight, floor)
+            if history.facts.optimizer in _RATE_SIZED:
+                meant = history.rate * np.sqrt(history.sizes) / np.maximum(history.weight, floor)
+                ratio = np.fmax(ratio, meant)
         return np.where(history.matrices & (history.sizes >= _SMALLEST), ratio, np.nan)

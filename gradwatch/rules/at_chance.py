@@ -1,0 +1,73 @@
+"""GW405: the loss stays at chance level."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+from gradwatch.rules.no_traction import NoTraction
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+_NEAR = 0.03  # of the chance level
+
+
+class AtChance(Rule):
+    """The loss stays at chance level.
+
+    ## What it means
+    The loss is that of a model which gives each class the same probability, and has been since the beginning.
+
+    ## Formula
+    `value` is that of GW101 (the gain that would be worth the word over the gain there is), where the median of the last
+    50 losses lies within 3 per cent of `ln(C)` with `C` the units of the last matrix; else `0`. It fires where
+    `value > limit` (1.0) for `for_steps` (50) steps.
+
+    ## Why it is bad
+    GW101 alone may be a plateau, or a loss that does not measure progress, as in reinforcement learning. A cross-entropy
+    at `ln(C)` says that nothing at all is learned.
+
+    ## What to do
+    Check that inputs and labels belong together (shuffled apart, sorted, off by one); overfit one batch; look for a
+    `softmax` before a loss that has its own, for a `detach()`, and for inputs that are all alike.
+
+    ## When it is harmless
+    A long warm-up; tasks with a long plateau before anything is learned, such as parity.
+
+    ## Source
+    Karpathy, "A recipe for training neural networks" (2019): verify the loss at initialisation, -log(1 / classes).
+    """
+
+    code: ClassVar[str] = "GW405"
+    name: ClassVar[str] = "loss at chance level"
+    sign: ClassVar[Sign] = "silent"
+    kind: ClassVar[Kind] = "stalled"
+    per_layer: ClassVar[bool] = False
+    urgent: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("ten classes, none learned", fires=248, loss="2.3x300"),
+        Case("flat elsewhere", fires=None, loss="1.1x300"),
+        Case("falls from chance", fires=None, loss="2.3+-0.002x400"),
+    )
+
+    limit: float = Field(default=1.0, gt=0)
+    for_steps: int = Field(default=50, ge=1)
+
+    def measure(self, history: History) -> Floats:
+        """Return the gain worth the word over the gain, shape (1,); 0 away from chance level."""
+        if not history.matrices.any():
+            return np.zeros(1)
+        last = int(np.argmin(np.where(history.matrices, history.order, np.inf)))
+        chance = math.log(max(history.sizes[last] / history.fan_in[last], 1.0))
+        # nothing was gained, so the beginning lies there as well: most runs end here
+        if not abs(history.reference_loss - chance) <= 2 * _NEAR * chance:
+            return np.zeros(1)
+        level, _ = history.loss_level(NoTraction().window)
+        return NoTraction().measure(history) if abs(level - chance) <= _NEAR * chance else np.zeros(1)

@@ -1,0 +1,83 @@
+"""A written run as a text file, so that a published trace or one written by hand can be replayed without a training.
+
+One line for each series, in the notation of `gradwatch.cases`; `#` begins a comment::
+
+    # loss and global gradient norm, as published
+    optimizer adam
+    rate 6e-5
+    loss 2.2x20 2.199 2.220 2.595
+    gradient fc1.weight 0.242x20 0.242 0.947 2.39
+    weight fc1.weight 30
+
+``gradient`` and ``weight`` lines name their layer; a short series repeats its last value. ``optimizer`` is ``sgd``,
+``adam`` or ``other``, ``elements`` the size of each layer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.cases import Case, series
+from gradwatch.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+_FAMILIES = ("sgd", "adam", "other")
+_WORDS = ("loss", "gradient", "weight", "optimizer", "rate", "elements")
+
+
+def read_trace(path: str | PathLike[str]) -> Case:
+    """Return the run that a trace file holds.
+
+    Raises:
+        UsageError: the file cannot be read, or a line of it is no line of a trace.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The trace {path} cannot be read as text: {error}.") from error
+    return parse_trace(text, str(path))
+
+
+def parse_trace(text: str, name: str = "trace") -> Case:
+    """Return the run that the text of a trace describes; ``name`` stands in errors."""
+    layers: dict[str, dict[str, str]] = {"gradient": {}, "weight": {}}
+    given: dict[str, Any] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        word, _, rest = line.partition("#")[0].strip().partition(" ")
+        if not word:
+            continue
+        try:
+            if word in layers:
+                layer, _, values = rest.strip().partition(" ")
+                series(values)
+                layers[word][layer] = values
+            else:
+                given |= _setting(word, rest.strip())
+        except ValueError as error:
+            raise UsageError(f"{name}, line {number}: {error}") from error
+    if not layers["gradient"]:
+        raise UsageError(f"{name} has no line such as 'gradient fc1.weight 0.1x20 50': there is nothing to replay.")
+    stray = sorted(set(layers["weight"]) - set(layers["gradient"]))
+    if stray:
+        raise UsageError(f"{name} has weights of {stray[0]!r} and no gradients of it.")
+    weights = {layer: layers["weight"].get(layer, "1") for layer in layers["gradient"]}
+    return Case(name, None, grad=layers["gradient"], weight=weights, **given)
+
+
+def _setting(word: str, value: str) -> dict[str, Any]:
+    if word == "loss":
+        series(value)
+        return {"loss": value}
+    if word == "rate":
+        return {"rate": float(value)}
+    if word == "elements":
+        return {"size": int(value)}
+    if word == "optimizer":
+        if value not in _FAMILIES:
+            raise ValueError(f"optimizer {value!r} is not one of {', '.join(_FAMILIES)}.")
+        return {"family": value}
+    raise ValueError(f"{word!r} is no word of a trace.{did_you_mean(word, _WORDS)}")
