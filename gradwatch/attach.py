@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -31,6 +33,7 @@ def attach(
     rules: Sequence[Rule] | None = None,
     clip: str | Clip | AutoClip | None = None,
     report: str | Report | Sequence[Report | str] | None = "auto",
+    log: str | os.PathLike[str] | None = None,
     every: int = 1,
     strict: bool = False,  # noqa: FBT001, FBT002  the public surface
     *,
@@ -46,6 +49,8 @@ def attach(
         clip: None only watches. ``"norm"`` and ``"value"`` switch auto-clip on with its defaults; a `Clip` with those
             bounds, an `AutoClip` with that policy.
         report: ``"auto"`` (live in a terminal, log lines elsewhere), ``"live"``, ``"log"``, None, a `Report`, or a list.
+        log: the folder of a run log, such as ``"runs/today"``, in which the run is kept for `gradwatch watch`, `report` and
+            `replay`; a run that is resumed goes on in the same. None keeps the last rows in memory only.
         every: optimizer steps between measurements; while an incident is open each step is measured. In between, one
             layer's gradient and the loss are looked at, once the run has 64 rows: when they leave their bounds, the step
             is measured.
@@ -58,6 +63,7 @@ def attach(
 
     Raises:
         UsageError: input that cannot work. Nothing is left attached.
+        RunLogError: the log is damaged, of another program or model, or written by another process.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -94,8 +100,21 @@ def attach(
     monitor = Monitor(model, _rules(rules), policy, _reports(report), scaler=scaler, every=pace, strict=strict)
     if optimizer is not None:
         _check_optimizer(optimizer, monitor, model)
+    folder = _folder(log)
+    if folder is not None and is_first():  # of the processes that train together, one writes
+        monitor.record(folder)
     monitor.start(optimizer)
     return monitor
+
+
+def _folder(log: Any) -> Path | None:
+    if log is None:
+        return None
+    if not isinstance(log, (str, os.PathLike)) or not str(log):
+        raise UsageError(
+            f'attach() got log={_shown(log)}; expected the path of a folder, such as "runs/today", or None.'
+        )
+    return Path(log)
 
 
 def _is_number(value: object) -> bool:

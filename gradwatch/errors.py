@@ -4,6 +4,7 @@
 
     GradwatchError
     ├── UsageError (ValueError)              bad input: says what happened, the value, what was expected, what to do
+    │   └── RunLogError                      a run log that is damaged, foreign, of another model, or another's
     ├── TrainingUnstableError (RuntimeError) auto-clip has done all it may; the run cannot go on
     ├── ExchangeError (RuntimeError)         another process of a distributed training is gone
     └── PeerError (RuntimeError)             gradwatch itself failed in another process
@@ -24,6 +25,10 @@ class GradwatchError(Exception):
 
 class UsageError(GradwatchError, ValueError):
     """Input that gradwatch cannot work with. Nothing is left attached when it is raised."""
+
+
+class RunLogError(UsageError):
+    """A run log that cannot be read or written: damaged, no run log at all, of another model, or written by another."""
 
 
 class TrainingUnstableError(GradwatchError, RuntimeError):

@@ -21,6 +21,7 @@ from gradwatch.probe import Probe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from rich.console import RenderableType
@@ -66,9 +67,37 @@ class Monitor:
 
     # Life.
 
+    def record(self, folder: Path) -> None:
+        """Keep the run in a run log from its first row on; `gradwatch.attach` calls it.
+
+        Raises:
+            RunLogError: the log is damaged, foreign, of another model, or written by another process.
+        """
+        from gradwatch.runlog.environment import environment_of  # SQLite is loaded only when there is a log
+        from gradwatch.runlog.recording import Recording, columns_of
+        from gradwatch.runlog.store import Store
+
+        clipping = self._pipeline.clipping
+        environment = environment_of(self._pipeline.alarms.rules, clipping.policy if clipping else None)
+        try:
+            store = Store(folder, columns_of(self.history), environment, self.history.facts)
+        except OSError as error:
+            self._disk_failed(f"the run log {folder} cannot be written: {error}. Training goes on without it.")
+        else:
+            self._pipeline.record(Recording(store, self.history, self._disk_failed))
+
+    def _disk_failed(self, text: str) -> None:
+        self.note(text)
+        _log.warning("gradwatch: %s", text)
+
     def start(self, optimizer: Optimizer | None = None) -> None:
         """Put the hooks in place; `gradwatch.attach` calls it."""
-        self._probe.start(optimizer)
+        try:
+            self._probe.start(optimizer)
+        except BaseException:
+            if self._pipeline.log is not None:
+                self._pipeline.log.abandon()
+            raise
         self.attached = True
         model = self._model()
         assert model is not None
@@ -161,6 +190,11 @@ class Monitor:
     def notes(self) -> list[str]:
         """What gradwatch could not do, each said once."""
         return list(self._pipeline.notes)
+
+    def flush(self, timeout: float = 10.0) -> bool:
+        """Have all rows so far written to the run log; False when that takes more than ``timeout`` seconds, or there is none."""
+        self._probe.catch_up()
+        return self._pipeline.flush(self._probe.seconds, timeout)
 
     def summary(self) -> RenderableType:
         """Return the run so far as a rich renderable; ``str()`` of it is plain text."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradwatch.history import History
     from gradwatch.reports import Report
     from gradwatch.rules import Rule
+    from gradwatch.runlog.recording import Recording
 
 _EVERY_STEP = 64  # every rule judges each of the first steps: small models explode within 30
 _SERIES = 400  # rows that a report gets for its curves
@@ -58,6 +59,7 @@ class Pipeline:
         self.clipping = Clipping(policy, history) if policy is not None else None
         self.incidents = Incidents(history, CALM_STEPS, self.clipping)
         self.reports = list(reports)
+        self.log: Recording | None = None
         self.changes: deque[Alarm] = deque(maxlen=2000)
         self.notes: list[str] = []
         self._surge = next((rule.limit for rule in rules if rule.code == "GW301"), math.inf)
@@ -74,6 +76,11 @@ class Pipeline:
         self._last: dict[int, float] = {}
         self._notes_told = 0
 
+    def record(self, log: Recording) -> None:
+        """Keep the run in a run log; it is the first report, so that what others show is on its way to the disk."""
+        self.log = log
+        self.reports.insert(0, log)
+
     def grow(self, columns: Columns) -> None:
         """Take the columns of layers that were added; each is looked at on every step until it has a typical norm."""
         self.history.grow(columns)
@@ -84,6 +91,8 @@ class Pipeline:
     def step(self, row: Row) -> Decision:
         """Judge one row; return what to do with its gradients before the optimizer sees them."""
         self.history.push(row)
+        if self.log is not None:
+            self._tell(self.log, "row", row)
         if self._quiet(row):
             decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
         else:
@@ -139,6 +148,8 @@ class Pipeline:
             self._timed = perf_counter()
         changes = self.alarms.update(self.history, row.step)
         self.changes.extend(changes)
+        if changes and self.log is not None:
+            self._tell(self.log, "judged", changes)
         self._news += tuple(self.incidents.update(changes, self._opening, row.step))
         # a layer without a typical norm yet is looked at whenever it has a gradient
         typical = self.history.typical_grad
@@ -177,6 +188,13 @@ class Pipeline:
             self._last[id(report)] = now
             self._tell(report, "step", snapshot)
 
+    def flush(self, cost: float, timeout: float) -> bool:
+        """Have the run log write all rows so far; False when it takes longer, or there is none."""
+        if self.log is None or self.history.rows == 0:
+            return False
+        self._tell(self.log, "step", self.snapshot(cost))
+        return self.log is not None and self.log.flush(timeout)
+
     def close(self, cost: float) -> None:
         """Show the reports the last snapshot and end them."""
         self._each("close", self.snapshot(cost))
@@ -186,11 +204,13 @@ class Pipeline:
         for report in tuple(self.reports):
             self._tell(report, method, *arguments)
 
-    def _tell(self, report: Report, method: str, *arguments: Snapshot) -> None:
+    def _tell(self, report: Report, method: str, *arguments: Any) -> None:
         try:
             getattr(report, method)(*arguments)
         except Exception as error:
             self.reports.remove(report)
+            if report is self.log:
+                self.log = None
             self._on_error(f"report {type(report).__name__}", error)
 
     def snapshot(self, cost: float) -> Snapshot:

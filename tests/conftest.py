@@ -26,7 +26,11 @@ _BACKWARD, _GROUPING = torch.autograd.backward, getattr(torch_clip, _GROUP)
 
 
 def _threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if "Refresh" in type(thread).__name__]
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if "Refresh" in type(thread).__name__ or "gradwatch" in thread.name
+    ]
 
 
 def left_behind() -> list[str]:

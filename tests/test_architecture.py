@@ -13,7 +13,19 @@ import gradwatch
 from gradwatch import clips, reports
 
 PACKAGE = Path(gradwatch.__file__).parent
-HOST = ["alarms", "advice", "cases", "history", "incidents", "records", "settings", "statistics", "errors", "pipeline"]
+HOST = [
+    "alarms",
+    "advice",
+    "cases",
+    "history",
+    "incidents",
+    "records",
+    "settings",
+    "statistics",
+    "errors",
+    "pipeline",
+    "replay",
+]
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
 
 
@@ -36,7 +48,9 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", [*HOST, *(name for name in FILES if name.startswith(("rules/", "reports/")))])
+@pytest.mark.parametrize(
+    "name", [*HOST, *(name for name in FILES if name.startswith(("rules/", "reports/", "runlog/")))]
+)
 def test_the_host_half_imports_no_torch(name: str) -> None:
     """Written series run through it without a training."""
     assert not [module for module in imported(FILES[name]) if module.split(".")[0] == "torch"]

@@ -1,0 +1,7 @@
+"""The run log: a run in one SQLite file, written while it trains and read by whoever looks in."""
+
+from __future__ import annotations
+
+from gradwatch.runlog.reader import RunLog, Series, Session
+
+__all__ = ["RunLog", "Series", "Session"]

@@ -1,0 +1,44 @@
+"""What the training hands to the thread that writes: everything since the last time, in one piece."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gradwatch.records import Alarm, Facts, Floats, Row, Snapshot
+
+
+@dataclass
+class Batch:
+    """``n`` rows of ``L`` layers, and what was said about them.
+
+    ``special`` holds the rows that did not go the short way, by their place among the ``n``: what they know beyond these
+    arrays. ``gradient`` is (n, L) float32; None: left out, because the disk is too slow. ``columns`` describes all layers,
+    when some are new: name, elements, matrix, fan-in. A flight is step, reason and record.
+    """
+
+    time: float
+    steps: NDArray[np.int64]
+    loss: Floats
+    global_norm: Floats
+    coefficient: Floats
+    skipped: NDArray[np.bool_]
+    gradient: NDArray[np.float32] | None
+    special: list[tuple[int, Row]] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
+    snapshot: Snapshot | None = None
+    facts: Facts | None = None
+    order: NDArray[np.intp] | None = None
+    columns: list[tuple[str, int, int, int]] = field(default_factory=list)
+    notes: list[tuple[int, str]] = field(default_factory=list)
+    flights: list[tuple[int, str, str]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, about."""
+        rows = 64 * len(self.steps) + (0 if self.gradient is None else self.gradient.nbytes)
+        return rows + sum(8 * row.grad_norm.nbytes for _, row in self.special) // 2

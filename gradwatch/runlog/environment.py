@@ -1,0 +1,45 @@
+"""What a run was made with: versions, machine, rules and their thresholds, auto-clip."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradwatch.autoclip import AutoClip
+    from gradwatch.rules import Rule
+
+
+def environment_of(rules: Sequence[Rule], policy: AutoClip | None) -> dict[str, Any]:
+    """Return it as plain values, fit for JSON."""
+    return {
+        "versions": {
+            "gradwatch": _version("gradwatch"),
+            "torch": _version("torch"),
+            "numpy": _version("numpy"),
+            "python": platform.python_version(),
+        },
+        "platform": platform.platform(),
+        "program": sys.argv[0] if sys.argv else "",
+        "rules": [
+            {
+                "code": rule.code,
+                "name": rule.name,
+                "rule": type(rule).__name__,
+                "settings": rule.model_dump(mode="json"),
+            }
+            for rule in rules
+        ],
+        "clip": None if policy is None else str(policy),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,47 @@
+"""The last moment of a run, kept so that a live view in another process shows the same as one in the training's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gradwatch.records import Facts, Provenance  # noqa: TC001  pydantic reads the annotations
+
+if TYPE_CHECKING:
+    from gradwatch.records import Snapshot
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What of a `Snapshot` is neither an array nor in a table of its own; see there."""
+
+    facts: Facts
+    rules: tuple[str, ...]
+    firing: tuple[str, ...]
+    verdict: str
+    clipping: str | None
+    clip_on: bool
+    clipped: int
+    skipped: int
+    seconds: float
+    steps_per_second: float
+    cost_us: float
+    provenance: Provenance
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Moment:
+        """Take what is kept of a snapshot."""
+        return cls(
+            facts=snapshot.facts,
+            rules=tuple(snapshot.rules),
+            firing=snapshot.firing,
+            verdict=snapshot.verdict,
+            clipping=snapshot.clipping,
+            clip_on=snapshot.clip_on,
+            clipped=snapshot.clipped,
+            skipped=snapshot.skipped,
+            seconds=snapshot.seconds,
+            steps_per_second=snapshot.steps_per_second,
+            cost_us=snapshot.cost_us,
+            provenance=snapshot.provenance,
+        )

@@ -1,0 +1,40 @@
+"""Records as JSON and back. What is read is validated: a damaged or forged file gives an error and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import TypeAdapter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Record = TypeVar("Record")
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
+
+
+def to_json(value: Any) -> str:
+    """Return plain values, dataclasses and named tuples as JSON; NaN and Inf, which it lacks, as the texts nan and inf."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def from_json(kind: type[Record], text: str | bytes) -> Record:
+    """Read and validate what `to_json` wrote of a ``kind``; raises a `ValueError` where it is none."""
+    adapter: TypeAdapter[Record] = _adapter(kind)
+    return adapter.validate_json(text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value

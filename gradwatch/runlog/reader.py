@@ -1,0 +1,268 @@
+"""A run log, open to be read: while it is written, after it was cut off, or by another process.
+
+Nothing is written, and nothing that the file holds is run. Whatever is wrong with it is a `RunLogError`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+
+from gradwatch.errors import RunLogError
+from gradwatch.history import History
+from gradwatch.records import Alarm, Culprits, Facts, Incident, Provenance, Row
+from gradwatch.rules import RULES
+from gradwatch.runlog.lock import is_written
+from gradwatch.runlog.plain import from_json
+from gradwatch.runlog.schema import FILE, unpacked, unpacked_or_one
+from gradwatch.runlog.store import check_header, check_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from gradwatch.records import Floats
+    from gradwatch.rules import Rule
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's part of a run; see the table ``sessions``."""
+
+    environment: dict[str, Any]
+    facts: Facts
+    number: int
+    pid: int
+    host: str
+    started: float
+    ended: float | None
+    first_step: int | None
+    until_step: int | None
+
+
+@dataclass(frozen=True)
+class Series:
+    """The run as it stands: one number for each of ``n`` rows, oldest first. See `gradwatch.records.Row`."""
+
+    id: NDArray[np.int64]
+    step: NDArray[np.int64]
+    loss: Floats
+    global_norm: Floats
+    clip_coefficient: Floats
+    skipped: NDArray[np.bool_]
+
+
+class RunLog:
+    """A run log.
+
+    Args:
+        path: its folder, or the file in it.
+
+    Raises:
+        RunLogError: there is none, it is damaged, or of another format.
+
+    Attributes: ``folder``; ``layers`` names the columns; ``sessions`` are those that wrote it, in order.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self._path = path / FILE if path.is_dir() else path
+        self.folder = self._path.parent
+        if not self._path.is_file():
+            raise RunLogError(
+                f"There is no run log in {path}: expected a folder with {FILE}, as attach(log=...) makes it."
+            )
+        with self._reading():
+            check_header(self._path)
+            self._db = self._connect()
+            check_kind(self._db, self._path)
+            columns = self._db.execute("SELECT name, elements, matrix, fan_in FROM layers ORDER BY place").fetchall()
+            if not columns or not all(isinstance(name, str) for name, *_ in columns):
+                raise ValueError("it names no layers")
+            self.layers: tuple[str, ...] = tuple(name for name, *_ in columns)
+            self._columns = [(int(elements), bool(matrix), int(fan_in)) for _, elements, matrix, fan_in in columns]
+
+    def _connect(self) -> sqlite3.Connection:
+        name = f"file:{quote(str(self._path.resolve()))}?mode=ro"
+        db = sqlite3.connect(name, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except (
+            sqlite3.OperationalError
+        ):  # a folder that cannot be written to, with no process writing: nothing will change
+            db.close()
+            db = sqlite3.connect(f"{name}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
+        return db
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except RunLogError:
+            raise
+        except (sqlite3.Error, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError) as error:
+            what = " ".join(str(error).split())[:300]
+            raise RunLogError(
+                f"The run log {self._path} cannot be read: {what}. It was damaged, or written by something else."
+            ) from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What is in it.
+
+    @property
+    def is_written(self) -> bool:
+        """True while a process writes to it."""
+        return is_written(self.folder)
+
+    @property
+    def sessions(self) -> list[Session]:
+        """The processes that wrote it, in order."""
+        statement = (
+            "SELECT environment, facts, session, pid, host, started, ended, first_step, until_step FROM sessions "
+            "ORDER BY session"
+        )
+        with self._reading():
+            found = self._db.execute(statement).fetchall()
+            return [
+                Session(from_json(dict[str, Any], environment), from_json(Facts, facts), *numbers)
+                for environment, facts, *numbers in found
+            ]
+
+    def series(self, since: int = -1) -> Series:
+        """Return the scalars of the rows with an id above ``since``."""
+        statement = (
+            "SELECT id, step, loss, global_norm, clip_coefficient, skipped FROM line WHERE id > ? ORDER BY session, id"
+        )
+        with self._reading():
+            rows = self._db.execute(statement, (since,)).fetchall()
+            columns = list(zip(*rows, strict=True)) if rows else [()] * 6
+            kinds = (np.int64, np.int64, np.float64, np.float64, np.float64, np.bool_)
+            return Series(*(np.array(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)))
+
+    def norms(self, weight: bool = False) -> tuple[NDArray[np.int64], NDArray[np.float32]]:  # noqa: FBT001, FBT002
+        """Return steps (n,) and gradient norms (n, L) of the rows that have them; or weight norms."""
+        column = "weight" if weight else "gradient"
+        statement = (
+            f"SELECT step, norms.{column} FROM line JOIN norms USING (id) "  # noqa: S608
+            f"WHERE norms.{column} IS NOT NULL ORDER BY session, id"
+        )
+        with self._reading():
+            (count,) = self._db.execute(f"SELECT count(*) FROM ({statement})").fetchone()  # noqa: S608
+            steps = np.zeros(count, dtype=np.int64)
+            norms = np.full((count, len(self.layers)), np.nan, dtype=np.float32)
+            for place, (step, blob) in enumerate(self._db.execute(f"{statement} LIMIT {count}")):
+                found = np.frombuffer(blob, dtype="<f4")
+                steps[place], norms[place, : len(found)] = step, found
+            return steps, norms
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """All incidents, those of steps that were made again included, in opening order."""
+        return self._records(Incident, "SELECT incident FROM incidents ORDER BY session, number")
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """All changes of state of the rules, oldest first."""
+        return self._records(Alarm, "SELECT alarm FROM alarms ORDER BY rowid")
+
+    @property
+    def notes(self) -> list[str]:
+        """What gradwatch could not do, oldest first."""
+        with self._reading():
+            return list(dict.fromkeys(note for (note,) in self._db.execute("SELECT note FROM notes ORDER BY rowid")))
+
+    def _records(self, kind: type[Any], statement: str) -> list[Any]:
+        with self._reading():
+            return [from_json(kind, text) for (text,) in self._db.execute(statement)]
+
+    # For a replay.
+
+    def rules(self) -> tuple[list[Rule], list[str]]:
+        """Return the last session's rules with their thresholds, and the codes of those that are not gradwatch's own."""
+        known = {rule.code: rule for rule in RULES}
+        rules, unknown = [], []
+        with self._reading():
+            for told in self.sessions[-1].environment.get("rules", []):
+                kind = known.get(told["code"])
+                if kind is not None and kind.__name__ == told["rule"]:
+                    rules.append(kind(**told["settings"]))
+                else:
+                    unknown.append(str(told["code"]))
+        return rules, unknown
+
+    def history(self) -> History:
+        """Return an empty history with this run's columns."""
+        sizes, matrices, fan_in = zip(*self._columns, strict=True)
+        history = History(self.layers, sizes, matrices, fan_in)
+        last = self.sessions[-1]
+        history.facts = replace(last.facts, layers=len(self.layers))
+        with self._reading():
+            (order,) = self._db.execute("SELECT backward_order FROM sessions ORDER BY session DESC LIMIT 1").fetchone()
+            if order is not None:
+                found = np.frombuffer(order, dtype="<i4")
+                history.order = np.concatenate([found, np.arange(len(found), len(self.layers))]).astype(np.intp)
+        return history
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the run's rows as they were measured, oldest first; norms that were thinned away are NaN."""
+        family = self.sessions[-1].facts.family
+        statement = (
+            "SELECT step, line.loss, global_norm, clip_coefficient, norms.gradient, norms.weight, "
+            "rate, dead_share, unchanged, applied, nonfinite.gradient, nonfinite.weight, counts, culprits, "
+            "source, clipped, provenances.loss, processes "
+            "FROM line LEFT JOIN norms USING (id) LEFT JOIN samples USING (id) LEFT JOIN nonfinite USING (id) "
+            "LEFT JOIN provenances USING (provenance) ORDER BY session, id"
+        )
+        with self._reading():
+            for numbers in self._db.execute(statement):
+                yield self._row(numbers, family)
+
+    def _row(self, numbers: tuple[Any, ...], family: Any) -> Row:
+        step, loss, norm, coefficient, gradient, weight, rate, dead, unchanged, applied = numbers[:10]
+        bad, bad_weight, counts, culprits, *provenance = numbers[10:]
+        if applied is None:
+            applied = 1.0 if coefficient is None else coefficient
+        count = len(self.layers)
+        mask = None
+        if bad is not None:
+            mask = np.zeros(count, dtype=np.uint8)
+            mask[: len(bad)] = np.frombuffer(bad, dtype=np.uint8)
+        mask_of_weights = None
+        if weight is not None:
+            mask_of_weights = np.zeros(count, dtype=bool)
+            if bad_weight is not None:
+                mask_of_weights[: len(bad_weight)] = np.frombuffer(bad_weight, dtype=np.uint8) > 0
+        return Row(
+            step=int(step),
+            loss=np.nan if loss is None else float(loss),
+            grad_norm=unpacked(gradient, count),
+            global_norm=np.nan if norm is None else float(norm),
+            weight_norm=None if weight is None else unpacked(weight, count),
+            nonfinite=mask,
+            nonfinite_weight=mask_of_weights,
+            counts=None if counts is None else from_json(dict[int, tuple[int, int]], counts),
+            poisoned=mask is not None,
+            rate=unpacked_or_one(rate, count),
+            family=family,
+            applied=float(applied),
+            dead_share=unpacked_or_one(dead, count),
+            unchanged=unpacked_or_one(unchanged, count),
+            culprits=None if culprits is None else from_json(Culprits, culprits),
+            provenance=Provenance() if provenance[0] is None else Provenance(*provenance),
+        )

@@ -1,0 +1,130 @@
+"""The training's side of the run log: takes rows out of the history in blocks, and never waits for the disk.
+
+Quiet rows never pass here. They stand in the history's ring, and are copied from there together, twice a second or when
+the ring has 64 new ones.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from gradwatch.reports.base import Report
+from gradwatch.runlog.batch import Batch
+from gradwatch.runlog.writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from gradwatch.history import History
+    from gradwatch.records import Alarm, Facts, Row, Snapshot
+    from gradwatch.runlog.store import Store
+
+_ROWS = 64
+_CLOSING = 10.0  # seconds that the end of a run may wait for the disk
+
+
+def columns_of(history: History) -> list[tuple[str, int, int, int]]:
+    """Return name, elements, whether it is a matrix, and fan-in of each layer."""
+    numbers = (history.sizes, history.matrices, history.fan_in)
+    return list(zip(history.layers, *(values.astype(np.int64).tolist() for values in numbers), strict=True))
+
+
+class Recording(Report):
+    """One session of a run log.
+
+    Args:
+        store: the file, just opened.
+        history: read for the rows.
+        tell: told, once each, of what could not be kept.
+    """
+
+    period: ClassVar[float] = 0.4
+
+    def __init__(self, store: Store, history: History, tell: Callable[[str], None]) -> None:
+        self.folder = store.folder
+        self._history = history
+        self._writer = Writer(store, tell)
+        self._store = store
+        self._most = min(_ROWS, history.window // 2)  # a quiet stretch of 32 rows may follow before the next chance
+        self._taken = history.rows
+        self._special: list[tuple[int, Row]] = []
+        self._alarms: list[Alarm] = []
+        self._facts: Facts | None = None
+        self._order: NDArray[np.intp] | None = None
+        self._layers = len(history.layers)
+        self._notes = 0
+        self._started = False
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._started = True
+        self._writer.start()
+
+    def row(self, row: Row) -> None:
+        """Take note of a row that was pushed just now and is not judged yet."""
+        self._special.append((self._history.rows - 1, row))
+        if self._history.rows - 1 - self._taken >= self._most:
+            self._hand_over(self._history.rows - 1)
+
+    def judged(self, alarms: Sequence[Alarm]) -> None:
+        """Take note of alarms."""
+        self._alarms.extend(alarms)
+
+    def step(self, snapshot: Snapshot) -> None:
+        """Hand over what is new; all that was done about the last row is known."""
+        self._hand_over(self._history.rows, snapshot)
+
+    def close(self, snapshot: Snapshot) -> None:
+        """Write what is left and close the file."""
+        if self._started:
+            self._hand_over(self._history.rows, snapshot)
+            self._writer.close(_CLOSING)
+        else:
+            self.abandon()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until what was handed over is written; False after ``timeout`` seconds."""
+        return self._writer.flush(timeout)
+
+    def abandon(self) -> None:
+        """Let go of the file before anything began."""
+        self._store.close()
+
+    def _hand_over(self, until: int, snapshot: Snapshot | None = None) -> None:
+        """Copy the rows before ``until``, counted from the first, and pass them on."""
+        history = self._history
+        new = min(history.rows - self._taken, history.window)
+        first, self._taken = history.rows - new, until
+        count = max(0, until - first)
+        with np.errstate(over="ignore"):
+            gradient = history.grad_norm(last=new)[:count].astype(np.float32)
+        batch = Batch(
+            time=time.time(),
+            steps=history.steps(last=new)[:count].copy(),
+            loss=history.loss(last=new)[:count].copy(),
+            global_norm=history.global_norm(last=new)[:count].copy(),
+            coefficient=history.clip_coefficient(last=new)[:count].copy(),
+            skipped=history.skipped(last=new)[:count].copy(),
+            gradient=gradient,
+            special=[(number - first, row) for number, row in self._special if number < until],
+            alarms=self._alarms,
+            snapshot=snapshot,
+        )
+        self._special = [(number, row) for number, row in self._special if number >= until]
+        self._alarms = []
+        if snapshot is not None:
+            batch.notes = [(snapshot.step, note) for note in snapshot.notes[self._notes :]]
+            self._notes = len(snapshot.notes)
+        if history.facts is not self._facts:
+            self._facts = batch.facts = history.facts
+        if self._order is None or not np.array_equal(history.order, self._order):
+            self._order = batch.order = history.order
+        if len(history.layers) != self._layers:
+            self._layers = len(history.layers)
+            batch.columns = columns_of(history)
+        self._writer.put(batch)

@@ -1,0 +1,130 @@
+"""The tables of a run log, and what stands in them: an SQLite file that any language reads.
+
+Arrays are packed as little-endian float32, one number for each layer in the order of the table ``layers``; a layer that
+came later has no number in older rows. NaN has no place in SQLite: a number that is NULL is NaN, or was not seen where
+the row's provenance says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gradwatch.records import Floats
+
+FILE = "run.sqlite"
+APPLICATION = 0x47574C47  # "GWLG", in the file's header
+VERSION = 1
+OF_SESSION = 10**12  # id of a row = session * OF_SESSION + step
+
+TABLES = """
+CREATE TABLE layers (
+    place INTEGER PRIMARY KEY,     -- from 0: which number of a packed array is this layer's
+    name TEXT NOT NULL,
+    elements INTEGER NOT NULL,
+    matrix INTEGER NOT NULL,       -- 1: two or more dimensions
+    fan_in INTEGER NOT NULL
+);
+CREATE TABLE sessions (            -- one for each process that wrote here, in order
+    session INTEGER PRIMARY KEY,   -- from 1
+    pid INTEGER NOT NULL,
+    host TEXT NOT NULL,
+    started REAL NOT NULL,         -- seconds since 1970
+    ended REAL,                    -- NULL: it still runs, or was killed
+    first_step INTEGER,
+    until_step INTEGER,            -- steps from here on were made again by a later session; NULL: none
+    environment TEXT NOT NULL,     -- JSON: versions, rules with their settings, auto-clip, optimizer steps between rows
+    facts TEXT NOT NULL,           -- JSON: model, optimizer, learning rate
+    backward_order BLOB            -- int32: each layer's place in the order in which gradients arrive
+);
+CREATE TABLE provenances (
+    provenance INTEGER PRIMARY KEY,
+    source TEXT NOT NULL, clipped TEXT NOT NULL, loss TEXT NOT NULL, processes INTEGER NOT NULL
+);
+CREATE TABLE steps (               -- each row of the run, never thinned
+    id INTEGER PRIMARY KEY,        -- session * 1000000000000 + step
+    loss REAL, global_norm REAL, clip_coefficient REAL,
+    skipped INTEGER NOT NULL,      -- 1: auto-clip skipped the optimizer step
+    provenance INTEGER NOT NULL
+);
+CREATE TABLE norms (               -- the rows' numbers for each layer; thinned
+    id INTEGER PRIMARY KEY,
+    keep INTEGER NOT NULL,         -- 0: goes when it is older than the last rows
+    gradient BLOB NOT NULL,        -- L2 norms, before any clip of auto-clip
+    weight BLOB                    -- L2 norms before the step's update; NULL: not sampled with this row
+);
+CREATE TABLE samples (             -- what is known of some rows only; a plain number stands for all layers
+    id INTEGER PRIMARY KEY,
+    rate, dead_share, unchanged,
+    applied REAL                   -- factor of the user's own clip, where auto-clip acted too
+);
+CREATE TABLE nonfinite (           -- rows with gradients or weights that are not finite
+    id INTEGER PRIMARY KEY,
+    gradient BLOB,                 -- a byte for each layer: 1 NaN, 2 Inf, 3 both
+    weight BLOB,                   -- a byte for each layer: 1 not finite
+    counts TEXT,                   -- JSON: place -> [NaN elements, infinite elements]
+    culprits TEXT                  -- JSON: processes that they came from
+);
+CREATE TABLE alarms (
+    session INTEGER NOT NULL, step INTEGER NOT NULL, code TEXT NOT NULL, state TEXT NOT NULL,
+    layer TEXT, value REAL, alarm TEXT NOT NULL  -- JSON
+);
+CREATE TABLE incidents (
+    session INTEGER NOT NULL, number INTEGER NOT NULL, opened_step INTEGER NOT NULL, closed_step INTEGER,
+    kind TEXT NOT NULL, severity TEXT NOT NULL, verdict TEXT NOT NULL, suspect TEXT, incident TEXT NOT NULL,  -- JSON
+    PRIMARY KEY (session, number)
+) WITHOUT ROWID;
+CREATE TABLE notes (session INTEGER NOT NULL, step INTEGER NOT NULL, note TEXT NOT NULL);
+CREATE TABLE flights (             -- what the flight recorder kept
+    session INTEGER NOT NULL, step INTEGER NOT NULL, time REAL NOT NULL, reason TEXT NOT NULL, record TEXT NOT NULL
+);
+CREATE TABLE clock (id INTEGER PRIMARY KEY, time REAL NOT NULL);  -- when some of the rows were handed over
+CREATE TABLE latest (              -- one row: the last moment, as a live view shows it
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    session INTEGER NOT NULL, step INTEGER NOT NULL, time REAL NOT NULL,
+    moment TEXT NOT NULL,          -- JSON
+    gradient BLOB, weight BLOB, nonfinite BLOB, closeness BLOB, closest BLOB
+);
+CREATE VIEW line AS                -- the run as it stands: without the steps that were made again
+    SELECT id, session, id % 1000000000000 AS step, loss, global_norm, clip_coefficient, skipped, provenance
+    FROM steps JOIN sessions ON session = id / 1000000000000
+    WHERE until_step IS NULL OR id % 1000000000000 < until_step;
+"""
+
+
+def packed(values: NDArray[Any]) -> bytes:
+    """Return numbers (L,) as little-endian float32; those beyond its range are infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype("<f4").tobytes()
+
+
+def unpacked(blob: bytes | None, layers: int) -> Floats:
+    """Return the numbers of a packed array, shape (L,); those of layers that came later are NaN.
+
+    Raises:
+        ValueError: the array is longer than there are layers.
+    """
+    values = np.full(layers, np.nan)
+    if blob is not None:
+        found = np.frombuffer(blob, dtype="<f4")
+        values[: len(found)] = found
+    return values
+
+
+def packed_or_one(values: NDArray[Any] | None) -> bytes | float | None:
+    """Return numbers (L,) packed, or a single one where they are all the same."""
+    if values is None or not len(values):
+        return None
+    first = float(values[0])
+    return first if (values == first).all() else packed(values)
+
+
+def unpacked_or_one(value: bytes | float | None, layers: int) -> Floats | None:
+    """Return what `packed_or_one` took."""
+    if value is None or isinstance(value, bytes):
+        return None if value is None else unpacked(value, layers)
+    return np.full(layers, float(value))

@@ -1,0 +1,319 @@
+"""The writing side of the file: one session, from its first row to its end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradwatch.errors import RunLogError
+from gradwatch.runlog.lock import WriterLock
+from gradwatch.runlog.moment import Moment
+from gradwatch.runlog.plain import to_json
+from gradwatch.runlog.schema import APPLICATION, FILE, OF_SESSION, TABLES, VERSION, packed, packed_or_one
+from gradwatch.runlog.thinning import LAST, Thinning
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from gradwatch.records import Facts, Floats, Incident, Provenance, Row, Snapshot
+    from gradwatch.runlog.batch import Batch
+
+_THIN_EVERY = 1000  # rows
+_PAGE = 8192  # bytes: half-empty pages after thinning waste less than with larger ones, and rows of 300 layers fit
+
+
+def check_header(path: Path) -> None:
+    """Raise a `RunLogError` unless the file begins as an SQLite file does; an empty one may still become one."""
+    with path.open("rb") as file:
+        beginning = file.read(16)
+    if beginning and beginning != b"SQLite format 3\0":
+        raise RunLogError(
+            f"{path} is no run log: it begins with {beginning[:16]!r} and not as an SQLite file does. It was damaged, or "
+            "another program made it. Give another path, or remove it."
+        )
+
+
+def check_kind(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise a `RunLogError` unless this SQLite file is a run log that this version can read."""
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if not tables:
+        raise RunLogError(f"{path} holds nothing yet. Wait for the first step of its training.")
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application != APPLICATION:
+        raise RunLogError(f"{path} is an SQLite file of another program, no run log of gradwatch. Give another path.")
+    if version != VERSION:
+        raise RunLogError(
+            f"{path} is a run log of format {version}; this gradwatch knows format {VERSION}. Read it with the version that "
+            "wrote it, or give another path."
+        )
+
+
+@dataclass
+class _Written:
+    """What is known of the rows written so far; as it was before, when writing fails."""
+
+    thinning: Thinning = field(default_factory=Thinning)
+    provenances: dict[Provenance, int] = field(default_factory=dict)
+    provenance: int = -1
+    rate: Floats | None = None
+    incidents: dict[int, Incident] = field(default_factory=dict)
+    started: bool = False
+    horizon: int = 0
+    since_thinned: int = 0
+
+    def copy(self) -> _Written:
+        """Return one that changes by itself."""
+        return replace(
+            self, thinning=self.thinning.copy(), provenances=dict(self.provenances), incidents=dict(self.incidents)
+        )
+
+
+class Store:
+    """A run log, open for writing: one session.
+
+    Args:
+        folder: where the file lies; made if it is missing.
+        columns: of each layer: name, elements, whether it is a matrix, fan-in.
+        environment: see `gradwatch.runlog.environment`.
+        facts: what is known of the model.
+
+    Raises:
+        RunLogError: the file is foreign, damaged, of another model, or another process writes it. Nothing was changed.
+        OSError: the disk does not let it be written.
+    """
+
+    def __init__(
+        self, folder: Path, columns: Sequence[tuple[str, int, int, int]], environment: dict[str, Any], facts: Facts
+    ) -> None:
+        self.folder = folder
+        self._path = folder / FILE
+        self._db: sqlite3.Connection | None = None
+        self._done = _Written()
+        if folder.exists() and not folder.is_dir():
+            raise RunLogError(
+                f"The run log's path {folder} is a file; expected a folder, or a path that is still free."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = WriterLock(folder)
+        try:
+            self._open()
+            self._check_layers([name for name, *_ in columns])
+            self._begin(columns, environment, facts)
+        except sqlite3.DatabaseError as error:
+            self.close()
+            if isinstance(error, sqlite3.OperationalError):
+                raise OSError(str(error)) from error
+            raise RunLogError(f"{self._path} is damaged: {error}. Give another path, or remove it.") from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        assert self._db is not None
+        return self._db
+
+    def _open(self) -> None:
+        if self._path.exists():
+            check_header(self._path)
+        db = self._db = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA synchronous = NORMAL")  # safe when the process dies, and commits wait for no disk
+        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            db.execute(f"PRAGMA page_size = {_PAGE}")
+            db.execute("PRAGMA journal_mode = WAL")
+            # the transaction ends with the first session in it: whoever is killed before leaves an empty file
+            db.executescript(
+                f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}; {TABLES}"
+            )
+        else:
+            check_kind(db, self._path)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("BEGIN IMMEDIATE")
+        stat = self._path.stat()
+        self._file = stat.st_dev, stat.st_ino
+
+    def _check_layers(self, names: list[str]) -> None:
+        known = [name for (name,) in self._connection.execute("SELECT name FROM layers ORDER BY place")]
+        for place, (before, now) in enumerate(zip(known, names, strict=False)):
+            if before != now:
+                raise RunLogError(
+                    f"The run log {self.folder} is of another model: its layer {place} is {before!r}, that of this model is "
+                    f"{now!r}. Give this run its own path."
+                )
+
+    def _begin(self, columns: Sequence[tuple[str, int, int, int]], environment: dict[str, Any], facts: Facts) -> None:
+        db = self._connection
+        self._add_layers(columns)
+        done = db.execute(
+            "INSERT INTO sessions (pid, host, started, environment, facts) VALUES (?, ?, ?, ?, ?)",
+            (os.getpid(), socket.gethostname(), time.time(), to_json(environment), to_json(facts)),
+        )
+        self.session = int(done.lastrowid or 0)
+        db.execute("COMMIT")
+
+    def _add_layers(self, columns: Sequence[tuple[str, int, int, int]]) -> None:
+        (known,) = self._connection.execute("SELECT count(*) FROM layers").fetchone()
+        new = [(place, *column) for place, column in enumerate(columns)][known:]
+        self._connection.executemany("INSERT INTO layers VALUES (?, ?, ?, ?, ?)", new)
+
+    def is_removed(self) -> bool:
+        """True when the file is no longer where it was: what is written would be lost."""
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return True
+        return (stat.st_dev, stat.st_ino) != self._file
+
+    def write(self, batches: Sequence[Batch]) -> None:
+        """Write all of them, or nothing; raises `sqlite3.Error`."""
+        db, before = self._connection, self._done
+        self._done = before.copy()
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for batch in batches:
+                self._write(batch)
+            if self._done.since_thinned >= _THIN_EVERY:
+                self._thin()
+            db.execute("COMMIT")
+        except BaseException:
+            self._done = before
+            if db.in_transaction:
+                with suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+            raise
+
+    def close(self, *, ended: bool = False) -> None:
+        """Let go of the file. ``ended``: the session came to its end."""
+        if self._db is not None:
+            with suppress(sqlite3.Error):
+                if ended and not self.is_removed():
+                    self._of_session("ended", time.time())
+            with suppress(sqlite3.Error):
+                self._db.close()
+            self._db = None
+        self._lock.release()
+
+    def _of_session(self, column: str, value: str | bytes | float) -> None:
+        statement = f"UPDATE sessions SET {column} = ? WHERE session = ?"  # noqa: S608  a name of the schema
+        self._connection.execute(statement, (value, self.session))
+
+    def _write(self, batch: Batch) -> None:
+        db = self._connection
+        if batch.columns:
+            self._add_layers(batch.columns)
+        if batch.facts is not None:
+            self._of_session("facts", to_json(batch.facts))
+        if batch.order is not None:
+            self._of_session("backward_order", batch.order.astype("<i4").tobytes())
+        if len(batch.steps):
+            self._rows(batch)
+        for alarm in batch.alarms:
+            told = (self.session, alarm.step, alarm.code, alarm.state, alarm.layer, alarm.value, to_json(alarm))
+            db.execute("INSERT INTO alarms VALUES (?, ?, ?, ?, ?, ?, ?)", told)
+        for step, note in batch.notes:
+            db.execute("INSERT INTO notes VALUES (?, ?, ?)", (self.session, step, note))
+        if batch.snapshot is not None:
+            self._incidents(batch.snapshot.incidents)
+            self._latest(batch.snapshot, batch.time)
+        for step, reason, record in batch.flights:
+            told_of = (self.session, step, batch.time, reason, record)
+            db.execute("INSERT INTO flights VALUES (?, ?, ?, ?, ?)", told_of)
+
+    def _rows(self, batch: Batch) -> None:
+        db, done, steps = self._connection, self._done, batch.steps.tolist()
+        base = self.session * OF_SESSION
+        if not done.started:
+            done.started = True
+            self._of_session("first_step", steps[0])
+            db.execute(
+                "UPDATE sessions SET until_step = ? WHERE session < ? AND (until_step IS NULL OR until_step > ?)",
+                (steps[0], self.session, steps[0]),
+            )
+        special = dict(batch.special)
+        provenances: list[int] = []
+        weights: list[bytes | None] = []
+        for place, step in enumerate(steps):
+            row = special.get(place)
+            if row is not None:  # the others are as the one before them
+                done.provenance = self._number_of(row.provenance)
+                self._special(base + step, row, float(batch.coefficient[place]))
+            provenances.append(done.provenance)
+            weights.append(None if row is None or row.weight_norm is None else packed(row.weight_norm))
+        ids = [base + step for step in steps]
+        scalars = (batch.loss, batch.global_norm, batch.coefficient, batch.skipped.astype(np.int64))
+        numbers = zip(ids, *(values.tolist() for values in scalars), provenances, strict=True)
+        db.executemany("INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?)", numbers)
+        keep = [done.thinning.keeps(step) for step in steps]
+        if batch.gradient is not None:
+            raw, width = batch.gradient.astype("<f4", copy=False).tobytes(), 4 * batch.gradient.shape[1]
+            blobs = [raw[place * width : (place + 1) * width] for place in range(len(steps))]
+            norms = zip(ids, keep, blobs, weights, strict=True)
+            db.executemany("INSERT OR REPLACE INTO norms VALUES (?, ?, ?, ?)", norms)
+        db.execute("INSERT OR REPLACE INTO clock VALUES (?, ?)", (ids[-1], batch.time))
+        done.since_thinned += len(steps)
+
+    def _number_of(self, provenance: Provenance) -> int:
+        known = self._done.provenances
+        if provenance not in known:
+            statement = "INSERT INTO provenances (source, clipped, loss, processes) VALUES (?, ?, ?, ?)"
+            known[provenance] = int(self._connection.execute(statement, provenance).lastrowid or 0)
+        return known[provenance]
+
+    def _special(self, key: int, row: Row, coefficient: float) -> None:
+        rate = row.rate if row.rate is not self._done.rate else None
+        applied = row.applied if row.applied != coefficient else None
+        samples = (packed_or_one(rate), packed_or_one(row.dead_share), packed_or_one(row.unchanged), applied)
+        if any(one is not None for one in samples):
+            self._done.rate = row.rate
+            self._connection.execute("INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?)", (key, *samples))
+        bad = row.nonfinite_weight
+        if row.nonfinite is not None or (bad is not None and bad.any()):
+            found = (
+                key,
+                None if row.nonfinite is None else row.nonfinite.astype(np.uint8).tobytes(),
+                None if bad is None else bad.astype(np.uint8).tobytes(),
+                None if row.counts is None else to_json(dict(row.counts)),
+                None if row.culprits is None else to_json(row.culprits),
+            )
+            self._connection.execute("INSERT OR REPLACE INTO nonfinite VALUES (?, ?, ?, ?, ?)", found)
+
+    def _incidents(self, incidents: Sequence[Incident]) -> None:
+        for number, one in enumerate(incidents):
+            if self._done.incidents.get(number) is one:
+                continue
+            self._done.incidents[number] = one
+            told = (one.opened_step, one.closed_step, one.kind, one.severity, one.verdict, one.suspect, to_json(one))
+            statement = "INSERT OR REPLACE INTO incidents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            self._connection.execute(statement, (self.session, number, *told))
+            for step, closed in ((one.opened_step, False), (one.closed_step, True)):
+                around = None if step is None else self._done.thinning.around(number, step, closed=closed)
+                if around is not None:
+                    base = self.session * OF_SESSION
+                    ids = base + max(0, around[0]), base + around[1]
+                    self._connection.execute("UPDATE norms SET keep = 1 WHERE id BETWEEN ? AND ?", ids)
+
+    def _latest(self, snapshot: Snapshot, now: float) -> None:
+        arrays = (snapshot.grad_norm, snapshot.weight_norm, None, snapshot.closeness, None)
+        blobs = [None if values is None else packed(values) for values in arrays]
+        blobs[2] = snapshot.nonfinite.astype(np.uint8).tobytes()
+        blobs[4] = snapshot.closest.astype("<i4").tobytes()
+        told = (1, self.session, snapshot.step, now, to_json(Moment.of(snapshot)), *blobs)
+        self._connection.execute("INSERT OR REPLACE INTO latest VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", told)
+
+    def _thin(self) -> None:
+        """Drop the numbers for each layer of rows that are older than the last 5,000 and need not stay."""
+        db, done = self._connection, self._done
+        done.since_thinned = 0
+        row = db.execute("SELECT id FROM steps ORDER BY id DESC LIMIT 1 OFFSET ?", (LAST,)).fetchone()
+        if row is not None:
+            db.execute("DELETE FROM norms WHERE id >= ? AND id < ? AND keep = 0", (done.horizon, row[0]))
+            done.horizon = row[0]

@@ -1,0 +1,68 @@
+"""Rules over recorded and written rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+import gradwatch
+from gradwatch.cases import Case
+from gradwatch.errors import UsageError
+from gradwatch.replay import replay, with_settings
+from gradwatch.runlog import RunLog
+from tests.test_run_log import watched
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(0.05, 700), (1.0, 300), (30.0, 200), (1e6, 120)])
+def test_the_same_rules_say_the_same_of_a_log(rate: float, steps: int, tmp_path: Path) -> None:
+    """As they said in the training: the same alarms at the same steps, the same incidents."""
+    monitor = watched(tmp_path, rate=rate, steps=steps)
+    with RunLog(tmp_path) as log:
+        rules, _ = log.rules()
+        again = replay(log.history(), log.rows(), rules)
+    assert again.rows == steps
+    assert [(a.code, a.layer, a.step, a.state) for a in again.alarms] == [
+        (a.code, a.layer, a.step, a.state) for a in monitor.alarms
+    ]
+    told = [(i.kind, i.severity, i.verdict, i.opened_step, i.closed_step, i.suspect, i.layers) for i in again.incidents]
+    assert told == [
+        (i.kind, i.severity, i.verdict, i.opened_step, i.closed_step, i.suspect, i.layers) for i in monitor.incidents
+    ]
+
+
+def test_other_thresholds_say_something_else() -> None:
+    """A series that surges twentyfold: above a limit of 10, and not above one of 40."""
+    case = Case("a surge", fires=20, grad="0.1x20 2x10", loss="1x20 9x10")
+    rules = gradwatch.default_rules()
+    strict = replay(*case.rows(), rules)
+    lenient = replay(*case.rows(), with_settings(rules, ["GW301.limit=40"]))
+    assert strict.rows == lenient.rows == 30
+    assert "GW301" in {alarm.code for alarm in strict.alarms}
+    assert "GW301" not in {alarm.code for alarm in lenient.alarms}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("GW301", "expected CODE.SETTING=VALUE"),
+        ("GW301.limit", "expected CODE.SETTING=VALUE"),
+        ("GW301.limt=3", "no setting 'limt'. Did you mean 'limit'"),
+        ("GW301.limit=wide", r"GradientSurge\(limit='wide'\)"),
+        ("GW301.for_steps=0", r"GradientSurge\(for_steps='0'\)"),
+        ("GW999.limit=3", "There is no rule 'GW999'"),
+    ],
+)
+def test_a_setting_that_is_none_is_told(setting: str, said: str) -> None:
+    """With what was expected."""
+    with pytest.raises(UsageError, match=said):
+        with_settings(gradwatch.default_rules(), [setting])
+
+
+def test_a_rule_that_the_run_was_not_judged_by_is_told() -> None:
+    """It has no settings to change."""
+    with pytest.raises(UsageError, match="was not judged by GW301"):
+        with_settings([rule for rule in gradwatch.default_rules() if rule.code != "GW301"], ["GW301.limit=3"])
