@@ -79,7 +79,7 @@ class RunLog:
             raise RunLogError(
                 f"There is no run log in {path}: expected a folder with {FILE}, as attach(log=...) makes it."
             )
-        with self._reading():
+        with self.reading():
             check_header(self._path)
             self._db = self._connect()
             check_kind(self._db, self._path)
@@ -102,7 +102,8 @@ class RunLog:
         return db
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def reading(self) -> Iterator[None]:
+        """Turn whatever goes wrong inside into a `RunLogError`."""
         try:
             yield
         except RunLogError:
@@ -137,23 +138,39 @@ class RunLog:
             "SELECT environment, facts, session, pid, host, started, ended, first_step, until_step FROM sessions "
             "ORDER BY session"
         )
-        with self._reading():
+        with self.reading():
             found = self._db.execute(statement).fetchall()
             return [
                 Session(from_json(dict[str, Any], environment), from_json(Facts, facts), *numbers)
                 for environment, facts, *numbers in found
             ]
 
+    def end(self) -> tuple[int, int, float | None]:
+        """Return the last step, how many rows the run has, and its last loss, None where it is NaN or unseen."""
+        with self.reading():
+            (count,) = self._db.execute("SELECT count(*) FROM line").fetchone()
+            statement = "SELECT step, loss FROM line ORDER BY session DESC, id DESC LIMIT 1"
+            step, loss = self._db.execute(statement).fetchone() or (-1, None)
+            return int(step), int(count), loss
+
     def series(self, since: int = -1) -> Series:
         """Return the scalars of the rows with an id above ``since``."""
         statement = (
             "SELECT id, step, loss, global_norm, clip_coefficient, skipped FROM line WHERE id > ? ORDER BY session, id"
         )
-        with self._reading():
+        with self.reading():
             rows = self._db.execute(statement, (since,)).fetchall()
             columns = list(zip(*rows, strict=True)) if rows else [()] * 6
             kinds = (np.int64, np.int64, np.float64, np.float64, np.float64, np.bool_)
             return Series(*(np.array(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)))
+
+    def times(self, ids: NDArray[np.int64]) -> Floats:
+        """Return when rows were made, in seconds since 1970, shape (n,): between the moments that were noted, evenly."""
+        with self.reading():
+            known = np.array(self._db.execute("SELECT id, time FROM clock ORDER BY id").fetchall(), dtype=np.float64)
+            if not len(known):
+                return np.full(len(ids), np.nan)
+            return np.interp(ids.astype(np.float64), known[:, 0], known[:, 1])
 
     def norms(self, weight: bool = False) -> tuple[NDArray[np.int64], NDArray[np.float32]]:  # noqa: FBT001, FBT002
         """Return steps (n,) and gradient norms (n, L) of the rows that have them; or weight norms."""
@@ -162,7 +179,7 @@ class RunLog:
             f"SELECT step, norms.{column} FROM line JOIN norms USING (id) "  # noqa: S608
             f"WHERE norms.{column} IS NOT NULL ORDER BY session, id"
         )
-        with self._reading():
+        with self.reading():
             (count,) = self._db.execute(f"SELECT count(*) FROM ({statement})").fetchone()  # noqa: S608
             steps = np.zeros(count, dtype=np.int64)
             norms = np.full((count, len(self.layers)), np.nan, dtype=np.float32)
@@ -184,11 +201,25 @@ class RunLog:
     @property
     def notes(self) -> list[str]:
         """What gradwatch could not do, oldest first."""
-        with self._reading():
+        with self.reading():
             return list(dict.fromkeys(note for (note,) in self._db.execute("SELECT note FROM notes ORDER BY rowid")))
 
+    def latest(self, series: int) -> tuple[tuple[Any, ...] | None, Floats, Floats]:
+        """Return the table ``latest`` and the losses and global norms of the last ``series`` rows."""
+        with self.reading():
+            self._db.execute("BEGIN")  # all of one moment, though the training goes on
+            try:
+                found = self._db.execute(
+                    "SELECT step, moment, gradient, weight, nonfinite, closeness, closest FROM latest"
+                ).fetchone()
+                statement = "SELECT loss, global_norm FROM line ORDER BY session DESC, id DESC LIMIT ?"
+                rows = np.array(self._db.execute(statement, (series,)).fetchall(), dtype=np.float64).reshape(-1, 2)
+            finally:
+                self._db.execute("COMMIT")
+        return found, rows[::-1, 0], rows[::-1, 1]
+
     def _records(self, kind: type[Any], statement: str) -> list[Any]:
-        with self._reading():
+        with self.reading():
             return [from_json(kind, text) for (text,) in self._db.execute(statement)]
 
     # For a replay.
@@ -197,7 +228,7 @@ class RunLog:
         """Return the last session's rules with their thresholds, and the codes of those that are not gradwatch's own."""
         known = {rule.code: rule for rule in RULES}
         rules, unknown = [], []
-        with self._reading():
+        with self.reading():
             for told in self.sessions[-1].environment.get("rules", []):
                 kind = known.get(told["code"])
                 if kind is not None and kind.__name__ == told["rule"]:
@@ -212,7 +243,7 @@ class RunLog:
         history = History(self.layers, sizes, matrices, fan_in)
         last = self.sessions[-1]
         history.facts = replace(last.facts, layers=len(self.layers))
-        with self._reading():
+        with self.reading():
             (order,) = self._db.execute("SELECT backward_order FROM sessions ORDER BY session DESC LIMIT 1").fetchone()
             if order is not None:
                 found = np.frombuffer(order, dtype="<i4")
@@ -229,7 +260,7 @@ class RunLog:
             "FROM line LEFT JOIN norms USING (id) LEFT JOIN samples USING (id) LEFT JOIN nonfinite USING (id) "
             "LEFT JOIN provenances USING (provenance) ORDER BY session, id"
         )
-        with self._reading():
+        with self.reading():
             for numbers in self._db.execute(statement):
                 yield self._row(numbers, family)
 

@@ -1,0 +1,88 @@
+"""`gradwatch compare`: where two runs part."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from gradwatch.compare import Parting, parting
+from gradwatch.runlog import RunLog
+from gradwatch.runlog.plain import to_json
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import Console
+
+NAME = "compare"
+HELP = "say where two runs part: losses, layers, incidents"
+EXAMPLES = """\
+  gradwatch compare runs/before runs/after
+  gradwatch compare runs/before runs/after --json"""
+_MOST = 12
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """See `gradwatch.commands.Command`."""
+    parser.add_argument("left", metavar="RUN", help="the folder of a run log")
+    parser.add_argument("right", metavar="RUN", help="another one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """See `gradwatch.commands.Command`."""
+    with RunLog(options.left) as left, RunLog(options.right) as right:
+        found = parting(left, right)
+        if options.json:
+            told = {
+                "left": str(left.folder),
+                "right": str(right.folder),
+                **{name: getattr(found, name) for name in Parting.__dataclass_fields__},
+                "layers": [{"step": step, "layer": layer, "left": a, "right": b} for step, layer, a, b in found.layers],
+                "incidents": {"left": left.incidents, "right": right.incidents},
+            }
+            sys.stdout.write(json.dumps(json.loads(to_json(told)), indent=2) + "\n")
+        else:
+            _show(console, left, right, found)
+    return 0
+
+
+def _show(console: Console, left: RunLog, right: RunLog, found: Parting) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from gradwatch.reports.view import number, shorten
+
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(text, style))
+
+    say(f"{left.folder} against {right.folder}: {found.steps:,} steps in common", "bold")
+    if found.first_difference is None:
+        say("  the losses are the same numbers throughout")
+    else:
+        say(f"  losses: the first that differs at step {found.first_difference:,}")
+        part = "nowhere for three rows in a row" if found.losses is None else f"from step {found.losses:,} on"
+        say(f"  losses more than a factor of 1.1 apart: {part}")
+    ends = [log.end()[2] for log in (left, right)]
+    say("  last loss: " + " against ".join("NaN or not seen" if end is None else number(end) for end in ends))
+    for log, only in ((left, found.only_left), (right, found.only_right)):
+        if only:
+            say(f"  only in {log.folder}: {', '.join(only[:4])}{' and more' if len(only) > 4 else ''}")
+    if found.layers:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for heading in ("  gradient norms part", "at step", "left", "right"):
+            table.add_column(heading, justify="left" if heading.startswith(" ") else "right", no_wrap=True)
+        for step, layer, a, b in found.layers[:_MOST]:
+            table.add_row(Text("  " + shorten(layer, 50)), f"{step:,}", number(a), number(b))
+        console.print(table)
+        if len(found.layers) > _MOST:
+            say(f"  and {len(found.layers) - _MOST} more layers")
+    else:
+        say("  no layer's gradient norm leaves the other's band (a factor of 4)")
+    for log in (left, right):
+        say(f"incidents of {log.folder}:", "bold")
+        for one in log.incidents:
+            say(f"  {one}")
+        if not log.incidents:
+            say("  none")

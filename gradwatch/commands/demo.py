@@ -1,0 +1,30 @@
+"""`gradwatch demo`: a training that explodes, watched, then saved by auto-clip."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import Console
+
+NAME = "demo"
+HELP = "train a regression that explodes: watched only, then with auto-clip"
+EXAMPLES = """\
+  gradwatch demo
+  gradwatch demo --epochs 20 --seed 3"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """See `gradwatch.commands.Command`."""
+    parser.add_argument("--epochs", type=int, default=100, help="epochs of each training (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """See `gradwatch.commands.Command`."""
+    from gradwatch.demo import run as demo
+
+    console.print(demo(epochs=options.epochs, seed=options.seed))
+    return 0

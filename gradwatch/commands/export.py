@@ -1,0 +1,125 @@
+"""`gradwatch export`: a run's numbers for other programs."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradwatch.errors import UsageError
+from gradwatch.runlog import RunLog
+from gradwatch.runlog.plain import to_json
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import Console
+
+NAME = "export"
+HELP = "write a run's numbers for other programs"
+EXAMPLES = """\
+  gradwatch export runs/today --to csv                        runs/today/csv/steps.csv and so on
+  gradwatch export runs/today --to parquet --out numbers      needs: pip install 'gradwatch[export]'
+  gradwatch export runs/today --to tensorboard --out tb       needs: pip install 'gradwatch[tensorboard]'
+
+csv and parquet: steps (a row for each step), gradient_norms and weight_norms (a column for each layer, the rows that
+have them), incidents. tensorboard: scalars of at most 10,000 rows, layers of at most 1,000, evenly spaced, incidents as text."""
+_MOST_STEPS, _MOST_LAYER_STEPS = 10_000, 1_000
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """See `gradwatch.commands.Command`."""
+    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
+    parser.add_argument("--to", required=True, choices=("csv", "parquet", "tensorboard"), help="the format")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where to (default: a folder in RUN)")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """See `gradwatch.commands.Command`."""
+    with RunLog(options.run_log) as log:
+        folder = options.out or log.folder / options.to
+        write = {"csv": _csv, "parquet": _parquet, "tensorboard": _tensorboard}[options.to]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(log, folder)
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
+    console.print(f"written: {folder}", markup=False, highlight=False)
+    return 0
+
+
+def tables(log: RunLog) -> dict[str, dict[str, Any]]:
+    """Return the tables of a run: name -> column -> values."""
+    series = log.series()
+    found: dict[str, dict[str, Any]] = {
+        "steps": {
+            "step": series.step,
+            "loss": series.loss,
+            "global_norm": series.global_norm,
+            "clip_coefficient": series.clip_coefficient,
+            "skipped": series.skipped,
+        }
+    }
+    for name, weight in (("gradient_norms", False), ("weight_norms", True)):
+        steps, norms = log.norms(weight)
+        found[name] = {"step": steps, **{layer: norms[:, place] for place, layer in enumerate(log.layers)}}
+    incidents = log.incidents
+    found["incidents"] = {
+        name: [getattr(one, name) for one in incidents]
+        for name in ("opened_step", "confirmed_step", "closed_step", "kind", "severity", "verdict", "suspect")
+    } | {"incident": [to_json(one) for one in incidents]}
+    return found
+
+
+def _csv(log: RunLog, folder: Path) -> None:
+    for name, columns in tables(log).items():
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            plain = [values.tolist() if isinstance(values, np.ndarray) else values for values in columns.values()]
+            writer.writerows(zip(*plain, strict=True))
+
+
+def _parquet(log: RunLog, folder: Path) -> None:
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        raise UsageError(
+            "Parquet is written with pyarrow, which is not installed: pip install 'gradwatch[export]'"
+        ) from None
+    for name, columns in tables(log).items():
+        parquet.write_table(pa.table(columns), folder / f"{name}.parquet")
+
+
+def _tensorboard(log: RunLog, folder: Path) -> None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError(
+            "TensorBoard's files are written with tensorboard, which is not installed: pip install 'gradwatch[tensorboard]'"
+        ) from None
+    with SummaryWriter(str(folder)) as writer:
+        series = log.series()
+        times = log.times(series.id)
+        for place in _evenly(len(series.step), _MOST_STEPS):
+            step, when = int(series.step[place]), float(times[place])
+            for name in ("loss", "global_norm", "clip_coefficient"):
+                value = float(getattr(series, name)[place])
+                if not (name == "loss" and np.isnan(value)):
+                    writer.add_scalar(f"gradwatch/{name}", value, step, when)
+        for name, weight in (("gradient_norm", False), ("weight_norm", True)):
+            steps, norms = log.norms(weight)
+            for place in _evenly(len(steps), _MOST_LAYER_STEPS):
+                for layer, value in zip(log.layers, norms[place].tolist(), strict=True):
+                    writer.add_scalar(f"gradwatch/{name}/{layer}", value, int(steps[place]))
+        for incident in log.incidents:
+            text = "\n\n".join([f"**{incident}**", *incident.evidence, *(f"do: {line}" for line in incident.advice)])
+            writer.add_text("gradwatch/incidents", text, incident.opened_step)
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """Return at most ``most`` of ``count`` places, the first and the last among them."""
+    return list(dict.fromkeys(np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(int).tolist()))

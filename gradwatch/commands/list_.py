@@ -1,0 +1,97 @@
+"""`gradwatch list`: the runs below a folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gradwatch.errors import GradwatchError, UsageError
+from gradwatch.records import SEVERITIES
+from gradwatch.runlog.schema import FILE
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import Console
+
+NAME = "list"
+HELP = "list the runs below a folder, the newest last"
+EXAMPLES = """\
+  gradwatch list               below the current folder
+  gradwatch list runs --json   for a script"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """See `gradwatch.commands.Command`."""
+    parser.add_argument("folder", metavar="DIR", nargs="?", default=".", help="where to look (default: here)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """See `gradwatch.commands.Command`."""
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}. Name one that holds runs, such as runs.")
+    found = sorted((_told(path.parent) for path in folder.rglob(FILE)), key=lambda told: told["started"] or 0)
+    if options.json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return 0
+    if not found:
+        console.print(
+            f"no run below {folder}: gradwatch.attach(model, log=...) makes one", markup=False, highlight=False
+        )
+        return 0
+    from rich.table import Table
+    from rich.text import Text
+
+    from gradwatch.reports.view import SEVERITY_STYLES, number
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("run", "model", "began", "state", "steps", "loss", "incidents"):
+        justify: Literal["left", "right"] = "right" if heading in ("steps", "loss") else "left"
+        table.add_column(heading, justify=justify, no_wrap=heading != "run", overflow="fold")
+    for told in found:
+        if told["error"]:
+            continue
+        loss, worst = told["loss"], told["worst"]
+        table.add_row(
+            Text(str(Path(told["run"]).relative_to(folder))),
+            Text(told["model"]),
+            datetime.fromtimestamp(told["started"]).astimezone().strftime("%m-%d %H:%M"),
+            told["state"],
+            f"{told['steps']:,}",
+            "-" if loss is None else number(float(loss)),
+            Text(f"{told['incidents']}, {worst}" if worst else "-", SEVERITY_STYLES.get(worst or "", "dim")),
+        )
+    console.print(table)
+    for told in found:
+        if told["error"]:
+            console.print(Text(told["error"], "red"))
+    return 0
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    from gradwatch.runlog import RunLog
+
+    told: dict[str, Any] = {"run": str(folder), "started": None, "error": None}
+    try:
+        with RunLog(folder) as log:
+            sessions, incidents = log.sessions, log.incidents
+            last, count, loss = log.end()
+            ended = sessions[-1].ended is not None
+            told |= {
+                "model": sessions[-1].facts.model,
+                "started": sessions[0].started,
+                "state": "running" if log.is_written else "ended" if ended else "cut off",
+                "steps": last + 1,
+                "rows": count,
+                "loss": loss,
+                "incidents": len(incidents),
+                "worst": max((one.severity for one in incidents), key=SEVERITIES.index, default=None),
+            }
+    except GradwatchError as error:
+        told["error"] = str(error)
+    return told

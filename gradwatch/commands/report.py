@@ -1,0 +1,92 @@
+"""`gradwatch report`: what happened in a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.records import SEVERITIES
+from gradwatch.runlog import RunLog
+from gradwatch.runlog.latest import snapshot_of
+from gradwatch.runlog.plain import to_json
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import Console
+
+    from gradwatch.records import Snapshot
+
+NAME = "report"
+HELP = "tell what happened in a run"
+EXAMPLES = """\
+  gradwatch report runs/today                   a summary in the terminal
+  gradwatch report runs/today --check           for CI: exit code 1 after an incident of severity warning or worse
+  gradwatch report runs/today --json            for a script"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """See `gradwatch.commands.Command`."""
+    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
+    parser.add_argument(
+        "--check", action="store_true", help="exit code 1 after an incident of severity warning or worse"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """See `gradwatch.commands.Command`."""
+    with RunLog(options.run_log) as log:
+        snapshot = snapshot_of(log)
+        if options.json:
+            sys.stdout.write(json.dumps(_plain(log, snapshot), indent=2) + "\n")
+        else:
+            _show(log, snapshot, console)
+    grave = [one for one in snapshot.incidents if SEVERITIES.index(one.severity) >= SEVERITIES.index("warning")]
+    return 1 if options.check and grave else 0
+
+
+def state_of(log: RunLog) -> str:
+    """Return in words whether the run goes on."""
+    last = log.sessions[-1]
+    if log.is_written:
+        return f"running: process {last.pid} on {last.host}"
+    return "ended" if last.ended is not None else "cut off: the process ended without closing its log"
+
+
+def _show(log: RunLog, snapshot: Snapshot, console: Console) -> None:
+    from rich.text import Text
+
+    from gradwatch.reports.summary import Summary
+
+    console.print(Summary(snapshot))
+    sessions = log.sessions
+    resumed = (
+        f", resumed {len(sessions) - 1} times" if len(sessions) > 2 else ", resumed once" if len(sessions) == 2 else ""
+    )
+    console.print(Text(f"  {log.folder}: {state_of(log)}{resumed}", "dim"))
+
+
+def _plain(log: RunLog, snapshot: Snapshot) -> dict[str, Any]:
+    last, rows, loss = log.end()
+    told: dict[str, Any] = json.loads(
+        to_json(
+            {
+                "run": str(log.folder),
+                "state": state_of(log),
+                "steps": last + 1,
+                "rows": rows,
+                "verdict": snapshot.verdict,
+                "loss": loss,
+                "facts": snapshot.facts,
+                "layers": list(log.layers),
+                "clipped": snapshot.clipped,
+                "skipped": snapshot.skipped,
+                "incidents": list(snapshot.incidents),
+                "notes": list(snapshot.notes),
+                "sessions": log.sessions,
+            }
+        )
+    )
+    return told

@@ -1,0 +1,52 @@
+"""The last moment of a run, out of its log: what a live view in the training's own process shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.errors import RunLogError
+from gradwatch.records import Snapshot
+from gradwatch.runlog.moment import Moment
+from gradwatch.runlog.plain import from_json
+from gradwatch.runlog.schema import unpacked
+
+if TYPE_CHECKING:
+    from gradwatch.runlog.reader import RunLog
+
+_SERIES = 400  # rows for the curves, as a live view gets
+
+
+def snapshot_of(log: RunLog, series: int = _SERIES) -> Snapshot:
+    """Return the last moment that the training handed over; curves hold the last ``series`` rows.
+
+    Raises:
+        RunLogError: no step was made yet, or the log is damaged.
+    """
+    found, loss, global_norm = log.latest(series)
+    if found is None:
+        raise RunLogError(f"The run log {log.folder} holds no step yet. Wait for the first one of its training.")
+    step, text, gradient, weight, nonfinite, closeness, closest = found
+    count = len(log.layers)
+    with log.reading():
+        moment = from_json(Moment, text)
+        mask = np.zeros(count, dtype=np.uint8)
+        mask[: len(nonfinite)] = np.frombuffer(nonfinite, dtype=np.uint8)
+        rule = np.zeros(count, dtype=np.intp)
+        rule[: len(closest) // 4] = np.clip(np.frombuffer(closest, dtype="<i4"), 0, max(0, len(moment.rules) - 1))
+        close = unpacked(closeness, count)
+        return Snapshot(
+            step=int(step),
+            layers=log.layers,
+            loss=loss,
+            global_norm=global_norm,
+            grad_norm=unpacked(gradient, count),
+            nonfinite=mask,
+            weight_norm=unpacked(weight, count),
+            closeness=np.where(np.isnan(close), -np.inf, close),
+            closest=rule,
+            incidents=tuple(log.incidents),
+            notes=tuple(log.notes),
+            **{name: getattr(moment, name) for name in Moment.__dataclass_fields__},
+        )

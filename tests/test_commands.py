@@ -1,0 +1,178 @@
+"""The commands that read a run log, as a user types them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from gradwatch.__main__ import main
+from gradwatch.commands import COMMANDS
+from gradwatch.runlog import RunLog
+from tests.test_run_log import watched
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three runs: one that is well, one that explodes, one that is the first one again with another rate."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, rate in (("well", 0.05), ("explodes", 1e6), ("faster", 0.4)):
+        watched(folder / name, rate=rate, steps=120)
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """Run a command; return what it printed, in one line of blanks."""
+    assert main([str(one) for one in arguments]) == code
+    return " ".join(capsys.readouterr().out.split())
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> Any:
+    """Run a command with ``--json``; return what it says."""
+    assert main([*(str(one) for one in arguments), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_list_names_every_run_below_a_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With model, state, steps, last loss and the worst incident; a damaged one has its error."""
+    (runs / "damaged").mkdir()
+    (runs / "damaged" / "run.sqlite").write_bytes(b"no run log")
+    found = {one["run"].rpartition("/")[2]: one for one in told(capsys, "list", runs)}
+    assert found.keys() == {"well", "explodes", "faster", "damaged"}
+    assert (found["well"]["steps"], found["well"]["state"], found["well"]["worst"]) == (120, "ended", None)
+    assert (found["explodes"]["worst"], found["explodes"]["loss"]) == ("critical", None)
+    assert "is no run log" in found["damaged"]["error"]
+    text = said(capsys, "list", runs)
+    assert "Sequential" in text
+    assert "critical" in text
+    assert said(capsys, "list", runs / "well" / "nothing", code=2) == ""
+    (runs / "damaged" / "run.sqlite").unlink()
+
+
+def test_report_tells_the_story(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The monitor's own summary, and whether the run goes on."""
+    text = said(capsys, "report", runs / "explodes")
+    with RunLog(runs / "explodes") as log:
+        incident = log.incidents[0]
+    assert "120 steps of Sequential (6 layers" in text
+    assert str(incident) in text
+    assert all(f"do: {line}"[:60] in text for line in incident.advice)
+    assert "explodes: ended" in text
+
+
+def test_report_as_json_has_all_of_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Strict JSON: what is not finite is null or text."""
+    found = told(capsys, "report", runs / "explodes")
+    assert (found["steps"], found["rows"], found["loss"]) == (120, 120, None)
+    assert found["incidents"][0]["severity"] == "critical"
+    assert found["sessions"][0]["environment"]["rules"]
+
+
+def test_report_check_is_for_ci(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1 after an incident of severity warning or worse, else 0; 2 where there is no log."""
+    said(capsys, "report", runs / "well", "--check", code=0)
+    said(capsys, "report", runs / "explodes", "--check", code=1)
+    said(capsys, "report", runs / "none", "--check", code=2)
+
+
+def test_replay_says_what_other_thresholds_would_have_said(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside what was said; without changes both are the same."""
+    same = told(capsys, "replay", runs / "explodes")
+    assert same["replayed"] == same["recorded"]
+    assert same["rows"] == 120
+    other = told(capsys, "replay", runs / "explodes", "--rule", "GW302.for_steps=500", "--rule", "GW103.for_steps=500")
+    assert other["recorded"] == same["recorded"]
+    assert same["recorded"]["alarms"]["GW302"] > 0
+    assert not {"GW302", "GW103"} & other["replayed"]["alarms"].keys()
+    text = said(capsys, "replay", runs / "explodes", "--rule", "GW302.for_steps=500")
+    assert "GW302 6 0" in text
+    assert "incidents, replayed:" in text
+    said(capsys, "replay", runs / "explodes", "--rule", "GW302.limits=5", code=2)
+
+
+def test_compare_says_where_two_runs_part(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first loss that differs is the one after the first update; a run does not part from itself."""
+    found = told(capsys, "compare", runs / "well", runs / "explodes")
+    assert found["first_difference"] == 1
+    with RunLog(runs / "well") as a, RunLog(runs / "explodes") as b:
+        left, right = a.norms()[1], b.norms()[1]
+        for one in found["layers"]:
+            column, step = a.layers.index(one["layer"]), one["step"]
+            pair = sorted([left[step, column], right[step, column]])
+            assert not np.isfinite(right[step, column]) or pair[1] > 4 * pair[0]
+            before = range(max(0, step - 10), step)
+            assert not all(right[n, column] > 4 * left[n, column] for n in before) or not before
+    assert [one["step"] for one in found["layers"]] == sorted(one["step"] for one in found["layers"])
+    assert len(found["layers"]) == 6
+    same = told(capsys, "compare", runs / "well", runs / "well")
+    assert (same["first_difference"], same["losses"], same["layers"]) == (None, None, [])
+    assert "the losses are the same numbers throughout" in said(capsys, "compare", runs / "well", runs / "well")
+    assert "gradient norms part" in said(capsys, "compare", runs / "well", runs / "explodes")
+
+
+def test_export_to_csv_can_be_read_back(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Each number as it is in the log."""
+    said(capsys, "export", runs / "well", "--to", "csv", "--out", tmp_path)
+    with RunLog(runs / "well") as log, (tmp_path / "gradient_norms.csv").open() as file:
+        names, *rows = csv.reader(file)
+        assert names == ["step", *log.layers]
+        assert np.array_equal(np.array(rows, dtype=float)[:, 1:].astype(np.float32), log.norms()[1])
+        with (tmp_path / "steps.csv").open() as steps:
+            assert [float(row["loss"]) for row in csv.DictReader(steps)] == log.series().loss.tolist()
+
+
+def test_export_to_parquet_can_be_read_back(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """By pyarrow; incidents with their whole story."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is an extra: pip install 'gradwatch[export]'")
+    said(capsys, "export", runs / "explodes", "--to", "parquet", "--out", tmp_path)
+    with RunLog(runs / "explodes") as log:
+        norms = parquet.read_table(tmp_path / "gradient_norms.parquet")
+        assert norms.column_names == ["step", *log.layers]
+        first = norms.column(1).to_numpy()
+        assert np.array_equal(first, log.norms()[1][:, 0], equal_nan=True)
+        incidents = parquet.read_table(tmp_path / "incidents.parquet").to_pylist()
+        assert [one["kind"] for one in incidents] == [one.kind for one in log.incidents]
+
+
+def test_export_to_tensorboard_can_be_read_back(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """By TensorBoard's own reader."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is an extra: pip install 'gradwatch[tensorboard]'",
+    )
+    said(capsys, "export", runs / "explodes", "--to", "tensorboard", "--out", tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
+    events.Reload()
+    with RunLog(runs / "explodes") as log:
+        series = log.series()
+        norms = events.Scalars("gradwatch/global_norm")
+        assert [one.step for one in norms] == series.step.tolist()
+        assert np.allclose([one.value for one in norms], series.global_norm, rtol=1e-6, equal_nan=True)
+        assert len(events.Scalars(f"gradwatch/gradient_norm/{log.layers[0]}")) == len(series.step)
+        assert "gradwatch/incidents/text_summary" in events.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.NAME)
+def test_each_command_shows_examples(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """That begin with its name."""
+    with pytest.raises(SystemExit) as ended:
+        main([command.NAME, "--help"])
+    assert ended.value.code == 0
+    assert f"gradwatch {command.NAME}" in command.EXAMPLES
+    assert "examples:" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(runs: Path) -> None:
+    """`gradwatch report RUN | head -1` ends without a traceback."""
+    line = f"{sys.executable} -m gradwatch report {runs / 'explodes'} --json | head -1"
+    done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
