@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """examples:
   gradwatch demo                              a training that explodes, watched, then saved by auto-clip
+  gradwatch watch runs/today                  the live view of a training in another process
   gradwatch report runs/today                 what happened, in the terminal
   gradwatch report runs/today --check         for CI: exit code 1 after an incident
   gradwatch replay runs/today --rule GW301.limit=30

@@ -6,10 +6,12 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,3 +72,80 @@ def run(script: str, columns: int = 80, rows: int = 24, environment: dict[str, s
     session.last = [line.rstrip() for line in screen.display]
     session.scrolled = ["".join(line[x].data for x in range(columns)).rstrip() for line in screen.history.top]
     return session
+
+
+class Person:
+    """Sits at a terminal: starts a command, types, resizes, and looks at the screen until it shows what is expected."""
+
+    def __init__(self, command: list[str], columns: int = 80, rows: int = 24) -> None:
+        self._screen = pyte.Screen(columns, rows)
+        self._stream = pyte.ByteStream(self._screen)
+        self._parent, child = pty.openpty()
+        self.raw = b""
+        self._resize(child, columns, rows)
+        self.before: list[object] = termios.tcgetattr(child)
+        self.after: list[object] = []
+        clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")}
+        root = str(Path(__file__).parent.parent)
+        self.process = subprocess.Popen(
+            command,
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            cwd=root,
+            env={**clean, "TERM": "xterm-256color", "PYTHONPATH": root},
+            start_new_session=True,
+        )
+        self._child = child
+
+    @staticmethod
+    def _resize(terminal: int, columns: int, rows: int) -> None:
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    @property
+    def lines(self) -> list[str]:
+        """The screen as it is."""
+        return [line.rstrip() for line in self._screen.display]
+
+    @property
+    def settings(self) -> list[object]:
+        """How the terminal treats what is typed."""
+        return termios.tcgetattr(self._child)
+
+    def look(self, seconds: float) -> None:
+        """Take in what is written meanwhile."""
+        until = time.monotonic() + seconds
+        while select.select([self._parent], [], [], max(0.0, until - time.monotonic()))[0]:
+            part = os.read(self._parent, 65536)
+            self.raw += part
+            self._stream.feed(part)
+
+    def until(self, *words: str, seconds: float = 30) -> str:
+        """Look until all words are on the screen; return it."""
+        deadline = time.monotonic() + seconds
+        while not all(word in "\n".join(self.lines) for word in words):
+            assert time.monotonic() < deadline, f"never saw {words} but:\n" + "\n".join(self.lines)
+            self.look(0.05)
+        return "\n".join(self.lines)
+
+    def type(self, text: str) -> None:
+        """Press keys."""
+        os.write(self._parent, text.encode())
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Drag the window's corner."""
+        self._screen.resize(rows, columns)
+        self._resize(self._child, columns, rows)
+        self.process.send_signal(signal.SIGWINCH)
+
+    def leave(self) -> int:
+        """Wait for the command's end; return its exit code."""
+        deadline = time.monotonic() + 30
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline
+            self.look(0.05)
+        self.look(0.1)
+        self.after = self.settings
+        os.close(self._parent)
+        os.close(self._child)
+        return self.process.returncode

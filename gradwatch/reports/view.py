@@ -15,6 +15,7 @@ from gradwatch.reports.sparkline import sparkline
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from numpy.typing import NDArray
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from gradwatch.records import Incident, Snapshot
@@ -53,18 +54,34 @@ class View:
     Args:
         snapshot: what to draw.
         status: lines of other programs (progress bars) to keep below.
+        order: the columns of the layers to list, in this order; None: those closest to their limits first.
+        heading: says what they are ordered by.
+        selected: the place in this order to mark and to keep in sight.
+        most: lines to take at most.
     """
 
-    def __init__(self, snapshot: Snapshot, status: Sequence[Text] = ()) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        status: Sequence[Text] = (),
+        order: NDArray[np.intp] | None = None,
+        heading: str = "closest to their limits",
+        selected: int | None = None,
+        most: int = _MOST_LINES,
+    ) -> None:
         self.snapshot = snapshot
         self.status = status
+        self.order = np.argsort(-snapshot.closeness, kind="stable") if order is None else order
+        self.heading = heading
+        self.selected = selected
+        self.most = most
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.lines(options.max_width, console.size.height)
 
     def lines(self, width: int, height: int) -> Iterator[RenderableType]:
         """Yield what fits a terminal of this size, with one line to spare."""
-        height = min(height - 1, _MOST_LINES)
+        height = min(height - 1, self.most)
         head = [self._headline(width), *self._curves(width)]
         foot = [
             *self._incidents(width, most=3 if height >= 20 else 1),
@@ -103,7 +120,7 @@ class View:
     def _layers(self, width: int, most: int) -> Table:
         snapshot = self.snapshot
         table = Table(box=None, expand=True, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold dim")
-        table.add_column("closest to their limits", no_wrap=True, ratio=1)
+        table.add_column(self.heading, no_wrap=True, ratio=1)
         table.add_column("gradient", justify="right", no_wrap=True)
         if width >= 60:
             table.add_column("weight", justify="right", no_wrap=True)
@@ -111,8 +128,8 @@ class View:
         if width >= 100:
             table.add_column("sign", no_wrap=True)
         name_width = max(8, width - 10 - (10 if width >= 60 else 0) - (_BAR + 8) - (40 if width >= 100 else 0))
-        order = np.argsort(-snapshot.closeness, kind="stable")
-        for column in order[:most]:
+        first = 0 if self.selected is None else max(0, min(self.selected - most // 2, len(self.order) - most))
+        for place, column in enumerate(self.order[first : first + most], first):
             share = float(snapshot.closeness[column])
             norm = float(snapshot.grad_norm[column])
             missing = math.isnan(norm) and not snapshot.nonfinite[column]
@@ -123,7 +140,7 @@ class View:
             if width >= 100:
                 known = share >= 0
                 cells.append(Text(snapshot.rules[snapshot.closest[column]] if known else "", "dim"))
-            table.add_row(*cells)
+            table.add_row(*cells, style="reverse" if place == self.selected else None)
         return table
 
     def _incidents(self, width: int, most: int) -> Iterator[Text]:

@@ -149,15 +149,13 @@ class RunLog:
         """Return the last step, how many rows the run has, and its last loss, None where it is NaN or unseen."""
         with self.reading():
             (count,) = self._db.execute("SELECT count(*) FROM line").fetchone()
-            statement = "SELECT step, loss FROM line ORDER BY session DESC, id DESC LIMIT 1"
+            statement = "SELECT step, loss FROM line ORDER BY id DESC LIMIT 1"
             step, loss = self._db.execute(statement).fetchone() or (-1, None)
             return int(step), int(count), loss
 
     def series(self, since: int = -1) -> Series:
         """Return the scalars of the rows with an id above ``since``."""
-        statement = (
-            "SELECT id, step, loss, global_norm, clip_coefficient, skipped FROM line WHERE id > ? ORDER BY session, id"
-        )
+        statement = "SELECT id, step, loss, global_norm, clip_coefficient, skipped FROM line WHERE id > ? ORDER BY id"
         with self.reading():
             rows = self._db.execute(statement, (since,)).fetchall()
             columns = list(zip(*rows, strict=True)) if rows else [()] * 6
@@ -172,20 +170,25 @@ class RunLog:
                 return np.full(len(ids), np.nan)
             return np.interp(ids.astype(np.float64), known[:, 0], known[:, 1])
 
-    def norms(self, weight: bool = False) -> tuple[NDArray[np.int64], NDArray[np.float32]]:  # noqa: FBT001, FBT002
-        """Return steps (n,) and gradient norms (n, L) of the rows that have them; or weight norms."""
+    def norms(
+        self,
+        weight: bool = False,  # noqa: FBT001, FBT002
+        last: int | None = None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return steps (n,) and gradient norms (n, L) of the rows that have them, or weight norms; ``last``: of the last."""
         column = "weight" if weight else "gradient"
         statement = (
             f"SELECT step, norms.{column} FROM line JOIN norms USING (id) "  # noqa: S608
-            f"WHERE norms.{column} IS NOT NULL ORDER BY session, id"
+            f"WHERE norms.{column} IS NOT NULL ORDER BY id DESC LIMIT ?"
         )
         with self.reading():
-            (count,) = self._db.execute(f"SELECT count(*) FROM ({statement})").fetchone()  # noqa: S608
+            most = -1 if last is None else last  # to SQLite, -1 is no limit
+            (count,) = self._db.execute(f"SELECT count(*) FROM ({statement})", (most,)).fetchone()  # noqa: S608
             steps = np.zeros(count, dtype=np.int64)
             norms = np.full((count, len(self.layers)), np.nan, dtype=np.float32)
-            for place, (step, blob) in enumerate(self._db.execute(f"{statement} LIMIT {count}")):
+            for place, (step, blob) in enumerate(self._db.execute(statement, (count,)), 1):
                 found = np.frombuffer(blob, dtype="<f4")
-                steps[place], norms[place, : len(found)] = step, found
+                steps[-place], norms[-place, : len(found)] = step, found
             return steps, norms
 
     @property
@@ -212,7 +215,7 @@ class RunLog:
                 found = self._db.execute(
                     "SELECT step, moment, gradient, weight, nonfinite, closeness, closest FROM latest"
                 ).fetchone()
-                statement = "SELECT loss, global_norm FROM line ORDER BY session DESC, id DESC LIMIT ?"
+                statement = "SELECT loss, global_norm FROM line ORDER BY id DESC LIMIT ?"
                 rows = np.array(self._db.execute(statement, (series,)).fetchall(), dtype=np.float64).reshape(-1, 2)
             finally:
                 self._db.execute("COMMIT")
@@ -258,7 +261,7 @@ class RunLog:
             "rate, dead_share, unchanged, applied, nonfinite.gradient, nonfinite.weight, counts, culprits, "
             "source, clipped, provenances.loss, processes "
             "FROM line LEFT JOIN norms USING (id) LEFT JOIN samples USING (id) LEFT JOIN nonfinite USING (id) "
-            "LEFT JOIN provenances USING (provenance) ORDER BY session, id"
+            "LEFT JOIN provenances USING (provenance) ORDER BY id"
         )
         with self.reading():
             for numbers in self._db.execute(statement):

@@ -91,7 +91,7 @@ CREATE TABLE latest (              -- one row: the last moment, as a live view s
 );
 CREATE VIEW line AS                -- the run as it stands: without the steps that were made again
     SELECT id, session, id % 1000000000000 AS step, loss, global_norm, clip_coefficient, skipped, provenance
-    FROM steps JOIN sessions ON session = id / 1000000000000
+    FROM steps CROSS JOIN sessions ON session = id / 1000000000000
     WHERE until_step IS NULL OR id % 1000000000000 < until_step;
 """
 

@@ -1,0 +1,106 @@
+"""`gradwatch watch`: the live view of a training in another process."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradwatch.commands.report import state_of
+from gradwatch.errors import RunLogError, UsageError
+from gradwatch.keys import Keys
+from gradwatch.runlog import RunLog
+from gradwatch.runlog.latest import snapshot_of
+from gradwatch.statistics import quiet_numpy
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import Console, RenderableType
+
+    from gradwatch.records import Floats, Snapshot
+    from gradwatch.reports.watching import Watching
+
+NAME = "watch"
+HELP = "show the live view of a training that runs elsewhere on this machine"
+EXAMPLES = """\
+  gradwatch watch runs/today
+
+keys: arrows or j and k move over the layers; l, n and g sort them by closeness to their limits, by norm, by growth;
+i lists the incidents; space pauses; q ends"""
+_EVERY = 0.4  # seconds between two looks into the log
+_ROWS = 64
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """See `gradwatch.commands.Command`."""
+    parser.add_argument(
+        "run_log", metavar="RUN", help="the folder of a run log, such as runs/today; it may not exist yet"
+    )
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """See `gradwatch.commands.Command`."""
+    if not console.is_terminal:
+        raise UsageError("gradwatch watch draws in a terminal; standard output is none. Use gradwatch report.")
+    from rich.live import Live
+
+    from gradwatch.reports.watching import Watching
+
+    watching = Watching()
+
+    def picture() -> RenderableType:
+        return watching.picture(console.width, console.height)
+
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, _leave)
+    looked, size = -np.inf, console.size
+    live = Live(console=console, screen=True, auto_refresh=False, get_renderable=picture)
+    with Keys() as keys, live:
+        try:
+            while not watching.over:
+                now = time.monotonic()
+                fresh = now - looked >= _EVERY
+                if fresh:
+                    _look(Path(options.run_log), watching)
+                    looked = now
+                typed = keys.wait(0.1)
+                for key in typed:
+                    watching.key(key)
+                if fresh or typed or console.size != size:
+                    size = console.size
+                    live.refresh()
+        except KeyboardInterrupt:
+            pass
+    return 0
+
+
+def _leave(number: int, _: Any) -> None:
+    """End as after q, so that the terminal is left as it was found."""
+    sys.exit(128 + number)
+
+
+def _look(path: Path, watching: Watching) -> None:
+    """Take the newest moment of the log; it is opened anew each time, for it may be made, removed or made again."""
+    try:
+        with RunLog(path) as log:
+            snapshot = snapshot_of(log)
+            watching.show(snapshot, _growth(log, snapshot), f"{state_of(log)} · {path}")
+    except RunLogError as error:
+        watching.wait_for(str(error))
+
+
+def _growth(log: RunLog, snapshot: Snapshot) -> Floats:
+    """Return each layer's gradient norm over its median in the last 64 rows, shape (L,)."""
+    _, norms = log.norms(last=_ROWS)
+    with quiet_numpy():
+        known = np.where(np.isfinite(norms), norms, np.nan).astype(np.float64)
+        middle = np.full(len(log.layers), np.nan)
+        seen = ~np.isnan(known).all(axis=0)
+        middle[seen] = np.nanmedian(known[:, seen], axis=0)
+        growth: Floats = snapshot.grad_norm / middle
+    return growth

@@ -1,0 +1,131 @@
+"""The live view as a person steers it: which layers in which order, which incident, paused or not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from rich.console import Group
+from rich.padding import Padding
+from rich.text import Text
+
+from gradwatch.reports.view import View, headline
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from rich.console import RenderableType
+
+    from gradwatch.records import Floats, Snapshot
+
+Order = Literal["limit", "norm", "growth"]
+_HEADINGS: dict[Order, str] = {
+    "limit": "closest to their limits",
+    "norm": "largest gradient norm",
+    "growth": "grown most since 64 rows",
+}
+_KEYS = "↑↓ move · l limit · n norm · g growth · i incidents · space pause · q quit"
+_PAGE = 10
+
+
+class Watching:
+    """What is shown of a run, and how keys change it.
+
+    Attributes: ``over`` is True when the person has seen enough, ``paused`` while the picture stands still.
+    """
+
+    def __init__(self) -> None:
+        self.over = False
+        self.paused = False
+        self._order: Order = "limit"
+        self._place = 0
+        self._incidents = False
+        self._snapshot: Snapshot | None = None
+        self._growth: Floats = np.zeros(0)
+        self._state = ""
+
+    def show(self, snapshot: Snapshot, growth: Floats, state: str) -> None:
+        """Take a new moment, unless paused: ``growth`` (L,) is norm over what it was, ``state`` whether the run goes on."""
+        self._state = state
+        if not self.paused or self._snapshot is None:
+            self._snapshot, self._growth = snapshot, growth
+
+    def wait_for(self, reason: str) -> None:
+        """Say why there is nothing to show."""
+        if self._snapshot is None:
+            self._state = reason
+        else:
+            self._state = f"nothing new: {reason}"
+
+    def key(self, key: str) -> None:
+        """Do what a key asks for; one without a meaning does nothing."""
+        moves = {"down": 1, "j": 1, "up": -1, "k": -1, "page down": _PAGE, "page up": -_PAGE}
+        orders: dict[str, Order] = {"l": "limit", "n": "norm", "g": "growth"}
+        if key in ("q", "escape"):
+            self.over = True
+        elif key in (" ", "p"):
+            self.paused = not self.paused
+        elif key == "i":
+            self._incidents, self._place = not self._incidents, 0
+        elif key in orders:
+            self._order, self._incidents, self._place = orders[key], False, 0
+        elif key in moves:
+            self._place = max(0, min(self._place + moves[key], self._count - 1))
+        elif key in ("home", "end"):
+            self._place = 0 if key == "home" else max(0, self._count - 1)
+
+    @property
+    def _count(self) -> int:
+        snapshot = self._snapshot
+        if snapshot is None:
+            return 0
+        return len(snapshot.incidents) if self._incidents else len(snapshot.layers)
+
+    def picture(self, width: int, height: int) -> RenderableType:
+        """Return what fills a terminal of this size."""
+        paused = Text(" paused ", "black on yellow") if self.paused else Text("")
+        foot = [Text.assemble(paused, (self._state, "dim"), no_wrap=True, overflow="ellipsis")]
+        if height >= 12:
+            foot.append(Text(_KEYS, "dim", no_wrap=True, overflow="ellipsis"))
+        if self._snapshot is None:
+            return Group(Text("gradwatch", "bold"), *foot)
+        if self._incidents:
+            lines = self._stories(self._snapshot, width, height - len(foot) - 1)
+            return Group(*lines, *foot)
+        view = View(
+            self._snapshot,
+            foot,
+            order=self._columns(self._snapshot),
+            heading=_HEADINGS[self._order],
+            selected=min(self._place, max(0, len(self._snapshot.layers) - 1)),
+            most=height,
+        )
+        return Group(*view.lines(width, height))
+
+    def _columns(self, snapshot: Snapshot) -> NDArray[np.intp]:
+        values = {"limit": snapshot.closeness, "norm": snapshot.grad_norm, "growth": self._growth}[self._order]
+        broken = snapshot.nonfinite > 0  # what is not finite comes first, what is missing last
+        return np.argsort(-np.where(broken, np.inf, np.nan_to_num(values, nan=-np.inf)), kind="stable")
+
+    def _stories(self, snapshot: Snapshot, width: int, room: int) -> list[RenderableType]:
+        """Return the incidents as a list, with the whole story of the one that is selected below."""
+        incidents = snapshot.incidents
+        if not incidents:
+            return [Text("no incident so far", "green")]
+        most = max(1, min(len(incidents), room // 3))
+        place = min(self._place, len(incidents) - 1)
+        first = max(0, min(place - most // 2, len(incidents) - most))
+        lines: list[RenderableType] = [Text(f"incident {place + 1} of {len(incidents)}", "bold")]
+        for number, incident in enumerate(incidents[first : first + most], first):
+            line = headline(incident, width)
+            if number == place:
+                line.stylize("reverse")
+            lines.append(line)
+        lines.append(Text(""))
+        one = incidents[place]
+        story = [Text(f"left their band in this order: {', '.join(one.layers)}")] if len(one.layers) > 1 else []
+        story += [Text(line) for line in one.evidence]
+        story += [Text(f"auto-clip: {one.clip}")] if one.clip is not None else []
+        story += [Text(f"do: {line}", "cyan") for line in one.advice]
+        for text in story:
+            text.no_wrap, text.overflow = True, "ellipsis"
+        return [*lines, *(Padding(text, (0, 0, 0, 2)) for text in story)][:room]
