@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from rich.console import Group
-from rich.padding import Padding
 from rich.text import Text
 
 from gradwatch.reports.view import View, headline
@@ -122,10 +122,11 @@ class Watching:
             lines.append(line)
         lines.append(Text(""))
         one = incidents[place]
-        story = [Text(f"left their band in this order: {', '.join(one.layers)}")] if len(one.layers) > 1 else []
-        story += [Text(line) for line in one.evidence]
-        story += [Text(f"auto-clip: {one.clip}")] if one.clip is not None else []
-        story += [Text(f"do: {line}", "cyan") for line in one.advice]
-        for text in story:
-            text.no_wrap, text.overflow = True, "ellipsis"
-        return [*lines, *(Padding(text, (0, 0, 0, 2)) for text in story)][:room]
+        story = [(f"left their band in this order: {', '.join(one.layers)}", "")] if len(one.layers) > 1 else []
+        story += [(line, "") for line in one.evidence]
+        story += [(f"auto-clip: {one.clip}", "")] if one.clip is not None else []
+        story += [(f"do: {line}", "cyan") for line in one.advice]
+        for line, style in story:
+            wrapped = textwrap.wrap(line, max(10, width - 4)) or [""]
+            lines += [Text(f"  {wrapped[0]}", style), *(Text(f"    {more}", style) for more in wrapped[1:])]
+        return lines[:room]
