@@ -28,6 +28,14 @@ _FAMILIES = ("sgd", "adam", "other")
 _WORDS = ("loss", "gradient", "weight", "optimizer", "rate", "elements")
 
 
+def is_trace(path: Path) -> bool:
+    """True for a text file; a run log is a folder, or a file of SQLite."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"\0" not in file.read(16)
+
+
 def read_trace(path: str | PathLike[str]) -> Case:
     """Return the run that a trace file holds.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import gradwatch
+from gradwatch.__main__ import main
 from gradwatch.replay import Replayed, replay, with_settings
 from gradwatch.rules import default_rules
 from gradwatch.traces import parse_trace, read_trace
@@ -39,6 +40,18 @@ def test_other_thresholds_say_what_would_have_fired() -> None:
     found = replayed(read_trace(TRACES / "bloom-176b.txt"), "GW301.limit=1000")
     assert [incident.kind for incident in found.incidents] == ["spike"]
     assert {alarm.code for alarm in found.alarms} == {"GW102", "GW203"}
+
+
+def test_the_command_line_judges_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    """What fired, which incident, and why; nothing stands under "then", for nothing was recorded."""
+    assert main(["replay", str(TRACES / "bloom-176b.txt")]) == 0
+    said = capsys.readouterr().out
+    assert "26 rows judged" in said
+    assert "exploding confirmed (critical), step 24" in said
+    assert "gradients double every" in said
+    assert "then" not in said
+    assert main(["replay", str(TRACES / "bloom-176b.txt"), "--rule", "GW301.limit=1000"]) == 0
+    assert "spike" in capsys.readouterr().out
 
 
 def test_a_trace_reads_as_its_lines_say() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.replay import Replayed, replay, with_settings
+from gradwatch.rules import default_rules
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.plain import to_json
+from gradwatch.traces import is_trace, read_trace
 
 if TYPE_CHECKING:
     import argparse
@@ -18,11 +21,12 @@ if TYPE_CHECKING:
     from gradwatch.records import Incident
 
 NAME = "replay"
-HELP = "judge the recorded rows of a run again, with other thresholds"
+HELP = "judge the rows of a run log or of a written trace, with other thresholds"
 EXAMPLES = """\
   gradwatch replay runs/today                              the rules as they were
   gradwatch replay runs/today --rule GW301.limit=30        one threshold changed
   gradwatch replay runs/today --rule GW203.for_steps=10 --rule GW203.limit=2 --json
+  gradwatch replay spike.txt                               a trace written by hand, or taken from a publication
 
 Auto-clip is not replayed: an incident may close at another step than it did. Where the log was thinned, the rules see
 each eighth row's layers only."""
@@ -30,7 +34,7 @@ each eighth row's layers only."""
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
-    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
+    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, or a trace: a text file of series")
     parser.add_argument(
         "--rule",
         action="append",
@@ -43,11 +47,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """See `gradwatch.commands.Command`."""
-    with RunLog(options.run_log) as log:
-        rules, unknown = log.rules()
-        rules = with_settings(rules, options.rule)
-        before, fired = log.incidents, _fired(log.alarms)
-        again = replay(log.history(), log.rows(), rules)
+    path = Path(options.run_log)
+    unknown: list[str] = []
+    before: list[Incident] = []
+    fired: dict[str, int] = {}
+    if is_trace(path):
+        again = replay(*read_trace(path).rows(), with_settings(default_rules(), options.rule))
+    else:
+        with RunLog(path) as log:
+            rules, unknown = log.rules()
+            rules = with_settings(rules, options.rule)
+            before, fired = log.incidents, _fired(log.alarms)
+            again = replay(log.history(), log.rows(), rules)
     now = _fired(again.alarms)
     if options.json:
         told = {
@@ -58,7 +69,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         }
         sys.stdout.write(json.dumps(told, indent=2) + "\n")
         return 0
-    _show(console, before, fired, again, now)
+    _show(console, None if is_trace(path) else before, fired, again, now)
     for code in unknown:
         console.print(f"left out: {code} is no rule of gradwatch's own", markup=False, highlight=False)
     return 0
@@ -74,24 +85,32 @@ def _fired(alarms: Any) -> dict[str, int]:
 
 
 def _show(
-    console: Console, before: list[Incident], fired: dict[str, int], again: Replayed, now: dict[str, int]
+    console: Console, before: list[Incident] | None, fired: dict[str, int], again: Replayed, now: dict[str, int]
 ) -> None:
+    """Show what fired then, if anything was recorded, and what fires now."""
     from rich.table import Table
     from rich.text import Text
 
-    console.print(Text(f"{again.rows:,} rows judged again"))
+    console.print(Text(f"{again.rows:,} rows judged"))
+    sides = [("replayed", list(again.incidents), now)]
+    if before is not None:
+        sides.insert(0, ("then", before, fired))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("alarms", "then", "replayed"):
-        table.add_column(heading, justify="left" if heading == "alarms" else "right")
+    table.add_column("alarms")
+    for heading, *_ in sides:
+        table.add_column(heading, justify="right")
     for code in sorted(fired.keys() | now.keys()):
-        style = "" if fired.get(code, 0) == now.get(code, 0) else "bold"
-        table.add_row(Text(code, style), Text(str(fired.get(code, 0)), style), Text(str(now.get(code, 0)), style))
+        counts = [str(alarms.get(code, 0)) for *_, alarms in sides]
+        style = "" if len(set(counts)) == 1 else "bold"
+        table.add_row(Text(code, style), *(Text(count, style) for count in counts))
     if fired or now:
         console.print(table)
-    same = {str(one) for one in before} & {str(one) for one in again.incidents}
-    for heading, incidents in (("then", before), ("replayed", list(again.incidents))):
+    same = {str(one) for one in before or ()} & {str(one) for one in again.incidents}
+    for heading, incidents, _ in sides:
         console.print(Text(f"incidents, {heading}:", "bold"))
         for one in incidents:
             console.print(Text(f"  {one}", "dim" if str(one) in same else ""))
+            for line in one.evidence if str(one) not in same else ():
+                console.print(Text(f"    {line}", "dim"))
         if not incidents:
             console.print("  none")

@@ -287,10 +287,10 @@ class Store:
             self._connection.execute("INSERT OR REPLACE INTO nonfinite VALUES (?, ?, ?, ?, ?)", found)
 
     def _incidents(self, incidents: Sequence[Incident]) -> None:
-        for number, one in enumerate(incidents):
-            if self._done.incidents.get(number) is one:
+        known, self._done.incidents = self._done.incidents, {one.number: one for one in incidents}
+        for number, one in self._done.incidents.items():
+            if known.get(number) is one:
                 continue
-            self._done.incidents[number] = one
             told = (one.opened_step, one.closed_step, one.kind, one.severity, one.verdict, one.suspect, to_json(one))
             statement = "INSERT OR REPLACE INTO incidents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
             self._connection.execute(statement, (self.session, number, *told))
