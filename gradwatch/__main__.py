@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
   gradwatch demo                              a training that explodes, watched, then saved by auto-clip
   gradwatch watch runs/today                  the live view of a training in another process
   gradwatch report runs/today                 what happened, in the terminal
+  gradwatch report runs/today --html r.html   the same as one page that opens offline
   gradwatch report runs/today --check         for CI: exit code 1 after an incident
   gradwatch replay runs/today --rule GW301.limit=30
   gradwatch explain GW203                     one sign: meaning, formula, what to do, when it is harmless

@@ -247,7 +247,7 @@ class _SlowStore(Store):
 
 
 def test_a_slow_disk_takes_no_more_memory(tmp_path: Path) -> None:
-    """First the numbers for each layer are left out, then rows; both is said, and the rest is whole."""
+    """First only each eighth row keeps its layers, then rows are left out; both is said, and the rest is whole."""
     store = _SlowStore(tmp_path, [(f"{n}", 1, 0, 1) for n in range(100)], {}, Facts())
     told: list[str] = []
     most = 200_000

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.records import SEVERITIES
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.plain import to_json
+from gradwatch.runlog.state import state_of
 
 if TYPE_CHECKING:
     import argparse
@@ -22,6 +24,7 @@ NAME = "report"
 HELP = "tell what happened in a run"
 EXAMPLES = """\
   gradwatch report runs/today                   a summary in the terminal
+  gradwatch report runs/today --html r.html     one page with all pictures, that opens offline
   gradwatch report runs/today --check           for CI: exit code 1 after an incident of severity warning or worse
   gradwatch report runs/today --json            for a script"""
 
@@ -29,6 +32,7 @@ EXAMPLES = """\
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
     parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write one page that opens offline")
     parser.add_argument(
         "--check", action="store_true", help="exit code 1 after an incident of severity warning or worse"
     )
@@ -39,23 +43,19 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """See `gradwatch.commands.Command`."""
     with RunLog(options.run_log) as log:
         snapshot = snapshot_of(log)
+        if options.html is not None:
+            from gradwatch.page import write_page
+
+            write_page(log, options.html)
         if options.json:
             sys.stdout.write(json.dumps(_plain(log, snapshot), indent=2) + "\n")
         else:
-            _show(log, snapshot, console)
+            _show(log, snapshot, options.html, console)
     grave = [one for one in snapshot.incidents if SEVERITIES.index(one.severity) >= SEVERITIES.index("warning")]
     return 1 if options.check and grave else 0
 
 
-def state_of(log: RunLog) -> str:
-    """Return in words whether the run goes on."""
-    last = log.sessions[-1]
-    if log.is_written:
-        return f"running: process {last.pid} on {last.host}"
-    return "ended" if last.ended is not None else "cut off: the process ended without closing its log"
-
-
-def _show(log: RunLog, snapshot: Snapshot, console: Console) -> None:
+def _show(log: RunLog, snapshot: Snapshot, page: Path | None, console: Console) -> None:
     from rich.text import Text
 
     from gradwatch.reports.summary import Summary
@@ -66,6 +66,8 @@ def _show(log: RunLog, snapshot: Snapshot, console: Console) -> None:
         f", resumed {len(sessions) - 1} times" if len(sessions) > 2 else ", resumed once" if len(sessions) == 2 else ""
     )
     console.print(Text(f"  {log.folder}: {state_of(log)}{resumed}", "dim"))
+    if page is not None:
+        console.print(Text(f"  written: {page}", "dim"))
 
 
 def _plain(log: RunLog, snapshot: Snapshot) -> dict[str, Any]:

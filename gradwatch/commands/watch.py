@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.commands.report import state_of
 from gradwatch.errors import RunLogError, UsageError
 from gradwatch.keys import Keys
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of
+from gradwatch.runlog.state import state_of
 from gradwatch.statistics import quiet_numpy
 
 if TYPE_CHECKING:

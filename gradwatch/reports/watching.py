@@ -126,7 +126,7 @@ class Watching:
         story += [(line, "") for line in one.evidence]
         story += [(f"auto-clip: {one.clip}", "")] if one.clip is not None else []
         story += [(f"do: {line}", "cyan") for line in one.advice]
-        for line, style in story:
-            wrapped = textwrap.wrap(line, max(10, width - 4)) or [""]
+        for told, style in story:
+            wrapped = textwrap.wrap(told, max(10, width - 4)) or [""]
             lines += [Text(f"  {wrapped[0]}", style), *(Text(f"    {more}", style) for more in wrapped[1:])]
         return lines[:room]

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gradwatch.runlog.thinning import EACH
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -16,9 +20,9 @@ if TYPE_CHECKING:
 class Batch:
     """``n`` rows of ``L`` layers, and what was said about them.
 
-    ``special`` holds the rows that did not go the short way, by their place among the ``n``: what they know beyond these
-    arrays. ``gradient`` is (n, L) float32; None: left out, because the disk is too slow. ``columns`` describes all layers,
-    when some are new: name, elements, matrix, fan-in. A flight is step, reason and record.
+    ``gradient`` is (n, L) float32, or holds only the rows at ``places``, because the disk is too slow. ``special`` holds the
+    rows that did not go the short way, by their place among the ``n``: what they know beyond these arrays. ``columns``
+    describes all layers, when some are new: name, elements, matrix, fan-in. A flight is step, reason and record.
     """
 
     time: float
@@ -27,7 +31,8 @@ class Batch:
     global_norm: Floats
     coefficient: Floats
     skipped: NDArray[np.bool_]
-    gradient: NDArray[np.float32] | None
+    gradient: NDArray[np.float32]
+    places: Sequence[int] | None = None
     special: list[tuple[int, Row]] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
     snapshot: Snapshot | None = None
@@ -37,8 +42,16 @@ class Batch:
     notes: list[tuple[int, str]] = field(default_factory=list)
     flights: list[tuple[int, str, str]] = field(default_factory=list)
 
+    def thin(self) -> None:
+        """Keep the numbers of each layer for each eighth row only, those that are kept longest."""
+        self.places = [place for place, step in enumerate(self.steps.tolist()) if (step + 1) % EACH == 0]
+        self.gradient = self.gradient[self.places]
+        kept = set(self.places)
+        self.special = [(place, row) for place, row in self.special if place in kept]
+
     @property
     def nbytes(self) -> int:
         """What it takes in memory, about."""
-        rows = 64 * len(self.steps) + (0 if self.gradient is None else self.gradient.nbytes)
-        return rows + sum(8 * row.grad_norm.nbytes for _, row in self.special) // 2
+        return (
+            64 * len(self.steps) + self.gradient.nbytes + sum(8 * row.grad_norm.nbytes for _, row in self.special) // 2
+        )

@@ -191,6 +191,19 @@ class RunLog:
                 steps[-place], norms[-place, : len(found)] = step, found
             return steps, norms
 
+    def nonfinite(self, weight: bool = False) -> Iterator[tuple[int, NDArray[np.uint8]]]:  # noqa: FBT001, FBT002
+        """Yield the steps with gradients (or weights) that are not finite, and above 0 for each such layer, shape (L,)."""
+        column = "weight" if weight else "gradient"
+        statement = (
+            f"SELECT step, nonfinite.{column} FROM line JOIN nonfinite USING (id) "  # noqa: S608
+            f"WHERE nonfinite.{column} IS NOT NULL ORDER BY id"
+        )
+        with self.reading():
+            for step, blob in self._db.execute(statement):
+                mask = np.zeros(len(self.layers), dtype=np.uint8)
+                mask[: len(blob)] = np.frombuffer(blob, dtype=np.uint8)
+                yield int(step), mask
+
     @property
     def incidents(self) -> list[Incident]:
         """All incidents, those of steps that were made again included, in opening order."""

@@ -253,11 +253,13 @@ class Store:
         numbers = zip(ids, *(values.tolist() for values in scalars), provenances, strict=True)
         db.executemany("INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?)", numbers)
         keep = [done.thinning.keeps(step) for step in steps]
-        if batch.gradient is not None:
-            raw, width = batch.gradient.astype("<f4", copy=False).tobytes(), 4 * batch.gradient.shape[1]
-            blobs = [raw[place * width : (place + 1) * width] for place in range(len(steps))]
-            norms = zip(ids, keep, blobs, weights, strict=True)
-            db.executemany("INSERT OR REPLACE INTO norms VALUES (?, ?, ?, ?)", norms)
+        raw, width = batch.gradient.astype("<f4", copy=False).tobytes(), 4 * batch.gradient.shape[1]
+        places = range(len(steps)) if batch.places is None else batch.places
+        norms = (
+            (ids[place], keep[place], raw[n * width : (n + 1) * width], weights[place])
+            for n, place in enumerate(places)
+        )
+        db.executemany("INSERT OR REPLACE INTO norms VALUES (?, ?, ?, ?)", norms)
         db.execute("INSERT OR REPLACE INTO clock VALUES (?, ?)", (ids[-1], batch.time))
         done.since_thinned += len(steps)
 

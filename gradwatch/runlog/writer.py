@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _GATHER = 0.2  # seconds to wait for more before a batch is written
 _AGAIN = 2.0  # seconds after which a write that failed is tried again
-_MOST = 32 * 2**20  # bytes waiting from which on the numbers for each layer are left out; from twice as many on, rows
+_MOST = 32 * 2**20  # bytes waiting from which on each eighth row keeps its layers; from twice as many on, none is kept
 
 
 class Writer:
@@ -48,10 +48,9 @@ class Writer:
         with self._wake:
             if self._over:
                 return
-            if self._bytes > self._most and batch.gradient is not None:
+            if self._bytes > self._most:
                 self._thinned += len(batch.steps)
-                batch.gradient = None
-                batch.special.clear()
+                batch.thin()
             if self._bytes > 2 * self._most:
                 self._lost += len(batch.steps)
             else:

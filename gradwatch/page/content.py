@@ -1,0 +1,128 @@
+"""What the page shows of a run, as plain values: as many points as a screen can show, and no more."""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradwatch.runlog.latest import snapshot_of
+from gradwatch.runlog.state import state_of
+from gradwatch.statistics import quiet_numpy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from gradwatch.runlog import RunLog
+
+    Numbers = NDArray[np.floating[Any]]
+
+_COLUMNS = 600  # of the heat map; a screen has little more for it
+_WEIGHT_COLUMNS = 300
+_POINTS = 1200  # of a line; each stands for the smallest and the largest number of its rows
+_MISSING = -32768
+_NOTHING = -32.0  # the logarithm shown for a norm of zero
+_DECADES = 1000.0  # a cell is 1,000 times the decimal logarithm, in 16 bits
+
+
+def content_of(log: RunLog) -> dict[str, Any]:
+    """Return all that the page shows."""
+    snapshot, series, sessions = snapshot_of(log), log.series(), log.sessions
+    steps, norms = log.norms()
+    weight_steps, weights = log.norms(weight=True)
+    return {
+        "run": str(log.folder),
+        "verdict": snapshot.verdict,
+        "state": state_of(log),
+        "step": int(series.step[-1]) if len(series.step) else -1,
+        "facts": snapshot.facts,
+        "layers": list(log.layers),
+        "loss": line_of(series.step, series.loss) if snapshot.provenance.loss != "none" else None,
+        "global_norm": line_of(series.step, series.global_norm),
+        "clip_coefficient": line_of(series.step, series.clip_coefficient)
+        if (series.clip_coefficient < 1).any()
+        else None,
+        "skipped": series.step[series.skipped][:2000].tolist(),
+        "clipped_steps": int((series.clip_coefficient < 1).sum()),
+        "skipped_steps": int(series.skipped.sum()),
+        "gradient": cells_of(steps, norms, _COLUMNS, log.nonfinite()),
+        "weight": cells_of(weight_steps, weights, _WEIGHT_COLUMNS, log.nonfinite(weight=True)),
+        "incidents": list(snapshot.incidents),
+        "headlines": [str(incident) for incident in snapshot.incidents],
+        "clips": [None if one.clip is None else str(one.clip) for one in snapshot.incidents],
+        "notes": list(snapshot.notes),
+        "provenance": str(snapshot.provenance),
+        "cost_us": snapshot.cost_us,
+        "sessions": sessions,
+        "rows": len(series.step),
+    }
+
+
+def line_of(steps: NDArray[np.int64], values: Numbers) -> dict[str, list[float]]:
+    """Return at most 2,400 points ``x`` and ``y``, and ``bad``: where the values stop being finite.
+
+    Where there are more rows, each stretch of them is drawn from its smallest to its largest number, so that a spike of one
+    step stays as high as it was.
+    """
+    finite = np.isfinite(values)
+    begins = finite & ~np.append(finite[1:], True)
+    bad = steps[begins][:500].tolist() or ([int(steps[0])] if len(steps) and not finite[0] else [])
+    if len(steps) <= 2 * _POINTS:
+        return {"x": steps.tolist(), "y": _rounded(np.where(finite, values, np.nan)), "bad": bad}
+    x: list[float] = []
+    y: list[float] = []
+    for part in np.array_split(np.arange(len(steps)), _POINTS):
+        there = part[finite[part]]
+        if not len(there):
+            x.append(float(steps[part[0]]))
+            y.append(float("nan"))
+            continue
+        ends = sorted({int(there[values[there].argmin()]), int(there[values[there].argmax()])})
+        x += steps[ends].tolist()
+        y += values[ends].tolist()
+    return {"x": x, "y": _rounded(np.array(y)), "bad": bad}
+
+
+def _rounded(values: Numbers) -> list[float]:
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def cells_of(
+    steps: NDArray[np.int64],
+    norms: Numbers,
+    most: int,
+    nonfinite: Iterable[tuple[int, NDArray[np.uint8]]] = (),
+) -> dict[str, Any] | None:
+    """Return the heat map of ``norms`` (n, L): ``x`` (c,), cells (L, c) and which of them are not finite, packed.
+
+    A cell is 1,000 times the decimal logarithm of the largest norm of its steps, so that what lasted one step is seen;
+    -32768 stands for none.
+    """
+    if not len(steps):
+        return None
+    gap = max(1.0, float(np.quantile(np.diff(steps), 0.95))) if len(steps) > 1 else 1.0
+    first, last = float(steps[0]), float(steps[-1])
+    columns = int(min(most, (last - first) // gap + 1))
+    width = (last - first + gap) / columns
+
+    def column_of(step: Any) -> Any:
+        return np.clip(((step - first) / width).astype(np.int64), 0, columns - 1)
+
+    largest = np.full((columns, norms.shape[1]), -np.inf)
+    known = np.where(np.isnan(norms), -np.inf, np.minimum(norms, np.finfo(np.float32).max))
+    np.maximum.at(largest, column_of(steps), known)
+    broken = np.zeros((columns, norms.shape[1]), dtype=bool)
+    for step, mask in nonfinite:
+        broken[column_of(np.float64(step))] |= mask > 0
+    with quiet_numpy():
+        logs = np.where(largest > 0, np.log10(largest), np.where(largest == 0, _NOTHING, np.nan))
+    cells = np.where(np.isnan(logs), _MISSING, np.round(logs * _DECADES)).astype("<i2")
+    return {
+        "x": [round(first + width * (column + 0.5) - 0.5, 3) for column in range(columns)],
+        "width": width,
+        "cells": base64.b64encode(cells.T.tobytes()).decode(),
+        "broken": base64.b64encode(np.packbits(broken.T, axis=1).tobytes()).decode() if broken.any() else None,
+    }
