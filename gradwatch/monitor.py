@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import sys
 import weakref
 from dataclasses import replace
 from numbers import Real
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 from gradwatch.autoclip import NOTHING
+from gradwatch.batches import numbers_of
+from gradwatch.checkpoints import is_worth_keeping
 from gradwatch.errors import TrainingUnstableError, UsageError
 from gradwatch.history import History
 from gradwatch.layers import Layers, facts_of, optimizer_facts
@@ -61,6 +64,7 @@ class Monitor:
         self._told: set[str] = set()
         self.history = History(layers.names, layers.sizes, layers.matrices, layers.fan_in)
         self.history.facts = facts_of(model, layers, str(policy.clip) if policy else None)
+        self._batch: Any = None
         self._pipeline = Pipeline(self.history, rules, policy, reports, self.failed)
         self._probe = Probe(layers, self, every, scaler)
         self.attached = False
@@ -84,7 +88,8 @@ class Monitor:
         except OSError as error:
             self._disk_failed(f"the run log {folder} cannot be written: {error}. Training goes on without it.")
         else:
-            self._pipeline.record(Recording(store, self.history, self._disk_failed))
+            recording = Recording(store, self.history, self._disk_failed, environment, self._numbers_of_batch)
+            self._pipeline.record(recording)
 
     def _disk_failed(self, text: str) -> None:
         self.note(text)
@@ -104,7 +109,7 @@ class Monitor:
         attached[model] = self
         self._finish = weakref.finalize(model, _end, weakref.ref(self))
         self._finish.atexit = False
-        atexit.register(self.detach)
+        atexit.register(self._at_exit)
         try:
             self._pipeline.start()
         except BaseException:
@@ -116,7 +121,8 @@ class Monitor:
         if not self.attached:
             return
         self.attached = False
-        atexit.unregister(self.detach)
+        atexit.unregister(self._at_exit)
+        self._batch = None
         self._finish.detach()
         model = self._model()
         if model is not None:
@@ -136,7 +142,19 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and isinstance(error, Exception) and self.attached:
+            self._raised(error)
         self.detach()
+
+    def _at_exit(self) -> None:
+        error = getattr(sys, "last_value", None)  # what ended the program, unless it is a notebook or a prompt
+        if isinstance(error, Exception) and not hasattr(sys, "ps1") and "IPython" not in sys.modules:
+            self._raised(error)
+        self.detach()
+
+    def _raised(self, error: Exception) -> None:
+        self._probe.catch_up()
+        self._pipeline.raised(error, self._probe.seconds)
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
@@ -158,6 +176,18 @@ class Monitor:
             raise UsageError(f"monitor.loss() got {shape}; expected a number or a tensor of one element: loss.mean()?")
         self._probe.losses.give(loss)
         return loss
+
+    def batch(self, batch: Any) -> Any:
+        """Hand over the coming step's batch and return it unchanged, for the flight recorder of the run log.
+
+        When training raises or an incident becomes critical, shape, range, mean, NaN and Inf of its tensors are kept. It is
+        held until the next one, and looked at only then. ``batch``: a tensor, or tensors in lists, tuples and dicts.
+        """
+        self._batch = batch
+        return batch
+
+    def _numbers_of_batch(self) -> list[dict[str, Any]] | None:
+        return None if self._batch is None else numbers_of(self._batch)
 
     def step(self) -> None:
         """Say that the update is about to happen: only for loops with no torch.optim optimizer."""
@@ -195,6 +225,17 @@ class Monitor:
         """Have all rows so far written to the run log; False when that takes more than ``timeout`` seconds, or there is none."""
         self._probe.catch_up()
         return self._pipeline.flush(self._probe.seconds, timeout)
+
+    def checkpoint_guard(self) -> bool:
+        """True when the model is worth a checkpoint: ``if monitor.checkpoint_guard(): torch.save(...)``.
+
+        False while an incident of an explosion that is more than a notice is open, when the last loss was not finite, or when
+        a parameter or buffer is not finite now. Reads the model's values: for checkpoints, not for each step. In a
+        distributed training all processes get the same answer, by what the last row that they shared says of the weights.
+        """
+        self._probe.catch_up()
+        model = self._model()
+        return model is not None and is_worth_keeping(model, self.history, self._pipeline.incidents.open)
 
     def summary(self) -> RenderableType:
         """Return the run so far as a rich renderable; ``str()`` of it is plain text."""

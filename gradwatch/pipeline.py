@@ -77,9 +77,9 @@ class Pipeline:
         self._notes_told = 0
 
     def record(self, log: Recording) -> None:
-        """Keep the run in a run log; it is the first report, so that what others show is on its way to the disk."""
+        """Keep the run in a run log; it is the last of the reports."""
         self.log = log
-        self.reports.insert(0, log)
+        self.reports.append(log)
 
     def grow(self, columns: Columns) -> None:
         """Take the columns of layers that were added; each is looked at on every step until it has a typical norm."""
@@ -187,6 +187,11 @@ class Pipeline:
         for report in due:
             self._last[id(report)] = now
             self._tell(report, "step", snapshot)
+
+    def raised(self, error: BaseException, cost: float) -> None:
+        """The training raised: have the run log keep this moment."""
+        if self.log is not None and self.history.rows:
+            self._tell(self.log, "raised", error, self.snapshot(cost))
 
     def flush(self, cost: float, timeout: float) -> bool:
         """Have the run log write all rows so far; False when it takes longer, or there is none."""

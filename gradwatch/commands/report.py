@@ -65,6 +65,8 @@ def _show(log: RunLog, snapshot: Snapshot, page: Path | None, console: Console) 
     resumed = (
         f", resumed {len(sessions) - 1} times" if len(sessions) > 2 else ", resumed once" if len(sessions) == 2 else ""
     )
+    for step, reason, _ in log.flights:
+        console.print(Text(f"  flight recorder, step {step}: {reason} (all of it: --json)"))
     console.print(Text(f"  {log.folder}: {state_of(log)}{resumed}", "dim"))
     if page is not None:
         console.print(Text(f"  written: {page}", "dim"))
@@ -87,6 +89,7 @@ def _plain(log: RunLog, snapshot: Snapshot) -> dict[str, Any]:
                 "skipped": snapshot.skipped,
                 "incidents": list(snapshot.incidents),
                 "notes": list(snapshot.notes),
+                "flights": [{"step": step, "reason": reason, **record} for step, reason, record in log.flights],
                 "sessions": log.sessions,
             }
         )

@@ -42,17 +42,22 @@ class LogReport(Report):
         self._write(str(Summary(snapshot)))
 
     def _write(self, text: str) -> None:
-        stream = self._stream if self._stream is not None else sys.stderr
-        if stream is None:  # a program without a console
-            return
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        text = text.encode(encoding, "replace").decode(encoding)
-        tqdm = sys.modules.get("tqdm")
-        if tqdm is not None and self._stream is None:
-            tqdm.tqdm.write(text, file=stream)  # above the bar, if there is one
-        else:
-            stream.write(text + "\n")
-        stream.flush()
+        write_line(text, self._stream)
+
+
+def write_line(text: str, stream: TextIO | None = None) -> None:
+    """Write a line to ``stream``; None is the standard error stream of this moment, above a tqdm bar if there is one."""
+    given, stream = stream, stream if stream is not None else sys.stderr
+    if stream is None:  # a program without a console
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "replace").decode(encoding)
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is not None and given is None:
+        tqdm.tqdm.write(text, file=stream)
+    else:
+        stream.write(text + "\n")
+    stream.flush()
 
 
 def incident_lines(incident: Incident) -> list[str]:

@@ -215,6 +215,13 @@ class RunLog:
         return self._records(Alarm, "SELECT alarm FROM alarms ORDER BY rowid")
 
     @property
+    def flights(self) -> list[tuple[int, str, dict[str, Any]]]:
+        """What the flight recorder kept, oldest first: step, reason, and rows, incidents, versions, batch, traceback."""
+        with self.reading():
+            rows = self._db.execute("SELECT step, reason, record FROM flights ORDER BY rowid").fetchall()
+            return [(int(step), str(reason), from_json(dict[str, Any], record)) for step, reason, record in rows]
+
+    @property
     def notes(self) -> list[str]:
         """What gradwatch could not do, oldest first."""
         with self.reading():

@@ -7,12 +7,14 @@ the ring has 64 new ones.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from gradwatch.reports.base import Report
+from gradwatch.reports.log import write_line
 from gradwatch.runlog.batch import Batch
+from gradwatch.runlog.flight import record_of
 from gradwatch.runlog.writer import Writer
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from gradwatch.runlog.store import Store
 
 _ROWS = 64
+_FLIGHT = 2.0  # seconds that a critical moment may wait for the disk
 _CLOSING = 10.0  # seconds that the end of a run may wait for the disk
 
 
@@ -41,12 +44,24 @@ class Recording(Report):
         store: the file, just opened.
         history: read for the rows.
         tell: told, once each, of what could not be kept.
+        environment: what the run was made with, for the flight recorder.
+        batch: returns the numbers of the batch that the user handed over, None when there is none.
     """
 
     period: ClassVar[float] = 0.4
 
-    def __init__(self, store: Store, history: History, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        history: History,
+        tell: Callable[[str], None],
+        environment: dict[str, Any] | None = None,
+        batch: Callable[[], list[dict[str, Any]] | None] = lambda: None,
+    ) -> None:
         self.folder = store.folder
+        self._environment = environment or {}
+        self._batch = batch
+        self._flown: set[int] = set()
         self._history = history
         self._writer = Writer(store, tell)
         self._store = store
@@ -77,7 +92,23 @@ class Recording(Report):
 
     def step(self, snapshot: Snapshot) -> None:
         """Hand over what is new; all that was done about the last row is known."""
-        self._hand_over(self._history.rows, snapshot)
+        critical = [one for one in snapshot.news if one.severity == "critical" and one.opened_step not in self._flown]
+        if critical:
+            self._flown.update(one.opened_step for one in critical)
+            self._fly(snapshot, str(critical[0]))
+        else:
+            self._hand_over(self._history.rows, snapshot)
+
+    def raised(self, error: BaseException, snapshot: Snapshot) -> None:
+        """The training raised: keep this moment."""
+        self._fly(snapshot, f"training raised {type(error).__name__}: {error}"[:500], error)
+
+    def _fly(self, snapshot: Snapshot, reason: str, error: BaseException | None = None) -> None:
+        """Flight recorder: have all of it on the disk now, for a moment's wait, and say where."""
+        record = record_of(self._history, snapshot.incidents, self._environment, self._batch(), error)
+        self._hand_over(self._history.rows, snapshot, [(snapshot.step, reason, record)])
+        if self._writer.flush(_FLIGHT):
+            write_line(f"gradwatch | step {snapshot.step} | {reason} | kept: gradwatch report {self.folder}")
 
     def close(self, snapshot: Snapshot) -> None:
         """Write what is left and close the file."""
@@ -95,7 +126,9 @@ class Recording(Report):
         """Let go of the file before anything began."""
         self._store.close()
 
-    def _hand_over(self, until: int, snapshot: Snapshot | None = None) -> None:
+    def _hand_over(
+        self, until: int, snapshot: Snapshot | None = None, flights: Sequence[tuple[int, str, str]] = ()
+    ) -> None:
         """Copy the rows before ``until``, counted from the first, and pass them on."""
         history = self._history
         new = min(history.rows - self._taken, history.window)
@@ -114,6 +147,7 @@ class Recording(Report):
             special=[(number - first, row) for number, row in self._special if number < until],
             alarms=self._alarms,
             snapshot=snapshot,
+            flights=list(flights),
         )
         self._special = [(number, row) for number, row in self._special if number >= until]
         self._alarms = []
