@@ -78,6 +78,8 @@ that finite gradients near 1e20 get their true norm and are clipped in the right
 * Several processes in which the model is neither DistributedDataParallel nor FSDP nor made of DTensors (gradients averaged
   by hand, pipeline stages): each process watches its own part alone, and the summary says so.
 * A clip of your own on a device, unless it has `apply_unread`.
+* `ClipAGC` where processes hold parts of layers (FSDP, tensor parallelism), and the clips by layer there after a clip of your
+  own.
 * Auto-clip inside backward, where each parameter is updated before the global norm is known, and inside LBFGS's line
   search: both are watched only.
 * CUDA graphs: a captured step runs no Python, so that only what is outside of the graph is seen.

@@ -24,7 +24,18 @@ from __future__ import annotations
 
 from gradwatch.attach import attach
 from gradwatch.autoclip import AutoClip
-from gradwatch.clips import Clip, ClipNorm, ClipValue
+from gradwatch.clips import (
+    Clip,
+    ClipAdaGC,
+    ClipAGC,
+    ClipLayerNorm,
+    ClipNorm,
+    ClipNormThenValue,
+    ClipPercentile,
+    ClipValue,
+    ClipZScore,
+    ScaleToNorm,
+)
 from gradwatch.errors import GradwatchError, TrainingUnstableError, UsageError
 from gradwatch.monitor import Monitor
 from gradwatch.records import Alarm, ClipRecord, Incident, Row, Snapshot
@@ -37,15 +48,22 @@ __all__ = [
     "Alarm",
     "AutoClip",
     "Clip",
+    "ClipAGC",
+    "ClipAdaGC",
+    "ClipLayerNorm",
     "ClipNorm",
+    "ClipNormThenValue",
+    "ClipPercentile",
     "ClipRecord",
     "ClipValue",
+    "ClipZScore",
     "GradwatchError",
     "Incident",
     "Monitor",
     "Report",
     "Row",
     "Rule",
+    "ScaleToNorm",
     "Snapshot",
     "TrainingUnstableError",
     "UsageError",

@@ -20,7 +20,7 @@ from gradwatch.ranks import is_first
 from gradwatch.records import Kind, Sign
 from gradwatch.reports import REPORTS, Report, report_by_name
 from gradwatch.rules import Rule, default_rules
-from gradwatch.wrappers import unmeasurable
+from gradwatch.wrappers import is_dtensor, is_fully_sharded, unmeasurable
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -100,6 +100,8 @@ def attach(
     monitor = Monitor(model, _rules(rules), policy, _reports(report), scaler=scaler, every=pace, strict=strict)
     if optimizer is not None:
         _check_optimizer(optimizer, monitor, model)
+    if policy is not None:
+        _check_clip(policy.clip, monitor, model)
     folder = _folder(log)
     if folder is not None and is_first():  # of the processes that train together, one writes
         monitor.record(folder)
@@ -195,6 +197,15 @@ def _check_optimizer(optimizer: Any, monitor: Monitor, model: nn.Module) -> None
         raise UsageError(
             f"The {type(optimizer).__name__} owns none of the {len(monitor.history.layers)} parameters of this "
             f"{type(model).__name__}. Build the optimizer from model.parameters() after the model is final."
+        )
+
+
+def _check_clip(clip: Clip, monitor: Monitor, model: nn.Module) -> None:
+    clip.check(monitor.history.layers)
+    if clip.needs_whole_layers and (is_fully_sharded(model) or any(is_dtensor(p) for p in model.parameters())):
+        raise UsageError(
+            f"{clip} needs whole layers, and each process holds parts of those of this {type(model).__name__}. "
+            "Clip by global norm instead, such as clip='norm' or clip='zscore'."
         )
 
 

@@ -113,6 +113,8 @@ class Clipping:
         self.clipped = 0
         self.skipped = 0
         self.record: ClipRecord | None = None
+        self._baseline = policy.clip.baseline()
+        self._looked = 0
         self._skips_in_a_row = 0
         self._hold = policy.hold
         self._held_since = 0
@@ -126,17 +128,18 @@ class Clipping:
         """True while it clips."""
         return self.record is not None or self.policy.when == "always"
 
-    @property
-    def clip(self) -> Clip:
-        """The clip with the bounds of this moment."""
-        return self.policy.clip if self._looseness == 1.0 else self.policy.clip.loosened(self._looseness)
+    def clip(self, rows: int) -> Clip | None:
+        """Return the clip with the bounds of this moment, from the run's first ``rows`` rows; None: nothing to go by yet."""
+        clip = self.policy.clip if self._baseline is None else self._baseline.clip(self.history, rows)
+        return clip if self._looseness == 1.0 or clip is None else clip.loosened(self._looseness)
 
     def orders(self, surge: float, far: float) -> Orders:
         """Say what to do with the coming step, in advance; ``surge`` and ``far`` are the rules' limits."""
         explosive = self.policy.when != "always" and "exploding" in self.policy.when
+        clip = self.clip(self.history.rows) if self.on or explosive else None
         return Orders(
-            clip=self.clip if self.on else None,
-            reserve=self.policy.clip if explosive and not self.on else None,
+            clip=clip if self.on else None,
+            reserve=clip if not self.on else None,
             skip=self.policy.on_nonfinite != "ignore",
             surge=surge,
             far=far,
@@ -163,9 +166,15 @@ class Clipping:
         if row.poisoned:
             return self._skip(row) if self.policy.on_nonfinite != "ignore" else NOTHING
         self._skips_in_a_row = 0
-        if not self.on:
-            return NOTHING
-        return Decision(clip=self.clip)
+        # an average of norms must not miss what the ring forgets
+        clip = self.clip(self.history.rows - 1) if self.on or self._falls_behind() else None
+        return Decision(clip=clip) if self.on and clip is not None else NOTHING
+
+    def _falls_behind(self) -> bool:
+        behind = self._baseline is not None and self.history.rows - self._looked >= self.history.window // 2
+        if behind:
+            self._looked = self.history.rows
+        return behind
 
     def done(self, row: Row, decision: Decision, coefficient: float, incidents: Incidents) -> None:
         """Take note of what was done to ``row``'s gradients; ``coefficient`` is norm after over norm before."""

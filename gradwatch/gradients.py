@@ -162,6 +162,10 @@ class Gradients:
             self._plan, self._planned = NormPlan(there), present
         return there, columns, self._plan
 
+    def with_gradient(self) -> list[nn.Parameter]:
+        """Return the parameters that `present` returned the gradients of."""
+        return [parameter for parameter in self.parameters if parameter.grad is not None]
+
     def _parts(self) -> list[Tensor]:
         """Return this process's part of each gradient that exists; what is only a summand is summed first, in place."""
         parts = []

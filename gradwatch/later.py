@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from gradwatch.autoclip import NOTHING, Decision, Orders
+from gradwatch.clips import UnreadStep
+from gradwatch.clips.base import OneFactor
 from gradwatch.device import LAG, PATIENCE, Gate, Ring, Slot, Unread
 from gradwatch.errors import PeerError
 from gradwatch.gradients import zero_where
@@ -125,7 +127,7 @@ class Later:
             self._ranks.exchange(slot.flat)
         slot.singles[COEFFICIENT] = 1.0
         if orders is not None and mine is not None:
-            facts.clip = self._act(mine, now, slot, orders, optimizer, scale)
+            facts.clip = self._act(mine, now, slot, orders, optimizer, scale, own=before is None)
         self._ring.send(facts)
 
     def tell_failure(self) -> None:
@@ -203,8 +205,13 @@ class Later:
         orders: Orders,
         optimizer: Optimizer | None,
         scale: Tensor | None,
+        *,
+        own: bool,
     ) -> Clip | None:
-        """Clip and skip by numbers that stay on the device; return the clip that was in force."""
+        """Clip and skip by numbers that stay on the device; return the clip that was in force.
+
+        ``own``: what was exchanged are the norms after the user's own clip, or there was none.
+        """
         norm = torch.sqrt(slot.singles[NOW])
         bad = ~torch.isfinite(norm)
         clip, fires = orders.clip or orders.reserve, None
@@ -212,17 +219,25 @@ class Later:
             mine.gate = Gate(self.home)
         if orders.clip is None and clip is not None:
             fires = mine.gate.fires(norm, slot.singles[LOSS] / slot.singles[LOSSES], orders)
-        if orders.reserve is not None:
+        if orders.clip is None:
             mine.gate.learn(norm)
         coefficient = None
         if clip is not None:
-            if clip.keeps_direction and mine.folds(optimizer):
-                coefficient = clip.factor(norm, fires)
+            step = UnreadStep(
+                self._layers.names,
+                now.gradients,
+                mine.with_gradient(),
+                now.columns,
+                self._whole_norms(now, slot, own=own),
+                norm,
+                1.0 if scale is None else scale,
+                fires,
+            )
+            if isinstance(clip, OneFactor) and mine.folds(optimizer):
+                coefficient = clip.factor_unread(step)
             else:
-                slot.singles[COEFFICIENT] = clip.apply_unread(
-                    now.gradients, norm, fires, 1.0 if scale is None else scale
-                )
-                if not clip.keeps_direction and self._ranks is not None:
+                slot.singles[COEFFICIENT] = clip.apply_unread(step)
+                if clip.looks_inside and self._ranks is not None:
                     self._after = self._shared(mine.measure_unread(self.home, scale)).sum()
                     slot.singles[COEFFICIENT] = math.nan  # known at the next exchange
         if orders.skip:
@@ -234,6 +249,12 @@ class Later:
         elif orders.skip:
             zero_where(now.gradients, bad)
         return clip
+
+    def _whole_norms(self, now: Unread, slot: Slot, *, own: bool) -> Tensor:
+        """Return the norms of whole layers: of several processes, those that were just exchanged, so that all act alike."""
+        if self._ranks is None or not own:
+            return now.norms
+        return torch.sqrt(slot.rows[SQUARE][self._index(now.columns)])
 
     # On the host, later.
 

@@ -82,7 +82,7 @@ class Ranks:
     """The group of processes, and each layer's part in this one.
 
     Attributes: ``share`` (L,) is one over the number of processes that hold the same part of a layer; ``part`` (L,) is
-    the share of the whole layer's elements that this process answers for.
+    the share of the whole layer's elements that this process answers for. ``sharded``: processes hold parts of layers.
     """
 
     def __init__(self, layers: Layers, group: Any, replica: Any = None, pieces: int = 1) -> None:
@@ -101,6 +101,7 @@ class Ranks:
     def ours(self) -> None:
         """Look up which part of each layer this process holds."""
         self.share, self.part = np.zeros((2, len(self._layers)))
+        self.sharded = False
         parameter: Any
         model = self._layers.model
         flat = whole_shapes(model) if model is not None else {}
@@ -117,6 +118,7 @@ class Ranks:
                 held = parameter.to_local()
                 if any(getattr(placement, "dim", 0) for _, placement in split):
                     self._layers.with_units[column] = False  # a unit's row lies in several processes
+            self.sharded |= pieces > 1
             self.share[column] = pieces / self.size
             self.part[column] = self.share[column] * held.numel() / max(1, self._layers.sizes[column])
 

@@ -15,7 +15,7 @@ import torch
 
 from gradwatch import device, taps
 from gradwatch.autoclip import NOTHING
-from gradwatch.clips import Clip
+from gradwatch.clips import Clip, Step
 from gradwatch.columns import widened
 from gradwatch.device import Unread, joined
 from gradwatch.errors import PeerError, TrainingUnstableError
@@ -207,7 +207,7 @@ class Rows:
                 self._rest(judge, mine, optimizer, row, clipped=whole is not now)
             return True
         coefficient = self._act(decision, now, scale, mine, source, optimizer)
-        if self._ranks is not None and decision.clip is not None and not decision.clip.keeps_direction:
+        if self._ranks is not None and decision.clip is not None and decision.clip.looks_inside:
             # what is left of the norm of the whole is known at the next exchange
             self._clipped_by_value = row, decision, now.global_norm
             self._after = self._ranks.part_of_square(mine.measure(scale))
@@ -325,14 +325,44 @@ class Rows:
             mine.hide(optimizer)
         elif decision.skip:
             mine.zero()
-        elif decision.clip is not None and math.isfinite(now.global_norm) and self._clippable(source, optimizer):
-            clip = decision.clip if scale == 1.0 else decision.clip.loosened(scale)
-            return clip.apply(now.gradients, now.global_norm * scale)
+        elif (
+            decision.clip is not None
+            and math.isfinite(now.global_norm)
+            and self._clippable(source, optimizer)
+            and self._fits(decision.clip, mine)
+        ):
+            return decision.clip.apply(
+                Step(
+                    self._layers.names,
+                    now.gradients,
+                    mine.with_gradient(),
+                    now.columns,
+                    now.norms[now.columns],
+                    now.global_norm,
+                    scale,
+                )
+            )
         return 1.0
 
     def _clippable(self, source: Source, optimizer: Optimizer | None) -> bool:
         """False inside a line search: there the gradients belong to the search, and a clip would mislead it."""
         return source != "closure" or not isinstance(optimizer, torch.optim.LBFGS)
+
+    def _fits(self, clip: Clip, mine: Gradients) -> bool:
+        """False where the clip asks for what no process knows of parts of layers; it says so."""
+        judge = self._judge()
+        if judge is None or not (mine.sharded or (self._ranks is not None and self._ranks.sharded)):
+            return True
+        if clip.needs_whole_layers:
+            judge.note(f"{clip} needs whole layers, and here each process holds parts of them: it does not act.")
+            return False
+        if clip.by_layer and self._before_clip is not None:
+            judge.note(
+                f"{clip} does not act after a clip of your own where layers are sharded: what that left of each whole "
+                "layer is not known."
+            )
+            return False
+        return True
 
     # Gradients on a device: rows come later.
 
@@ -362,8 +392,10 @@ class Rows:
                 "(fused=True) can leave a step out there."
             )
         clip = (orders.clip or orders.reserve) if orders is not None else None
-        if orders is not None and clip is not None and type(clip).apply_unread is Clip.apply_unread:
+        knows = clip is not None and (type(clip).apply_unread is not Clip.apply_unread)
+        if clip is not None and not knows:
             judge.note(f"{clip} has no apply_unread: it does not act on a device.")
+        if orders is not None and clip is not None and not (knows and mine is not None and self._fits(clip, mine)):
             orders = replace(orders, clip=None, reserve=None)
         own = self._arrivals.own_norms()
         later.take(mine, now, before, facts, loss, optimizer, orders, own, closely=self.closely)
@@ -398,7 +430,7 @@ class Rows:
             judge.judge(row)
             if decision is NOTHING:
                 continue
-            if self._ranks is not None and decision.clip is not None and not decision.clip.keeps_direction:
+            if self._ranks is not None and decision.clip is not None and decision.clip.looks_inside:
                 self._clipped_by_value = row, decision, numbers.now_norm
             else:
                 judge.done(row, decision, numbers.coefficient)

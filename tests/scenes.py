@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -206,6 +206,45 @@ def summands_are_clipped_too() -> dict[str, Any]:
             gradients: list[Any] = [parameter.grad for parameter in model.parameters()]
             left = math.hypot(*[gradient.full_tensor().norm().item() for gradient in gradients])
     return {"left": left, "notes": monitor.notes, "rows": monitor.history.rows}
+
+
+def _sharded() -> Any:
+    torch.manual_seed(0)
+    return fully_shard(mlp(), mesh=init_device_mesh("cpu", (2,)))
+
+
+def _clipped_parts(clip: str, *, later: bool, own: bool = False) -> dict[str, Any]:
+    """Train shards for a few steps; return the norms of whole layers that the last step was made with."""
+    as_on_a_device(later=later)
+    model = _sharded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    policy = gradwatch.AutoClip(clip, when="always")
+    with gradwatch.attach(model, clip=policy, report=None, strict=True) as monitor:
+        for number in range(6):
+            x, y = batch(number)
+            optimizer.zero_grad()
+            (1e3 * nn.functional.mse_loss(model(x), y)).backward()
+            if own:
+                nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+            optimizer.step()
+        norms = [parameter.grad.full_tensor().norm().item() for parameter in model.parameters()]
+    as_on_a_device(later=False)
+    return {"norms": norms, "coefficients": monitor.history.clip_coefficient().tolist(), "notes": monitor.notes}
+
+
+@scene
+def clips_on_parts_of_layers() -> dict[str, Any]:
+    """By the norms of whole layers, or not at all."""
+    found: dict[str, Any] = {}
+    for clip in ("layer norm", "norm then value", "percentile", "adagc"):
+        found[clip] = _clipped_parts(clip, later=False)
+        found[f"{clip}, later"] = _clipped_parts(clip, later=True)
+    found["after an own clip"] = _clipped_parts("layer norm", later=False, own=True)
+    try:
+        gradwatch.attach(_sharded(), clip="agc", report=None)
+    except gradwatch.UsageError as error:
+        found["agc"] = str(error)
+    return found
 
 
 @scene

@@ -17,7 +17,7 @@ from gradwatch import device
 from gradwatch.autoclip import Orders
 from tests.trainings import data, mlp, step_in_backward, train
 
-CLIPS = [None, gradwatch.ClipNorm(1.0), gradwatch.ClipValue(0.5)]
+CLIPS = [None, *(clip() for clip in gradwatch.clips.CLIPS.values())]
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ def test_a_clip_that_knows_no_device_says_so() -> None:
     class Half(gradwatch.Clip):
         """Halves."""
 
-        def apply(self, gradients: Any, global_norm: float) -> float:
+        def apply(self, step: gradwatch.clips.Step) -> float:
             """See `gradwatch.Clip`."""
             return 1.0
 

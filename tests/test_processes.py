@@ -242,6 +242,23 @@ def test_summands_are_clipped_by_the_same_factor(played: list[dict[str, Any]]) -
         assert one["summands_are_clipped_too"]["notes"] == []
 
 
+def test_clips_act_by_whole_layers_of_which_each_process_holds_parts(played: list[dict[str, Any]]) -> None:
+    """All alike, on the host as by the path for devices; what cannot be known of a part is refused."""
+    first, second = (one["clips_on_parts_of_layers"] for one in played)
+    assert first == second
+    for name in ("layer norm", "layer norm, later"):
+        assert max(first[name]["norms"]) == pytest.approx(1.0, rel=1e-4)
+        assert first[name]["coefficients"][-1] < 0.1
+    for name in ("norm then value", "percentile", "adagc"):
+        # on a device the newest row is not known yet, so that a percentile of the rows before is another one
+        if name != "percentile":
+            np.testing.assert_allclose(first[name]["norms"], first[f"{name}, later"]["norms"], rtol=1e-4)
+        assert min(first[name]["coefficients"]) < 1
+    assert first["after an own clip"]["coefficients"] == pytest.approx([1.0] * 6)
+    assert "does not act after a clip of your own" in first["after an own clip"]["notes"][0]
+    assert "needs whole layers" in first["agc"]
+
+
 def test_a_dropped_model_is_freed(played: list[dict[str, Any]]) -> None:
     """In each process."""
     assert all(one["a_dropped_model"]["freed"] for one in played)

@@ -5,12 +5,29 @@ A new clip is one new file and one line here.
 
 from __future__ import annotations
 
-from gradwatch.clips.base import Clip
+from gradwatch.clips.adagc import ClipAdaGC
+from gradwatch.clips.agc import ClipAGC
+from gradwatch.clips.base import Clip, Step, UnreadStep
+from gradwatch.clips.layer_norm import ClipLayerNorm
 from gradwatch.clips.norm import ClipNorm
+from gradwatch.clips.norm_then_value import ClipNormThenValue
+from gradwatch.clips.percentile import ClipPercentile
+from gradwatch.clips.scale import ScaleToNorm
 from gradwatch.clips.value import ClipValue
+from gradwatch.clips.zscore import ClipZScore
 from gradwatch.errors import UsageError, did_you_mean
 
-CLIPS: dict[str, type[Clip]] = {"norm": ClipNorm, "value": ClipValue}
+CLIPS: dict[str, type[Clip]] = {
+    "norm": ClipNorm,
+    "value": ClipValue,
+    "layer norm": ClipLayerNorm,
+    "norm then value": ClipNormThenValue,
+    "scale": ScaleToNorm,
+    "agc": ClipAGC,
+    "percentile": ClipPercentile,
+    "zscore": ClipZScore,
+    "adagc": ClipAdaGC,
+}
 
 
 def clip_by_name(name: str) -> Clip:
@@ -23,4 +40,19 @@ def clip_by_name(name: str) -> Clip:
     return CLIPS[name]()
 
 
-__all__ = ["CLIPS", "Clip", "ClipNorm", "ClipValue", "clip_by_name"]
+__all__ = [
+    "CLIPS",
+    "Clip",
+    "ClipAGC",
+    "ClipAdaGC",
+    "ClipLayerNorm",
+    "ClipNorm",
+    "ClipNormThenValue",
+    "ClipPercentile",
+    "ClipValue",
+    "ClipZScore",
+    "ScaleToNorm",
+    "Step",
+    "UnreadStep",
+    "clip_by_name",
+]

@@ -3,56 +3,75 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 
-from gradwatch.clips.base import Clip
+from gradwatch.clips.base import PerLayer, Step, UnreadStep
 from gradwatch.measure import NormPlan, global_norm_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
+    from gradwatch.history import History
 
-class ClipValue(Clip):
+
+class ClipValue(PerLayer):
     """Limit every gradient element to ``[-max_value, max_value]``, as `torch.nn.utils.clip_grad_value_`.
 
-    Complex elements are limited in their real and imaginary parts. The direction is not kept. Source: Mikolov,
-    "Statistical language models based on neural networks" (2012).
+    ``layers`` gives other bounds to layers by name: ``ClipValue(5.0, layers={"lstm.*": 10.0, "head.*": 100.0})`` (Graves,
+    "Generating sequences with recurrent neural networks" (2013), arXiv:1308.0850, limits the derivatives of LSTMs to 10
+    and of outputs to 100). Complex elements are limited in their real and imaginary parts. The direction is not kept.
+    Source: Mikolov, "Statistical language models based on neural networks" (2012).
     """
 
+    looks_inside: ClassVar[bool] = True
     max_value: float = Field(default=0.5, gt=0)
 
     def __init__(self, max_value: float = 0.5, **settings: Any) -> None:
         super().__init__(max_value=max_value, **settings)
 
-    def apply(self, gradients: Sequence[Tensor], global_norm: float) -> float:
+    def apply(self, step: Step) -> float:
         """See `Clip.apply`."""
-        for gradient in gradients:
-            _limit(gradient, self.max_value)
-        after = global_norm_of(NormPlan(gradients).norms(list(gradients)))
-        return min(1.0, after / global_norm) if global_norm > 0 and math.isfinite(global_norm) else 1.0
+        if not math.isfinite(step.global_norm):
+            return 1.0
+        bounds = self.bounds(self.max_value, step.layers, step.columns)
+        for gradient, bound in zip(step.gradients, bounds.tolist(), strict=True):
+            _limit(gradient, bound * step.scale)
+        after = norm_left(step)
+        return min(1.0, after / step.global_norm) if step.global_norm > 0 else 1.0
 
-    def apply_unread(
-        self, gradients: Sequence[Tensor], global_norm: Tensor, fires: Tensor | None, scale: Any
-    ) -> Tensor:
+    def apply_unread(self, step: UnreadStep) -> Tensor:
         """See `Clip.apply_unread`."""
-        bound = self.max_value * torch.as_tensor(scale)
-        if fires is not None:
-            bound = torch.where(fires, bound.to(fires.device, non_blocking=True), math.inf)
-        for gradient in gradients:
-            _limit(gradient, bound.to(gradient.device, non_blocking=True))
-        after = NormPlan(gradients).norms_on(global_norm.device, list(gradients)) / scale
-        left = torch.sqrt(torch.square(after).sum()) / global_norm  # summed as the norm before it was: equal is equal
-        acted = torch.isfinite(left) if fires is None else torch.isfinite(left) & fires
-        return torch.where(acted, left.clamp(max=1.0), 1.0)
+        acts = torch.isfinite(step.global_norm)
+        acts = acts if step.fires is None else acts & step.fires
+        width = torch.where(acts, torch.as_tensor(step.scale).to(acts.device, non_blocking=True), math.inf)
+        bounds = self.bounds(self.max_value, step.layers, step.columns)
+        for gradient, bound in zip(step.gradients, bounds.tolist(), strict=True):
+            _limit(gradient, (bound * width).to(gradient.device, non_blocking=True))
+        return share_left(step, acts)
 
     def loosened(self, factor: float) -> ClipValue:
         """See `Clip.loosened`."""
-        return ClipValue(self.max_value * factor)
+        return ClipValue(self.max_value * factor, layers=self.wider(factor))
+
+    def at_norm(self, norm: float, history: History) -> ClipValue:
+        """See `Clip.at_norm`: a gradient whose elements all stand at the bound has this norm."""
+        return self.loosened(norm / math.sqrt(history.sizes.sum()) / self.max_value)
+
+
+def norm_left(step: Step) -> float:
+    """Measure again: return the global norm of what this process holds, without the loss scale."""
+    return global_norm_of(NormPlan(step.gradients).norms(step.gradients)) / step.scale
+
+
+def share_left(step: UnreadStep, acts: Tensor) -> Tensor:
+    """Measure again on the device: return the norm over what it was, at most 1, where the clip acts."""
+    home = step.global_norm.device
+    after = NormPlan(step.gradients).norms_on(home, step.gradients) / step.scale
+    left = torch.sqrt(torch.square(after).sum()) / step.global_norm  # summed as the norm before it was: equal is equal
+    return torch.where(acts & torch.isfinite(left), left.clamp(max=1.0), 1.0)
 
 
 def _limit(gradient: Tensor, bound: Any) -> None:

@@ -1,0 +1,98 @@
+"""Clip each unit by the size of its weights."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from gradwatch import device
+from gradwatch.clips.base import PerLayer, Step, UnreadStep
+from gradwatch.clips.value import norm_left, share_left
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LEAST = 1e-3  # what the norm of a unit's weights counts for at least, so that units that start at zero can learn
+
+
+class ClipAGC(PerLayer):
+    """Adaptive gradient clipping: no unit's gradient is larger than ``clipping`` times its weights.
+
+    ``g_i <- g_i * min(1, clipping * max(||w_i||, 1e-3) / ||g_i||)`` for each unit i: a row of the first dimension of a
+    weight, or a bias as a whole. ``layers`` gives other bounds to layers by name; the paper leaves the last linear layer
+    unclipped. It needs whole layers, so that sharded trainings refuse it. Source: Brock et al., "High-performance large-scale
+    image recognition without normalization" (2021), arXiv:2102.06171.
+    """
+
+    looks_inside: ClassVar[bool] = True
+    needs_whole_layers: ClassVar[bool] = True
+    clipping: float = Field(default=0.01, gt=0)
+
+    def __init__(self, clipping: float = 0.01, **settings: Any) -> None:
+        super().__init__(clipping=clipping, **settings)
+
+    def apply(self, step: Step) -> float:
+        """See `Clip.apply`."""
+        if not math.isfinite(step.global_norm):
+            return 1.0
+        bounds = self.bounds(self.clipping, step.layers, step.columns).tolist()
+        bit = False
+        for gradient, weight, bound in zip(step.gradients, step.parameters, bounds, strict=True):
+            factor = _factor(gradient, weight, bound, step.scale)
+            if (factor < 1).any():  # read where reading is free
+                _multiply(gradient, factor)
+                bit = True
+        return min(1.0, norm_left(step) / step.global_norm) if bit and step.global_norm > 0 else 1.0
+
+    def apply_unread(self, step: UnreadStep) -> Tensor:
+        """See `Clip.apply_unread`."""
+        acts = torch.isfinite(step.global_norm)
+        acts = acts if step.fires is None else acts & step.fires
+        bounds = self.bounds(self.clipping, step.layers, step.columns).tolist()
+        for gradient, weight, bound in zip(step.gradients, step.parameters, bounds, strict=True):
+            there = acts.to(gradient.device, non_blocking=True)
+            _multiply(gradient, torch.where(there, _factor(gradient, weight, bound, step.scale), 1.0))
+        return share_left(step, acts)
+
+    def loosened(self, factor: float) -> ClipAGC:
+        """See `Clip.loosened`."""
+        return ClipAGC(self.clipping * factor, layers=self.wider(factor))
+
+
+def _factor(gradient: Tensor, weight: Tensor, bound: float, scale: Any) -> Tensor:
+    """Return each unit's factor, of a shape that multiplies the gradient (a sparse one's values)."""
+    weight = weight.detach()
+    if gradient.layout is not torch.strided:
+        gradient = gradient.coalesce()
+        if gradient.sparse_dim() == 1:
+            weight = weight[gradient.indices()[0]]
+        gradient = gradient.values()
+    limit = bound * _unit_norms(weight).clamp(min=_LEAST)
+    norm = _unit_norms(gradient) / scale
+    return torch.where(norm > limit, limit / norm.clamp(min=1e-6), 1.0)
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """Return the norm of each unit, one for the whole of a vector; summed so wide that squares do not overflow."""
+    dims = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else None
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=dims is not None, dtype=_wide(tensor))
+    return norms
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    wide = device.precise(tensor.device)
+    if tensor.is_complex():
+        return torch.complex128 if wide is torch.float64 else torch.complex64
+    return wide
+
+
+def _multiply(gradient: Tensor, factor: Tensor) -> None:
+    if gradient.layout is torch.strided:
+        gradient.mul_(factor)
+    else:
+        summed = gradient.coalesce()
+        summed.values().mul_(factor)
+        gradient.copy_(summed)

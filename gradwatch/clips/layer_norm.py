@@ -1,0 +1,97 @@
+"""Clip each layer by its own norm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field
+
+from gradwatch.clips.base import Clip, PerLayer, Step, UnreadStep, scale_by
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradwatch.history import History
+    from gradwatch.records import Floats
+
+
+class ClipLayerNorm(PerLayer):
+    """Scale each layer's gradient so that its own norm is at most ``max_norm``: what Keras calls ``clipnorm``.
+
+    ``g_i <- g_i * min(1, max_norm / (||g_i|| + 1e-6))`` for each layer i, as `torch.nn.utils.clip_grad_norm_` on each
+    parameter alone. Within a layer the direction is kept, from layer to layer it is not. ``layers`` gives other bounds to
+    layers by name. Source: Keras, ``keras.optimizers.Optimizer(clipnorm=...)``.
+    """
+
+    by_layer: ClassVar[bool] = True
+    max_norm: float = Field(default=1.0, gt=0)
+
+    def __init__(self, max_norm: float = 1.0, **settings: Any) -> None:
+        super().__init__(max_norm=max_norm, **settings)
+
+    def apply(self, step: Step) -> float:
+        """See `Clip.apply`."""
+        return clip_layers(step, self.bounds(self.max_norm, step.layers, step.columns))
+
+    def apply_unread(self, step: UnreadStep) -> Tensor:
+        """See `Clip.apply_unread`."""
+        return clip_layers_unread(step, self.bounds(self.max_norm, step.layers, step.columns))
+
+    def loosened(self, factor: float) -> ClipLayerNorm:
+        """See `Clip.loosened`."""
+        return ClipLayerNorm(self.max_norm * factor, layers=self.wider(factor))
+
+    def at_norm(self, norm: float, history: History) -> LayerBounds:
+        """See `Clip.at_norm`: each layer gets its usual share of the norm."""
+        typical = history.typical_grad.value
+        share = typical / np.sqrt(np.nansum(np.square(typical)))
+        return LayerBounds(bounds=np.where(share > 0, share * norm, norm))
+
+
+class LayerBounds(Clip):
+    """A bound for the norm of each layer, shape (L,): what the clips by layer come to in one step. NaN: no bound."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    by_layer: ClassVar[bool] = True
+    bounds: Any
+
+    def apply(self, step: Step) -> float:
+        """See `Clip.apply`."""
+        return clip_layers(step, self.bounds[step.columns])
+
+    def apply_unread(self, step: UnreadStep) -> Tensor:
+        """See `Clip.apply_unread`."""
+        return clip_layers_unread(step, self.bounds[step.columns])
+
+    def loosened(self, factor: float) -> LayerBounds:
+        """See `Clip.loosened`."""
+        return LayerBounds(bounds=self.bounds * factor)
+
+
+def clip_layers(step: Step, bounds: Floats) -> float:
+    """Scale each gradient to a norm of at most its bound, shape (n,); return the global norm left over the one before."""
+    if not step.global_norm > 0 or not np.isfinite(step.global_norm):
+        return 1.0
+    factors = np.minimum(np.nan_to_num(bounds / (step.norms + 1e-6), nan=1.0), 1.0)
+    clipped = np.flatnonzero(factors < 1.0)
+    if not clipped.size:
+        return 1.0
+    for place in clipped.tolist():
+        scale_by([step.gradients[place]], float(factors[place]))
+    return float(np.linalg.norm(factors * step.norms)) / step.global_norm
+
+
+def clip_layers_unread(step: UnreadStep, bounds: Floats) -> Tensor:
+    """Do the same on a device."""
+    acts = torch.isfinite(step.norms).all()
+    acts = acts if step.fires is None else acts & step.fires
+    home = step.norms.device
+    limits = torch.from_numpy(np.nan_to_num(bounds, nan=np.inf)).to(home, step.norms.dtype, non_blocking=True)
+    factors = torch.where(acts, torch.clamp(limits / (step.norms + 1e-6), max=1.0), 1.0)
+    for gradient, factor in zip(step.gradients, factors.unbind(), strict=True):
+        scale_by([gradient], factor)
+    before = torch.sqrt(torch.square(step.norms).sum())
+    left = torch.sqrt(torch.square(step.norms * factors).sum()) / before
+    return torch.where(acts & (before > 0), left, 1.0)

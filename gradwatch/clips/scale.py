@@ -1,0 +1,47 @@
+"""Scale gradients to a fixed norm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field
+
+from gradwatch.clips.base import OneFactor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradwatch.history import History
+
+_MOST = 1e30  # a larger factor than this would overflow float32
+
+
+class ScaleToNorm(OneFactor):
+    """Scale all gradients by one factor so that their global norm *is* ``norm``, be it larger or smaller before.
+
+    ``g <- g * norm / ||g||``: only the direction is left to the gradient, the length of the step to the learning rate. A
+    gradient of zero stays zero. Source: the "gradient scaling" of the tutorials, such as Brownlee, "How to avoid exploding
+    gradients with gradient clipping" (2019); normalised gradient descent, Nesterov (1984).
+    """
+
+    norm: float = Field(default=10.0, gt=0)
+
+    def __init__(self, norm: float = 10.0, **settings: Any) -> None:
+        super().__init__(norm=norm, **settings)
+
+    def factor(self, global_norm: float) -> float:
+        """See `OneFactor.factor`."""
+        return min(self.norm / global_norm, _MOST) if global_norm > 0 else 1.0
+
+    def factor_of(self, global_norm: Tensor) -> Tensor:
+        """See `OneFactor.factor_of`."""
+        return torch.where(global_norm > 0, torch.clamp(self.norm / global_norm, max=_MOST), 1.0)
+
+    def loosened(self, factor: float) -> ScaleToNorm:
+        """See `Clip.loosened`."""
+        return ScaleToNorm(self.norm * factor)
+
+    def at_norm(self, norm: float, history: History) -> ScaleToNorm:  # noqa: ARG002
+        """See `Clip.at_norm`."""
+        return ScaleToNorm(norm)
