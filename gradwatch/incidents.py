@@ -17,7 +17,7 @@ from gradwatch.advice import advise
 from gradwatch.columns import widened
 from gradwatch.history import EARLY
 from gradwatch.records import SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
-from gradwatch.statistics import doubling, median_and_mad
+from gradwatch.statistics import doubling, median_and_mad, quiet_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,6 +33,8 @@ _BACK_IN_BAND = 2.0
 _LASTING = 12  # steps after which a loss that is still up is no longer a spike
 FAR = 5.0  # times the limit of a surge at which it speaks for itself
 _FIRST = 12  # steps in which an explosion is one of the initialisation
+_MOVED = 1.5  # times by which a layer's weights change at once only if something was done to them
+_ALONE = 4.0  # times the logarithm of any other layer's change
 _KEPT = 1000  # incidents of a run
 _TREND = 8  # steps of which growth is told
 _QUICK = 50.0  # steps within which gradients double, for growth to be worth a forecast
@@ -219,7 +221,7 @@ class Incidents:
             confirmed = step
         layers = self._layers(signs)
         phase = before.phase if before is not None and before.phase else _phase(self._history)
-        suspect = self._suspect(signs, layers, phase)
+        suspect = self._suspect(signs, layers, phase, self._moved(story) if before is None else None)
         if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
             suspect = before.suspect
         evidence = self._evidence(signs, story)
@@ -292,17 +294,55 @@ class Incidents:
             place = -int(history.order[index]) if alarm.kind == "dead" else int(history.order[index])
             key = (step, beyond, place)
             first[alarm.layer] = min(first.get(alarm.layer, key), key)
-        for index in np.flatnonzero(self._left >= 0).tolist() if grows else ():
+        out = (self._left >= 0) & ((history.surge() > LEFT_BAND) | (history.nonfinite > 0))
+        for index in np.flatnonzero(out).tolist() if grows else ():
             first.setdefault(history.layers[index], (int(self._left[index]), 0.0, int(history.order[index])))
         return tuple(sorted(first, key=first.__getitem__))
 
-    def _suspect(self, signs: Sequence[Alarm], layers: Sequence[str], phase: Phase | None) -> str | None:
+    def _suspect(
+        self, signs: Sequence[Alarm], layers: Sequence[str], phase: Phase | None, moved: str | None
+    ) -> str | None:
+        odd = self._odd_scale() if signs[0].step < _FIRST and signs[0].kind in EXPLOSION else None
+        if odd or moved:
+            return odd or moved
         if phase == "gradient" and not any(sign.sign == "growth" for sign in signs):
             return self._history.first_nonfinite()
         if phase == "loss" and not any(sign.sign == "growth" for sign in signs):
             return None
-        odd = self._odd_scale() if signs[0].step < _FIRST and signs[0].kind in EXPLOSION else None
-        return odd or (layers[0] if layers else None)
+        return layers[0] if layers else None
+
+    def _moved(self, story: _Story) -> str | None:
+        """The one layer whose weights changed at once while the others' did not, if there is one; it becomes a finding.
+
+        Weights come before gradients: where one layer was damaged, all gradients leave their band in the same step.
+        """
+        history = self._history
+        if history.row.weight_norm is None:
+            return None
+        with quiet_numpy():
+            change = np.abs(
+                np.log(np.maximum(history.weight, floor := self._floor()) / np.maximum(history.previous_weight, floor))
+            )
+        change[history.nonfinite_weight] = np.inf
+        change[np.isnan(history.previous_weight)] = np.nan
+        if np.count_nonzero(change >= 0) < 2:
+            return None
+        order = np.argsort(np.nan_to_num(change, nan=-1.0, posinf=np.inf))
+        first, second = change[order[-1]], change[order[-2]]
+        if not (first > math.log(_MOVED) and first > _ALONE * second):
+            return None
+        name = history.layers[int(order[-1])]
+        told = "became not finite" if math.isinf(first) else f"changed by a factor of {math.exp(first):.3g}"
+        story.findings.append(
+            f"the weights of {name} {told} within {history.weight_gap} steps, those of each other layer by at most "
+            f"{math.exp(second):.3g}"
+        )
+        return name
+
+    def _floor(self) -> Floats:
+        """Weight norms below which a change says little: half of a usual initialisation; a tenth for biases and gains."""
+        history = self._history
+        return np.where(history.matrices, 0.5 * np.sqrt(history.sizes / history.fan_in), 0.1 * np.sqrt(history.sizes))
 
     def _odd_scale(self) -> str | None:
         """The layer whose weights multiply what passes by more than ten times as much as its neighbours' do, if one does."""

@@ -297,6 +297,10 @@ class Monitor:
             self._pipeline.report(self._probe.seconds)
         return decision
 
+    def startled(self, row: Row) -> bool:
+        """See `gradwatch.rows.Judge`."""
+        return self._pipeline.startled(row)
+
     def bounds(self) -> Bounds | None:
         """See `gradwatch.rows.Judge`."""
         return self._pipeline.bounds()

@@ -120,11 +120,17 @@ class Pipeline:
         return not (
             self.history.rows <= _EVERY_STEP
             or self.history.rows % cadence(self.history.rows) == 0
-            or row.nonfinite is not None
-            or (row.has_loss and not row.loss <= self._loss_band)
             or self.alarms.stirring
             or self.incidents.open_explosion() is not None
-            or (row.grad_norm > self._band).any()
+            or self.startled(row)
+        )
+
+    def startled(self, row: Row) -> bool:
+        """True when the row is out of the ordinary, so that the weights should be looked at before they change again."""
+        return (
+            row.nonfinite is not None
+            or (row.has_loss and not row.loss <= self._loss_band)
+            or bool((row.grad_norm > self._band).any())
         )
 
     def bounds(self) -> Bounds | None:

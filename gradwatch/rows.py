@@ -46,6 +46,9 @@ class Judge(Protocol):
     def judge(self, row: Row) -> Decision:
         """Take a row; say what to do with its gradients. `done` follows, unless that is nothing."""
 
+    def startled(self, row: Row) -> bool:
+        """Say whether a row is out of the ordinary, before it is judged."""
+
     def bounds(self) -> Bounds | None:
         """Say what the coming rows may be and still go unjudged; None: all are judged."""
 
@@ -201,6 +204,9 @@ class Rows:
         whole = self._before_clip.only(mine.columns) if isinstance(self._before_clip, Measured) else now
         sampled = self._sampling.take(now, closely=self.closely)
         row = self._row(step, source, now, whole, sampled, rate, mine.family, returned)
+        if sampled.weight_norm is None and self._ranks is None and judge.startled(row):
+            looked = self._sampling.weights()
+            row = row._replace(weight_norm=looked.weight_norm, nonfinite_weight=looked.nonfinite_weight)
         decision = judge.judge(row)
         if decision is NOTHING:
             if source == "optimizer step" and scale == 1.0 and row.nonfinite is None:

@@ -102,6 +102,12 @@ class Sampling:
             sample.dead_share, sample.unchanged = self._dead_share.copy(), self._unchanged.copy()
         return sample
 
+    def weights(self) -> Sample:
+        """Look at the weights out of turn."""
+        sample = Sample(self.rows - 1, self._gone())
+        self._weights(sample)
+        return sample
+
     def _gone(self) -> NDArray[np.bool_]:
         gone = np.ones(len(self._layers), dtype=bool)
         gone[[column for column, _ in self._layers.parameters()]] = False

@@ -184,3 +184,18 @@ def test_a_resumed_run_knows_a_surge_in_its_first_steps() -> None:
             pipeline.step(row)
         found.append([(incident.kind, incident.opened_step) for incident in pipeline.incidents.all])
     assert found == [[], [("exploding", 5)]]
+
+
+def test_the_layer_whose_weights_were_changed_is_the_suspect_whoever_left_its_band_first() -> None:
+    """All gradients leave their band in the step after the damage; one layer's weights say where it was done."""
+    case = Case(
+        "damage",
+        None,
+        grad={"first": "0.1x80 9x4", "damaged": "0.1x80 5x4", "last": "0.1x80 30x4"},
+        weight={"first": "4x84", "damaged": "4x80 120x4", "last": "4x84"},
+        loss="1x80 60 80 90 95",
+        family="adam",
+    )
+    incident = only(run(case))
+    assert incident.suspect == "damaged"
+    assert any("the weights of damaged changed by a factor of 30 within" in line for line in incident.evidence)

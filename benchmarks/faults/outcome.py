@@ -1,6 +1,7 @@
 """What became of a run: the labels of the fault set, by outcome and never by intent.
 
-``python -m benchmarks.faults.outcome`` runs every program unwatched over three seeds and writes ``labels.json``.
+``python -m benchmarks.faults.outcome`` runs every program without labels unwatched over three seeds and writes
+``labels.json``; without that file it runs them all.
 """
 
 from __future__ import annotations
@@ -107,16 +108,18 @@ def main() -> None:
 
     from benchmarks.faults.programs import PROGRAMS
 
-    labels: dict[str, dict[str, object]] = {program.name: {} for program in PROGRAMS}
+    known = json.loads(LABELS.read_text()) if LABELS.exists() else {}
+    labels: dict[str, dict[str, object]] = {program.name: known.get(program.name, {}) for program in PROGRAMS}
+    missing = [index for index, program in enumerate(PROGRAMS) if program.name not in known]
     with ProcessPoolExecutor(2) as pool:
-        jobs = [pool.submit(_label, index, seed) for index in range(len(PROGRAMS)) for seed in SEEDS]
+        jobs = [pool.submit(_label, index, seed) for index in missing for seed in SEEDS]
         for job in track(as_completed(jobs), total=len(jobs), description="unwatched runs"):
             name, seed, found = job.result()
             labels[name][str(seed)] = found
     LABELS.write_text(
         json.dumps({name: dict(sorted(found.items())) for name, found in labels.items()}, indent=1) + "\n"
     )
-    for program in PROGRAMS:
+    for program in (PROGRAMS[index] for index in missing):
         _check(program, labels[program.name])
 
 

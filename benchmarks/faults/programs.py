@@ -23,6 +23,7 @@ _MODULES = (
     "transformers",
     "optimizer_state",
     "injected",
+    "one_layer",
     "plain_bugs",
     "adversarial",
     "healthy_supervised",
@@ -44,12 +45,13 @@ def _all() -> tuple[Program, ...]:
 PROGRAMS = _all()
 
 
-def draw() -> dict[str, Half]:
-    """Draw the halves, faulty and healthy programs apart."""
-    generator = random.Random("gradwatch")
-    halves: dict[str, Half] = {}
+def draw(drawn: dict[str, Half]) -> dict[str, Half]:
+    """Draw the halves of the programs that have none, faulty and healthy ones apart."""
+    generator = random.Random(f"gradwatch {len(drawn)}" if drawn else "gradwatch")
+    halves = dict(drawn)
     for faulty in (True, False):
-        names = sorted(program.name for program in PROGRAMS if (program.twin is not None) is faulty)
+        new = [program for program in PROGRAMS if program.name not in drawn]
+        names = sorted(program.name for program in new if (program.twin is not None) is faulty)
         generator.shuffle(names)
         for place, name in enumerate(names):
             halves[name] = "development" if place < len(names) / 2 else "report"
@@ -62,7 +64,5 @@ def halves() -> dict[str, Half]:
     return found
 
 
-if __name__ == "__main__":
-    if SPLIT.exists():
-        raise SystemExit(f"{SPLIT.name} stands: the halves are drawn once. Delete it only with a new fault set.")
-    SPLIT.write_text(json.dumps(draw(), indent=1) + "\n")
+if __name__ == "__main__":  # a program that has a half keeps it
+    SPLIT.write_text(json.dumps(draw(halves() if SPLIT.exists() else {}), indent=1) + "\n")
