@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _BUDGET = 16 * 2**20  # bytes of ring; 1,024 rows of 300 layers take 5 MB
 _FIRST_LOSSES = 16
 _SMALLEST = 16  # elements of a matrix that can be told by its norm
+_WARM = 50  # rows after which a rate that was not raised is taken for settled
 _RECENT = 100  # rows in which weights may have grown quickly
 EARLY = 12  # losses before which there is no usual scatter yet
 
@@ -83,6 +84,8 @@ class History:
         self.dead_share: Floats = np.full(count, np.nan)
         self.unchanged: Floats = np.full(count, np.nan)
         self.rate: Floats = np.full(count, np.nan)
+        self._top_rate, self._rose_at = -math.inf, 0
+        self._stuck_at, self._stuck = -1, False
         self.reference_loss = math.nan
         self._first_losses: list[float] = []
         self.losses = 0
@@ -97,8 +100,12 @@ class History:
         self._norm[slot] = row.global_norm
         self._coefficient[slot] = row.applied
         self.nonfinite = row.nonfinite if row.nonfinite is not None else self._all_finite
-        if row.rate is not None:
+        if row.rate is not None and row.rate is not self.rate:
             self.rate = row.rate
+            with quiet_numpy():
+                top = float(np.fmax.reduce(row.rate, initial=-math.inf))
+            if top > 1.0001 * self._top_rate:
+                self._top_rate, self._rose_at = top, self.rows
         if row.dead_share is not None:
             self.dead_share = row.dead_share
         if row.unchanged is not None:
@@ -308,9 +315,14 @@ class History:
     @property
     def stuck(self) -> bool:
         """True when at least 100 losses were seen and the last 32 lie less than a tenth below the reference loss."""
-        if self.losses < 100:
-            return False
-        return not self.gained(0.1, last=32)
+        if self._stuck_at != self.rows:
+            self._stuck_at, self._stuck = self.rows, self.losses >= 100 and not self.gained(0.1, last=32)
+        return self._stuck
+
+    @property
+    def warming_up(self) -> bool:
+        """True when a learning rate was the highest of the run within the last 50 rows: the run has not begun in earnest."""
+        return self.rows - self._rose_at < _WARM
 
     def gained(self, share: float, last: int = 16) -> bool:
         """True when the median of the last losses lies at least this share of the reference loss below it."""

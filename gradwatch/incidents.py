@@ -30,6 +30,7 @@ EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")
 CALM_STEPS = 20
 LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
 _BACK_IN_BAND = 2.0
+_STILL = 10.0  # times its typical gradient norm: a layer that has not settled
 _LASTING = 12  # steps after which a loss that is still up is no longer a spike
 FAR = 5.0  # times the limit of a surge at which it speaks for itself
 _FIRST = 12  # steps in which an explosion is one of the initialisation
@@ -54,7 +55,8 @@ class _Story:
     ceiling: float = math.nan
     peak: float = math.nan
     jumped: bool = False
-    settled: bool = False
+    look_at: int = _LASTING
+    level: float = math.nan
     lasting: bool = False
     ranks: tuple[int, ...] = ()
     findings: list[str] = field(default_factory=list)
@@ -151,22 +153,33 @@ class Incidents:
                 touched = True
                 story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
                 story.jumped = any(code == "GW102" for code, _ in story.firing)
-        if story.incident is not None and not story.settled and step - story.incident.opened_step >= _LASTING:
-            level, _ = self._history.loss_level(_LASTING - 2)
-            after = self._history.loss(last=_LASTING)
-            (first, _), (second, _) = (
-                median_and_mad(part) for part in (after[: _LASTING // 2], after[_LASTING // 2 :])
-            )
-            # a loss that comes down again is a change of the task, not a divergence
-            half_way = math.sqrt(story.peak * story.ceiling) if 0 < story.ceiling < story.peak else -math.inf
-            back = second < 0.8 * first or second < half_way
-            story.settled, story.lasting = True, level > story.ceiling and not back
+        if story.incident is not None and not story.lasting and step - story.incident.opened_step >= story.look_at:
+            story.lasting = self._stays_up(story)
+            story.look_at *= 2
             touched |= story.lasting
         if not active and self._over(name, step, calm=step - story.last_fired):
             return self._close(name, story, step)
         if not touched:
             return None
         return self._tell(story, step)
+
+    def _stays_up(self, story: _Story) -> bool:
+        """Look 12, 24, 48 ... steps after the opening: True when the loss is up and no longer comes down.
+
+        Up is twice what was usual. A loss that comes down is a change of the task. At first half of the way back is enough, counted in logarithms, later
+        two thirds of it; farther up, a fifth less than at the look before.
+        """
+        level, _ = self._history.loss_level(_LASTING - 2)
+        before, story.level = story.level, level
+        if not level > max(story.ceiling, 2 * story.ceiling):
+            return False
+        after = self._history.loss(last=_LASTING)
+        if story.look_at == _LASTING:
+            before, _ = median_and_mad(after[: _LASTING // 2])
+            level, _ = median_and_mad(after[_LASTING // 2 :])
+        way = 1 / 2 if story.look_at == _LASTING else 1 / 3
+        back = story.ceiling * (story.peak / story.ceiling) ** way if 0 < story.ceiling < story.peak else -math.inf
+        return not (level < back or before - level > abs(before) / 5)
 
     def _harm(self, story: _Story) -> bool:
         """Growth alone may be learning that begins; beside a loss that suffers, or far beyond its limit, it is not."""
@@ -178,7 +191,8 @@ class Incidents:
             or (
                 self._history.losses < EARLY
                 and self._history.row.family != "other"
-                and np.count_nonzero(self._history.matrices) > 1  # one layer alone does not multiply
+                and np.count_nonzero(self._history.matrices & self._history.arriving)
+                > 1  # one layer alone does not multiply
                 and "GW303" in {s.code for s in signs}
             )
             or self._history.loss_is_rising()
@@ -189,7 +203,8 @@ class Incidents:
 
         Where a plateau ends, most layers surge together while the loss is at its level or falls.
         """
-        far = [sign for sign in signs if sign.code == "GW301" and sign.value > FAR * sign.limit]
+        times = FAR if self._history.rows >= 2 * EARLY else 2 * FAR  # a few norms make no typical one
+        far = [sign for sign in signs if sign.code == "GW301" and sign.value > times * sign.limit]
         if not far:
             return False
         middle, scatter = self._history.loss_level()
@@ -197,7 +212,12 @@ class Incidents:
 
     def _falls(self, story: _Story) -> bool:
         """True when the loss, after it jumped, stays near where it jumped to or falls: the task may have changed."""
-        return story.jumped and not story.lasting and self._history.row.loss <= 1.25 * story.peak
+        history, confirmed = self._history, {"GW201", "GW202"} & {code for code, _ in story.firing}
+        if not story.jumped or story.lasting or confirmed or history.row.loss > story.peak + abs(story.peak) / 4:
+            return False
+        assert story.incident is not None
+        settled = history.row.step - story.incident.opened_step >= _LASTING
+        return not (settled and bool((history.surge() > _STILL).any()))
 
     def _over(self, name: str, step: int, calm: int) -> bool:
         if self._clipping is None or name != "explosion":

@@ -78,6 +78,11 @@ class Layers:
         inner = unwrapped(model)
         # rows of these weights are units, each fed by every input
         united = {id(module.weight) for module in inner.modules() if isinstance(module, (nn.Linear, _ConvNd))}
+        # a table is looked up, one row at a time; tied to an output it is a matrix as any other
+        tables = {
+            id(module.weight) for module in inner.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        }
+        tables -= united
         shapes = whole_shapes(inner)
         news = set()
         seen: dict[int, str] = {}
@@ -97,7 +102,10 @@ class Layers:
                     aliases.append(name)
             elif self.column(parameter) is None:
                 shape = shapes.get(id(parameter), parameter.shape)
-                news.add(self._take(name, parameter, shape, with_units=id(parameter) in united))
+                column = self._take(name, parameter, shape, with_units=id(parameter) in united)
+                if id(parameter) in tables:
+                    self.fan_in[column] = 1
+                news.add(column)
         return news
 
     def _take(self, name: str, parameter: nn.Parameter, shape: torch.Size, *, with_units: bool) -> int:

@@ -15,6 +15,7 @@ One line for each series, in the notation of `gradwatch.cases`; `#` begins a com
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +56,14 @@ def parse_trace(text: str, name: str = "trace") -> Case:
     layers: dict[str, dict[str, str]] = {"gradient": {}, "weight": {}}
     given: dict[str, Any] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        word, _, rest = line.partition("#")[0].strip().partition(" ")
+        word, *rest = line.partition("#")[0].split(None, 1) or [""]
         if not word:
             continue
         try:
             if word in layers:
-                layer, _, values = rest.strip().partition(" ")
-                series(values)
-                layers[word][layer] = values
+                _take(layers[word], word, "".join(rest))
             else:
-                given |= _setting(word, rest.strip())
+                given |= _setting(word, "".join(rest).strip())
         except ValueError as error:
             raise UsageError(f"{name}, line {number}: {error}") from error
     if not layers["gradient"]:
@@ -76,13 +75,30 @@ def parse_trace(text: str, name: str = "trace") -> Case:
     return Case(name, None, grad=layers["gradient"], weight=weights, **given)
 
 
+def _take(known: dict[str, str], word: str, text: str) -> None:
+    """Add a layer's series."""
+    layer, *values = text.split(None, 1) or [""]
+    if layer in known:
+        raise ValueError(f"the {word} of {layer!r} stands there twice.")
+    known[layer] = _series("".join(values))
+
+
+def _series(text: str) -> str:
+    if not series(text):
+        raise ValueError("a series of at least one value is missing.")
+    return text
+
+
 def _setting(word: str, value: str) -> dict[str, Any]:
     if word == "loss":
-        series(value)
-        return {"loss": value}
+        return {"loss": _series(value)}
     if word == "rate":
+        if not 0 <= float(value) < math.inf:
+            raise ValueError(f"a rate of {value} is none: expected a number of at least 0.")
         return {"rate": float(value)}
     if word == "elements":
+        if int(value) < 1:
+            raise ValueError(f"a layer of {value} elements is none: expected 1 at least.")
         return {"size": int(value)}
     if word == "optimizer":
         if value not in _FAMILIES:

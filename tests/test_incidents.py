@@ -199,3 +199,48 @@ def test_the_layer_whose_weights_were_changed_is_the_suspect_whoever_left_its_ba
     incident = only(run(case))
     assert incident.suspect == "damaged"
     assert any("the weights of damaged changed by a factor of 30 within" in line for line in incident.evidence)
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad", "weight", "by"),
+    [
+        ("1x40 50x6 38x200", "0.1x200", "4x200", 64),  # falls a little, and stays up
+        ("1x40 50x6 8x200", "0.1x200", "4x200", 64),
+        ("1x40 50x200", "0.1x40 5x200", "4x200", 52),
+        ("1x40 50 40x200", "0.1x40 5x200", "4x200", 64),  # the gradients stay fifty times as large
+        ("1x40 12x5 9x200", "0.1x40 3x200", "4x40 4*1.3x40", 50),  # the weights explode behind a loss that stays
+        ("-10x40 50x6 30x200", "0.1x40 5x200", "4x200", 64),
+        ("1x40 50 80 200 900", "0.1x40 5x20", "4x60", 41),  # goes on rising
+    ],
+)
+def test_a_jump_that_does_not_come_down_again_is_told(loss: str, grad: str, weight: str, by: int) -> None:
+    """As a spike at first; as more when it stays, when gradients do not settle, or when weights explode."""
+    pipeline = run(
+        Case("jump", None, grad={"a": grad, "b": grad}, weight={"a": weight, "b": weight}, loss=loss, family="adam")
+    )
+    first, *_ = pipeline.incidents.all
+    assert first.opened_step == 40
+    assert first.severity in ("warning", "critical")
+    told = [alarm.step for alarm in pipeline.changes]
+    assert min(told) >= 40
+    short = Case("jump", None, grad={"a": grad, "b": grad}, weight={"a": weight, "b": weight}, loss=loss, family="adam")
+    history, rows = short.rows()
+    early = Pipeline(history, default_rules(), None, [], lambda *_: None)
+    for row in rows:
+        early.step(row)
+        if any(incident.severity != "notice" for incident in early.incidents.all):
+            break
+    assert history.row.step <= by
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad"),
+    [
+        ("0.02x100 7.7 7 7.7 5.4 5.1 3.5 3.2 2.7 2.9 2.2 2.1 2*0.97x120", "0.4x100 7x4 4 3.6 3 2.8 2 1.5 1*0.98x120"),
+        ("0.25x60 1.5 1.8 1.1 0.8 0.7 0.6x8 0.48x8 0.4x40", "0.4x60 3 3 2 1.8 1.4 1 0.8x60"),
+    ],
+)
+def test_a_change_of_the_task_stays_a_notice(loss: str, grad: str) -> None:
+    """The loss jumps and comes down again, and so do the gradients."""
+    pipeline = run(Case("task", None, grad={"a": grad, "b": grad}, weight="5x200", loss=loss, family="adam"))
+    assert {incident.severity for incident in pipeline.incidents.all} == {"notice"}

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from gradwatch.cases import Case
 from gradwatch.rules.base import Rule
-from gradwatch.rules.no_traction import NoTraction
+from gradwatch.rules.no_traction import gain_missing
 
 if TYPE_CHECKING:
     from gradwatch.history import History
@@ -26,9 +26,10 @@ class AtChance(Rule):
     The loss is that of a model which gives each class the same probability, and has been since the beginning.
 
     ## Formula
-    `value` is that of GW101 (the gain that would be worth the word over the gain there is), where the median of the last
-    50 losses lies within 3 per cent of `ln(C)` with `C` the units of the last matrix; else `0`. It fires where
-    `value > limit` (1.0) for `for_steps` (50) steps.
+    `value` is the gain that would be worth the word over the gain there is, as in GW101, from `min_steps` (200) losses
+    on, where the median of the last `window` (50) losses lies within 3 per cent of `ln(C)` with `C` the units of the last
+    matrix, and the run's first losses within 6; else `0`, also while the rate still rises. It fires where `value > limit`
+    (1.0) for `for_steps` (50) steps. One output unit (a binary loss) has no such level.
 
     ## Why it is bad
     GW101 alone may be a plateau, or a loss that does not measure progress, as in reinforcement learning. A cross-entropy
@@ -39,7 +40,7 @@ class AtChance(Rule):
     `softmax` before a loss that has its own, for a `detach()`, and for inputs that are all alike.
 
     ## When it is harmless
-    A long warm-up; tasks with a long plateau before anything is learned, such as parity.
+    Tasks with a long plateau before anything is learned, such as parity.
 
     ## Source
     Karpathy, "A recipe for training neural networks" (2019): verify the loss at initialisation, -log(1 / classes).
@@ -58,16 +59,18 @@ class AtChance(Rule):
     )
 
     limit: float = Field(default=1.0, gt=0)
+    min_steps: int = Field(default=200, ge=20)
+    window: int = Field(default=50, ge=5)
     for_steps: int = Field(default=50, ge=1)
 
     def measure(self, history: History) -> Floats:
         """Return the gain worth the word over the gain, shape (1,); 0 away from chance level."""
-        if not history.matrices.any():
+        if history.losses < self.min_steps or history.warming_up or not history.matrices.any():
             return np.zeros(1)
         last = int(np.argmin(np.where(history.matrices, history.order, np.inf)))
         chance = math.log(max(history.sizes[last] / history.fan_in[last], 1.0))
         # nothing was gained, so the beginning lies there as well: most runs end here
         if not abs(history.reference_loss - chance) <= 2 * _NEAR * chance:
             return np.zeros(1)
-        level, _ = history.loss_level(NoTraction().window)
-        return NoTraction().measure(history) if abs(level - chance) <= _NEAR * chance else np.zeros(1)
+        level, _ = history.loss_level(self.window)
+        return np.array([gain_missing(history, self.window) if abs(level - chance) <= _NEAR * chance else 0.0])

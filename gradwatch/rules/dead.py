@@ -28,7 +28,7 @@ class Dead(Rule):
     ## Formula
     `value = dead units / units` of the layer, from the four samples, less `1 / sqrt(units)` but for the first layer: deep
     in a network at its start all inputs look alike to a unit, and it is on or off for all of them as a coin falls, so that
-    two deviations of the share of heads are chance; `1` where the layer's whole gradient norm is
+    two deviations of the share of heads are chance (told is the share less that); `1` where the layer's whole gradient norm is
     exactly zero on this step and was on each of the 48 before (a head that is used now and then rests). It fires where
     `value > limit` (0.5) for `for_steps` (16) steps. Only the weights of linear and convolutional layers have units; words
     that do not occur in an embedding are not dead. Nothing is, where the whole model's gradient is zero: the loss is at its

@@ -68,8 +68,12 @@ class NoTraction(Rule):
         """Return the gain worth the word over the gain, shape (1,); NaN before ``min_steps`` losses."""
         if history.losses < self.min_steps:
             return np.array([np.nan])
-        middle, scatter = median_and_mad(history.loss(last=self.window))
-        reference = history.reference_loss
-        gain = reference - middle
-        worth = max(scatter, abs(reference) / 50)
-        return np.array([worth / gain if gain > 0 else math.inf if gain <= 0 else math.nan])
+        return np.array([gain_missing(history, self.window)])
+
+
+def gain_missing(history: History, window: int) -> float:
+    """Return the gain that would be worth the word over the gain there is; infinite where there is none."""
+    middle, scatter = median_and_mad(history.loss(last=window))
+    gain = history.reference_loss - middle
+    worth = max(scatter, abs(history.reference_loss) / 50)
+    return worth / gain if gain > 0 else math.inf if gain <= 0 else math.nan

@@ -24,8 +24,8 @@ class OutOfScale(Rule):
 
     ## Formula
     `value = a / max(median(a), 0.5)` with the gain `a = ||w|| sqrt(f / n)` of a matrix with `n >= 16` elements and `f`
-    inputs, over at least three matrices; `0` while the loss is not stuck (100 steps and less than a tenth gained). It
-    fires where `value > limit` (10).
+    inputs (1 for an embedding, which is looked up), over at least three matrices; `0` while the loss is not stuck (100
+    steps and less than a tenth gained) or the rate still rises. It fires where `value > limit` (10).
 
     ## Why it is bad
     Optimizers move all layers by similar amounts: a layer that begins a hundred times too large stays so for thousands
@@ -57,4 +57,4 @@ class OutOfScale(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return each matrix's gain over the others', shape (L,)."""
-        return np.zeros(len(history.layers)) if not history.stuck else history.relative_gain()
+        return history.relative_gain() if history.stuck and not history.warming_up else np.zeros(len(history.layers))

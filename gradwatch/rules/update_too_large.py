@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from gradwatch.cases import Case
+from gradwatch.history import EARLY
 from gradwatch.rules.base import Rule
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ class UpdateTooLarge(Rule):
     `value = ||dw|| / max(||w||, 0.5 * sqrt(n / f))` for matrices of `n >= 16` elements and `f` inputs: the floor is half
     of a usual initialisation, for layers that start at zero. For SGD the update is known before it happens:
     `||dw|| = lr * c * ||g||`, with learning rate `lr` and the factor `c` of the user's own clipping (momentum adds to it
-    and is left out). Adam, AdamW, NAdam, Adamax and RMSprop move each element by about the rate while gradients point one
-    way, as at the start: `||dw|| = lr sqrt(n)`. All but SGD are measured as well, from below:
-    `||dw|| >= | ||w_t|| - ||w_{t-k}|| | / k` over the `k` steps between two samples of the weight norm. It fires where
-    `value > limit` (1.0) and resolves below `release * limit` (0.1): healthy is 1e-4 to 1e-1. Biases, gains and
-    optimizers with a line search are left out.
+    and is left out). Adam, AdamW, NAdam, Adamax and RMSprop move each element by the rate or more in their first steps:
+    there `lr sqrt(n)` counts by half, for healthy runs bear such an update as large as the weights. All but SGD are
+    measured as well, from below: `||dw|| >= | ||w_t|| - ||w_{t-k}|| | / k` over the `k` steps between two samples of the
+    weight norm. It fires where `value > limit` (1.0) and resolves below `release * limit` (0.1): healthy is 1e-4 to 1e-1.
+    Biases, gains and optimizers with a line search are left out.
 
     ## Why it is bad
     What the layer had learned is overwritten by a single batch.
@@ -57,7 +58,7 @@ class UpdateTooLarge(Rule):
         Case("SGD, before the first update", fires=0, grad="500x3", weight="2x3"),
         Case("SGD, healthy", fires=None, grad="5x100", weight="2x100"),
         Case("Adam, measured afterwards", fires=2, weight="2 2.1 20", family="adam"),
-        Case("Adam, a rate beyond the weights", fires=0, weight="5x5", rate=0.6, family="adam"),
+        Case("Adam, a rate beyond the weights", fires=0, weight="5x5", rate=1.2, family="adam"),
         Case(
             "Adam: a large gradient is no large update", fires=None, grad="500x50", weight="2*1.001x50", family="adam"
         ),
@@ -76,7 +77,7 @@ class UpdateTooLarge(Rule):
         else:
             moved = np.abs(history.weight - history.previous_weight) / history.weight_gap
             ratio = moved / np.maximum(history.previous_weight, floor)
-            if history.facts.optimizer in _RATE_SIZED:
+            if history.losses <= EARLY and history.facts.optimizer in _RATE_SIZED:
                 meant = history.rate * np.sqrt(history.sizes) / np.maximum(history.weight, floor)
-                ratio = np.fmax(ratio, meant)
+                ratio = np.fmax(ratio, meant / 2)
         return np.where(history.matrices & (history.sizes >= _SMALLEST), ratio, np.nan)

@@ -22,14 +22,15 @@ class WeightsRunAway(Rule):
     """Weights grow while the loss does not fall.
 
     ## What it means
-    A layer's weight norm is several times what it was at most a hundred steps ago, and the training has nothing to show
+    A layer's weight norm is several times what it was at most a hundred rows ago, and the training has nothing to show
     for it.
 
     ## Formula
-    `value = ||w|| / max(min ||w_k||, 0.5 * sqrt(n / f))`, with the least weight norm of the last 100 steps, for matrices
-    of `n >= 16` elements and `f` inputs (half of a usual initialisation, for layers that start near zero). Where the
-    median of the last 16 losses lies a fifth of the reference loss below it, there is progress, and only 0.4 of the value
-    counts. It fires where `value > limit` (4): growth by 4 without progress, by 10 with it.
+    `value = ||w|| / max(min ||w_k||, 0.5 * sqrt(n / f))`, with the least weight norm of the last 100 rows (steps, where
+    each is measured), for matrices of `n >= 16` elements and `f` inputs (half of a usual initialisation, for layers that
+    start near zero). Where the median of the last 16 losses lies a fifth of the reference loss below it, there is
+    progress, and only 0.4 of the value counts. It fires where `value > limit` (4): growth by 4 without progress, by 10
+    with it.
 
     ## Why it is bad
     It is an explosion in slow motion: steps are too large to settle, so the weights walk away instead.
@@ -61,7 +62,7 @@ class WeightsRunAway(Rule):
     limit: float = Field(default=4.0, gt=1)
 
     def measure(self, history: History) -> Floats:
-        """Return each matrix's growth within 100 steps, shape (L,); NaN for biases and before the sixteenth loss."""
+        """Return each matrix's growth within 100 rows, shape (L,); NaN for biases and before the sixteenth loss."""
         floor = 0.5 * np.sqrt(history.sizes / history.fan_in)
         growth = history.weight / np.maximum(history.least_weight, floor)
         counts = history.matrices & (history.sizes >= 16)
