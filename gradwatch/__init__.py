@@ -41,6 +41,7 @@ from gradwatch.monitor import Monitor
 from gradwatch.records import Alarm, ClipRecord, Incident, Row, Snapshot
 from gradwatch.reports.base import Report
 from gradwatch.rules import Rule, default_rules
+from gradwatch.suggest import Suggestion
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "Rule",
     "ScaleToNorm",
     "Snapshot",
+    "Suggestion",
     "TrainingUnstableError",
     "UsageError",
     "attach",

@@ -56,7 +56,8 @@ class Case:
     """A written run and the step at which a rule must fire on it (``None``: never).
 
     ``grad`` and ``weight`` are one series for all layers, or one for each named layer; a short series repeats its last
-    value. ``family`` is the optimizer's, ``rate`` its learning rate, ``size`` the elements of each layer.
+    value. ``clip`` is what the user's own clip left of the norm, as a series; none by default. ``family`` is the
+    optimizer's, ``rate`` its learning rate, ``size`` the elements of each layer.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Case:
     weight: str | Mapping[str, str] = "1.0"
     dead: str | Mapping[str, str] = "0"
     unchanged: str | Mapping[str, str] = "0"
+    clip: str = ""
     rate: float = 0.01
     family: Literal["sgd", "adam", "other"] = "sgd"
     size: int = 100
@@ -83,8 +85,8 @@ class Case:
                 ("unchanged", self.unchanged),
             )
         }
-        losses = series(self.loss)
-        steps = max(len(losses), *(len(values) for columns_ in columns.values() for values in columns_))
+        losses, left = series(self.loss), series(self.clip)
+        steps = max(len(losses), len(left), *(len(values) for columns_ in columns.values() for values in columns_))
         history = History(layers, sizes=[self.size] * len(layers))
         history.facts = Facts(optimizer=_OPTIMIZERS[self.family], family=self.family)
 
@@ -94,7 +96,8 @@ class Case:
                     word: np.array([values[min(step, len(values) - 1)] for values in layered])
                     for word, layered in columns.items()
                 }
-                yield _row(step, losses[min(step, len(losses) - 1)], now, self)
+                applied = left[min(step, len(left) - 1)] if left else math.nan
+                yield _row(step, losses[min(step, len(losses) - 1)], now, applied, self)
 
         return history, written()
 
@@ -114,7 +117,7 @@ class Case:
         return None
 
 
-def _row(step: int, loss: float, now: dict[str, Floats], case: Case) -> Row:
+def _row(step: int, loss: float, now: dict[str, Floats], applied: float, case: Case) -> Row:
     grad, weight = now["grad"], now["weight"]
     codes = np.where(np.isnan(grad), NonFinite.NAN, np.where(np.isinf(grad), NonFinite.INF, 0)).astype(np.uint8)
     return Row(
@@ -130,5 +133,8 @@ def _row(step: int, loss: float, now: dict[str, Floats], case: Case) -> Row:
         rate=np.full(len(grad), case.rate),
         dead_share=now["dead"],
         unchanged=now["unchanged"],
-        provenance=Provenance(source="written", loss="written"),
+        applied=1.0 if math.isnan(applied) else applied,
+        provenance=Provenance(
+            "written", "as the optimizer sees it" if math.isnan(applied) else "before the user's clip", "written"
+        ),
     )

@@ -112,6 +112,7 @@ class Gradients:
         self._rate = np.full(layers, np.nan)
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
         self.gate: Gate | None = None  # on a device, the typical norm of this optimizer's steps
+        self._slowed: list[tuple[dict[str, Any], Any]] = []
         self._lent: list[tuple[weakref.ref[Optimizer], str, Tensor | None]] = []
 
     def measure(self, scale: float = 1.0) -> Measured:
@@ -239,6 +240,13 @@ class Gradients:
                     self._hidden.append((parameter, parameter.grad))
                     parameter.grad = None
 
+    def slow(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply the learning rate of each parameter group for this step; schedulers go on with the user's own."""
+        for group in optimizer.param_groups:
+            if "lr" in group:
+                self._slowed.append((group, group["lr"]))
+                group["lr"] = group["lr"] * factor
+
     def folds(self, optimizer: Optimizer | None) -> bool:
         """True when a factor on all gradients can be left to the optimizer: it is fused, and all it owns is watched."""
         return self.skips(optimizer) and self.total == len(self.parameters)
@@ -265,7 +273,10 @@ class Gradients:
         setattr(optimizer, name, value)
 
     def restore(self) -> None:
-        """Give back what `hide` took, take back what `leave_to` gave."""
+        """Give back what `hide` took and what `slow` changed, take back what `leave_to` gave."""
+        for group, rate in self._slowed:
+            group["lr"] = rate
+        self._slowed.clear()
         for ref, name, value in reversed(self._lent):
             optimizer = ref()
             if optimizer is not None and value is not None:

@@ -282,6 +282,11 @@ class History:
         return self._last(self._step, last)
 
     @property
+    def clips_each_step(self) -> bool:
+        """True where a clip is in force whatever happens: the user's own, or auto-clip that is always on."""
+        return self.facts.clips_always or self.row.provenance.clipped == "before the user's clip"
+
+    @property
     def provenance(self) -> Provenance:
         """Where the last row's numbers come from."""
         return self.row.provenance

@@ -22,7 +22,7 @@ from gradwatch.statistics import doubling, median_and_mad, quiet_numpy
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from gradwatch.autoclip import Clipping
+    from gradwatch.clipping import Clipping
     from gradwatch.history import History
     from gradwatch.records import Floats
 

@@ -213,7 +213,10 @@ class Later:
         ``own``: what was exchanged are the norms after the user's own clip, or there was none.
         """
         norm = torch.sqrt(slot.singles[NOW])
-        bad = ~torch.isfinite(norm)
+        skips = orders.skip or orders.skip_above < math.inf
+        bad = norm > orders.skip_above
+        if orders.skip:
+            bad = bad | ~torch.isfinite(norm)
         clip, fires = orders.clip or orders.reserve, None
         if mine.gate is None or mine.gate.home != self.home:
             mine.gate = Gate(self.home)
@@ -240,13 +243,13 @@ class Later:
                 if clip.looks_inside and self._ranks is not None:
                     self._after = self._shared(mine.measure_unread(self.home, scale)).sum()
                     slot.singles[COEFFICIENT] = math.nan  # known at the next exchange
-        if orders.skip:
+        if skips:
             slot.singles[SKIPPED] = bad
         if coefficient is not None:
             slot.singles[COEFFICIENT] = coefficient
         if optimizer is not None and mine.skips(optimizer):
-            mine.leave_to(optimizer, coefficient, bad if orders.skip else None)
-        elif orders.skip:
+            mine.leave_to(optimizer, coefficient, bad if skips else None)
+        elif skips:
             zero_where(now.gradients, bad)
         return clip
 

@@ -21,6 +21,7 @@ from gradwatch.history import History
 from gradwatch.layers import Layers, facts_of, optimizer_facts
 from gradwatch.pipeline import Pipeline
 from gradwatch.probe import Probe
+from gradwatch.suggest import Suggestion, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +64,8 @@ class Monitor:
         self._strict = strict
         self._told: set[str] = set()
         self.history = History(layers.names, layers.sizes, layers.matrices, layers.fan_in)
-        self.history.facts = facts_of(model, layers, str(policy.clip) if policy else None)
+        facts = facts_of(model, layers, str(policy.clip) if policy else None)
+        self.history.facts = replace(facts, clips_always=policy is not None and policy.when == "always")
         self._batch: Any = None
         self._pipeline = Pipeline(self.history, rules, policy, reports, self.failed)
         self._probe = Probe(layers, self, every, scaler)
@@ -243,6 +245,14 @@ class Monitor:
 
         self._probe.catch_up()
         return Summary(self._pipeline.snapshot(self._probe.seconds))
+
+    def suggest_clip(self) -> Suggestion:
+        """Say what threshold this run's own norms suggest, and how many steps each choice would have clipped.
+
+        By the rows that the history keeps, norms before any clip; raises `UsageError` before there are 16 finite ones.
+        """
+        self._probe.catch_up()
+        return suggest(self.history.global_norm())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the run's baselines, in plain lists, so that a resumed run need not learn them again."""

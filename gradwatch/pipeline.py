@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.alarms import Alarms
-from gradwatch.autoclip import NOTHING, AutoClip, Clipping, Decision, Orders
+from gradwatch.autoclip import NOTHING, AutoClip, Decision, Orders
+from gradwatch.clipping import Clipping
 from gradwatch.columns import widened
 from gradwatch.incidents import CALM_STEPS, FAR, LEFT_BAND, Incidents
 from gradwatch.quiet import Bounds, cadence
@@ -99,6 +100,9 @@ class Pipeline:
             with quiet_numpy():
                 self._judge(row)
                 decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
+        if self.clipping is not None and self.clipping.news:
+            self.notes += self.clipping.news
+            self.clipping.news.clear()
         self.history.learn()
         return decision
 
@@ -139,7 +143,7 @@ class Pipeline:
             self.history.rows < _EVERY_STEP
             or self.alarms.stirring
             or self.incidents.open_explosion() is not None
-            or (self.clipping is not None and self.clipping.on)
+            or (self.clipping is not None and self.clipping.acts)
         ):
             return None
         until = min(
@@ -156,6 +160,7 @@ class Pipeline:
         self.changes.extend(changes)
         if changes and self.log is not None:
             self._tell(self.log, "judged", changes)
+        self.notes += [f"{alarm}." for alarm in changes if alarm.sign == "clip" and alarm.state == "firing"]
         self._news += tuple(self.incidents.update(changes, self._opening, row.step))
         # a layer without a typical norm yet is looked at whenever it has a gradient
         typical = self.history.typical_grad

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
-Sign = Literal["subtle", "confirming", "growth", "numeric", "silent"]
-Kind = Literal["exploding", "spike", "nonfinite", "diverging", "vanishing", "stalled", "dead", "frozen"]
+Sign = Literal["subtle", "confirming", "growth", "numeric", "silent", "clip"]
+Kind = Literal["exploding", "spike", "nonfinite", "diverging", "vanishing", "stalled", "dead", "frozen", "clipping"]
 Severity = Literal["notice", "warning", "critical"]
 Verdict = Literal["suspected", "confirmed", "resolved"]
 Phase = Literal["loss", "gradient", "weight"]
@@ -145,7 +145,12 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class ClipRecord:
-    """What auto-clip did about an incident, and whether it helped (``None``: not known yet)."""
+    """What auto-clip did about an incident, and whether it helped (``None``: not known yet).
+
+    ``norm_before`` is the largest global norm meanwhile, ``norm_after`` what was left of it. ``loss_before`` and
+    ``loss_after`` are levels. ``recovered_after``: steps after which the loss was back at its level for good. ``measures``
+    are those beyond clipping, in words.
+    """
 
     clip: str
     from_step: int
@@ -158,20 +163,36 @@ class ClipRecord:
     loss_after: float = float("nan")
     released_step: int | None = None
     helped: bool | None = None
+    recovered_after: int | None = None
+    measures: tuple[str, ...] = ()
+    family: Family = "other"
+
+    @property
+    def share(self) -> float:
+        """The share of the steps since ``from_step`` that were clipped; NaN before the first."""
+        return self.clipped / self.steps if self.steps else math.nan
 
     def __str__(self) -> str:
-        done = f"{self.clip} clipped {self.clipped} of {self.steps} steps"
+        parts = [f"{self.clip} clipped {self.clipped} of {self.steps} steps"]
         if self.skipped:
-            done += f", {self.skipped} skipped"
-        if np.isfinite(self.norm_before):
-            done += f"; largest norm {self.norm_before:.3g}"
+            parts[0] += f", {self.skipped} skipped"
+        if math.isfinite(self.norm_before):
+            left = f" -> {self.norm_after:.3g}" if math.isfinite(self.norm_after) else ""
+            parts.append(f"largest norm {self.norm_before:.3g}{left}")
+        parts += self.measures
         if self.released_step is None:
-            return f"{done}; still on"
-        outcome = "it helped" if self.helped else "it did not help, the learning rate is the likelier cause"
-        return (
-            f"{done}; loss {self.loss_before:.3g} -> {self.loss_after:.3g}; "
-            f"released at step {self.released_step}: {outcome}"
-        )
+            return "; ".join([*parts, "still on"])
+        parts.append(f"loss {self.loss_before:.3g} -> {self.loss_after:.3g}")
+        if self.recovered_after is not None:
+            parts[-1] += f", back to its level after {self.recovered_after} steps"
+        return "; ".join([*parts, f"released at step {self.released_step}: {self._outcome}"])
+
+    @property
+    def _outcome(self) -> str:
+        if self.helped:
+            return "it helped"
+        why = ": such an optimizer divides gradients by their own size" if self.family == "adam" else ""
+        return f"clipping did not help, the learning rate is the likelier cause{why}"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -216,7 +237,7 @@ class Incident:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of the model and its optimizer, for advice and reports."""
+    """What is known of the model and its optimizer, for advice and reports. ``clips_always``: auto-clip acts on each step."""
 
     model: str = "model"
     layers: int = 0
@@ -229,6 +250,7 @@ class Facts:
     family: Family = "other"
     rate: float = float("nan")
     clip: str | None = None
+    clips_always: bool = False
 
 
 @dataclass(frozen=True, slots=True)

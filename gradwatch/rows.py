@@ -327,6 +327,8 @@ class Rows:
         """Do to the gradients what was decided; return the norm after over the norm before."""
         if not self._may_act:
             return 1.0
+        if decision.rate != 1.0:
+            self._slow(mine, optimizer, decision.rate)
         if decision.skip and optimizer is not None and source != "left out by the scaler":
             mine.hide(optimizer)
         elif decision.skip:
@@ -349,6 +351,14 @@ class Rows:
                 )
             )
         return 1.0
+
+    def _slow(self, mine: Gradients, optimizer: Optimizer | None, rate: float) -> None:
+        if optimizer is not None:
+            mine.slow(optimizer, rate)
+            return
+        judge = self._judge()
+        if judge is not None:
+            judge.note("the learning rate is not known where no torch optimizer makes the update: it is not lowered.")
 
     def _clippable(self, source: Source, optimizer: Optimizer | None) -> bool:
         """False inside a line search: there the gradients belong to the search, and a clip would mislead it."""
@@ -403,6 +413,8 @@ class Rows:
             judge.note(f"{clip} has no apply_unread: it does not act on a device.")
         if orders is not None and clip is not None and not (knows and mine is not None and self._fits(clip, mine)):
             orders = replace(orders, clip=None, reserve=None)
+        if orders is not None and orders.rate != 1.0 and mine is not None:
+            self._slow(mine, optimizer, orders.rate)
         own = self._arrivals.own_norms()
         later.take(mine, now, before, facts, loss, optimizer, orders, own, closely=self.closely)
 

@@ -25,6 +25,7 @@ HOST = [
     "errors",
     "pipeline",
     "replay",
+    "suggest",
 ]
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
 

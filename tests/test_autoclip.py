@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -10,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
+from gradwatch.clipping import typical_norm
+from gradwatch.records import ClipRecord
+from tests.clipping import lived
 from tests.trainings import data, mlp, train
 
 
 def exploding(
-    clip: Any, steps: int = 60, at: int = 30, factor: float = 1e4, lasts: int = 6
+    clip: Any, steps: int = 60, at: int = 30, factor: float = 1e4, lasts: int = 6, rate: float = 0.01
 ) -> tuple[gradwatch.Monitor, list[list[Tensor]]]:
     """Train with SGD; for a few steps the loss is ``factor`` times as large. Return what the optimizer saw."""
     model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     seen: list[list[Tensor]] = []
     optimizer.register_step_pre_hook(
         lambda *_: seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
@@ -41,7 +46,7 @@ def norm(gradients: list[Tensor]) -> float:
 
 def test_the_gradients_of_the_very_step_are_clipped_by_norm() -> None:
     """The optimizer sees norm 1.0 on the step on which the incident opens, and whole gradients before it."""
-    monitor, seen = exploding("norm")
+    monitor, seen = exploding(gradwatch.ClipNorm(1.0))
     incident = monitor.incidents[0]
     assert (incident.kind, incident.opened_step) == ("exploding", 30)
     assert norm(seen[30]) == pytest.approx(1.0, rel=1e-4)
@@ -53,7 +58,7 @@ def test_the_gradients_of_the_very_step_are_clipped_by_norm() -> None:
 
 def test_the_gradients_of_the_very_step_are_clipped_by_value() -> None:
     """No element above 0.5."""
-    monitor, seen = exploding("value")
+    monitor, seen = exploding(gradwatch.ClipValue(0.5))
     assert monitor.incidents[0].opened_step == 30
     assert max(g.abs().max().item() for g in seen[30]) == pytest.approx(0.5)
     assert monitor.history.clip_coefficient()[30] == pytest.approx(
@@ -179,7 +184,7 @@ def test_ignore_lets_the_step_happen() -> None:
 
 def test_huge_finite_gradients_are_clipped_in_their_direction() -> None:
     """A norm that overflows float32 is measured again, not skipped."""
-    monitor, seen = exploding("norm", factor=1e25, lasts=1)
+    monitor, seen = exploding(gradwatch.ClipNorm(1.0), factor=1e25, lasts=1)
     assert 1e20 < monitor.history.global_norm()[30] < 1e30
     assert norm(seen[30]) == pytest.approx(1.0, rel=1e-4)
     assert not monitor.history.skipped().any()
@@ -187,7 +192,8 @@ def test_huge_finite_gradients_are_clipped_in_their_direction() -> None:
 
 def test_a_clip_that_still_bites_is_let_go_by_degrees() -> None:
     """A lasting higher level: the bounds widen step by step until they bite no more."""
-    monitor, seen = exploding(gradwatch.AutoClip("norm", hold=10), steps=250, factor=30.0, lasts=250)
+    policy = gradwatch.AutoClip(gradwatch.ClipNorm(1.0), hold=10)
+    monitor, seen = exploding(policy, steps=400, factor=50.0, lasts=400, rate=1e-3)
     norms = [norm(gradients) for gradients in seen]
     incident = monitor.incidents[0]
     assert incident.closed_step is not None
@@ -196,3 +202,223 @@ def test_a_clip_that_still_bites_is_let_go_by_degrees() -> None:
     assert bounds[:10] == pytest.approx([1.0] * 10, rel=1e-3)
     assert bounds[-1] > 1.5
     assert (np.diff(np.log(bounds)) <= np.log(1.031) * np.diff(clipped)).all()
+
+
+# Thresholds.
+
+
+@pytest.mark.parametrize(("threshold", "times"), [("auto", 2.0), (5.0, 5.0), (0.5, 0.5)])
+def test_the_threshold_is_taken_from_the_runs_own_norms(threshold: Any, times: float) -> None:
+    """So many times the median of the norms before the incident."""
+    monitor, seen = exploding(gradwatch.AutoClip("norm", threshold=threshold))
+    typical = float(np.median(monitor.history.global_norm()[:30]))
+    assert norm(seen[30]) == pytest.approx(times * typical, rel=1e-3)
+    assert monitor.incidents[0].clip is not None
+    assert f"max_norm={times * typical:.4g}" in str(monitor.incidents[0].clip)
+
+
+def test_the_typical_norm_is_that_of_the_calmest_stretch() -> None:
+    """Of a run whose norms fall it is the newest, of one whose norms already grow the one before; NaN is left out."""
+    falling, growing = (np.geomspace(*ends, 128) for ends in ((8.0, 0.5), (0.5, 8.0)))
+    for norms, calm in ((falling, falling[96:]), (growing, growing[:32])):
+        history, _ = lived([(value, 0.0, 0.0) for value in [*norms, math.nan, 1e9]])
+        assert typical_norm(history, but=1) == pytest.approx(float(np.median(calm)), rel=0.1)
+    assert math.isnan(typical_norm(lived([(1.0, 0.0, 0.0)] * 15)[0]))
+
+
+def test_a_young_run_keeps_the_clips_own_bounds() -> None:
+    """After four steps nothing is typical: the norm is 1.0."""
+    monitor, seen = exploding("norm", steps=12, at=4, factor=1e6, lasts=2)
+    assert monitor.incidents[0].opened_step <= 5
+    assert norm(seen[5]) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_an_automatic_threshold_goes_down_where_it_does_not_help() -> None:
+    """From 2 to 0.5 times the typical norm, a half at a time, and no lower."""
+    monitor, seen = exploding(gradwatch.AutoClip("norm", patience=10), steps=80, lasts=80)
+    typical = float(np.median(monitor.history.global_norm()[:30]))
+    bounds = [norm(gradients) / typical for gradients in seen[30:]]
+    rounded = [float(f"{bound:.2g}") for bound in bounds]
+    assert list(dict.fromkeys(rounded)) == [2.0, 1.0, 0.5]
+    assert rounded == sorted(rounded, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"threshold": 0.1}, r"AutoClip\(threshold.*0.5 to 10 times"),
+        ({"threshold": 20}, "0.5 to 10 times"),
+        ({"clip": "percentile", "threshold": 2.0}, "has no bound that a threshold could set"),
+        ({"threshold": 2.0, "when": "always"}, "taken when an incident opens"),
+        ({"escalate": ("stop", "rate")}, "'stop' as the last"),
+        ({"escalate": ("rate", "rate")}, "each measure once"),
+        ({"escalate": ("rewind",)}, "rewind"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused(settings: dict[str, Any], said: str) -> None:
+    """With the value and what was expected."""
+    with pytest.raises(gradwatch.UsageError, match=said):
+        gradwatch.AutoClip(**{"clip": "norm", **settings})
+
+
+# Relapse, going further, and what is said of it.
+
+
+def test_a_relapse_is_met_sooner_and_held_longer() -> None:
+    """Soon after a release a spike, which alone is a notice, switches it on, with the bounds of before and twice the hold."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    wild = {30, 31, 32, 33, 90, 91}
+    step = iter(range(200))
+
+    def loss_of(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(output, target) * (1e4 if next(step) in wild else 1.0)
+
+    with gradwatch.attach(model, clip=gradwatch.AutoClip("norm", hold=10), report=None, strict=True) as monitor:
+        train(model, optimizer, 200, loss_of=loss_of)
+    first, second = (incident.clip for incident in monitor.incidents[:2])
+    assert first is not None
+    assert second is not None
+    assert first.released_step is not None
+    assert second.released_step is not None
+    assert first.clip == second.clip
+    assert second.from_step <= 91
+    assert second.released_step - second.from_step >= 20 > first.released_step - first.from_step - 4
+
+
+def too_fast(escalate: tuple[str, ...], steps: int = 150, name: str = "SGD") -> dict[str, Any]:
+    """Train at a rate that is hundreds of times too high (thousands for Adam) from step 40 on; return what became of it."""
+    model = mlp(depth=4)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.02 if name == "SGD" else 1e-3)
+    used: list[float] = []
+    optimizer.register_step_post_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
+    held: list[float] = []
+
+    def schedule(step: int) -> None:
+        if step == 40:
+            optimizer.param_groups[0]["lr"] *= 300 if name == "SGD" else 5000
+        held.append(optimizer.param_groups[0]["lr"])
+
+    policy = gradwatch.AutoClip("norm", patience=10, escalate=escalate)
+    with gradwatch.attach(model, clip=policy, report=None, strict=True) as monitor:
+        losses = train(model, optimizer, steps, each=schedule)
+    return {"monitor": monitor, "losses": losses, "used": used, "held": held}
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_the_rate_is_lowered_only_if_allowed_and_each_step_of_it_is_told(name: str) -> None:
+    """The optimizer steps with the lowered rate; between steps the user's own stands, as schedulers need it."""
+    left = too_fast((), name=name)
+    assert set(left["held"]) == {left["held"][0], left["held"][-1]}
+    assert set(left["used"]) == set(left["held"])
+    lowered = too_fast(("rate",), name=name)
+    assert lowered["held"] == left["held"]
+    factors = np.array(lowered["used"]) / np.array(lowered["held"])
+    assert set(factors) <= {1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625}
+    assert min(factors) <= 0.5
+    assert (np.diff(factors) <= 0).all()
+    notes = [note for note in lowered["monitor"].notes if "learning rate x" in note]
+    assert len(notes) == len(set(factors)) - 1
+    record = lowered["monitor"].incidents[0].clip
+    assert record.measures[0] == f"learning rate x 0.5 from step {int(np.argmin(factors == 1.0))} on"
+    assert record.measures[0] in str(record)
+    assert np.median(lowered["losses"][-20:]) < np.median(left["losses"][-20:])
+
+
+def test_a_permanent_fault_ends_in_the_documented_stop_within_the_cap() -> None:
+    """Threshold down twice, skip, stop: each after its patience, with finite parameters and the reason."""
+    policy = gradwatch.AutoClip("norm", patience=10, escalate=("skip", "stop"), max_skips=5)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    step = iter(range(300))
+
+    def loss_of(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(output, target) * (1e4 if next(step) >= 30 else 1.0)
+
+    said = pytest.raises(gradwatch.TrainingUnstableError, match=r"has not helped for 10 steps.*go back to a checkpoint")
+    with gradwatch.attach(model, clip=policy, report=None, strict=True) as monitor, said:
+        train(model, optimizer, 300, loss_of=loss_of)
+    assert next(step) - 1 <= 30 + 5 * 10  # two thresholds, the skips, the stop
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    skipped = "".join("s" if one else "." for one in monitor.history.skipped())
+    assert max(map(len, skipped.split("."))) == 5
+    assert "left out from step" in monitor.notes[0]
+
+
+def test_under_adam_the_record_says_that_clipping_cannot_help() -> None:
+    """Whatever was allowed: such an optimizer divides gradients by their own size."""
+    record = ClipRecord("ClipNorm(max_norm=1.0)", 5, released_step=9, helped=False, family="adam")
+    assert str(record).endswith("likelier cause: such an optimizer divides gradients by their own size")
+    advice = " ".join(too_fast((), name="AdamW", steps=80)["monitor"].incidents[0].advice)
+    assert "clipping does not repair this, AdamW divides" in advice
+
+
+def test_the_record_tells_what_was_done_and_what_came_of_it() -> None:
+    """Counted again by plain loops over the history."""
+    monitor, seen = exploding(gradwatch.AutoClip("norm", hold=10), steps=120)
+    record = monitor.incidents[0].clip
+    assert record is not None
+    assert record.released_step is not None
+    history = monitor.history
+    coefficients = history.clip_coefficient()[record.from_step : record.released_step]
+    assert record.clipped == np.count_nonzero(coefficients < 1)
+    assert record.share == pytest.approx(record.clipped / (record.released_step - record.from_step), abs=0.05)
+    largest = int(np.argmax(history.global_norm()))
+    assert record.norm_before == pytest.approx(history.global_norm()[largest])
+    assert record.norm_after == pytest.approx(norm(seen[largest]), rel=1e-4)
+    level = record.loss_before + max(0.05 * record.loss_before, 0)
+    back = record.from_step + (record.recovered_after or 0)
+    assert history.loss()[back - 1] > level
+    assert f"back to its level after {record.recovered_after} steps" in str(record)
+    assert str(record).endswith(f"released at step {record.released_step}: it helped")
+
+
+# Skipping.
+
+EVERY = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name != "Optimizer"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_skip_leaves_every_optimizer_of_torch_as_it_was(name: str) -> None:
+    """Parameters and state to the bit; but for the count of evaluations that LBFGS keeps: that one did take place."""
+    model: nn.Module = nn.EmbeddingBag(10, 4, sparse=True) if name == "SparseAdam" else mlp()
+    owned = [p for p in model.parameters() if name != "Muon" or p.dim() == 2]
+    optimizer = getattr(torch.optim, name)(owned, lr=0.01)
+    x, y = data()
+    bags = torch.tensor([[1, 2, 3], [2, 2, 5]])
+
+    def closure(factor: float) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(bags).pow(2).sum() if name == "SparseAdam" else nn.functional.mse_loss(model(x), y)
+        (loss * factor).backward()
+        return loss
+
+    def kept() -> Any:
+        state = copy.deepcopy(optimizer.state_dict())
+        for one in state["state"].values():
+            one.pop("func_evals", None)
+        return [copy.deepcopy(model.state_dict()), state]
+
+    with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+        for step in range(8):
+            before = kept()
+            optimizer.step(lambda step=step: closure(math.nan if step == 5 else 1.0))
+            same = repr(before) == repr(kept()) and all(
+                torch.equal(one, other)
+                for one, other in zip(before[0].values(), model.state_dict().values(), strict=True)
+            )
+            if step == 5:
+                torch.testing.assert_close(kept(), before, rtol=0, atol=0)
+            elif name != "LBFGS":  # which may have come to its end
+                assert not same
+    assert np.flatnonzero(monitor.history.skipped()).tolist() == [5]
+
+
+def test_what_a_clip_does_all_the_time_is_told_in_a_note() -> None:
+    """GW501 from the hundredth row on, once, and no incident."""
+    model = mlp()
+    policy = gradwatch.AutoClip(gradwatch.ClipNorm(1e-3), when="always")
+    with gradwatch.attach(model, clip=policy, report=None, strict=True) as monitor:
+        train(model, torch.optim.SGD(model.parameters(), lr=0.01), 130)
+    assert [note.split(":")[0] for note in monitor.notes] == ["GW501 clip bites on most steps"]
+    assert monitor.incidents == []

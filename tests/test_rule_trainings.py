@@ -166,6 +166,26 @@ def labels_by_lot(faulty: bool) -> gradwatch.Monitor:
     return watched(model, optimizer, 320, loss_of=nn.functional.cross_entropy, x_y=(x, labels))
 
 
+def own_clip(bound: float, steps: int) -> gradwatch.Monitor:
+    """The user's own clip at a bound."""
+    model = mlp()
+
+    def clip(_: int) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), bound)
+
+    return watched(model, torch.optim.SGD(model.parameters(), lr=0.01), steps, each=clip)
+
+
+def clip_too_low(faulty: bool) -> gradwatch.Monitor:
+    """A clip at a thousandth of the usual norm, against one at ten times of it."""
+    return own_clip(1e-3 if faulty else 10.0, 120)
+
+
+def clip_too_high(faulty: bool) -> gradwatch.Monitor:
+    """A clip that nothing reaches for 600 steps, against one that bit on the first of them."""
+    return own_clip(1e6 if faulty else 0.3, 600)
+
+
 TRAININGS: dict[str, Training] = {
     "GW101": rate_of_nothing,
     "GW102": rate_too_high,
@@ -183,6 +203,8 @@ TRAININGS: dict[str, Training] = {
     "GW403": stale_optimizer,
     "GW404": one_large_layer,
     "GW405": labels_by_lot,
+    "GW501": clip_too_low,
+    "GW502": clip_too_high,
 }
 
 

@@ -55,8 +55,8 @@ class TestForm:
         )
 
     def test_its_code_says_its_family(self, rule: type[Rule]) -> None:
-        """GW1 subtle, GW2 confirming, GW3 growth and numeric, GW4 silent."""
-        family = {"1": {"subtle"}, "2": {"confirming"}, "3": {"growth", "numeric"}, "4": {"silent"}}
+        """GW1 subtle, GW2 confirming, GW3 growth and numeric, GW4 silent, GW5 clip."""
+        family = {"1": {"subtle"}, "2": {"confirming"}, "3": {"growth", "numeric"}, "4": {"silent"}, "5": {"clip"}}
         assert re.fullmatch(r"GW\d{3}", rule.code)
         assert rule.sign in family[rule.code[2]]
 

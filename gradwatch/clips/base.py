@@ -87,19 +87,21 @@ class Clip(Settings):
         keeps_direction: it multiplies all gradients by one factor.
         looks_inside: at single elements or units, so that only measuring again tells what is left of the norm.
         by_layer: it treats layers by their own norms.
+        takes_threshold: its bounds can be set by `at_norm`.
         needs_whole_layers: it cannot work on parts of layers, as sharded trainings hold them.
     """
 
     keeps_direction: ClassVar[bool] = False
     looks_inside: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
+    takes_threshold: ClassVar[bool] = False
     needs_whole_layers: ClassVar[bool] = False
 
     def __init__(self, **bounds: Any) -> None:
         super().__init__(**bounds)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        return ((name, value) for name, value in super().__repr_args__() if value != {})
+        return ((name, value) for name, value in super().__repr_args__() if name != "layers" or value)
 
     def apply(self, step: Step) -> float:
         """Change the step's gradients in place; return their global norm after over the one before.
@@ -120,9 +122,9 @@ class Clip(Settings):
         """Return a fresh memory of the run, for a clip whose bound follows from it; None: its bounds are its own."""
         return None
 
-    def at_norm(self, norm: float, history: History) -> Clip:  # noqa: ARG002
+    def at_norm(self, norm: float, history: History) -> Clip:
         """Return the same clip with its bounds where they stop a gradient whose global norm is above ``norm``."""
-        raise UsageError(f"{type(self).__name__} finds its bounds by itself: leave out threshold.")
+        raise NotImplementedError
 
     def check(self, layers: Sequence[str]) -> None:
         """Raise a `UsageError` where the clip cannot work on layers of these names."""

@@ -26,6 +26,7 @@ class ClipLayerNorm(PerLayer):
     """
 
     by_layer: ClassVar[bool] = True
+    takes_threshold: ClassVar[bool] = True
     max_norm: float = Field(default=1.0, gt=0)
 
     def __init__(self, max_norm: float = 1.0, **settings: Any) -> None:
@@ -56,6 +57,9 @@ class LayerBounds(Clip):
     model_config = ConfigDict(arbitrary_types_allowed=True)
     by_layer: ClassVar[bool] = True
     bounds: Any
+
+    def __str__(self) -> str:
+        return f"ClipLayerNorm at {np.nanmin(self.bounds):.3g} to {np.nanmax(self.bounds):.3g}"
 
     def apply(self, step: Step) -> float:
         """See `Clip.apply`."""

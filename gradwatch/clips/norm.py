@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ class ClipNorm(OneFactor):
     anyway. Source: Pascanu et al., "On the difficulty of training recurrent neural networks" (2013), arXiv:1211.5063.
     """
 
+    takes_threshold: ClassVar[bool] = True
     max_norm: float = Field(default=1.0, gt=0)
 
     def __init__(self, max_norm: float = 1.0, **settings: Any) -> None:
@@ -41,4 +42,4 @@ class ClipNorm(OneFactor):
 
     def at_norm(self, norm: float, history: History) -> ClipNorm:  # noqa: ARG002
         """See `Clip.at_norm`."""
-        return ClipNorm(norm)
+        return ClipNorm(float(f"{norm:.4g}"))  # it is read in reports

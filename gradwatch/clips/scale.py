@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ class ScaleToNorm(OneFactor):
     gradients with gradient clipping" (2019); normalised gradient descent, Nesterov (1984).
     """
 
+    takes_threshold: ClassVar[bool] = True
     norm: float = Field(default=10.0, gt=0)
 
     def __init__(self, norm: float = 10.0, **settings: Any) -> None:
@@ -44,4 +45,4 @@ class ScaleToNorm(OneFactor):
 
     def at_norm(self, norm: float, history: History) -> ScaleToNorm:  # noqa: ARG002
         """See `Clip.at_norm`."""
-        return ScaleToNorm(norm)
+        return ScaleToNorm(float(f"{norm:.4g}"))

@@ -27,6 +27,7 @@ class ClipValue(PerLayer):
     """
 
     looks_inside: ClassVar[bool] = True
+    takes_threshold: ClassVar[bool] = True
     max_value: float = Field(default=0.5, gt=0)
 
     def __init__(self, max_value: float = 0.5, **settings: Any) -> None:
@@ -58,7 +59,8 @@ class ClipValue(PerLayer):
 
     def at_norm(self, norm: float, history: History) -> ClipValue:
         """See `Clip.at_norm`: a gradient whose elements all stand at the bound has this norm."""
-        return self.loosened(norm / math.sqrt(history.sizes.sum()) / self.max_value)
+        value = float(f"{norm / math.sqrt(history.sizes.sum()):.4g}")
+        return ClipValue(value, layers=self.wider(value / self.max_value))
 
 
 def norm_left(step: Step) -> float:

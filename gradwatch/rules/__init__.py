@@ -8,6 +8,8 @@ from __future__ import annotations
 from gradwatch.errors import UsageError, did_you_mean
 from gradwatch.rules.at_chance import AtChance
 from gradwatch.rules.base import Rule
+from gradwatch.rules.clip_bites import ClipBites
+from gradwatch.rules.clip_never_bites import ClipNeverBites
 from gradwatch.rules.dead import Dead
 from gradwatch.rules.frozen import Frozen
 from gradwatch.rules.gradient_nonfinite import GradientNonFinite
@@ -41,6 +43,8 @@ RULES: tuple[type[Rule], ...] = (
     Frozen,
     OutOfScale,
     AtChance,
+    ClipBites,
+    ClipNeverBites,
 )
 
 
@@ -61,6 +65,8 @@ def rule_by_code(code: str) -> type[Rule]:
 __all__ = [
     "RULES",
     "AtChance",
+    "ClipBites",
+    "ClipNeverBites",
     "Dead",
     "Frozen",
     "GradientNonFinite",

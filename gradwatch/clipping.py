@@ -1,0 +1,340 @@
+"""Auto-clip in one run: on, how tight, what next, off again, and what it did about the incident.
+
+It never guesses for itself: it acts on the incident that the rules opened, in the very step in which it opened.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.autoclip import NOTHING, Decision, Orders
+from gradwatch.errors import TrainingUnstableError
+from gradwatch.records import SEVERITIES, ClipRecord, Severity
+
+if TYPE_CHECKING:
+    from gradwatch.autoclip import AutoClip
+    from gradwatch.clips import Clip
+    from gradwatch.history import History
+    from gradwatch.incidents import Incidents
+    from gradwatch.records import Row
+
+_LOOSEN = 1.03  # by step, while letting go: twice the bounds after 24 steps
+_LONG = 4  # times the hold after which it lets go although the loss has not come down: the task may be another one now
+_LEVEL = 16  # losses whose median must not rise meanwhile
+_IDLE = 10  # steps without a bite after which a loosened clip is let go
+_RELAPSE = 10  # times the hold after a release in which an explosion is the same one come back
+_YOUNG = 16  # norms before which there is no typical one, and the clip keeps its own bounds
+_PAST = 256  # norms among which the typical one is looked for,
+_STRETCH = 32  # in stretches of as many
+_WIDE, _NARROW = 2.0, 0.5  # times the typical norm: where an automatic threshold begins, and how low it goes
+_SURGE = 10.0  # times the typical norm: a step that "skip" leaves out
+_HALVINGS = 6  # of the learning rate
+
+
+class Clipping:
+    """Auto-clip's state in one run.
+
+    On, it clips with its bounds until the run has been calm for ``hold`` steps. If the clip no longer bites then, it lets go;
+    if it does, it lets go by degrees, loosening the bounds step by step until it bites no more. When the loss gets worse
+    meanwhile, it goes back to its bounds and holds twice as long; so it does when the explosion comes back soon after, and
+    then a notice is enough to switch it on. Where clipping does not help it goes on to the measures that the policy allows.
+
+    Attributes: ``clipped`` and ``skipped`` count steps, ``rate`` is the factor on the learning rates, which stays lowered to
+    the end of the run, ``news`` are sentences that nobody has been told yet.
+    """
+
+    def __init__(self, policy: AutoClip, history: History) -> None:
+        self.policy = policy
+        self.history = history
+        self.clipped = 0
+        self.skipped = 0
+        self.rate = 1.0
+        self.record: ClipRecord | None = None
+        self.news: list[str] = []
+        self._baseline = policy.clip.baseline()
+        self._looked = 0
+        self._bounds: Clip = policy.clip
+        self._reserve = -_YOUNG  # the row at which the bounds for a surge on a device were taken
+        self._typical = self._times = math.nan
+        self._skips_in_a_row = 0
+        self._hold = policy.hold
+        self._held_since = 0
+        self._released = -math.inf
+        self._looseness = 1.0
+        self._loss_ceiling = math.inf
+        self._well_below = math.inf
+        self._idle = 0
+        self._stage = 0
+        self._stage_from = 0
+        self._stage_level = math.inf
+        self._halvings = 0
+
+    @property
+    def on(self) -> bool:
+        """True while it clips."""
+        return self.record is not None or self.policy.when == "always"
+
+    @property
+    def acts(self) -> bool:
+        """True while no step may pass unseen."""
+        return self.on or self.rate != 1.0
+
+    # Which clip.
+
+    def clip(self, rows: int) -> Clip | None:
+        """Return the clip with the bounds of this moment, from the run's first ``rows`` rows; None: nothing to go by yet."""
+        clip = self._bounds if self._baseline is None else self._baseline.clip(self.history, rows)
+        return clip if self._looseness == 1.0 or clip is None else clip.loosened(self._looseness)
+
+    def _set_bounds(self, but: int) -> None:
+        """Take the policy's clip at its threshold, by the norms that came before the last ``but``."""
+        self._typical = typical_norm(self.history, but)
+        self._times = _WIDE if self.policy.threshold == "auto" else self.policy.threshold or math.nan
+        self._bounds = self._at_threshold()
+
+    def _at_threshold(self) -> Clip:
+        bound = self._times * self._typical
+        return self.policy.clip if math.isnan(bound) else self.policy.clip.at_norm(bound, self.history)
+
+    def orders(self, surge: float, far: float) -> Orders:
+        """Say what to do with the coming step, in advance; ``surge`` and ``far`` are the rules' limits."""
+        explosive = self.policy.when != "always" and "exploding" in self.policy.when
+        if explosive and not self.on and self.history.rows - self._reserve >= _YOUNG:
+            self._set_bounds(0)
+            self._reserve = self.history.rows
+        clip = self.clip(self.history.rows) if self.on or explosive else None
+        return Orders(
+            clip=clip if self.on else None,
+            reserve=clip if not self.on else None,
+            skip=self.policy.on_nonfinite != "ignore",
+            surge=surge,
+            far=far,
+            loss_ceiling=self.history.next_loss_ceiling(),
+            skip_above=self._skip_above,
+            rate=self.rate,
+        )
+
+    # What to do.
+
+    def decide(self, row: Row, incidents: Incidents) -> Decision:
+        """Say what to do with the gradients of ``row``, before the optimizer sees them.
+
+        Raises:
+            TrainingUnstableError: too many steps in a row had to be skipped, or all measures failed and the last is to stop.
+        """
+        incident = incidents.open_explosion()
+        if (
+            self.record is None
+            and incident is not None
+            and self._switches_on(incident.kind, incident.severity, row.step)
+        ):
+            self._begin(row)
+        if row.poisoned:
+            return self._skip(row) if self.policy.on_nonfinite != "ignore" else NOTHING
+        if self.record is not None:
+            self._go_further(row, incidents)
+        if row.global_norm > self._skip_above and self._skips_in_a_row < self.policy.max_skips:
+            self._skips_in_a_row += 1
+            return Decision(skip=True)
+        self._skips_in_a_row = 0
+        # an average of norms must not miss what the ring forgets
+        clip = self.clip(self.history.rows - 1) if self.on or self._falls_behind() else None
+        return Decision(clip if self.on else None, rate=self.rate) if self.acts else NOTHING
+
+    def _falls_behind(self) -> bool:
+        behind = self._baseline is not None and self.history.rows - self._looked >= self.history.window // 2
+        if behind:
+            self._looked = self.history.rows
+        return behind
+
+    def _switches_on(self, kind: str, severity: Severity, step: int) -> bool:
+        least: Severity = "notice" if self._relapses(step) else self.policy.severity
+        enough = SEVERITIES.index(severity) >= SEVERITIES.index(least)
+        return enough and self.policy.when != "always" and kind in self.policy.when
+
+    def _relapses(self, step: int) -> bool:
+        return step - self._released <= _RELAPSE * self.policy.hold
+
+    def _begin(self, row: Row) -> None:
+        before, scatter = self.history.loss_level()
+        before = before if math.isfinite(before) else row.loss
+        usual = scatter if self.history.losses >= _LEVEL else 0.0  # a few losses of an explosion have no usual scatter
+        self._well_below = before + max(usual, abs(before) / 20)
+        if self._relapses(row.step):
+            self._hold = min(2 * self._hold, 8 * self.policy.hold)
+        else:
+            self._hold = self.policy.hold
+            self._set_bounds(1)
+        self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family)
+        self._held_since, self._idle = row.step, 0
+        self._looseness, self._loss_ceiling = 1.0, math.inf
+        self._stage, self._stage_from, self._stage_level = 0, row.step, math.inf
+
+    def done(self, row: Row, decision: Decision, coefficient: float, incidents: Incidents) -> None:
+        """Take note of what was done to ``row``'s gradients; ``coefficient`` is norm after over norm before."""
+        clipped = decision.clip is not None and coefficient < 1.0
+        self.clipped += clipped
+        self.skipped += decision.skip
+        self._idle = 0 if clipped or decision.skip else self._idle + 1
+        if self.record is None:
+            return
+        norm = row.global_norm
+        record = replace(
+            self.record,
+            steps=self.record.steps + 1,
+            clipped=self.record.clipped + clipped,
+            skipped=self.record.skipped + decision.skip,
+            loss_after=row.loss,
+        )
+        if math.isfinite(norm) and not norm <= record.norm_before:
+            record = replace(record, norm_before=norm, norm_after=0.0 if decision.skip else norm * coefficient)
+        self.record = record
+        incidents.record_clip(record)
+
+    # Letting go.
+
+    def may_let_go(self, step: int, calm: int) -> bool:
+        """True when the run, calm for ``calm`` steps, needs the clip no more; loosens it when it still bites."""
+        if self.record is None:
+            return calm >= self.policy.hold
+        if min(calm, step - self._held_since) < self._hold:
+            if self._looseness > 1.0:
+                self._tighten(step)
+            return False
+        level, scatter = self.history.loss_level(_LEVEL)
+        if level > self._well_below and calm < _LONG * self._hold:
+            return False  # calm, but the harm is still there: letting go now would add to it
+        if self._idle >= (self._hold if self._looseness == 1.0 else _IDLE):
+            return True
+        if level > self._loss_ceiling:
+            self._tighten(step)
+            return False
+        if math.isfinite(level):
+            self._loss_ceiling = min(self._loss_ceiling, level + max(abs(level), 3 * scatter))
+        self._looseness *= _LOOSEN
+        return False
+
+    def _tighten(self, step: int) -> None:
+        """Go back to the bounds, for twice as long: letting go did harm."""
+        self._looseness, self._loss_ceiling = 1.0, math.inf
+        self._hold, self._held_since = 2 * self._hold, step
+
+    def let_go(self, step: int) -> ClipRecord | None:
+        """Switch off because the incident closes; return the finished record."""
+        if self.record is None:
+            return None
+        after, _ = self.history.loss_level(_LEVEL)
+        # where no loss was seen nothing speaks against it: the run became calm
+        helped = not math.isfinite(self.record.loss_before) or after <= self._well_below
+        record = replace(
+            self.record,
+            released_step=step,
+            helped=helped,
+            loss_after=after,
+            recovered_after=self._recovery(self.record.from_step) if helped else None,
+        )
+        self.record, self._looseness, self._released = None, 1.0, step
+        return record
+
+    def _recovery(self, start: int) -> int | None:
+        """Return the steps from ``start`` to the last loss above its level before the incident, and one more."""
+        losses, steps = self.history.loss(), self.history.steps()
+        losses = losses[steps >= start]
+        above = np.flatnonzero(~(losses <= self._well_below))
+        return None if not losses.size else int(above[-1]) + 1 if above.size else 0
+
+    # Going further.
+
+    @property
+    def _skip_above(self) -> float:
+        """The norm above which "skip", once it is its turn, leaves a step out."""
+        if self.record is None or "skip" not in self.policy.escalate[: self._stage]:
+            return math.inf
+        return math.inf if math.isnan(self._typical) else _SURGE * self._typical  # a young run has no such norm
+
+    def _go_further(self, row: Row, incidents: Incidents) -> None:
+        """Where the loss has not come down for ``patience`` steps: a lower threshold, then what else the policy allows."""
+        if row.step - self._stage_from < self.policy.patience or self._looseness > 1.0:
+            return
+        level, _ = self.history.loss_level(_LEVEL)
+        helps = not level > self._well_below or level < 0.9 * self._stage_level
+        self._stage_from, self._stage_level = row.step, min(level, self._stage_level)
+        if helps:
+            return
+        # an optimizer of Adam's kind moves as far by a small gradient as by a large one
+        narrows = self.policy.threshold == "auto" and self._times > _NARROW and row.family != "adam"
+        if narrows and not math.isnan(self._typical):
+            self._times /= 2
+            self._bounds = self._at_threshold()
+            assert self.record is not None
+            self.record = replace(self.record, clip=str(self._bounds))
+        elif self._stage < len(self.policy.escalate):
+            self._escalate(row, incidents, level)
+
+    def _escalate(self, row: Row, incidents: Incidents, level: float) -> None:
+        measure = self.policy.escalate[self._stage]
+        if measure == "skip" and row.family == "adam" and "rate" in self.policy.escalate:
+            self._stage += 1
+            measure = self.policy.escalate[self._stage]
+        told = f"Clipping has not helped for {self.policy.patience} steps: "
+        if measure == "stop":
+            self.record = None
+            raise TrainingUnstableError(
+                f"{told}the loss was {self._well_below:.3g} or below before step {self._began(incidents)} and is {level:.3g}. "
+                f"Stopped before step {row.step}, as the policy's last measure; parameters are those after the step before. "
+                "Lower the learning rate, or go back to a checkpoint from before the incident."
+            )
+        if measure == "rate":
+            self.rate /= 2
+            self._halvings += 1
+            self._stage += self._halvings == _HALVINGS
+            done = f"learning rate x {self.rate:g} from step {row.step} on"
+        else:
+            self._stage += 1
+            done = f"steps of more than {_SURGE:g} times the typical norm left out from step {row.step} on"
+        assert self.record is not None
+        self.record = replace(self.record, measures=(*self.record.measures, done))
+        self.news.append(f"{told}{done}.")
+
+    def _began(self, incidents: Incidents) -> int:
+        incident = incidents.open_explosion()
+        return incident.opened_step if incident is not None else 0
+
+    def _skip(self, row: Row) -> Decision:
+        self._skips_in_a_row += 1
+        weights = bool(self.history.nonfinite_weight.any())
+        if self.policy.on_nonfinite == "stop" or self._skips_in_a_row > self.policy.max_skips:
+            self.record = None
+            where = self.history.first_nonfinite() or "an unknown layer"
+            what = f"Gradients are not finite at step {row.step} (first in backward order: {where})"
+            if self.policy.on_nonfinite == "stop":
+                raise TrainingUnstableError(f'{what}, and on_nonfinite="stop". They were not applied.')
+            cause = (
+                "the weights themselves are not finite, so no later step can be better; go back to a checkpoint"
+                if weights
+                else "no batch since then gave finite gradients; look at the loss and the data of this step"
+            )
+            raise TrainingUnstableError(
+                f"{what}, after {self._skips_in_a_row - 1} steps skipped in a row of at most {self.policy.max_skips}: "
+                f"{cause}. No gradient that is not finite was applied since step {row.step - self._skips_in_a_row + 1}."
+            )
+        return Decision(skip=True)
+
+
+def typical_norm(history: History, but: int = 0) -> float:
+    """Return the run's typical global norm without the newest ``but``; NaN for a young run.
+
+    Of the last 256 norms the calmest stretch: the smallest of the medians of 32 in a row. Where norms fall as the run learns
+    that is the newest one, where they already grow the one before they did.
+    """
+    norms = history.global_norm(last=_PAST + but)
+    norms = norms[: len(norms) - but]
+    norms = norms[np.isfinite(norms) & (norms > 0)]
+    if norms.size < _YOUNG:
+        return math.nan
+    stretches = np.array_split(norms, max(1, norms.size // _STRETCH))
+    return min(float(np.median(stretch)) for stretch in stretches)

@@ -1,0 +1,66 @@
+"""GW501: the clip bites on most steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+_LAST = 100
+
+
+class ClipBites(Rule):
+    """The clip bites on most steps: it has become a learning rate.
+
+    ## What it means
+    On more than four in five of the last 100 steps a clip made the gradients smaller, be it your own or auto-clip's.
+
+    ## Formula
+    `value = steps with a clip coefficient below 1 / 100`, over the last 100 rows. It fires where `value > limit` (0.8), at
+    the earliest in row 100. It opens no incident and is told in a note.
+
+    ## Why it is bad
+    A clip is meant for the odd step. One that always bites makes every update the same length, so that the learning rate
+    no longer means what it says, and it can hide a fault: norms that grow behind it go unseen in the loss.
+
+    ## What to do
+    Look at the norms before the clip (`monitor.history.global_norm()`) and raise the threshold to where it catches
+    outliers only: `monitor.suggest_clip()` counts what each choice would have clipped. Where the norms themselves keep
+    growing, look for the cause: the learning rate, the scale of the targets, the initialisation.
+
+    ## When it is harmless
+    Where gradients are scaled to a fixed norm on purpose, and in the first phase of recipes that clip hard by design.
+
+    ## Source
+    Pascanu et al. (2013), arXiv:1211.5063: thresholds of half to ten times the average norm converge alike.
+    """
+
+    code: ClassVar[str] = "GW501"
+    name: ClassVar[str] = "clip bites on most steps"
+    sign: ClassVar[Sign] = "clip"
+    kind: ClassVar[Kind] = "clipping"
+    per_layer: ClassVar[bool] = False
+    urgent: ClassVar[bool] = False
+    opens: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("a threshold far too low", fires=99, clip="0.1x120"),
+        Case("from step 60 on", fires=140, clip="1x60 0.5x100"),
+        Case("every other step", fires=None, clip="1 0.5 1 0.5 1 0.5 1 0.5 1x150"),
+        Case("no clip", fires=None, grad="1x150"),
+    )
+
+    limit: float = Field(default=0.8, gt=0, lt=1)
+
+    def measure(self, history: History) -> Floats:
+        """Return the share of steps that were clipped, shape (1,)."""
+        if history.rows < _LAST:
+            return np.zeros(1)
+        return np.array([np.count_nonzero(history.clip_coefficient(last=_LAST) < 1) / _LAST])

@@ -1,0 +1,64 @@
+"""GW502: the clip never bites."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from gradwatch.cases import Case
+from gradwatch.rules.base import Rule
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
+
+
+class ClipNeverBites(Rule):
+    """The clip never bites: its threshold is above anything that comes.
+
+    ## What it means
+    You clip on each step, or auto-clip does with `when="always"`, and for hundreds of steps no gradient was large enough to
+    be touched.
+
+    ## Formula
+    `value = rows since a clip coefficient was below 1`, of those that the history keeps, where a clip is in force on each
+    step; else `0`. It fires where `value > limit` (500). It opens no incident and is told in a note.
+
+    ## Why it is bad
+    It is not, as long as all goes well. But a clip that has never bitten will not do much about the first spike either: a
+    threshold a hundred times above the usual norm lets a step through that is a hundred times too long.
+
+    ## What to do
+    Lower it to a few times the run's own typical norm, `monitor.suggest_clip()` names one, or leave it out.
+
+    ## When it is harmless
+    In runs whose early phase needed it, and where it stands as a last resort on purpose.
+
+    ## Source
+    Pascanu et al. (2013), arXiv:1211.5063: first observe common norms, then choose.
+    """
+
+    code: ClassVar[str] = "GW502"
+    name: ClassVar[str] = "clip never bites"
+    sign: ClassVar[Sign] = "clip"
+    kind: ClassVar[Kind] = "clipping"
+    per_layer: ClassVar[bool] = False
+    urgent: ClassVar[bool] = False
+    opens: ClassVar[bool] = False
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case("a threshold far too high", fires=500, clip="1x520"),
+        Case("it bit once, 300 steps ago", fires=None, clip="1x200 0.5 1x300"),
+        Case("no clip at all", fires=None, grad="1x520"),
+    )
+
+    limit: float = Field(default=500.0, gt=0)
+
+    def measure(self, history: History) -> Floats:
+        """Return the rows since the last bite, shape (1,)."""
+        if not history.clips_each_step or history.rows <= self.limit:
+            return np.zeros(1)
+        bites = np.flatnonzero(history.clip_coefficient() < 1)
+        kept = min(history.rows, history.window)
+        return np.array([float(kept - 1 - bites[-1]) if bites.size else float(kept)])

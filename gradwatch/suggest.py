@@ -1,0 +1,94 @@
+"""What threshold a run's own norms suggest: first observe common norms, then choose.
+
+Imports no torch: norms from a history, a run log or a written series are all the same here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.errors import UsageError
+
+if TYPE_CHECKING:
+    from gradwatch.records import Floats
+
+LEAST = 16  # norms from which a suggestion can be made
+_TIMES = (0.5, 1.0, 2.0, 5.0, 10.0)  # the band in which clipping still converges, Pascanu et al. 2013
+_CUSTOMARY = 1.0
+_RARE = 0.01  # the share of steps that a clip for outliers may touch
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One threshold: ``clipped`` of the observed steps had a norm above it."""
+
+    threshold: float
+    why: str
+    clipped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """What threshold for the global norm a run's own norms suggest.
+
+    ``typical`` is their median, ``largest`` their largest; both of the ``steps`` whose norm is finite, beside ``nonfinite``
+    ones. ``threshold`` is the suggestion, one of ``choices``, which are sorted by threshold.
+    """
+
+    threshold: float
+    typical: float
+    largest: float
+    steps: int
+    nonfinite: int
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        left_out = f", {self.nonfinite} more were not finite" if self.nonfinite else ""
+        lines = [
+            f"Clip the global norm at {self.threshold:.3g}: attach(model, clip=gradwatch.ClipNorm({self.threshold:.3g})).",
+            f"Typical norm {self.typical:.3g}, largest {self.largest:.3g}, over {self.steps:,} steps{left_out}.",
+            "",
+            f"{'threshold':>10}  {'would have clipped':>22}",
+        ]
+        for choice in self.choices:
+            share = f"{choice.clipped:,} steps ({100 * choice.clipped / self.steps:.1f} %)"
+            mark = "  <- suggested" if choice.threshold == self.threshold else ""
+            lines.append(f"{choice.threshold:>10.3g}  {share:>22}  {choice.why}{mark}")
+        return "\n".join(lines)
+
+
+def suggest(norms: Floats) -> Suggestion:
+    """Return what threshold these global norms suggest, shape (n,), of steps before any clip.
+
+    The suggestion is the smallest choice of at least the typical norm that would have clipped at most one step in a hundred;
+    where none would, ten times the typical norm. NaN and Inf are counted and left out, zeros are left out.
+
+    Raises:
+        UsageError: fewer than 16 norms are finite and larger than zero.
+
+    >>> print(suggest(np.array([0.5] * 60 + [0.6] * 39 + [30.0])).threshold)
+    1.0
+    """
+    norms = np.asarray(norms, dtype=np.float64)
+    finite = norms[np.isfinite(norms) & (norms > 0)]
+    if finite.size < LEAST:
+        raise UsageError(
+            f"A threshold was asked for after {finite.size} steps with a finite norm; expected {LEAST} at least. "
+            "Train on without a clip, then ask again."
+        )
+    typical = float(np.median(finite))
+    named = {times * typical: f"{times:g} times the typical norm" for times in _TIMES}
+    named[_CUSTOMARY] = "the customary default" + (f", {named[_CUSTOMARY]}" if _CUSTOMARY in named else "")
+    choices = tuple(Choice(bound, why, int(np.count_nonzero(finite > bound))) for bound, why in sorted(named.items()))
+    rare = [c.threshold for c in choices if typical <= c.threshold <= 10 * typical and c.clipped <= _RARE * finite.size]
+    return Suggestion(
+        threshold=rare[0] if rare else 10 * typical,
+        typical=typical,
+        largest=float(finite.max()),
+        steps=int(finite.size),
+        nonfinite=int(np.count_nonzero(~np.isfinite(norms))),
+        choices=choices,
+    )
