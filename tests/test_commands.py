@@ -14,6 +14,7 @@ import pytest
 from gradwatch.__main__ import main
 from gradwatch.commands import COMMANDS
 from gradwatch.runlog import RunLog
+from gradwatch.suggest import suggest
 from tests.test_run_log import watched
 
 if TYPE_CHECKING:
@@ -116,6 +117,14 @@ def test_compare_says_where_two_runs_part(runs: Path, capsys: pytest.CaptureFixt
     assert (same["first_difference"], same["losses"], same["layers"]) == (None, None, [])
     assert "the losses are the same numbers throughout" in said(capsys, "compare", runs / "well", runs / "well")
     assert "gradient norms part" in said(capsys, "compare", runs / "well", runs / "explodes")
+
+
+def test_suggest_finds_a_threshold_in_the_runs_own_norms(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one that `gradwatch.suggest` finds in the same norms."""
+    with RunLog(runs / "well") as log:
+        found = suggest(log.series().global_norm)
+    assert told(capsys, "suggest", runs / "well")["threshold"] == found.threshold
+    assert f"ClipNorm({found.threshold:.3g})" in said(capsys, "suggest", runs / "well")
 
 
 def test_export_to_csv_can_be_read_back(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

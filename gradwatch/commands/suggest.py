@@ -1,0 +1,41 @@
+"""`gradwatch suggest`: what threshold a run's own norms suggest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from gradwatch.runlog import RunLog
+from gradwatch.suggest import suggest
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import Console
+
+NAME = "suggest"
+HELP = "say what clip threshold a run's own norms suggest"
+EXAMPLES = """\
+  gradwatch suggest runs/today
+  gradwatch suggest runs/today --json
+
+First observe common norms, then choose. The norms are those before any clip."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """See `gradwatch.commands.Command`."""
+    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """See `gradwatch.commands.Command`."""
+    with RunLog(options.run_log) as log:
+        found = suggest(log.series().global_norm)
+    if options.json:
+        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
+    else:
+        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    return 0
