@@ -206,7 +206,8 @@ class Clipping:
                 self._tighten(step)
             return False
         level, scatter = self.history.loss_level(_LEVEL)
-        if level > self._well_below and calm < _LONG * self._hold:
+        # under Adam and its kin a clip that stays is of no use anyway
+        if level > self._well_below and calm < _LONG * self._hold and self.record.family != "adam":
             return False  # calm, but the harm is still there: letting go now would add to it
         if self._idle >= (self._hold if self._looseness == 1.0 else _IDLE):
             return True

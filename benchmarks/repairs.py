@@ -1,0 +1,265 @@
+"""What is done to a training to repair it, and what came of it: auto-clip, other ways to clip, and doing something at random."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Callable  # noqa: TC003  in the type of a table
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import gradwatch
+from benchmarks.faults.program import run_program
+from examples import digits_classifier, regression_mlp, rnn_long_sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+OURS, OURS_BY_VALUE = "auto-clip", "auto-clip by value"
+NORM, VALUE = "always norm 1.0", "always value 5.0"
+
+
+def _always(clip: gradwatch.Clip) -> gradwatch.AutoClip:
+    return gradwatch.AutoClip(clip, when="always", on_nonfinite="ignore")
+
+
+def _always_norm(bound: float) -> gradwatch.AutoClip:
+    return _always(gradwatch.ClipNorm(bound))
+
+
+def _always_value(bound: float) -> gradwatch.AutoClip:
+    return _always(gradwatch.ClipValue(bound))
+
+
+CLIPS: dict[str, Callable[[], gradwatch.AutoClip]] = {
+    OURS: lambda: gradwatch.AutoClip("norm"),
+    OURS_BY_VALUE: lambda: gradwatch.AutoClip("value"),
+    NORM: lambda: _always(gradwatch.ClipNorm(1.0)),
+    VALUE: lambda: _always(gradwatch.ClipValue(5.0)),
+    "always value 1.0": lambda: _always(gradwatch.ClipValue(1.0)),
+    "ZClip": lambda: _always(gradwatch.ClipZScore()),
+    "AutoClip 90": lambda: _always(gradwatch.ClipPercentile(90.0)),
+    "AGC 0.01": lambda: _always(gradwatch.ClipAGC()),
+    "AdaGC": lambda: _always(gradwatch.ClipAdaGC()),
+}
+NOTHING = "none"
+RANDOM = "random repair"
+OLMO = "OLMo skip"
+
+
+@dataclass
+class Outcome:
+    """What came of a run. ``errors`` are a training's own measures: train and test error, or accuracy, or the last loss.
+
+    ``final`` is the median of the last tenth of the losses (of those that are finite, where all parameters are), ``touched``
+    the number of steps that were changed, ``stopped`` the step of a `TrainingUnstableError`, ``finite`` whether all
+    parameters were at the end.
+    """
+
+    steps: int
+    final: float
+    nonfinite: int | None
+    stopped: int | None
+    finite: bool
+    touched: int = 0
+    told: tuple[str, ...] = ()
+    errors: tuple[float, ...] = ()
+
+    @property
+    def ended_well(self) -> bool:
+        """True when it ended finite, or in the stop with finite parameters."""
+        return self.finite and (self.stopped is not None or math.isfinite(self.final))
+
+
+class Repaired:
+    """A run to which a method is applied; a watcher of the fault set."""
+
+    def __init__(self, method: str, lot: str) -> None:
+        self._method = method
+        self._lot = random.Random(lot)
+        self.losses: list[float] = []
+        self.monitor: gradwatch.Monitor | None = None
+        self._handles: list[Any] = []
+
+    def watch(self, model: nn.Module) -> None:
+        """See `benchmarks.faults.program.Watcher`."""
+        self._model = model
+        if self._method in CLIPS:
+            self.monitor = gradwatch.attach(model, clip=CLIPS[self._method](), report=None, strict=True)
+        elif self._method == RANDOM:
+            self._repair_at_random()
+        elif self._method == OLMO:
+            self._skip_outliers()
+
+    def step(self, loss: float) -> None:
+        """See `benchmarks.faults.program.Watcher`."""
+        self.losses.append(loss)
+
+    def end(self) -> None:
+        """Take everything away again."""
+        for handle in self._handles:
+            handle.remove()
+        if self.monitor is not None:
+            self.monitor.detach()
+
+    def _repair_at_random(self) -> None:
+        """One of the repairs that repair tools try, drawn by lot, from the first step on."""
+        actions: list[Callable[[torch.optim.Optimizer], None]] = [
+            lambda optimizer: _rate(optimizer, 0.1),
+            lambda optimizer: _rate(optimizer, 10.0),
+            lambda _: _clip(self._model, lambda p: nn_utils.clip_grad_norm_(p, 1.0)),
+            lambda _: _clip(self._model, lambda p: nn_utils.clip_grad_value_(p, 0.5)),
+            lambda optimizer: _decay(optimizer, 1e-3),
+            lambda _: None,
+        ]
+        action = self._lot.choice(actions)
+        rates: list[list[float]] = []
+
+        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            action(optimizer)
+
+        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if rates:
+                for group, rate in zip(optimizer.param_groups, rates.pop(), strict=True):
+                    group["lr"] = rate
+
+        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+    def _skip_outliers(self) -> None:
+        """OLMo-core's: leave out steps whose loss before or norm is six standard deviations above the last 128."""
+        norms: deque[float] = deque(maxlen=128)
+        hidden: list[tuple[nn.Parameter, Tensor]] = []
+
+        def before(*_: Any) -> None:
+            gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+            norm = float(nn_utils.get_total_norm(gradients))
+            past = np.array(norms)
+            if len(past) >= 64 and not norm <= past.mean() + 6 * past.std():
+                for parameter in self._model.parameters():
+                    if parameter.grad is not None:
+                        hidden.append((parameter, parameter.grad))
+                        parameter.grad = None
+            norms.append(norm)
+
+        def after(*_: Any) -> None:
+            while hidden:
+                parameter, gradient = hidden.pop()
+                parameter.grad = gradient
+
+        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+
+nn_utils = torch.nn.utils
+
+
+def _rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * factor
+
+
+def _clip(model: nn.Module, clip: Callable[[list[nn.Parameter]], Any]) -> None:
+    clip([p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse])
+
+
+def _decay(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(1 - decay)
+
+
+def repaired(method: str, train: Any, seed: int, steps: int, lot: str = "") -> dict[str, Any]:
+    """Run a training with a method applied; return its `Outcome` as a dict."""
+    torch.set_num_threads(1)
+    run = Repaired(method, f"{lot}/{seed}")
+    stopped = None
+    try:
+        run_program(train, seed, steps, run)
+    except gradwatch.TrainingUnstableError:
+        stopped = len(run.losses)
+    finally:
+        run.end()
+    losses = np.array(run.losses or [math.nan])
+    bad = np.flatnonzero(~np.isfinite(losses))
+    finite = all(bool(p.isfinite().all()) for p in run._model.parameters())
+    last = losses[-max(1, len(losses) // 10) :]
+    if finite and np.isfinite(last).any():  # the loss of a bad batch that did no harm
+        last = last[np.isfinite(last)]
+    outcome = Outcome(
+        steps=len(run.losses),
+        final=float(np.median(last)),
+        nonfinite=int(bad[0]) if bad.size else None,
+        stopped=stopped,
+        finite=finite,
+    )
+    if run.monitor is not None:
+        clipping = run.monitor._pipeline.clipping
+        assert clipping is not None
+        outcome.touched = clipping.clipped + clipping.skipped
+        outcome.told = tuple(f"{i}: {i.clip}" for i in run.monitor.incidents if i.clip is not None)
+    return asdict(outcome)
+
+
+# The trainings of the examples.
+
+Policy = gradwatch.AutoClip | str | None
+_ON_SEQUENCES: dict[str, Callable[[], Policy]] = {
+    "none": lambda: None,
+    "always norm 1": partial(_always_norm, 1.0),
+    "always norm 5": partial(_always_norm, 5.0),
+    "auto-clip": lambda: "norm",
+}
+REGRESSION: dict[str, Callable[[], Policy]] = {
+    NOTHING: lambda: None,
+    "auto-clip norm": lambda: "norm",
+    "auto-clip value": lambda: "value",
+    **{f"always norm {bound:g}": partial(_always_norm, bound) for bound in (0.5, 1.0, 2.0, 5.0, 10.0)},
+    "always norm 1 of each tensor": lambda: _always(gradwatch.ClipLayerNorm(1.0)),
+    **{f"always value {bound:g}": partial(_always_value, bound) for bound in (0.5, 1.0, 5.0, 10.0)},
+    "always norm 1, then value 0.5": lambda: _always(gradwatch.ClipNormThenValue(1.0, 0.5)),
+    "always norm 5, then value 1": lambda: _always(gradwatch.ClipNormThenValue(5.0, 1.0)),
+    "always scaled to norm 10": lambda: _always(gradwatch.ScaleToNorm(10.0)),
+}
+DIGITS: dict[str, tuple[float, Callable[[], Policy]]] = {
+    "digits, rate 0.1, none": (digits_classifier.HEALTHY_RATE, lambda: None),
+    "digits, rate 0.1, always norm 1": (digits_classifier.HEALTHY_RATE, partial(_always_norm, 1.0)),
+    "digits, rate 0.1, auto-clip": (digits_classifier.HEALTHY_RATE, lambda: "norm"),
+    "digits, rate 3, none": (digits_classifier.WRECKING_RATE, lambda: None),
+    "digits, rate 3, always norm 1": (digits_classifier.WRECKING_RATE, partial(_always_norm, 1.0)),
+    "digits, rate 3, auto-clip": (digits_classifier.WRECKING_RATE, lambda: "norm"),
+    "digits, rate 3, auto-clip that may lower the rate": (
+        digits_classifier.WRECKING_RATE,
+        lambda: gradwatch.AutoClip("norm", escalate=("rate",)),
+    ),
+}
+SEQUENCES: dict[str, tuple[str, Callable[[], Policy]]] = {
+    f"{cell}, {name}": (cell, policy) for cell in ("rnn", "lstm") for name, policy in _ON_SEQUENCES.items()
+}
+
+
+def trained(name: str, seed: int) -> dict[str, Any]:
+    """Run one of the examples' trainings; return its `Outcome` as a dict."""
+    torch.set_num_threads(1)
+    errors: tuple[float, ...]
+    if name in REGRESSION:
+        result, monitor = regression_mlp.watched(seed, REGRESSION[name]())
+        errors, losses = (result.train_error, result.test_error), result.losses
+    elif name in DIGITS:
+        rate, policy = DIGITS[name]
+        accuracy, monitor = digits_classifier.train(rate, policy(), seed)
+        errors, losses = (accuracy,), [0.0]
+    else:
+        cell, policy = SEQUENCES[name]
+        sequence = rnn_long_sequence.train(cell, policy(), steps=200, seed=seed)
+        losses, monitor = sequence.losses, sequence.monitor
+        errors = (float(np.mean(losses[-20:])),)
+    bad = [step for step, loss in enumerate(losses) if not math.isfinite(loss)]
+    told = tuple(f"{i}: {i.clip}" for i in monitor.incidents if i.clip is not None)
+    return asdict(Outcome(len(losses), errors[-1], bad[0] if bad else None, None, not bad, told=told, errors=errors))
