@@ -13,6 +13,7 @@ import numpy as np
 
 from gradwatch.autoclip import NOTHING, Decision, Orders
 from gradwatch.errors import TrainingUnstableError
+from gradwatch.escalation import SURGE, Escalation
 from gradwatch.records import SEVERITIES, ClipRecord, Severity
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ _YOUNG = 16  # norms before which there is no typical one, and the clip keeps it
 _PAST = 256  # norms among which the typical one is looked for,
 _STRETCH = 32  # in stretches of as many
 _WIDE, _NARROW = 2.0, 0.5  # times the typical norm: where an automatic threshold begins, and how low it goes
-_SURGE = 10.0  # times the typical norm: a step that "skip" leaves out
-_HALVINGS = 6  # of the learning rate
 
 
 class Clipping:
@@ -43,8 +42,7 @@ class Clipping:
     meanwhile, it goes back to its bounds and holds twice as long; so it does when the explosion comes back soon after, and
     then a notice is enough to switch it on. Where clipping does not help it goes on to the measures that the policy allows.
 
-    Attributes: ``clipped`` and ``skipped`` count steps, ``rate`` is the factor on the learning rates, which stays lowered to
-    the end of the run, ``news`` are sentences that nobody has been told yet.
+    Attributes: ``clipped`` and ``skipped`` count steps, ``further`` is what is done beyond clipping.
     """
 
     def __init__(self, policy: AutoClip, history: History) -> None:
@@ -52,9 +50,8 @@ class Clipping:
         self.history = history
         self.clipped = 0
         self.skipped = 0
-        self.rate = 1.0
+        self.further = Escalation(policy)
         self.record: ClipRecord | None = None
-        self.news: list[str] = []
         self._baseline = policy.clip.baseline()
         self._looked = 0
         self._bounds: Clip = policy.clip
@@ -68,10 +65,8 @@ class Clipping:
         self._loss_ceiling = math.inf
         self._well_below = math.inf
         self._idle = 0
-        self._stage = 0
-        self._stage_from = 0
-        self._stage_level = math.inf
-        self._halvings = 0
+        self._judged_at = 0
+        self._judged_level = math.inf
 
     @property
     def on(self) -> bool:
@@ -81,7 +76,7 @@ class Clipping:
     @property
     def acts(self) -> bool:
         """True while no step may pass unseen."""
-        return self.on or self.rate != 1.0
+        return self.on or self.further.rate != 1.0
 
     # Which clip.
 
@@ -115,7 +110,7 @@ class Clipping:
             far=far,
             loss_ceiling=self.history.next_loss_ceiling(),
             skip_above=self._skip_above,
-            rate=self.rate,
+            rate=self.further.rate,
         )
 
     # What to do.
@@ -143,7 +138,7 @@ class Clipping:
         self._skips_in_a_row = 0
         # an average of norms must not miss what the ring forgets
         clip = self.clip(self.history.rows - 1) if self.on or self._falls_behind() else None
-        return Decision(clip if self.on else None, rate=self.rate) if self.acts else NOTHING
+        return Decision(clip if self.on else None, rate=self.further.rate) if self.acts else NOTHING
 
     def _falls_behind(self) -> bool:
         behind = self._baseline is not None and self.history.rows - self._looked >= self.history.window // 2
@@ -172,7 +167,8 @@ class Clipping:
         self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family)
         self._held_since, self._idle = row.step, 0
         self._looseness, self._loss_ceiling = 1.0, math.inf
-        self._stage, self._stage_from, self._stage_level = 0, row.step, math.inf
+        self._judged_at, self._judged_level = row.step, math.inf
+        self.further.begin()
 
     def done(self, row: Row, decision: Decision, coefficient: float, incidents: Incidents) -> None:
         """Take note of what was done to ``row``'s gradients; ``coefficient`` is norm after over norm before."""
@@ -252,18 +248,19 @@ class Clipping:
 
     @property
     def _skip_above(self) -> float:
-        """The norm above which "skip", once it is its turn, leaves a step out."""
-        if self.record is None or "skip" not in self.policy.escalate[: self._stage]:
+        """The norm above which a step is left out, once that is allowed; a young run has no such norm."""
+        if self.record is None or not self.further.skips or math.isnan(self._typical):
             return math.inf
-        return math.inf if math.isnan(self._typical) else _SURGE * self._typical  # a young run has no such norm
+        return SURGE * self._typical
 
     def _go_further(self, row: Row, incidents: Incidents) -> None:
         """Where the loss has not come down for ``patience`` steps: a lower threshold, then what else the policy allows."""
-        if row.step - self._stage_from < self.policy.patience or self._looseness > 1.0:
+        assert self.record is not None
+        if row.step - self._judged_at < self.policy.patience or self._looseness > 1.0:
             return
         level, _ = self.history.loss_level(_LEVEL)
-        helps = not level > self._well_below or level < 0.9 * self._stage_level
-        self._stage_from, self._stage_level = row.step, min(level, self._stage_level)
+        helps = not level > self._well_below or level < 0.9 * self._judged_level
+        self._judged_at, self._judged_level = row.step, min(level, self._judged_level)
         if helps:
             return
         # an optimizer of Adam's kind moves as far by a small gradient as by a large one
@@ -271,39 +268,12 @@ class Clipping:
         if narrows and not math.isnan(self._typical):
             self._times /= 2
             self._bounds = self._at_threshold()
-            assert self.record is not None
             self.record = replace(self.record, clip=str(self._bounds))
-        elif self._stage < len(self.policy.escalate):
-            self._escalate(row, incidents, level)
-
-    def _escalate(self, row: Row, incidents: Incidents, level: float) -> None:
-        measure = self.policy.escalate[self._stage]
-        if measure == "skip" and row.family == "adam" and "rate" in self.policy.escalate:
-            self._stage += 1
-            measure = self.policy.escalate[self._stage]
-        told = f"Clipping has not helped for {self.policy.patience} steps: "
-        if measure == "stop":
-            self.record = None
-            raise TrainingUnstableError(
-                f"{told}the loss was {self._well_below:.3g} or below before step {self._began(incidents)} and is {level:.3g}. "
-                f"Stopped before step {row.step}, as the policy's last measure; parameters are those after the step before. "
-                "Lower the learning rate, or go back to a checkpoint from before the incident."
-            )
-        if measure == "rate":
-            self.rate /= 2
-            self._halvings += 1
-            self._stage += self._halvings == _HALVINGS
-            done = f"learning rate x {self.rate:g} from step {row.step} on"
-        else:
-            self._stage += 1
-            done = f"steps of more than {_SURGE:g} times the typical norm left out from step {row.step} on"
-        assert self.record is not None
-        self.record = replace(self.record, measures=(*self.record.measures, done))
-        self.news.append(f"{told}{done}.")
-
-    def _began(self, incidents: Incidents) -> int:
-        incident = incidents.open_explosion()
-        return incident.opened_step if incident is not None else 0
+        elif self.further.left:
+            incident = incidents.open_explosion()
+            began = incident.opened_step if incident is not None else self.record.from_step
+            done = self.further.go_on(row, began, self._well_below, level)
+            self.record = replace(self.record, measures=(*self.record.measures, done))
 
     def _skip(self, row: Row) -> Decision:
         self._skips_in_a_row += 1

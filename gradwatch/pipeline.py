@@ -100,9 +100,9 @@ class Pipeline:
             with quiet_numpy():
                 self._judge(row)
                 decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
-        if self.clipping is not None and self.clipping.news:
-            self.notes += self.clipping.news
-            self.clipping.news.clear()
+        if self.clipping is not None and self.clipping.further.news:
+            self.notes += self.clipping.further.news
+            self.clipping.further.news.clear()
         self.history.learn()
         return decision
 
