@@ -166,8 +166,8 @@ class Incidents:
     def _stays_up(self, story: _Story) -> bool:
         """Look 12, 24, 48 ... steps after the opening: True when the loss is up and no longer comes down.
 
-        Up is twice what was usual. A loss that comes down is a change of the task. At first half of the way back is enough, counted in logarithms, later
-        two thirds of it; farther up, a fifth less than at the look before.
+        Up is twice what was usual. A loss that comes down is a change of the task. At first half of the way back is enough,
+        counted in logarithms, later two thirds of it; farther up, a fifth less than at the look before.
         """
         level, _ = self._history.loss_level(_LASTING - 2)
         before, story.level = story.level, level
