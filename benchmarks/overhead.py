@@ -16,6 +16,7 @@ import platform
 import random
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -44,6 +45,7 @@ OWN: dict[str, dict[str, Any]] = {
     "armed": {"clip": "norm"},
     "clipping each step": {"clip": gradwatch.AutoClip(gradwatch.ClipNorm(1e-6), when="always")},
     "live report": {"clip": "norm", "report": "drawn into nothing"},
+    "run log": {"clip": "norm", "log": "in a folder of its own"},
     "budget 1 %": {"budget": 0.01},
     "every=8": {"every": 8},
     "user clips too": {},
@@ -92,6 +94,9 @@ class Watched:
         if settings.pop("report", None):  # a terminal that shows nothing
             nothing = io.TextIOWrapper(io.FileIO(os.devnull, "w"))
             report = LiveReport(Console(file=nothing, force_terminal=True, width=120, height=40))
+        if settings.pop("log", None):
+            self.folder = tempfile.TemporaryDirectory()
+            settings["log"] = self.folder.name
         self.monitor = gradwatch.attach(bench.model, report=report, strict=True, **settings)
         bench.steps(WARM)
         self.probe = self.monitor._probe

@@ -262,6 +262,7 @@ class Pipeline:
             provenance=history.row.provenance,
             notes=tuple(self.notes),
             news=self._news,
+            clip_coefficient=float(history.clip_coefficient(last=1)[-1]) if history.rows else 1.0,
         )
 
     @property

@@ -259,7 +259,7 @@ class Snapshot:
 
     ``closeness`` (L,) is each layer's largest value over limit among all rules, ``closest`` (L,) the index in
     ``rules`` of the rule it belongs to. ``cost_us`` is gradwatch's own time per optimizer step. ``firing`` names the rules that
-    fire now; ``news`` are the incidents that changed since the snapshot before.
+    fire now; ``news`` are the incidents that changed since the snapshot before. ``clip_coefficient`` is the last row's.
     """
 
     facts: Facts
@@ -286,3 +286,4 @@ class Snapshot:
     provenance: Provenance
     notes: tuple[str, ...] = ()
     news: tuple[Incident, ...] = field(default=())
+    clip_coefficient: float = 1.0

@@ -8,14 +8,32 @@ from __future__ import annotations
 import os
 import pkgutil
 import sys
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gradwatch.reports.base import Report
+
+if TYPE_CHECKING:
+    from gradwatch.reports.live import LiveReport
+    from gradwatch.reports.log import LogReport
+    from gradwatch.reports.mlflow import MLflow
+    from gradwatch.reports.tensorboard import TensorBoard
+    from gradwatch.reports.wandb import WeightsAndBiases
 
 REPORTS = {
     "live": "gradwatch.reports.live:LiveReport",
     "log": "gradwatch.reports.log:LogReport",
+    "mlflow": "gradwatch.reports.mlflow:MLflow",
+    "tensorboard": "gradwatch.reports.tensorboard:TensorBoard",
+    "wandb": "gradwatch.reports.wandb:WeightsAndBiases",
 }
+
+
+def __getattr__(name: str) -> Any:
+    """Give out a report's class: `gradwatch.reports.TensorBoard` and so on."""
+    for path in REPORTS.values():
+        if path.endswith(f":{name}"):
+            return pkgutil.resolve_name(path)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def report_by_name(name: str) -> Report:
@@ -38,4 +56,13 @@ def _in_terminal() -> bool:
     return not (tqdm and getattr(tqdm.tqdm, "_instances", None))
 
 
-__all__ = ["REPORTS", "Report", "report_by_name"]
+__all__ = [
+    "REPORTS",
+    "LiveReport",
+    "LogReport",
+    "MLflow",
+    "Report",
+    "TensorBoard",
+    "WeightsAndBiases",
+    "report_by_name",
+]

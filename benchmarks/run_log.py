@@ -1,0 +1,167 @@
+"""What a run log costs: ``python -m benchmarks.run_log``.
+
+The time of a step with and without it, at 150 layers and about 20 ms, and the size of a log of 300 layers and a million
+steps. Times are those of the whole process, so that the thread that writes is in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from benchmarks.overhead import Bench, Watched, shown
+from gradwatch.records import Facts, Provenance, Row
+from gradwatch.runlog import RunLog
+from gradwatch.runlog.batch import Batch
+from gradwatch.runlog.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_WIDTH = 160
+
+
+class Deep(nn.Module):
+    """75 linear layers, 150 tensors, with a way around each so that gradients reach all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(_WIDTH, _WIDTH) for _ in range(75))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (n, width)."""
+        for layer in self.layers:
+            x = x + torch.relu(layer(x)) / 75
+        return x
+
+
+def network() -> tuple[nn.Module, object]:
+    """Return the model and its loss."""
+    model, x = Deep(), torch.randn(40, _WIDTH)
+    return model, lambda: model(x).square().mean()
+
+
+def overhead(rounds: int, block: int) -> tuple[list[float], list[float], float]:
+    """Return ratios of blocks with a log to blocks without that stand side by side, the noise, and the step in ms.
+
+    One model under one monitor, whose log is taken away and put back.
+    """
+    bench = Bench(network, fused=False)
+    watched = Watched(bench, clip="norm", log=True)
+    pipeline = watched.monitor._pipeline
+    recording = pipeline.log
+    assert recording is not None
+    times: dict[str, list[float]] = {"without": [], "again": [], "log": []}
+    with watched.switched_on():
+        for _ in range(rounds):
+            for name in random.sample(list(times), 3):
+                pipeline.log = recording if name == "log" else None
+                pipeline.reports = [recording] if name == "log" else []
+                recording._taken = watched.monitor.history.rows
+                bench.steps(5)
+                times[name].append(bench.steps(block))
+    pipeline.log, pipeline.reports = recording, [recording]
+    watched.on()
+    watched.monitor.detach()
+    ratios, noise = (
+        [one / without for one, without in zip(times[name], times["without"], strict=True)] for name in ("log", "again")
+    )
+    return ratios, noise, 1e3 * statistics.median(times["without"])
+
+
+def own(steps: int) -> tuple[float, float]:
+    """Return the log's own microseconds for a step: in the training's thread, and those of the thread that writes."""
+    bench = Bench(network, fused=False)
+    watched = Watched(bench, clip="norm", log=True)
+    pipeline = watched.monitor._pipeline
+    recording = pipeline.log
+    assert recording is not None
+    spent = 0.0
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timing(*arguments: object) -> Any:
+            nonlocal spent
+            started = time.thread_time()
+            result = call(*arguments)
+            spent += time.thread_time() - started
+            return result
+
+        return timing
+
+    for part, name in ((recording, "row"), (recording, "judged"), (recording, "step"), (pipeline, "snapshot")):
+        setattr(part, name, timed(getattr(part, name)))  # no other report is there to ask for a snapshot
+    clock = time.pthread_getcpuclockid(recording._writer._thread.ident or 0)
+    with watched.switched_on():
+        bench.steps(3)
+        spent, before = 0.0, time.clock_gettime(clock)
+        bench.steps(steps)
+        mine, writers = spent, time.clock_gettime(clock) - before
+    watched.on()
+    watched.monitor.detach()
+    return 1e6 * mine / steps, 1e6 * writers / steps
+
+
+def size(folder: Path, layers: int, rows: int) -> float:
+    """Write a log as a quiet training would, as fast as the disk allows; return the seconds it took."""
+    columns = [(f"blocks.{n}.attention.weight", 65_536, 1, 256) for n in range(layers)]
+    store = Store(folder, columns, {"rules": []}, Facts())
+    drawn = np.random.default_rng(0)
+    seen = Provenance("written", loss="written")
+    started = time.perf_counter()
+    for start in range(0, rows, 32):
+        norms = np.exp(drawn.standard_normal((32, layers)))
+        sampled = Row(start + 31, 1.0, norms[-1], 1.0, weight_norm=norms[-1], provenance=seen)
+        batch = Batch(
+            time=time.time(),
+            steps=np.arange(start, start + 32),
+            loss=drawn.random(32),
+            global_norm=drawn.random(32),
+            coefficient=np.ones(32),
+            skipped=np.zeros(32, dtype=bool),
+            gradient=norms.astype(np.float32),
+            special=[(31, sampled)],
+        )
+        store.write([batch])
+    store.close(ended=True)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="What a run log costs, in time and on the disk.")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of blocks")
+    parser.add_argument("--block", type=int, default=60, help="steps of a block")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the log whose size is taken")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console()
+    ratios, noise, step = overhead(options.rounds, options.block)
+    console.print(
+        f"150 layers, armed step {step:.2f} ms: with a log {shown(ratios)} of it, without one again {shown(noise)}"
+    )
+    mine, writers = own(options.block * options.rounds)
+    console.print(
+        f"the log's own time for a step: {mine:.0f} us in the training's thread, {writers:.0f} us in the one that writes"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = size(Path(folder), 300, options.rows)
+        megabytes = (Path(folder) / "run.sqlite").stat().st_size / 1e6
+        with RunLog(folder) as log:
+            kept = len(log.norms()[0])
+    console.print(
+        f"300 layers, {options.rows:,} steps: {megabytes:,.0f} MB, {kept:,} rows with layers; written in {seconds:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

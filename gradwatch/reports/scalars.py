@@ -1,0 +1,31 @@
+"""A snapshot as named numbers and an incident as text, for the loggers that users already have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.reports.log import incident_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradwatch.records import Incident, Snapshot
+
+
+def scalars_of(snapshot: Snapshot, worst: int) -> dict[str, float]:
+    """Return global norm, clip coefficient, open incidents, and the norms of the ``worst`` layers closest to their limits."""
+    told = {
+        "gradwatch/global_norm": float(snapshot.global_norm[-1]) if len(snapshot.global_norm) else float("nan"),
+        "gradwatch/clip_coefficient": snapshot.clip_coefficient,
+        "gradwatch/open_incidents": float(sum(one.open for one in snapshot.incidents)),
+    }
+    for column in np.argsort(-snapshot.closeness, kind="stable")[:worst].tolist():
+        told[f"gradwatch/gradient_norm/{snapshot.layers[column]}"] = float(snapshot.grad_norm[column])
+    return told
+
+
+def text_of(incidents: Sequence[Incident]) -> str:
+    """Return incidents as Markdown: headline, evidence, what auto-clip did, what to do."""
+    return "\n\n".join("    " + "\n    ".join(incident_lines(incident)) for incident in incidents)

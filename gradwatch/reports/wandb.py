@@ -1,0 +1,65 @@
+"""Scalars and incidents for Weights & Biases."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from gradwatch.errors import UsageError
+from gradwatch.reports.base import Report
+from gradwatch.reports.scalars import scalars_of, text_of
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from gradwatch.records import Snapshot
+
+
+class WeightsAndBiases(Report):
+    """Once a second: global norm, clip coefficient and the layers closest to their limits; incidents in the run's summary.
+
+    They are added to the row that your own next ``run.log`` commits, or the end of the run: the run's steps stay yours.
+
+    Args:
+        run: a run of `wandb.init`; None takes the active one when the first step is made.
+        worst: layers to show.
+        alert: also send `run.alert` when an incident changes that is more than a notice.
+    """
+
+    period: ClassVar[float] = 1.0
+
+    def __init__(self, run: Any = None, worst: int = 5, *, alert: bool = False) -> None:
+        self._run = run
+        self._worst = worst
+        self._alert = alert
+        self._defined = False
+
+    def step(self, snapshot: Snapshot) -> None:
+        """Log this moment's numbers, and the incidents where one changed."""
+        run = self._active()
+        if not self._defined:
+            run.define_metric("gradwatch/step", hidden=True)
+            run.define_metric("gradwatch/*", step_metric="gradwatch/step")
+            self._defined = True
+        run.log({**scalars_of(snapshot, self._worst), "gradwatch/step": snapshot.step}, commit=False)
+        if snapshot.news:
+            run.summary["gradwatch/incidents"] = text_of(snapshot.incidents)
+            grave = [one for one in snapshot.news if one.severity != "notice"]
+            if self._alert and grave:
+                run.alert(title=f"gradwatch: {grave[0]}", text=text_of(grave))
+
+    def close(self, snapshot: Snapshot) -> None:
+        """Log the last moment and the verdict."""
+        if snapshot.step >= 0:
+            self.step(snapshot)
+            self._active().summary["gradwatch/verdict"] = snapshot.verdict
+
+    def _active(self) -> Any:
+        if self._run is None:
+            try:
+                import wandb
+            except ImportError:
+                raise UsageError("wandb is not installed: pip install 'gradwatch[wandb]'") from None
+            self._run = wandb.run
+            if self._run is None:
+                raise UsageError("There is no active run of Weights & Biases: call wandb.init() before the first step.")
+        return self._run
