@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradwatch
 from tests.trainings import data, mlp
 
+PACKAGE = str(Path(gradwatch.__file__).parent)
 CALLS = 45  # Python functions of gradwatch in one quiet step, whatever the number of layers
 OPERATIONS = 5  # of torch in one quiet step: batched norm, stack, its copy, and detaching and reading the loss
 
@@ -73,7 +75,7 @@ class Calls:
         sys.setprofile(None)
 
     def _see(self, frame: Any, event: str, _: Any) -> None:
-        self.count += event == "call" and "gradwatch/" in frame.f_code.co_filename.replace("tests/", "")
+        self.count += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
 
 
 def test_a_quiet_step_calls_as_many_functions_whatever_the_number_of_layers() -> None:
