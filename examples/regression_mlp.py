@@ -1,11 +1,13 @@
 """A regression on unscaled targets that overflows within eight steps: unwatched, watched, and saved by auto-clip.
 
-Run it with ``python examples/regression_mlp.py``. The training itself (`gradwatch.demo.train`) is an ordinary loop that
-knows nothing of gradwatch; the one call is `attach`.
+Run it with ``python examples/regression_mlp.py``; with ``--log runs/regression --epochs 5000`` it trains once, long enough to
+look in with ``gradwatch watch runs/regression`` from another terminal. The training itself (`gradwatch.demo.train`) is an
+ordinary loop that knows nothing of gradwatch; the one call is `attach`.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 
 import torch
@@ -39,8 +41,25 @@ def watched(
     return result, monitor
 
 
+def logged(folder: str, epochs: int) -> None:
+    """Train once under auto-clip, with a run log."""
+    torch.manual_seed(0)
+    model = network()
+    with gradwatch.attach(model, clip="norm", log=folder):
+        train(model, epochs, seed=0)
+
+
 def main() -> None:
     """Print the errors over five seeds, with the published ones beside them."""
+    parser = argparse.ArgumentParser(
+        description="A regression that explodes: unwatched, watched, and saved by auto-clip."
+    )
+    parser.add_argument("--log", metavar="DIR", help="train once under auto-clip and keep the run in this folder")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of that training (default: {EPOCHS})")
+    options = parser.parse_args()
+    if options.log is not None:
+        logged(options.log, options.epochs)
+        return
     print(f"{'5 seeds, median':32}{'train':>10}{'test':>10}   runs that end finite")
     for name, clip in POLICIES.items():
         results = [watched(seed, clip)[0] for seed in range(5)]
