@@ -189,7 +189,10 @@ class Monitor:
         return batch
 
     def _numbers_of_batch(self) -> list[dict[str, Any]] | None:
-        return None if self._batch is None else numbers_of(self._batch)
+        try:
+            return None if self._batch is None else numbers_of(self._batch)
+        except Exception as error:  # a batch of a kind that cannot be read must not cost the rest of the record
+            return [{"name": "batch", "error": f"{type(error).__name__}: {error}"}]
 
     def step(self) -> None:
         """Say that the update is about to happen: only for loops with no torch.optim optimizer."""

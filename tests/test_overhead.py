@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
+from gradwatch.runlog.recording import Recording
 from tests.trainings import data, mlp
 
 PACKAGE = str(Path(gradwatch.__file__).parent)
@@ -32,12 +34,12 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def quiet_steps(depth: int, *, watched: bool, measure: Any, count: int = 10) -> Any:
+def quiet_steps(depth: int, *, watched: bool, measure: Any, count: int = 10, log: Path | None = None) -> Any:
     """Train 96 steps, then ``count`` quiet ones under ``measure``, which is a context manager."""
     model = mlp(depth=depth)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     x, y = data()
-    monitor = gradwatch.attach(model, clip="norm", report=None, strict=True) if watched else None
+    monitor = gradwatch.attach(model, clip="norm", report=None, log=log, strict=True) if watched else None
 
     def step() -> None:
         optimizer.zero_grad()
@@ -83,6 +85,13 @@ def test_a_quiet_step_calls_as_many_functions_whatever_the_number_of_layers() ->
     few, many = (quiet_steps(depth, watched=True, measure=Calls()).count / 10 for depth in (10, 40))
     assert few == many
     assert 0 < few <= CALLS
+
+
+def test_a_run_log_adds_no_call_to_a_quiet_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are taken out of the ring together, twice a second."""
+    monkeypatch.setattr(Recording, "period", math.inf)  # these ten steps may last half a second here
+    without = quiet_steps(10, watched=True, measure=Calls()).count
+    assert quiet_steps(10, watched=True, measure=Calls(), log=tmp_path).count == without
 
 
 class Kept:

@@ -55,8 +55,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         again = replay(*read_trace(path).rows(), with_settings(default_rules(), options.rule))
     else:
         with RunLog(path) as log:
-            rules, unknown = log.rules()
-            rules = with_settings(rules, options.rule)
+            recorded, unknown = log.rules()
+            rules = with_settings(recorded, options.rule)
             before, fired = log.incidents, _fired(log.alarms)
             again = replay(log.history(), log.rows(), rules)
     now = _fired(again.alarms)

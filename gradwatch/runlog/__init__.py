@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from gradwatch.runlog.reader import RunLog, Series, Session
+from gradwatch.runlog.reader import RunLog
+from gradwatch.runlog.session import Series, Session
 
 __all__ = ["RunLog", "Series", "Session"]

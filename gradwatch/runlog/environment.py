@@ -30,12 +30,19 @@ def environment_of(rules: Sequence[Rule], policy: AutoClip | None) -> dict[str, 
                 "code": rule.code,
                 "name": rule.name,
                 "rule": type(rule).__name__,
-                "settings": rule.model_dump(mode="json"),
+                "settings": _settings(rule),
             }
             for rule in rules
         ],
         "clip": None if policy is None else str(policy),
     }
+
+
+def _settings(rule: Rule) -> dict[str, Any]:
+    try:
+        return rule.model_dump(mode="json")
+    except ValueError:  # a user's rule may hold what is no JSON
+        return {name: str(value) for name, value in rule}
 
 
 def _version(package: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -18,10 +18,11 @@ from gradwatch.errors import RunLogError
 from gradwatch.history import History
 from gradwatch.records import Alarm, Culprits, Facts, Incident, Provenance, Row
 from gradwatch.rules import RULES
+from gradwatch.runlog.checks import check_header, check_kind
 from gradwatch.runlog.lock import is_written
 from gradwatch.runlog.plain import from_json
 from gradwatch.runlog.schema import FILE, unpacked, unpacked_or_one
-from gradwatch.runlog.store import check_header, check_kind
+from gradwatch.runlog.session import Series, Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,33 +31,6 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Floats
     from gradwatch.rules import Rule
-
-
-@dataclass(frozen=True)
-class Session:
-    """One process's part of a run; see the table ``sessions``."""
-
-    environment: dict[str, Any]
-    facts: Facts
-    number: int
-    pid: int
-    host: str
-    started: float
-    ended: float | None
-    first_step: int | None
-    until_step: int | None
-
-
-@dataclass(frozen=True)
-class Series:
-    """The run as it stands: one number for each of ``n`` rows, oldest first. See `gradwatch.records.Row`."""
-
-    id: NDArray[np.int64]
-    step: NDArray[np.int64]
-    loss: Floats
-    global_norm: Floats
-    clip_coefficient: Floats
-    skipped: NDArray[np.bool_]
 
 
 class RunLog:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.errors import RunLogError
+from gradwatch.runlog.checks import check_header, check_kind
 from gradwatch.runlog.lock import WriterLock
 from gradwatch.runlog.moment import Moment
 from gradwatch.runlog.plain import to_json
@@ -28,33 +29,6 @@ if TYPE_CHECKING:
 
 _THIN_EVERY = 1000  # rows
 _PAGE = 8192  # bytes: half-empty pages after thinning waste less than with larger ones, and rows of 300 layers fit
-
-
-def check_header(path: Path) -> None:
-    """Raise a `RunLogError` unless the file begins as an SQLite file does; an empty one may still become one."""
-    with path.open("rb") as file:
-        beginning = file.read(16)
-    if beginning and beginning != b"SQLite format 3\0":
-        raise RunLogError(
-            f"{path} is no run log: it begins with {beginning[:16]!r} and not as an SQLite file does. It was damaged, or "
-            "another program made it. Give another path, or remove it."
-        )
-
-
-def check_kind(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise a `RunLogError` unless this SQLite file is a run log that this version can read."""
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if not tables:
-        raise RunLogError(f"{path} holds nothing yet. Wait for the first step of its training.")
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if application != APPLICATION:
-        raise RunLogError(f"{path} is an SQLite file of another program, no run log of gradwatch. Give another path.")
-    if version != VERSION:
-        raise RunLogError(
-            f"{path} is a run log of format {version}; this gradwatch knows format {VERSION}. Read it with the version that "
-            "wrote it, or give another path."
-        )
 
 
 @dataclass
