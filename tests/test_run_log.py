@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import gradwatch
+from gradwatch import device
 from gradwatch.records import Facts, Row
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.batch import Batch
@@ -37,8 +38,11 @@ def watched(
     return monitor
 
 
-def test_every_row_of_a_training_is_in_its_log(tmp_path: Path) -> None:
-    """Quiet rows too, which no Python code sees one by one: all numbers are those of the history."""
+@pytest.mark.parametrize("home", ["processor", "device"])
+def test_every_row_of_a_training_is_in_its_log(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quiet rows too, which no Python code sees one by one, and rows that come late: all numbers are the history's."""
+    if home == "device":
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
     monitor = watched(tmp_path / "run", steps=700)
     history = monitor.history
     with RunLog(tmp_path / "run") as log:
@@ -58,8 +62,11 @@ def test_every_row_of_a_training_is_in_its_log(tmp_path: Path) -> None:
     assert np.array_equal(weight, history.weight_norm()[kept].astype(np.float32))
 
 
-def test_what_was_said_of_a_run_is_in_its_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("home", ["processor", "device"])
+def test_what_was_said_of_a_run_is_in_its_log(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alarms, incidents with their advice and what auto-clip did, skipped steps, the counts of what is not finite."""
+    if home == "device":
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
     monitor = watched(tmp_path / "run", rate=30.0, clip=gradwatch.AutoClip("norm", max_skips=500))
     with RunLog(tmp_path / "run") as log:
         assert repr(log.alarms) == repr(monitor.alarms)
