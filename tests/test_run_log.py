@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sqlite3
 import struct
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -151,6 +153,23 @@ def test_a_log_is_read_while_it_is_written(tmp_path: Path) -> None:
     assert len(before.step) == 100
     assert after.step.tolist() == list(range(100, 200))
     assert not RunLog(tmp_path).is_written
+
+
+def test_a_reader_in_the_same_process_takes_no_lock_from_the_writer(tmp_path: Path) -> None:
+    """Else the next process that closes the file would take the write-ahead log away from under the training."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    other = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute('SELECT * FROM steps').fetchall(); db.close()"
+    with gradwatch.attach(model, report=None, log=tmp_path, strict=True) as monitor:
+        train(model, optimizer, 50)
+        assert monitor.flush()
+        RunLog(tmp_path).close()
+        subprocess.run([sys.executable, "-c", other, str(tmp_path / "run.sqlite")], check=True, timeout=60)
+        assert (tmp_path / "run.sqlite-wal").stat().st_size
+        train(model, optimizer, 50)
+    with RunLog(tmp_path) as log:
+        assert log.series().step.tolist() == list(range(100))
+        assert log._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def test_a_resumed_run_goes_on_in_its_log(tmp_path: Path) -> None:

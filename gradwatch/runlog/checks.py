@@ -12,15 +12,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def check_header(path: Path) -> None:
-    """Raise a `RunLogError` unless the file begins as an SQLite file does; an empty one may still become one."""
-    with path.open("rb") as file:
-        beginning = file.read(16)
-    if beginning and beginning != b"SQLite format 3\0":
-        raise RunLogError(
-            f"{path} is no run log: it begins with {beginning[:16]!r} and not as an SQLite file does. It was damaged, or "
-            "another program made it. Give another path, or remove it."
-        )
+def told_of(path: Path, error: Exception) -> RunLogError:
+    """Return what to say of a file that SQLite cannot read.
+
+    It is opened here only when SQLite has found that it is none of its files: closing a file anywhere in a process takes away
+    the locks that SQLite holds on it.
+    """
+    if "not a database" in str(error):
+        with path.open("rb") as file:
+            beginning = file.read(16)
+        if beginning != b"SQLite format 3\0":
+            return RunLogError(
+                f"{path} is no run log: it begins with {beginning!r} and not as an SQLite file does. It was damaged, or "
+                "another program made it. Give another path, or remove it."
+            )
+    return RunLogError(f"{path} is damaged: {error}. Give another path, or remove it.")
 
 
 def check_kind(connection: sqlite3.Connection, path: Path) -> None:

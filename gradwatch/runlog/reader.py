@@ -18,7 +18,7 @@ from gradwatch.errors import RunLogError
 from gradwatch.history import History
 from gradwatch.records import Alarm, Culprits, Facts, Incident, Provenance, Row
 from gradwatch.rules import RULES
-from gradwatch.runlog.checks import check_header, check_kind
+from gradwatch.runlog.checks import check_kind, told_of
 from gradwatch.runlog.lock import is_written
 from gradwatch.runlog.plain import from_json
 from gradwatch.runlog.schema import FILE, unpacked, unpacked_or_one
@@ -53,26 +53,34 @@ class RunLog:
             raise RunLogError(
                 f"There is no run log in {path}: expected a folder with {FILE}, as attach(log=...) makes it."
             )
-        with self.reading():
-            check_header(self._path)
-            self._db = self._connect()
-            check_kind(self._db, self._path)
-            columns = self._db.execute("SELECT name, elements, matrix, fan_in FROM layers ORDER BY place").fetchall()
-            if not columns or not all(isinstance(name, str) for name, *_ in columns):
-                raise ValueError("it names no layers")
-            self.layers: tuple[str, ...] = tuple(name for name, *_ in columns)
-            self._columns = [(int(elements), bool(matrix), int(fan_in)) for _, elements, matrix, fan_in in columns]
+        self._db = self._connect()
+        try:
+            with self.reading():
+                self._open()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self) -> None:
+        check_kind(self._db, self._path)
+        columns = self._db.execute("SELECT name, elements, matrix, fan_in FROM layers ORDER BY place").fetchall()
+        if not columns or not all(isinstance(name, str) for name, *_ in columns):
+            raise ValueError("it names no layers")
+        self.layers: tuple[str, ...] = tuple(name for name, *_ in columns)
+        self._columns = [(int(elements), bool(matrix), int(fan_in)) for _, elements, matrix, fan_in in columns]
 
     def _connect(self) -> sqlite3.Connection:
         name = f"file:{quote(str(self._path.resolve()))}?mode=ro"
-        db = sqlite3.connect(name, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
-        try:
-            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except (
-            sqlite3.OperationalError
-        ):  # a folder that cannot be written to, with no process writing: nothing will change
-            db.close()
-            db = sqlite3.connect(f"{name}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
+        with self.reading():
+            db = sqlite3.connect(name, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
+            try:
+                db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            except sqlite3.OperationalError:
+                db.close()  # a folder closed to writing, where no process writes: nothing will change
+                db = sqlite3.connect(f"{name}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
+            except sqlite3.DatabaseError:
+                db.close()
+                raise
         return db
 
     @contextmanager
@@ -83,6 +91,8 @@ class RunLog:
         except RunLogError:
             raise
         except (sqlite3.Error, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError) as error:
+            if "not a database" in str(error):
+                raise told_of(self._path, error) from error
             what = " ".join(str(error).split())[:300]
             raise RunLogError(
                 f"The run log {self._path} cannot be read: {what}. It was damaged, or written by something else."

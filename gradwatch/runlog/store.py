@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.errors import RunLogError
-from gradwatch.runlog.checks import check_header, check_kind
+from gradwatch.runlog.checks import check_kind, told_of
 from gradwatch.runlog.lock import WriterLock
 from gradwatch.runlog.moment import Moment
 from gradwatch.runlog.plain import to_json
@@ -86,7 +86,7 @@ class Store:
             self.close()
             if isinstance(error, sqlite3.OperationalError):
                 raise OSError(str(error)) from error
-            raise RunLogError(f"{self._path} is damaged: {error}. Give another path, or remove it.") from error
+            raise told_of(self._path, error) from error
         except BaseException:
             self.close()
             raise
@@ -97,8 +97,6 @@ class Store:
         return self._db
 
     def _open(self) -> None:
-        if self._path.exists():
-            check_header(self._path)
         db = self._db = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA synchronous = NORMAL")  # safe when the process dies, and commits wait for no disk
         if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
