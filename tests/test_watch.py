@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +20,6 @@ from gradwatch.runlog.latest import snapshot_of
 from tests.terminal import Person
 from tests.test_run_log import watched
 from tests.test_run_log_failures import training
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def watching(folder: Path, columns: int = 80, rows: int = 24) -> Person:
@@ -117,6 +115,31 @@ def test_the_terminal_is_left_clean_by_signals(exploded: Path, number: int, code
     assert raw.count("\x1b[?1049h") == raw.count("\x1b[?1049l") == 1
     assert person.after == person.before
     assert "Traceback" not in raw
+
+
+def test_ctrl_z_gives_the_terminal_back_and_fg_returns_to_the_view(exploded: Path) -> None:
+    """The screen and its settings are the shell's while it is stopped."""
+    person = watching(exploded)
+    person.until("closest to their limits")
+    person.process.send_signal(signal.SIGTSTP)
+    state = Path(f"/proc/{person.process.pid}/stat")
+    if not state.exists():
+        pytest.skip("there is no /proc here to see that a process is stopped")
+    deadline = time.monotonic() + 10
+    while state.read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline
+        person.look(0.05)
+    assert person.settings == person.before
+    assert person.raw.count(b"\x1b[?1049h") == person.raw.count(b"\x1b[?1049l") == 1
+    person.process.send_signal(signal.SIGCONT)
+    while person.raw.count(b"\x1b[?1049h") < 2:
+        assert time.monotonic() < deadline
+        person.look(0.05)
+    person.type("n")
+    person.until("largest gradient norm")
+    person.type("q")
+    assert person.leave() == 0
+    assert person.raw.count(b"\x1b[?1049l") == 2
 
 
 def test_without_a_terminal_it_says_what_to_use(exploded: Path, capsys: pytest.CaptureFixture[str]) -> None:

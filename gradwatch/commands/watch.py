@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,26 +49,37 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """See `gradwatch.commands.Command`."""
     if not console.is_terminal:
         raise UsageError("gradwatch watch draws in a terminal; standard output is none. Use gradwatch report.")
-    from rich.live import Live
-
     from gradwatch.reports.watching import Watching
 
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, _leave)
+    suspended = threading.Event()
+    if hasattr(signal, "SIGTSTP"):  # Ctrl-Z: give the terminal back first
+        signal.signal(signal.SIGTSTP, lambda *_: suspended.set())
     watching = Watching()
+    while not watching.over:
+        _follow(Path(options.run_log), watching, console, suspended)
+        if suspended.is_set():
+            suspended.clear()
+            os.kill(os.getpid(), signal.SIGSTOP)
+    return 0
+
+
+def _follow(path: Path, watching: Watching, console: Console, suspended: threading.Event) -> None:
+    """Draw until the person has seen enough, or wants the terminal back."""
+    from rich.live import Live
 
     def picture() -> RenderableType:
         return watching.picture(console.width, console.height)
 
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, _leave)
     looked, size = -np.inf, console.size
-    live = Live(console=console, screen=True, auto_refresh=False, get_renderable=picture)
-    with Keys() as keys, live:
+    with Keys() as keys, Live(console=console, screen=True, auto_refresh=False, get_renderable=picture) as live:
         try:
-            while not watching.over:
+            while not (watching.over or suspended.is_set()):
                 now = time.monotonic()
                 fresh = now - looked >= _EVERY
                 if fresh:
-                    _look(Path(options.run_log), watching)
+                    _look(path, watching)
                     looked = now
                 typed = keys.wait(0.1)
                 for key in typed:
@@ -75,8 +88,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
                     size = console.size
                     live.refresh()
         except KeyboardInterrupt:
-            pass
-    return 0
+            watching.over = True
 
 
 def _leave(number: int, _: Any) -> None:
