@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from gradwatch.reports import Report
 
+# neither shall call home from a test; both read this when they are imported
+os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", WANDB_ERROR_REPORTING="false")
 tensorboard = pytest.importorskip("tensorboard", reason="an extra: pip install 'gradwatch[tensorboard]'")
 mlflow = pytest.importorskip("mlflow", reason="an extra: pip install 'gradwatch[mlflow]'")
 wandb = pytest.importorskip("wandb", reason="an extra: pip install 'gradwatch[wandb]'")
