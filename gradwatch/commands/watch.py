@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -51,22 +49,23 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise UsageError("gradwatch watch draws in a terminal; standard output is none. Use gradwatch report.")
     from gradwatch.reports.watching import Watching
 
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, _leave)
-    suspended = threading.Event()
-    if hasattr(signal, "SIGTSTP"):  # Ctrl-Z: give the terminal back first
-        signal.signal(signal.SIGTSTP, lambda *_: suspended.set())
+    asked: list[int] = []  # the signals that came: noted, not raised, so that the terminal is given back in any case
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGTSTP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: asked.append(number))
     watching = Watching()
     while not watching.over:
-        _follow(Path(options.run_log), watching, console, suspended)
-        if suspended.is_set():
-            suspended.clear()
+        _follow(Path(options.run_log), watching, console, asked)
+        if asked and asked[0] != getattr(signal, "SIGTSTP", None):
+            return 0 if asked[0] == signal.SIGINT else 128 + asked[0]
+        if asked:  # Ctrl-Z: stop now that the terminal is the shell's, and go on when it says so
+            asked.clear()
             os.kill(os.getpid(), signal.SIGSTOP)
     return 0
 
 
-def _follow(path: Path, watching: Watching, console: Console, suspended: threading.Event) -> None:
-    """Draw until the person has seen enough, or wants the terminal back."""
+def _follow(path: Path, watching: Watching, console: Console, asked: list[int]) -> None:
+    """Draw until the person has seen enough, or a signal asks for the terminal."""
     from rich.live import Live
 
     def picture() -> RenderableType:
@@ -74,26 +73,18 @@ def _follow(path: Path, watching: Watching, console: Console, suspended: threadi
 
     looked, size = -np.inf, console.size
     with Keys() as keys, Live(console=console, screen=True, auto_refresh=False, get_renderable=picture) as live:
-        try:
-            while not (watching.over or suspended.is_set()):
-                now = time.monotonic()
-                fresh = now - looked >= _EVERY
-                if fresh:
-                    _look(path, watching)
-                    looked = now
-                typed = keys.wait(0.1)
-                for key in typed:
-                    watching.key(key)
-                if fresh or typed or console.size != size:
-                    size = console.size
-                    live.refresh()
-        except KeyboardInterrupt:
-            watching.over = True
-
-
-def _leave(number: int, _: Any) -> None:
-    """End as after q, so that the terminal is left as it was found."""
-    sys.exit(128 + number)
+        while not (watching.over or asked):
+            now = time.monotonic()
+            fresh = now - looked >= _EVERY
+            if fresh:
+                _look(path, watching)
+                looked = now
+            typed = keys.wait(0.1)
+            for key in typed:
+                watching.key(key)
+            if fresh or typed or console.size != size:
+                size = console.size
+                live.refresh()
 
 
 def _look(path: Path, watching: Watching) -> None:
