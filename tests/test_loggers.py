@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,7 +84,9 @@ def test_weights_and_biases_keeps_its_own_steps(tmp_path: Path) -> None:
     assert summary["gradwatch/verdict"] == monitor.verdict
     assert str(monitor.incidents[0]) in summary["gradwatch/incidents"]
     (file,) = tmp_path.rglob("*.wandb")
-    rows = logged(file)
+    deadline = time.monotonic() + 30  # its own process writes the file, and may still be at it
+    while len(rows := logged(file)) < 60 and time.monotonic() < deadline:
+        time.sleep(0.2)
     assert [row["mine"] for row in rows if "mine" in row] == list(range(60))
     ours = [row for row in rows if "gradwatch/step" in row]
     assert ours[-1]["gradwatch/global_norm"] == pytest.approx(monitor.history.global_norm()[-1])
@@ -100,6 +103,8 @@ def logged(file: Path) -> list[dict[str, float]]:
             place += -place % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", raw, place)
+        if place + 7 + length > len(raw):  # half written
+            break
         whole += raw[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or its last piece
