@@ -78,7 +78,7 @@ def test_a_rate_that_wrecks_the_classifier_is_seen_and_a_tight_clip_saves_it() -
     wrecked, monitor = digits_classifier.train(rate)
     assert wrecked < 0.3
     assert monitor.incidents[0].kind == "exploding"
-    wide, monitor = digits_classifier.train(rate, "norm", seed=1)
+    wide, monitor = digits_classifier.train(rate, "norm", seed=2)
     assert wide < 0.3
     assert monitor.incidents[0].clip is not None
     assert monitor.incidents[0].clip.helped is False
