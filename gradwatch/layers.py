@@ -77,12 +77,9 @@ class Layers:
         self._first_device = None
         inner = unwrapped(model)
         # rows of these weights are units, each fed by every input
-        united = {id(module.weight) for module in inner.modules() if isinstance(module, (nn.Linear, _ConvNd))}
+        united = _weights_of(inner, (nn.Linear, _ConvNd))
         # a table is looked up, one row at a time; tied to an output it is a matrix as any other
-        tables = {
-            id(module.weight) for module in inner.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        }
-        tables -= united
+        tables = _weights_of(inner, (nn.Embedding, nn.EmbeddingBag)) - united
         shapes = whole_shapes(inner)
         news = set()
         seen: dict[int, str] = {}
@@ -176,3 +173,12 @@ def family_of(optimizer: Optimizer) -> Family:
 def optimizer_facts(facts: Facts, optimizer: Optimizer) -> Facts:
     """Return ``facts`` with those of the optimizer."""
     return replace(facts, optimizer=type(optimizer).__name__, family=family_of(optimizer))
+
+
+def _weights_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
+    """Return the identities of the weights of modules of these kinds.
+
+    Not asked for by attribute: a parametrised weight would be computed, and spectral_norm would go on with its iteration.
+    """
+    modules = (module for module in model.modules() if isinstance(module, kinds))
+    return {id(one) for module in modules for name, one in module.named_parameters(recurse=False) if name == "weight"}

@@ -88,3 +88,13 @@ def test_a_loss_that_is_no_number_is_refused(loss: Any) -> None:
         pytest.raises(gradwatch.UsageError, match=r"monitor.loss\(\) got"),
     ):
         monitor.loss(loss)
+
+
+def test_attaching_computes_no_parametrised_weight() -> None:
+    """`spectral_norm` goes on with its iteration whenever its weight is asked for: its vectors stay as they were."""
+    model = torch.nn.Sequential(
+        torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 8)), torch.nn.Linear(8, 1)
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradwatch.attach(model, report=None).detach()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
