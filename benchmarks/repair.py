@@ -194,11 +194,14 @@ def share(hits: Iterable[bool]) -> str:
 # Harm.
 
 
-def worse(name: str, seed: int, final: float, by: float) -> bool:
+def worse(run: Outcome, unclipped: Outcome, first: float, by: float) -> bool:
     """True when a healthy run ends worse than unclipped by this share of its loss, or of 2 % of its first one."""
-    healthy = LABEL[name][str(seed)]["healthy"]
-    floor = max(abs(healthy["final"]), 0.02 * abs(healthy["first"]))
-    return not final - healthy["final"] <= by * floor
+    return not run.final - unclipped.final <= by * max(abs(unclipped.final), 0.02 * abs(first))
+
+
+def _harms(results: dict[Job, Outcome], name: str, seed: int, method: str, by: float) -> bool:
+    first = LABEL[name][str(seed)]["healthy"]["first"]
+    return worse(results["fault", name, method, seed], results["fault", name, NOTHING, seed], first, by)
 
 
 def harm_rows(results: dict[Job, Outcome], names: list[str]) -> tuple[list[Row], list[str]]:
@@ -207,7 +210,7 @@ def harm_rows(results: dict[Job, Outcome], names: list[str]) -> tuple[list[Row],
     for method in (OURS, NORM):
         runs = {(n, s): results["fault", n, method, s] for n in names for s in SEEDS}
         steps = sum(run.steps for run in runs.values())
-        harmed = [share(any(worse(n, s, runs[n, s].final, by) for s in SEEDS) for n in names) for by in (0.05, 0.25)]
+        harmed = [share(any(_harms(results, n, s, method, by) for s in SEEDS) for n in names) for by in (0.05, 0.25)]
         touched = sum(run.touched for run in runs.values())
         rows.append(
             [method, *harmed, f"{100 * touched / steps:.2f} %", share(run.touched > 0 for run in runs.values())]
@@ -215,9 +218,11 @@ def harm_rows(results: dict[Job, Outcome], names: list[str]) -> tuple[list[Row],
     for name, seed in ((n, s) for n in names for s in SEEDS):
         run = results["fault", name, OURS, seed]
         if run.touched:
-            healthy = LABEL[name][str(seed)]["healthy"]["final"]
-            verdict = "harmed" if worse(name, seed, run.final, 0.05) else "no harm"
-            lines.append(f"{name}, seed {seed}: {run.touched} steps, {healthy:.3g} -> {run.final:.3g}, {verdict}")
+            unclipped = results["fault", name, NOTHING, seed]
+            verdict = "harmed" if _harms(results, name, seed, OURS, 0.05) else "no harm"
+            lines.append(
+                f"{name}, seed {seed}: {run.touched} steps, {unclipped.final:.3g} -> {run.final:.3g}, {verdict}"
+            )
     return rows, lines
 
 
@@ -280,7 +285,7 @@ def main() -> None:
     names = repairable(results)
     others = [m for m in BASELINES if m not in (NORM, VALUE)]
     jobs: list[Job] = [("fault", n, m, s) for n in names for m in others for s in SEEDS]
-    jobs += [("fault", n, m, s) for n in healthy for m in (OURS, NORM) for s in SEEDS]
+    jobs += [("fault", n, m, s) for n in healthy for m in (NOTHING, OURS, NORM) for s in SEEDS]
     jobs += [("toy", toy.name, m, s) for toy in TOYS for m in TOY_METHODS for s in range(toy.seeds)]
     jobs += [("training", name, OURS, s) for name in REGRESSION for s in range(5)]
     jobs += [("training", name, OURS, s) for name in (*DIGITS, *SEQUENCES) for s in SEEDS]

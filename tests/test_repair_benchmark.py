@@ -49,11 +49,16 @@ def test_a_twin_is_within_reach_of_itself_and_a_lost_run_of_nothing() -> None:
             assert not within_reach(program.name, 0, math.nan)
             assert not within_reach(program.name, 0, math.inf)
             assert not within_reach(program.name, 0, abs(twin["final"]) + 10 * abs(twin["first"]))
-        else:
-            final = LABEL[program.name]["0"]["healthy"]["final"]
-            assert not worse(program.name, 0, final, 0.05)
-            assert worse(program.name, 0, math.nan, 0.05)
     assert set(LABEL) == set(BY_NAME)
+
+
+@pytest.mark.parametrize(
+    ("final", "harmed"), [(0.5, False), (1.0, False), (1.04, False), (1.06, True), (math.nan, True)]
+)
+def test_harm_is_measured_against_the_unclipped_run(final: float, harmed: bool) -> None:
+    """More than 5 % above it; a loss that is not finite is harm."""
+    unclipped = Outcome(steps=10, final=1.0, nonfinite=None, stopped=None, finite=True)
+    assert worse(replace(unclipped, final=final), unclipped, first=2.0, by=0.05) is harmed
 
 
 def test_ending_well_asks_for_finite_parameters() -> None:
