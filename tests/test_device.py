@@ -416,3 +416,27 @@ def test_nan_inside_a_fused_backward_never_stops_the_run() -> None:
             nn.functional.mse_loss(model(x), y * math.nan).backward()
     assert monitor.history.rows == 8
     assert not monitor.history.skipped().any()
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_lowered_rate_and_left_out_surges_reach_the_device_too(fused: bool) -> None:
+    """Where the loss stays up, surges are left out, then the optimizer steps at half its rate; the user's own stands between."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
+    used: list[float] = []
+    optimizer.register_step_post_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
+    x, y = data()
+    policy = gradwatch.AutoClip("norm", patience=8, escalate=("skip", "rate"), max_skips=3)
+    with watch(model, clip=policy) as monitor:
+        for step in range(120):
+            optimizer.zero_grad()
+            (nn.functional.mse_loss(model(x), y) * (1e4 if step >= 30 else 1)).backward()
+            optimizer.step()
+            assert optimizer.param_groups[0]["lr"] == 0.01
+    assert min(used) < 0.01
+    assert monitor.history.skipped().sum() > 0
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    told = " ".join(monitor.notes)
+    assert "left out from step" in told
+    assert "learning rate x 0.5" in told
