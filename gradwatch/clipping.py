@@ -157,8 +157,9 @@ class Clipping:
     def _begin(self, row: Row) -> None:
         before, scatter = self.history.loss_level()
         before = before if math.isfinite(before) else row.loss
-        usual = scatter if self.history.losses >= _LEVEL else 0.0  # a few losses of an explosion have no usual scatter
-        self._well_below = before + max(usual, abs(before) / 20)
+        # a run that began with the explosion is well only when it has learned something since
+        young = self.history.losses < _LEVEL
+        self._well_below = before - abs(before) / 10 if young else before + max(scatter, abs(before) / 20)
         if self._relapses(row.step):
             self._hold = min(2 * self._hold, 8 * self.policy.hold)
         else:
