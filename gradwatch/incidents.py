@@ -169,7 +169,7 @@ class Incidents:
         Up is twice what was usual. A loss that comes down is a change of the task. At first half of the way back is enough,
         counted in logarithms, later two thirds of it; farther up, a fifth less than at the look before.
         """
-        level, _ = self._history.loss_level(_LASTING - 2)
+        level, _ = self._history.loss_level(story.look_at - 2)
         before, story.level = story.level, level
         if not level > max(story.ceiling, 2 * story.ceiling):
             return False

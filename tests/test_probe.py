@@ -50,12 +50,14 @@ def test_weight_norms_are_those_before_the_update() -> None:
 
 
 def test_weights_are_sampled_each_of_the_first_steps_and_then_every_sixteenth() -> None:
-    """On a healthy run."""
+    """On a healthy run, and now and then on a step that is out of the ordinary."""
     model = mlp()
     with watch(model) as monitor:
         train(model, torch.optim.SGD(model.parameters(), lr=0.01), 100)
     sampled = np.flatnonzero(~np.isnan(monitor.history.weight_norm()[:, 0]))
-    assert sampled.tolist() == [*range(32), 47, 63, 79, 95]
+    due = {*range(32), 47, 63, 79, 95}
+    assert due <= set(sampled.tolist())
+    assert len(sampled) <= len(due) + 4
 
 
 def test_accumulated_gradients_are_measured_once_at_the_step() -> None:
