@@ -146,7 +146,7 @@ PROGRAMS: tuple[Program, ...] = tuple(
             flipped_embedding,
             "One element becomes about 1e38; left alone, it trains.",
             150,
-            "embed.",
+            "item.",
         ),
         ("one layer's momentum times a million", momentum, "Left alone, it trains.", 150, "4."),
         ("one layer's first moment times ten thousand", first_moment, "Left alone, it trains.", 150, "3."),
