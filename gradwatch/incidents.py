@@ -409,9 +409,9 @@ def forecast(norms: Floats) -> list[str]:
         return []
     room = {np.dtype(kind).name: float(np.finfo(kind).max / norms[-1]) for kind in (np.float16, np.float32)}
     until = [f"{name} in about {max(steps * math.log2(times), 1):.0f}" for name, times in room.items() if times > 1]
-    return (
-        [f"gradients double every {steps:.1f} steps: at this growth they leave {' and '.join(until)}"] if until else []
-    )
+    if not until:
+        return []
+    return [f"gradients double every {steps:.1f} steps: at this growth they leave {' and '.join(until)} steps"]
 
 
 def _kind(signs: Sequence[Alarm], *, lasting: bool) -> Kind:

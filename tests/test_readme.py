@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gradwatch.rules import RULES
 from tests.trainings import mlp, train
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,12 +22,13 @@ def test_every_rule_stands_in_the_table_with_its_sign() -> None:
     assert rows == {rule.code: rule.sign for rule in RULES}
 
 
-def test_the_python_blocks_run() -> None:
-    """In order, with a model and a training that the reader has."""
+def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, with a model and a training that the reader has, in a folder of its own."""
     import torch
 
     import gradwatch
 
+    monkeypatch.chdir(tmp_path)
     model = mlp()
 
     def train_it() -> None:
