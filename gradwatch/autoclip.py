@@ -10,8 +10,10 @@ from pydantic import Field, field_validator
 
 from gradwatch.clips import Clip, clip_by_name
 from gradwatch.errors import UsageError, did_you_mean
-from gradwatch.incidents import EXPLOSION
-from gradwatch.records import Severity  # noqa: TC001  pydantic reads it
+from gradwatch.records import (
+    EXPLOSION,
+    Severity,
+)
 from gradwatch.settings import Settings
 
 Measure = Literal["skip", "rate", "stop"]

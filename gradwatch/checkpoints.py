@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import distributed as dist
 
-from gradwatch.incidents import EXPLOSION
 from gradwatch.measure import look_closer, norm_of
+from gradwatch.records import EXPLOSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

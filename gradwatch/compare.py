@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.errors import UsageError
-from gradwatch.incidents import LEFT_BAND
 from gradwatch.statistics import quiet_numpy
+from gradwatch.suspects import LEFT_BAND
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.advice import advise
-from gradwatch.columns import widened
 from gradwatch.history import EARLY
-from gradwatch.records import SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
-from gradwatch.statistics import doubling, median_and_mad, quiet_numpy
+from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
+from gradwatch.statistics import doubling, median_and_mad
+from gradwatch.suspects import Suspects
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,16 +26,10 @@ if TYPE_CHECKING:
     from gradwatch.history import History
     from gradwatch.records import Floats
 
-EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")
 CALM_STEPS = 20
-LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
-_BACK_IN_BAND = 2.0
 _STILL = 10.0  # times its typical gradient norm: a layer that has not settled
 _LASTING = 12  # steps after which a loss that is still up is no longer a spike
 FAR = 5.0  # times the limit of a surge at which it speaks for itself
-_FIRST = 12  # steps in which an explosion is one of the initialisation
-_MOVED = 1.5  # times by which a layer's weights change at once only if something was done to them
-_ALONE = 4.0  # times the logarithm of any other layer's change
 _KEPT = 1000  # incidents of a run
 _TREND = 8  # steps of which growth is told
 _QUICK = 50.0  # steps within which gradients double, for growth to be worth a forecast
@@ -80,7 +74,7 @@ class Incidents:
         self._history = history
         self._calm_steps = calm_steps
         self._clipping = clipping
-        self._left = np.full(len(history.layers), -1, dtype=np.int64)
+        self._suspects = Suspects(history)
         self._stories: dict[str, _Story] = {}
         self._order: list[str] = []
         self._told = 0
@@ -88,7 +82,7 @@ class Incidents:
 
     def grow(self) -> None:
         """Take the columns of layers that were added."""
-        self._left = widened(self._left, len(self._history.layers), -1)
+        self._suspects.grow()
 
     @property
     def open(self) -> list[Incident]:
@@ -107,7 +101,7 @@ class Incidents:
 
     def update(self, changes: Iterable[Alarm], opening: frozenset[str], step: int) -> list[Incident]:
         """Take the alarms that changed; ``opening`` holds the codes that may open an incident. Return what is new."""
-        self._follow_bands(step)
+        self._suspects.follow(step)
         touched = set()
         for alarm in changes:
             name: str = "explosion" if alarm.kind in EXPLOSION else alarm.kind
@@ -131,12 +125,6 @@ class Incidents:
         story = self._stories.get("explosion")
         if story is not None and story.incident is not None:
             self._replace(story, replace(story.incident, clip=record))
-
-    def _follow_bands(self, step: int) -> None:
-        surge = self._history.surge()
-        self._left[(surge < _BACK_IN_BAND)] = -1
-        out = (surge > LEFT_BAND) | (self._history.nonfinite > 0)
-        self._left[out & (self._left < 0)] = step
 
     def _judge(self, name: str, story: _Story, opening: frozenset[str], step: int, *, touched: bool) -> Incident | None:
         active = any(code in opening for code, _ in story.firing)
@@ -239,9 +227,11 @@ class Incidents:
         confirmed = before.confirmed_step if before is not None else None
         if confirmed is None and verdict == "confirmed":
             confirmed = step
-        layers = self._layers(signs)
+        layers = self._suspects.layers(signs)
         phase = before.phase if before is not None and before.phase else _phase(self._history)
-        suspect = self._suspect(signs, layers, phase, self._moved(story) if before is None else None)
+        moved, finding = self._suspects.moved() if before is None else (None, None)
+        story.findings += [finding] if finding else []
+        suspect = self._suspects.prime(signs, layers, phase, moved)
         if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
             suspect = before.suspect
         evidence = self._evidence(signs, story)
@@ -296,80 +286,6 @@ class Incidents:
         self._replace(story, closed)
         self._stories[name] = _Story(firing=story.firing)
         return closed
-
-    def _layers(self, signs: Sequence[Alarm]) -> tuple[str, ...]:
-        """The layers with a sign or out of their band, in the order in which they left it."""
-        history = self._history
-        column = {layer: index for index, layer in enumerate(history.layers)}
-        first: dict[str, tuple[int, float, int]] = {}
-        grows = signs[0].kind in EXPLOSION  # what is silent leaves no band
-        for alarm in signs:
-            if alarm.layer is None:
-                continue
-            index = column[alarm.layer]
-            step = int(self._left[index]) if grows and 0 <= self._left[index] < alarm.step else alarm.step
-            # within one step: non-finite ones in backward order, others by how far they are beyond the limit
-            beyond = -alarm.value / alarm.limit if alarm.limit > 0 and np.isfinite(alarm.value) else 0.0
-            # what is dead starves all layers behind it: the first in forward order is the cause
-            place = -int(history.order[index]) if alarm.kind == "dead" else int(history.order[index])
-            key = (step, beyond, place)
-            first[alarm.layer] = min(first.get(alarm.layer, key), key)
-        out = (self._left >= 0) & ((history.surge() > LEFT_BAND) | (history.nonfinite > 0))
-        for index in np.flatnonzero(out).tolist() if grows else ():
-            first.setdefault(history.layers[index], (int(self._left[index]), 0.0, int(history.order[index])))
-        return tuple(sorted(first, key=first.__getitem__))
-
-    def _suspect(
-        self, signs: Sequence[Alarm], layers: Sequence[str], phase: Phase | None, moved: str | None
-    ) -> str | None:
-        odd = self._odd_scale() if signs[0].step < _FIRST and signs[0].kind in EXPLOSION else None
-        if odd or moved:
-            return odd or moved
-        if phase == "gradient" and not any(sign.sign == "growth" for sign in signs):
-            return self._history.first_nonfinite()
-        if phase == "loss" and not any(sign.sign == "growth" for sign in signs):
-            return None
-        return layers[0] if layers else None
-
-    def _moved(self, story: _Story) -> str | None:
-        """The one layer whose weights changed at once while the others' did not, if there is one; it becomes a finding.
-
-        Weights come before gradients: where one layer was damaged, all gradients leave their band in the same step.
-        """
-        history = self._history
-        if history.row.weight_norm is None:
-            return None
-        with quiet_numpy():
-            change = np.abs(
-                np.log(np.maximum(history.weight, floor := self._floor()) / np.maximum(history.previous_weight, floor))
-            )
-        change[history.nonfinite_weight] = np.inf
-        change[np.isnan(history.previous_weight)] = np.nan
-        if np.count_nonzero(change >= 0) < 2:
-            return None
-        order = np.argsort(np.nan_to_num(change, nan=-1.0, posinf=np.inf))
-        first, second = change[order[-1]], change[order[-2]]
-        if not (first > math.log(_MOVED) and first > _ALONE * second):
-            return None
-        name = history.layers[int(order[-1])]
-        told = "became not finite" if math.isinf(first) else f"changed by a factor of {math.exp(first):.3g}"
-        story.findings.append(
-            f"the weights of {name} {told} within {history.weight_gap} steps, those of each other layer by at most "
-            f"{math.exp(second):.3g}"
-        )
-        return name
-
-    def _floor(self) -> Floats:
-        """Weight norms below which a change says little: half of a usual initialisation; a tenth for biases and gains."""
-        history = self._history
-        return np.where(history.matrices, 0.5 * np.sqrt(history.sizes / history.fan_in), 0.1 * np.sqrt(history.sizes))
-
-    def _odd_scale(self) -> str | None:
-        """The layer whose weights multiply what passes by more than ten times as much as its neighbours' do, if one does."""
-        gain = self._history.relative_gain()
-        if not np.isfinite(gain).any() or not np.nanmax(gain) > 10:
-            return None
-        return self._history.layers[int(np.nanargmax(gain))]
 
     def _evidence(self, signs: Sequence[Alarm], story: _Story) -> tuple[str, ...]:
         lines = []

@@ -16,10 +16,11 @@ from gradwatch.alarms import Alarms
 from gradwatch.autoclip import NOTHING, AutoClip, Decision, Orders
 from gradwatch.clipping import Clipping
 from gradwatch.columns import widened
-from gradwatch.incidents import CALM_STEPS, FAR, LEFT_BAND, Incidents
+from gradwatch.incidents import CALM_STEPS, FAR, Incidents
 from gradwatch.quiet import Bounds, cadence
 from gradwatch.records import Alarm, Incident, Row, Snapshot
 from gradwatch.statistics import quiet_numpy
+from gradwatch.suspects import LEFT_BAND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

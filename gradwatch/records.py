@@ -39,6 +39,7 @@ LossSource = Literal["monitor.loss()", "closure", "backward root", "written", "n
 Clipped = Literal["no clip before it seen", "before the user's clip", "as the optimizer sees it"]
 
 SEVERITIES: tuple[Severity, ...] = ("notice", "warning", "critical")
+EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")  # chapters of one story
 
 
 class NonFinite(IntFlag):

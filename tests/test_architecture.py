@@ -19,6 +19,7 @@ HOST = [
     "cases",
     "history",
     "incidents",
+    "suspects",
     "records",
     "settings",
     "statistics",
