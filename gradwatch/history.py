@@ -334,13 +334,23 @@ class History:
         now, _ = median_and_mad(self.loss(last=last))
         return bool(self.reference_loss - now >= share * abs(self.reference_loss))
 
+    @property
+    def telling(self) -> NDArray[np.bool_]:
+        """Matrices of at least 16 elements, shape (L,): a line through a few points may well move by more than itself."""
+        return self.matrices & (self.sizes >= _SMALLEST)
+
+    @property
+    def half_usual(self) -> Floats:
+        """Half of a matrix's norm after a usual initialisation, shape (L,): a floor for layers that start near zero."""
+        return 0.5 * np.sqrt(self.sizes / self.fan_in)
+
     def relative_gain(self) -> Floats:
         """What each matrix multiplies by, over the median of all, shape (L,); NaN for others and with less than three.
 
         The gain is ``||w|| sqrt(f / n)``: near 1 for a usual initialisation, whatever the shape.
         """
         gain = self.weight * np.sqrt(self.fan_in / self.sizes)
-        gain[~self.matrices | (self.sizes < _SMALLEST)] = np.nan
+        gain[~self.telling] = np.nan
         if np.count_nonzero(np.isfinite(gain)) < 3:
             gain[:] = np.nan
             return gain

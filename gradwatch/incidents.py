@@ -159,10 +159,10 @@ class Incidents:
         """
         level, _ = self._history.loss_level(story.look_at - 2)
         before, story.level = story.level, level
-        if not level > max(story.ceiling, 2 * story.ceiling):
+        if not level > max(story.ceiling, 2 * story.ceiling):  # of a negative loss, the ceiling itself
             return False
-        after = self._history.loss(last=_LASTING)
         if story.look_at == _LASTING:
+            after = self._history.loss(last=_LASTING)
             before, _ = median_and_mad(after[: _LASTING // 2])
             level, _ = median_and_mad(after[_LASTING // 2 :])
         way = 1 / 2 if story.look_at == _LASTING else 1 / 3
@@ -175,12 +175,12 @@ class Incidents:
         return (
             any(sign.sign in ("subtle", "numeric") or sign.kind == "nonfinite" for sign in signs)
             or self._far_beyond(signs)
-            # early on, only the update that is about to be made can be told, and only before it is made
+            # early on, only the update that is about to be made can be told, and only before it is made; one layer alone
+            # does not multiply
             or (
                 self._history.losses < EARLY
                 and self._history.row.family != "other"
-                and np.count_nonzero(self._history.matrices & self._history.arriving)
-                > 1  # one layer alone does not multiply
+                and np.count_nonzero(self._history.matrices & self._history.arriving) > 1
                 and "GW303" in {s.code for s in signs}
             )
             or self._history.loss_is_rising()

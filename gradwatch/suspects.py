@@ -106,7 +106,7 @@ class Suspects:
 
 def _floor(history: History) -> Floats:
     """Weight norms below which a change says little: half of a usual initialisation; a tenth for biases and gains."""
-    return np.where(history.matrices, 0.5 * np.sqrt(history.sizes / history.fan_in), 0.1 * np.sqrt(history.sizes))
+    return np.where(history.matrices, history.half_usual, 0.1 * np.sqrt(history.sizes))
 
 
 def _odd_scale(history: History) -> str | None:

@@ -215,16 +215,14 @@ def test_the_layer_whose_weights_were_changed_is_the_suspect_whoever_left_its_ba
 )
 def test_a_jump_that_does_not_come_down_again_is_told(loss: str, grad: str, weight: str, by: int) -> None:
     """As a spike at first; as more when it stays, when gradients do not settle, or when weights explode."""
-    pipeline = run(
-        Case("jump", None, grad={"a": grad, "b": grad}, weight={"a": weight, "b": weight}, loss=loss, family="adam")
-    )
+    case = Case("jump", None, grad={"a": grad, "b": grad}, weight={"a": weight, "b": weight}, loss=loss, family="adam")
+    pipeline = run(case)
     first, *_ = pipeline.incidents.all
     assert first.opened_step == 40
     assert first.severity in ("warning", "critical")
     told = [alarm.step for alarm in pipeline.changes]
     assert min(told) >= 40
-    short = Case("jump", None, grad={"a": grad, "b": grad}, weight={"a": weight, "b": weight}, loss=loss, family="adam")
-    history, rows = short.rows()
+    history, rows = case.rows()
     early = Pipeline(history, default_rules(), None, [], lambda *_: None)
     for row in rows:
         early.step(row)

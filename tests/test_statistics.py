@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwatch.statistics import Typical, median_and_mad, quiet_numpy
+from gradwatch.statistics import Typical, doubling, median_and_mad, quiet_numpy
 
 positive = st.floats(1e-30, 1e30)
 
@@ -86,3 +86,15 @@ def test_many_rows_at_once_are_learned_as_one_by_one(wild: float | None) -> None
         np.testing.assert_allclose(together.value, one_by_one.value, rtol=1e-12)
         np.testing.assert_allclose(together.scatter, one_by_one.scatter, rtol=1e-10)
         assert together.seen.tolist() == one_by_one.seen.tolist()
+
+
+@pytest.mark.parametrize("every", [0.5, 3.0, 40.0])
+def test_doubling_is_the_slope_of_the_logarithms(every: float) -> None:
+    """Against numpy's own fit; what is not finite is left out, and what does not grow never doubles."""
+    steps = np.arange(8)
+    values = 2 ** (steps / every) * np.exp(0.01 * np.random.default_rng(0).standard_normal(8))
+    assert doubling(values) == pytest.approx(1 / np.polyfit(steps, np.log2(values), 1)[0])
+    values[3] = np.nan
+    assert doubling(values) == pytest.approx(1 / np.polyfit(np.delete(steps, 3), np.log2(np.delete(values, 3)), 1)[0])
+    assert doubling(values[::-1]) == math.inf
+    assert doubling(np.array([1.0, 2.0])) == math.inf

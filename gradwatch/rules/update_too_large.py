@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Kind, Sign
 
 _RATE_SIZED = {"Adam", "AdamW", "NAdam", "Adamax", "RMSprop"}  # each element moves by about the rate
-_SMALLEST = 16  # elements: a line through a few points may well move by more than itself
 
 
 class UpdateTooLarge(Rule):
@@ -69,7 +68,7 @@ class UpdateTooLarge(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return update over weights for each matrix, shape (L,); NaN elsewhere."""
-        floor = 0.5 * np.sqrt(history.sizes / history.fan_in)
+        floor = history.half_usual
         if history.row.family == "other":  # a line search goes as far as the loss bears
             return np.full(len(history.layers), np.nan)
         if history.row.family == "sgd":
@@ -80,4 +79,4 @@ class UpdateTooLarge(Rule):
             if history.losses <= EARLY and history.facts.optimizer in _RATE_SIZED:
                 meant = history.rate * np.sqrt(history.sizes) / np.maximum(history.weight, floor)
                 ratio = np.fmax(ratio, meant / 2)
-        return np.where(history.matrices & (history.sizes >= _SMALLEST), ratio, np.nan)
+        return np.where(history.telling, ratio, np.nan)

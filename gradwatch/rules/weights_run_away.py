@@ -63,9 +63,7 @@ class WeightsRunAway(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return each matrix's growth within 100 rows, shape (L,); NaN for biases and before the sixteenth loss."""
-        floor = 0.5 * np.sqrt(history.sizes / history.fan_in)
-        growth = history.weight / np.maximum(history.least_weight, floor)
-        counts = history.matrices & (history.sizes >= 16)
+        growth = history.weight / np.maximum(history.least_weight, history.half_usual)
         if history.losses < 16:
             return np.full(len(growth), np.nan)
-        return np.where(counts, growth * _SHARE if history.gained(_PROGRESS) else growth, np.nan)
+        return np.where(history.telling, growth * _SHARE if history.gained(_PROGRESS) else growth, np.nan)
