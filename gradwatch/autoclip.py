@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -15,6 +15,9 @@ from gradwatch.records import (
     Severity,
 )
 from gradwatch.settings import Settings
+
+if TYPE_CHECKING:
+    from gradwatch.guard import Guard
 
 Measure = Literal["skip", "rate", "stop"]
 
@@ -28,9 +31,10 @@ class AutoClip(Settings):
         severity: the least severity that switches it on: ``"warning"``, or ``"notice"`` where ``when`` names spikes.
         threshold: where the clip's bounds come from. A number between 0.5 and 10 is that many times the run's own typical
             global norm before the incident: the band in which clipping still converges (Pascanu et al. 2013). ``"auto"``
-            begins at 2 and goes down to 0.5 where that does not help. A run that has no 16 norms yet starts with the clip's
-            own bounds, a norm of 1.0 by default. None: always the clip's own. Given by name, a clip that takes a threshold
-            is ``"auto"``.
+            begins at 2 and goes down to 0.5 where steps are too long. A run that has no 16 norms yet starts with the clip's
+            own bounds, a norm of 1.0 by default, and goes down to a quarter. With ``"auto"`` and gradients on the CPU, a layer
+            that stands out alone comes first, and steps of SGD are held to what the loss holds (`gradwatch.guard`). None:
+            always the clip's own. Given by name, a clip that takes a threshold is ``"auto"``.
         hold: optimizer steps without a firing alarm after which it lets go and the incident closes.
         escalate: what to do next, in this order, each time clipping has not helped for ``patience`` steps: ``"skip"``
             steps that surge, lower the learning ``"rate"`` by half (as often as six times), ``"stop"`` with a
@@ -103,11 +107,15 @@ class AutoClip(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do with this step before the optimizer makes it. ``rate`` is a factor on its learning rates."""
+    """What to do with this step before the optimizer makes it.
+
+    ``rate`` is a factor on its learning rates, ``guard`` what goes beyond the clip.
+    """
 
     clip: Clip | None = None
     skip: bool = False
     rate: float = 1.0
+    guard: Guard | None = None
 
 
 NOTHING = Decision()

@@ -14,6 +14,7 @@ import numpy as np
 from gradwatch.autoclip import NOTHING, Decision, Orders
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.escalation import SURGE, Escalation
+from gradwatch.guard import Guard
 from gradwatch.records import SEVERITIES, ClipRecord, Severity
 
 if TYPE_CHECKING:
@@ -28,10 +29,15 @@ _LONG = 4  # times the hold after which it lets go although the loss has not com
 _LEVEL = 16  # losses whose median must not rise meanwhile
 _IDLE = 10  # steps without a bite after which a loosened clip is let go
 _RELAPSE = 10  # times the hold after a release in which an explosion is the same one come back
+_SETTLED = 8  # norms before which a layer has no usual one
 _YOUNG = 16  # norms before which there is no typical one, and the clip keeps its own bounds
 _PAST = 256  # norms among which the typical one is looked for,
 _STRETCH = 32  # in stretches of as many
-_WIDE, _NARROW = 2.0, 0.5  # times the typical norm: where an automatic threshold begins, and how low it goes
+_WIDE = 2.0  # times the typical norm: where an automatic threshold begins
+_NARROWEST = 1 / 4  # of where it began: how low it goes
+_FALLS = 0.9  # times its level before: a loss that comes down
+_BITES = 0.5  # share of clipped steps from which the clip sets the length of the steps
+_KEPT = 1 / 4  # of what steps promised: with less, they are too long
 
 
 class Clipping:
@@ -56,7 +62,9 @@ class Clipping:
         self._looked = 0
         self._bounds: Clip = policy.clip
         self._reserve = -_YOUNG  # the row at which the bounds for a surge on a device were taken
-        self._typical = self._times = math.nan
+        self._typical = math.nan
+        self._usual = np.full(0, np.nan)
+        self._narrowed = 1.0
         self._skips_in_a_row = 0
         self._hold = policy.hold
         self._held_since = 0
@@ -65,8 +73,10 @@ class Clipping:
         self._loss_ceiling = math.inf
         self._well_below = math.inf
         self._idle = 0
+        self._judged = ClipRecord("", 0)
         self._judged_at = 0
         self._judged_level = math.inf
+        self._promised = 0.0
 
     @property
     def on(self) -> bool:
@@ -87,13 +97,13 @@ class Clipping:
 
     def _set_bounds(self, but: int) -> None:
         """Take the policy's clip at its threshold, by the norms that came before the last ``but``."""
+        typical = self.history.typical_grad
+        self._usual = np.where(typical.seen >= _SETTLED, typical.value, np.nan)
         self._typical = typical_norm(self.history, but)
-        self._times = _WIDE if self.policy.threshold == "auto" else self.policy.threshold or math.nan
-        self._bounds = self._at_threshold()
-
-    def _at_threshold(self) -> Clip:
-        bound = self._times * self._typical
-        return self.policy.clip if math.isnan(bound) else self.policy.clip.at_norm(bound, self.history)
+        self._narrowed = 1.0
+        times = _WIDE if self.policy.threshold == "auto" else self.policy.threshold or math.nan
+        bound = times * self._typical
+        self._bounds = self.policy.clip if math.isnan(bound) else self.policy.clip.at_norm(bound, self.history)
 
     def orders(self, surge: float, far: float) -> Orders:
         """Say what to do with the coming step, in advance; ``surge`` and ``far`` are the rules' limits."""
@@ -138,7 +148,12 @@ class Clipping:
         self._skips_in_a_row = 0
         # an average of norms must not miss what the ring forgets
         clip = self.clip(self.history.rows - 1) if self.on or self._falls_behind() else None
-        return Decision(clip if self.on else None, rate=self.further.rate) if self.acts else NOTHING
+        if not self.acts:
+            return NOTHING
+        guard = None
+        if self.record is not None and self.policy.threshold == "auto":
+            guard = Guard.of(row, self.history, self._usual, self._looseness)
+        return Decision(clip if self.on else None, rate=self.further.rate, guard=guard)
 
     def _falls_behind(self) -> bool:
         behind = self._baseline is not None and self.history.rows - self._looked >= self.history.window // 2
@@ -147,11 +162,12 @@ class Clipping:
         return behind
 
     def _switches_on(self, kind: str, severity: Severity, step: int) -> bool:
-        least: Severity = "notice" if self._relapses(step) else self.policy.severity
+        least: Severity = "notice" if self.relapses(step) else self.policy.severity
         enough = SEVERITIES.index(severity) >= SEVERITIES.index(least)
         return enough and self.policy.when != "always" and kind in self.policy.when
 
-    def _relapses(self, step: int) -> bool:
+    def relapses(self, step: int) -> bool:
+        """True where an explosion at ``step`` is the last one come back: then the signs alone are enough."""
         return step - self._released <= _RELAPSE * self.policy.hold
 
     def _begin(self, row: Row) -> None:
@@ -160,7 +176,7 @@ class Clipping:
         # a run that began with the explosion is well only when it has learned something since
         young = self.history.losses < _LEVEL
         self._well_below = before - abs(before) / 10 if young else before + max(scatter, abs(before) / 20)
-        if self._relapses(row.step):
+        if self.relapses(row.step):
             self._hold = min(2 * self._hold, 8 * self.policy.hold)
         else:
             self._hold = self.policy.hold
@@ -168,7 +184,7 @@ class Clipping:
         self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family)
         self._held_since, self._idle = row.step, 0
         self._looseness, self._loss_ceiling = 1.0, math.inf
-        self._judged_at, self._judged_level = row.step, math.inf
+        self._judged, self._judged_at, self._judged_level, self._promised = self.record, row.step, math.inf, 0.0
         self.further.begin()
 
     def done(self, row: Row, decision: Decision, coefficient: float, incidents: Incidents) -> None:
@@ -179,6 +195,9 @@ class Clipping:
         self._idle = 0 if clipped or decision.skip else self._idle + 1
         if self.record is None:
             return
+        if not decision.skip:
+            promise = self.history.promise
+            self._promised += coefficient * (np.nansum(promise) if np.isfinite(promise).any() else math.nan)
         norm = row.global_norm
         record = replace(
             self.record,
@@ -255,22 +274,30 @@ class Clipping:
         return SURGE * self._typical
 
     def _go_further(self, row: Row, incidents: Incidents) -> None:
-        """Where the loss has not come down for ``patience`` steps: a lower threshold, then what else the policy allows."""
+        """Where the loss has not come down for ``patience`` steps: a lower threshold, then what else the policy allows.
+
+        A clip that bites on most steps gives them all one length. Where they promised to lower the loss by more than all of
+        it, and kept less than a quarter, that length is too long; where they promised little it is not, however slow.
+        """
         assert self.record is not None
         if row.step - self._judged_at < self.policy.patience or self._looseness > 1.0:
             return
         level, _ = self.history.loss_level(_LEVEL)
-        helps = not level > self._well_below or level < 0.9 * self._judged_level
-        self._judged_at, self._judged_level = row.step, min(level, self._judged_level)
-        if helps:
+        fell, promised = self._judged_level - level, self._promised
+        falls, well = level < _FALLS * self._judged_level, not level > self._well_below
+        steps, clipped = self.record.steps - self._judged.steps, self.record.clipped - self._judged.clipped
+        self._judged, self._judged_at, self._promised = self.record, row.step, 0.0
+        self._judged_level = min(level, self._judged_level)
+        if falls or (well and clipped < _BITES * steps):
             return
+        too_long = not well if math.isnan(promised) else promised >= level and fell <= _KEPT * promised
         # an optimizer of Adam's kind moves as far by a small gradient as by a large one
-        narrows = self.policy.threshold == "auto" and self._times > _NARROW and row.family != "adam"
-        if narrows and not math.isnan(self._typical):
-            self._times /= 2
-            self._bounds = self._at_threshold()
+        narrows = self.policy.threshold == "auto" and self._narrowed > _NARROWEST and row.family != "adam"
+        if narrows and too_long:
+            self._narrowed /= 2
+            self._bounds = self._bounds.loosened(1 / 2)
             self.record = replace(self.record, clip=str(self._bounds))
-        elif self.further.left:
+        elif self.further.left and not well:
             incident = incidents.open_explosion()
             began = incident.opened_step if incident is not None else self.record.from_step
             done = self.further.go_on(row, began, self._well_below, level)

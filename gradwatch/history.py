@@ -313,6 +313,24 @@ class History:
         return some if self.row.arrived is None else some | (self.row.arrived & np.isnan(self.row.grad_norm))
 
     @property
+    def promise(self) -> Floats:
+        """By how much this step of SGD would lower the loss to first order, each layer's part: ``lr ||g||^2``, shape (L,).
+
+        NaN for other optimizers, where it is not known that the gradients came from the loss seen, and where a loss below
+        zero says that zero is no floor.
+        """
+        row = self.row
+        if row.family != "sgd" or row.provenance.loss in ("none", "monitor.loss()") or not self.least_loss >= 0:
+            return np.full(len(self.layers), np.nan)
+        part: Floats = self.rate * np.square(row.applied * row.grad_norm)
+        return part
+
+    @property
+    def least_loss(self) -> float:
+        """The least of the losses kept; infinity where none was seen."""
+        return float(np.fmin.reduce(self.loss(), initial=math.inf))
+
+    @property
     def largest_first_loss(self) -> float:
         """The largest magnitude of the run's first 16 finite losses; NaN before the sixteenth."""
         return max(map(abs, self._first_losses)) if len(self._first_losses) == _FIRST_LOSSES else math.nan

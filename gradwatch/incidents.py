@@ -136,7 +136,7 @@ class Incidents:
             story.last_fired = step
             story.fired_steps += 1
             if story.incident is None:
-                if name == "explosion" and not self._harm(story):
+                if name == "explosion" and not (self._relapses(step) or self._harm(story)):
                     return None  # growth while the loss is well: a sign to keep, not a story to tell
                 touched = True
                 story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
@@ -183,8 +183,15 @@ class Incidents:
                 and np.count_nonzero(self._history.matrices & self._history.arriving) > 1
                 and "GW303" in {s.code for s in signs}
             )
+            or any(
+                sign.code == "GW305" and (self._history.losses < EARLY or self._history.row.step - sign.step >= EARLY)
+                for sign in signs
+            )
             or self._history.loss_is_rising()
         )
+
+    def _relapses(self, step: int) -> bool:
+        return self._clipping is not None and self._clipping.relapses(step)
 
     def _far_beyond(self, signs: Iterable[Alarm]) -> bool:
         """A surge so large that it speaks for itself: in some layers only, or while the loss is up.

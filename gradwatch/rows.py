@@ -339,17 +339,16 @@ class Rows:
             and self._clippable(source, optimizer)
             and self._fits(decision.clip, mine)
         ):
-            return decision.clip.apply(
-                Step(
-                    self._layers.names,
-                    now.gradients,
-                    mine.with_gradient(),
-                    now.columns,
-                    now.norms[now.columns],
-                    now.global_norm,
-                    scale,
-                )
+            step = Step(
+                self._layers.names,
+                now.gradients,
+                mine.with_gradient(),
+                now.columns,
+                now.norms[now.columns],
+                now.global_norm,
+                scale,
             )
+            return decision.clip.apply(step) if decision.guard is None else decision.guard.around(decision.clip, step)
         return 1.0
 
     def _slow(self, mine: Gradients, optimizer: Optimizer | None, rate: float) -> None:

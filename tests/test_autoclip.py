@@ -233,14 +233,14 @@ def test_a_young_run_keeps_the_clips_own_bounds() -> None:
     assert norm(seen[5]) == pytest.approx(1.0, rel=1e-4)
 
 
-def test_an_automatic_threshold_goes_down_where_it_does_not_help() -> None:
-    """From 2 to 0.5 times the typical norm, a half at a time, and no lower."""
+def test_an_automatic_threshold_goes_down_where_steps_are_too_long() -> None:
+    """From 2 to 0.5 times the typical norm and no lower; not where steps are short, however high the loss."""
+    left = too_fast((), 250, "SGD")["monitor"]
+    typical = float(np.median(left.history.global_norm()[:41]))
+    assert left.incidents[0].clip.clip == f"ClipNorm(max_norm={float(f'{2 * typical:.4g}') / 4})"
     monitor, seen = exploding(gradwatch.AutoClip("norm", patience=10), steps=80, lasts=80)
     typical = float(np.median(monitor.history.global_norm()[:30]))
-    bounds = [norm(gradients) / typical for gradients in seen[30:]]
-    rounded = [float(f"{bound:.2g}") for bound in bounds]
-    assert list(dict.fromkeys(rounded)) == [2.0, 1.0, 0.5]
-    assert rounded == sorted(rounded, reverse=True)
+    assert [norm(gradients) / typical for gradients in seen[30:]] == pytest.approx([2.0] * 50, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_a_relapse_is_met_sooner_and_held_longer() -> None:
 
 
 def too_fast(escalate: tuple[str, ...], steps: int = 150, name: str = "SGD") -> dict[str, Any]:
-    """Train at a rate that is hundreds of times too high (thousands for Adam) from step 40 on; return what became of it."""
+    """Train at a rate that is thousands of times too high from step 40 on; return what became of it."""
     model = mlp(depth=4)
     optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.02 if name == "SGD" else 1e-3)
     used: list[float] = []
@@ -296,7 +296,7 @@ def too_fast(escalate: tuple[str, ...], steps: int = 150, name: str = "SGD") -> 
 
     def schedule(step: int) -> None:
         if step == 40:
-            optimizer.param_groups[0]["lr"] *= 300 if name == "SGD" else 5000
+            optimizer.param_groups[0]["lr"] *= 3000 if name == "SGD" else 5000
         held.append(optimizer.param_groups[0]["lr"])
 
     policy = gradwatch.AutoClip("norm", patience=10, escalate=escalate)
@@ -326,7 +326,7 @@ def test_the_rate_is_lowered_only_if_allowed_and_each_step_of_it_is_told(name: s
 
 
 def test_a_permanent_fault_ends_in_the_documented_stop_within_the_cap() -> None:
-    """Threshold down twice, skip, stop: each after its patience, with finite parameters and the reason."""
+    """Skip, stop: each after its patience, with finite parameters and the reason."""
     policy = gradwatch.AutoClip("norm", patience=10, escalate=("skip", "stop"), max_skips=5)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -338,7 +338,7 @@ def test_a_permanent_fault_ends_in_the_documented_stop_within_the_cap() -> None:
     said = pytest.raises(gradwatch.TrainingUnstableError, match=r"has not helped for 10 steps.*go back to a checkpoint")
     with gradwatch.attach(model, clip=policy, report=None, strict=True) as monitor, said:
         train(model, optimizer, 300, loss_of=loss_of)
-    assert next(step) - 1 <= 30 + 5 * 10  # two thresholds, the skips, the stop
+    assert next(step) - 1 <= 30 + 5 * 10  # a first look, the skips, the stop
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     skipped = "".join("s" if one else "." for one in monitor.history.skipped())
     assert max(map(len, skipped.split("."))) == 5

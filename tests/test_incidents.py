@@ -35,7 +35,9 @@ def only(pipeline: Pipeline) -> Incident:
 
 def test_large_but_stable_gradients_are_no_incident() -> None:
     """A confirming sign alone is a note."""
-    pipeline = run(Case("stable", None, grad={"a": "50x200", "b": "9x200"}, weight="100x200", loss="1*0.99x200"))
+    pipeline = run(
+        Case("stable", None, grad={"a": "50x200", "b": "9x200"}, weight="100x200", loss="1*0.99x200", rate=1e-4)
+    )
     assert [alarm.code for alarm in pipeline.changes] == ["GW203"]
     assert pipeline.incidents.all == []
     assert pipeline.verdict == "healthy"

@@ -198,6 +198,7 @@ TRAININGS: dict[str, Training] = {
     "GW302": root_of_zero,
     "GW303": unscaled_targets,
     "GW304": growing_weights,
+    "GW305": unscaled_targets,
     "GW401": deep_sigmoids,
     "GW402": dying_units,
     "GW403": stale_optimizer,

@@ -20,6 +20,7 @@ from gradwatch.rules.loss_nonfinite import LossNonFinite
 from gradwatch.rules.loss_runaway import LossRunaway
 from gradwatch.rules.no_traction import NoTraction
 from gradwatch.rules.out_of_scale import OutOfScale
+from gradwatch.rules.step_overshoots import StepOvershoots
 from gradwatch.rules.update_too_large import UpdateTooLarge
 from gradwatch.rules.vanishing import Vanishing
 from gradwatch.rules.weight_growth import WeightGrowth
@@ -38,6 +39,7 @@ RULES: tuple[type[Rule], ...] = (
     GradientNonFinite,
     UpdateTooLarge,
     WeightsRunAway,
+    StepOvershoots,
     Vanishing,
     Dead,
     Frozen,
@@ -78,6 +80,7 @@ __all__ = [
     "NoTraction",
     "OutOfScale",
     "Rule",
+    "StepOvershoots",
     "UpdateTooLarge",
     "Vanishing",
     "WeightGrowth",
