@@ -72,16 +72,15 @@ def test_the_healthy_classifier_has_no_incident_at_all(seed: int) -> None:
     assert accuracy > 0.85
 
 
-def test_a_rate_that_wrecks_the_classifier_is_seen_and_a_tight_clip_saves_it() -> None:
-    """A clip that is too wide for these gradients says itself that it did not help."""
+def test_a_rate_that_wrecks_the_classifier_is_seen_and_a_clip_saves_it() -> None:
+    """Auto-clip finds a bound that is tight enough by itself."""
     rate = digits_classifier.WRECKING_RATE
     wrecked, monitor = digits_classifier.train(rate)
     assert wrecked < 0.3
     assert monitor.incidents[0].kind == "exploding"
-    wide, monitor = digits_classifier.train(rate, "norm", seed=2)
-    assert wide < 0.3
-    assert monitor.incidents[0].clip is not None
-    assert monitor.incidents[0].clip.helped is False
+    found, monitor = digits_classifier.train(rate, "norm")
+    assert found > 0.5
+    assert "ClipNorm(max_norm=0.25)" in str(monitor.incidents[0].clip)
     saved, _ = digits_classifier.train(rate, gradwatch.AutoClip(gradwatch.ClipNorm(0.05)))
     assert saved > 0.7
 

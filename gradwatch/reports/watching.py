@@ -122,10 +122,11 @@ class Watching:
             lines.append(line)
         lines.append(Text(""))
         one = incidents[place]
-        story = [(f"left their band in this order: {', '.join(one.layers)}", "")] if len(one.layers) > 1 else []
-        story += [(line, "") for line in one.evidence]
+        # a low terminal cuts the end: what to do comes before the evidence
+        story = [(f"do: {line}", "cyan") for line in one.advice]
         story += [(f"auto-clip: {one.clip}", "")] if one.clip is not None else []
-        story += [(f"do: {line}", "cyan") for line in one.advice]
+        story += [(f"left their band in this order: {', '.join(one.layers)}", "")] if len(one.layers) > 1 else []
+        story += [(line, "") for line in one.evidence]
         for told, style in story:
             wrapped = textwrap.wrap(told, max(10, width - 4)) or [""]
             lines += [Text(f"  {wrapped[0]}", style), *(Text(f"    {more}", style) for more in wrapped[1:])]
