@@ -14,7 +14,8 @@ import numpy as np
 from gradwatch.autoclip import NOTHING, Decision, Orders
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.escalation import SURGE, Escalation
-from gradwatch.guard import Guard
+from gradwatch.guard import WIDE, Guard
+from gradwatch.history import SETTLED
 from gradwatch.records import SEVERITIES, ClipRecord, Severity
 
 if TYPE_CHECKING:
@@ -29,11 +30,9 @@ _LONG = 4  # times the hold after which it lets go although the loss has not com
 _LEVEL = 16  # losses whose median must not rise meanwhile
 _IDLE = 10  # steps without a bite after which a loosened clip is let go
 _RELAPSE = 10  # times the hold after a release in which an explosion is the same one come back
-_SETTLED = 8  # norms before which a layer has no usual one
 _YOUNG = 16  # norms before which there is no typical one, and the clip keeps its own bounds
 _PAST = 256  # norms among which the typical one is looked for,
 _STRETCH = 32  # in stretches of as many
-_WIDE = 2.0  # times the typical norm: where an automatic threshold begins
 _NARROWEST = 1 / 4  # of where it began: how low it goes
 _FALLS = 0.9  # times its level before: a loss that comes down
 _BITES = 0.5  # share of clipped steps from which the clip sets the length of the steps
@@ -46,7 +45,7 @@ class Clipping:
     On, it clips with its bounds until the run has been calm for ``hold`` steps. If the clip no longer bites then, it lets go;
     if it does, it lets go by degrees, loosening the bounds step by step until it bites no more. When the loss gets worse
     meanwhile, it goes back to its bounds and holds twice as long; so it does when the explosion comes back soon after, and
-    then a notice is enough to switch it on. Where clipping does not help it goes on to the measures that the policy allows.
+    then its first sign is enough to switch it on. Where clipping does not help it goes on to the measures that the policy allows.
 
     Attributes: ``clipped`` and ``skipped`` count steps, ``further`` is what is done beyond clipping.
     """
@@ -98,10 +97,10 @@ class Clipping:
     def _set_bounds(self, but: int) -> None:
         """Take the policy's clip at its threshold, by the norms that came before the last ``but``."""
         typical = self.history.typical_grad
-        self._usual = np.where(typical.seen >= _SETTLED, typical.value, np.nan)
+        self._usual = np.where(typical.seen >= SETTLED, typical.value, np.nan)
         self._typical = typical_norm(self.history, but)
         self._narrowed = 1.0
-        times = _WIDE if self.policy.threshold == "auto" else self.policy.threshold or math.nan
+        times = WIDE if self.policy.threshold == "auto" else self.policy.threshold or math.nan
         bound = times * self._typical
         self._bounds = self.policy.clip if math.isnan(bound) else self.policy.clip.at_norm(bound, self.history)
 

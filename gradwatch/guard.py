@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Row
 
 _APART = 8.0  # times the median layer's surge: a layer that stands out alone
-_WIDE = 2.0  # times its usual norm: what is left of such a layer's gradient
+WIDE = 2.0  # times the usual norm: where an automatic threshold begins, and what is left of such a layer
 _SHORTEST = 1 / 4  # of what the clip left: a gradient that is far off says little of how long a step may be
 _NOTHING = 1e-3  # of the reference loss: a loss that nobody need divide by
 
@@ -50,7 +50,7 @@ class Guard:
             known = surge[surge > 0]
             if known.size:
                 apart = surge > _APART * max(1.0, float(np.median(known)))
-                factors = np.where(apart, np.fmin(1.0, _WIDE * looseness * usual / norms), 1.0)
+                factors = np.where(apart, np.fmin(1.0, WIDE * looseness * usual / norms), 1.0)
         promise = history.promise * np.square(factors)
         held = max(row.loss, _NOTHING * abs(history.reference_loss))
         if not (factors < 1.0).any() and not np.nansum(promise) > held > 0:
@@ -63,19 +63,19 @@ class Guard:
         It is exact where the clip keeps directions, and else nearly so: what the clip leaves of each layer is not asked.
         Steps come last, but before a clip that looks inside gradients: what it leaves may differ between processes.
         """
-        before = float(np.sqrt(np.nansum(np.square(self.norms))))
+        before = _together(self.norms)
         if not before > 0 or not math.isfinite(before) or not math.isfinite(step.global_norm):
             return clip.apply(step)
         factors = self.factors * self._within(1.0) if clip.looks_inside else self.factors
         self._scale(step, factors)
-        left = float(np.sqrt(np.nansum(np.square(factors * self.norms)))) / before
-        left_of_layers = factors[step.columns]
-        by_clip = clip.apply(replace(step, norms=step.norms * left_of_layers, global_norm=step.global_norm * left))
+        left = _together(factors * self.norms) / before
+        norms = step.norms * factors[step.columns]
+        by_clip = clip.apply(replace(step, norms=norms, global_norm=step.global_norm * left))
         if clip.looks_inside:
             return left * by_clip
         within = self._within(by_clip)
         self._scale(step, within)
-        return float(np.sqrt(np.nansum(np.square(factors * within * self.norms)))) / before * by_clip
+        return _together(factors * within * self.norms) / before * by_clip
 
     def _within(self, left: float) -> Floats:
         """Return the factors by which layers of one learning rate together ask for no more than the loss holds."""
@@ -92,3 +92,8 @@ class Guard:
         wanted = factors[step.columns]
         for factor in np.unique(wanted[wanted < 1.0]):
             scale_by([step.gradients[place] for place in np.flatnonzero(wanted == factor)], float(factor))
+
+
+def _together(norms: Floats) -> float:
+    """Return the L2 norm of all layers as one vector; those without a gradient are NaN."""
+    return float(np.sqrt(np.nansum(np.square(norms))))

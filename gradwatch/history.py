@@ -28,6 +28,7 @@ _FIRST_LOSSES = 16
 _SMALLEST = 16  # elements of a matrix that can be told by its norm
 _WARM = 50  # rows after which a rate that was not raised is taken for settled
 _RECENT = 100  # rows in which weights may have grown quickly
+SETTLED = 8  # norms before which a layer has no usual one
 EARLY = 12  # losses before which there is no usual scatter yet
 
 
@@ -294,7 +295,7 @@ class History:
     def surge(self) -> Floats:
         """The last gradient norms over their typical size, shape (L,); NaN in a layer's first eight steps."""
         ratio: Floats = self.row.grad_norm / self.typical_grad.value
-        ratio[(self.typical_grad.seen < 8) | (self.nonfinite > 0)] = np.nan
+        ratio[(self.typical_grad.seen < SETTLED) | (self.nonfinite > 0)] = np.nan
         return ratio
 
     def loss_level(self, window: int = 32) -> tuple[float, float]:

@@ -85,8 +85,8 @@ def test_a_layer_far_above_its_usual_norm_while_others_are_not_is_brought_to_twi
     assert [norms(after)[i] for i in (0, 2)] == pytest.approx([norms(before)[i] for i in (0, 2)], rel=1e-6)
 
 
-def test_nothing_finite_comes_of_what_is_not_finite() -> None:
-    """The clip alone decides there."""
+def test_where_gradients_are_not_finite_the_clip_alone_decides() -> None:
+    """And this one leaves them as they are."""
     before = gradients(1)
     before[0][0] = math.nan
     row, history = seen([math.nan, 9.0, 9.0], 1.0, [1.0] * 3)
