@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.autoclip import NOTHING, Decision, Orders
+from gradwatch.clip_effect import ClipEffect
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.escalation import SURGE, Escalation
 from gradwatch.guard import WIDE, Guard
 from gradwatch.history import SETTLED
 from gradwatch.records import SEVERITIES, ClipRecord, Severity
+from gradwatch.recurrence import usual_size
 
 if TYPE_CHECKING:
     from gradwatch.autoclip import AutoClip
     from gradwatch.clips import Clip
     from gradwatch.history import History
     from gradwatch.incidents import Incidents
-    from gradwatch.records import Row
+    from gradwatch.records import Incident, Row
 
 _LOOSEN = 1.03  # by step, while letting go: twice the bounds after 24 steps
 _LONG = 4  # times the hold after which it lets go although the loss has not come down: the task may be another one now
@@ -72,6 +74,8 @@ class Clipping:
         self._loss_ceiling = math.inf
         self._well_below = math.inf
         self._idle = 0
+        self._effect = ClipEffect(math.inf)
+        self._spared = -math.inf  # a norm up to which clipping was found to do harm
         self._judged = ClipRecord("", 0)
         self._judged_at = 0
         self._judged_level = math.inf
@@ -96,9 +100,7 @@ class Clipping:
 
     def _set_bounds(self, but: int) -> None:
         """Take the policy's clip at its threshold, by the norms that came before the last ``but``."""
-        typical = self.history.typical_grad
-        self._usual = np.where(typical.seen >= SETTLED, typical.value, np.nan)
-        self._typical = typical_norm(self.history, but)
+        self._typical = usual_norm(self.history, but)
         self._narrowed = 1.0
         times = WIDE if self.policy.threshold == "auto" else self.policy.threshold or math.nan
         bound = times * self._typical
@@ -113,7 +115,7 @@ class Clipping:
         clip = self.clip(self.history.rows) if self.on or explosive else None
         return Orders(
             clip=clip if self.on else None,
-            reserve=clip if not self.on else None,
+            reserve=clip if not self.on and math.isinf(self._spared) else None,
             skip=self.policy.on_nonfinite != "ignore",
             surge=surge,
             far=far,
@@ -131,14 +133,12 @@ class Clipping:
             TrainingUnstableError: too many steps in a row had to be skipped, or all measures failed and the last is to stop.
         """
         incident = incidents.open_explosion()
-        if (
-            self.record is None
-            and incident is not None
-            and self._switches_on(incident.kind, incident.severity, row.step)
-        ):
+        if self.record is None and incident is not None and self._switches_on(incident, row):
             self._begin(row)
         if row.poisoned:
             return self._skip(row) if self.policy.on_nonfinite != "ignore" else NOTHING
+        if self.record is not None and self._effect.unlearned is not None:
+            self._spare(row.step, incidents)
         if self.record is not None:
             self._go_further(row, incidents)
         if row.global_norm > self._skip_above and self._skips_in_a_row < self.policy.max_skips:
@@ -160,10 +160,10 @@ class Clipping:
             self._looked = self.history.rows
         return behind
 
-    def _switches_on(self, kind: str, severity: Severity, step: int) -> bool:
-        least: Severity = "notice" if self.relapses(step) else self.policy.severity
-        enough = SEVERITIES.index(severity) >= SEVERITIES.index(least)
-        return enough and self.policy.when != "always" and kind in self.policy.when
+    def _switches_on(self, incident: Incident, row: Row) -> bool:
+        least: Severity = "notice" if self.relapses(row.step) else self.policy.severity
+        enough = SEVERITIES.index(incident.severity) >= SEVERITIES.index(least) and not row.global_norm <= self._spared
+        return enough and self.policy.when != "always" and incident.kind in self.policy.when
 
     def relapses(self, step: int) -> bool:
         """True where an explosion at ``step`` is the last one come back: then the signs alone are enough."""
@@ -180,8 +180,11 @@ class Clipping:
         else:
             self._hold = self.policy.hold
             self._set_bounds(1)
+            typical = self.history.typical_grad
+            self._usual = np.where(typical.seen >= SETTLED, typical.value, np.nan)
         self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family)
         self._held_since, self._idle = row.step, 0
+        self._effect = ClipEffect(self._well_below)
         self._looseness, self._loss_ceiling = 1.0, math.inf
         self._judged, self._judged_at, self._judged_level, self._promised = self.record, row.step, math.inf, 0.0
         self.further.begin()
@@ -197,6 +200,7 @@ class Clipping:
         if not decision.skip:
             promise = self.history.promise
             self._promised += coefficient * (np.nansum(promise) if np.isfinite(promise).any() else math.nan)
+            self._effect.take(row.loss, row.global_norm, clipped=clipped)
         norm = row.global_norm
         record = replace(
             self.record,
@@ -211,6 +215,15 @@ class Clipping:
         incidents.record_clip(record)
 
     # Letting go.
+
+    def _spare(self, step: int, incidents: Incidents) -> None:
+        """Let go at once: clipping does harm to the very steps that it clips."""
+        assert self.record is not None
+        unlearned, self._spared = self._effect.unlearned, max(self._spared, self._effect.largest_norm)
+        record = replace(self.record, unlearned=unlearned, released_step=step, helped=False)
+        record = replace(record, loss_after=self.history.loss_level(_LEVEL)[0], norm_before=self._spared)
+        self.record, self._looseness = None, 1.0
+        incidents.record_clip(record)
 
     def may_let_go(self, step: int, calm: int) -> bool:
         """True when the run, calm for ``calm`` steps, needs the clip no more; loosens it when it still bites."""
@@ -323,16 +336,18 @@ class Clipping:
         return Decision(skip=True)
 
 
-def typical_norm(history: History, but: int = 0) -> float:
+def usual_norm(history: History, but: int = 0) -> float:
     """Return the run's typical global norm without the newest ``but``; NaN for a young run.
 
     Of the last 256 norms the calmest stretch: the smallest of the medians of 32 in a row. Where norms fall as the run learns
-    that is the newest one, where they already grow the one before they did.
+    that is the newest one, where they already grow the one before they did. Where larger norms come again and again it is
+    half of what they reach (`gradwatch.recurrence`).
     """
-    norms = history.global_norm(last=_PAST + but)
+    norms = history.global_norm(last=history.task_rows)
     norms = norms[: len(norms) - but]
     norms = norms[np.isfinite(norms) & (norms > 0)]
     if norms.size < _YOUNG:
         return math.nan
-    stretches = np.array_split(norms, max(1, norms.size // _STRETCH))
-    return min(float(np.median(stretch)) for stretch in stretches)
+    recent = norms[-_PAST:]
+    stretches = np.array_split(recent, max(1, recent.size // _STRETCH))
+    return usual_size(norms, min(float(np.median(stretch)) for stretch in stretches))

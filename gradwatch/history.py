@@ -60,6 +60,7 @@ class History:
         self.order: NDArray[np.intp] = np.arange(count)[::-1].copy()
         self.facts = Facts()
         self.rows = 0
+        self._task = 0  # the row at which the present task began
 
         self._grad = np.full((self.window, count), np.nan)
         self._weight = np.full((self.window, count), np.nan)
@@ -85,6 +86,7 @@ class History:
         self.dead_share: Floats = np.full(count, np.nan)
         self.unchanged: Floats = np.full(count, np.nan)
         self.rate: Floats = np.full(count, np.nan)
+        self.previous_rate = self.rate
         self._top_rate, self._rose_at = -math.inf, 0
         self._stuck_at, self._stuck = -1, False
         self.reference_loss = math.nan
@@ -101,6 +103,7 @@ class History:
         self._norm[slot] = row.global_norm
         self._coefficient[slot] = row.applied
         self.nonfinite = row.nonfinite if row.nonfinite is not None else self._all_finite
+        self.previous_rate = self.rate
         if row.rate is not None and row.rate is not self.rate:
             self.rate = row.rate
             with quiet_numpy():
@@ -159,14 +162,14 @@ class History:
         assert weight is not None
         self._weight[slot] = weight
         self.previous_weight, self.weight = self.weight, weight
-        self.least_weight = np.fmin.reduce(self.weight_norm(last=_RECENT), axis=0)
+        self.least_weight = np.fmin.reduce(self.weight_norm(last=min(_RECENT, self.task_rows)), axis=0)
         self.weight_gap, self._weight_step = max(1, row.step - self._weight_step), row.step
         if row.nonfinite_weight is not None:
             self.nonfinite_weight = row.nonfinite_weight
 
     def grow(self, columns: Columns) -> None:
         """Take the columns of layers that were added; their past is missing."""
-        typical_grad = self.typical_grad
+        self._catch_up()
         self.layers = tuple(columns.names)
         count = len(self.layers)
         self.sizes = np.asarray(columns.sizes, dtype=np.float64)
@@ -182,14 +185,23 @@ class History:
             "dead_share",
             "unchanged",
             "rate",
+            "previous_rate",
         ):
             setattr(self, name, widened(getattr(self, name), count, np.nan))
         self._all_finite = np.zeros(count, dtype=np.uint8)
         self.nonfinite = widened(self.nonfinite, count, 0)
         self.nonfinite_weight = widened(self.nonfinite_weight, count, 0)
-        typical_grad.grow(count)
-        self.typical_weight.grow(count)
         self._row = self.row._replace(grad_norm=widened(self.row.grad_norm, count, np.nan))
+        self._begin_task()
+
+    def _begin_task(self) -> None:
+        """Take the coming rows for those of another task: new layers bring a loss and gradients of another size with them."""
+        count = len(self.layers)
+        self._task = self.rows
+        self._typical_grad = Typical(count, half_life=64)
+        self.typical_weight = Typical(count, half_life=16)
+        self.weight, self.previous_weight, self.least_weight = np.full((3, count), np.nan)
+        self.reference_loss, self._first_losses, self.losses = math.nan, [], 0
 
     def learn(self) -> None:
         """Let the run's own typical values follow the last row; called after the rules have judged it.
@@ -265,6 +277,15 @@ class History:
         """Losses, shape (n,), oldest first; NaN where none was seen."""
         return self._last(self._loss, last)
 
+    @property
+    def task_rows(self) -> int:
+        """The rows since layers were last added or replaced, which makes it another task; those since the start before that."""
+        return self.rows - self._task
+
+    def task_loss(self, last: int | None = None) -> Floats:
+        """Losses of the present task, shape (n,), oldest first: a new head has nothing to do with the losses before it."""
+        return self.loss(last=self.task_rows if last is None else min(last, self.task_rows))
+
     def global_norm(self, last: int | None = None) -> Floats:
         """L2 norms of all gradients as one vector, shape (n,), oldest first."""
         self._add_norms()
@@ -300,7 +321,7 @@ class History:
 
     def loss_level(self, window: int = 32) -> tuple[float, float]:
         """Median and scaled MAD of the losses before the last one."""
-        return median_and_mad(self.loss(last=window + 1)[:-1])
+        return median_and_mad(self.task_loss(last=window + 1)[:-1])
 
     @property
     def loss_nonfinite(self) -> bool:
@@ -329,7 +350,7 @@ class History:
     @property
     def least_loss(self) -> float:
         """The least of the losses kept; infinity where none was seen."""
-        return float(np.fmin.reduce(self.loss(), initial=math.inf))
+        return float(np.fmin.reduce(self.task_loss(), initial=math.inf))
 
     @property
     def largest_first_loss(self) -> float:
@@ -350,7 +371,7 @@ class History:
 
     def gained(self, share: float, last: int = 16) -> bool:
         """True when the median of the last losses lies at least this share of the reference loss below it."""
-        now, _ = median_and_mad(self.loss(last=last))
+        now, _ = median_and_mad(self.task_loss(last=last))
         return bool(self.reference_loss - now >= share * abs(self.reference_loss))
 
     @property
@@ -379,7 +400,7 @@ class History:
     @property
     def half_won(self) -> bool:
         """True when the median of the last 32 losses lies at half of the reference loss or below."""
-        now, _ = median_and_mad(self.loss(last=32))
+        now, _ = median_and_mad(self.task_loss(last=32))
         return bool(self.reference_loss > 0 and now <= self.reference_loss / 2)
 
     def loss_is_rising(self) -> bool:
@@ -392,8 +413,8 @@ class History:
             return True
         if self.losses < EARLY:
             return not self.row.loss <= self._first_losses[0] + abs(self._first_losses[0])
-        now, _ = median_and_mad(self.loss(last=4))
-        return not (0 <= now < self.reference_loss / 10 or now <= self.loss_ceiling(last=4))
+        now, _ = median_and_mad(self.task_loss(last=4))
+        return not (0 <= now < self.reference_loss / 10 or min(now, self.row.loss) <= self.loss_ceiling(last=4))
 
     def next_loss_ceiling(self) -> float:
         """What the coming loss should stay below, as in `loss_is_rising`; minus infinity where none is seen."""
@@ -408,7 +429,7 @@ class History:
 
         The highest of: nine in ten of them; their median and three scaled MADs; their median and a tenth of it.
         """
-        before = self.loss(last=32 + last)
+        before = self.task_loss(last=32 + last)
         before = before[: len(before) - last]
         before = before[np.isfinite(before)]
         middle, scatter = median_and_mad(before)

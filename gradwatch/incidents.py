@@ -15,6 +15,7 @@ import numpy as np
 
 from gradwatch.advice import advise
 from gradwatch.history import EARLY
+from gradwatch.recurrence import is_of_the_batch
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
 from gradwatch.statistics import doubling, median_and_mad
 from gradwatch.suspects import Suspects
@@ -52,6 +53,8 @@ class _Story:
     look_at: int = _LASTING
     level: float = math.nan
     lasting: bool = False
+    harmed: bool = False
+    odd_steps: set[int] = field(default_factory=set)
     ranks: tuple[int, ...] = ()
     findings: list[str] = field(default_factory=list)
 
@@ -135,8 +138,10 @@ class Incidents:
         if active:
             story.last_fired = step
             story.fired_steps += 1
+            if name == "explosion" and not story.harmed and (self._relapses(step) or self._harm(story)):
+                story.harmed = touched = True
             if story.incident is None:
-                if name == "explosion" and not (self._relapses(step) or self._harm(story)):
+                if name == "explosion" and not story.harmed and all(s.sign == "growth" for s in story.firing.values()):
                     return None  # growth while the loss is well: a sign to keep, not a story to tell
                 touched = True
                 story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
@@ -162,7 +167,7 @@ class Incidents:
         if not level > max(story.ceiling, 2 * story.ceiling):  # of a negative loss, the ceiling itself
             return False
         if story.look_at == _LASTING:
-            after = self._history.loss(last=_LASTING)
+            after = self._history.task_loss(last=_LASTING)
             before, _ = median_and_mad(after[: _LASTING // 2])
             level, _ = median_and_mad(after[_LASTING // 2 :])
         way = 1 / 2 if story.look_at == _LASTING else 1 / 3
@@ -170,11 +175,21 @@ class Incidents:
         return not (level < back or before - level > abs(before) / 5)
 
     def _harm(self, story: _Story) -> bool:
-        """Growth alone may be learning that begins; beside a loss that suffers, or far beyond its limit, it is not."""
-        signs = story.firing.values()
+        """Growth alone may be learning that begins; beside a loss that suffers, or far beyond its limit, it is not.
+
+        A loss that jumped farther than the last update can have thrown it says nothing of the training: it is the batch's, and
+        so is what surged in the same step.
+        """
+        signs, now = story.firing.values(), self._history.row.step
+        if is_of_the_batch(self._history):
+            story.odd_steps.add(now)
+        told = [sign for sign in signs if sign.step not in story.odd_steps]
         return (
-            any(sign.sign in ("subtle", "numeric") or sign.kind == "nonfinite" for sign in signs)
-            or self._far_beyond(signs)
+            any((sign.sign == "subtle" and sign.kind != "spike") or sign.sign == "numeric" for sign in signs)
+            or any(sign.kind == "nonfinite" for sign in signs)
+            or any(sign.kind == "spike" and sign.step == now for sign in told)
+            or (now not in story.odd_steps and self._history.loss_is_rising())
+            or self._far_beyond(told)
             # early on, only the update that is about to be made can be told, and only before it is made; one layer alone
             # does not multiply
             or (
@@ -187,7 +202,6 @@ class Incidents:
                 sign.code == "GW305" and (self._history.losses < EARLY or self._history.row.step - sign.step >= EARLY)
                 for sign in signs
             )
-            or self._history.loss_is_rising()
         )
 
     def _relapses(self, step: int) -> bool:
@@ -198,7 +212,7 @@ class Incidents:
 
         Where a plateau ends, most layers surge together while the loss is at its level or falls.
         """
-        times = FAR if self._history.rows >= 2 * EARLY else 2 * FAR  # a few norms make no typical one
+        times = FAR if self._history.task_rows >= 2 * EARLY else 2 * FAR  # a few norms make no typical one
         far = [sign for sign in signs if sign.code == "GW301" and sign.value > times * sign.limit]
         if not far:
             return False
@@ -223,7 +237,7 @@ class Incidents:
         """Bring the incident up to date with its signs; return it when its headline is another one."""
         before = story.incident
         signs = tuple(story.signs.values())
-        kind = _kind(signs, lasting=story.lasting)
+        kind = _kind([s for s in signs if story.harmed or s.sign != "growth"], lasting=story.lasting)
         if kind in ("exploding", "diverging") and before is not None and before.kind == "spike" and self._falls(story):
             kind = "spike"
         severity, verdict = _severity(signs, kind)
@@ -289,7 +303,9 @@ class Incidents:
         ):
             kind = "spike"
         clip = self._clipping.let_go(step) if self._clipping is not None and name == "explosion" else None
-        closed = replace(story.incident, kind=kind, verdict="resolved", closed_step=step, clip=clip)
+        closed = replace(
+            story.incident, kind=kind, verdict="resolved", closed_step=step, clip=clip or story.incident.clip
+        )
         self._replace(story, closed)
         self._stories[name] = _Story(firing=story.firing)
         return closed

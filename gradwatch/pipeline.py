@@ -123,7 +123,7 @@ class Pipeline:
     def _quiet(self, row: Row) -> bool:
         """True on a step on which no rule can have anything to say that may not wait for its turn."""
         return not (
-            self.history.rows <= _EVERY_STEP
+            self.history.task_rows <= _EVERY_STEP
             or self.history.rows % cadence(self.history.rows) == 0
             or self.alarms.stirring
             or self.incidents.open_explosion() is not None
@@ -141,7 +141,7 @@ class Pipeline:
     def bounds(self) -> Bounds | None:
         """Return what the coming rows may be and still go unjudged; None while each is judged."""
         if (
-            self.history.rows < _EVERY_STEP
+            self.history.task_rows < _EVERY_STEP
             or self.alarms.stirring
             or self.incidents.open_explosion() is not None
             or (self.clipping is not None and self.clipping.acts)

@@ -150,7 +150,8 @@ class ClipRecord:
 
     ``norm_before`` is the largest global norm meanwhile, ``norm_after`` what was left of it. ``loss_before`` and
     ``loss_after`` are levels. ``recovered_after``: steps after which the loss was back at its level for good. ``measures``
-    are those beyond clipping, in words.
+    are those beyond clipping, in words. ``unlearned``: the level of the clipped steps' losses at first and at last, where
+    clipping kept them up while all others were well; the clip was let go at once.
     """
 
     clip: str
@@ -166,6 +167,7 @@ class ClipRecord:
     helped: bool | None = None
     recovered_after: int | None = None
     measures: tuple[str, ...] = ()
+    unlearned: tuple[float, float] | None = None
     family: Family = "other"
 
     @property
@@ -192,6 +194,12 @@ class ClipRecord:
     def _outcome(self) -> str:
         if self.helped:
             return "it helped"
+        if self.unlearned is not None:
+            before, after = self.unlearned
+            return (
+                f"the losses of the steps that it clipped did not come down, {before:.3g} -> {after:.3g}, while the others were "
+                f"well: they carry a rare signal. It is not switched on again for gradients up to {self.norm_before:.3g}"
+            )
         why = ": such an optimizer divides gradients by their own size" if self.family == "adam" else ""
         return f"clipping did not help, the learning rate is the likelier cause{why}"
 

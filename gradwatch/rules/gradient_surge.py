@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from gradwatch.cases import Case
+from gradwatch.recurrence import usual_norms
 from gradwatch.rules.base import Rule
 
 if TYPE_CHECKING:
@@ -62,9 +63,12 @@ class GradientSurge(Rule):
     def measure(self, history: History) -> Floats:
         """Return the surge of each layer, shape (L,); NaN in a layer's first eight steps."""
         now = history.surge()
-        if history.rows < 2:
+        if history.task_rows < 2:
             return now
         before = history.grad_norm(last=2)[0] / history.typical_grad.value
         wide = np.maximum(1.0, np.exp(4 * history.typical_grad.scatter) / 10)
         value: Floats = np.fmax(np.minimum(now, before), now / 10) / wide
+        high = np.flatnonzero(value > self.limit)
+        if high.size:  # looked up only where the rule would fire
+            value[high] *= history.typical_grad.value[high] / usual_norms(history, high.tolist())
         return value

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from gradwatch.cases import Case
+from gradwatch.recurrence import usual_peak
 from gradwatch.rules.base import Rule
 
 if TYPE_CHECKING:
@@ -64,7 +65,10 @@ class LossJump(Rule):
         middle, spread = history.loss_level(self.window)
         if history.losses < 4 or math.isnan(middle) or not math.isfinite(history.row.loss):
             return np.array([np.nan])
-        before = history.loss(last=self.window + 1)[:-1]
+        before = history.task_loss(last=self.window + 1)[:-1]
         highest = float(before[np.isfinite(before)].max())
         scale = max(spread, abs(middle) / 10, abs(history.reference_loss) / 20, (highest - middle) / 5)
+        if history.row.loss - middle > self.limit * scale:  # looked up only where the rule would fire
+            at_rest = middle + 3 * max(spread, abs(middle) / 10)
+            scale = max(scale, (usual_peak(history.task_loss()[:-1], at_rest) - middle) / 5)  # as the highest before it
         return np.array([(history.row.loss - middle) / scale if scale else np.nan])

@@ -65,8 +65,8 @@ class LossRunaway(Rule):
     def measure(self, history: History) -> Floats:
         """Return the loss's size over its largest of the beginning, shape (1,); NaN before 16 finite losses."""
         beginning = history.largest_first_loss
-        now, _ = median_and_mad(history.loss(last=8))
-        before, _ = median_and_mad(history.loss(last=40)[:-8])
+        now, _ = median_and_mad(history.task_loss(last=8))
+        before, _ = median_and_mad(history.task_loss(last=40)[:-8])
         if abs(now) < _ON_ITS_WAY * abs(before):
             return np.zeros(1)
         return np.array([max(now, -now / _DOWNWARDS) / beginning if beginning > 0 else np.nan])

@@ -73,7 +73,7 @@ class NoTraction(Rule):
 
 def gain_missing(history: History, window: int) -> float:
     """Return the gain that would be worth the word over the gain there is; infinite where there is none."""
-    middle, scatter = median_and_mad(history.loss(last=window))
+    middle, scatter = median_and_mad(history.task_loss(last=window))
     gain = history.reference_loss - middle
     worth = max(scatter, abs(history.reference_loss) / 50)
     return worth / gain if gain > 0 else math.inf if gain <= 0 else math.nan

@@ -1,0 +1,88 @@
+"""A clip that harms the steps that it clips is let go."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import gradwatch
+from gradwatch.clip_effect import ClipEffect
+from gradwatch.records import Kind, Sign
+
+
+def follow(clipped: list[float], others: list[float]) -> ClipEffect:
+    """Return the effect of a clip after these losses, taken in turns; a loss below 1.0 is well."""
+    effect = ClipEffect(1.0)
+    for step in range(max(len(clipped), len(others))):
+        for losses, bites in ((clipped, True), (others, False)):
+            if step < len(losses):
+                effect.take(losses[step], 7.0 if bites else 1.0, clipped=bites)
+    return effect
+
+
+def test_clipped_steps_are_unlearned_where_their_losses_stay_up_and_the_others_are_well() -> None:
+    """Levels at first and of late; None where they come down or the others are not well."""
+    up, down, well = [2.0, 3.0] * 8, [*[3.0] * 8, *[2.0] * 8], [0.1] * 16
+    assert follow(up, well).unlearned == (2.5, 2.5)
+    assert follow(up, well).largest_norm == 7.0
+    assert follow([*up, math.nan], well).unlearned is not None
+    assert follow(down, well).unlearned is None
+    assert follow(up, [2.0] * 16).unlearned is None
+    assert follow(up, []).unlearned is None
+    assert follow(up[:15], well).unlearned is None
+    assert follow([0.5] * 16, well).unlearned is None
+
+
+class Always(gradwatch.Rule):
+    """A rule that is wrong: from step 300 on it calls every large gradient an explosion."""
+
+    code: ClassVar[str] = "MY001"
+    name: ClassVar[str] = "wrong"
+    sign: ClassVar[Sign] = "subtle"
+    kind: ClassVar[Kind] = "diverging"
+    per_layer: ClassVar[bool] = False
+    limit: float = 3.0
+
+    def measure(self, history: gradwatch.monitor.History) -> gradwatch.records.Floats:
+        """Return the norm."""
+        return np.array([history.row.global_norm * (history.row.step >= 300)])
+
+
+def rare_class(clip: gradwatch.AutoClip | None) -> tuple[float, gradwatch.Monitor]:
+    """Train a classifier with one positive in a hundred, which weighs as much as the rest; return its recall."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+    def batch(size: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(size, 8, generator=generator)
+        return x, (x[:, :1] > 2.3263).float()
+
+    rules = [*gradwatch.default_rules(), Always()]
+    with gradwatch.attach(model, clip=clip, rules=rules, report=None, strict=True) as monitor:
+        for _ in range(1500):
+            x, y = batch(32)
+            optimizer.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(model(x), y, pos_weight=torch.tensor(99.0)).backward()
+            optimizer.step()
+    x, y = batch(20_000)
+    return float((model(x)[y > 0] > 0).float().mean()), monitor
+
+
+def test_a_clip_that_harms_a_rare_class_is_let_go_and_not_taken_up_again() -> None:
+    """Though a wrong rule and a tiny bound would clip all of it away: recall as without, and the incident says so."""
+    recall, _ = rare_class(None)
+    spared, monitor = rare_class(gradwatch.AutoClip(gradwatch.ClipNorm(1.0), hold=5000))
+    records = [incident.clip for incident in monitor.incidents if incident.clip is not None]
+    assert recall > 0.9
+    assert spared > recall - 0.05
+    assert records[0].helped is False
+    assert records[0].unlearned is not None
+    assert "carry a rare signal" in str(records[0])
+    for before, after in zip(records[:-1], records[1:], strict=True):
+        assert after.norm_before > before.norm_before  # taken up again for larger gradients only
