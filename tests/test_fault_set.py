@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.detect import wilson
 from benchmarks.detectors import BASELINES
-from benchmarks.faults.outcome import LABELS, SEEDS, Outcome, is_faulty, is_healthy, outcome_of
+from benchmarks.faults.outcome import LABELS, SEEDS, Outcome, has_learned, is_faulty, is_healthy, outcome_of
 from benchmarks.faults.program import Trace, run_program
 from benchmarks.faults.programs import PROGRAMS, halves
 
 FOUND = json.loads(LABELS.read_text())
 BY_NAME = {program.name: program for program in PROGRAMS}
+RARE = [program for program in PROGRAMS if program.metric]
 
 
 def test_it_is_large_enough() -> None:
@@ -23,7 +26,15 @@ def test_it_is_large_enough() -> None:
     assert len(faulty) >= 48
     assert len({program.family for program in faulty}) >= 10
     assert len(PROGRAMS) - len(faulty) >= 40
-    assert all(program.steps <= 400 for program in PROGRAMS)
+    assert all(program.steps <= 400 for program in PROGRAMS if not program.metric)
+
+
+def test_signals_that_are_rare_stand_in_both_halves() -> None:
+    """At least 16 healthy programs with a metric of their rare part, at most 3,000 steps long, as many in each half."""
+    drawn = [halves()[program.name] for program in RARE]
+    assert len(drawn) >= 16
+    assert all(program.twin is None and program.steps <= 3000 for program in RARE)
+    assert abs(2 * drawn.count("development") - len(drawn)) <= 1
 
 
 def test_every_program_was_drawn_into_a_half() -> None:
@@ -42,6 +53,45 @@ def test_the_labels_say_by_outcome_what_a_program_is(program: object) -> None:
         if "faulty" in runs:
             assert is_faulty(runs["faulty"], runs["twin"])
         assert is_healthy(runs.get("twin") or runs["healthy"])
+
+
+def test_rare_signals_are_learned_unwatched() -> None:
+    """On each seed, on data held out: the loss has halved, and the metric lies nearer to its best than to chance."""
+    for program in RARE:
+        for seed in SEEDS:
+            outcome = Outcome(**FOUND[program.name][str(seed)]["healthy"])
+            assert has_learned(outcome, program.chance), f"{program.name}, seed {seed}: {outcome}"
+
+
+def test_having_learned_asks_for_both() -> None:
+    """Half of the loss gone, and half of the way from chance to 1; nothing held out is nothing learned."""
+    run = Outcome(1.0, 0.1, None, None, 1.0, unlearned=1.0, learned=0.4, metric=0.8)
+    assert has_learned(run, chance=0.5)
+    assert not has_learned(replace(run, learned=0.6), chance=0.5)
+    assert not has_learned(replace(run, metric=0.7), chance=0.5)
+    assert not has_learned(replace(run, learned=math.nan), chance=0.5)
+    assert not has_learned(replace(run, metric=None), chance=0.5)
+
+
+def test_judging_draws_nothing_of_the_run() -> None:
+    """Asked twice it says the same; neither the lot of the run nor a gradient or a weight changes."""
+    for program in RARE:
+        trace = Trace()
+        steps = 302 if program.name == "healthy: a new head and a new loss" else 4
+        run = run_program(program.faulty, 0, steps, trace)
+        lot, parameters = torch.get_rng_state(), trace._parameters
+        kept = [(p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in parameters]
+        first = run.held_out()
+        assert run.before is not None, program.name
+        assert first is not None
+        assert math.isfinite(first.loss)
+        assert first.metric <= 1
+        assert first == run.held_out(), program.name
+        assert torch.equal(lot, torch.get_rng_state()), program.name
+        for parameter, (weight, gradient) in zip(parameters, kept, strict=True):
+            assert torch.equal(parameter, weight)
+            assert (parameter.grad is None) == (gradient is None)
+            assert gradient is None or torch.equal(gradient, parameter.grad)  # type: ignore[arg-type]
 
 
 def test_a_program_run_again_has_the_outcome_of_its_label() -> None:

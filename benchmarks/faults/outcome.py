@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SEEDS = (0, 1, 2)
 LABELS = Path(__file__).with_name("labels.json")
 _GROWN = 10.0  # times the first weight norm: exploded, in the pilot study of the project's notes on detection
+_ALWAYS = ("nonfinite", "diverged")  # written down also where there is none
 _FAR = 10.0  # times the level before the cause: diverged
 
 
@@ -37,6 +38,9 @@ class Outcome:
         nonfinite: the first step whose loss is not finite.
         diverged: the first step whose loss is not finite or ten times its level before the cause.
         growth: the largest norm of all weights together over the first one, finite ones only; 1 where it is 0.
+        unlearned: the loss on data held out before it was learned from, for a program that holds some out.
+        learned: the same at the end.
+        metric: the program's own measure at the end.
     """
 
     first: float
@@ -44,6 +48,9 @@ class Outcome:
     nonfinite: int | None
     diverged: int | None
     growth: float
+    unlearned: float | None = None
+    learned: float | None = None
+    metric: float | None = None
 
 
 def outcome_of(trace: Trace, onset: int) -> Outcome:
@@ -88,6 +95,13 @@ def is_healthy(run: Outcome) -> bool:
     return run.nonfinite is None and math.isfinite(run.final)
 
 
+def has_learned(run: Outcome, chance: float) -> bool:
+    """True when the loss on data held out has halved and the metric lies nearer to its best than to chance."""
+    if run.unlearned is None or run.learned is None or run.metric is None:
+        return False
+    return run.learned < 0.5 * run.unlearned and run.metric > (1 + chance) / 2
+
+
 def _label(index: int, seed: int) -> tuple[str, int, dict[str, object]]:
     from benchmarks.faults.programs import PROGRAMS
 
@@ -97,8 +111,12 @@ def _label(index: int, seed: int) -> tuple[str, int, dict[str, object]]:
     for name, train in (("faulty" if program.twin else "healthy", program.faulty), ("twin", program.twin)):
         if train is not None:
             trace = Trace()
-            run_program(train, seed, program.steps, trace)
-            found[name] = asdict(outcome_of(trace, program.onset if name == "faulty" else 0))
+            run = run_program(train, seed, program.steps, trace)
+            outcome = outcome_of(trace, program.onset if name == "faulty" else 0)
+            held_out = run.held_out()
+            if run.before is not None and held_out is not None:
+                outcome = replace(outcome, unlearned=run.before.loss, learned=held_out.loss, metric=held_out.metric)
+            found[name] = {key: value for key, value in asdict(outcome).items() if value is not None or key in _ALWAYS}
     return program.name, seed, found
 
 
@@ -133,6 +151,8 @@ def _check(program: Program, found: dict[str, object]) -> None:
         healthy = outcomes.get("twin") or outcomes["healthy"]
         if not is_healthy(healthy):
             print(f"{program.name}, seed {seed}: the healthy run is not: {healthy}")
+        if program.metric and not has_learned(healthy, program.chance):
+            print(f"{program.name}, seed {seed}: has not learned: {healthy}")
 
 
 if __name__ == "__main__":

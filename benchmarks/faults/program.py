@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,18 @@ class Watcher(Protocol):
         """An optimizer step was made; its gradients are still there."""
 
 
+class HeldOut(NamedTuple):
+    """How good a model is on data that it was not trained on.
+
+    Args:
+        loss: the loss, smaller is better.
+        metric: the program's own measure of its rare part, larger is better, 1 is the best.
+    """
+
+    loss: float
+    metric: float
+
+
 class Run:
     """One run of a program, which calls `watch` once and `step` after each optimizer step.
 
@@ -57,7 +69,17 @@ class Run:
         self.seed = seed
         self.steps = steps
         self.made = 0
+        self.before: HeldOut | None = None
         self._watcher = watcher
+        self._judge: Callable[[], HeldOut] | None = None
+
+    def judged_by(self, judge: Callable[[], HeldOut]) -> None:
+        """Say how good the model is on data held out; it is asked now and at the end, and may draw nothing of the run."""
+        self._judge, self.before = judge, judge()
+
+    def held_out(self) -> HeldOut | None:
+        """Return how good the model is now; None for a program that holds no data out."""
+        return None if self._judge is None else self._judge()
 
     def watch(self, model: nn.Module) -> None:
         """Say that the model is built and training is about to begin."""
@@ -80,11 +102,13 @@ class Program:
         family: what kind of fault.
         faulty: the faulty program; for a healthy one, the program.
         twin: the repaired program; None for a healthy one.
-        steps: optimizer steps, at most 400.
+        steps: optimizer steps, at most 400 where no metric is named.
         onset: the step from which the cause is present.
         symptoms: incident kinds that name what is to be seen in the faulty run.
         suspect: the faulty layer (a parameter name or the beginning of one), where there is one.
         why: one sentence: what the fault is and what repairs it, or why a healthy one tempts.
+        metric: what is measured of the rare part of a healthy program, on data held out; empty where nothing is.
+        chance: what that metric is for a model that learned nothing.
     """
 
     name: str
@@ -96,17 +120,19 @@ class Program:
     onset: int = 0
     symptoms: tuple[str, ...] = ()
     suspect: str | None = None
+    metric: str = ""
+    chance: float = 0.0
 
 
-def run_program(train: Callable[[Run], None], seed: int, steps: int, watcher: Watcher) -> None:
-    """Run one program to its end; errors that its own fault raises end it early."""
+def run_program(train: Callable[[Run], None], seed: int, steps: int, watcher: Watcher) -> Run:
+    """Run one program to its end and return the run; errors that its own fault raises end it early."""
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002  programs may use either
     run = Run(seed, steps, watcher)
     try:
         train(run)
     except Done:
-        return
+        return run
     raise AssertionError(f"the program ended after {run.made} of {steps} steps without being told to")
 
 

@@ -29,6 +29,8 @@ _MODULES = (
     "healthy_supervised",
     "healthy_sequences",
     "healthy_unusual",
+    "healthy_rare",
+    "healthy_bursty",
 )
 SPLIT = Path(__file__).with_name("split.json")
 
@@ -46,11 +48,18 @@ PROGRAMS = _all()
 
 
 def draw(drawn: dict[str, Half]) -> dict[str, Half]:
-    """Draw the halves of the programs that have none, faulty and healthy ones apart."""
+    """Draw the halves of the programs that have none: faulty and healthy ones apart, those with a metric by pairs of kin."""
     generator = random.Random(f"gradwatch {len(drawn)}" if drawn else "gradwatch")
     halves = dict(drawn)
+    pair: list[Half] = []
+    for program in PROGRAMS:
+        if program.metric and program.name not in drawn:
+            if not pair:
+                pair = ["development", "report"]
+                generator.shuffle(pair)
+            halves[program.name] = pair.pop()
     for faulty in (True, False):
-        new = [program for program in PROGRAMS if program.name not in drawn]
+        new = [program for program in PROGRAMS if program.name not in halves]
         names = sorted(program.name for program in new if (program.twin is not None) is faulty)
         generator.shuffle(names)
         for place, name in enumerate(names):
