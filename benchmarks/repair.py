@@ -200,8 +200,9 @@ def worse(run: Outcome, unclipped: Outcome, first: float, by: float) -> bool:
 
 
 def _harms(results: dict[Job, Outcome], name: str, seed: int, method: str, by: float) -> bool:
-    first = LABEL[name][str(seed)]["healthy"]["first"]
-    return worse(results["fault", name, method, seed], results["fault", name, NOTHING, seed], first, by)
+    unclipped = results["fault", name, NOTHING, seed]
+    first = LABEL[name][str(seed)]["healthy"]["first"] if unclipped.unlearned is None else unclipped.unlearned
+    return worse(results["fault", name, method, seed], unclipped, first, by)
 
 
 def harm_rows(results: dict[Job, Outcome], names: list[str]) -> tuple[list[Row], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections import deque
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 OURS, OURS_BY_VALUE = "auto-clip", "auto-clip by value"
 NORM, VALUE = "always norm 1.0", "always value 5.0"
+WATCHED = "watched only"
 
 
 def _always(clip: gradwatch.Clip) -> gradwatch.AutoClip:
@@ -59,7 +61,9 @@ class Outcome:
 
     ``final`` is the median of the last tenth of the losses (of those that are finite, where all parameters are), ``touched``
     the number of steps that were changed, ``stopped`` the step of a `TrainingUnstableError`, ``finite`` whether all
-    parameters were at the end.
+    parameters were at the end, ``alarms`` the incidents of warning or worse, ``bits`` a digest of all losses and of the
+    weights and buffers at the end. A program that holds data out is judged by them: ``final`` is the loss on them,
+    ``unlearned`` that of before they were learned from, ``metric`` the program's own measure.
     """
 
     steps: int
@@ -70,6 +74,10 @@ class Outcome:
     touched: int = 0
     told: tuple[str, ...] = ()
     errors: tuple[float, ...] = ()
+    alarms: tuple[str, ...] = ()
+    bits: str = ""
+    unlearned: float | None = None
+    metric: float | None = None
 
     @property
     def ended_well(self) -> bool:
@@ -90,7 +98,9 @@ class Repaired:
     def watch(self, model: nn.Module) -> None:
         """See `benchmarks.faults.program.Watcher`."""
         self._model = model
-        if self._method in CLIPS:
+        if self._method == WATCHED:
+            self.monitor = gradwatch.attach(model, report=None, strict=True)
+        elif self._method in CLIPS:
             self.monitor = gradwatch.attach(model, clip=CLIPS[self._method](), report=None, strict=True)
         elif self._method == RANDOM:
             self._repair_at_random()
@@ -179,9 +189,9 @@ def repaired(method: str, train: Any, seed: int, steps: int, lot: str = "") -> d
     """Run a training with a method applied; return its `Outcome` as a dict."""
     torch.set_num_threads(1)
     run = Repaired(method, f"{lot}/{seed}")
-    stopped = None
+    stopped = made = None
     try:
-        run_program(train, seed, steps, run)
+        made = run_program(train, seed, steps, run)
     except gradwatch.TrainingUnstableError:
         stopped = len(run.losses)
     finally:
@@ -198,13 +208,26 @@ def repaired(method: str, train: Any, seed: int, steps: int, lot: str = "") -> d
         nonfinite=int(bad[0]) if bad.size else None,
         stopped=stopped,
         finite=finite,
+        bits=_bits(losses, run._model),
     )
+    held_out = None if made is None else made.held_out()
+    if made is not None and made.before is not None and held_out is not None:
+        outcome.final, outcome.metric, outcome.unlearned = held_out.loss, held_out.metric, made.before.loss
     if run.monitor is not None:
         clipping = run.monitor._pipeline.clipping
-        assert clipping is not None
-        outcome.touched = clipping.clipped + clipping.skipped
+        outcome.touched = 0 if clipping is None else clipping.clipped + clipping.skipped
         outcome.told = tuple(f"{i}: {i.clip}" for i in run.monitor.incidents if i.clip is not None)
+        outcome.alarms = tuple(str(i) for i in run.monitor.incidents if i.severity != "notice")
     return asdict(outcome)
+
+
+def _bits(losses: Any, model: nn.Module) -> str:
+    """A digest of losses, weights and buffers, in which no bit can differ unseen."""
+    digest = hashlib.sha256(losses.tobytes())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # The trainings of the examples.
