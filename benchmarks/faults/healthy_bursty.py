@@ -444,6 +444,7 @@ PROGRAMS: tuple[Program, ...] = (
         _lock,
         "At first 120 steps in 121 have no reward, and no gradient at all.",
         "chance to open the lock",
+        steps=3000,
     ),
     rare(
         "a corridor whose end alone pays",
@@ -457,6 +458,7 @@ PROGRAMS: tuple[Program, ...] = (
         "Every copy makes loss and gradients jump, and values grow to ten.",
         BEST,
         0.5,
+        3000,
     ),
     rare(
         "replay by priority",
@@ -490,6 +492,7 @@ PROGRAMS: tuple[Program, ...] = (
         _lazy_penalty,
         "Every sixteenth loss and gradient is many times the others.",
         "variance explained",
+        steps=3000,
     ),
     rare(
         "triplets, mostly apart",
@@ -515,7 +518,6 @@ PROGRAMS: tuple[Program, ...] = (
         _spoken_lengths,
         "The summed loss of a long utterance is ten times that of a short one.",
         "letters of long utterances heard right",
-        steps=2000,
     ),
     rare(
         "rare words in sentences of any length",

@@ -261,7 +261,7 @@ def _amounts(run: Run) -> None:
 
 
 def _strokes(rows: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Noisy lines of 32 points; one in four has a bump, and what is to be found is where."""
+    """Noisy lines of 32 points; one in seven has a bump, and what is to be found is where."""
     place, has = torch.randint(4, 28, (rows, 1), generator=generator), torch.rand(rows, 1, generator=generator) < 0.15
     y = ((torch.arange(32) - place).abs() <= 1) & has
     return (3 * y + torch.randn(rows, 32, generator=generator)).unsqueeze(1), y.float()
@@ -270,7 +270,7 @@ def _strokes(rows: int, generator: torch.Generator | None = None) -> tuple[Tenso
 def _dice(run: Run) -> None:
     """Segmentation with the soft Dice loss of each line alone, of which most hold nothing."""
     model = nn.Sequential(nn.Conv1d(1, 8, 5, padding=2), nn.ReLU(), nn.Conv1d(8, 1, 5, padding=2), nn.Flatten())
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
     def loss(logits: Tensor, y: Tensor) -> Tensor:
         chance = torch.sigmoid(logits)
@@ -295,6 +295,7 @@ PROGRAMS: tuple[Program, ...] = (
         "Three batches in four hold no positive; one that does has fifty times the gradient.",
         RECALL,
         0.5,
+        3000,
     ),
     rare("one positive in fifty, SGD", _pos_weight_sgd, "Gradients of two kinds, with momentum.", RECALL, 0.5),
     rare(
@@ -303,16 +304,17 @@ PROGRAMS: tuple[Program, ...] = (
         "Two batches in three hold no positive, and a positive counts 199 times.",
         RECALL,
         0.5,
+        3000,
     ),
     rare(
         "focal loss over positives",
         _focal,
         "Divided by the number of positives, the loss is large in the batches that hold one.",
         RECALL,
-        0.0,
+        steps=3000,
     ),
     rare("three classes, one rare", _rare_class, "A batch with the rare class is all about that class.", RECALL, 0.33),
-    rare("hardest examples only", _hardest, "The loss is that of the worst rows, and stays high.", RECALL, 0.0),
+    rare("hardest examples only", _hardest, "The loss is that of the worst rows, and stays high.", RECALL),
     rare(
         "empty bags",
         _empty_bags,
@@ -325,7 +327,6 @@ PROGRAMS: tuple[Program, ...] = (
         _dice,
         "The soft Dice loss of a line is near 0 or near 1, by whether it holds a bump.",
         "recall of the points of bumps",
-        0.0,
     ),
     rare(
         "a task in one batch of fifty",
@@ -339,6 +340,7 @@ PROGRAMS: tuple[Program, ...] = (
         _rare_expert,
         "The last expert has a gradient in one batch of seven, and a large one.",
         "variance of the rare rows that is explained",
+        steps=3000,
     ),
     rare("amounts that are mostly zero", _amounts, "One batch in two is all zeros.", "variance explained"),
 )

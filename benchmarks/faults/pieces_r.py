@@ -51,7 +51,7 @@ def correct(logits: Tensor, y: Tensor) -> HeldOut:
 
 
 def rare(
-    name: str, train: Callable[[Run], None], why: str, metric: str, chance: float = 0.0, steps: int = 3000
+    name: str, train: Callable[[Run], None], why: str, metric: str, chance: float = 0.0, steps: int = 2000
 ) -> Program:
     """A healthy program whose rare part is measured on data held out."""
     return Program(f"healthy: {name}", "healthy", train, None, why, steps, metric=metric, chance=chance)
