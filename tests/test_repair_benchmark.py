@@ -5,14 +5,30 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from benchmarks.faults.program import Trace, run_program
-from benchmarks.faults.programs import PROGRAMS
+from benchmarks.faults.programs import PROGRAMS, halves
 from benchmarks.faults.toys import TOYS
+from benchmarks.harm import RARE, check_watching, harmed, median_of, row_of, summary, told
 from benchmarks.repair import BY_NAME, LABEL, share, within_reach, worse
-from benchmarks.repairs import CLIPS, NORM, NOTHING, OLMO, OURS, RANDOM, Outcome, repaired
+from benchmarks.repairs import (
+    CLIPS,
+    NORM,
+    NOTHING,
+    OLMO,
+    OURS,
+    OURS_BY_VALUE,
+    RANDOM,
+    WATCHED,
+    Outcome,
+    _bits,
+    repaired,
+)
 
 EARLY = next(toy for toy in TOYS if toy.name == "early")
 
@@ -69,3 +85,98 @@ def test_ending_well_asks_for_finite_parameters() -> None:
     assert not replace(well, final=math.nan).ended_well
     assert not replace(well, finite=False).ended_well
     assert share([True, False]) == "50 % (1/2)"
+
+
+def judged(loss: float, metric: float | None) -> Outcome:
+    """Return the run of a program that holds data out, whose loss was 1 before it learned."""
+    return Outcome(10, loss, None, None, finite=True, unlearned=1.0, metric=metric)
+
+
+def test_harm_to_a_rare_signal_is_that_of_loss_or_metric() -> None:
+    """More than 5 % worse than the unwatched run's 0.1 and 0.9; what is not finite, or was stopped, is harm."""
+    unwatched = judged(0.1, 0.9)
+    assert harmed(judged(0.104, 0.86), unwatched) == []
+    assert harmed(judged(0.05, 1.0), unwatched) == []
+    assert harmed(judged(0.106, 0.9), unwatched) == ["loss"]
+    assert harmed(judged(0.1, 0.85), unwatched) == ["metric"]
+    assert harmed(judged(math.nan, math.nan), unwatched) == ["loss", "metric"]
+    assert harmed(judged(0.1, None), unwatched) == ["metric"]
+
+
+def test_a_loss_that_is_almost_nothing_may_move_by_a_thousandth_of_what_was_learned() -> None:
+    """As 5 % of 2 %: a thousandth of the loss before learning."""
+    assert harmed(judged(0.0009, 1.0), judged(1e-6, 1.0)) == []
+    assert harmed(judged(0.0012, 1.0), judged(1e-6, 1.0)) == ["loss"]
+
+
+def test_a_run_that_was_stopped_is_the_worst_of_the_five() -> None:
+    """Three of five stopped: the program is lost; two of five: the middle one is the worst that arrived."""
+    good, stopped = judged(0.1, 0.9), judged(0.01, None)
+    assert harmed(median_of([good, good, stopped, stopped, stopped]), good) == ["loss", "metric"]
+    assert harmed(median_of([good, good, good, stopped, stopped]), good) == []
+
+
+def test_a_rare_signal_that_is_only_watched_is_the_unwatched_run() -> None:
+    """Losses, weights and buffers to the bit, judged on the same data held out; a bit that differs is an error."""
+    programs = [program for program in RARE if "priority" in program.name or "bags" in program.name]
+    results = {
+        ("fault", program.name, method, seed): Outcome(**repaired(method, program.faulty, seed, 30, program.name))
+        for program in programs
+        for method in (NOTHING, WATCHED, OURS)
+        for seed in (0, 1)
+    }
+    check_watching(results, programs, 2)
+    for program in programs:
+        unwatched, watched, armed = (results["fault", program.name, m, 0] for m in (NOTHING, WATCHED, OURS))
+        assert unwatched.bits != results["fault", program.name, NOTHING, 1].bits
+        assert unwatched.metric is not None
+        assert (unwatched.final, unwatched.metric) == (watched.final, watched.metric)
+        assert unwatched.unlearned == armed.unlearned
+        assert (armed.bits == unwatched.bits) == (armed.touched == 0)
+    key = ("fault", programs[0].name, WATCHED, 1)
+    results[key] = replace(results[key], bits="another")
+    with pytest.raises(AssertionError, match=r"seeds \[1\]: watching changed"):
+        check_watching(results, programs, 2)
+
+
+def test_the_table_of_harm_counts_runs_and_judges_medians() -> None:
+    """Three written runs of one program: clipped by norm one ends worse, by value all do, and two have an alarm."""
+    program = RARE[0]
+    written = {
+        NOTHING: [judged(0.1, 0.9)] * 3,
+        WATCHED: [judged(0.1, 0.9), *[replace(judged(0.1, 0.9), alarms=("exploding", "spike"))] * 2],
+        OURS: [judged(0.1, 0.9), judged(0.1, 0.9), replace(judged(0.4, 0.9), touched=3)],
+        OURS_BY_VALUE: [replace(judged(0.4, 0.2), touched=6)] * 3,
+    }
+    results = {
+        ("fault", program.name, method, seed): run for method, runs in written.items() for seed, run in enumerate(runs)
+    }
+    assert row_of(results, program, ("norm", "value"), 3)[1:] == [
+        halves()[program.name],
+        "2 of 3",
+        "10 %, 60 %",
+        "0.1, 0.1, 0.4",
+        f"0.900, 0.900, 0.200 {program.metric}",
+        "no (1 of 3)",
+        "loss and metric (3 of 3)",
+    ]
+    assert summary(results, [program], ("norm", "value"), 3) == [
+        f"{halves()[program.name]} half: 2 of 3 runs with an alarm; by norm 0 of 1 programs worse, 1 of 3 runs touched; "
+        "by value 1 of 1 programs worse, 3 of 3 runs touched"
+    ]
+    assert told(results, [program], 3) == [f"{program.name}, seed 1: exploding, and 1 more"]
+
+
+def test_the_digest_of_a_run_tells_a_single_bit() -> None:
+    """In a loss, in a weight and in a buffer."""
+    model = nn.BatchNorm1d(3)
+    losses = np.array([0.5, 0.25])
+    before = _bits(losses, model)
+    assert before == _bits(losses.copy(), model)
+    assert before != _bits(np.nextafter(losses, 1), model)
+    model.running_mean[0] = torch.finfo(torch.float32).tiny  # type: ignore[index]
+    changed = _bits(losses, model)
+    assert changed != before
+    with torch.no_grad():
+        model.weight[0] = torch.nextafter(model.weight[0], torch.tensor(2.0))
+    assert _bits(losses, model) != changed
