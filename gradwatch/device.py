@@ -42,6 +42,11 @@ def precise(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def capturing() -> bool:
+    """True while work on the current CUDA stream is not done but captured into a graph: nothing may be asked or started."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(slots=True)
 class Unread:
     """Gradients of one moment on a device. ``norms`` (n,) belong to ``columns``."""
@@ -81,7 +86,8 @@ class Ring:
         size = size_of(layers, processes)
         self._layers, self._processes, self._lag = layers, processes, lag
         self._device = torch.zeros(RING, size, dtype=precise(home), device=home)
-        self._host = torch.zeros(RING, size, dtype=precise(home), pin_memory=home.type == "cuda")
+        # on the CPU whatever the default device is: only there can memory be pinned
+        self._host = torch.zeros(RING, size, dtype=precise(home), device="cpu", pin_memory=home.type == "cuda")
         self._slots = [Slot(row, layers, processes) for row in self._device]
         self._under_way: deque[tuple[int, int, Any, Any]] = deque()
         self._sent = 0

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from gradwatch.records import Family, Floats
 
 
+_ABSENT = object()  # an attribute that was not there
+
+
 @dataclass(slots=True)
 class Measured:
     """Gradients of one moment. ``norms`` has shape (L,), NaN where there is no gradient; so has ``nonfinite``."""
@@ -113,7 +116,7 @@ class Gradients:
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
         self.gate: Gate | None = None  # on a device, the typical norm of this optimizer's steps
         self._slowed: list[tuple[dict[str, Any], Any]] = []
-        self._lent: list[tuple[weakref.ref[Optimizer], str, Tensor | None]] = []
+        self._lent: list[tuple[weakref.ref[Optimizer], str, Any]] = []
 
     def measure(self, scale: float = 1.0) -> Measured:
         """Measure all gradients that exist now, in one batched call per device and dtype.
@@ -269,7 +272,8 @@ class Gradients:
             self._lend(optimizer, "found_inf", found if overflow is None else torch.maximum(found, overflow))
 
     def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
-        self._lent.append((weakref.ref(optimizer), name, getattr(optimizer, name, None)))
+        # None is not the same as absent: a `GradScaler` deletes what it has set, None too
+        self._lent.append((weakref.ref(optimizer), name, vars(optimizer).get(name, _ABSENT)))
         setattr(optimizer, name, value)
 
     def restore(self) -> None:
@@ -279,7 +283,7 @@ class Gradients:
         self._slowed.clear()
         for ref, name, value in reversed(self._lent):
             optimizer = ref()
-            if optimizer is not None and value is not None:
+            if optimizer is not None and value is not _ABSENT:
                 setattr(optimizer, name, value)
             elif optimizer is not None:
                 vars(optimizer).pop(name, None)

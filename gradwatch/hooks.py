@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from gradwatch import device
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
@@ -20,6 +22,8 @@ _handles: list[RemovableHandle] = []
 
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     changed = None
+    if device.capturing():
+        return _captured()
     for ref in _probes:
         probe = ref()
         if probe is None:
@@ -29,7 +33,16 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     return changed
 
 
+def _captured() -> None:
+    for ref in _probes:
+        probe = ref()
+        if probe is not None:
+            probe.captured()
+
+
 def _after_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    if device.capturing():
+        return
     for ref in _probes:
         probe = ref()
         if probe is not None:

@@ -125,7 +125,7 @@ class Later:
             slot.singles[LEFT_OUT].copy_(overflow.reshape(()), non_blocking=True)
         if self._ranks is not None:
             self._ranks.exchange(slot.flat)
-        slot.singles[COEFFICIENT] = 1.0
+        slot.singles[COEFFICIENT].fill_(1.0)
         if orders is not None and mine is not None:
             facts.clip = self._act(mine, now, slot, orders, optimizer, scale, own=before is None)
         self._ring.send(facts)
@@ -133,7 +133,7 @@ class Later:
     def tell_failure(self) -> None:
         """Take part in one exchange only to say that gradwatch failed here."""
         slot = self._ring.next()
-        slot.singles[FAILED] = 1.0
+        slot.singles[FAILED].fill_(1.0)
         if self._ranks is not None:
             self._ranks.exchange(slot.flat)
         self._ring.send(None)
@@ -164,22 +164,22 @@ class Later:
             index = self._index(whole.columns)
             slot.rows[SQUARE].index_copy_(0, index, self._shared(whole))
             slot.rows[PRESENT].index_fill_(0, index, 1.0)
-            slot.singles[NOW] = self._shared(now).sum()
+            slot.singles[NOW].copy_(self._shared(now).sum())
         if loss is not None:
             if isinstance(loss, torch.Tensor):
                 slot.singles[LOSS].copy_(loss, non_blocking=True)
             else:
-                slot.singles[LOSS] = loss
-            slot.singles[LOSSES] = 1.0
+                slot.singles[LOSS].fill_(loss)
+            slot.singles[LOSSES].fill_(1.0)
         if self._ranks is not None:
             flags = GRADIENT_BAD * ~torch.isfinite(slot.rows[SQUARE].sum() + slot.singles[NOW])
             flags = flags + LOSS_BAD * ~torch.isfinite(slot.singles[LOSS])
             if own_norms:
                 norms = torch.stack([norm.to(self.home, non_blocking=True) for norm in own_norms])
                 flags = flags + BACKWARD_BAD * ~torch.isfinite(norms).all()
-            slot.ranks[self._ranks.rank] = flags
+            slot.ranks[self._ranks.rank].copy_(flags)
             if self._after is not None:
-                slot.singles[AFTER] = self._after
+                slot.singles[AFTER].copy_(self._after)
                 self._after = None
 
     def _index(self, columns: NDArray[Any]) -> Tensor:
@@ -239,14 +239,14 @@ class Later:
             if isinstance(clip, OneFactor) and mine.folds(optimizer):
                 coefficient = clip.factor_unread(step)
             else:
-                slot.singles[COEFFICIENT] = clip.apply_unread(step)
+                slot.singles[COEFFICIENT].copy_(clip.apply_unread(step))
                 if clip.looks_inside and self._ranks is not None:
                     self._after = self._shared(mine.measure_unread(self.home, scale)).sum()
-                    slot.singles[COEFFICIENT] = math.nan  # known at the next exchange
+                    slot.singles[COEFFICIENT].fill_(math.nan)  # known at the next exchange
         if skips:
-            slot.singles[SKIPPED] = bad
+            slot.singles[SKIPPED].copy_(bad)
         if coefficient is not None:
-            slot.singles[COEFFICIENT] = coefficient
+            slot.singles[COEFFICIENT].copy_(coefficient)
         if optimizer is not None and mine.skips(optimizer):
             mine.leave_to(optimizer, coefficient, bad if skips else None)
         elif skips:

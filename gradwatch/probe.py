@@ -214,6 +214,12 @@ class Probe:
 
     # The optimizer's hooks.
 
+    def captured(self) -> None:
+        """A step is captured into a CUDA graph, which replays it without asking anybody."""
+        judge = self._judge()
+        if judge is not None:
+            judge.note("a step that is captured into a CUDA graph is not watched, nor are its replays.")
+
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Measure what the optimizer is about to use; return new arguments when it has a closure."""
         quiet = self.rows.quiet

@@ -74,7 +74,7 @@ class Sampling:
         self._alive: dict[int, tuple[int, Tensor]] = {}
         self._dead_on: dict[int, Tensor] = {}
         self._prints_on: dict[int, Tensor] = {}
-        self._columns = torch.zeros(0)
+        self._columns = torch.zeros(0, device="cpu")
         self._dead_share = np.full(len(layers), np.nan)
         self._unchanged = np.zeros(len(layers))
 
@@ -155,7 +155,7 @@ class Sampling:
     def _count_units_on(self, now: Unread, dead: Tensor, share: Parts | None) -> None:
         self._dead_on.update(self._finished_rounds(now))
         for column, found in self._dead_on.items():
-            dead[column] = found if share is None else found * share.part[column]
+            dead[column].copy_(found if share is None else found * share.part[column])
         unknown = [column for column in range(len(dead)) if column not in self._dead_on]
         if unknown:
             dead.index_fill_(0, on_device(np.array(unknown), dead.device), np.nan)
@@ -164,9 +164,9 @@ class Sampling:
         for column, parameter in self._layers.parameters():
             if parameter.requires_grad and local_of(parameter).numel() and (first or column in self._prints_on):
                 now = fingerprint(parameter)
-                changed[column] = (now != self._prints_on.setdefault(column, now)).to(changed.dtype)
+                changed[column].copy_(now != self._prints_on.setdefault(column, now))
             elif local_of(parameter).numel():  # not known from the beginning
-                changed[column] = 1
+                changed[column].fill_(1)
 
     def _weights(self, sample: Sample) -> None:
         columns, whole = zip(*self._layers.parameters(), strict=True)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.nn.utils.clip_grad as torch_clip
 
+from gradwatch import device
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
@@ -78,7 +80,9 @@ class Tap:
 
     @property
     def listeners(self) -> list[Any]:
-        """Those that are told."""
+        """Those that are told: nobody while a CUDA graph is captured, where nothing may be asked or started."""
+        if device.capturing():
+            return []
         return [listener for ref in self._listeners if (listener := ref()) is not None]
 
     def add(self, listener: Listener) -> bool:
@@ -125,7 +129,7 @@ def _wrap_backward(original: Function, tap: Tap) -> Function:
             raise
         finally:
             running.discard(me)
-        root = _scalar(tensors)
+        root = _scalar(tensors) if listeners else None
         for listener in listeners:
             listener.backward_ended(root, callers)
         return result

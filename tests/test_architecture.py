@@ -82,6 +82,50 @@ def test_only_taps_and_their_user_touch_torchs_attributes() -> None:
     assert [n for n, path in FILES.items() if "setattr(self._owner" in path.read_text()] == ["taps"]
 
 
+def on_devices() -> list[ast.FunctionDef]:
+    """Return the functions whose tensors may lie on a device: those of two files, and by their names everywhere."""
+    found = []
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and (
+                name in ("device", "later") or node.name.endswith(("_on", "_unread", "unread"))
+            ):
+                found.append(node)
+    return found
+
+
+def assigned_elements(code: ast.AST) -> list[str]:
+    """Return the targets of `tensor[...] = value` in a piece of code; what an object keeps in a dict of its own is none."""
+    found = []
+    for node in ast.walk(code):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else targets
+        for target in targets:
+            if isinstance(target, ast.Subscript) and not ast.unparse(target).startswith("self._kept["):
+                found.append(ast.unparse(target))
+    return found
+
+
+def test_no_element_of_a_tensor_on_a_device_is_assigned_to() -> None:
+    """A number that is assigned to an element is a copy that waits for the device; `fill_` and `copy_` do not."""
+    assert len(on_devices()) > 40
+    assert {function.name: found for function in on_devices() if (found := assigned_elements(function))} == {}
+    assert assigned_elements(ast.parse("slot.singles[3] = 1.0\ndead[2] += 1")) == ["slot.singles[3]", "dead[2]"]
+
+
+def test_no_tensor_follows_the_default_device() -> None:
+    """Whoever makes one says where: under `torch.set_default_device` it would go elsewhere."""
+    makers = {"zeros", "ones", "empty", "full", "tensor", "as_tensor", "arange", "eye", "linspace", "rand", "randn"}
+    found = []
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())) if name != "demo" else ():
+            call = node.func if isinstance(node, ast.Call) else None
+            if isinstance(call, ast.Attribute) and ast.unparse(call.value) == "torch" and call.attr in makers:
+                assert isinstance(node, ast.Call)
+                found += [ast.unparse(node)] if "device" not in {keyword.arg for keyword in node.keywords} else []
+    assert found == []
+
+
 def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
     """No report imports the probe, the monitor or the pipeline."""
     for name, path in FILES.items():

@@ -47,6 +47,18 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Operations(TorchDispatchMode):
+    """Counts all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("when", ["armed", "always"])
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
 def test_the_hot_path_runs_where_every_read_raises(clip: gradwatch.Clip | None, when: str) -> None:
@@ -317,6 +329,84 @@ def test_two_optimizers_have_a_typical_norm_each() -> None:
     np.testing.assert_allclose(monitor.history.grad_norm(last=2)[0], [*truth[0], math.nan, math.nan], rtol=1e-5)
     np.testing.assert_allclose(monitor.history.grad_norm(last=2)[1], [*[math.nan] * 4, *truth[1]], rtol=1e-5)
     assert (monitor.history.clip_coefficient() == 1).all()
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("unscales", [True, False])
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_what_a_gradient_scaler_tells_its_optimizer_is_given_back_as_it_was(clip: str, unscales: bool) -> None:
+    """Absent, None or a tensor, at each step: the scaler deletes what it has set, and the training is torch's own."""
+
+    def run(clip: str | None) -> list[Tensor]:
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        seen: list[Any] = []
+        optimizer.register_step_pre_hook(lambda *_: seen.append(dict(vars(optimizer))))
+        x, y = data()
+        with watch(model, clip=clip):
+            for _ in range(6):
+                optimizer.zero_grad()
+                scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
+                if unscales:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                scaler.step(optimizer)
+                scaler.update()
+                assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            assert vars(optimizer)["grad_scale"] is None
+            assert "found_inf" not in vars(optimizer)
+        return [parameter.detach() for parameter in model.parameters()]
+
+    torch.testing.assert_close(run(clip), run(None), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+def test_the_default_device_is_nothing_to_the_monitor(clip: gradwatch.Clip | None) -> None:
+    """Under `torch.set_default_device` its own tensors lie where the model's do, and memory of the host on the host."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = data()
+    policy = None if clip is None else gradwatch.AutoClip(clip, when="always")
+    with torch.device("meta"), watch(model, clip=policy) as monitor:
+        for _ in range(70):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        assert (monitor.history.loss() > 0).all()
+    assert monitor.history.rows == 70
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_nothing_is_done_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row, no operation, no question to the device in hooks and taps; it is said once, and steps after it are watched."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    x, y = data()
+
+    def steps(count: int) -> int:
+        with Operations() as operations:
+            for _ in range(count):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(x), y).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+        return operations.count
+
+    plain = steps(3)
+    with watch(model, clip="norm") as monitor:
+        assert steps(3) > plain  # the count can fail
+        monkeypatch.setattr(device, "capturing", lambda: True)
+        assert steps(3) == plain
+        monkeypatch.setattr(device, "capturing", lambda: False)
+        steps(3)
+    assert monitor.history.rows == 6
+    assert [note for note in monitor.notes if "CUDA graph" in note] == monitor.notes
 
 
 @pytest.mark.usefixtures("as_on_a_device")

@@ -9,6 +9,7 @@ import torch
 from pydantic import ConfigDict, Field
 
 from gradwatch.clips.base import Clip, PerLayer, Step, UnreadStep, scale_by
+from gradwatch.measure import on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +93,7 @@ def clip_layers_unread(step: UnreadStep, bounds: Floats) -> Tensor:
     acts = torch.isfinite(step.norms).all()
     acts = acts if step.fires is None else acts & step.fires
     home = step.norms.device
-    limits = torch.from_numpy(np.nan_to_num(bounds, nan=np.inf)).to(home, step.norms.dtype, non_blocking=True)
+    limits = on_device(np.nan_to_num(bounds, nan=np.inf), home).to(step.norms.dtype)
     factors = torch.where(acts, torch.clamp(limits / (step.norms + 1e-6), max=1.0), 1.0)
     for gradient, factor in zip(step.gradients, factors.unbind(), strict=True):
         scale_by([gradient], factor)

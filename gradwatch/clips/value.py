@@ -47,7 +47,10 @@ class ClipValue(PerLayer):
         """See `Clip.apply_unread`."""
         acts = torch.isfinite(step.global_norm)
         acts = acts if step.fires is None else acts & step.fires
-        width = torch.where(acts, torch.as_tensor(step.scale).to(acts.device, non_blocking=True), math.inf)
+        scale = step.scale
+        if isinstance(scale, torch.Tensor):
+            scale = scale.to(acts.device, non_blocking=True)
+        width = torch.where(acts, scale, math.inf)
         bounds = self.bounds(self.max_value, step.layers, step.columns)
         for gradient, bound in zip(step.gradients, bounds.tolist(), strict=True):
             _limit(gradient, (bound * width).to(gradient.device, non_blocking=True))
