@@ -40,9 +40,9 @@ class AutoClip(Settings):
             steps that surge, lower the learning ``"rate"`` by half (as often as six times), ``"stop"`` with a
             `TrainingUnstableError`. Nothing by default: it clips, and says that it does not help.
         patience: optimizer steps that each of these measures, and the clip before them, is given to help.
-        on_nonfinite: what to do with a step whose gradients hold NaN or Inf: ``"skip"`` it (parameters and optimizer
-            state stay untouched), ``"stop"`` with a `TrainingUnstableError`, or ``"ignore"``.
-        max_skips: steps skipped in a row before `TrainingUnstableError`.
+        on_nonfinite: what to do with a step whose gradients hold NaN or Inf: ``"skip"`` it (parameters, optimizer
+            state and the model's buffers stay as they were), ``"stop"`` with a `TrainingUnstableError`, or ``"ignore"``.
+        max_skips: such steps of one optimizer in a row before `TrainingUnstableError`.
 
     Raises:
         UsageError: a setting is unknown or out of its range.
@@ -77,6 +77,11 @@ class AutoClip(Settings):
             raise UsageError(
                 f'threshold={self.threshold!r} is taken when an incident opens; with when="always" none does.'
             )
+
+    @property
+    def skips(self) -> bool:
+        """True when it may leave out a step."""
+        return self.on_nonfinite == "skip" or "skip" in self.escalate
 
     @field_validator("when", mode="before")
     @classmethod

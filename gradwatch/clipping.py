@@ -66,7 +66,9 @@ class Clipping:
         self._typical = math.nan
         self._usual = np.full(0, np.nan)
         self._narrowed = 1.0
-        self._skips_in_a_row = 0
+        self._skips_in_a_row: dict[
+            int, int
+        ] = {}  # by optimizer: what one of two leaves out the other does not make good
         self._hold = policy.hold
         self._held_since = 0
         self._released = -math.inf
@@ -141,10 +143,11 @@ class Clipping:
             self._spare(row.step, incidents)
         if self.record is not None:
             self._go_further(row, incidents)
-        if row.global_norm > self._skip_above and self._skips_in_a_row < self.policy.max_skips:
-            self._skips_in_a_row += 1
+        skips = self._skips_in_a_row.get(row.optimizer, 0)
+        if row.global_norm > self._skip_above and skips < self.policy.max_skips:
+            self._skips_in_a_row[row.optimizer] = skips + 1
             return Decision(skip=True)
-        self._skips_in_a_row = 0
+        self._skips_in_a_row[row.optimizer] = 0
         # an average of norms must not miss what the ring forgets
         clip = self.clip(self.history.rows - 1) if self.on or self._falls_behind() else None
         if not self.acts:
@@ -197,7 +200,7 @@ class Clipping:
         self._idle = 0 if clipped or decision.skip else self._idle + 1
         if self.record is None:
             return
-        if not decision.skip:
+        if not decision.skip and not row.poisoned:
             promise = self.history.promise
             self._promised += coefficient * (np.nansum(promise) if np.isfinite(promise).any() else math.nan)
             self._effect.take(row.loss, row.global_norm, clipped=clipped)
@@ -316,9 +319,9 @@ class Clipping:
             self.record = replace(self.record, measures=(*self.record.measures, done))
 
     def _skip(self, row: Row) -> Decision:
-        self._skips_in_a_row += 1
+        skips = self._skips_in_a_row[row.optimizer] = self._skips_in_a_row.get(row.optimizer, 0) + 1
         weights = bool(self.history.nonfinite_weight.any())
-        if self.policy.on_nonfinite == "stop" or self._skips_in_a_row > self.policy.max_skips:
+        if self.policy.on_nonfinite == "stop" or skips > self.policy.max_skips:
             self.record = None
             where = self.history.first_nonfinite() or "an unknown layer"
             what = f"Gradients are not finite at step {row.step} (first in backward order: {where})"
@@ -330,8 +333,8 @@ class Clipping:
                 else "no batch since then gave finite gradients; look at the loss and the data of this step"
             )
             raise TrainingUnstableError(
-                f"{what}, after {self._skips_in_a_row - 1} steps skipped in a row of at most {self.policy.max_skips}: "
-                f"{cause}. No gradient that is not finite was applied since step {row.step - self._skips_in_a_row + 1}."
+                f"{what}, after {skips - 1} steps in a row whose gradients were kept from this optimizer, of at most "
+                f"{self.policy.max_skips}: {cause}. No gradient that is not finite was applied meanwhile."
             )
         return Decision(skip=True)
 

@@ -13,6 +13,7 @@ import torch
 from gradwatch.device import Gate, Unread, precise
 from gradwatch.layers import family_of
 from gradwatch.measure import NormPlan, code_of, global_norm_of, look_closer
+from gradwatch.skips import Skip
 from gradwatch.wrappers import is_dtensor, local_of, summed
 
 if TYPE_CHECKING:
@@ -84,8 +85,10 @@ class Gradients:
         groups: the number of the parameter group of each pair.
         total: parameters in the optimizer, watched or not; a change of it means that groups were added.
         optimizer: the one; None where there is none.
+        model: the watched one.
 
-    Attributes: ``steps`` counts those of this optimizer, ``family`` is its family.
+    Attributes: ``steps`` counts those of this optimizer, ``family`` is its family, ``number`` its place among those that were
+    found (-1: there is none), ``skip`` leaves its steps out.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Gradients:
         groups: Sequence[int] = (),
         total: int = 0,
         optimizer: Optimizer | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         self.parameters = [parameter for _, parameter in pairs]
         self.columns = np.array([column for column, _ in pairs], dtype=np.intp)
@@ -103,6 +107,7 @@ class Gradients:
         self._optimizer = weakref.ref(optimizer) if optimizer is not None else None
         self._ends = _ends(optimizer) if optimizer is not None else []
         self.steps = 0
+        self.number = -1
         self._zero = np.zeros(layers, dtype=bool)
         self._any_zero = False
         self._layers = layers
@@ -113,7 +118,7 @@ class Gradients:
         self._planned: list[bool] | None = None  # which gradients the plan is for; None: all
         self._rates: list[float] = []
         self._rate = np.full(layers, np.nan)
-        self._hidden: list[tuple[nn.Parameter, Tensor]] = []
+        self.skip = Skip(optimizer, model) if optimizer is not None else None
         self.gate: Gate | None = None  # on a device, the typical norm of this optimizer's steps
         self._slowed: list[tuple[dict[str, Any], Any]] = []
         self._lent: list[tuple[weakref.ref[Optimizer], str, Any]] = []
@@ -235,14 +240,6 @@ class Gradients:
             self._rate[self.columns] = np.array(rates)[self._groups]
         return self._rate
 
-    def hide(self, optimizer: Optimizer) -> None:
-        """Take the optimizer's gradients away, watched or not, so that it leaves parameters and state untouched."""
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._hidden.append((parameter, parameter.grad))
-                    parameter.grad = None
-
     def slow(self, optimizer: Optimizer, factor: float) -> None:
         """Multiply the learning rate of each parameter group for this step; schedulers go on with the user's own."""
         for group in optimizer.param_groups:
@@ -276,8 +273,11 @@ class Gradients:
         self._lent.append((weakref.ref(optimizer), name, vars(optimizer).get(name, _ABSENT)))
         setattr(optimizer, name, value)
 
-    def restore(self) -> None:
-        """Give back what `hide` took and what `slow` changed, take back what `leave_to` gave."""
+    def restore(self, *, late: bool = False) -> None:
+        """End what goes on while a step is left out, give back what `slow` changed, take back what `leave_to` gave.
+
+        ``late``: the step was made some time ago and raised.
+        """
         for group, rate in self._slowed:
             group["lr"] = rate
         self._slowed.clear()
@@ -288,13 +288,11 @@ class Gradients:
             elif optimizer is not None:
                 vars(optimizer).pop(name, None)
         self._lent.clear()
-        for parameter, gradient in self._hidden:
-            if parameter.grad is None:
-                parameter.grad = gradient
-        self._hidden.clear()
+        if self.skip is not None:
+            self.skip.end(late=late)
 
     def zero(self) -> None:
-        """Set the gradients to zero: the nearest thing to a skip where no optimizer of torch makes the update."""
+        """Set the gradients to zero, where nothing can leave the step out: what is not finite does not reach the weights."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.zero_()

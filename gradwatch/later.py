@@ -74,8 +74,10 @@ class Facts:
     rate: Floats | None
     family: Family
     arrived: NDArray[np.bool_]
+    optimizer: int = -1
     sample: Sample | None = None
     clip: Clip | None = None
+    problem: str = ""  # why the step is not left out although its gradients are kept from the optimizer
 
 
 class Later:
@@ -114,8 +116,11 @@ class Later:
         own_norms: list[Tensor],
         *,
         closely: bool,
-    ) -> None:
-        """Exchange, decide and act on what was measured; send the row on its way."""
+    ) -> Tensor | None:
+        """Exchange, decide and act on what was measured; send the row on its way.
+
+        Returns whether the step is left out (bool, no dimensions), None where none can be.
+        """
         scale = getattr(optimizer, "grad_scale", None)
         overflow = getattr(optimizer, "found_inf", None)
         slot = self._ring.next()
@@ -126,9 +131,11 @@ class Later:
         if self._ranks is not None:
             self._ranks.exchange(slot.flat)
         slot.singles[COEFFICIENT].fill_(1.0)
+        bad = None
         if orders is not None and mine is not None:
-            facts.clip = self._act(mine, now, slot, orders, optimizer, scale, own=before is None)
+            facts.clip, bad = self._act(mine, now, slot, orders, optimizer, scale, own=before is None)
         self._ring.send(facts)
+        return bad
 
     def tell_failure(self) -> None:
         """Take part in one exchange only to say that gradwatch failed here."""
@@ -207,8 +214,8 @@ class Later:
         scale: Tensor | None,
         *,
         own: bool,
-    ) -> Clip | None:
-        """Clip and skip by numbers that stay on the device; return the clip that was in force.
+    ) -> tuple[Clip | None, Tensor | None]:
+        """Clip and skip by numbers that stay on the device; return the clip in force, and whether the step is left out.
 
         ``own``: what was exchanged are the norms after the user's own clip, or there was none.
         """
@@ -251,7 +258,7 @@ class Later:
             mine.leave_to(optimizer, coefficient, bad if skips else None)
         elif skips:
             zero_where(now.gradients, bad)
-        return clip
+        return clip, bad if skips else None
 
     def _whole_norms(self, now: Unread, slot: Slot, *, own: bool) -> Tensor:
         """Return the norms of whole layers: of several processes, those that were just exchanged, so that all act alike."""
@@ -261,8 +268,8 @@ class Later:
 
     # On the host, later.
 
-    def rows(self, *, wait: bool = False) -> Iterator[tuple[Row, Decision, Numbers]]:
-        """Yield what has come over: rows in order, their step not yet numbered, each with what was done.
+    def rows(self, *, wait: bool = False) -> Iterator[tuple[Row, Decision, Numbers, str]]:
+        """Yield what has come over: rows in order, their step not yet numbered, each with what was done and what could not.
 
         Raises:
             PeerError: gradwatch failed in another process.
@@ -277,11 +284,12 @@ class Later:
                     continue
                 facts.source = "left out by the scaler"
             decision = NOTHING
-            if numbers.skipped and not numbers.left_out:
+            left_out = numbers.skipped and not numbers.left_out
+            if left_out and not facts.problem:
                 decision = Decision(skip=True)
             elif facts.clip is not None and not numbers.left_out:
                 decision = Decision(clip=facts.clip)
-            yield self._row(facts, numbers), decision, numbers
+            yield self._row(facts, numbers), decision, numbers, facts.problem if left_out else ""
 
     def _row(self, facts: Facts, numbers: Numbers) -> Row:
         sample = facts.sample
@@ -305,6 +313,7 @@ class Later:
             poisoned=not math.isfinite(numbers.now_norm) and facts.source != "optimizer in backward",
             rate=facts.rate,
             family=facts.family,
+            optimizer=facts.optimizer,
             applied=left if left < 1.0 and facts.clipped == "before the user's clip" else 1.0,
             dead_share=sample.dead_share,
             unchanged=sample.unchanged,

@@ -318,6 +318,10 @@ class Monitor:
         """See `gradwatch.rows.Judge`."""
         return self._pipeline.bounds()
 
+    def may_skip(self) -> bool:
+        """See `gradwatch.rows.Judge`."""
+        return self._pipeline.clipping is not None and self._pipeline.clipping.policy.skips
+
     def orders(self) -> Orders | None:
         """See `gradwatch.rows.Judge`."""
         return self._pipeline.orders()

@@ -6,6 +6,7 @@ are all the hooks there are. A probe knows the model weakly, so it never keeps i
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from time import perf_counter
@@ -55,6 +56,8 @@ class Probe:
         self._layers = layers
         self._judge = weakref.ref(judge)
         self._known: dict[int, Gradients] = {}  # by the optimizer's id
+        self._numbers: dict[int, int] = {}  # by the same, as long as it lives
+        self._found = itertools.count()
         self._owners = False
         self._all: Gradients | None = None
         self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
@@ -243,6 +246,7 @@ class Probe:
         try:
             if not quiet.take(optimizer, self.rows, self.losses):
                 return False
+            self.rows.skipping.made()
         except Exception:
             return False  # the long way fails in the same place, and tells
         finally:
@@ -279,17 +283,19 @@ class Probe:
             self._step_inside_backward(mine, optimizer)
             return None
         self.backwards += self.arrivals.end()  # a backward that passed by the tap
-        if self.backwards == self._backwards_then:
+        self.rows.skipping.fresh = self.backwards != self._backwards_then
+        if not self.rows.skipping.fresh:
             self.arrivals.missed(enough=True)
         self._backwards_then = self.backwards
         if self._loop != "explicit":
             self._loop = "optimizer"
-        mine.restore()
+        mine.restore(late=True)
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
             if self._loop == "optimizer":
                 self._take(mine, "optimizer step", optimizer)
             return None
+        self.rows.skipping.expect_closure(mine)
         wrapped = self._wrap(closure, mine, optimizer)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
@@ -314,6 +320,7 @@ class Probe:
         mine = self._known.get(id(optimizer))
         if mine is not None and mine.parameters:
             mine.restore()
+            self.rows.skipping.over()
             if self._stepping is not None and self._stepping() is optimizer:
                 self._stepping = None
 
@@ -327,6 +334,7 @@ class Probe:
             evaluations += 1
             if evaluations == 1 and self._loop == "optimizer":  # a line search evaluates several times for one step
                 self._guarded(self._take, mine, "closure", optimizer, loss)
+            self._guarded(self.rows.skipping.closure_evaluated, mine, evaluations)
             return loss
 
         return wrapped
@@ -356,10 +364,13 @@ class Probe:
             if column is not None:
                 pairs.append((column, parameter))
                 groups.append(number)
-        mine = Gradients(pairs, len(self._layers), groups, len(held), optimizer)
-        known = self._known
-        known[id(optimizer)] = mine
-        weakref.finalize(optimizer, known.pop, id(optimizer), None).atexit = False
+        mine = Gradients(pairs, len(self._layers), groups, len(held), optimizer, self._layers.model)
+        key = id(optimizer)
+        if pairs and key not in self._numbers:
+            self._numbers[key] = next(self._found)
+        mine.number = self._numbers.get(key, -1)
+        self._known[key] = mine
+        weakref.finalize(optimizer, _forget, (self._known, self._numbers), key).atexit = False
         judge = self._judge()
         if pairs and judge is not None:
             self._owners = True
@@ -411,3 +422,8 @@ class Probe:
             self.seconds += perf_counter() - started
             if self.rows.over and self.active:
                 self._give_up()
+
+
+def _forget(dicts: Sequence[dict[int, Any]], key: int) -> None:
+    for one in dicts:
+        one.pop(key, None)

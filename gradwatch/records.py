@@ -86,6 +86,8 @@ class Culprits(NamedTuple):
 class Row(NamedTuple):
     """The numbers of one optimizer step. ``L`` is the number of layers; missing is NaN.
 
+    ``optimizer``: the number of the optimizer that steps, in the order in which they were found; -1 where none of torch's
+    makes the update, or many do inside backward.
     ``poisoned``: what the optimizer is about to use is not finite (``nonfinite`` may tell of before the user's clip).
     ``family`` is the optimizer's. ``applied`` is the factor that the user's own clipping put on the gradients (1.0: none
     was seen).
@@ -102,6 +104,7 @@ class Row(NamedTuple):
     nonfinite_weight: NDArray[np.bool_] | None = None
     counts: Mapping[int, tuple[int, int]] | None = None
     poisoned: bool = False
+    optimizer: int = -1
     rate: Floats | None = None
     family: Family = "other"
     applied: float = 1.0

@@ -25,6 +25,7 @@ from gradwatch.quiet import Quiet
 from gradwatch.ranks import Local, Ranks, Unsupported, find_ranks
 from gradwatch.records import Clipped, Culprits, Family, LossSource, Provenance, Row, Source
 from gradwatch.sampling import Sample, Sampling
+from gradwatch.skipping import Skipping
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -51,6 +52,9 @@ class Judge(Protocol):
 
     def bounds(self) -> Bounds | None:
         """Say what the coming rows may be and still go unjudged; None: all are judged."""
+
+    def may_skip(self) -> bool:
+        """Say whether a step may ever be left out."""
 
     def orders(self) -> Orders | None:
         """Say what to do with a step before it is known; None: only watch it."""
@@ -98,6 +102,7 @@ class Rows:
         self._later: Later | None = None
         self._stop: TrainingUnstableError | None = None
         self._may_act = True
+        self.skipping = Skipping(layers, judge)
         self._clipped_by_value: tuple[Row, Decision, float] | None = None
         self._after = 0.0
         self.quiet: Quiet | None = None  # the short way, while nothing stirs
@@ -193,33 +198,44 @@ class Rows:
             return False
         mine.steps += 1
         if not self._is_due(mine.steps - 1):
-            return True
+            self.skipping.made()
+        elif free:
+            self._make(judge, mine, source, optimizer, returned, scale)
+        else:
+            rate = mine.rate(optimizer) if optimizer is not None else None
+            now = mine.measure_unread(self._layers.home, getattr(optimizer, "grad_scale", None))
+            self._send(now, source, rate, mine.family, mine, optimizer, returned, self._before_clip)
+        return True
+
+    def _make(
+        self, judge: Judge, mine: Gradients, source: Source, optimizer: Optimizer | None, returned: Any, scale: float
+    ) -> None:
+        """Make the row at once, and do what the judge says."""
         rate = mine.rate(optimizer) if optimizer is not None else None
-        if not free:
-            now_unread = mine.measure_unread(self._layers.home, getattr(optimizer, "grad_scale", None))
-            self._send(now_unread, source, rate, mine.family, mine, optimizer, returned, self._before_clip)
-            return True
         step, self.step = self.step, self.step + 1
         now = mine.measure(scale)
         whole = self._before_clip.only(mine.columns) if isinstance(self._before_clip, Measured) else now
         sampled = self._sampling.take(now, closely=self.closely)
-        row = self._row(step, source, now, whole, sampled, rate, mine.family, returned)
+        row = self._row(step, source, now, whole, sampled, rate, mine.family, returned, mine.number)
         if sampled.weight_norm is None and self._ranks is None and judge.startled(row):
             looked = self._sampling.weights()
             row = row._replace(weight_norm=looked.weight_norm, nonfinite_weight=looked.nonfinite_weight)
         decision = judge.judge(row)
+        if decision.skip and self._may_act:
+            self.skipping.leave_out(row, decision, mine, source)
+            return
+        self.skipping.made()
         if decision is NOTHING:
             if source == "optimizer step" and scale == 1.0 and row.nonfinite is None:
                 self._rest(judge, mine, optimizer, row, clipped=whole is not now)
-            return True
+            return
         coefficient = self._act(decision, now, scale, mine, source, optimizer)
         if self._ranks is not None and decision.clip is not None and decision.clip.looks_inside:
             # what is left of the norm of the whole is known at the next exchange
             self._clipped_by_value = row, decision, now.global_norm
             self._after = self._ranks.part_of_square(mine.measure(scale))
         else:
-            judge.done(row, decision, coefficient)
-        return True
+            judge.done(row, replace(decision, skip=False) if decision.skip else decision, coefficient)
 
     def _rest(self, judge: Judge, mine: Gradients, optimizer: Optimizer | None, row: Row, *, clipped: bool) -> None:
         """Let the coming rows go the short way, as far as nothing is due with them."""
@@ -252,6 +268,7 @@ class Rows:
         rate: Floats | None,
         family: Family,
         returned: Any = None,
+        optimizer: int = -1,
     ) -> Row:
         """Put together what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
         loss, loss_source = self._losses.read(returned)
@@ -272,6 +289,7 @@ class Rows:
             poisoned=not math.isfinite(now.global_norm) and (processes > 1 or bool(now.gradients)),
             rate=rate,
             family=family,
+            optimizer=optimizer,
             applied=1.0 if whole is now else _share_left(now, whole),
             dead_share=sampled.dead_share,
             unchanged=sampled.unchanged,
@@ -329,11 +347,7 @@ class Rows:
             return 1.0
         if decision.rate != 1.0:
             self._slow(mine, optimizer, decision.rate)
-        if decision.skip and optimizer is not None and source != "left out by the scaler":
-            mine.hide(optimizer)
-        elif decision.skip:
-            mine.zero()
-        elif (
+        if (
             decision.clip is not None
             and math.isfinite(now.global_norm)
             and self._clippable(source, optimizer)
@@ -399,12 +413,13 @@ class Rows:
         before = before if isinstance(before, Unread) else None
         loss, loss_source = self._losses.unread(returned)
         facts = Facts(source, self._seen_clip(before is not None), loss_source, rate, family, self._arrivals.arrived)
+        facts.optimizer = mine.number if mine is not None else -1
         acts = mine is not None and source != "left out by the scaler" and self._clippable(source, optimizer)
         orders = judge.orders() if acts and self._may_act else None
         if orders is not None and orders.skip and mine is not None and not mine.skips(optimizer):
             judge.note(
-                "on a device, gradients that are not finite are set to zero: of torch's optimizers only fused ones "
-                "(fused=True) can leave a step out there."
+                "on a device, gradients that are not finite are set to zero, and no step is counted as skipped: of torch's "
+                "optimizers only fused ones (fused=True) can leave a step out there."
             )
         clip = (orders.clip or orders.reserve) if orders is not None else None
         knows = clip is not None and (type(clip).apply_unread is not Clip.apply_unread)
@@ -415,7 +430,11 @@ class Rows:
         if orders is not None and orders.rate != 1.0 and mine is not None:
             self._slow(mine, optimizer, orders.rate)
         own = self._arrivals.own_norms()
-        later.take(mine, now, before, facts, loss, optimizer, orders, own, closely=self.closely)
+        bad = later.take(mine, now, before, facts, loss, optimizer, orders, own, closely=self.closely)
+        if bad is not None and mine is not None:
+            facts.problem = self.skipping.leave_out_where(bad, real=mine.skips(optimizer))
+        elif source != "optimizer in backward":
+            self.skipping.made()
 
     def _require_later(self) -> Later:
         home = self._layers.home
@@ -440,7 +459,8 @@ class Rows:
         judge = self._judge()
         if self._later is None or judge is None:
             return
-        for unnumbered, decision, numbers in self._later.rows(wait=wait):
+        for unnumbered, decision, numbers, problem in self._later.rows(wait=wait):
+            self.skipping.say(problem)
             self._settle(numbers.after_norm)
             row = unnumbered._replace(step=self.step)
             self.step += 1

@@ -84,14 +84,13 @@ def test_only_taps_and_their_user_touch_torchs_attributes() -> None:
 
 def on_devices() -> list[ast.FunctionDef]:
     """Return the functions whose tensors may lie on a device: those of two files, and by their names everywhere."""
-    found = []
-    for name, path in FILES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and (
-                name in ("device", "later") or node.name.endswith(("_on", "_unread", "unread"))
-            ):
-                found.append(node)
-    return found
+    return [
+        node
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and (name in ("device", "later") or node.name.endswith(("_on", "_unread", "unread")))
+    ]
 
 
 def assigned_elements(code: ast.AST) -> list[str]:
@@ -100,9 +99,8 @@ def assigned_elements(code: ast.AST) -> list[str]:
     for node in ast.walk(code):
         targets = node.targets if isinstance(node, ast.Assign) else []
         targets = [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else targets
-        for target in targets:
-            if isinstance(target, ast.Subscript) and not ast.unparse(target).startswith("self._kept["):
-                found.append(ast.unparse(target))
+        elements = [ast.unparse(target) for target in targets if isinstance(target, ast.Subscript)]
+        found += [element for element in elements if not element.startswith("self._kept[")]
     return found
 
 

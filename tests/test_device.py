@@ -155,7 +155,7 @@ def test_a_fused_optimizer_skips_a_poisoned_step_for_real(name: str) -> None:
 
 @pytest.mark.usefixtures("as_on_a_device")
 def test_other_optimizers_get_zeros_and_the_monitor_says_so() -> None:
-    """No NaN reaches the weights; momentum and decay still act, and that is told."""
+    """No NaN reaches the weights; momentum and decay still act, so that no step is called skipped, and that is told."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     x, y = data()
@@ -165,8 +165,8 @@ def test_other_optimizers_get_zeros_and_the_monitor_says_so() -> None:
             nn.functional.mse_loss(model(x * (math.nan if step == 6 else 1)), y).backward()
             optimizer.step()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert "set to zero" in monitor.notes[0]
-    assert np.flatnonzero(monitor.history.skipped()).tolist() == [6]
+    assert "set to zero, and no step is counted as skipped" in monitor.notes[0]
+    assert not monitor.history.skipped().any()
 
 
 @pytest.mark.usefixtures("as_on_a_device")
@@ -396,7 +396,7 @@ def test_nothing_is_done_while_a_cuda_graph_is_captured(monkeypatch: pytest.Monk
                 nn.functional.mse_loss(model(x), y).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-        return operations.count
+        return int(operations.count)
 
     plain = steps(3)
     with watch(model, clip="norm") as monitor:
@@ -525,7 +525,7 @@ def test_a_lowered_rate_and_left_out_surges_reach_the_device_too(fused: bool) ->
             optimizer.step()
             assert optimizer.param_groups[0]["lr"] == 0.01
     assert min(used) < 0.01
-    assert monitor.history.skipped().sum() > 0
+    assert monitor.history.skipped().any() == fused  # others cannot leave a step out there
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     told = " ".join(monitor.notes)
     assert "left out from step" in told
