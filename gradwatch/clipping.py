@@ -21,6 +21,8 @@ from gradwatch.records import SEVERITIES, ClipRecord, Severity
 from gradwatch.recurrence import usual_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gradwatch.autoclip import AutoClip
     from gradwatch.clips import Clip
     from gradwatch.history import History
@@ -82,6 +84,7 @@ class Clipping:
         self._judged_at = 0
         self._judged_level = math.inf
         self._promised = 0.0
+        self.damage: Callable[[], str] = str  # what of the model is not finite; nothing where all is
 
     @property
     def on(self) -> bool:
@@ -261,11 +264,13 @@ class Clipping:
             return None
         after, _ = self.history.loss_level(_LEVEL)
         # where no loss was seen nothing speaks against it: the run became calm
-        helped = not math.isfinite(self.record.loss_before) or after <= self._well_below
+        damage = self.damage()
+        helped = not damage and (not math.isfinite(self.record.loss_before) or after <= self._well_below)
         record = replace(
             self.record,
             released_step=step,
             helped=helped,
+            damage=damage,
             loss_after=after,
             recovered_after=self._recovery(self.record.from_step) if helped else None,
         )

@@ -121,6 +121,7 @@ class Gradients:
         self.skip = Skip(optimizer, model) if optimizer is not None else None
         self.gate: Gate | None = None  # on a device, the typical norm of this optimizer's steps
         self._slowed: list[tuple[dict[str, Any], Any]] = []
+        self._born: tuple[weakref.ref[Optimizer], int, Tensor] | None = None
         self._lent: list[tuple[weakref.ref[Optimizer], str, Any]] = []
 
     def measure(self, scale: float = 1.0) -> Measured:
@@ -266,7 +267,9 @@ class Gradients:
             self._lend(optimizer, "grad_scale", divisor.to(torch.float32))
         if skip is not None:
             found = skip.to(torch.float32)
-            self._lend(optimizer, "found_inf", found if overflow is None else torch.maximum(found, overflow))
+            found = found if overflow is None else torch.maximum(found, overflow)
+            self._lend(optimizer, "found_inf", found)
+            self._born = weakref.ref(optimizer), len(optimizer.state), found
 
     def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
         # None is not the same as absent: a `GradScaler` deletes what it has set, None too
@@ -288,8 +291,22 @@ class Gradients:
             elif optimizer is not None:
                 vars(optimizer).pop(name, None)
         self._lent.clear()
+        if self._born is not None:
+            self._clear_born()
         if self.skip is not None:
             self.skip.end(late=late)
+
+    def _clear_born(self) -> None:
+        """Set momenta to zero that came into being in a step that was left out: torch's fused SGD leaves them unwritten."""
+        assert self._born is not None
+        (ref, before, found), self._born = self._born, None
+        optimizer = ref()
+        if optimizer is None or len(optimizer.state) == before:
+            return
+        for state in list(optimizer.state.values())[before:]:
+            momentum = state.get("momentum_buffer")
+            if isinstance(momentum, torch.Tensor):
+                momentum.masked_fill_(found.to(momentum.device, torch.bool, non_blocking=True), 0)
 
     def zero(self) -> None:
         """Set the gradients to zero, where nothing can leave the step out: what is not finite does not reach the weights."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gradwatch.autoclip import NOTHING, Decision, Orders
+from gradwatch.checkpoints import buffers_are_bad
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
 from gradwatch.device import LAG, PATIENCE, Gate, Ring, Slot, Unread
@@ -24,6 +25,7 @@ from gradwatch.records import Provenance, Row
 from gradwatch.table import (
     AFTER,
     BACKWARD_BAD,
+    BUFFER_BAD,
     COEFFICIENT,
     FAILED,
     GRADIENT_BAD,
@@ -126,6 +128,9 @@ class Later:
         slot = self._ring.next()
         self._write(slot, now if before is None else self._same_columns(before, now), now, loss, own_norms)
         facts.sample = self._sampling.take_unread(now, slot, self._parts, closely=closely)
+        model = self._layers.model
+        if self._ranks is not None and facts.sample.weight_norm is not None and model is not None:
+            slot.ranks[self._ranks.rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
         if overflow is not None:
             slot.singles[LEFT_OUT].copy_(overflow.reshape(()), non_blocking=True)
         if self._ranks is not None:

@@ -15,7 +15,7 @@ import torch
 
 from gradwatch.autoclip import NOTHING
 from gradwatch.batches import numbers_of
-from gradwatch.checkpoints import is_worth_keeping
+from gradwatch.checkpoints import Checkpoint, damage_of, worth_of
 from gradwatch.errors import TrainingUnstableError, UsageError
 from gradwatch.history import History
 from gradwatch.layers import Layers, facts_of, optimizer_facts
@@ -68,6 +68,8 @@ class Monitor:
         self.history.facts = replace(facts, clips_always=policy is not None and policy.when == "always")
         self._batch: Any = None
         self._pipeline = Pipeline(self.history, rules, policy, reports, self.failed)
+        if self._pipeline.clipping is not None:
+            self._pipeline.clipping.damage = self._damage
         self._probe = Probe(layers, self, every, scaler)
         self.attached = False
 
@@ -231,16 +233,29 @@ class Monitor:
         self._probe.catch_up()
         return self._pipeline.flush(self._probe.seconds, timeout)
 
-    def checkpoint_guard(self) -> bool:
-        """True when the model is worth a checkpoint: ``if monitor.checkpoint_guard(): torch.save(...)``.
+    def checkpoint_guard(self) -> Checkpoint:
+        """Say whether the model is worth a checkpoint: ``if monitor.checkpoint_guard(): torch.save(...)``.
 
-        False while an incident of an explosion that is more than a notice is open, when the last loss was not finite, or when
-        a parameter or buffer is not finite now. Reads the model's values: for checkpoints, not for each step. In a
-        distributed training all processes get the same answer, by what the last row that they shared says of the weights.
+        The answer is true or false, and its ``reason`` says why it is false. It is while an incident of an explosion that is more
+        than a notice is open, when the last loss was not finite, or when a parameter or buffer is not finite now. Reads
+        the model's values: for checkpoints, not for each step. In a distributed training all processes get the same answer, by
+        what they last shared: weights and buffers are looked at on the first 32 steps, at least on every 32nd later, and on
+        each step while an incident is open.
         """
         self._probe.catch_up()
         model = self._model()
-        return model is not None and is_worth_keeping(model, self.history, self._pipeline.incidents.open)
+        if model is None:
+            return Checkpoint("the model is gone")
+        well = self._probe.rows.buffers_are_well
+        return worth_of(model, self.history, self._pipeline.incidents.open, buffers_are_well=well)
+
+    def _damage(self) -> str:
+        model = self._model()
+        try:
+            with torch.no_grad():
+                return damage_of(model) if model is not None else ""
+        except Exception as error:  # a tensor of a kind that cannot be read
+            return f"the model cannot be read: {type(error).__name__}: {error}"
 
     def summary(self) -> RenderableType:
         """Return the run so far as a rich renderable; ``str()`` of it is plain text."""

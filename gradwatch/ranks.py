@@ -24,6 +24,7 @@ from gradwatch.records import Culprits, CulpritSign
 from gradwatch.table import (
     AFTER,
     BACKWARD_BAD,
+    BUFFER_BAD,
     CHANGED,
     DEAD,
     FAILED,
@@ -67,6 +68,7 @@ class Local:
     loss: float | None
     backward_bad: bool = False
     after: float = 0.0
+    buffer_bad: bool = False
 
 
 @dataclass(slots=True)
@@ -76,6 +78,7 @@ class United:
     loss: float | None
     culprits: Culprits | None
     after_norm: float
+    buffer_bad: bool
 
 
 class Ranks:
@@ -173,6 +176,7 @@ class Ranks:
         table.ranks[self.rank] = (
             LOSS_BAD * (mine.loss is not None and not math.isfinite(mine.loss))
             + BACKWARD_BAD * mine.backward_bad
+            + BUFFER_BAD * mine.buffer_bad
             + GRADIENT_BAD * (now.nonfinite is not None or whole.nonfinite is not None)
         )
         self._exchange(table)
@@ -183,7 +187,8 @@ class Ranks:
         whole.nonfinite, whole.counts = numbers.nonfinite, numbers.counts
         now.global_norm = numbers.now_norm
         sampled.fill(numbers)
-        return United(numbers.loss, self.culprits(numbers), numbers.after_norm)
+        bad = bool((numbers.ranks & BUFFER_BAD).any())
+        return United(numbers.loss, self.culprits(numbers), numbers.after_norm, bad)
 
     def part_of_square(self, measured: Measured) -> float:
         """Return this process's part of the squared global norm."""

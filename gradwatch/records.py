@@ -155,6 +155,7 @@ class ClipRecord:
     ``loss_after`` are levels. ``recovered_after``: steps after which the loss was back at its level for good. ``measures``
     are those beyond clipping, in words. ``unlearned``: the level of the clipped steps' losses at first and at last, where
     clipping kept them up while all others were well; the clip was let go at once.
+    ``damage``: what of the model was not finite when it let go, so that nothing helped.
     """
 
     clip: str
@@ -172,6 +173,7 @@ class ClipRecord:
     measures: tuple[str, ...] = ()
     unlearned: tuple[float, float] | None = None
     family: Family = "other"
+    damage: str = ""
 
     @property
     def share(self) -> float:
@@ -197,6 +199,8 @@ class ClipRecord:
     def _outcome(self) -> str:
         if self.helped:
             return "it helped"
+        if self.damage:
+            return f"the model is damaged, {self.damage}; go back to a checkpoint"
         if self.unlearned is not None:
             before, after = self.unlearned
             return (

@@ -15,6 +15,7 @@ import torch
 
 from gradwatch import device, taps
 from gradwatch.autoclip import NOTHING
+from gradwatch.checkpoints import buffers_are_bad
 from gradwatch.clips import Clip, Step
 from gradwatch.columns import widened
 from gradwatch.device import Unread, joined
@@ -26,6 +27,7 @@ from gradwatch.ranks import Local, Ranks, Unsupported, find_ranks
 from gradwatch.records import Clipped, Culprits, Family, LossSource, Provenance, Row, Source
 from gradwatch.sampling import Sample, Sampling
 from gradwatch.skipping import Skipping
+from gradwatch.table import BUFFER_BAD
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -103,6 +105,7 @@ class Rows:
         self._stop: TrainingUnstableError | None = None
         self._may_act = True
         self.skipping = Skipping(layers, judge)
+        self.buffers_are_well = True  # of all processes, when they were last looked at
         self._clipped_by_value: tuple[Row, Decision, float] | None = None
         self._after = 0.0
         self.quiet: Quiet | None = None  # the short way, while nothing stirs
@@ -462,6 +465,8 @@ class Rows:
         for unnumbered, decision, numbers, problem in self._later.rows(wait=wait):
             self.skipping.say(problem)
             self._settle(numbers.after_norm)
+            if self._ranks is not None and unnumbered.weight_norm is not None:
+                self.buffers_are_well = not (numbers.ranks & BUFFER_BAD).any()
             row = unnumbered._replace(step=self.step)
             self.step += 1
             judge.judge(row)
@@ -516,8 +521,12 @@ class Rows:
         """Make the numbers those of all processes, in place."""
         assert self._ranks is not None
         bad = any(not math.isfinite(norm.item()) for norm in self._arrivals.own_norms())
-        mine = Local(loss if source != "none" else None, bad, self._after)
+        model, looked = self._layers.model, sampled.weight_norm is not None
+        buffer_bad = looked and model is not None and bool(buffers_are_bad(model, self._layers.home))
+        mine = Local(loss if source != "none" else None, bad, self._after, buffer_bad)
         united = self._ranks.unite(mine, whole, now, sampled)
+        if looked:
+            self.buffers_are_well = not united.buffer_bad
         self._after = 0.0
         self._settle(united.after_norm)
         if united.loss is None:

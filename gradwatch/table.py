@@ -26,7 +26,7 @@ _ROWS = 7
 NOW, LOSS, LOSSES, FAILED, AFTER, COEFFICIENT, SKIPPED, LEFT_OUT = range(8)
 _SINGLES = 8
 # one number for each process after them: which of its own numbers are not finite
-LOSS_BAD, BACKWARD_BAD, GRADIENT_BAD = 1, 2, 4
+LOSS_BAD, BACKWARD_BAD, GRADIENT_BAD, BUFFER_BAD = 1, 2, 4, 8
 
 
 class Table:

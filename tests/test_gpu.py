@@ -123,7 +123,7 @@ def test_a_poisoned_step_and_a_surge_do_no_harm(fused: bool) -> None:
             optimizer.zero_grad()
             nn.functional.mse_loss(model(x), y * factor).backward()
             optimizer.step()
-    assert np.flatnonzero(monitor.history.skipped()).tolist() == [20]
+    assert np.flatnonzero(monitor.history.skipped()).tolist() == [20] * fused  # others get zeros there
     assert monitor.history.clip_coefficient()[30] < 1e-2
     assert monitor.history.loss(last=1)[0] < 2
 

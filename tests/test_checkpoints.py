@@ -1,0 +1,308 @@
+"""Buffers go back with a step that is skipped, and a model that is not finite is not called well."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradwatch
+from gradwatch import device
+from tests.trainings import data
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BAD = 7
+WIDE = gradwatch.AutoClip(gradwatch.ClipNorm(1e9))  # it never clips, but it skips
+
+
+class Averages(nn.Module):
+    """Buffers of many kinds, each changed by every forward in training."""
+
+    def __init__(self, late: bool = True) -> None:
+        super().__init__()
+        self.has_late = late
+        self.register_buffer("in_place", torch.zeros(8))
+        self.register_buffer("by_data", torch.zeros(8))
+        self.register_buffer("replaced", torch.zeros(8), persistent=False)
+        self.register_buffer("late", None)
+        self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("table", torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+        self.late: Tensor | None
+        self.in_place: Tensor
+        self.by_data: Tensor
+        self.replaced: Tensor
+        self.pointer: Tensor
+        self.table: Tensor
+        self.mean: Tensor
+        self.var: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        if self.training:
+            with torch.no_grad():
+                self.in_place.mul_(0.9).add_(x.mean(0))
+                self.by_data.data.mul_(0.9).add_(x.mean(0))
+                self.replaced = 0.9 * self.replaced + x.mean(0)
+                if self.has_late:
+                    self.late = x.mean(0) if self.late is None else 0.9 * self.late + x.mean(0)
+                self.pointer += 1
+                self.table.add_(x.mean())
+                nn.functional.batch_norm(x, self.mean, self.var, training=True)
+        return x
+
+
+def normalised(late: bool = True) -> nn.Sequential:
+    """Return a model that keeps running statistics in three ways, in one module twice."""
+    torch.manual_seed(0)
+    twice = nn.BatchNorm1d(16)
+    return nn.Sequential(
+        Averages(late),
+        nn.Linear(8, 16),
+        twice,
+        nn.ReLU(),
+        nn.Linear(16, 16),
+        twice,
+        nn.SyncBatchNorm(16).eval(),
+        nn.Linear(16, 1),
+    )
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Leave the synchronised one, which has no training on the CPU, as it is."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.eval()
+    return model
+
+
+def buffers(model: nn.Module) -> dict[str, Any]:
+    """Return copies of all buffers."""
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def trained(
+    armed: bool, *, fused: bool = False, forwards: int = 1, bad: frozenset[int] = frozenset({BAD}), late: bool = True
+) -> tuple[nn.Module, gradwatch.Monitor | None]:
+    """Train; bad batches hold NaN. Unarmed, nobody watches and the user leaves out the bad steps, forwards and all."""
+    model = frozen(normalised(late))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
+    x, y = data()
+    monitor = gradwatch.attach(model, clip=WIDE, report=None, strict=True) if armed else None
+    for step in range(40):
+        if step in bad and not armed:
+            continue
+        optimizer.zero_grad()
+        for part in range(forwards):
+            batch = x[part::forwards] * (math.nan if step in bad and part == forwards - 1 else 1.0)
+            nn.functional.mse_loss(model(batch), y[part::forwards]).backward()
+        optimizer.step()
+    if monitor is not None:
+        monitor.detach()
+    return model, monitor
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["cpu", "as on a device"])
+@pytest.mark.parametrize("forwards", [1, 3])
+@pytest.mark.parametrize("bad", [{BAD}, {0}, {1, 2, 30, 31}], ids=str)
+def test_a_skip_gives_back_every_buffer_that_its_forwards_changed(
+    later: bool, forwards: int, bad: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end is that of a training in which nobody ran the bad batch, to the bit."""
+    if later:
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+    late = not (later and 0 in bad)  # a buffer that comes with the bad batch cannot be unmade where nothing is read
+    watched, monitor = trained(armed=True, fused=later, forwards=forwards, bad=frozenset(bad), late=late)
+    plain, _ = trained(armed=False, fused=later, forwards=forwards, bad=frozenset(bad), late=late)
+    assert monitor is not None
+    assert monitor.notes == []
+    assert np.flatnonzero(monitor.history.skipped()).tolist() == sorted(bad)
+    torch.testing.assert_close(buffers(watched), buffers(plain), rtol=0, atol=0)
+    torch.testing.assert_close(watched.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["cpu", "as on a device"])
+def test_buffers_stay_the_tensors_that_they_are_and_steps_that_are_made_change_nothing(
+    later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Watched and armed, without a bad step: bit-identical, the same objects, and graphs that were kept still run back."""
+    if later:
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+
+    def run(armed: bool) -> tuple[dict[str, Any], list[int], list[int]]:
+        model = frozen(normalised())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=later)
+        x, y = data()
+        monitor = gradwatch.attach(model, clip=WIDE, report=None, strict=True) if armed else None
+        before = [id(buffer) for name, buffer in model.named_buffers() if name not in ("0.replaced", "0.late")]
+        for _ in range(70):
+            optimizer.zero_grad()
+            table = (model.get_buffer("0.table") * model.get_parameter("1.weight").mean()).mean().square()
+            nn.functional.mse_loss(model(x), y).backward(retain_graph=True)
+            optimizer.step()
+            nn.functional.mse_loss(model(x), y).detach()
+            del table
+        after = [id(buffer) for name, buffer in model.named_buffers() if name not in ("0.replaced", "0.late")]
+        if monitor is not None:
+            monitor.detach()
+        return {**buffers(model), **model.state_dict()}, before, after
+
+    (armed, before, after), (plain, _, _) = run(armed=True), run(armed=False)
+    assert before == after
+    torch.testing.assert_close(armed, plain, rtol=0, atol=0)
+
+
+def test_the_forwards_of_each_optimizers_step_are_its_own() -> None:
+    """Two by turns, a bad batch in the steps of one: the other's statistics are those of a training without that batch."""
+
+    def run(armed: bool) -> tuple[dict[str, Any], list[bool]]:
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Linear(8, 1)])
+        optimizers = [torch.optim.SGD(part.parameters(), lr=0.01) for part in model]
+        x, y = data()
+        monitor = gradwatch.attach(model, clip=WIDE, report=None, strict=True) if armed else None
+        for step in range(20):
+            for turn, optimizer in enumerate(optimizers):
+                bad = step == BAD and turn == 1
+                if bad and not armed:
+                    continue
+                model.zero_grad()
+                nn.functional.mse_loss(model[1](model[0](x * (math.nan if bad else 1))), y).backward()
+                optimizer.step()
+        if monitor is not None:
+            monitor.detach()
+        return dict(model.state_dict()), monitor.history.skipped().tolist() if monitor is not None else []
+
+    (armed, skipped), (plain, _) = run(armed=True), run(armed=False)
+    assert [place for place, hit in enumerate(skipped) if hit] == [2 * BAD + 1]
+    torch.testing.assert_close(armed, plain, rtol=0, atol=0)
+
+
+def test_two_optimizers_after_one_backward_leave_no_damage_in_either_order() -> None:
+    """One has finite gradients and steps, the other is skipped: the statistics are finite."""
+    for order in ((0, 1), (1, 0)):
+        model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+        optimizers = [torch.optim.SGD(model[0].parameters(), lr=0.01), torch.optim.SGD(model[1:].parameters(), lr=0.01)]
+        x, y = data()
+        with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+            for step in range(12):
+                model.zero_grad()
+                nn.functional.mse_loss(model(x * (math.nan if step == BAD else 1)), y).backward()
+                for parameter in model[1:].parameters() if step == BAD else ():
+                    parameter.grad = torch.zeros_like(parameter)
+                for place in order:
+                    optimizers[place].step()
+        assert monitor.history.skipped().sum() == 1
+        assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+def test_closures_evaluated_again_leave_no_trace_either() -> None:
+    """The forwards of a step that is skipped all go back, those after the decision too."""
+    from tests.test_skips import Twice
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    optimizer = Twice(model.parameters())
+    x, y = data()
+
+    @torch.enable_grad()
+    def closure(factor: float) -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x * factor), y)
+        loss.backward()
+        return loss
+
+    with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+        for step in range(10):
+            before = copy.deepcopy(model.state_dict())
+            optimizer.step(lambda step=step: closure(math.nan if step == BAD else 1.0))
+            if step == BAD:
+                torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert monitor.history.skipped().sum() == 1
+
+
+def test_buffers_that_cannot_be_given_back_are_not_claimed() -> None:
+    """A checkpoint was loaded since the last step: its statistics are not overwritten by older ones, and it is said."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = data()
+    loaded = copy.deepcopy(model.state_dict())
+    loaded["1.running_mean"] += 5
+    with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+        for step in range(10):
+            if step == BAD:
+                model.load_state_dict(loaded)
+            optimizer.zero_grad()
+            (nn.functional.mse_loss(model(x), y) * (math.nan if step == BAD else 1)).backward()
+            optimizer.step()
+            if step == BAD:
+                assert (model.get_buffer("1.running_mean") > 2).all()
+        assert not monitor.history.skipped().any()
+        assert "the model was written to since the last step" in monitor.notes[0]
+
+
+@pytest.mark.parametrize("given_back", [True, False])
+def test_it_helped_is_not_said_of_a_model_that_is_damaged(given_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NaN in the running statistics the record tells where; where they went back, evaluation is as good as training."""
+    if not given_back:
+        monkeypatch.setattr(gradwatch.AutoClip, "skips", property(lambda _: False))  # nothing is kept
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    x, y = data()
+    with gradwatch.attach(model, clip=gradwatch.AutoClip("norm", hold=10), report=None, strict=True) as monitor:
+        for step in range(100):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x * (math.nan if step == 40 else 1)), y).backward()
+            optimizer.step()
+        record = monitor.incidents[0].clip
+        guard = monitor.checkpoint_guard()
+    assert record is not None
+    assert record.released_step is not None
+    model.eval()
+    loss = nn.functional.mse_loss(model(x), y)
+    if given_back:
+        assert record.helped
+        assert loss < 0.5
+        assert guard
+        assert guard.reason == ""
+    else:
+        assert record.helped is False
+        assert "the model is damaged, buffer 1.running_mean holds 16 NaN" in str(record)
+        assert "it helped" not in str(monitor.summary())
+        assert not guard
+        assert guard.reason == "buffer 1.running_mean holds 16 NaN and 0 infinite of 16 elements"
+
+
+def _open(model: nn.Module, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], steps: int) -> None:
+    x, y = data()
+    for step in range(steps):
+        optimizer.zero_grad()
+        (nn.functional.mse_loss(model(x), y) * factor(step)).backward()
+        optimizer.step()
+
+
+def test_the_guard_says_its_reason() -> None:
+    """An open incident, a loss that is not finite, a parameter that is not."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+        assert monitor.checkpoint_guard()
+        _open(model, optimizer, lambda step: 1e4 if step >= 40 else 1.0, 45)
+        assert monitor.checkpoint_guard().reason.startswith("an incident is open since step 4")
+    with gradwatch.attach(model, report=None, rules=[]) as monitor:
+        _open(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda step: math.nan if step == 2 else 1.0, 3)
+        assert monitor.checkpoint_guard().reason == "the loss of step 2 was nan"
+    model.get_parameter("2.bias").data.fill_(math.inf)
+    with gradwatch.attach(model, report=None) as monitor:
+        assert "parameter 0.weight holds" in monitor.checkpoint_guard().reason
+        assert repr(monitor.checkpoint_guard()).startswith("Checkpoint(reason='parameter")
