@@ -85,7 +85,9 @@ class Around:
     def __init__(self, cell: CellType, optimizer: Optimizer, begin: Callable[[], Any], end: Callable[[], Any]) -> None:
         self._cell, self._step = cell, cell.cell_contents
         self._optimizer, self._thread = weakref.ref(optimizer), get_ident()
-        self._do: tuple[Callable[[], Any], Callable[[], Any]] | None = (begin, end)
+        # in a step that is compiled Dynamo would trace them too
+        disable: Any = torch.compiler.disable
+        self._do: tuple[Callable[[], Any], Callable[[], Any]] | None = (disable(begin), disable(end))
         cell.cell_contents = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 import gradwatch
 from gradwatch import device
+from tests.test_processes import torchrun
 from tests.trainings import data
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 BAD = 7
 WIDE = gradwatch.AutoClip(gradwatch.ClipNorm(1e9))  # it never clips, but it skips
@@ -306,3 +309,29 @@ def test_the_guard_says_its_reason() -> None:
     with gradwatch.attach(model, report=None) as monitor:
         assert "parameter 0.weight holds" in monitor.checkpoint_guard().reason
         assert repr(monitor.checkpoint_guard()).startswith("Checkpoint(reason='parameter")
+
+
+def _in_two_processes(what: str, folder: Path, *, later: bool) -> list[dict[str, Any]]:
+    more = {"AS_ON_A_DEVICE": "1"} if later else {}
+    torchrun(2, folder, "tests.normalised", what, str(folder), **more)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["cpu", "as on a device"])
+def test_buffers_go_back_in_every_process(later: bool, tmp_path: Path) -> None:
+    """Under DistributedDataParallel, which sends those of the first to all others at each forward."""
+    for one in _in_two_processes("skip", tmp_path, later=later):
+        assert one["skipped"] == [BAD]
+        assert one["finite"] == [True, True, True]
+        assert one["counter"] == 23
+        assert one["notes"] == []
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["cpu", "as on a device"])
+def test_all_processes_get_the_guards_same_answer(later: bool, tmp_path: Path) -> None:
+    """A buffer that is not finite in one of them alone; where rows come later, the answer does too."""
+    one, other = _in_two_processes("guard", tmp_path, later=later)
+    assert [one["finite"], other["finite"]] == [[True] * 3, [False, True, True]]
+    assert one["guards"] == other["guards"]
+    assert one["guards"][:8] == [""] * 8
+    assert one["guards"][-1] == "a buffer of a process was not finite when it was last looked at"
