@@ -97,8 +97,8 @@ class Around:
             return step(*args, **kwargs)
         begin, end = do
         self.remove()
-        begin()
         try:
+            begin()
             return step(*args, **kwargs)
         finally:
             end()

@@ -82,7 +82,10 @@ class Skip:
 
     def _within(self, begin: Callable[[], None]) -> None:
         self._inside = True
-        begin()
+        try:
+            begin()
+        except Exception as error:  # it must not reach the training
+            self._reason = f"{type(error).__name__}: {error}"
 
     def _leave(self) -> None:
         self._inside = False
