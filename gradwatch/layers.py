@@ -120,7 +120,7 @@ class Layers:
         self._columns[id(parameter)] = column
         self._refs[column] = weakref.ref(parameter)
         self.sizes[column] = shape.numel()
-        self.matrices[column] = len(shape) >= 2
+        self.matrices[column] = len(shape) >= 2 and shape.numel() > 0
         self.fan_in[column] = max(1, shape.numel() // max(1, shape[0])) if len(shape) >= 2 else 1
         self.with_units[column] = with_units and parameter.dim() == len(shape)  # FSDP1 keeps flat pieces
         return column

@@ -29,7 +29,8 @@ class Dead(Rule):
     `value = dead units / units` of the layer, from the four samples, less `1 / sqrt(units)` but for the first layer: deep
     in a network at its start all inputs look alike to a unit, and it is on or off for all of them as a coin falls, so that
     two deviations of the share of heads are chance (told is the share less that); `1` where the layer's whole gradient norm is
-    exactly zero on this step and was on each of the 48 before (a head that is used now and then rests). It fires where
+    exactly zero on this step and was on each of the 48 before (a head that is used now and then rests; a layer without
+    elements has none that could die). It fires where
     `value > limit` (0.5) for `for_steps` (16) steps. Only the weights of linear and convolutional layers have units; words
     that do not occur in an embedding are not dead. Nothing is, where the whole model's gradient is zero: the loss is at its
     floor. Where the loss has fallen to half of what it was, the incident is a notice.
@@ -72,7 +73,9 @@ class Dead(Rule):
         by_chance = self._by_chance(history)
         if not (history.row.grad_norm == 0).any():
             return history.dead_share - by_chance
-        silent = ~(history.grad_norm(last=_REST) > 0).any(axis=0)
+        silent = ~(history.grad_norm(last=_REST) > 0).any(axis=0) & (
+            history.sizes > 0
+        )  # without elements: nothing to die
         return np.where(history.row.grad_norm == 0, np.where(silent, 1.0, 0.0), history.dead_share - by_chance)
 
     @staticmethod

@@ -60,5 +60,6 @@ class GradientsAboveOne(Rule):
     def measure(self, history: History) -> Floats:
         """Return the smallest gradient norm of all layers with a gradient, shape (1,)."""
         norms = np.where(history.nonfinite > 0, np.inf, history.row.grad_norm)
+        norms[history.sizes == 0] = np.nan  # a layer without elements has a norm of zero whatever happens
         smallest = np.fmin.reduce(norms, initial=np.nan)
         return np.array([smallest])
