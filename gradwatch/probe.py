@@ -58,6 +58,7 @@ class Probe:
         self._known: dict[int, Gradients] = {}  # by the optimizer's id
         self._numbers: dict[int, int] = {}  # by the same, as long as it lives
         self._found = itertools.count()
+        self._gone: dict[int, weakref.ref[Optimizer]] = {}  # forget them when it is; nothing stays on it after detach
         self._owners = False
         self._all: Gradients | None = None
         self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
@@ -108,6 +109,7 @@ class Probe:
         for gradients in tuple(self._known.values()):
             gradients.restore()
         self._known.clear()  # a monitor that is kept for its summary shall not keep the parameters
+        self._gone.clear()
         self._all = None
         self.rows.close()
 
@@ -365,12 +367,12 @@ class Probe:
                 pairs.append((column, parameter))
                 groups.append(number)
         mine = Gradients(pairs, len(self._layers), groups, len(held), optimizer, self._layers.model)
-        key = id(optimizer)
-        if pairs and key not in self._numbers:
-            self._numbers[key] = next(self._found)
-        mine.number = self._numbers.get(key, -1)
-        self._known[key] = mine
-        weakref.finalize(optimizer, _forget, (self._known, self._numbers), key).atexit = False
+        known, numbers, gone, key = self._known, self._numbers, self._gone, id(optimizer)
+        if pairs and key not in numbers:
+            numbers[key] = next(self._found)
+        mine.number = numbers.get(key, -1)
+        known[key] = mine
+        gone[key] = weakref.ref(optimizer, lambda _: _forget((known, numbers, gone), key))
         judge = self._judge()
         if pairs and judge is not None:
             self._owners = True

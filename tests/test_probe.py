@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -393,3 +395,30 @@ def test_a_step_that_the_scaler_leaves_out_is_no_row_and_no_incident(*, fused: b
         assert 0 < monitor.history.rows < 10
         assert monitor.history.loss(last=1)[0] == pytest.approx(loss.item(), rel=1e-5)
         assert not [incident for incident in monitor.incidents if incident.kind == "nonfinite"]
+
+
+def test_detach_leaves_nothing_registered_and_a_dropped_optimizer_is_forgotten() -> None:
+    """No finalizer on model or optimizer, nothing to run at exit; the gradients of an optimizer that is gone are let go."""
+    registered = weakref.finalize._registry  # type: ignore[attr-defined]
+    train(mlp(), torch.optim.SGD(mlp().parameters(), lr=0.1), 1)  # what torch itself registers at a first step
+    model = mlp()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for _ in range(3)]
+    before = len(registered)
+    for _ in range(2):
+        with watch(model) as monitor:
+            for optimizer in optimizers:
+                train(model, optimizer, 2)
+            assert len(monitor._probe._known) == 3
+        assert len(registered) == before
+    freed = weakref.ref(monitor)
+    del monitor
+    gc.collect()
+    assert freed() is None  # what runs at exit would hold it
+    with watch(model) as monitor:
+        for optimizer in optimizers:
+            train(model, optimizer, 2)
+        known = monitor._probe._known
+        del optimizer
+        optimizers.clear()
+        gc.collect()
+        assert known == {}
