@@ -61,6 +61,48 @@ def test_large_tensors_keep_their_digits() -> None:
     assert norm_of(large) == pytest.approx(math.sqrt(40_000_000) * float(np.float32(0.1)), rel=1e-6)
 
 
+def _outlier(elements: int) -> Tensor:
+    tensor = torch.randn(elements)
+    tensor[elements // 2] = 1e4
+    return tensor
+
+
+KINDS = {
+    "equal": lambda elements: torch.full((elements,), 0.0373),
+    "normal": torch.randn,
+    "one outlier": _outlier,
+    "heavy tails": lambda elements: torch.randn(elements) ** 7,
+    "a column of a matrix": lambda elements: torch.full((elements, 2), 0.1)[:, 0],
+    "one number expanded": lambda elements: torch.full((), 0.1).expand(elements),
+    "half": lambda elements: torch.full((elements,), 0.1, dtype=torch.float16),
+    "bfloat16": lambda elements: torch.full((elements,), 0.1, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_layers_are_within_1e_6_whatever_their_numbers_and_size(kind: str) -> None:
+    """Powers of two, primes and their neighbours; by every way that a norm is taken on the CPU."""
+    torch.manual_seed(0)
+    sizes = [1 << 15, (1 << 15) + 3, 49_999, 3 << 15, (1 << 17) - 1, 1 << 20, 1_000_003]
+    tensors = [KINDS[kind](elements) for elements in sizes]
+    truth = [tensor.double().norm().item() for tensor in tensors]
+    plan = NormPlan(tensors)
+    np.testing.assert_allclose(plan.norms(tensors), truth, rtol=1e-6)
+    np.testing.assert_allclose([norm_of(tensor) for tensor in tensors], truth, rtol=1e-6)
+    assert plan.shareable == (kind not in ("half", "bfloat16"))
+    if plan.shareable:
+        norms, total = plan.shared(tensors)
+        np.testing.assert_allclose(norms, truth, rtol=1e-6)
+        assert total.item() == torch.nn.utils.get_total_norm(tensors).item()
+
+
+@pytest.mark.parametrize("constant", [0.1, 0.0373, 1.7, 3e-5, 123.4])
+def test_a_layer_of_a_thousand_equal_elements_is_within_1e_6(constant: float) -> None:
+    """Torch's own sum is good enough up to there, also where elements do not lie side by side."""
+    for tensor in (torch.full((1000,), constant), torch.full((1000, 3), constant)[:, 1]):
+        assert NormPlan([tensor]).norms([tensor])[0] == pytest.approx(tensor.double().norm().item(), rel=1e-6)
+
+
 def test_nan_inf_and_overflow_are_told_apart() -> None:
     """Counts of NaN and Inf; finite values whose float32 norm overflows get their true norm."""
     assert look_closer(torch.tensor([1.0, math.nan, math.inf, -math.inf]))[:2] == (1, 2)
