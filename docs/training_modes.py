@@ -78,6 +78,9 @@ that finite gradients near 1e20 get their true norm and are clipped in the right
 * DeepSpeed and Megatron-LM keep gradients in buffers of their own. `attach` says so and refuses; zeros are never reported.
 * Several processes in which the model is neither DistributedDataParallel nor FSDP nor made of DTensors (gradients averaged
   by hand, pipeline stages): each process watches its own part alone, and the summary says so.
+* Parameters whose norm torch does not take (nested, in float8, in a sparse layout other than COO, on the meta device beside
+  others, of a class without norms, as some quantised ones): their weights, or their gradients, are left out, which is said
+  once by name; all other layers are watched, and no clip acts on what is left out.
 * A clip of your own on a device, unless it has `apply_unread`.
 * `ClipAGC` where processes hold parts of layers (FSDP, tensor parallelism), and the clips by layer there after a clip of your
   own.

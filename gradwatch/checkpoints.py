@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed as dist
 
-from gradwatch.measure import look_closer, norm_of
+from gradwatch.measure import look_closer, norm_of, unfit
 from gradwatch.records import EXPLOSION
 from gradwatch.wrappers import local_of, plain_name
 
@@ -78,4 +78,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     named = [("parameter", *one) for one in model.named_parameters()] + [
         ("buffer", *one) for one in model.named_buffers()
     ]
-    return ((kind, name, one.detach()) for kind, name, one in named if one.is_floating_point() or one.is_complex())
+    numbers = ((kind, name, one.detach()) for kind, name, one in named if one.is_floating_point() or one.is_complex())
+    # of the others nothing is known, and a guard that raises would cost the checkpoint
+    return (one for one in numbers if not one[2].is_meta and unfit(one[2]) is None)

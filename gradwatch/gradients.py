@@ -12,7 +12,7 @@ import torch
 
 from gradwatch.device import Gate, Unread, precise
 from gradwatch.layers import family_of
-from gradwatch.measure import NormPlan, code_of, global_norm_of, look_closer
+from gradwatch.measure import NormPlan, code_of, global_norm_of, look_closer, unfit
 from gradwatch.skips import Skip
 from gradwatch.wrappers import is_dtensor, local_of, summed
 
@@ -88,7 +88,8 @@ class Gradients:
         model: the watched one.
 
     Attributes: ``steps`` counts those of this optimizer, ``family`` is its family, ``number`` its place among those that were
-    found (-1: there is none), ``skip`` leaves its steps out.
+    found (-1: there is none), ``skip`` leaves its steps out, ``left_out`` are columns whose gradients turned out not to be
+    measurable, and why.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Gradients:
         self._ends = _ends(optimizer) if optimizer is not None else []
         self.steps = 0
         self.number = -1
+        self.left_out: list[tuple[int, str]] = []
         self._zero = np.zeros(layers, dtype=bool)
         self._any_zero = False
         self._layers = layers
@@ -132,7 +134,12 @@ class Gradients:
         there, columns, plan = self.present()
         if plan is None:
             return Measured([], columns, np.full(self._layers, np.nan), math.nan)
-        norms = plan.norms(there)
+        try:
+            norms = plan.norms(there)
+        except Exception:
+            if not self._leave_out():
+                raise
+            return self.measure(scale)
         if self._whole and len(there) == self._layers:
             spread = norms
         else:
@@ -154,8 +161,25 @@ class Gradients:
         there, columns, plan = self.present()
         if plan is None:
             return Unread([], columns, torch.zeros(0, dtype=precise(home), device=home))
-        norms = plan.norms_on(home, there)
+        try:
+            norms = plan.norms_on(home, there)
+        except Exception:
+            if not self._leave_out():
+                raise
+            return self.measure_unread(home, scale)
         return Unread(there, columns, norms if scale is None else norms / scale.to(home, non_blocking=True))
+
+    def _leave_out(self) -> bool:
+        """Measure no longer the layers whose gradients cannot be measured; False when there is none."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        reasons = [None if gradient is None else unfit(gradient) for gradient in gradients]
+        found = [(column, reason) for column, reason in zip(self.columns.tolist(), reasons, strict=True) if reason]
+        fit = np.array([reason is None for reason in reasons])
+        self.left_out += found
+        self.parameters = [parameter for parameter, here in zip(self.parameters, fit, strict=True) if here]
+        self.columns, self._groups = self.columns[fit], self._groups[fit] if len(self._groups) else self._groups
+        self._whole, self._plan = self._whole and not found, None
+        return bool(found)
 
     def present(self) -> tuple[list[Tensor], NDArray[np.intp], NormPlan | None]:
         """Return the gradients that exist now, of sharded ones this process's part, their columns and their plan."""

@@ -12,21 +12,26 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from gradwatch.errors import UsageError
+from gradwatch.measure import unfit
 from gradwatch.records import Facts
 from gradwatch.wrappers import own_name, plain_name, unwrapped, whole_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch.optim import Optimizer
 
     from gradwatch.records import Family
 
+_NAMED = 3  # layers that a sentence names
 _SELF_SCALING = ("adam", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "muon", "adafactor", "lamb")
 
 
 class Layers:
     """Named parameters of ``model``. Tied parameters are one layer; their other names stand in ``aliases``.
+
+    Those whose weights cannot be measured (nested, float8, classes that have no norm) are left out of what is looked at
+    (`measured`); ``untold`` says so, for whoever reads it next.
 
     The columns only ever grow: a layer keeps its own when its parameter is replaced under the same name, and one that
     comes later gets the next (`look_again`). Names are those inside DistributedDataParallel and `torch.compile`.
@@ -43,6 +48,8 @@ class Layers:
         self.matrices: list[bool] = []
         self.fan_in: list[int] = []
         self.with_units: list[bool] = []
+        self.untold: list[str] = []
+        self._unfit: dict[int, str] = {}  # columns whose weights cannot be measured, and why
         self._refs: list[weakref.ref[nn.Parameter]] = []
         self._first_device: torch.device | None = None
         self._home = torch.device("cpu")
@@ -65,8 +72,8 @@ class Layers:
         first = self._refs[0]()
         if first is not None and first.device != self._first_device:  # at first, or the model has moved
             self._first_device = first.device
-            devices = [parameter.device for _, parameter in self.parameters()]
-            self._home = next((device for device in devices if device.type != "cpu"), first.device)
+            devices = [parameter.device for _, parameter in self.measured()]
+            self._home = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         return self._home
 
     def look_again(self) -> set[int]:
@@ -98,12 +105,25 @@ class Layers:
                 if name not in aliases:
                     aliases.append(name)
             elif self.column(parameter) is None:
-                shape = shapes.get(id(parameter), parameter.shape)
+                shape = shapes[id(parameter)] if id(parameter) in shapes else _shape_of(parameter)
                 column = self._take(name, parameter, shape, with_units=id(parameter) in united)
                 if id(parameter) in tables:
                     self.fan_in[column] = 1
                 news.add(column)
+        self.leave_out()
         return news
+
+    def leave_out(self) -> bool:
+        """Leave out the weights that cannot be measured from now on; True when there are more of them than before."""
+        reasons = {column: reason for column, one in self.parameters() if (reason := unfit(one)) is not None}
+        devices = {one.device.type for column, one in self.parameters() if column not in reasons}
+        if len(devices) > 1 and "meta" in devices:  # those beside it have values
+            meta = [column for column, one in self.parameters() if one.device.type == "meta"]
+            reasons = dict.fromkeys(meta, "on the meta device") | reasons
+        more = {column: reason for column, reason in reasons.items() if self._unfit.get(column) != reason}
+        self._unfit = reasons
+        self.untold += left_out([(self.names[column], reason) for column, reason in more.items()], "weights")
+        return bool(more)
 
     def _take(self, name: str, parameter: nn.Parameter, shape: torch.Size, *, with_units: bool) -> int:
         if name in self.names:
@@ -135,6 +155,10 @@ class Layers:
             if parameter is not None:
                 yield column, parameter
 
+    def measured(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """Yield column and parameter of those still alive whose weights can be measured."""
+        return ((column, parameter) for column, parameter in self.parameters() if column not in self._unfit)
+
     def parameter(self, column: int | None) -> nn.Parameter | None:
         """Return the parameter of a column, None when it is gone."""
         return None if column is None else self._refs[column]()
@@ -143,6 +167,26 @@ class Layers:
         """Return the column of a watched parameter, None for any other."""
         column = self._columns.get(id(parameter))
         return column if column is not None and self._refs[column]() is parameter else None
+
+
+def left_out(layers: Iterable[tuple[str, str]], what: str) -> list[str]:
+    """Return a sentence for each reason for which ``what`` of layers, given by name and reason, cannot be measured."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in layers:
+        by_reason.setdefault(reason, []).append(name)
+    sentences = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - _NAMED} more layers" if len(names) > _NAMED else ""
+        sentences.append(
+            f"{what} that cannot be measured are left out: {', '.join(names[:_NAMED])}{more} ({reason}). "
+            "All others are watched."
+        )
+    return sentences
+
+
+def _shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Return a parameter's shape; of a nested one, which has none, its elements in a row."""
+    return torch.Size([parameter.numel()]) if parameter.is_nested else parameter.shape
 
 
 def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:

@@ -17,7 +17,7 @@ import torch
 
 from gradwatch import device
 from gradwatch.records import NonFinite
-from gradwatch.wrappers import local_of
+from gradwatch.wrappers import is_dtensor, local_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,6 +31,9 @@ _LARGE = 1 << 15  # elements from which CPU tensors are summed in pieces
 _LONGEST, _SHORTEST = 1 << 9, 1 << 7  # elements of a piece: with 1,024 equal ones a float32 sum is off by 1e-6
 _FEW = 16  # tensors up to which reading one by one beats stacking, on CPU
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)  # others may answer in ways of their own, and are measured one by one
+_DTYPES = frozenset(
+    (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
+)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -113,11 +116,29 @@ class NormPlan:
         return torch.cat(parts)[self._order]
 
 
+def unfit(tensor: Tensor) -> str | None:
+    """Say why a tensor's norm cannot be taken; None where it can. One of a class of its own is tried."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout not in (torch.strided, torch.sparse_coo):
+        return f"of layout {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.dtype not in _DTYPES:
+        return f"of type {str(tensor.dtype).removeprefix('torch.')}"
+    if type(tensor) in _ORDINARY or is_dtensor(tensor):
+        return None
+    try:
+        norm_of(tensor)
+    except Exception as error:
+        return f"of class {type(tensor).__name__}, which answers {type(error).__name__}"
+    return None
+
+
 def _is_plain(tensor: Tensor) -> bool:
     return (
         tensor.layout is torch.strided
         and tensor.is_floating_point()
         and type(tensor) in _ORDINARY
+        and not tensor.is_nested
         and tensor.numel() > 0
         and not (tensor.is_cpu and (tensor.numel() >= _LARGE or not _is_dense(tensor)))
     )
@@ -251,6 +272,11 @@ def scaled_norm(values: Tensor) -> float:
 def code_of(nans: int, infs: int) -> NonFinite:
     """Return which kinds of non-finite elements there are."""
     return (NonFinite.NAN if nans else NonFinite.NONE) | (NonFinite.INF if infs else NonFinite.NONE)
+
+
+def has_units(gradient: Tensor) -> bool:
+    """True for gradients whose rows can be looked at."""
+    return gradient.layout is torch.strided and type(gradient) in _ORDINARY and gradient.numel() > 0
 
 
 def live_units(gradient: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ class Probe:
 
     def _updates_without_optimizer(self) -> bool:
         """True when the weights moved although no optimizer of theirs stepped, or another one keeps stepping in vain."""
-        parameters = [parameter for _, parameter in self._layers.parameters()]
+        parameters = [parameter for _, parameter in self._layers.measured()]
         if all(device.reading_is_free(parameter.device) for parameter in parameters):
             now = sum(norm_of(parameter) for parameter in parameters)
         else:  # torch counts the changes in place of each tensor
@@ -310,6 +310,7 @@ class Probe:
             self._end_of_fused_backward()
         self._inside_seen.update(columns)
         self._inside.append((part, mine.rate(optimizer)))
+        self.rows.tell_left_out(mine)
         self._inside_family = mine.family
 
     def _end_of_fused_backward(self) -> None:

@@ -22,6 +22,7 @@ from gradwatch.device import Unread, joined
 from gradwatch.errors import PeerError, TrainingUnstableError
 from gradwatch.gradients import Gradients, Measured, assembled
 from gradwatch.later import Facts, Later
+from gradwatch.layers import left_out
 from gradwatch.quiet import Quiet
 from gradwatch.ranks import Local, Ranks, Unsupported, find_ranks
 from gradwatch.records import Clipped, Culprits, Family, LossSource, Provenance, Row, Source
@@ -153,6 +154,19 @@ class Rows:
 
     # One row.
 
+    def tell_left_out(self, mine: Gradients) -> None:
+        """Say of which layers nothing is seen."""
+        if not (self._layers.untold or mine.left_out):
+            return
+        names = self._layers.names
+        found = left_out([(names[column], reason) for column, reason in mine.left_out], "gradients")
+        judge = self._judge()
+        for sentence in self._layers.untold + [f"{one} No clip acts on them." for one in found]:
+            if judge is not None:
+                judge.note(sentence)
+        self._layers.untold.clear()
+        mine.left_out.clear()
+
     def expect(self) -> None:
         """A step is about to be measured: should anything fail from here on, other processes must not wait."""
         if self._ranks is not None:
@@ -194,6 +208,7 @@ class Rows:
         judge = self._judge()
         if judge is None:
             return True
+        self.tell_left_out(mine)
         self._leave_quiet()
         free = device.reading_is_free(self._layers.home)
         scale = _fused_scale(optimizer) if free else 1.0

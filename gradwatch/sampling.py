@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from gradwatch.columns import widened
-from gradwatch.measure import NormPlan, fingerprint, live_units, look_closer, on_device
+from gradwatch.measure import NormPlan, fingerprint, has_units, live_units, look_closer, on_device
 from gradwatch.quiet import cadence
 from gradwatch.table import CHANGED, DEAD, WEIGHT
 from gradwatch.wrappers import local_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -38,7 +38,7 @@ _ROUND = 4  # censuses of a layer after which a unit without any gradient is cal
 class Sample:
     """What was looked at with one row; None where it was not its turn. Arrays have shape (L,).
 
-    ``row`` counts the rows since attach; ``gone`` are layers whose parameter is no more.
+    ``row`` counts the rows since attach; ``gone`` are layers whose parameter is no more, or cannot be measured.
     """
 
     row: int
@@ -56,7 +56,7 @@ class Sample:
             self.nonfinite_weight = known & ~np.isfinite(numbers.weight_norm)
         if self.unchanged is not None:
             self.dead_share = numbers.dead_share
-            self.unchanged = np.where(numbers.changed, 0.0, self.row)
+            self.unchanged = np.where(numbers.changed | self.gone, 0.0, self.row)
 
 
 _NOT_DUE = Sample(-1, np.zeros(0, dtype=bool))
@@ -95,7 +95,7 @@ class Sampling:
             return _NOT_DUE
         sample = Sample(row, self._gone())
         if weights:
-            self._weights(sample)
+            self._able(self._weights, sample)
         if census:
             self._count_units(now)
             self._compare(row)
@@ -105,12 +105,22 @@ class Sampling:
     def weights(self) -> Sample:
         """Look at the weights out of turn."""
         sample = Sample(self.rows - 1, self._gone())
-        self._weights(sample)
+        self._able(self._weights, sample)
         return sample
+
+    def _able(self, look: Callable[..., Any], *arguments: Any) -> Any:
+        """Look at weights; where some can no longer be measured, look again without them."""
+        try:
+            return look(*arguments)
+        except Exception:
+            if not self._layers.leave_out():
+                raise
+            self._plan = None
+            return look(*arguments)
 
     def _gone(self) -> NDArray[np.bool_]:
         gone = np.ones(len(self._layers), dtype=bool)
-        gone[[column for column, _ in self._layers.parameters()]] = False
+        gone[[column for column, _ in self._layers.measured()]] = False
         return gone
 
     def _due(self, *, closely: bool) -> tuple[int, bool, bool]:
@@ -135,7 +145,7 @@ class Sampling:
         sample = Sample(row, self._gone())
         home = slot.flat.device
         if weights:
-            columns, norms = self._weights_on(home)
+            columns, norms = self._able(self._weights_on, home)
             squares = torch.square(norms)
             slot.rows[WEIGHT].index_copy_(0, columns, squares if share is None else squares * share.share[columns])
             sample.weight_norm = np.zeros(len(self._layers))
@@ -146,11 +156,19 @@ class Sampling:
         return sample
 
     def _weights_on(self, home: torch.device) -> tuple[Tensor, Tensor]:
-        columns, whole = zip(*self._layers.parameters(), strict=True)
-        if self._plan is None or self._planned != (len(whole), home):
-            self._plan, self._planned = NormPlan([local_of(parameter) for parameter in whole]), (len(whole), home)
-            self._columns = on_device(np.array(columns), home)
-        return self._columns, self._plan.norms_on(home, [local_of(parameter) for parameter in whole])
+        columns, parameters, plan = self._planned_for(home)
+        if plan is not self._plan:
+            self._plan, self._columns = plan, on_device(np.array(columns), home)
+        return self._columns, plan.norms_on(home, parameters)
+
+    def _planned_for(self, home: torch.device | None) -> tuple[list[int], list[Tensor], NormPlan]:
+        """Return the columns and the weights that can be measured, and their plan, made anew where it no longer fits."""
+        measured = list(self._layers.measured())
+        parameters = [local_of(parameter) for _, parameter in measured]
+        plan = self._plan
+        if plan is None or self._planned != (len(parameters), home):
+            plan, self._planned = NormPlan(parameters), (len(parameters), home)
+        return [column for column, _ in measured], parameters, plan
 
     def _count_units_on(self, now: Unread, dead: Tensor, share: Parts | None) -> None:
         self._dead_on.update(self._finished_rounds(now))
@@ -161,7 +179,7 @@ class Sampling:
             dead.index_fill_(0, on_device(np.array(unknown), dead.device), np.nan)
 
     def _compare_on(self, changed: Tensor, *, first: bool) -> None:
-        for column, parameter in self._layers.parameters():
+        for column, parameter in self._layers.measured():
             if parameter.requires_grad and local_of(parameter).numel() and (first or column in self._prints_on):
                 now = fingerprint(parameter)
                 changed[column].copy_(now != self._prints_on.setdefault(column, now))
@@ -169,14 +187,11 @@ class Sampling:
                 changed[column].fill_(1)
 
     def _weights(self, sample: Sample) -> None:
-        columns, whole = zip(*self._layers.parameters(), strict=True)
-        parameters = [local_of(parameter) for parameter in whole]
-        if self._plan is None or self._planned != (len(parameters), None):
-            self._plan, self._planned = NormPlan(parameters), (len(parameters), None)
+        columns, parameters, self._plan = self._planned_for(None)
         norms = np.full(len(self._layers), np.nan)
-        norms[list(columns)] = self._plan.norms(parameters)
+        norms[columns] = self._plan.norms(parameters)
         nonfinite = np.zeros(len(self._layers), dtype=bool)
-        for place in np.flatnonzero(~np.isfinite(norms[list(columns)])).tolist():
+        for place in np.flatnonzero(~np.isfinite(norms[columns])).tolist():
             nans, infs, norms[columns[place]] = look_closer(parameters[place])
             nonfinite[columns[place]] = nans + infs > 0
         sample.weight_norm, sample.nonfinite_weight = norms, nonfinite
@@ -190,7 +205,7 @@ class Sampling:
         if not now.gradients:  # they no longer exist as tensors
             return
         for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
-            if not self._layers.with_units[column] or not gradient.numel() or gradient.is_sparse:
+            if not self._layers.with_units[column] or not has_units(gradient):
                 continue
             looks, live = self._alive.get(column, (0, None))
             seen = live_units(gradient)
@@ -202,7 +217,7 @@ class Sampling:
 
     def _compare(self, row: int) -> None:
         """Compare the weights with those of the first row, exactly."""
-        for column, parameter in self._layers.parameters():
+        for column, parameter in self._layers.measured():
             if row and column not in self._prints:  # it has changed: it is not frozen, for good
                 continue
             if not parameter.requires_grad or not parameter.numel():

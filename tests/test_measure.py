@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradwatch.measure import NormPlan, fingerprint, global_norm_of, live_units, look_closer, norm_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def loop_norm(tensor: Tensor) -> float:
@@ -67,7 +71,7 @@ def _outlier(elements: int) -> Tensor:
     return tensor
 
 
-KINDS = {
+KINDS: dict[str, Callable[[int], Tensor]] = {
     "equal": lambda elements: torch.full((elements,), 0.0373),
     "normal": torch.randn,
     "one outlier": _outlier,
