@@ -43,6 +43,29 @@ TAIL = """
 * If only some of the processes attach, their numbers are their own, auto-clip does not act, and the summary says so. It
   is found out at the first step, within 30 seconds.
 * If gradwatch fails in one process, it switches off in all of them at the same step, and training goes on.
+* Each process must make the same optimizer steps in the same order: each of them is one exchange. A step that a gradient
+  scaler leaves out, in one process or in all, is exchanged as well.
+
+### Deciding together
+
+Nothing that one process alone knows decides what is exchanged or what auto-clip does. What the others need to know of it
+travels with the row: four of its numbers are for that, for each process.
+
+* Settings (`rules` and their thresholds, `clip` and all that belongs to it, `every`, `budget`, the version) are compared at
+  the first step. Where they differ each process says what differs, and only watches: auto-clip does not act. Where `every`,
+  `budget` or the version differ, numbers are those of each process alone as well.
+* With `budget=` the largest `every` that a process wishes counts in all of them, from the next row on. Between rows there is no
+  sentinel in a training of several processes. An incident that calls for each step to be measured does so once the next
+  row has told of it.
+* A rule that fails in one process is switched off in all of them. One of your own may fail, or not, in the very row in which
+  it would open an incident: so its values count one row later (on a device eight), when all know that it failed nowhere, and
+  each row is judged.
+* A clip of your own may fail in one process after it has clipped in another. So the processes ask each other once more, by one
+  number, wherever it may act: on the CPU while an explosion is open (or always, for `when="always"`), on a device in
+  each step. If it has failed, nobody makes that step, and gradwatch switches off in all of them.
+* A report or a run log that fails is that process's own business.
+* Should auto-clip have decided otherwise in one process all the same, as by a rule of your own that looks at what that
+  process alone knows, the next row shows it: each process says so, and auto-clip acts in none of them from then on.
 
 ## Gradients on a device
 

@@ -7,7 +7,9 @@ made only when a state changes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import operator
+from collections import deque
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +27,14 @@ if TYPE_CHECKING:
     from gradwatch.rules.base import Rule
 
 
+_BITS = 52  # of a whole number in float64
+
+
+def _bit(index: int) -> int:
+    """Return the bit of a rule; more than a float64 can tell apart share the last one."""
+    return 1 << min(index, _BITS - 1)
+
+
 class Alarms:
     """State of ``R`` rules on ``L`` layers. ``values`` and ``firing`` have shape (R, L).
 
@@ -33,6 +43,10 @@ class Alarms:
     layers may not, or parts of a model that take turns would be seen only at rest.
 
     A rule about the whole model uses column 0. ``on_error`` is told of a rule that raised; the rule is switched off.
+
+    Of several processes, ``lag`` is the number of rows after which each knows what failed in the others. A rule of the user's
+    own may fail in one of them alone, so that its values count that many rows later, once all know that it has not.
+    ``failed`` holds the rules that failed here, a bit for each.
     """
 
     def __init__(
@@ -56,11 +70,30 @@ class Alarms:
         self._urgent = np.array([rule.urgent for rule in self.rules], dtype=bool)
         self._impatient = np.array([rule.urgent or rule.per_layer for rule in self.rules], dtype=bool)
         self._alive = [True] * len(self.rules)
+        self._own = [not type(rule).__module__.startswith("gradwatch.rules.") for rule in self.rules]
+        self._waiting: dict[int, deque[Any]] = {}
         self._measured_at = -1
+        self.lag = 0
+        self.failed = 0
         self.stirring = False
+
+    @property
+    def waiting(self) -> bool:
+        """True while values wait for what other processes say: then each row is judged, in all of them alike."""
+        return self.lag > 0 and any(map(operator.and_, self._own, self._alive))
+
+    def switch_off(self, failed: int) -> list[str]:
+        """Switch off the rules that failed in any process, given as bits; return those that did not fail here."""
+        off = [index for index in range(len(self.rules)) if failed & _bit(index)]
+        news = [index for index in off if self._alive[index] and not self.failed & _bit(index)]
+        for index in off:
+            self._alive[index] = False
+            self.values[index] = np.nan
+        return [f"{self.rules[index].code} {self.rules[index].name}" for index in news]
 
     def grow(self, layers: Sequence[str]) -> None:
         """Take the columns of layers that were added."""
+        self._waiting.clear()
         self.layers = tuple(layers)
         self.values = widened(self.values, len(self.layers), np.nan)
         for name in ("firing", "_held", "_calm"):
@@ -91,7 +124,7 @@ class Alarms:
 
     def _measure(self, index: int, rule: Rule, history: History) -> None:
         try:
-            value = rule.measure(history)
+            value = self._value(index, rule, history)
             if rule.per_layer:
                 self.values[index] = value
             else:
@@ -99,9 +132,29 @@ class Alarms:
         except Exception as error:
             if self._on_error is None:
                 raise
-            self._alive[index] = False
-            self.values[index] = np.nan
+            self.failed |= _bit(index)
+            if self.lag and self._own[index]:  # what was measured before counts in all other processes
+                self.values[index] = self._in_turn(index, np.full(self.values.shape[1], np.nan))
+            else:
+                self._alive[index] = False
+                self.values[index] = np.nan
             self._on_error(f"rule {rule.code} {rule.name}", error)
+
+    def _value(self, index: int, rule: Rule, history: History) -> Any:
+        if not self.lag or not self._own[index]:
+            return rule.measure(history)
+        nothing = np.full(self.values.shape[1], np.nan)
+        if self.failed & _bit(index):
+            return self._in_turn(index, nothing)
+        nothing[: None if rule.per_layer else 1] = rule.measure(history)
+        return self._in_turn(index, nothing)
+
+    def _in_turn(self, index: int, value: Floats) -> Floats:
+        """Return the value of ``lag`` rows ago."""
+        queue = self._waiting.setdefault(index, deque([np.full_like(value, np.nan)] * self.lag))
+        queue.append(value)
+        past: Floats = queue.popleft()
+        return past
 
     def _alarm(self, index: int, column: int, step: int) -> Alarm:
         rule = self.rules[index]

@@ -18,7 +18,7 @@ class Budget:
     """
 
     def __init__(self, share: float) -> None:
-        self._share = share
+        self.share = share
         self._then: tuple[float, float, int, int] | None = None
         self._every = 1
 
@@ -36,6 +36,6 @@ class Budget:
         if rows - rows_then >= _LOOK_AFTER and steps > steps_then:
             row = (seconds - seconds_then) / (rows - rows_then)
             step = (now - then - (seconds - seconds_then)) / (steps - steps_then)
-            self._every = min(max(math.ceil(row / (self._share * step)), 1), _LONGEST) if step > 0 else _LONGEST
+            self._every = min(max(math.ceil(row / (self.share * step)), 1), _LONGEST) if step > 0 else _LONGEST
             self._then = now, seconds, steps, rows
         return self._every

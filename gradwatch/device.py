@@ -65,11 +65,11 @@ class Slot:
     """One row on the device: the views of a `gradwatch.table.Table`, as tensors."""
 
     def __init__(self, flat: Tensor, layers: int, processes: int) -> None:
-        ends = size_of(layers, 0) - size_of(0, 0)
+        ends, last = size_of(layers, 0) - size_of(0, 0), size_of(layers, 0)
         self.flat = flat
         self.rows = flat[:ends].view(-1, layers)
-        self.singles = flat[ends : len(flat) - processes]
-        self.ranks = flat[len(flat) - processes :]
+        self.singles = flat[ends:last]
+        self.ranks = flat[last:].view(-1, processes)
 
 
 class Ring:

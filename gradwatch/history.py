@@ -86,7 +86,7 @@ class History:
         self.dead_share: Floats = np.full(count, np.nan)
         self.unchanged: Floats = np.full(count, np.nan)
         self.rate: Floats = np.full(count, np.nan)
-        self.previous_rate = self.rate
+        self.previous_rate: Floats = self.rate
         self._top_rate, self._rose_at = -math.inf, 0
         self._stuck_at, self._stuck = -1, False
         self.reference_loss = math.nan

@@ -15,8 +15,8 @@ import numpy as np
 
 from gradwatch.advice import advise
 from gradwatch.history import EARLY
-from gradwatch.recurrence import is_of_the_batch
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
+from gradwatch.recurrence import is_of_the_batch
 from gradwatch.statistics import doubling, median_and_mad
 from gradwatch.suspects import Suspects
 

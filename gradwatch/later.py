@@ -17,7 +17,7 @@ from gradwatch.autoclip import NOTHING, Decision, Orders
 from gradwatch.checkpoints import buffers_are_bad
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
-from gradwatch.device import LAG, PATIENCE, Gate, Ring, Slot, Unread
+from gradwatch.device import LAG, PATIENCE, Gate, Ring, Slot, Unread, precise
 from gradwatch.errors import PeerError
 from gradwatch.gradients import zero_where
 from gradwatch.measure import on_device
@@ -26,8 +26,13 @@ from gradwatch.table import (
     AFTER,
     BACKWARD_BAD,
     BUFFER_BAD,
+    CLOSELY,
     COEFFICIENT,
+    DECIDED,
+    EVERY,
     FAILED,
+    FAILED_RULES,
+    FLAGS,
     GRADIENT_BAD,
     LEFT_OUT,
     LOSS,
@@ -50,7 +55,7 @@ if TYPE_CHECKING:
     from gradwatch.clips import Clip
     from gradwatch.gradients import Gradients
     from gradwatch.layers import Layers
-    from gradwatch.ranks import Ranks
+    from gradwatch.ranks import Ranks, Word
     from gradwatch.records import Clipped, Family, Floats, LossSource, Source
     from gradwatch.sampling import Sample, Sampling
 
@@ -80,6 +85,7 @@ class Facts:
     sample: Sample | None = None
     clip: Clip | None = None
     problem: str = ""  # why the step is not left out although its gradients are kept from the optimizer
+    word: Word | None = None
 
 
 class Later:
@@ -90,10 +96,14 @@ class Later:
         sampling: what is looked at now and then.
         home: the device on which rows are made.
         ranks: the processes that train together; None: this one alone.
+        confirms: auto-clip is by a clip of the user's own, after which the processes ask each other whether it went well.
     """
 
-    def __init__(self, layers: Layers, sampling: Sampling, home: torch.device, ranks: Ranks | None) -> None:
+    def __init__(
+        self, layers: Layers, sampling: Sampling, home: torch.device, ranks: Ranks | None, *, confirms: bool = False
+    ) -> None:
         self._layers = layers
+        self._confirms = confirms and ranks is not None
         self._sampling = sampling
         self._ranks = ranks
         self._processes = ranks.size if ranks is not None else 1
@@ -130,17 +140,31 @@ class Later:
         facts.sample = self._sampling.take_unread(now, slot, self._parts, closely=closely)
         model = self._layers.model
         if self._ranks is not None and facts.sample.weight_norm is not None and model is not None:
-            slot.ranks[self._ranks.rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
+            slot.ranks[FLAGS, self._ranks.rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
         if overflow is not None:
             slot.singles[LEFT_OUT].copy_(overflow.reshape(()), non_blocking=True)
         if self._ranks is not None:
+            if facts.word is not None:
+                self._say(slot, facts.word, self._ranks.rank)
             self._ranks.exchange(slot.flat)
         slot.singles[COEFFICIENT].fill_(1.0)
         bad = None
         if orders is not None and mine is not None:
             facts.clip, bad = self._act(mine, now, slot, orders, optimizer, scale, own=before is None)
+        elif self._confirms:
+            self._confirm()
         self._ring.send(facts)
         return bad
+
+    @staticmethod
+    def _say(slot: Slot, word: Word, rank: int) -> None:
+        """Write what this process says of itself; zeros stand there already."""
+        slot.ranks[FLAGS, rank].add_(CLOSELY * word.closely)
+        for place, number in ((EVERY, word.every), (FAILED_RULES, word.failed), (DECIDED, word.decided)):
+            if number:
+                slot.ranks[place, rank].fill_(number)
+        if word.leaves_out:
+            slot.singles[LEFT_OUT].fill_(1.0)
 
     def tell_failure(self) -> None:
         """Take part in one exchange only to say that gradwatch failed here."""
@@ -148,6 +172,8 @@ class Later:
         slot.singles[FAILED].fill_(1.0)
         if self._ranks is not None:
             self._ranks.exchange(slot.flat)
+            if self._confirms:
+                self._confirm()
         self._ring.send(None)
 
     def failure_is_known(self) -> bool:
@@ -189,7 +215,7 @@ class Later:
             if own_norms:
                 norms = torch.stack([norm.to(self.home, non_blocking=True) for norm in own_norms])
                 flags = flags + BACKWARD_BAD * ~torch.isfinite(norms).all()
-            slot.ranks[self._ranks.rank].copy_(flags)
+            slot.ranks[FLAGS, self._ranks.rank].copy_(flags)
             if self._after is not None:
                 slot.singles[AFTER].copy_(self._after)
                 self._after = None
@@ -229,14 +255,11 @@ class Later:
         bad = norm > orders.skip_above
         if orders.skip:
             bad = bad | ~torch.isfinite(norm)
-        clip, fires = orders.clip or orders.reserve, None
-        if mine.gate is None or mine.gate.home != self.home:
-            mine.gate = Gate(self.home)
-        if orders.clip is None and clip is not None:
-            fires = mine.gate.fires(norm, slot.singles[LOSS] / slot.singles[LOSSES], orders)
-        if orders.clip is None:
-            mine.gate.learn(norm)
-        coefficient = None
+        clip, fires = orders.clip or orders.reserve, self._fires(mine, norm, slot, orders)
+        if self._ranks is not None:  # where gradwatch failed in one process, which no longer acts, none does
+            together = slot.singles[FAILED] == 0
+            bad, fires = bad & together, together if fires is None else fires & together
+        coefficient = error = None
         if clip is not None:
             step = UnreadStep(
                 self._layers.names,
@@ -248,22 +271,52 @@ class Later:
                 1.0 if scale is None else scale,
                 fires,
             )
-            if isinstance(clip, OneFactor) and mine.folds(optimizer):
-                coefficient = clip.factor_unread(step)
-            else:
-                slot.singles[COEFFICIENT].copy_(clip.apply_unread(step))
-                if clip.looks_inside and self._ranks is not None:
-                    self._after = self._shared(mine.measure_unread(self.home, scale)).sum()
-                    slot.singles[COEFFICIENT].fill_(math.nan)  # known at the next exchange
+            fold = isinstance(clip, OneFactor) and mine.folds(optimizer)
+            left, error = self._apply(clip, step, fold=fold)
+            coefficient = left if fold else None
+            slot.singles[COEFFICIENT].copy_(left)
+            if clip.looks_inside and self._ranks is not None:
+                self._after = self._shared(mine.measure_unread(self.home, scale)).sum()
+                slot.singles[COEFFICIENT].fill_(math.nan)  # known at the next exchange
+        if self._confirms:
+            bad, skips = bad | self._confirm(well=error is None), True
         if skips:
             slot.singles[SKIPPED].copy_(bad)
-        if coefficient is not None:
-            slot.singles[COEFFICIENT].copy_(coefficient)
         if optimizer is not None and mine.skips(optimizer):
             mine.leave_to(optimizer, coefficient, bad if skips else None)
         elif skips:
             zero_where(now.gradients, bad)
+        if error is not None:
+            raise error
         return clip, bad if skips else None
+
+    def _fires(self, mine: Gradients, norm: Tensor, slot: Slot, orders: Orders) -> Tensor | None:
+        """Return whether the clip in reserve acts; None where one is in force. The typical norm learns while none is."""
+        if mine.gate is None or mine.gate.home != self.home:
+            mine.gate = Gate(self.home)
+        if orders.clip is not None:
+            return None
+        fires = None
+        if orders.reserve is not None:
+            fires = mine.gate.fires(norm, slot.singles[LOSS] / slot.singles[LOSSES], orders)
+        mine.gate.learn(norm)
+        return fires
+
+    def _apply(self, clip: Clip, step: UnreadStep, *, fold: bool) -> tuple[Tensor, Exception | None]:
+        """Clip, or return the factor that is left to the optimizer, and the error of a clip of the user's own."""
+        try:
+            return clip.factor_unread(step) if fold and isinstance(clip, OneFactor) else clip.apply_unread(step), None
+        except Exception as error:
+            if not self._confirms:
+                raise
+            return torch.ones_like(step.global_norm), error
+
+    def _confirm(self, *, well: bool = True) -> Tensor:
+        """Return whether a clip of the user's own failed in any process, on the device: it may fail in one alone."""
+        assert self._ranks is not None
+        failures = torch.full((1,), float(not well), dtype=precise(self.home), device=self.home)
+        self._ranks.exchange(failures)
+        return failures[0] > 0
 
     def _whole_norms(self, now: Unread, slot: Slot, *, own: bool) -> Tensor:
         """Return the norms of whole layers: of several processes, those that were just exchanged, so that all act alike."""
@@ -283,18 +336,19 @@ class Later:
             numbers = Numbers.of(table)
             if numbers.failed:
                 raise PeerError("gradwatch failed in another process, whose output has the cause")
-            self._left_out = self._left_out + 1 if numbers.left_out else 0
-            if numbers.left_out:  # the scaler found an overflow; now and then that is how it finds its scale
+            left_out = numbers.left_out >= self._processes  # where some processes make the step, it is judged
+            self._left_out = self._left_out + 1 if left_out else 0
+            if left_out:  # the scaler found an overflow; now and then that is how it finds its scale
                 if self._left_out < PATIENCE:
                     continue
                 facts.source = "left out by the scaler"
             decision = NOTHING
-            left_out = numbers.skipped and not numbers.left_out
-            if left_out and not facts.problem:
+            skipped = numbers.skipped and not left_out
+            if skipped and not facts.problem:
                 decision = Decision(skip=True)
-            elif facts.clip is not None and not numbers.left_out:
+            elif facts.clip is not None and not left_out:
                 decision = Decision(clip=facts.clip)
-            yield self._row(facts, numbers), decision, numbers, facts.problem if left_out else ""
+            yield self._row(facts, numbers), decision, numbers, facts.problem if skipped else ""
 
     def _row(self, facts: Facts, numbers: Numbers) -> Row:
         sample = facts.sample

@@ -155,6 +155,11 @@ class Layers:
             if parameter is not None:
                 yield column, parameter
 
+    @property
+    def left_out(self) -> list[str]:
+        """The names of layers whose weights cannot be measured."""
+        return [self.names[column] for column in sorted(self._unfit)]
+
     def measured(self) -> Iterator[tuple[int, nn.Parameter]]:
         """Yield column and parameter of those still alive whose weights can be measured."""
         return ((column, parameter) for column, parameter in self.parameters() if column not in self._unfit)

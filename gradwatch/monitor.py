@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 import numpy as np
 import torch
 
+from gradwatch.agreement import settings_of
 from gradwatch.autoclip import NOTHING
 from gradwatch.batches import numbers_of
+from gradwatch.budget import Budget
 from gradwatch.checkpoints import Checkpoint, damage_of, worth_of
 from gradwatch.errors import TrainingUnstableError, UsageError
 from gradwatch.history import History
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.autoclip import AutoClip, Decision, Orders
-    from gradwatch.budget import Budget
     from gradwatch.quiet import Bounds
     from gradwatch.records import Alarm, Incident, Row
     from gradwatch.reports import Report
@@ -70,6 +71,8 @@ class Monitor:
         self._pipeline = Pipeline(self.history, rules, policy, reports, self.failed)
         if self._pipeline.clipping is not None:
             self._pipeline.clipping.damage = self._damage
+        pace = {"every": 1, "budget": every.share} if isinstance(every, Budget) else {"every": every, "budget": None}
+        self._pace = {"gradwatch": sys.modules["gradwatch"].__version__, **pace}
         self._probe = Probe(layers, self, every, scaler)
         self.attached = False
 
@@ -340,6 +343,41 @@ class Monitor:
     def orders(self) -> Orders | None:
         """See `gradwatch.rows.Judge`."""
         return self._pipeline.orders()
+
+    def settings(self) -> dict[str, str]:
+        """See `gradwatch.rows.Judge`."""
+        clipping = self._pipeline.clipping
+        return settings_of(self._pipeline.alarms.rules, clipping.policy if clipping is not None else None, self._pace)
+
+    def together(self, lag: int) -> None:
+        """See `gradwatch.rows.Judge`."""
+        self._pipeline.alarms.lag = lag
+
+    def said(self) -> tuple[int, int]:
+        """See `gradwatch.rows.Judge`."""
+        return self._pipeline.alarms.failed, self._pipeline.decided
+
+    def switch_off(self, rules: int) -> None:
+        """See `gradwatch.rows.Judge`."""
+        for rule in self._pipeline.alarms.switch_off(rules):
+            self.note(
+                f"rule {rule} failed in another process, whose output has the cause: it is switched off here too."
+            )
+
+    def disarm(self, reason: str) -> None:
+        """See `gradwatch.rows.Judge`."""
+        self._pipeline.disarm()
+        self.note(reason)
+
+    @property
+    def own_clip(self) -> bool:
+        """See `gradwatch.rows.Judge`."""
+        return self._pipeline.own_clip
+
+    @property
+    def may_clip(self) -> bool:
+        """See `gradwatch.rows.Judge`."""
+        return self._pipeline.may_clip
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
         """See `gradwatch.rows.Judge`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _EVERY_STEP = 64  # every rule judges each of the first steps: small models explode within 30
 _SERIES = 400  # rows that a report gets for its curves
 _SPEED_OVER = 0.2  # seconds over which the speed is taken
+_NUMBERS = 1 << 20  # that fit into a float32
 _NO_LOSS = 5  # rows without a loss after which the loss rules say that they rest
 
 
@@ -60,6 +62,7 @@ class Pipeline:
         self.alarms = Alarms(rules, history.layers, on_error)
         self.clipping = Clipping(policy, history) if policy is not None else None
         self.incidents = Incidents(history, CALM_STEPS, self.clipping)
+        self.armed = policy is not None
         self.reports = list(reports)
         self.log: Recording | None = None
         self.changes: deque[Alarm] = deque(maxlen=2000)
@@ -96,20 +99,50 @@ class Pipeline:
         if self.log is not None:
             self._tell(self.log, "row", row)
         if self._quiet(row):
-            decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
+            decision = self._decide(row)
         else:
             with quiet_numpy():
                 self._judge(row)
-                decision = NOTHING if self.clipping is None else self.clipping.decide(row, self.incidents)
+                decision = self._decide(row)
         if self.clipping is not None and self.clipping.further.news:
             self.notes += self.clipping.further.news
             self.clipping.further.news.clear()
         self.history.learn()
         return decision
 
+    def _decide(self, row: Row) -> Decision:
+        return self.clipping.decide(row, self.incidents) if self.clipping is not None and self.armed else NOTHING
+
+    def disarm(self) -> None:
+        """Only watch from here on: auto-clip does not act, and claims nothing."""
+        self.armed = False
+        self.history.facts = replace(self.history.facts, clips_always=False)
+        if self.clipping is not None and self.clipping.record is not None:
+            self.incidents.record_clip(replace(self.clipping.record, released_step=self.history.row.step))
+            self.clipping.record = None
+
+    @property
+    def decided(self) -> int:
+        """A number of what auto-clip has decided so far; processes that train together compare it."""
+        if self.clipping is None or not self.armed:
+            return 0
+        return hash((self.clipping.on, self.clipping.clipped, self.clipping.skipped)) % _NUMBERS
+
+    @property
+    def may_clip(self) -> bool:
+        """True while auto-clip may act by a clip of the user's own; alike in processes that hold the same rows."""
+        if not self.own_clip or self.clipping is None or not self.armed:
+            return False
+        return self.clipping.policy.when == "always" or self.incidents.exploding
+
+    @property
+    def own_clip(self) -> bool:
+        """True where auto-clip, armed or not, is by a clip of the user's own."""
+        return self.clipping is not None and self.clipping.policy.clip.own
+
     def orders(self) -> Orders | None:
         """Return what to do with a step that is not known yet; None: only watch it."""
-        if self.clipping is None:
+        if self.clipping is None or not self.armed:
             return None
         with quiet_numpy():
             return self.clipping.orders(self._surge, FAR * self._surge)
@@ -126,6 +159,7 @@ class Pipeline:
             self.history.task_rows <= _EVERY_STEP
             or self.history.rows % cadence(self.history.rows) == 0
             or self.alarms.stirring
+            or self.alarms.waiting
             or self.incidents.open_explosion() is not None
             or self.startled(row)
         )
@@ -144,7 +178,7 @@ class Pipeline:
             self.history.task_rows < _EVERY_STEP
             or self.alarms.stirring
             or self.incidents.open_explosion() is not None
-            or (self.clipping is not None and self.clipping.acts)
+            or (self.clipping is not None and self.armed and self.clipping.acts)
         ):
             return None
         until = min(
@@ -254,7 +288,7 @@ class Pipeline:
             incidents=tuple(self.incidents.all),
             verdict=self.verdict,
             clipping=str(self.clipping.policy.clip) if self.clipping is not None else None,
-            clip_on=self.clipping is not None and self.clipping.on,
+            clip_on=self.clipping is not None and self.armed and self.clipping.on,
             clipped=self.clipping.clipped if self.clipping is not None else 0,
             skipped=self.clipping.skipped if self.clipping is not None else 0,
             seconds=now - self._started,

@@ -212,7 +212,9 @@ class Probe:
         """See `taps.Listener`: now and then a step is left out to find the scale; many in a row are a fault."""
         mine = self._guarded(self._gradients_of, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
-            if self._left_out >= device.PATIENCE:
+            if self._left_out >= device.PATIENCE or self._guarded(
+                self.rows.together
+            ):  # others may make this step, and wait for the row
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self.losses.forget()
         self.losses.scaler = None
@@ -267,7 +269,7 @@ class Probe:
 
     def _take(self, mine: Gradients, source: Source, optimizer: Optimizer | None = None, returned: Any = None) -> None:
         if self._budget is not None:
-            self.rows.every = self._budget.every(self.seconds, self.rows.step, self.rows.made)
+            self.rows.wish = self._budget.every(self.seconds, self.rows.step, self.rows.made)
         if self.rows.take(mine, source, optimizer, returned) and source != "left out by the scaler":
             self._left_out = 0
 

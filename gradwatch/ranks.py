@@ -7,6 +7,7 @@ processes then hold the same row and come to the same decision.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -26,10 +27,13 @@ from gradwatch.table import (
     BACKWARD_BAD,
     BUFFER_BAD,
     CHANGED,
+    CLOSELY,
     DEAD,
     FAILED,
+    FLAGS,
     GRADIENT_BAD,
     INFS,
+    LEAVES_OUT,
     LOSS,
     LOSS_BAD,
     LOSSES,
@@ -62,13 +66,48 @@ class Local:
     """What this process alone knows of a step, beside norms.
 
     ``backward_bad``: its own backward gave gradients that are not finite. ``after``: its part of the squared norm that
-    was left by a clip by value at the step before.
+    was left by a clip by value at the step before. ``word``: what it says of itself.
     """
 
     loss: float | None
+    word: Word
     backward_bad: bool = False
     after: float = 0.0
     buffer_bad: bool = False
+
+
+@dataclass(slots=True)
+class Word:
+    """What a process says of itself with each row, for nothing that it alone knows may decide what is exchanged or done.
+
+    Args:
+        every: the optimizer steps that it wants between rows; 0: it has no wish.
+        closely: it would watch closely.
+        failed: the rules that failed in it, a bit for each.
+        decided: a number of what auto-clip has decided in it so far.
+        leaves_out: its gradient scaler leaves this step out.
+    """
+
+    every: int = 0
+    closely: bool = False
+    failed: int = 0
+    decided: int = 0
+    leaves_out: bool = False
+
+
+@dataclass(slots=True)
+class Agreed:
+    """What follows from the words of all processes, in each of them.
+
+    ``every`` is the largest wish, ``closely`` is true where one of them is, ``failed`` holds the rules that failed in any;
+    ``parted`` are the ranks whose auto-clip has decided otherwise than the first's, ``left_out``: all leave the step out.
+    """
+
+    every: int
+    closely: bool
+    failed: int
+    parted: tuple[int, ...]
+    left_out: bool
 
 
 @dataclass(slots=True)
@@ -79,6 +118,7 @@ class United:
     culprits: Culprits | None
     after_norm: float
     buffer_bad: bool
+    agreed: Agreed
 
 
 class Ranks:
@@ -134,21 +174,32 @@ class Ranks:
         replica = self._replica() if self._replica is not None else None
         return replica is not None and bool(replica._join_config.enable)
 
-    def agree(self) -> bool:
-        """Find out whether every process of the group watches this model: exchanging alone would hang the training.
+    def agree(self, settings: dict[str, str]) -> list[dict[str, str]] | None:
+        """Find out whether every process of the group watches this model, and how: exchanging alone would hang the training.
 
+        Returns the ``settings`` of each where they differ, nothing where all are the same, None where some do not watch.
         Goes through the store that the processes met at, not through a collective. The first to decide decides for all.
         """
         store = dist.distributed_c10d._get_default_store()
         names = zlib.crc32("\n".join([*self._layers.names, *map(str, self.world)]).encode())
         turn = _turns[names] = _turns.get(names, -1) + 1
-        key = f"gradwatch/{names}/{turn}"
+        key = f"gradwatch/settings/{names}/{turn}"
+        mine = json.dumps(settings, sort_keys=True)
+        first = store.compare_set(f"{key}/first", "", mine).decode()
+        if mine != first:
+            store.set(f"{key}/of {self.rank}", mine)
+            store.add(f"{key}/others", 1)
         if store.add(f"{key}/watching", 1) == self.size:
             store.compare_set(f"{key}/verdict", "", "all")
         until = time.monotonic() + _PATIENCE
         while time.monotonic() < until and not store.check([f"{key}/verdict"]):
             time.sleep(0.01)
-        return bool(store.compare_set(f"{key}/verdict", "", "some") == b"all")
+        if store.compare_set(f"{key}/verdict", "", "some") != b"all":
+            return None
+        if not store.add(f"{key}/others", 0):
+            return []
+        own = [f"{key}/of {rank}" for rank in range(self.size)]
+        return [json.loads(store.get(one).decode() if store.check([one]) else first) for one in own]
 
     def unite(self, mine: Local, whole: Measured, now: Measured, sampled: Sample) -> United:
         """Make the numbers of this process those of all; ``whole``, ``now`` and ``sampled`` are changed in place.
@@ -173,11 +224,17 @@ class Ranks:
         singles[AFTER] = mine.after
         if mine.loss is not None:
             singles[LOSS], singles[LOSSES] = mine.loss, 1
-        table.ranks[self.rank] = (
+        word = mine.word
+        table.ranks[:, self.rank] = (
             LOSS_BAD * (mine.loss is not None and not math.isfinite(mine.loss))
             + BACKWARD_BAD * mine.backward_bad
             + BUFFER_BAD * mine.buffer_bad
             + GRADIENT_BAD * (now.nonfinite is not None or whole.nonfinite is not None)
+            + CLOSELY * word.closely
+            + LEAVES_OUT * word.leaves_out,
+            word.every,
+            word.failed,
+            word.decided,
         )
         self._exchange(table)
         numbers = Numbers.of(table)
@@ -187,8 +244,26 @@ class Ranks:
         whole.nonfinite, whole.counts = numbers.nonfinite, numbers.counts
         now.global_norm = numbers.now_norm
         sampled.fill(numbers)
-        bad = bool((numbers.ranks & BUFFER_BAD).any())
-        return United(numbers.loss, self.culprits(numbers), numbers.after_norm, bad)
+        bad = bool((numbers.ranks[FLAGS] & BUFFER_BAD).any())
+        return United(numbers.loss, self.culprits(numbers), numbers.after_norm, bad, self.agreed(numbers))
+
+    def agreed(self, numbers: Numbers) -> Agreed:
+        """Return what follows from the words of all processes."""
+        flags, every, failed, decided = numbers.ranks
+        others = np.flatnonzero(decided != decided[0]).tolist()
+        return Agreed(
+            int(every.max()),
+            bool((flags & CLOSELY).any()),
+            int(np.bitwise_or.reduce(failed)),
+            tuple(int(self.world[rank]) for rank in others),
+            bool((flags & LEAVES_OUT).all()),
+        )
+
+    def all_well(self, *, well: bool) -> bool:
+        """Ask whether what was just done went well in every process: one number more, for what may fail in one alone."""
+        failures = torch.tensor([float(not well)], dtype=torch.float64, device=self.home)
+        self.exchange(failures)
+        return not failures.item()
 
     def part_of_square(self, measured: Measured) -> float:
         """Return this process's part of the squared global norm."""
@@ -222,7 +297,7 @@ class Ranks:
     def culprits(self, numbers: Numbers) -> Culprits | None:
         """Return the processes that a non-finite step came from, None where there is none or that cannot be told."""
         for bit, sign in _SIGNS:
-            found = np.flatnonzero(numbers.ranks & bit)
+            found = np.flatnonzero(numbers.ranks[FLAGS] & bit)
             if 0 < found.size < self.size:
                 return Culprits(tuple(int(self.world[rank]) for rank in found), sign)
         return None

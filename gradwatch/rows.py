@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from gradwatch import device, taps
-from gradwatch.autoclip import NOTHING
+from gradwatch.agreement import PACE, differences, told
+from gradwatch.autoclip import NOTHING, Decision
 from gradwatch.checkpoints import buffers_are_bad
 from gradwatch.clips import Clip, Step
 from gradwatch.columns import widened
@@ -24,17 +25,17 @@ from gradwatch.gradients import Gradients, Measured, assembled
 from gradwatch.later import Facts, Later
 from gradwatch.layers import left_out
 from gradwatch.quiet import Quiet
-from gradwatch.ranks import Local, Ranks, Unsupported, find_ranks
+from gradwatch.ranks import Agreed, Local, Ranks, Unsupported, Word, find_ranks
 from gradwatch.records import Clipped, Culprits, Family, LossSource, Provenance, Row, Source
 from gradwatch.sampling import Sample, Sampling
 from gradwatch.skipping import Skipping
-from gradwatch.table import BUFFER_BAD
+from gradwatch.table import BUFFER_BAD, FLAGS
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.arrivals import Arrivals
-    from gradwatch.autoclip import Decision, Orders
+    from gradwatch.autoclip import Orders
     from gradwatch.layers import Layers
     from gradwatch.losses import Losses
     from gradwatch.quiet import Bounds
@@ -64,6 +65,29 @@ class Judge(Protocol):
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
         """Take note of what was done to them."""
+
+    def settings(self) -> dict[str, str]:
+        """Return all that decides what is measured, judged and done, to be compared between processes."""
+
+    def together(self, lag: int) -> None:
+        """Take note that several processes decide together, who know of each other's failures ``lag`` rows later; 0: no more."""
+
+    def said(self) -> tuple[int, int]:
+        """Return the rules that failed here, a bit for each, and a number of what was decided so far."""
+
+    def switch_off(self, rules: int) -> None:
+        """Switch off the rules that failed in any process."""
+
+    def disarm(self, reason: str) -> None:
+        """Only watch from here on, and say why."""
+
+    @property
+    def own_clip(self) -> bool:
+        """True where auto-clip is by a clip of the user's own."""
+
+    @property
+    def may_clip(self) -> bool:
+        """True while a clip of the user's own may act, which may fail in one process alone."""
 
     def grown(self, layers: Layers) -> None:
         """Parameters were added to the model or replaced."""
@@ -104,11 +128,15 @@ class Rows:
         self._lame = False
         self._later: Later | None = None
         self._stop: TrainingUnstableError | None = None
-        self._may_act = True
         self.skipping = Skipping(layers, judge)
         self.buffers_are_well = True  # of all processes, when they were last looked at
         self._clipped_by_value: tuple[Row, Decision, float] | None = None
         self._after = 0.0
+        self._left_out = 0  # steps in a row that the gradient scalers of all processes left out
+        self._leaving = False
+        self._alike = True  # the settings of all processes
+        self._closely = False  # of several processes: one of them watches closely
+        self.wish = 0  # ``every`` as the budget of this process would have it; of several processes the largest counts
         self.quiet: Quiet | None = None  # the short way, while nothing stirs
         self.closely = False
         self.alert = False  # the sentinel saw something: this step is measured whatever ``every`` says
@@ -128,6 +156,12 @@ class Rows:
     def close(self) -> None:
         """Let go of processes and devices."""
         self._ranks = self._later = self.quiet = None
+
+    def together(self) -> bool:
+        """Return whether rows are exchanged with other processes, who are met at the first step."""
+        if not self._met:
+            self._meet()
+        return self._ranks is not None
 
     # Before the user's own clip.
 
@@ -179,7 +213,11 @@ class Rows:
     def _is_due(self, steps: int) -> bool:
         """Meet the other processes and see to what is pending; False when this step leaves no row."""
         alert, self.alert = self.alert, False
-        if self.every > 1 and steps % self.every and not self.closely and not alert:
+        if self._ranks is None and self.wish:
+            self.every = self.wish
+        # of several processes, only what all of them know may decide: an alert is this one's alone
+        seen = alert or self.closely if self._ranks is None else self._closely
+        if self.every > 1 and steps % self.every and not seen:
             self.step += 1
             self._losses.spend()
             return False
@@ -190,6 +228,9 @@ class Rows:
         if self._ranks is not None:
             self._ranks.exchanged = False
             self._due = True
+        if self._leaving:
+            self.over = True
+            return False
         if self._lame:
             self._say_lame()
             return False
@@ -233,27 +274,64 @@ class Rows:
         step, self.step = self.step, self.step + 1
         now = mine.measure(scale)
         whole = self._before_clip.only(mine.columns) if isinstance(self._before_clip, Measured) else now
-        sampled = self._sampling.take(now, closely=self.closely)
+        sampled = self._sampling.take(now, closely=self._looks_closely)
         row = self._row(step, source, now, whole, sampled, rate, mine.family, returned, mine.number)
+        if 0 < self._left_out < device.PATIENCE:  # now and then that is how scalers find their scale
+            self.step = step
+            return
         if sampled.weight_norm is None and self._ranks is None and judge.startled(row):
             looked = self._sampling.weights()
             row = row._replace(weight_norm=looked.weight_norm, nonfinite_weight=looked.nonfinite_weight)
-        decision = judge.judge(row)
-        if decision.skip and self._may_act:
+        decision, coefficient = self._decide(judge, row, now, scale, mine, source, optimizer)
+        if decision.skip:
             self.skipping.leave_out(row, decision, mine, source)
             return
         self.skipping.made()
         if decision is NOTHING:
             if source == "optimizer step" and scale == 1.0 and row.nonfinite is None:
                 self._rest(judge, mine, optimizer, row, clipped=whole is not now)
-            return
-        coefficient = self._act(decision, now, scale, mine, source, optimizer)
-        if self._ranks is not None and decision.clip is not None and decision.clip.looks_inside:
+        elif self._ranks is not None and decision.clip is not None and decision.clip.looks_inside:
             # what is left of the norm of the whole is known at the next exchange
             self._clipped_by_value = row, decision, now.global_norm
             self._after = self._ranks.part_of_square(mine.measure(scale))
         else:
-            judge.done(row, replace(decision, skip=False) if decision.skip else decision, coefficient)
+            judge.done(row, decision, coefficient)
+
+    @property
+    def _looks_closely(self) -> bool:
+        return self.closely if self._ranks is None else self._closely
+
+    def _decide(
+        self,
+        judge: Judge,
+        row: Row,
+        now: Measured,
+        scale: float,
+        mine: Gradients,
+        source: Source,
+        optimizer: Optimizer | None,
+    ) -> tuple[Decision, float]:
+        """Judge a row and act on it; return what was decided, and the norm after over the norm before."""
+        error: Exception | None = None
+        decision, coefficient = NOTHING, 1.0
+        try:
+            decision = judge.judge(row)
+            if decision is not NOTHING and not decision.skip:
+                coefficient = self._act(decision, now, scale, mine, source, optimizer)
+        except TrainingUnstableError:
+            raise
+        except Exception as failure:
+            error = failure
+        if self._ranks is not None and judge.may_clip and not self._ranks.all_well(well=error is None):
+            # whoever has clipped has gone another way: nobody makes this step, and all leave at the next
+            self._leaving = True
+            self.skipping.leave_out(row, Decision(skip=True), mine, source)
+            error = error or PeerError(
+                "auto-clip failed in another process, whose output has the cause: no step is made"
+            )
+        if error is not None:
+            raise error
+        return decision, coefficient
 
     def _rest(self, judge: Judge, mine: Gradients, optimizer: Optimizer | None, row: Row, *, clipped: bool) -> None:
         """Let the coming rows go the short way, as far as nothing is due with them."""
@@ -292,7 +370,8 @@ class Rows:
         loss, loss_source = self._losses.read(returned)
         culprits, processes = None, 1
         if self._ranks is not None:
-            loss, loss_source, culprits = self._unite(loss, loss_source, whole, now, sampled)
+            leaves_out = source == "left out by the scaler"
+            loss, loss_source, culprits = self._unite(loss, loss_source, whole, now, sampled, leaves_out=leaves_out)
             processes = self._ranks.size
         return Row(
             step=step,
@@ -347,7 +426,7 @@ class Rows:
             return
         now = assembled([part for part, _ in parts if isinstance(part, Measured)], len(self._layers))
         step, self.step = self.step, self.step + 1
-        sampled = self._sampling.take(now, closely=self.closely)
+        sampled = self._sampling.take(now, closely=self._looks_closely)
         row = self._row(step, source, now, now, sampled, rate, family)
         judge.judge(row._replace(poisoned=False))  # nothing is left to be kept from the optimizer
 
@@ -361,8 +440,6 @@ class Rows:
         optimizer: Optimizer | None,
     ) -> float:
         """Do to the gradients what was decided; return the norm after over the norm before."""
-        if not self._may_act:
-            return 1.0
         if decision.rate != 1.0:
             self._slow(mine, optimizer, decision.rate)
         if (
@@ -433,7 +510,7 @@ class Rows:
         facts = Facts(source, self._seen_clip(before is not None), loss_source, rate, family, self._arrivals.arrived)
         facts.optimizer = mine.number if mine is not None else -1
         acts = mine is not None and source != "left out by the scaler" and self._clippable(source, optimizer)
-        orders = judge.orders() if acts and self._may_act else None
+        orders = judge.orders() if acts else None
         if orders is not None and orders.skip and mine is not None and not mine.skips(optimizer):
             judge.note(
                 "on a device, gradients that are not finite are set to zero, and no step is counted as skipped: of torch's "
@@ -448,7 +525,9 @@ class Rows:
         if orders is not None and orders.rate != 1.0 and mine is not None:
             self._slow(mine, optimizer, orders.rate)
         own = self._arrivals.own_norms()
-        bad = later.take(mine, now, before, facts, loss, optimizer, orders, own, closely=self.closely)
+        if self._ranks is not None:
+            facts.word = self._word(leaves_out=source == "left out by the scaler")
+        bad = later.take(mine, now, before, facts, loss, optimizer, orders, own, closely=self._looks_closely)
         if bad is not None and mine is not None:
             facts.problem = self.skipping.leave_out_where(bad, real=mine.skips(optimizer))
         elif source != "optimizer in backward":
@@ -458,7 +537,9 @@ class Rows:
         home = self._layers.home
         if self._later is None or self._later.home != home:
             self._read(wait=True)
-            self._later = Later(self._layers, self._sampling, home, self._ranks)
+            judge = self._judge()
+            confirms = judge is not None and judge.own_clip
+            self._later = Later(self._layers, self._sampling, home, self._ranks, confirms=confirms)
         return self._later
 
     def catch_up(self, *, all_of_them: bool = False) -> None:
@@ -480,8 +561,10 @@ class Rows:
         for unnumbered, decision, numbers, problem in self._later.rows(wait=wait):
             self.skipping.say(problem)
             self._settle(numbers.after_norm)
-            if self._ranks is not None and unnumbered.weight_norm is not None:
-                self.buffers_are_well = not (numbers.ranks & BUFFER_BAD).any()
+            if self._ranks is not None:
+                self._heed(self._ranks.agreed(numbers))
+                if unnumbered.weight_norm is not None:
+                    self.buffers_are_well = not (numbers.ranks[FLAGS] & BUFFER_BAD).any()
             row = unnumbered._replace(step=self.step)
             self.step += 1
             judge.judge(row)
@@ -501,6 +584,7 @@ class Rows:
         model, judge = self._layers.model, self._judge()
         if model is None or judge is None:
             return
+        judge.together(0)
         try:
             ranks = find_ranks(model, self._layers)
         except Unsupported as finding:
@@ -508,40 +592,77 @@ class Rows:
             return
         if ranks is None:
             return
-        if not ranks.agree():
-            self._may_act = False
-            judge.note(
+        settings = ranks.agree(judge.settings() | {"weights left out": ", ".join(self._layers.left_out)})
+        if settings is None:
+            judge.disarm(
                 f"only some of the {ranks.size} processes watch this model, so that numbers are those of this process alone "
                 "and auto-clip does not act: call attach() in each of them."
             )
             return
-        self._ranks = ranks
+        if settings and not self._may_exchange(judge, differences(settings, ranks.world)):
+            return
+        self._ranks, self._alike = ranks, not settings
+        if self._alike:
+            judge.together(1 if device.reading_is_free(self._layers.home) else device.LAG)
         if ranks.averages:
             self._arrivals.stand_sentinel()
+
+    @staticmethod
+    def _may_exchange(judge: Judge, found: dict[str, str]) -> bool:
+        """Say what differs between the processes, and only watch; False where not even their rows come at the same steps."""
+        alone = not found.keys().isdisjoint(PACE)
+        judge.disarm(
+            f"the processes watch this model by different settings ({told(found)}), so that auto-clip does not act"
+            + (" and numbers are those of this process alone" if alone else ", and each judges by its own")
+            + ": give attach() the same in each of them."
+        )
+        return not alone
+
+    def _word(self, *, leaves_out: bool) -> Word:
+        """Return what this process says of itself with the coming row."""
+        judge = self._judge()
+        failed, decided = judge.said() if judge is not None else (0, 0)
+        return Word(self.wish, self.closely, failed, decided, leaves_out)
+
+    def _heed(self, agreed: Agreed) -> None:
+        """Follow what all processes said with a row; in each of them at the same row."""
+        judge = self._judge()
+        self.every, self._closely = agreed.every or self.every, agreed.closely
+        self._left_out = self._left_out + 1 if agreed.left_out else 0
+        if judge is not None and agreed.failed and self._alike:
+            judge.switch_off(agreed.failed)
+        if judge is not None and agreed.parted:
+            who = " and ".join(map(str, agreed.parted))
+            judge.disarm(
+                f"auto-clip has decided otherwise on rank {who} than on the first, so that parameters may differ between "
+                "processes; from here on it does not act in any of them. Start again from a checkpoint that all of them load."
+            )
 
     def _part_company(self) -> None:
         """From the first `model.join()` on some processes may have no more batches: each goes on by itself."""
         self.catch_up(all_of_them=True)
         self._ranks = self._later = self._clipped_by_value = None
-        self._may_act = False
         judge = self._judge()
         if judge is not None:
-            judge.note(
+            judge.together(0)
+            judge.disarm(
                 "model.join() was used: from there on numbers are those of this process alone, and auto-clip does not act."
             )
 
     def _unite(
-        self, loss: float, source: LossSource, whole: Measured, now: Measured, sampled: Sample
+        self, loss: float, source: LossSource, whole: Measured, now: Measured, sampled: Sample, *, leaves_out: bool
     ) -> tuple[float, LossSource, Culprits | None]:
         """Make the numbers those of all processes, in place."""
         assert self._ranks is not None
         bad = any(not math.isfinite(norm.item()) for norm in self._arrivals.own_norms())
         model, looked = self._layers.model, sampled.weight_norm is not None
         buffer_bad = looked and model is not None and bool(buffers_are_bad(model, self._layers.home))
-        mine = Local(loss if source != "none" else None, bad, self._after, buffer_bad)
+        word = self._word(leaves_out=leaves_out)
+        mine = Local(loss if source != "none" else None, word, bad, self._after, buffer_bad)
         united = self._ranks.unite(mine, whole, now, sampled)
         if looked:
             self.buffers_are_well = not united.buffer_bad
+        self._heed(united.agreed)
         self._after = 0.0
         self._settle(united.after_norm)
         if united.loss is None:
@@ -558,7 +679,9 @@ class Rows:
 
     def fail(self, error: Exception) -> None:
         """Switch off; where others wait for this process's rows, tell them first, now or at the next step."""
-        if self._ranks is None or isinstance(error, PeerError):
+        if self._leaving:  # all processes do, at the next step
+            pass
+        elif self._ranks is None or isinstance(error, PeerError):
             self.over = True
         elif not self._lame:
             self._lame = True

@@ -25,12 +25,15 @@ _ROWS = 7
 # single numbers after them
 NOW, LOSS, LOSSES, FAILED, AFTER, COEFFICIENT, SKIPPED, LEFT_OUT = range(8)
 _SINGLES = 8
-# one number for each process after them: which of its own numbers are not finite
-LOSS_BAD, BACKWARD_BAD, GRADIENT_BAD, BUFFER_BAD = 1, 2, 4, 8
+# rows of one number for each process after them: what it says of itself, so that all decide alike
+FLAGS, EVERY, FAILED_RULES, DECIDED = range(4)
+_OF_EACH = 4
+# the flags: which of its own numbers are not finite, whether it watches closely, whether its scaler leaves the step out
+LOSS_BAD, BACKWARD_BAD, GRADIENT_BAD, BUFFER_BAD, CLOSELY, LEAVES_OUT = 1, 2, 4, 8, 16, 32
 
 
 class Table:
-    """The numbers of one row: ``rows`` (7, L), ``singles`` (8,), ``ranks`` (W,), all views of ``flat``.
+    """The numbers of one row: ``rows`` (7, L), ``singles`` (8,), ``ranks`` (4, W), all views of ``flat``.
 
     Args:
         layers: ``L``.
@@ -42,12 +45,12 @@ class Table:
         self.flat: Floats = np.zeros(size_of(layers, processes)) if flat is None else flat
         self.rows = self.flat[: _ROWS * layers].reshape(_ROWS, layers)
         self.singles = self.flat[_ROWS * layers :][:_SINGLES]
-        self.ranks = self.flat[_ROWS * layers + _SINGLES :]
+        self.ranks = self.flat[_ROWS * layers + _SINGLES :].reshape(_OF_EACH, processes)
 
 
 def size_of(layers: int, processes: int) -> int:
     """Return how many numbers a table holds."""
-    return _ROWS * layers + _SINGLES + processes
+    return _ROWS * layers + _SINGLES + _OF_EACH * processes
 
 
 @dataclass(slots=True)
@@ -67,7 +70,7 @@ class Numbers:
     after_norm: float
     coefficient: float
     skipped: bool
-    left_out: bool
+    left_out: float
     ranks: NDArray[np.int64]
 
     @classmethod
@@ -97,7 +100,7 @@ class Numbers:
             after_norm=float(np.sqrt(singles[AFTER])),
             coefficient=float(singles[COEFFICIENT]),
             skipped=bool(singles[SKIPPED] > 0),
-            left_out=bool(singles[LEFT_OUT] > 0),
+            left_out=float(singles[LEFT_OUT]),
             ranks=table.ranks.astype(np.int64),
         )
 

@@ -103,6 +103,11 @@ class Clip(Settings):
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         return ((name, value) for name, value in super().__repr_args__() if name != "layers" or value)
 
+    @property
+    def own(self) -> bool:
+        """True for a clip of the user's own, which may fail in one of several processes alone."""
+        return not type(self).__module__.startswith("gradwatch.clips.")
+
     def apply(self, step: Step) -> float:
         """Change the step's gradients in place; return their global norm after over the one before.
 
