@@ -139,7 +139,7 @@ class Clipping:
         """
         incident = incidents.open_explosion()
         if self.record is None and incident is not None and self._switches_on(incident, row):
-            self._begin(row)
+            self._begin(row, incident.clip)
         if row.poisoned:
             return self._skip(row) if self.policy.on_nonfinite != "ignore" else NOTHING
         if self.record is not None and self._effect.unlearned is not None:
@@ -175,7 +175,7 @@ class Clipping:
         """True where an explosion at ``step`` is the last one come back: then the signs alone are enough."""
         return step - self._released <= _RELAPSE * self.policy.hold
 
-    def _begin(self, row: Row) -> None:
+    def _begin(self, row: Row, earlier: ClipRecord | None) -> None:
         before, scatter = self.history.loss_level()
         before = before if math.isfinite(before) else row.loss
         # a run that began with the explosion is well only when it has learned something since
@@ -188,7 +188,8 @@ class Clipping:
             self._set_bounds(1)
             typical = self.history.typical_grad
             self._usual = np.where(typical.seen >= SETTLED, typical.value, np.nan)
-        self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family)
+        told = (str(earlier),) if earlier is not None else ()  # it was let go in this same incident
+        self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family, measures=told)
         self._held_since, self._idle = row.step, 0
         self._effect = ClipEffect(self._well_below)
         self._looseness, self._loss_ceiling = 1.0, math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 import gradwatch
 from gradwatch.clip_effect import ClipEffect
-from gradwatch.records import Kind, Sign
+
+if TYPE_CHECKING:
+    from gradwatch.history import History
+    from gradwatch.records import Floats, Kind, Sign
 
 
 def follow(clipped: list[float], others: list[float]) -> ClipEffect:
@@ -47,7 +50,7 @@ class Always(gradwatch.Rule):
     per_layer: ClassVar[bool] = False
     limit: float = 3.0
 
-    def measure(self, history: gradwatch.monitor.History) -> gradwatch.records.Floats:
+    def measure(self, history: History) -> Floats:
         """Return the norm."""
         return np.array([history.row.global_norm * (history.row.step >= 300)])
 
@@ -65,7 +68,7 @@ def rare_class(clip: gradwatch.AutoClip | None) -> tuple[float, gradwatch.Monito
 
     rules = [*gradwatch.default_rules(), Always()]
     with gradwatch.attach(model, clip=clip, rules=rules, report=None, strict=True) as monitor:
-        for _ in range(1500):
+        for _ in range(1200):
             x, y = batch(32)
             optimizer.zero_grad()
             nn.functional.binary_cross_entropy_with_logits(model(x), y, pos_weight=torch.tensor(99.0)).backward()
@@ -78,11 +81,9 @@ def test_a_clip_that_harms_a_rare_class_is_let_go_and_not_taken_up_again() -> No
     """Though a wrong rule and a tiny bound would clip all of it away: recall as without, and the incident says so."""
     recall, _ = rare_class(None)
     spared, monitor = rare_class(gradwatch.AutoClip(gradwatch.ClipNorm(1.0), hold=5000))
-    records = [incident.clip for incident in monitor.incidents if incident.clip is not None]
+    record = monitor.incidents[0].clip
+    assert record is not None
     assert recall > 0.9
     assert spared > recall - 0.05
-    assert records[0].helped is False
-    assert records[0].unlearned is not None
-    assert "carry a rare signal" in str(records[0])
-    for before, after in zip(records[:-1], records[1:], strict=True):
-        assert after.norm_before > before.norm_before  # taken up again for larger gradients only
+    assert "carry a rare signal" in str(record)
+    assert float((monitor.history.clip_coefficient(last=500) < 1.0).mean()) < 0.02

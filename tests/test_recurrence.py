@@ -106,7 +106,7 @@ def test_without_a_known_update_every_jump_may_be_its_doing() -> None:
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = model(x).square().mean()
+        loss: torch.Tensor = model(x).square().mean()
         loss.backward()
         return loss
 
