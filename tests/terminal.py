@@ -17,6 +17,27 @@ from pathlib import Path
 
 import pyte
 
+# a training of 8 ms a step whose loss explodes for a while; `steps` runs it
+EXPLODING = """
+import time, torch, gradwatch
+from torch import nn
+torch.manual_seed(0); torch.set_num_threads(1)
+model = nn.Sequential()
+model.add_module("first.[red]" .replace(".", "_") + "x" * 120, nn.Linear(8, 16))
+model.add_module("relu", nn.ReLU())
+model.add_module("last", nn.Linear(16, 1))
+x, y = torch.randn(64, 8), torch.randn(64, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+short = True
+def steps(n):
+    for step in n:
+        optimizer.zero_grad()
+        (nn.functional.mse_loss(model(x), y) * (1e4 if 100 <= step < (104 if short else 160) else 1)).backward()
+        optimizer.step()
+        time.sleep(0.008)
+        yield step
+"""
+
 
 @dataclass
 class Session:

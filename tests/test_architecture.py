@@ -140,7 +140,11 @@ def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
     ("folder", "known", "helpers"),
     [
         ("clips", clips.CLIPS, {"base"}),
-        ("reports", reports.REPORTS, {"base", "scalars", "sparkline", "view", "summary", "watching"}),
+        (
+            "reports",
+            reports.REPORTS,
+            {"base", "foot", "others", "scalars", "sparkline", "streams", "summary", "tail", "view", "watching"},
+        ),
     ],
 )
 def test_every_clip_and_report_file_is_exported(folder: str, known: dict[str, type | str], helpers: set[str]) -> None:

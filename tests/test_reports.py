@@ -17,12 +17,11 @@ from rich.console import Console
 
 import gradwatch
 from gradwatch.records import Alarm, ClipRecord, Facts, Incident, Provenance, Snapshot
-from gradwatch.reports.live import StatusLines
 from gradwatch.reports.log import LogReport
 from gradwatch.reports.sparkline import BLOCKS, NOT_FINITE, sparkline
 from gradwatch.reports.summary import Summary
 from gradwatch.reports.view import View, number, shorten
-from tests import terminal
+from tests.terminal import EXPLODING
 
 LONG = "encoder.blocks.11.attention.projection.[red]weight[/red]." + "x" * 63
 
@@ -159,94 +158,6 @@ def test_log_lines_come_only_on_change_and_never_twice() -> None:
     assert stream.getvalue() == first
     assert first.count("do: Lower the learning rate") == 1
     assert all(line.startswith("gradwatch | step 99 | ") for line in first.splitlines())
-
-
-def test_status_lines_keep_nested_progress_bars_apart() -> None:
-    """The rows as a terminal would show them; finished ones make room."""
-    status = StatusLines()
-    status.feed("\repochs 1/3")
-    status.feed("\n")
-    status.feed("\rbatches 1/9")
-    status.feed("\x1b[A")
-    status.feed("\repochs 2/3")
-    assert [text.plain for text in status.texts()] == ["epochs 2/3", "batches 1/9"]
-    finished = status.feed("\n\rthird\n\rfourth\n\rfifth")
-    assert finished == ["epochs 2/3"]
-    assert [text.plain for text in status.texts()] == ["third", "fourth", "fifth"]
-
-
-EXPLODING = """
-import time, torch, gradwatch
-from torch import nn
-torch.manual_seed(0); torch.set_num_threads(1)
-model = nn.Sequential()
-model.add_module("first.[red]" .replace(".", "_") + "x" * 120, nn.Linear(8, 16))
-model.add_module("relu", nn.ReLU())
-model.add_module("last", nn.Linear(16, 1))
-x, y = torch.randn(64, 8), torch.randn(64, 1)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-short = True
-def steps(n):
-    for step in n:
-        optimizer.zero_grad()
-        (nn.functional.mse_loss(model(x), y) * (1e4 if 100 <= step < (104 if short else 160) else 1)).backward()
-        optimizer.step()
-        time.sleep(0.008)
-        yield step
-"""
-
-
-@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (200, 60), (40, 24)])
-def test_the_live_report_in_a_real_terminal(columns: int, rows: int) -> None:
-    """It draws at the foot, prints stay above it in order, and the summary takes its place at the end."""
-    session = terminal.run(
-        EXPLODING
-        + """
-short = False
-gradwatch.attach(model, clip="norm")
-for step in steps(range(300)):
-    if step % 50 == 0:
-        print("printed at", step)
-""",
-        columns,
-        rows,
-    )
-    assert session.code == 0
-    live = [screen for screen in session.screens if any("of limit" in line for line in screen)]
-    assert live
-    assert any("auto-clip on" in line for screen in live for line in screen)
-    printed = [line for line in session.everything.splitlines() if line.startswith("printed at")]
-    assert printed == [f"printed at {step}" for step in range(0, 300, 50)]
-    assert "of limit" not in session.everything
-    assert "300 steps of Sequential" in " ".join(session.everything.split())
-    assert "exploding resolved" in session.everything
-    assert "\x1b[?25h" in session.raw[session.raw.rfind("\x1b[?25l") :]
-
-
-def test_no_color_is_honoured() -> None:
-    """No colour code reaches the terminal, the picture does."""
-    session = terminal.run(
-        EXPLODING + "gradwatch.attach(model)\nfor _ in steps(range(150)): pass\n", environment={"NO_COLOR": "1"}
-    )
-    assert any("of limit" in line for screen in session.screens for line in screen)
-    assert "\x1b[3" not in session.raw.replace("\x1b[38", "\x1b[3")
-    assert "exploding" in session.everything
-
-
-@pytest.mark.parametrize("first", ["monitor", "bar"])
-def test_tqdm_runs_beside_it(first: str) -> None:
-    """A bar that starts later is shown below the picture; one that runs already gets log lines instead."""
-    attach = "gradwatch.attach(model)\n"
-    bar = "from tqdm import tqdm\nbar = tqdm(range(200), desc='train')\n"
-    session = terminal.run(
-        EXPLODING + (attach + bar if first == "monitor" else bar + attach) + "for _ in steps(bar): pass\n"
-    )
-    assert session.code == 0
-    assert any("train: 100%" in line for line in session.everything.splitlines())
-    assert session.everything.count("train:") <= 2
-    assert "exploding" in session.everything
-    live = any("of limit" in line and "closest" in line for screen in session.screens for line in screen)
-    assert live is (first == "monitor")
 
 
 def run_piped(script: str) -> subprocess.CompletedProcess[str]:

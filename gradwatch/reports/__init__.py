@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from gradwatch.reports.base import Report
+from gradwatch.reports.streams import is_terminal
 
 if TYPE_CHECKING:
     from gradwatch.reports.live import LiveReport
@@ -39,21 +40,9 @@ def __getattr__(name: str) -> Any:
 def report_by_name(name: str) -> Report:
     """Return the report of this name; ``"auto"`` is live in a terminal and log lines elsewhere."""
     if name == "auto":
-        name = "live" if _in_terminal() else "log"
+        drawable = is_terminal(sys.stderr) and os.environ.get("TERM") not in (None, "dumb", "unknown")
+        name = "live" if drawable else "log"
     return cast("Report", pkgutil.resolve_name(REPORTS[name])())
-
-
-def _in_terminal() -> bool:
-    """True when standard error is a terminal that can be drawn on, with no tqdm bar and no other picture on it."""
-    if (
-        sys.stderr is None
-        or not sys.stderr.isatty()
-        or hasattr(sys.stderr, "rich_proxied_file")
-        or os.environ.get("TERM") in (None, "dumb", "unknown")
-    ):
-        return False
-    tqdm = sys.modules.get("tqdm")
-    return not (tqdm and getattr(tqdm.tqdm, "_instances", None))
 
 
 __all__ = [

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from typing import TYPE_CHECKING, Any, ClassVar, TextIO
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
 
 from gradwatch.reports.base import Report
-from gradwatch.reports.log import LogReport
+from gradwatch.reports.foot import Foot, is_drawn_on
+from gradwatch.reports.log import LogReport, write_line
+from gradwatch.reports.others import another_live, bars_of_tqdm, is_stand_in
+from gradwatch.reports.streams import is_terminal
 from gradwatch.reports.summary import Summary
 from gradwatch.reports.view import View
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from rich.console import RenderableType
-
     from gradwatch.records import Snapshot
 
-_UP = "\x1b[A"
+_LOOK = 0.1  # seconds between two looks for a new snapshot, another size, another display
+_ANOTHER = "another live display is running"
 
 
 class LiveReport(Report):
-    """Draws `View` four times a second at the foot of the terminal; ``print`` and progress bars go on working.
+    """Draws `View` at the foot of the terminal; ``print``, loggers and progress bars go on working above it.
 
-    The training thread only leaves a snapshot; a thread of rich draws it. At the end the picture makes way for the
-    summary.
+    The training thread only leaves a snapshot; a thread draws it. At the end the picture makes way for the summary. Where it
+    cannot be drawn, or another live display begins, there are log lines instead, and that is said.
 
     Args:
         console: where to draw; None is the standard error stream.
@@ -38,159 +37,110 @@ class LiveReport(Report):
     period: ClassVar[float] = 0.2
 
     def __init__(self, console: Console | None = None) -> None:
-        # the stream itself, not the name: whoever stands in for sys.stderr later must not be drawn into
-        self._console = console or Console(file=sys.stderr)
+        self._console = console
         self._snapshot: Snapshot | None = None
-        self._live: Live | None = None
-        self._above: dict[str, _Above] = {}
+        self._foot: Foot | None = None
+        self._thread: threading.Thread | None = None
+        self._over = threading.Event()
         self._instead: LogReport | None = None
 
     def start(self) -> None:
-        """Stand between the standard streams and the terminal, so that what is written later goes above the picture."""
-        # another picture is drawn here already: this report writes lines above it
-        if any(hasattr(stream, "rich_proxied_file") for stream in (sys.stdout, sys.stderr)):
-            self._instead = LogReport()
-            return
-        for name in ("stdout", "stderr") if self._console.is_terminal else ():
-            stream = getattr(sys, name)
-            if stream is not None and stream.isatty():
-                self._above[name] = _Above(self._console, stream)
-                setattr(sys, name, self._above[name])
+        """Begin to follow what is written to the terminal."""
+        reason = self._hindrance()
+        if reason is None:
+            try:
+                assert self._console is not None
+                self._foot = Foot(self._console.file, self._size)  # type: ignore[arg-type]
+                self._foot.share()
+            except Exception as error:
+                reason = f"the terminal cannot be shared ({type(error).__name__}: {error})"
+        if reason is not None:
+            self._fall_back(reason)
 
     def step(self, snapshot: Snapshot) -> None:
         """Leave the snapshot for the drawing thread."""
+        if self._instead is None and self._foot is not None and self._foot.reason:
+            self._fall_back(self._foot.reason)
+            snapshot = replace(snapshot, news=tuple(incident for incident in snapshot.incidents if incident.open))
         if self._instead is not None:
             self._instead.step(snapshot)
             return
+        if self._foot is not None:
+            self._foot.settled.clear()
         self._snapshot = snapshot
-        if self._live is None:
-            self._live = Live(
-                console=self._console,
-                get_renderable=self._picture,
-                refresh_per_second=4,
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._live.start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="gradwatch live", daemon=True)
+            self._thread.start()
 
     def close(self, snapshot: Snapshot) -> None:
         """Clear the picture and print the summary in its place."""
+        self._over.set()
+        if self._foot is not None and self._foot.reason and self._instead is None:
+            self._fall_back(self._foot.reason)
         if self._instead is not None:
             self._instead.close(snapshot)
-            return
-        for name, above in self._above.items():
-            if getattr(sys, name) is above:
-                setattr(sys, name, above.rich_proxied_file)
-            above.finish()
-        self._above.clear()
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        if snapshot.step >= 0:
-            self._console.print(Summary(snapshot))
+        elif self._foot is not None:
+            text = ""
+            try:
+                text = self._rendered(Summary(snapshot)) if snapshot.step >= 0 else ""
+            finally:
+                self._foot.end(text)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
 
-    def _picture(self) -> RenderableType:
-        if self._snapshot is None:
-            return Text()
-        view = View(self._snapshot, [row for above in self._above.values() for row in above.below()])
+    def _fall_back(self, reason: str) -> None:
+        self._instead = LogReport()
+        write_line(f"gradwatch | {reason}: log lines instead of the live picture")
+
+    def _hindrance(self) -> str | None:
+        """Say why no picture can be drawn; None when one can."""
+        if self._console is None:
+            if not is_terminal(sys.stderr):
+                return "the standard error stream is no terminal"
+            if is_stand_in(sys.stderr):
+                return _ANOTHER
+            # the stream itself, not the name: whoever stands in for sys.stderr later must not be drawn into
+            self._console = Console(file=sys.stderr)
+        if not self._console.is_terminal:
+            return "the standard error stream is no terminal"
+        if self._console.is_dumb_terminal or self._console.legacy_windows:
+            return "this terminal cannot move its cursor"
+        file = self._console.file
+        if is_stand_in(sys.stdout) or is_stand_in(sys.stderr) or another_live(file) or is_drawn_on(file):
+            return _ANOTHER
+        return "a progress bar is running" if bars_of_tqdm() else None
+
+    def _size(self) -> tuple[int, int]:
+        assert self._console is not None
+        return self._console.size
+
+    def _watch(self) -> None:
+        """Draw whenever there is something new, and let prompts be while there is not."""
+        foot, drawn = self._foot, None
+        assert foot is not None
         try:
-            return Group(*view.lines(self._console.width, self._console.height))
+            while not (self._over.wait(_LOOK) or foot.over):
+                snapshot = self._snapshot
+                if another_live(foot.stream):
+                    foot.give_way(_ANOTHER)
+                elif snapshot is not drawn or foot.resized:
+                    drawn = snapshot
+                    foot.draw(self._picture(snapshot))
         except Exception as error:
-            return Text(f"gradwatch cannot draw this step: {type(error).__name__}: {error}")
+            foot.give_way(f"the live picture failed ({type(error).__name__}: {error})")
 
+    def _picture(self, snapshot: Snapshot | None) -> list[str]:
+        if snapshot is None:
+            return []
+        try:
+            assert self._foot is not None
+            lines = View(snapshot).lines(self._size()[0], self._foot.room() + 1)
+            return self._rendered(Group(*lines)).removesuffix("\n").split("\n")
+        except Exception as error:
+            return [f"gradwatch cannot draw this step: {type(error).__name__}"]
 
-class StatusLines:
-    r"""What progress bars draw over and over: their rows, kept as a terminal would keep them.
-
-    Bars return to the start of their row (``\\r``), go down with a newline and up with an escape code.
-    """
-
-    _MOST = 3
-    _PIECES = re.compile(r"\x1b\[A|\r|\n|\x1b\[[\d;]*[A-Za-z]|[^\r\n\x1b]+")
-
-    def __init__(self) -> None:
-        self._rows: list[str] = []
-        self._row = 0
-        self._fresh = False
-
-    def texts(self) -> list[Text]:
-        """The rows, to be shown below the picture."""
-        return [Text.from_ansi(row, no_wrap=True, overflow="ellipsis") for row in self._rows if row.strip()]
-
-    def takes(self, text: str) -> bool:
-        """True when this is written by a bar rather than by a print."""
-        return "\r" in text or _UP in text or (text == "\n" and bool(self._rows))
-
-    def feed(self, text: str) -> list[str]:
-        """Take what a bar wrote; return the rows that are finished because newer ones need the room."""
-        for piece in self._PIECES.findall(text):
-            if piece == _UP:
-                self._row = max(0, self._row - 1)
-            elif piece == "\n":
-                self._row += 1
-            elif piece == "\r":
-                self._fresh = True
-            else:
-                self._rows += [""] * (self._row + 1 - len(self._rows))
-                self._rows[self._row] = piece if self._fresh else self._rows[self._row] + piece
-                self._fresh = False
-        finished = self._rows[: max(0, len(self._rows) - self._MOST)]
-        self._rows = self._rows[len(finished) :]
-        self._row -= len(finished)
-        return [row for row in finished if row.strip()]
-
-    def finish(self) -> list[str]:
-        """Return the rows that are left."""
-        rows, self._rows, self._row = [row for row in self._rows if row.strip()], [], 0
-        return rows
-
-
-class _Above:
-    """Stands in for a standard stream while the picture is drawn: whole lines are printed above it."""
-
-    def __init__(self, console: Console, stream: TextIO) -> None:
-        self._console = console
-        self._partial = ""
-        self.rich_proxied_file = stream  # by this name rich finds the stream below
-        self.status = StatusLines()
-        self._ended = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.rich_proxied_file, name)
-
-    def write(self, text: str) -> int:
-        """Print whole lines above the picture; keep a bar's rows for below it."""
-        if self._ended:
-            return self.rich_proxied_file.write(text)
-        text_ = text.replace("\r\n", "\n")
-        if not self._partial and self.status.takes(text_):
-            self._print(self.status.feed(text_))
-        else:
-            *lines, self._partial = (self._partial + text_).split("\n")
-            self._print(lines)
-        return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        """See `io.TextIOBase`."""
-        for line in lines:
-            self.write(line)
-
-    def flush(self) -> None:
-        """Do nothing: a line without its end is shown below the picture, such as the prompt of an input."""
-
-    def below(self) -> list[Text]:
-        """What belongs below the picture: bars, and a line that is not finished."""
-        partial = [Text.from_ansi(self._partial, no_wrap=True, overflow="ellipsis")] if self._partial.strip() else []
-        return self.status.texts() + partial
-
-    def finish(self) -> None:
-        """Print what is left."""
-        rest = [self._partial] if self._partial else []
-        self._partial = ""
-        self._print(self.status.finish() + rest)
-        self._ended = True  # whoever still holds this writes straight on
-
-    def _print(self, lines: list[str]) -> None:
-        for line in lines:
-            self._console.print(Text.from_ansi(line), soft_wrap=True)
+    def _rendered(self, shown: Any) -> str:
+        assert self._console is not None
+        with self._console.capture() as captured:
+            self._console.print(shown)
+        return captured.get()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gradwatch.reports.base import Report
 
@@ -46,18 +46,31 @@ class LogReport(Report):
 
 
 def write_line(text: str, stream: TextIO | None = None) -> None:
-    """Write a line to ``stream``; None is the standard error stream of this moment, above a tqdm bar if there is one."""
-    given, stream = stream, stream if stream is not None else sys.stderr
-    if stream is None:  # a program without a console
+    """Write a line to ``stream``; None is the standard error stream of this moment, above a tqdm bar if there is one.
+
+    The standard error stream may be closed, a pipe that nobody reads any more, or an object with ``write`` alone: what it
+    does not take is lost, and the next line is tried anew. A stream that was named raises.
+    """
+    if stream is not None:
+        _write(text, stream)
         return
+    try:
+        if sys.stderr is not None:  # it is in a program without a console
+            _write(text, sys.stderr, tqdm=sys.modules.get("tqdm"))
+    except Exception:
+        return  # there is no place left to say so
+
+
+def _write(text: str, stream: Any, tqdm: Any = None) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     text = text.encode(encoding, "replace").decode(encoding)
-    tqdm = sys.modules.get("tqdm")
-    if tqdm is not None and given is None:
+    if tqdm is not None:
         tqdm.tqdm.write(text, file=stream)
     else:
         stream.write(text + "\n")
-    stream.flush()
+    flush = getattr(stream, "flush", None)
+    if flush is not None:
+        flush()
 
 
 def incident_lines(incident: Incident) -> list[str]:

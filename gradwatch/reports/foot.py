@@ -1,0 +1,230 @@
+r"""The foot of a terminal: a picture below everything that is written there.
+
+The cursor stays where the program has it, above the picture. So what is written goes where it would go without one: by
+``print``, by a logger that holds the stream, by a progress bar that returns with ``\r``. What passes by the streams, as output
+of C code and of other processes does, loses nothing either; several lines of it at once run into rows of the old picture.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, TextIO
+
+from gradwatch.reports.others import bars_of_tqdm
+from gradwatch.reports.streams import StreamTap, same_terminal
+from gradwatch.reports.tail import Tail, finished, is_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_SETTLING = 0.1  # seconds that a prompt waits for a picture under way
+
+
+_feet: weakref.WeakSet[Foot] = weakref.WeakSet()
+
+
+def is_drawn_on(stream: Any) -> bool:
+    """True when this process draws a picture on the terminal of ``stream`` already."""
+    return any(foot.draws_on(stream) for foot in list(_feet))
+
+
+class Foot:
+    """Draws at the foot of the terminal that ``stream`` writes to, until `end`.
+
+    Args:
+        stream: where to draw.
+        size: returns columns and rows of the terminal.
+
+    Attributes: ``over`` is True when nothing is drawn any more, and ``reason`` says why if it was not ended; ``settled`` is
+    clear while a picture is awaited.
+    """
+
+    def __init__(self, stream: TextIO, size: Callable[[], tuple[int, int]]) -> None:
+        self.stream: Any = stream
+        self._write, self._flush = stream.write, stream.flush
+        self._size = size
+        self._lock = threading.RLock()
+        self._tail = Tail()
+        self._picture: Sequence[str] = ()
+        self._drawn = 0
+        self._drawn_size: tuple[int, int] | None = None
+        self._taps: list[StreamTap] = []
+        self._process = os.getpid()
+        self.over = False
+        self.reason = ""
+        self.settled = threading.Event()
+        self.settled.set()
+
+    def share(self) -> None:
+        """Take heed of what is written to this terminal from now on; raises when a stream does not bear that."""
+        try:
+            for stream in (self.stream, sys.stdout, sys.stderr):
+                if same_terminal(stream, self.stream) and all(tap.stream is not stream for tap in self._taps):
+                    self._taps.append(StreamTap(stream, self._written, self._flushed))
+            _feet.add(self)
+        except BaseException:
+            self._leave()
+            raise
+
+    def draws_on(self, stream: Any) -> bool:
+        """True when this picture stands on the terminal of ``stream``."""
+        return not self.over and os.getpid() == self._process and same_terminal(stream, self.stream)
+
+    def draw(self, picture: Sequence[str]) -> None:
+        """Show these rows."""
+        with self._lock:
+            if not self.over:
+                self._picture = picture
+                self._emit(self._drawing())
+        self.settled.set()
+
+    @property
+    def resized(self) -> bool:
+        """True when the terminal has another size than when it was drawn on."""
+        return self._drawn_size is not None and self._size() != self._drawn_size
+
+    def room(self) -> int:
+        """Return how many rows a picture may have."""
+        return max(0, self._size()[1] - 1 - self._tail.below)
+
+    def give_way(self, reason: str) -> None:
+        """Take the picture away for good."""
+        with self._lock:
+            if not self.over:
+                self._clear(self._clearing())
+                self._leave(reason)
+
+    def end(self, text: str = "") -> None:
+        """Take the picture away and write a text in its place."""
+        if os.getpid() != self._process:  # a copy in a child: the lock may be held for ever
+            self._leave()
+            return
+        with self._lock:
+            if self.over:
+                return
+            self._clear(self._clearing())
+            for tap in self._taps:
+                self._emit(tap.rest + (tap.partial and "\r\n" * (not self._tail.blank) + tap.partial + "\r\n"))
+            below = self._tail.below
+            self._emit("\r\n" * (below + (not self._tail.blank or below > 0)) + "\r" + text)
+            self._leave()
+
+    def _leave(self, reason: str = "") -> None:
+        self.over, self.reason = True, self.reason or reason
+        self.settled.set()
+        for tap in self._taps:
+            tap.remove()
+
+    # What the program writes.
+
+    def _written(self, tap: StreamTap, text: str) -> int:
+        if self.over or os.getpid() != self._process or not isinstance(text, str):
+            return tap.write(text)
+        with self._lock:
+            tap.idle = False
+            if tap.partial or self._lands_on_a_bar(text):
+                if is_plain(text):
+                    return self._write_above(tap, text)
+                self._write_through(tap, tap.partial)
+                tap.partial = ""
+            whole, tap.rest = finished(tap.rest + text)
+            self._write_through(tap, whole)
+            return len(text)
+
+    def _write_through(self, tap: StreamTap, text: str) -> None:
+        clearing = self._clearing()
+        self._tail.feed(text, self._size()[0])
+        if self._tail.another:
+            self._clear(clearing)
+            self._leave("another live display is running")
+            tap.write(text)
+        elif not self._tail.moved:
+            tap.write(text)
+            _quietly(tap.flush)
+        else:
+            self._clear(clearing)
+            try:
+                tap.write(text)
+            finally:
+                _quietly(tap.flush)
+                self._emit(self._drawing())
+
+    def _lands_on_a_bar(self, text: str) -> bool:
+        return bool(text.strip("\n")) and not self._tail.blank and is_plain(text) and bars_of_tqdm()
+
+    def _write_above(self, tap: StreamTap, text: str) -> int:
+        """Write whole lines above a bar, which goes on below them."""
+        lines, newline, tap.partial = (tap.partial + text).rpartition("\n")
+        if newline:
+            bars = self._tail.rows()
+            below = len(bars) - 1
+            self._clear(self._clearing() + "\r\x1b[2K" + "\r\n\x1b[2K" * below + _up(below) + "\r")
+            try:
+                tap.write(lines + newline)
+            finally:
+                _quietly(tap.flush)
+                self._emit("\r\n".join(bars) + _up(below) + self._tail.place() + self._drawing())
+        return len(text)
+
+    def _flushed(self, tap: StreamTap) -> None:
+        """Wait for a picture under way when nothing was written: so `input` flushes before the prompt of which we know not."""
+        if tap.idle and not self.over and os.getpid() == self._process:
+            self.settled.wait(_SETTLING)
+        tap.idle = True
+
+    # What is drawn.
+
+    def _drawing(self) -> str:
+        size = self._size()
+        below = self._tail.below
+        rows = list(self._picture[: max(0, size[1] - 1 - below)])
+        if not rows:
+            clearing, self._drawn = self._clearing(), 0
+            return clearing
+        changed, self._drawn_size = self._drawn_size not in (None, size), size
+        erased = max(0, self._drawn - len(rows))
+        self._drawn = len(rows)
+        # no wrapping: a row may be too long for a terminal that has just become narrower
+        return (
+            "\x1b[?7l\x1b[0m\x1b[K" + "\r\n" * (below + 1) + ("\x1b[J" if changed else "")
+            + "\r\n".join(f"\x1b[2K{row}\x1b[0m" for row in rows) + "\r\n\x1b[2K" * erased
+            + _up(below + len(rows) + erased) + "\x1b[?7h" + self._tail.place()
+        )  # fmt: skip
+
+    def _clearing(self) -> str:
+        if not self._drawn:
+            return ""
+        below, drawn = self._tail.below, self._drawn
+        return (
+            "\x1b[0m\x1b[K" + "\r\n" * (below + 1) + "\x1b[J\x1b[2K" + "\r\n\x1b[2K" * (drawn - 1)
+            + _up(below + drawn) + self._tail.place()
+        )  # fmt: skip
+
+    def _clear(self, clearing: str) -> None:
+        self._drawn = 0
+        self._emit(clearing)
+
+    def _emit(self, text: str) -> None:
+        """Write to the terminal; when it is gone, there is nothing to draw on."""
+        if not text:
+            return
+        try:
+            encoding = getattr(self.stream, "encoding", None) or "utf-8"
+            self._write(text.encode(encoding, "replace").decode(encoding))
+            self._flush()
+        except Exception as error:
+            self._leave(f"the terminal cannot be written to ({type(error).__name__}: {error})")
+
+
+def _up(rows: int) -> str:
+    return f"\x1b[{rows}A" if rows else ""
+
+
+def _quietly(do: Callable[[], object]) -> None:
+    try:
+        do()
+    except Exception:
+        return  # the program did not ask for this flush
