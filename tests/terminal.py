@@ -95,10 +95,16 @@ def run(script: str, columns: int = 80, rows: int = 24, environment: dict[str, s
     return session
 
 
+def _own_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Person:
     """Sits at a terminal: starts a command, types, resizes, and looks at the screen until it shows what is expected."""
 
-    def __init__(self, command: list[str], columns: int = 80, rows: int = 24) -> None:
+    def __init__(
+        self, command: list[str], columns: int = 80, rows: int = 24, environment: dict[str, str] | None = None
+    ) -> None:
         self._screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self._screen)
         self._parent, child = pty.openpty()
@@ -114,8 +120,9 @@ class Person:
             stdout=child,
             stderr=child,
             cwd=root,
-            env={**clean, "TERM": "xterm-256color", "PYTHONPATH": root},
+            env={**clean, "TERM": "xterm-256color", "PYTHONPATH": root, **(environment or {})},
             start_new_session=True,
+            preexec_fn=_own_terminal,  # so that Ctrl-C on it is a signal
         )
         self._child = child
 
@@ -137,7 +144,10 @@ class Person:
         """Take in what is written meanwhile."""
         until = time.monotonic() + seconds
         while select.select([self._parent], [], [], max(0.0, until - time.monotonic()))[0]:
-            part = os.read(self._parent, 65536)
+            try:
+                part = os.read(self._parent, 65536)
+            except OSError:  # Linux says so when the command has gone and its terminal with it
+                return
             self.raw += part
             self._stream.feed(part)
 

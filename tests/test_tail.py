@@ -15,7 +15,9 @@ WIDTH, HEIGHT = 20, 12
 WORDS = st.sampled_from(
     ["a", "hello", "words of a line", "x" * 25, "é", "50%|██", "\x1b[31mred\x1b[0m", "\x1b[1m", "\x1b[m", " "]
 )
-MOVES = st.sampled_from(["\n", "\n", "\n", "\r", "\b", "\b\b\b", "\t", "\x1b[K", "\x1b[2K", "\r\n", "\x1b[3C", "\x1b[2D"])
+MOVES = st.sampled_from(
+    ["\n", "\n", "\n", "\r", "\b", "\b\b\b", "\t", "\x1b[K", "\x1b[2K", "\r\n", "\x1b[3C", "\x1b[2D"]
+)
 OUTPUT = st.lists(st.one_of(WORDS, MOVES), max_size=30)
 # as tqdm draws a bar below another, and comes back
 NESTED = st.lists(st.one_of(WORDS, st.sampled_from(["\n", "\r"]), st.just("\n\rinner bar\x1b[A")), max_size=20)
@@ -31,13 +33,15 @@ class Glass:
         self._stream = pyte.Stream(self.screen)
 
     def write(self, text: str) -> int:
+        """See `io.TextIOBase`."""
         self._stream.feed(text.replace("\n", "\r\n"))
         return len(text)
 
     def flush(self) -> None:
-        pass
+        """See `io.TextIOBase`."""
 
     def isatty(self) -> bool:
+        """See `io.TextIOBase`."""
         return True
 
     def lines(self) -> list[str]:
@@ -88,7 +92,8 @@ def shown(output: list[str], picture: list[str] | None) -> list[str]:
         if picture is not None and number % 3 == 0:
             foot.draw(picture[: number % (len(picture) + 1)])
     foot.end()
-    return glass.lines()
+    found: list[str] = glass.lines()
+    return found
 
 
 @given(st.one_of(OUTPUT, NESTED))

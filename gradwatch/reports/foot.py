@@ -94,7 +94,7 @@ class Foot:
         """Take the picture away for good."""
         with self._lock:
             if not self.over:
-                self._clear(self._clearing())
+                self._clear(self._clearing(self._tail.below + 1))
                 self._leave(reason)
 
     def end(self, text: str = "") -> None:
@@ -105,7 +105,7 @@ class Foot:
         with self._lock:
             if self.over:
                 return
-            self._clear(self._clearing())
+            self._clear(self._clearing(self._tail.below + 1))
             for tap in self._taps:
                 self._emit(tap.rest + (tap.partial and "\r\n" * (not self._tail.blank) + tap.partial + "\r\n"))
             below = self._tail.below
@@ -135,21 +135,33 @@ class Foot:
             return len(text)
 
     def _write_through(self, tap: StreamTap, text: str) -> None:
-        clearing = self._clearing()
-        self._tail.feed(text, self._size()[0])
-        if self._tail.another:
-            self._clear(clearing)
-            self._leave("another live display is running")
-            tap.write(text)
-        elif not self._tail.moved:
-            tap.write(text)
+        first, newline, rest = text.partition("\n")
+        before, gap = self._clearing(self._tail.below + 1), self._tail.below
+        self._tail.feed(first, self._size()[0])
+        if self._tail.moved or self._tail.another:  # it wraps, or goes up
+            self._clear(before)
+            self._write_moving(tap, first, newline + rest)
+            return
+        # the row goes out as it is: what others wrote on it stays
+        tap.write(first + newline)
+        _quietly(tap.flush)
+        if newline:
+            self._tail.feed(newline, self._size()[0])
+            if rest:
+                self._clear(self._clearing(gap))
+            self._write_moving(tap, "", rest)
+
+    def _write_moving(self, tap: StreamTap, fed: str, rest: str) -> None:
+        """Write what leaves its row, of which the first part is fed, and the picture below it."""
+        self._tail.feed(rest, self._size()[0])
+        try:
+            if fed or rest:
+                tap.write(fed + rest)
+        finally:
             _quietly(tap.flush)
-        else:
-            self._clear(clearing)
-            try:
-                tap.write(text)
-            finally:
-                _quietly(tap.flush)
+            if self._tail.another:
+                self._leave("another live display is running")
+            else:
                 self._emit(self._drawing())
 
     def _lands_on_a_bar(self, text: str) -> bool:
@@ -161,7 +173,7 @@ class Foot:
         if newline:
             bars = self._tail.rows()
             below = len(bars) - 1
-            self._clear(self._clearing() + "\r\x1b[2K" + "\r\n\x1b[2K" * below + _up(below) + "\r")
+            self._clear(self._clearing(below + 1) + "\r\x1b[2K" + "\r\n\x1b[2K" * below + _up(below) + "\r")
             try:
                 tap.write(lines + newline)
             finally:
@@ -182,7 +194,7 @@ class Foot:
         below = self._tail.below
         rows = list(self._picture[: max(0, size[1] - 1 - below)])
         if not rows:
-            clearing, self._drawn = self._clearing(), 0
+            clearing, self._drawn = self._clearing(below + 1), 0
             return clearing
         changed, self._drawn_size = self._drawn_size not in (None, size), size
         erased = max(0, self._drawn - len(rows))
@@ -194,13 +206,13 @@ class Foot:
             + _up(below + len(rows) + erased) + "\x1b[?7h" + self._tail.place()
         )  # fmt: skip
 
-    def _clearing(self) -> str:
+    def _clearing(self, gap: int) -> str:
+        """Return what erases the picture, whose first row is ``gap`` rows below the cursor."""
         if not self._drawn:
             return ""
-        below, drawn = self._tail.below, self._drawn
         return (
-            "\x1b[0m\x1b[K" + "\r\n" * (below + 1) + "\x1b[J\x1b[2K" + "\r\n\x1b[2K" * (drawn - 1)
-            + _up(below + drawn) + self._tail.place()
+            "\x1b[0m\x1b[K" + "\r\n" * gap + "\x1b[J\x1b[2K" + "\r\n\x1b[2K" * (self._drawn - 1)
+            + _up(gap + self._drawn - 1) + self._tail.place()
         )  # fmt: skip
 
     def _clear(self, clearing: str) -> None:

@@ -24,7 +24,9 @@ def another_live(stream: Any) -> bool:
     """True while a live display of rich (Progress, Status, Live) is drawn on the terminal of ``stream``."""
     rich = sys.modules.get("rich")
     consoles = [getattr(rich, "_console", None)]
-    drawn = [console for console in consoles if getattr(console, "_live_stack", None) or getattr(console, "_live", None)]
+    drawn = [
+        console for console in consoles if getattr(console, "_live_stack", None) or getattr(console, "_live", None)
+    ]
     for thread in threading.enumerate():
         live = getattr(thread, "live", None)
         if type(thread).__module__ == "rich.live" and live is not None:
