@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import select
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyte
+
+ROOT = str(Path(__file__).parent.parent)
 
 # a training of 8 ms a step whose loss explodes for a while; `steps` runs it
 EXPLODING = """
@@ -55,6 +58,72 @@ class Session:
         return "\n".join([*self.scrolled, *self.last])
 
 
+def _environment(changes: dict[str, str] | None) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")}
+    return {**clean, "TERM": "xterm-256color", "PYTHONPATH": ROOT, **(changes or {})}
+
+
+# It has imported torch and waits; each script runs in a fork of it, as the main program at a terminal of its own.
+_NURSERY = """
+import fcntl, io, json, os, sys, termios
+import torch, gradwatch, gradwatch.reports.live, rich.progress
+for line in sys.stdin:
+    script, terminal, environment = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        break
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+os.setsid()
+for number in range(3):
+    os.dup2(os.open(terminal, os.O_RDWR), number)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.environ.clear()
+os.environ.update(environment)
+sys.stdin = open(0)
+sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8") for number in (1, 2))
+sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+exec(compile(script, "<string>", "exec"))
+"""
+
+
+class _Forked:
+    """A script at a terminal, with the methods of `subprocess.Popen` that are needed here."""
+
+    _nursery: subprocess.Popen[str] | None = None
+
+    def __init__(self, script: str, terminal: str, environment: dict[str, str]) -> None:
+        nursery = type(self)._nursery
+        if nursery is None or nursery.poll() is not None:
+            nursery = type(self)._nursery = subprocess.Popen(
+                [sys.executable, "-c", _NURSERY],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env=_environment(None),
+            )
+        assert nursery.stdin is not None
+        assert nursery.stdout is not None
+        nursery.stdin.write(json.dumps([script, terminal, environment]) + "\n")
+        nursery.stdin.flush()
+        self._answers = nursery.stdout
+        self.pid = int(self._answers.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """See `subprocess.Popen.poll`."""
+        if self.returncode is None and select.select([self._answers], [], [], 0)[0]:
+            self.returncode = int(self._answers.readline())
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """See `subprocess.Popen.send_signal`."""
+        os.kill(self.pid, number)
+
+
 def run(script: str, columns: int = 80, rows: int = 24, environment: dict[str, str] | None = None) -> Session:
     """Run a Python script in a terminal of this size."""
     screen = pyte.HistoryScreen(columns, rows, history=10_000)
@@ -62,49 +131,31 @@ def run(script: str, columns: int = 80, rows: int = 24, environment: dict[str, s
     session = Session()
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")}
-    root = str(Path(__file__).parent.parent)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdin=child,
-        stdout=child,
-        stderr=child,
-        cwd=root,
-        env={**clean, "TERM": "xterm-256color", "PYTHONPATH": root, **(environment or {})},
-    )
-    os.close(child)
+    process = _Forked(script, os.ttyname(child), _environment(environment))
     raw = b""
     while True:
-        ready, _, _ = select.select([parent], [], [], 120)
-        assert ready, "the child wrote nothing for two minutes"
-        try:
-            part = os.read(parent, 65536)
-        except OSError:  # Linux says so when the child has closed its end
+        ready = select.select([parent], [], [], 0.05)[0]
+        if not ready and process.poll() is not None:
             break
-        if not part:
-            break
-        raw += part
-        stream.feed(part)
-        if not select.select([parent], [], [], 0.02)[0]:  # a frame is whole when nothing more is on its way
-            session.screens.append(list(screen.display))
+        if ready:
+            raw += (part := os.read(parent, 65536))
+            stream.feed(part)
+            if not select.select([parent], [], [], 0.02)[0]:  # a frame is whole when nothing more is on its way
+                session.screens.append(list(screen.display))
     os.close(parent)
-    session.code = process.wait(timeout=60)
+    os.close(child)
+    assert process.returncode is not None
+    session.code = process.returncode
     session.raw = raw.decode(errors="replace")
     session.last = [line.rstrip() for line in screen.display]
     session.scrolled = ["".join(line[x].data for x in range(columns)).rstrip() for line in screen.history.top]
     return session
 
 
-def _own_terminal() -> None:
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
 class Person:
-    """Sits at a terminal: starts a command, types, resizes, and looks at the screen until it shows what is expected."""
+    """Sits at a terminal: starts a command or a Python script, types, resizes, and looks at the screen until it shows what is expected."""
 
-    def __init__(
-        self, command: list[str], columns: int = 80, rows: int = 24, environment: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, command: list[str] | str, columns: int = 80, rows: int = 24) -> None:
         self._screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self._screen)
         self._parent, child = pty.openpty()
@@ -112,19 +163,14 @@ class Person:
         self._resize(child, columns, rows)
         self.before: list[object] = termios.tcgetattr(child)
         self.after: list[object] = []
-        clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")}
-        root = str(Path(__file__).parent.parent)
-        self.process = subprocess.Popen(
-            command,
-            stdin=child,
-            stdout=child,
-            stderr=child,
-            cwd=root,
-            env={**clean, "TERM": "xterm-256color", "PYTHONPATH": root, **(environment or {})},
-            start_new_session=True,
-            preexec_fn=_own_terminal,  # so that Ctrl-C on it is a signal
-        )
         self._child = child
+        self.process: _Forked | subprocess.Popen[bytes]
+        if isinstance(command, str):
+            self.process = _Forked(command, os.ttyname(child), _environment(None))
+            return
+        self.process = subprocess.Popen(
+            command, stdin=child, stdout=child, stderr=child, cwd=ROOT, env=_environment(None), start_new_session=True
+        )
 
     @staticmethod
     def _resize(terminal: int, columns: int, rows: int) -> None:
@@ -144,10 +190,7 @@ class Person:
         """Take in what is written meanwhile."""
         until = time.monotonic() + seconds
         while select.select([self._parent], [], [], max(0.0, until - time.monotonic()))[0]:
-            try:
-                part = os.read(self._parent, 65536)
-            except OSError:  # Linux says so when the command has gone and its terminal with it
-                return
+            part = os.read(self._parent, 65536)
             self.raw += part
             self._stream.feed(part)
 
@@ -179,4 +222,6 @@ class Person:
         self.after = self.settings
         os.close(self._parent)
         os.close(self._child)
-        return self.process.returncode
+        code = self.process.returncode
+        assert code is not None
+        return code

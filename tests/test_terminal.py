@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +15,7 @@ from tests import terminal
 from tests.terminal import EXPLODING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 PICTURE = "of limit"
@@ -194,7 +197,7 @@ with Progress(console=Console(%s)) as progress:
 @pytest.mark.parametrize("file", ["", "stderr=True"])
 @pytest.mark.parametrize("first", ["monitor", "progress"])
 def test_another_live_display_makes_the_picture_give_way_to_log_lines(first: str, file: str) -> None:
-    """rich's Progress, as Lightning's `RichProgressBar` draws it: said once, its bar and the prints are whole."""
+    """Rich's Progress, as Lightning's `RichProgressBar` draws it: said once, its bar and the prints are whole."""
     attach = "gradwatch.attach(model)"
     session = terminal.run(
         EXPLODING + RICH % ((attach, file, "pass") if first == "monitor" else ("", file, attach)), 160, 50
@@ -212,7 +215,7 @@ def test_another_live_display_makes_the_picture_give_way_to_log_lines(first: str
 
 
 def test_a_display_on_a_console_of_its_own_is_noticed_while_the_picture_is_drawn() -> None:
-    """rich's Status, which shows a spinner, begins in the middle of the training: from then on there are log lines."""
+    """Rich's Status, which shows a spinner, begins in the middle of the training: from then on there are log lines."""
     session = terminal.run(
         EXPLODING
         + """
@@ -258,13 +261,13 @@ for step in steps(range(160)):
 
 def person(script: str, **settings: int) -> terminal.Person:
     """Start a training at a terminal at which a person sits."""
-    return terminal.Person([sys.executable, "-c", EXPLODING + script], **settings)
+    return terminal.Person(EXPLODING + script, **settings)
 
 
 LOOP = """
-for step in steps(range(100_000)):
+for step in steps(range(-100_000, 0)):
     time.sleep(0.01)
-    if step == 30:
+    if step == -100_000 + 30:
         print("printed")
 """
 
@@ -292,7 +295,7 @@ def test_ctrl_c_leaves_the_terminal_clean_with_the_summary(script: str) -> None:
     assert screen.count("gradwatch healthy:") == 1
     if "except" not in script:
         assert sat.process.returncode == -2
-        assert "^CTraceback (most recent call last):" in screen
+        assert any(line.endswith("Traceback (most recent call last):") for line in sat.lines)
 
 
 def test_a_prompt_is_left_alone_while_it_waits() -> None:
@@ -319,13 +322,14 @@ for step in steps(range(60)):
 
 def test_the_picture_follows_the_terminals_size(tmp_path: Path) -> None:
     """In tmux, which wraps lines anew as terminals do: one picture, of the new width, and the prints are whole."""
-    if subprocess.run(["which", "tmux"], capture_output=True, check=False).returncode:
+    program = shutil.which("tmux")
+    if program is None:
         pytest.skip("needs tmux: other emulators do not wrap lines anew")
     (tmp_path / "train.py").write_text(EXPLODING + "gradwatch.attach(model)" + LOOP)
     socket = str(tmp_path / "socket")
 
     def tmux(*words: str) -> str:
-        done = subprocess.run(["tmux", "-S", socket, "-f", "/dev/null", *words], capture_output=True, check=True)
+        done = subprocess.run([program, "-S", socket, "-f", "/dev/null", *words], capture_output=True, check=True)
         return done.stdout.decode()
 
     size = ["-x", "80", "-y", "24"]
@@ -333,25 +337,23 @@ def test_the_picture_follows_the_terminals_size(tmp_path: Path) -> None:
     try:
         for columns, rows in ((80, 24), (50, 20), (120, 30)):
             tmux("resize-window", "-x", str(columns), "-y", str(rows))
-            screen = eventually(lambda: tmux("capture-pane", "-p"), columns)
+            everything = eventually(lambda: tmux("capture-pane", "-p", "-S", "-"), "printed", 0)
+            assert everything.startswith("printed\n")
+            screen = eventually(lambda: tmux("capture-pane", "-p"), PICTURE, columns)
             assert screen.count(PICTURE) == 1
             assert screen.count("● healthy") == 1
-            assert screen.splitlines()[0] == "printed"
     finally:
         tmux("kill-server")
 
 
-def eventually(look, columns: int) -> str:  # type: ignore[no-untyped-def]
-    """Look until the picture is there in this width."""
-    import time
-
+def eventually(look: Callable[[], str], word: str, columns: int) -> str:
+    """Look until a line with this word fills a terminal of so many columns but for what is left free at its end."""
     deadline = time.monotonic() + 30
     while True:
-        screen: str = look()
-        widths = [len(line) for line in screen.splitlines() if line.startswith(("closest", "loss"))]
-        if "printed" in screen and len(widths) == 2 and columns - 12 < max(widths) <= columns:
+        screen = look()
+        if any(word in line and columns - 14 < len(line) <= (columns or 999) for line in screen.splitlines()):
             time.sleep(0.3)
-            return str(look())
+            return look()
         assert time.monotonic() < deadline, screen
         time.sleep(0.1)
 
@@ -378,7 +380,11 @@ for step in steps(range(60)):
         assert content == "printed 0\nprinted 20\nprinted 40\n"
         assert told(session) == ["erred 0", "erred 20", "erred 40"]
     else:
-        assert [line for line in content.splitlines() if line.startswith("erred")] == ["erred 0", "erred 20", "erred 40"]
+        assert [line for line in content.splitlines() if line.startswith("erred")] == [
+            "erred 0",
+            "erred 20",
+            "erred 40",
+        ]
         assert "60 steps of Sequential" in content
         assert session.everything.split("\n")[:3] == ["printed 0", "printed 20", "printed 40"]
 

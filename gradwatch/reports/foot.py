@@ -137,12 +137,15 @@ class Foot:
     def _write_through(self, tap: StreamTap, text: str) -> None:
         first, newline, rest = text.partition("\n")
         before, gap = self._clearing(self._tail.below + 1), self._tail.below
+        at_end = self._drawn > 0 and self._tail.at_end(self._size()[0])
         self._tail.feed(first, self._size()[0])
         if self._tail.moved or self._tail.another:  # it wraps, or goes up
             self._clear(before)
             self._write_moving(tap, first, newline + rest)
             return
-        # the row goes out as it is: what others wrote on it stays
+        # the row goes out as it is: what others wrote on it stays, what is right of it was the picture's
+        if at_end:
+            self._emit("\x1b[K")
         tap.write(first + newline)
         _quietly(tap.flush)
         if newline:

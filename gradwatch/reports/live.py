@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from dataclasses import replace
@@ -111,8 +112,13 @@ class LiveReport(Report):
         return "a progress bar is running" if bars_of_tqdm() else None
 
     def _size(self) -> tuple[int, int]:
+        """Return the terminal's own size, whatever ``COLUMNS`` says: it may be changed while the training runs."""
         assert self._console is not None
-        return self._console.size
+        try:
+            size = os.get_terminal_size(self._console.file.fileno())
+        except Exception:
+            return self._console.size
+        return size if min(size) > 0 else self._console.size
 
     def _watch(self) -> None:
         """Draw whenever there is something new, and let prompts be while there is not."""
@@ -142,5 +148,5 @@ class LiveReport(Report):
     def _rendered(self, shown: Any) -> str:
         assert self._console is not None
         with self._console.capture() as captured:
-            self._console.print(shown)
+            self._console.print(shown, width=self._size()[0])
         return captured.get()

@@ -67,6 +67,10 @@ class Tail:
         """True when nothing stands on the cursor's row."""
         return not any(character.strip() for _, character in self._rows[self._row])
 
+    def at_end(self, width: int) -> bool:
+        """True when nothing stands right of the cursor; not in the last column, where the cursor stands on a character."""
+        return len(self._rows[self._row]) <= self.column < width
+
     @property
     def below(self) -> int:
         """The number of rows below the cursor down to the last on which something stands."""
