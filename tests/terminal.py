@@ -153,7 +153,7 @@ def run(script: str, columns: int = 80, rows: int = 24, environment: dict[str, s
 
 
 class Person:
-    """Sits at a terminal: starts a command or a Python script, types, resizes, and looks at the screen until it shows what is expected."""
+    """Sits at a terminal: starts a command or a script, types, resizes, looks at the screen until it shows what is expected."""
 
     def __init__(self, command: list[str] | str, columns: int = 80, rows: int = 24) -> None:
         self._screen = pyte.Screen(columns, rows)

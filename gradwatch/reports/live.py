@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -146,7 +147,20 @@ class LiveReport(Report):
             return [f"gradwatch cannot draw this step: {type(error).__name__}"]
 
     def _rendered(self, shown: Any) -> str:
+        """Return it as text with the colours of the console, in the terminal's width."""
         assert self._console is not None
-        with self._console.capture() as captured:
-            self._console.print(shown, width=self._size()[0])
+        columns, rows = self._size()
+        colours: Any = self._console.color_system
+        paper = Console(
+            file=io.StringIO(),
+            width=columns,
+            height=rows,
+            color_system=colours,
+            no_color=self._console.no_color,
+            force_terminal=True,
+            force_jupyter=False,
+            legacy_windows=False,
+        )
+        with paper.capture() as captured:
+            paper.print(shown)
         return captured.get()

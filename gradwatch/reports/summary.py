@@ -27,7 +27,8 @@ class Summary:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=10_000, color_system=None, legacy_windows=False).print(self)  # lines are never wrapped
+        # lines are never wrapped; in a notebook a console would show the text at once instead of writing it to its file
+        Console(file=text, width=10_000, color_system=None, legacy_windows=False, force_jupyter=False).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
