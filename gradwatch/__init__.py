@@ -37,7 +37,7 @@ from gradwatch.clips import (
     ScaleToNorm,
 )
 from gradwatch.errors import GradwatchError, TrainingUnstableError, UsageError
-from gradwatch.monitor import Monitor
+from gradwatch.monitor import Monitor, monitor_of
 from gradwatch.records import Alarm, ClipRecord, Incident, Row, Snapshot
 from gradwatch.reports.base import Report
 from gradwatch.rules import Rule, default_rules
@@ -71,4 +71,5 @@ __all__ = [
     "UsageError",
     "attach",
     "default_rules",
+    "monitor_of",
 ]

@@ -14,8 +14,8 @@ from torch import nn
 from gradwatch.autoclip import AutoClip
 from gradwatch.budget import Budget
 from gradwatch.clips import CLIPS, Clip
-from gradwatch.errors import UsageError, did_you_mean
-from gradwatch.monitor import Monitor, attached
+from gradwatch.errors import RunLogError, UsageError, did_you_mean
+from gradwatch.monitor import Monitor, attached, monitor_of
 from gradwatch.ranks import is_first
 from gradwatch.records import Kind, Sign
 from gradwatch.reports import REPORTS, Report, report_by_name
@@ -59,10 +59,11 @@ def attach(
             chosen anew as the run goes on. The first 64 steps are all measured.
 
     Returns:
-        The monitor. It may be dropped: it lives as long as the model.
+        The monitor. It may be dropped: it lives as long as the model, and `gradwatch.monitor_of` returns it. A model that is
+        watched already is watched by the new monitor alone: the old one is detached, and that is said.
 
     Raises:
-        UsageError: input that cannot work. Nothing is left attached.
+        UsageError: input that cannot work. Nothing is left attached, and a monitor that there was before goes on.
         RunLogError: the log is damaged, of another program or model, or written by another process.
     """
     if not isinstance(model, nn.Module):
@@ -72,11 +73,6 @@ def attach(
     reason = unmeasurable(model, optimizer)
     if reason is not None:
         raise UsageError(f"This {type(model).__name__} cannot be watched: {reason}, where gradwatch does not look yet.")
-    if model in attached:
-        raise UsageError(
-            f"This {type(model).__name__} is already watched: {attached[model]!r}. "
-            "Use that monitor, or call its detach() before you attach again."
-        )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise UsageError(f"attach() got every={every!r}; expected a whole number of at least 1 (optimizer steps).")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
@@ -96,17 +92,56 @@ def attach(
             f"attach() got {given} together with clip={_shown(clip)}: auto-clip decides about each step, so each has "
             "to be measured. Leave out one of the two."
         )
+    if not isinstance(strict, bool):
+        raise UsageError(f"attach() got strict={_shown(strict)}; expected True or False.")
+    before = monitor_of(model)
+    if policy is not None:
+        _check_others(policy, model, before)
+    folder = _folder(log)
     pace = every if budget is None else Budget(budget)
     monitor = Monitor(model, _rules(rules), policy, _reports(report), scaler=scaler, every=pace, strict=strict)
     if optimizer is not None:
         _check_optimizer(optimizer, monitor, model)
     if policy is not None:
         _check_clip(policy.clip, monitor, model)
-    folder = _folder(log)
-    if folder is not None and is_first():  # of the processes that train together, one writes
-        monitor.record(folder)
+    _replace(before, monitor, folder)
     monitor.start(optimizer)
     return monitor
+
+
+def _replace(before: Monitor | None, monitor: Monitor, folder: Path | None) -> None:
+    """Open the run log and end the monitor that there was before, which goes on when the log is refused."""
+    if not is_first():  # of the processes that train together, one writes
+        folder = None
+    same = before is not None and folder is not None and before.writes(folder)
+    if folder is not None and not same:
+        monitor.record(folder)
+    if before is not None:
+        if same:
+            _check_same_log(before, monitor, folder)
+        monitor.note(before.replaced())
+    if folder is not None and same:
+        monitor.record(folder)
+
+
+def _check_same_log(before: Monitor, monitor: Monitor, folder: Path | None) -> None:
+    pairs = zip(before.history.layers, monitor.history.layers, strict=False)
+    for place, (then, now) in enumerate(pairs):
+        if then != now:
+            raise RunLogError(
+                f"The run log {folder} has {then!r} as layer {place}, the model has {now!r} there now. "
+                "Give this run its own path."
+            )
+
+
+def _check_others(policy: AutoClip, model: nn.Module, before: Monitor | None) -> None:
+    """Two monitors may watch one parameter; auto-clip of one alone may act on it."""
+    for other in list(attached.values()):
+        if other is not before and other.clips_any(model):
+            raise UsageError(
+                f"attach() got clip={policy.clip}, but auto-clip of {other!r} acts on parameters of this "
+                f"{type(model).__name__} already. Leave out clip here, or call that monitor's detach() first."
+            )
 
 
 def _folder(log: Any) -> Path | None:
@@ -173,21 +208,19 @@ def _policy(clip: Any) -> AutoClip | None:
 def _reports(report: Any) -> list[Report]:
     if report is None:
         return []
-    found: list[Report] = []
-    for one in report if isinstance(report, (list, tuple)) else [report]:
-        if isinstance(one, str):
-            if one not in (*REPORTS, "auto"):
-                raise UsageError(f"There is no report {one!r}.{did_you_mean(one, (*REPORTS, 'auto'))}")
-            if is_first():  # of the processes that train together, one draws
-                found.append(report_by_name(one))
-        elif isinstance(one, Report):
-            found.append(one)
-        else:
+    asked = report if isinstance(report, (list, tuple)) else [report]
+    for one in asked:  # all of them before the first is made: a logger opens files
+        if isinstance(one, str) and one not in (*REPORTS, "auto"):
+            raise UsageError(f"There is no report {one!r}.{did_you_mean(one, (*REPORTS, 'auto'))}")
+        if not isinstance(one, (str, Report)):
             raise UsageError(
                 f"attach() got {_shown(one)} as report; expected 'auto', {', '.join(map(repr, REPORTS))}, None, "
                 "or an instance of gradwatch.Report."
             )
-    return found
+    # of the processes that train together, one draws
+    return [
+        report_by_name(one) if isinstance(one, str) else one for one in asked if is_first() or not isinstance(one, str)
+    ]
 
 
 def _check_optimizer(optimizer: Any, monitor: Monitor, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import sys
 import weakref
@@ -21,9 +22,11 @@ from gradwatch.checkpoints import Checkpoint, damage_of, worth_of
 from gradwatch.errors import TrainingUnstableError, UsageError
 from gradwatch.history import History
 from gradwatch.layers import Layers, facts_of, optimizer_facts
+from gradwatch.parts import Failure, all_done
 from gradwatch.pipeline import Pipeline
 from gradwatch.probe import Probe
 from gradwatch.suggest import Suggestion, suggest
+from gradwatch.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +63,7 @@ class Monitor:
         every: int | Budget = 1,
         strict: bool = False,
     ) -> None:
-        layers = Layers(model)
+        layers = self._layers = Layers(model)
         self._model = weakref.ref(model)
         self._strict = strict
         self._told: set[str] = set()
@@ -100,13 +103,14 @@ class Monitor:
 
     def _disk_failed(self, text: str) -> None:
         self.note(text)
-        _log.warning("gradwatch: %s", text)
+        _say(logging.WARNING, text)
 
     def start(self, optimizer: Optimizer | None = None) -> None:
         """Put the hooks in place; `gradwatch.attach` calls it."""
         try:
             self._probe.start(optimizer)
         except BaseException:
+            self._probe.stop()
             if self._pipeline.log is not None:
                 self._pipeline.log.abandon()
             raise
@@ -125,19 +129,57 @@ class Monitor:
 
     def detach(self) -> None:
         """Remove every hook and tap, end the reports; the model is as it was before. Safe to call twice."""
+        self._raise_first(self.end())
+
+    def end(self) -> list[Failure]:
+        """Do all that `detach` does, each part whatever becomes of the others; tell of what failed, and return it."""
         if not self.attached:
-            return
+            return []
         self.attached = False
-        atexit.unregister(self._at_exit)
+        failures = all_done(
+            [
+                ("the exit handler", lambda: atexit.unregister(self._at_exit)),
+                ("the finalizer", lambda: self._finish.detach() and None),
+                ("the list of monitors", self._forget),
+                ("the probe", self._probe.stop),
+                ("the reports", lambda: self._pipeline.close(self._probe.seconds)),
+            ]
+        )
         self._batch = None
-        self._finish.detach()
+        for part, error in failures:
+            if isinstance(error, Exception):
+                self._tell(f"{part} failed at the end", error)
+        return failures
+
+    def _forget(self) -> None:
         model = self._model()
         if model is not None:
             attached.pop(model, None)
-        try:
-            self._probe.stop()
-        finally:
-            self._pipeline.close(self._probe.seconds)
+
+    def _raise_first(self, failures: list[Failure]) -> None:
+        """Raise the user's interrupt, and what failed where strict."""
+        for _, error in failures:
+            if self._strict or not isinstance(error, Exception):
+                raise error
+
+    def replaced(self) -> str:
+        """End, because the model is attached anew; return what the new monitor has to say of that."""
+        steps, log = self.history.row.step + 1, self._pipeline.log
+        self._raise_first([failure for failure in self.end() if not isinstance(failure.error, Exception)])
+        return (
+            f"this {self.history.facts.model} was watched already, for {steps:,} steps: that monitor is detached"
+            f"{f', its run log {log.folder} ended' if log is not None else ''}."
+        )
+
+    def writes(self, folder: Path) -> bool:
+        """True when the run log in this folder is this monitor's."""
+        return self._pipeline.log is not None and self._pipeline.log.folder.resolve() == folder.resolve()
+
+    def clips_any(self, model: nn.Module) -> bool:
+        """True when auto-clip acts on at least one of the model's parameters."""
+        return self._pipeline.clipping is not None and any(
+            self._layers.column(parameter) is not None for parameter in model.parameters()
+        )
 
     def owns_any(self, optimizer: Optimizer) -> bool:
         """True when the optimizer holds at least one of the watched parameters."""
@@ -149,15 +191,18 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and isinstance(error, Exception) and self.attached:
-            self._raised(error)
-        self.detach()
+        failures = []
+        if isinstance(error, Exception) and self.attached:
+            failures += all_done([("the flight recorder", lambda: self._raised(error))])
+        failures += self.end()
+        # an error of the training goes first
+        self._raise_first([one for one in failures if error is None or not isinstance(one.error, Exception)])
 
     def _at_exit(self) -> None:
         error = getattr(sys, "last_value", None)  # what ended the program, unless it is a notebook or a prompt
         if isinstance(error, Exception) and not hasattr(sys, "ps1") and "IPython" not in sys.modules:
-            self._raised(error)
-        self.detach()
+            all_done([("the flight recorder", lambda: self._raised(error))])
+        self.end()
 
     def _raised(self, error: Exception) -> None:
         self._probe.catch_up()
@@ -388,14 +433,36 @@ class Monitor:
         """See `gradwatch.rows.Judge`."""
         if self._strict:
             raise error
-        if part not in self._told:
-            self._told.add(part)
-            self._pipeline.notes.append(f"{part} failed and is switched off: {type(error).__name__}: {error}")
-            _log.error("gradwatch: %s failed and is switched off; training goes on.", part, exc_info=error)
+        self._tell(f"{part} failed and is switched off", error)
+
+    def _tell(self, what: str, error: Exception) -> None:
+        """Say once what failed."""
+        if what not in self._told:
+            self._told.add(what)
+            self._pipeline.notes.append(f"{what}: {type(error).__name__}: {error}")
+            _say(logging.ERROR, f"{what}; training goes on.", error)
+
+
+def monitor_of(model: nn.Module) -> Monitor | None:
+    """Return the monitor that watches ``model``, None when none does.
+
+    A model and what is built around it, as DistributedDataParallel and `torch.compile` are, is one. A part of a watched model
+    has no monitor of its own.
+    """
+    if model in attached:
+        return attached[model]
+    mine = unwrapped(model)
+    return next((monitor for other, monitor in list(attached.items()) if unwrapped(other) is mine), None)
+
+
+def _say(level: int, text: str, error: Exception | None = None) -> None:
+    """Log; what handlers of the program, or a standard error stream that is closed, make of it must not reach the training."""
+    with contextlib.suppress(Exception):
+        _log.log(level, "gradwatch: %s", text, exc_info=error)
 
 
 def _end(monitor: weakref.ref[Monitor]) -> None:
     """The model is gone: end its monitor too."""
     here = monitor()
     if here is not None:
-        here.detach()
+        here.end()

@@ -18,6 +18,7 @@ from gradwatch.autoclip import NOTHING, AutoClip, Decision, Orders
 from gradwatch.clipping import Clipping
 from gradwatch.columns import widened
 from gradwatch.incidents import CALM_STEPS, FAR, Incidents
+from gradwatch.parts import Failure, all_done
 from gradwatch.quiet import Bounds, cadence
 from gradwatch.records import Alarm, Incident, Row, Snapshot
 from gradwatch.statistics import quiet_numpy
@@ -80,6 +81,7 @@ class Pipeline:
         self._speed = math.nan
         self._last: dict[int, float] = {}
         self._notes_told = 0
+        self._shown = self.snapshot(0.0)
 
     def record(self, log: Recording) -> None:
         """Keep the run in a run log; it is the last of the reports."""
@@ -228,7 +230,7 @@ class Pipeline:
         ]
         if not due:
             return
-        snapshot = self.snapshot(cost)
+        snapshot = self._shown = self.snapshot(cost)
         self._news, self._notes_told = (), len(self.notes)
         for report in due:
             self._last[id(report)] = now
@@ -246,10 +248,23 @@ class Pipeline:
         self._tell(self.log, "step", self.snapshot(cost))
         return self.log is not None and self.log.flush(timeout)
 
-    def close(self, cost: float) -> None:
-        """Show the reports the last snapshot and end them."""
-        self._each("close", self.snapshot(cost))
+    def close(self, cost: float) -> list[Failure]:
+        """Show the reports the last snapshot and end them, each whatever becomes of the others; return what failed."""
+
+        def last() -> None:
+            self._shown = self.snapshot(cost)
+
+        failures = all_done([("the last snapshot", last)])
+        snapshot = self._shown
+        if failures:
+            stale = f"this is the run as it was at step {snapshot.step}: its end could not be put together."
+            snapshot = replace(snapshot, notes=(*snapshot.notes, stale))
+        failures += all_done(
+            (f"report {type(report).__name__}", lambda report=report: report.close(snapshot))  # type: ignore[misc]
+            for report in tuple(self.reports)
+        )
         self.reports.clear()
+        return failures
 
     def _each(self, method: str, *arguments: Snapshot) -> None:
         for report in tuple(self.reports):

@@ -21,11 +21,12 @@ from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
 from gradwatch.gradients import Gradients
 from gradwatch.losses import Losses
 from gradwatch.measure import norm_of
+from gradwatch.parts import Failure, all_done
 from gradwatch.rows import Rows
 from gradwatch.wrappers import local_of, unmeasurable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -92,26 +93,29 @@ class Probe:
         for tap in taps.ALL:
             tap.add(self)
 
-    def stop(self) -> None:
-        """Remove every hook and give back what was hidden."""
-        try:
-            self.catch_up(all_of_them=True)
-        finally:
-            self._give_up()
-            hooks.unlisten(self)
+    def stop(self) -> list[Failure]:
+        """Remove every hook and give back what was hidden, each whatever becomes of the others; return what failed."""
+        return [
+            *all_done([("the last rows", lambda: self.catch_up(all_of_them=True))]),
+            *all_done(self._parts()),
+            *all_done([("the optimizers' hooks", lambda: hooks.unlisten(self))]),
+        ]
 
     def _give_up(self) -> None:
         """Stop, but for the process-wide hooks: torch may be walking over them right now."""
+        all_done(self._parts())
+
+    def _parts(self) -> Iterator[tuple[str, Callable[[], object]]]:
         self.active = False
-        self.arrivals.stop()
+        yield "the hooks on parameters", self.arrivals.stop
         for tap in taps.ALL:
-            tap.remove(self)
+            yield f"the tap on {tap.name}", lambda tap=tap: tap.remove(self)  # type: ignore[misc]
         for gradients in tuple(self._known.values()):
-            gradients.restore()
+            yield "hidden gradients", gradients.restore
         self._known.clear()  # a monitor that is kept for its summary shall not keep the parameters
         self._gone.clear()
         self._all = None
-        self.rows.close()
+        yield "the rows", self.rows.close
 
     def owns_any(self, optimizer: Optimizer) -> bool:
         """True when the optimizer holds at least one watched parameter."""

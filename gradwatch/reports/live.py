@@ -39,7 +39,11 @@ class LiveReport(Report):
     period: ClassVar[float] = 0.2
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console
+        self._given = console
+        self._begin()
+
+    def _begin(self) -> None:
+        self._console = self._given
         self._snapshot: Snapshot | None = None
         self._foot: Foot | None = None
         self._thread: threading.Thread | None = None
@@ -48,6 +52,7 @@ class LiveReport(Report):
 
     def start(self) -> None:
         """Begin to follow what is written to the terminal."""
+        self._begin()
         reason = self._hindrance()
         if reason is None:
             try:

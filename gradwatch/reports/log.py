@@ -23,6 +23,10 @@ class LogReport(Report):
         self._notes = 0
         self._said: dict[int, set[str]] = {}
 
+    def start(self) -> None:
+        """Begin anew."""
+        self._notes, self._said = 0, {}
+
     def step(self, snapshot: Snapshot) -> None:
         """Write what is new."""
         lines = [f"note: {note}" for note in snapshot.notes[self._notes :]]
@@ -36,7 +40,9 @@ class LogReport(Report):
             self._write(f"gradwatch | step {snapshot.step} | {line}")
 
     def close(self, snapshot: Snapshot) -> None:
-        """Write the summary."""
+        """Write the summary, if there is anything to tell."""
+        if snapshot.step < 0:
+            return
         from gradwatch.reports.summary import Summary  # rich is loaded only when something is shown
 
         self._write(str(Summary(snapshot)))
