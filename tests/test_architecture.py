@@ -143,7 +143,10 @@ def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
         (
             "reports",
             reports.REPORTS,
-            {"base", "foot", "others", "scalars", "sparkline", "streams", "summary", "tail", "view", "watching"},
+            {
+                *("base", "foot", "others", "scalars", "sparkline", "streams", "summary", "tail", "termination"),
+                *("view", "watching"),
+            },
         ),
     ],
 )
