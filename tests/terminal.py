@@ -20,7 +20,7 @@ import pyte
 
 ROOT = str(Path(__file__).parent.parent)
 
-# a training of 8 ms a step whose loss explodes for a while; `steps` runs it
+# a training of some 5 ms a step whose loss explodes for a while; `steps` runs it
 EXPLODING = """
 import time, torch, gradwatch
 from torch import nn
@@ -37,7 +37,7 @@ def steps(n):
         optimizer.zero_grad()
         (nn.functional.mse_loss(model(x), y) * (1e4 if 100 <= step < (104 if short else 160) else 1)).backward()
         optimizer.step()
-        time.sleep(0.008)
+        time.sleep(0.004)
         yield step
 """
 
@@ -65,8 +65,11 @@ def _environment(changes: dict[str, str] | None) -> dict[str, str]:
 
 # It has imported torch and waits; each script runs in a fork of it, as the main program at a terminal of its own.
 _NURSERY = """
-import fcntl, io, json, os, sys, termios
+import atexit, fcntl, gc, json, os, sys, termios
 import torch, gradwatch, gradwatch.reports.live, rich.progress
+torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)  # torch loads a good part of itself at the first one
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     script, terminal, environment = json.loads(line)
     child = os.fork()
@@ -86,6 +89,9 @@ sys.stdin = open(0)
 sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8") for number in (1, 2))
 sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
 exec(compile(script, "<string>", "exec"))
+atexit._run_exitfuncs()  # as at the end of the program, of which the rest would take a second to tidy torch up
+sys.stdout.flush()
+os._exit(0)
 """
 
 

@@ -33,7 +33,7 @@ def told(session: terminal.Session) -> list[str]:
     return [line for line in end.splitlines() if line]
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (200, 60), (40, 24)])
+@pytest.mark.parametrize(("columns", "rows"), [(200, 60), (40, 24)])
 def test_the_live_report_in_a_real_terminal(columns: int, rows: int) -> None:
     """It draws at the foot, prints stay above it in order, and the summary takes its place at the end."""
     session = terminal.run(
@@ -195,8 +195,7 @@ with Progress(console=Console(%s)) as progress:
 """
 
 
-@pytest.mark.parametrize("file", ["", "stderr=True"])
-@pytest.mark.parametrize("first", ["monitor", "progress"])
+@pytest.mark.parametrize(("first", "file"), [("monitor", ""), ("monitor", "stderr=True"), ("progress", "")])
 def test_another_live_display_makes_the_picture_give_way_to_log_lines(first: str, file: str) -> None:
     """Rich's Progress, as Lightning's `RichProgressBar` draws it: said once, its bar and the prints are whole."""
     attach = "gradwatch.attach(model)"

@@ -100,7 +100,7 @@ class Tail:
         elif piece == "\b":
             self.column = max(0, min(self.column, width - 1) - 1)
         elif piece == "\t":
-            self.column = max(self.column, min(width - 1, (self.column // 8 + 1) * 8))
+            self.column = min(width - 1, (self.column // 8 + 1) * 8)
         else:
             self._put(piece, width)
 
