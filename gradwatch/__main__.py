@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from gradwatch.commands import COMMANDS
 from gradwatch.errors import GradwatchError
+from gradwatch.printable import printable
+from gradwatch.streams import console_on, standard_streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,12 @@ exit codes: 0 done; 1 `report --check` found an incident of severity warning or 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
+    """Run the command line; return its exit code, which says the same whoever reads, in whatever encoding."""
+    with standard_streams():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="gradwatch",
         description="Training-stability diagnostics for PyTorch.",
@@ -46,17 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.arguments(one)
         one.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
-
-    from rich.console import Console
-
     try:
-        return int(options.run(options, Console()))
-    except GradwatchError as error:
-        sys.stderr.write(f"gradwatch: {error}\n")
+        code = int(options.run(options, console_on()))
+        sys.stdout.flush()
+    except (GradwatchError, OSError) as error:  # such as a disk that is full
+        sys.stderr.write(printable(f"gradwatch: {error}") + "\n")
         return 2
-    except BrokenPipeError:  # `gradwatch report RUN | head`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from gradwatch.history import History
 from gradwatch.layers import Layers, facts_of, optimizer_facts
 from gradwatch.parts import Failure, all_done
 from gradwatch.pipeline import Pipeline
+from gradwatch.printable import printable
 from gradwatch.probe import Probe
 from gradwatch.suggest import Suggestion, suggest
 from gradwatch.wrappers import unwrapped
@@ -103,7 +104,7 @@ class Monitor:
 
     def _disk_failed(self, text: str) -> None:
         self.note(text)
-        _say(logging.WARNING, text)
+        _say(logging.WARNING, printable(text))
 
     def start(self, optimizer: Optimizer | None = None) -> None:
         """Put the hooks in place; `gradwatch.attach` calls it."""

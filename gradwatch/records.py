@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from gradwatch.printable import printable
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -144,7 +146,7 @@ class Alarm:
 
     def __str__(self) -> str:
         where = f" in {self.layer}" if self.layer else ""
-        return f"{self.code} {self.name}{where}: {self.value:.3g} > {self.limit:.3g} at step {self.step}"
+        return printable(f"{self.code} {self.name}{where}: {self.value:.3g} > {self.limit:.3g} at step {self.step}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +250,7 @@ class Incident:
     def __str__(self) -> str:
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
-        return f"{self.kind} {self.verdict} ({self.severity}), {steps}{suspect}"
+        return printable(f"{self.kind} {self.verdict} ({self.severity}), {steps}{suspect}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,12 +50,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 def _show(console: Console, left: RunLog, right: RunLog, found: Parting) -> None:
     from rich.table import Table
-    from rich.text import Text
 
+    from gradwatch.reports.line import Line
     from gradwatch.reports.view import number, shorten
 
     def say(text: str, style: str = "") -> None:
-        console.print(Text(text, style))
+        console.print(Line(text, style))
 
     say(f"{left.folder} against {right.folder}: {found.steps:,} steps in common", "bold")
     if found.first_difference is None:
@@ -74,7 +74,7 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting) -> None
         for heading in ("  gradient norms part", "at step", "left", "right"):
             table.add_column(heading, justify="left" if heading.startswith(" ") else "right", no_wrap=True)
         for step, layer, a, b in found.layers[:_MOST]:
-            table.add_row(Text("  " + shorten(layer, 50)), f"{step:,}", number(a), number(b))
+            table.add_row(Line("  " + shorten(layer, 50)), f"{step:,}", number(a), number(b))
         console.print(table)
         if len(found.layers) > _MOST:
             say(f"  and {len(found.layers) - _MOST} more layers")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.errors import UsageError
+from gradwatch.printable import printable
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.plain import to_json
 
@@ -46,7 +47,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
             write(log, folder)
         except OSError as error:
             raise UsageError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
-    console.print(f"written: {folder}", markup=False, highlight=False)
+    from gradwatch.reports.line import Line
+
+    console.print(Line(f"written: {folder}"))
     return 0
 
 
@@ -116,7 +119,8 @@ def _tensorboard(log: RunLog, folder: Path) -> None:
                 for layer, value in zip(log.layers, norms[place].tolist(), strict=True):
                     writer.add_scalar(f"gradwatch/{name}/{layer}", value, int(steps[place]))
         for incident in log.incidents:
-            text = "\n\n".join([f"**{incident}**", *incident.evidence, *(f"do: {line}" for line in incident.advice)])
+            story = map(printable, (*incident.evidence, *(f"do: {line}" for line in incident.advice)))
+            text = "\n\n".join([f"**{incident}**", *story])
             writer.add_text("gradwatch/incidents", text, incident.opened_step)
 
 

@@ -39,16 +39,19 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return 0
-    if not found:
-        console.print(
-            f"no run below {folder}: gradwatch.attach(model, log=...) makes one", markup=False, highlight=False
-        )
-        return 0
-    from rich.table import Table
-    from rich.text import Text
+    _show(folder, found, console)
+    return 0
 
+
+def _show(folder: Path, found: list[dict[str, Any]], console: Console) -> None:
+    from rich.table import Table
+
+    from gradwatch.reports.line import Line
     from gradwatch.reports.view import SEVERITY_STYLES, number
 
+    if not found:
+        console.print(Line(f"no run below {folder}: gradwatch.attach(model, log=...) makes one"))
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("run", "model", "began", "state", "steps", "loss", "incidents"):
         justify: Literal["left", "right"] = "right" if heading in ("steps", "loss") else "left"
@@ -58,19 +61,18 @@ def run(options: argparse.Namespace, console: Console) -> int:
             continue
         loss, worst = told["loss"], told["worst"]
         table.add_row(
-            Text(str(Path(told["run"]).relative_to(folder))),
-            Text(told["model"]),
+            Line(str(Path(told["run"]).relative_to(folder))),
+            Line(told["model"]),
             datetime.fromtimestamp(told["started"]).astimezone().strftime("%m-%d %H:%M"),
             told["state"],
             f"{told['steps']:,}",
             "-" if loss is None else number(float(loss)),
-            Text(f"{told['incidents']}, {worst}" if worst else "-", SEVERITY_STYLES.get(worst or "", "dim")),
+            Line(f"{told['incidents']}, {worst}" if worst else "-", SEVERITY_STYLES.get(worst or "", "dim")),
         )
     console.print(table)
     for told in found:
         if told["error"]:
-            console.print(Text(told["error"], "red"))
-    return 0
+            console.print(Line(told["error"], "red"))
 
 
 def _told(folder: Path) -> dict[str, Any]:

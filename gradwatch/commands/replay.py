@@ -70,8 +70,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
         sys.stdout.write(json.dumps(told, indent=2) + "\n")
         return 0
     _show(console, None if is_trace(path) else before, fired, again, now)
+    from gradwatch.reports.line import Line
+
     for code in unknown:
-        console.print(f"left out: {code} is no rule of gradwatch's own", markup=False, highlight=False)
+        console.print(Line(f"left out: {code} is no rule of gradwatch's own"))
     return 0
 
 
@@ -89,9 +91,10 @@ def _show(
 ) -> None:
     """Show what fired then, if anything was recorded, and what fires now."""
     from rich.table import Table
-    from rich.text import Text
 
-    console.print(Text(f"{again.rows:,} rows judged"))
+    from gradwatch.reports.line import Line
+
+    console.print(Line(f"{again.rows:,} rows judged"))
     sides = [("replayed", list(again.incidents), now)]
     if before is not None:
         sides.insert(0, ("then", before, fired))
@@ -102,15 +105,15 @@ def _show(
     for code in sorted(fired.keys() | now.keys()):
         counts = [str(alarms.get(code, 0)) for *_, alarms in sides]
         style = "" if len(set(counts)) == 1 else "bold"
-        table.add_row(Text(code, style), *(Text(count, style) for count in counts))
+        table.add_row(Line(code, style), *(Line(count, style) for count in counts))
     if fired or now:
         console.print(table)
     same = {str(one) for one in before or ()} & {str(one) for one in again.incidents}
     for heading, incidents, _ in sides:
-        console.print(Text(f"incidents, {heading}:", "bold"))
+        console.print(Line(f"incidents, {heading}:", "bold"))
         for one in incidents:
-            console.print(Text(f"  {one}", "dim" if str(one) in same else ""))
+            console.print(Line(f"  {one}", "dim" if str(one) in same else ""))
             for line in one.evidence if str(one) not in same else ():
-                console.print(Text(f"    {line}", "dim"))
+                console.print(Line(f"    {line}", "dim"))
         if not incidents:
             console.print("  none")

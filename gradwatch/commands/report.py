@@ -56,8 +56,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _show(log: RunLog, snapshot: Snapshot, page: Path | None, console: Console) -> None:
-    from rich.text import Text
-
+    from gradwatch.reports.line import Line
     from gradwatch.reports.summary import Summary
 
     console.print(Summary(snapshot))
@@ -66,10 +65,10 @@ def _show(log: RunLog, snapshot: Snapshot, page: Path | None, console: Console) 
         f", resumed {len(sessions) - 1} times" if len(sessions) > 2 else ", resumed once" if len(sessions) == 2 else ""
     )
     for step, reason, _ in log.flights:
-        console.print(Text(f"  flight recorder, step {step}: {reason} (all of it: --json)"))
-    console.print(Text(f"  {log.folder}: {state_of(log)}{resumed}", "dim"))
+        console.print(Line(f"  flight recorder, step {step}: {reason} (all of it: --json)"))
+    console.print(Line(f"  {log.folder}: {state_of(log)}{resumed}", "dim"))
     if page is not None:
-        console.print(Text(f"  written: {page}", "dim"))
+        console.print(Line(f"  written: {page}", "dim"))
 
 
 def _plain(log: RunLog, snapshot: Snapshot) -> dict[str, Any]:

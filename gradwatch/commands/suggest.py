@@ -37,5 +37,5 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
     else:
-        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+        console.print(str(found), soft_wrap=True)
     return 0

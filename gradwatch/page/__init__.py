@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
+import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradwatch.errors import UsageError
 from gradwatch.page.content import content_of
+from gradwatch.printable import printable, printable_all
 from gradwatch.runlog.plain import to_json
 
 if TYPE_CHECKING:
@@ -38,17 +41,13 @@ def page_of(log: RunLog) -> str:
             "The page draws with plotly, which is not installed: pip install 'gradwatch[report]'"
         ) from None
     parts = resources.files(__name__)
-    # in a script element, only "<" could end it
-    content = to_json(content_of(log)).replace("<", "\\u003c")
+    content = json.dumps(printable_all(json.loads(to_json(content_of(log)))))
     pieces = {
-        "{{title}}": html.escape(f"{log.folder.name or 'run'} · gradwatch"),
-        "{{style}}": (parts / "page.css").read_text(encoding="utf-8"),
-        "{{content}}": content,
-        "{{plotly}}": get_plotlyjs(),
-        "{{script}}": (parts / "page.js").read_text(encoding="utf-8"),
+        "title": html.escape(printable(f"{log.folder.name or 'run'} · gradwatch")),
+        "style": (parts / "page.css").read_text(encoding="utf-8"),
+        "content": content.replace("<", "\\u003c"),  # in a script element, only "<" could end it
+        "plotly": get_plotlyjs(),
+        "script": (parts / "page.js").read_text(encoding="utf-8"),
     }
-    page = (parts / "page.html").read_text(encoding="utf-8")
-    for mark, piece in pieces.items():
-        before, after = page.split(mark) if mark != "{{plotly}}" else page.rsplit(mark, 1)
-        page = before + piece + after
-    return page
+    template = (parts / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: pieces[mark[1]], template)  # once: a piece may hold a mark itself

@@ -13,6 +13,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, TextIO
 
+from gradwatch.printable import writable
 from gradwatch.reports.others import bars_of_tqdm
 from gradwatch.reports.streams import StreamTap, same_terminal
 from gradwatch.reports.tail import Tail, finished, is_plain
@@ -227,8 +228,7 @@ class Foot:
         if not text:
             return
         try:
-            encoding = getattr(self.stream, "encoding", None) or "utf-8"
-            self._write(text.encode(encoding, "replace").decode(encoding))
+            self._write(writable(text, getattr(self.stream, "encoding", None)))
             self._flush()
         except Exception as error:
             self._leave(f"the terminal cannot be written to ({type(error).__name__}: {error})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
+from gradwatch.printable import printable, writable
 from gradwatch.reports.base import Report
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class LogReport(Report):
             return
         from gradwatch.reports.summary import Summary  # rich is loaded only when something is shown
 
-        self._write(str(Summary(snapshot)))
+        for line in str(Summary(snapshot)).splitlines():
+            self._write(line)
 
     def _write(self, text: str) -> None:
         write_line(text, self._stream)
@@ -54,8 +56,9 @@ class LogReport(Report):
 def write_line(text: str, stream: TextIO | None = None) -> None:
     """Write a line to ``stream``; None is the standard error stream of this moment, above a tqdm bar if there is one.
 
-    The standard error stream may be closed, a pipe that nobody reads any more, or an object with ``write`` alone: what it
-    does not take is lost, and the next line is tried anew. A stream that was named raises.
+    Whatever it is made of, it is one line of characters that the stream can take. The standard error stream may be closed, a
+    pipe that nobody reads any more, or an object with ``write`` alone: what it does not take is lost, and the next line is
+    tried anew. A stream that was named raises.
     """
     if stream is not None:
         _write(text, stream)
@@ -68,8 +71,7 @@ def write_line(text: str, stream: TextIO | None = None) -> None:
 
 
 def _write(text: str, stream: Any, tqdm: Any = None) -> None:
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    text = text.encode(encoding, "replace").decode(encoding)
+    text = writable(printable(text), getattr(stream, "encoding", None))
     if tqdm is not None:
         tqdm.tqdm.write(text, file=stream)
     else:
@@ -80,11 +82,11 @@ def _write(text: str, stream: Any, tqdm: Any = None) -> None:
 
 
 def incident_lines(incident: Incident) -> list[str]:
-    """Return the incident as lines: headline, evidence, what auto-clip did, what to do."""
+    """Return the incident as lines fit to be printed: headline, evidence, what auto-clip did, what to do."""
     lines = [str(incident)]
     if incident.open:
         lines += [f"  {line}" for line in incident.evidence]
         lines += [f"  do: {line}" for line in incident.advice]
     if incident.clip is not None:
         lines.append(f"  auto-clip: {incident.clip}")
-    return lines
+    return [printable(line) for line in lines]

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.text import Text
 
+from gradwatch.reports.line import Line
 from gradwatch.reports.view import SEVERITY_STYLES, STYLES, headline, number
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
+    from rich.text import Text
 
     from gradwatch.records import Incident, Snapshot
 
@@ -36,7 +37,7 @@ class Summary:
         told = [incident for incident in snapshot.incidents if incident.severity != "notice"]
         notices = [incident for incident in snapshot.incidents if incident.severity == "notice"]
         word = snapshot.verdict if any(i.open for i in told) else "resolved" if told else "healthy"
-        yield Text.assemble(
+        yield Line.assemble(
             ("gradwatch ", "bold"),
             (word, STYLES[word]),
             f": {snapshot.step + 1:,} steps of {facts.model} ({facts.layers} layers, {facts.parameters:,} parameters)",
@@ -44,34 +45,34 @@ class Summary:
         )
         if snapshot.step >= 0:
             loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]))
-            yield Text(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]))}")
-            yield Text(f"  {snapshot.provenance}", "dim")
+            yield Line(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]))}")
+            yield Line(f"  {snapshot.provenance}", "dim")
         if snapshot.clipping is not None:
-            yield Text(
+            yield Line(
                 f"  auto-clip {snapshot.clipping}: {snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped"
             )
         for incident in told[:_MOST]:
             yield from self._story(incident, options.max_width)
         if len(told) > _MOST:
-            yield Text(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
+            yield Line(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
         for incident in notices[:_MOST]:
             yield _indented(headline(incident, options.max_width - 2), 2)
         stable = () if any(i.open for i in snapshot.incidents) else snapshot.firing
         for note in (*(f"{sign}, and nothing else beside it" for sign in stable), *snapshot.notes):
-            yield _indented(Text(f"note: {note}", "dim"), 2)
-        yield Text(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
+            yield _indented(Line(f"note: {note}", "dim"), 2)
+        yield Line(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
 
     def _story(self, incident: Incident, width: int) -> RenderResult:
         yield _indented(headline(incident, width - 2), 2)
         if len(incident.layers) > 1:
             more = f" and {len(incident.layers) - 4} more" if len(incident.layers) > 4 else ""
-            yield _indented(Text(f"left their band in this order: {', '.join(incident.layers[:4])}{more}"), 4)
+            yield _indented(Line(f"left their band in this order: {', '.join(incident.layers[:4])}{more}"), 4)
         for line in incident.evidence:
-            yield _indented(Text(line), 4)
+            yield _indented(Line(line), 4)
         if incident.clip is not None:
-            yield _indented(Text(f"auto-clip: {incident.clip}"), 4)
+            yield _indented(Line(f"auto-clip: {incident.clip}"), 4)
         for line in incident.advice:
-            yield _indented(Text(f"do: {line}", SEVERITY_STYLES["notice"]), 4)
+            yield _indented(Line(f"do: {line}", SEVERITY_STYLES["notice"]), 4)
 
 
 def _indented(text: Text, by: int) -> Padding:

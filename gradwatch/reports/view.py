@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.cells import cell_len
 from rich.table import Table
-from rich.text import Text
 
+from gradwatch.printable import printable
+from gradwatch.reports.line import Line
 from gradwatch.reports.sparkline import sparkline
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.text import Text
 
     from gradwatch.records import Incident, Snapshot
 
@@ -36,11 +38,12 @@ def number(value: float) -> str:
 
 
 def shorten(name: str, width: int) -> str:
-    """Return the name in ``width`` cells: its beginning and, more telling, its end.
+    """Return the name, fit to be printed, in ``width`` cells: its beginning and, more telling, its end.
 
     >>> shorten("blocks.11.mlp.up.weight", 15)
     'bloc….up.weight'
     """
+    name = printable(name)
     if cell_len(name) <= width:
         return name
     head = max(0, (width - 1) // 3)
@@ -97,14 +100,14 @@ class View:
 
     def _headline(self, width: int) -> Text:
         snapshot = self.snapshot
-        line = Text.assemble(("gradwatch ", "bold"), (f"● {snapshot.verdict}", STYLES[snapshot.verdict]))
+        line = Line.assemble(("gradwatch ", "bold"), (f"● {snapshot.verdict}", STYLES[snapshot.verdict]))
         facts = snapshot.facts
         for part in (
             f"  step {snapshot.step:,}",
             f"  {facts.model}",
             f"  {facts.optimizer} {facts.rate:.3g}" if facts.optimizer else "",
         ):
-            if cell_len(line.plain + part) <= width:
+            if cell_len(line.plain + printable(part)) <= width:
                 line.append(part)
         return line
 
@@ -112,7 +115,7 @@ class View:
         for label, values in (("loss", self.snapshot.loss), ("global norm", self.snapshot.global_norm)):
             last = float(values[-1]) if len(values) else math.nan
             seen = bool(len(values)) and not (label == "loss" and self.snapshot.provenance.loss == "none")
-            line = Text.assemble((f"{label:<12}", "bold"), f"{number(last) if seen else '-':>9} ")
+            line = Line.assemble((f"{label:<12}", "bold"), f"{number(last) if seen else '-':>9} ")
             for block in sparkline(values, width - len(line.plain)) if seen else "":
                 line.append(block, "bold red" if block == "×" else "cyan")
             yield line
@@ -133,13 +136,13 @@ class View:
             share = float(snapshot.closeness[column])
             norm = float(snapshot.grad_norm[column])
             missing = math.isnan(norm) and not snapshot.nonfinite[column]
-            cells = [Text(shorten(snapshot.layers[column], name_width)), Text("-" if missing else number(norm))]
+            cells = [Line(shorten(snapshot.layers[column], name_width)), Line("-" if missing else number(norm))]
             if width >= 60:
-                cells.append(Text(number(float(snapshot.weight_norm[column]))))
+                cells.append(Line(number(float(snapshot.weight_norm[column]))))
             cells.append(_bar(share))
             if width >= 100:
                 known = share >= 0
-                cells.append(Text(snapshot.rules[snapshot.closest[column]] if known else "", "dim"))
+                cells.append(Line(snapshot.rules[snapshot.closest[column]] if known else "", "dim"))
             table.add_row(*cells, style="reverse" if place == self.selected else None)
         return table
 
@@ -149,9 +152,9 @@ class View:
         for incident in found[-most:]:
             yield headline(incident, width)
             if incident.open and incident.advice:
-                yield _cut(Text(f"  do: {incident.advice[0]}"), width)
+                yield _cut(Line(f"  do: {incident.advice[0]}"), width)
             elif incident.clip is not None:
-                yield _cut(Text(f"  auto-clip: {incident.clip}"), width)
+                yield _cut(Line(f"  auto-clip: {incident.clip}"), width)
 
     def _auto_clip(self, width: int) -> Iterator[Text]:
         snapshot = self.snapshot
@@ -159,7 +162,7 @@ class View:
             return
         state = ("on", "bold yellow") if snapshot.clip_on else ("armed", "green")
         yield _cut(
-            Text.assemble(
+            Line.assemble(
                 ("auto-clip ", "bold"),
                 state,
                 f"  {snapshot.clipping}, {snapshot.clipped:,} clipped, {snapshot.skipped:,} skipped",
@@ -172,7 +175,7 @@ class View:
         speed = snapshot.steps_per_second
         pace = "- steps/s" if math.isnan(speed) else f"{speed:,.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
         share = "" if math.isnan(speed) else f" ({snapshot.cost_us * speed / 1e4:.1f} %)"
-        return _cut(Text(f"{pace} · gradwatch itself {snapshot.cost_us:.0f} µs a step{share}", "dim"), width)
+        return _cut(Line(f"{pace} · gradwatch itself {snapshot.cost_us:.0f} µs a step{share}", "dim"), width)
 
 
 def headline(incident: Incident, width: int) -> Text:
@@ -181,16 +184,16 @@ def headline(incident: Incident, width: int) -> Text:
     if not incident.open:
         mark = "✓"
     style = STYLES["resolved"] if not incident.open else SEVERITY_STYLES[incident.severity]
-    return _cut(Text(f"{mark} {incident}", style), width)
+    return _cut(Line(f"{mark} {incident}", style), width)
 
 
 def _bar(share: float) -> Text:
     if math.isnan(share) or share < 0:
-        return Text("-", "dim")
+        return Line("-", "dim")
     filled = round(min(1.0, share) * _BAR)
     style = "green" if share < 0.5 else "yellow" if share <= 1 else "bold red"
     text = f"{share:.2f}" if share < 10 else f"{share:.0f}" if share < 1e4 else f"{share:.0e}"
-    return Text.assemble(("█" * filled + "░" * (_BAR - filled), style), f" {text}")
+    return Line.assemble(("█" * filled + "░" * (_BAR - filled), style), f" {text}")
 
 
 def _cut(text: Text, width: int) -> Text:

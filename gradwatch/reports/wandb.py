@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
+from gradwatch.printable import printable
 from gradwatch.reports.base import Report
 from gradwatch.reports.scalars import scalars_of, text_of
 
@@ -45,7 +46,7 @@ class WeightsAndBiases(Report):
             run.summary["gradwatch/incidents"] = text_of(snapshot.incidents)
             grave = [one for one in snapshot.news if one.severity != "notice"]
             if self._alert and grave:
-                run.alert(title=f"gradwatch: {grave[0]}", text=text_of(grave))
+                run.alert(title=printable(f"gradwatch: {grave[0]}"), text=text_of(grave))
 
     def close(self, snapshot: Snapshot) -> None:
         """Log the last moment and the verdict."""

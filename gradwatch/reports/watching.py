@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from rich.console import Group
-from rich.text import Text
 
+from gradwatch.printable import printable
+from gradwatch.reports.line import Line
 from gradwatch.reports.view import View, headline
 
 if TYPE_CHECKING:
@@ -82,12 +83,12 @@ class Watching:
 
     def picture(self, width: int, height: int) -> RenderableType:
         """Return what fills a terminal of this size."""
-        paused = Text(" paused ", "black on yellow") if self.paused else Text("")
-        foot = [Text.assemble(paused, (self._state, "dim"), no_wrap=True, overflow="ellipsis")]
+        paused = Line(" paused ", "black on yellow") if self.paused else Line("")
+        foot = [Line.assemble(paused, (self._state, "dim"), no_wrap=True, overflow="ellipsis")]
         if height >= 12:
-            foot.append(Text(_KEYS, "dim", no_wrap=True, overflow="ellipsis"))
+            foot.append(Line(_KEYS, "dim", no_wrap=True, overflow="ellipsis"))
         if self._snapshot is None:
-            return Group(Text("gradwatch", "bold"), *foot)
+            return Group(Line("gradwatch", "bold"), *foot)
         if self._incidents:
             lines = self._stories(self._snapshot, width, height - len(foot) - 1)
             return Group(*lines, *foot)
@@ -110,17 +111,17 @@ class Watching:
         """Return the incidents as a list, with the whole story of the one that is selected below."""
         incidents = snapshot.incidents
         if not incidents:
-            return [Text("no incident so far", "green")]
+            return [Line("no incident so far", "green")]
         most = max(1, min(len(incidents), room // 3))
         place = min(self._place, len(incidents) - 1)
         first = max(0, min(place - most // 2, len(incidents) - most))
-        lines: list[RenderableType] = [Text(f"incident {place + 1} of {len(incidents)}", "bold")]
+        lines: list[RenderableType] = [Line(f"incident {place + 1} of {len(incidents)}", "bold")]
         for number, incident in enumerate(incidents[first : first + most], first):
             line = headline(incident, width)
             if number == place:
                 line.stylize("reverse")
             lines.append(line)
-        lines.append(Text(""))
+        lines.append(Line(""))
         one = incidents[place]
         # a low terminal cuts the end: what to do comes before the evidence
         story = [(f"do: {line}", "cyan") for line in one.advice]
@@ -128,6 +129,6 @@ class Watching:
         story += [(f"left their band in this order: {', '.join(one.layers)}", "")] if len(one.layers) > 1 else []
         story += [(line, "") for line in one.evidence]
         for told, style in story:
-            wrapped = textwrap.wrap(told, max(10, width - 4)) or [""]
-            lines += [Text(f"  {wrapped[0]}", style), *(Text(f"    {more}", style) for more in wrapped[1:])]
+            wrapped = textwrap.wrap(printable(told), max(10, width - 4)) or [""]
+            lines += [Line(f"  {wrapped[0]}", style), *(Line(f"    {more}", style) for more in wrapped[1:])]
         return lines[:room]
