@@ -6,7 +6,7 @@ Rules read it; nobody but the pipeline writes it. Missing values are NaN; every 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,17 @@ _WARM = 50  # rows after which a rate that was not raised is taken for settled
 _RECENT = 100  # rows in which weights may have grown quickly
 SETTLED = 8  # norms before which a layer has no usual one
 EARLY = 12  # losses before which there is no usual scatter yet
+
+
+class Copied(NamedTuple):
+    """Rows as they stood in the ring, oldest first: (n,) each, and (n, L)."""
+
+    steps: NDArray[np.int64]
+    loss: Floats
+    global_norm: Floats
+    coefficient: Floats
+    skipped: NDArray[np.bool_]
+    grad_norm: Floats
 
 
 class History:
@@ -150,11 +161,11 @@ class History:
 
     def _put(self, step: int, loss: float, grad_norm: Floats) -> int:
         slot = self.rows % self.window
-        self.rows += 1
         self._grad[slot] = grad_norm
         self._loss[slot] = loss
         self._skipped[slot] = False
         self._step[slot] = step
+        self.rows += 1  # last: another thread may read
         return slot
 
     def _push_weight(self, slot: int, row: Row) -> None:
@@ -235,6 +246,21 @@ class History:
         self._skipped[slot] = skipped
 
     # -- reading
+
+    def copied(self, first: int, until: int) -> Copied:
+        """Return the rows of the numbers from ``first`` to before ``until``; the run's first row has the number 0.
+
+        They must still be kept. Nothing is changed, so that another thread may ask.
+        """
+        numbers = np.arange(first, until)
+        slots = numbers % self.window
+        grad_norm, norm = self._grad[slots], self._norm[slots]
+        missing = numbers >= self._normed
+        with quiet_numpy():
+            norm[missing] = np.sqrt(np.nansum(np.square(grad_norm[missing]), axis=1))
+        return Copied(
+            self._step[slots], self._loss[slots], norm, self._coefficient[slots], self._skipped[slots], grad_norm
+        )
 
     @property
     def row(self) -> Row:

@@ -240,10 +240,12 @@ class Monitor:
         return batch
 
     def _numbers_of_batch(self) -> list[dict[str, Any]] | None:
+        from gradwatch.runlog.flight import words_of
+
         try:
             return None if self._batch is None else numbers_of(self._batch)
         except Exception as error:  # a batch of a kind that cannot be read must not cost the rest of the record
-            return [{"name": "batch", "error": f"{type(error).__name__}: {error}"}]
+            return [{"name": "batch", "error": words_of(error)}]
 
     def step(self) -> None:
         """Say that the update is about to happen: only for loops with no torch.optim optimizer."""
@@ -332,8 +334,10 @@ class Monitor:
             raise UsageError(
                 f"load_state_dict() got {type(state).__name__}; expected what monitor.state_dict() returned."
             )
+        self._probe.catch_up()  # rows under way are those of steps that were made
         self.history.load_state_dict(state["history"])
         self._probe.rows.step = int(state["step"])
+        self._pipeline.went_back()
 
     # What the probe reports.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -241,6 +242,11 @@ class Pipeline:
         if self.log is not None and self.history.rows:
             self._tell(self.log, "raised", error, self.snapshot(cost))
 
+    def went_back(self) -> None:
+        """The coming rows do not follow the last one: the run goes on from another step."""
+        if self.log is not None:
+            self._tell(self.log, "went_back")
+
     def flush(self, cost: float, timeout: float) -> bool:
         """Have the run log write all rows so far; False when it takes longer, or there is none."""
         if self.log is None or self.history.rows == 0:
@@ -277,6 +283,8 @@ class Pipeline:
             self.reports.remove(report)
             if report is self.log:
                 self.log = None
+            with suppress(Exception):  # it is told once that it failed
+                report.abandon()
             self._on_error(f"report {type(report).__name__}", error)
 
     def snapshot(self, cost: float) -> Snapshot:

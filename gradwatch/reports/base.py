@@ -28,3 +28,6 @@ class Report:
     def close(self, snapshot: Snapshot) -> None:
         """Tell of the whole run; nothing follows."""
         raise NotImplementedError
+
+    def abandon(self) -> None:
+        """It raised and is told nothing more: let go of threads, files and streams."""

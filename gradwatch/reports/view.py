@@ -136,7 +136,10 @@ class View:
             share = float(snapshot.closeness[column])
             norm = float(snapshot.grad_norm[column])
             missing = math.isnan(norm) and not snapshot.nonfinite[column]
-            cells = [Line(shorten(snapshot.layers[column], name_width)), Line("-" if missing else number(norm))]
+            cells: list[Text] = [
+                Line(shorten(snapshot.layers[column], name_width)),
+                Line("-" if missing else number(norm)),
+            ]
             if width >= 60:
                 cells.append(Line(number(float(snapshot.weight_norm[column]))))
             cells.append(_bar(share))

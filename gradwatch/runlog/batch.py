@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from gradwatch.runlog.thinning import EACH
@@ -22,7 +22,8 @@ class Batch:
 
     ``gradient`` is (n, L) float32, or holds only the rows at ``places``, because the disk is too slow. ``special`` holds the
     rows that did not go the short way, by their place among the ``n``: what they know beyond these arrays. ``columns``
-    describes all layers, when some are new: name, elements, matrix, fan-in. A flight is step, reason and record.
+    describes all layers, when some are new: name, elements, matrix, fan-in. A flight is step, reason and record. ``again``:
+    the run goes back, and its rows from here on are a session of their own.
     """
 
     time: float
@@ -41,6 +42,7 @@ class Batch:
     columns: list[tuple[str, int, int, int]] = field(default_factory=list)
     notes: list[tuple[int, str]] = field(default_factory=list)
     flights: list[tuple[int, str, str]] = field(default_factory=list)
+    again: bool = False
 
     def thin(self) -> None:
         """Keep the numbers of each layer for each eighth row only, those that are kept longest."""
@@ -48,6 +50,11 @@ class Batch:
         self.gradient = self.gradient[self.places]
         kept = set(self.places)
         self.special = [(place, row) for place, row in self.special if place in kept]
+
+    def less(self) -> tuple[Batch, Batch]:
+        """Return what to write where something in it cannot be: all about its rows without what was said, the bare rows."""
+        rows = replace(self, alarms=[], snapshot=None, notes=[], flights=[], facts=None, order=None)
+        return rows, replace(rows, special=[])
 
     @property
     def nbytes(self) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import sqlite3
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from gradwatch.errors import RunLogError
-from gradwatch.runlog.schema import APPLICATION, VERSION
+from gradwatch.runlog.schema import APPLICATION, TABLES, VERSION
 
 if TYPE_CHECKING:
-    import sqlite3
     from pathlib import Path
 
 
@@ -29,13 +32,15 @@ def told_of(path: Path, error: Exception) -> RunLogError:
     return RunLogError(f"{path} is damaged: {error}. Give another path, or remove it.")
 
 
-def check_kind(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise a `RunLogError` unless this SQLite file is a run log that this version can read."""
+def check_kind(connection: sqlite3.Connection, path: Path, *, empty: bool = False) -> None:
+    """Raise a `RunLogError` unless this SQLite file is a run log that this version can read; ``empty``: or will become one."""
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if not tables:
-        raise RunLogError(f"{path} holds nothing yet. Wait for the first step of its training.")
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if not tables and empty and application in (0, APPLICATION) and version in (0, VERSION):
+        return
+    if not tables and not empty:
+        raise RunLogError(f"{path} holds nothing yet. Wait for the first step of its training.")
     if application != APPLICATION:
         raise RunLogError(f"{path} is an SQLite file of another program, no run log of gradwatch. Give another path.")
     if version != VERSION:
@@ -43,3 +48,28 @@ def check_kind(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} is a run log of format {version}; this gradwatch knows format {VERSION}. Read it with the version that "
             "wrote it, or give another path."
         )
+    _check_schema(connection, path)
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse a file whose tables are not those of a run log: a view in their place would be a program that a reader runs."""
+    found = dict(connection.execute("SELECT name, sql FROM sqlite_master"))
+    for name, statement in _schema().items():
+        if name not in found:
+            raise RunLogError(f"{path} is damaged: it lacks the table {name}. Give another path, or remove it.")
+        if _bare(found[name]) != statement:
+            raise RunLogError(
+                f"{path} is damaged: its table {name} is none of a run log. Give another path, or remove it."
+            )
+
+
+@functools.cache
+def _schema() -> dict[str, str]:
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(TABLES)
+        return {name: _bare(statement) for name, statement in db.execute("SELECT name, sql FROM sqlite_master")}
+
+
+def _bare(statement: object) -> str:
+    """Return a statement without comments, line ends and indentation."""
+    return " ".join(re.sub(r"--[^\n]*", "", str(statement)).split())

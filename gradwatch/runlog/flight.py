@@ -49,7 +49,6 @@ def record_of(
                 "largest": {history.layers[layer]: float(norms[place, layer]) for layer in worst},
             }
         )
-    text = "" if error is None else "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return to_json(
         {
             "rows": rows,
@@ -57,6 +56,22 @@ def record_of(
             "versions": environment.get("versions", {}),
             "facts": history.facts,
             "batch": batch,
-            "traceback": text[-_MOST_TEXT:] or None,
+            "traceback": None if error is None else _traceback(error),
         }
     )
+
+
+def words_of(error: BaseException) -> str:
+    """Return kind and text of an error, also of one whose text cannot be made."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as of_its_own:
+        return f"{type(error).__name__}, whose text cannot be made: {type(of_its_own).__name__}"
+
+
+def _traceback(error: BaseException) -> str:
+    try:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception:  # an error may answer to anything with another one
+        return words_of(error)
+    return text[-_MOST_TEXT:]

@@ -10,7 +10,7 @@ from gradwatch.errors import RunLogError
 from gradwatch.records import Snapshot
 from gradwatch.runlog.moment import Moment
 from gradwatch.runlog.plain import from_json
-from gradwatch.runlog.schema import unpacked
+from gradwatch.runlog.schema import OF_SESSION, unpacked
 
 if TYPE_CHECKING:
     from gradwatch.runlog.reader import RunLog
@@ -31,6 +31,12 @@ def snapshot_of(log: RunLog, series: int = _SERIES) -> Snapshot:
     count = len(log.layers)
     with log.reading():
         moment = from_json(Moment, text)
+        if not -1 <= int(step) < OF_SESSION:
+            raise ValueError(f"its last moment is of step {step}")
+        if step >= 0 and not len(loss):
+            raise ValueError(f"it lacks the rows of its {int(step) + 1} steps")
+        if not moment.rules:
+            closeness = None  # nothing can be close to its limit
         mask = np.zeros(count, dtype=np.uint8)
         mask[: len(nonfinite)] = np.frombuffer(nonfinite, dtype=np.uint8)
         rule = np.zeros(count, dtype=np.intp)

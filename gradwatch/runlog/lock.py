@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import sys
 import time
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from gradwatch.errors import RunLogError
+from gradwatch.printable import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 FILE = "writer.lock"
 _PATIENCE = 0.3  # seconds: a reader that asks who writes holds the lock for a moment
+_MOST = 1000  # bytes of the file that are looked at
 
 # a process may lock a file twice, and loses the lock when it closes the file anywhere: so its own are known here
 _mine: set[Path] = set()
@@ -28,33 +31,44 @@ class WriterLock:
         folder: the run log's folder; it exists.
 
     Raises:
-        RunLogError: another process, or another monitor of this one, writes to this run log.
+        RunLogError: another process, or another monitor of this one, writes to this run log; or the lock's file is a link, or
+            another program's. It was not changed then.
         OSError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = (folder / FILE).resolve()
-        self._file: IO[str] | None = None
+        self._path = folder.resolve() / FILE
+        self._file: IO[bytes] | None = None
         if self._path in _mine:
             raise RunLogError(
                 f"The run log {folder} is being written by another monitor of this process. Give each model its own path."
             )
-        file = self._path.open("a+", encoding="utf-8")
+        file = _opened(self._path, os.O_RDWR | os.O_CREAT)
+        try:
+            self._take(file, folder)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+        _mine.add(self._path)
+
+    def _take(self, file: IO[bytes], folder: Path) -> None:
+        status = os.fstat(file.fileno())
+        if (status.st_size == 0 and status.st_nlink > 1) or (status.st_size and _holder(file) is None):
+            raise RunLogError(
+                f"{self._path} is a file of another program, not the lock of a run log. Give another path, or remove it."
+            )
         deadline = time.monotonic() + _PATIENCE
         while not _lock(file, exclusive=True):
             if time.monotonic() > deadline:
-                who = _who(file)
-                file.close()
                 raise RunLogError(
-                    f"The run log {folder} is being written by {who}. Two processes cannot write one log: "
+                    f"The run log {folder} is being written by {_who(file)}. Two processes cannot write one log: "
                     "end the other one, or give this run its own path."
                 )
             time.sleep(0.01)
+        file.seek(0)
         file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
-        self._file = file
-        _mine.add(self._path)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
     def release(self) -> None:
         """Let go; safe to call twice."""
@@ -66,29 +80,53 @@ class WriterLock:
 
 def is_written(folder: Path) -> bool:
     """True while a process writes to this run log; False where that cannot be told."""
-    path = (folder / FILE).resolve()
-    if path in _mine:
-        return True
     try:
-        with path.open(encoding="utf-8") as file:
+        path = folder.resolve() / FILE
+        if path in _mine:
+            return True
+        with _opened(path, os.O_RDONLY) as file:
             return not _lock(file, exclusive=False)
-    except OSError:
+    except (OSError, RuntimeError, RunLogError):  # RuntimeError: links that lead in a circle
         return False
 
 
-def _who(file: IO[str]) -> str:
+def _opened(path: Path, how: int) -> IO[bytes]:
+    """Open a plain file, and neither a link nor a pipe, which would be waited for."""
+    for one in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # not each system has them
+        how |= getattr(os, one, 0)
+    try:
+        number = os.open(path, how, 0o666)
+    except OSError as error:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise RunLogError(f"{path} is no plain file, as the lock of a run log is. Give another path.") from error
+        raise
+    file = os.fdopen(number, "rb" if how & os.O_ACCMODE == os.O_RDONLY else "r+b", buffering=0)
+    if not stat.S_ISREG(os.fstat(number).st_mode) or path.is_symlink():
+        file.close()
+        raise RunLogError(f"{path} is no plain file, as the lock of a run log is. Give another path.")
+    return file
+
+
+def _holder(file: IO[bytes]) -> dict[str, Any] | None:
+    """Return what a lock's file says of its holder; None where it is no lock's file."""
     file.seek(0)
     try:
-        holder = json.loads(file.read(1000))
-        return f"process {int(holder['pid'])} on {holder['host']}"
-    except (ValueError, KeyError, TypeError, OSError):
-        return "another process"
+        told = json.loads(file.read(_MOST))
+    except (ValueError, RecursionError, OSError):
+        return None
+    ours = isinstance(told, dict) and told.keys() == {"pid", "host"} and isinstance(told["pid"], int)
+    return told if ours else None
+
+
+def _who(file: IO[bytes]) -> str:
+    holder = _holder(file)
+    return "another process" if holder is None else printable(f"process {holder['pid']} on {holder['host']}")
 
 
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: IO[str], *, exclusive: bool) -> bool:  # noqa: ARG001  there is one kind
+    def _lock(file: IO[bytes], *, exclusive: bool) -> bool:  # noqa: ARG001  there is one kind
         file.seek(4096)  # what is locked cannot be read there: not the beginning, which says who
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -99,7 +137,7 @@ else:
     import errno
     import fcntl
 
-    def _lock(file: IO[str], *, exclusive: bool) -> bool:
+    def _lock(file: IO[bytes], *, exclusive: bool) -> bool:
         """Take the lock; False when another process holds it. Unlike `flock`, forked children do not keep it."""
         try:
             fcntl.lockf(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)

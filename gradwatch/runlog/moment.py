@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 from gradwatch.records import Facts, Provenance  # noqa: TC001  pydantic reads the annotations
 
@@ -18,7 +18,7 @@ class Moment:
     facts: Facts
     rules: tuple[str, ...]
     firing: tuple[str, ...]
-    verdict: str
+    verdict: Literal["healthy", "suspected", "confirmed"]
     clipping: str | None
     clip_on: bool
     clipped: int
@@ -35,7 +35,7 @@ class Moment:
             facts=snapshot.facts,
             rules=tuple(snapshot.rules),
             firing=snapshot.firing,
-            verdict=snapshot.verdict,
+            verdict=cast("Literal['healthy', 'suspected', 'confirmed']", snapshot.verdict),
             clipping=snapshot.clipping,
             clip_on=snapshot.clip_on,
             clipped=snapshot.clipped,

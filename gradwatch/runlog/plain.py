@@ -18,8 +18,16 @@ _adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 
 def to_json(value: Any) -> str:
-    """Return plain values, dataclasses and named tuples as JSON; NaN and Inf, which it lacks, as the texts nan and inf."""
-    return json.dumps(_plain(value), allow_nan=False)
+    """Return plain values, dataclasses and named tuples as JSON.
+
+    What it lacks stands as its text: NaN and Inf as nan and inf, values of other kinds as ``str()`` of them.
+    """
+    return json.dumps(_plain(value), allow_nan=False, default=lambda other: storable(str(other)))
+
+
+def storable(text: str) -> str:
+    r"""Return a text as a file of Unicode can hold it: what is none, such as a file name's stray byte, stands as ``\udcff``."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def from_json(kind: type[Record], text: str | bytes) -> Record:
@@ -28,7 +36,15 @@ def from_json(kind: type[Record], text: str | bytes) -> Record:
     return adapter.validate_json(text)
 
 
+def checked(kind: type[Record], value: Any) -> Record:
+    """Validate plain values as a ``kind``; raises a `ValueError` where they are none."""
+    adapter: TypeAdapter[Record] = _adapter(kind)
+    return adapter.validate_python(value)
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return storable(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -36,5 +52,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return _plain(value._asdict())
     if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {storable(str(key)): _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value

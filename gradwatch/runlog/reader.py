@@ -5,14 +5,15 @@ Nothing is written, and nothing that the file holds is run. Whatever is wrong wi
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from gradwatch.errors import RunLogError
 from gradwatch.history import History
@@ -20,9 +21,10 @@ from gradwatch.records import Alarm, Culprits, Facts, Incident, Provenance, Row
 from gradwatch.rules import RULES
 from gradwatch.runlog.checks import check_kind, told_of
 from gradwatch.runlog.lock import is_written
-from gradwatch.runlog.plain import from_json
+from gradwatch.runlog.own import readers
+from gradwatch.runlog.plain import checked, from_json
 from gradwatch.runlog.schema import FILE, unpacked, unpacked_or_one
-from gradwatch.runlog.session import Series, Session
+from gradwatch.runlog.session import Environment, Series, Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +33,21 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Floats
     from gradwatch.rules import Rule
+
+
+_DAMAGE = (
+    sqlite3.Error,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    OSError,
+    RuntimeError,  # nested too deeply; links that lead in a circle
+    MemoryError,
+)
+_Count = Annotated[int, Field(ge=0, lt=2**53)]
+_MOST_NUMBERS = 2**31  # of norms in memory; a log that asks for more must be large itself
 
 
 class RunLog:
@@ -46,14 +63,16 @@ class RunLog:
     """
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        self._path = path / FILE if path.is_dir() else path
-        self.folder = self._path.parent
-        if not self._path.is_file():
-            raise RunLogError(
-                f"There is no run log in {path}: expected a folder with {FILE}, as attach(log=...) makes it."
-            )
+        self._path = path = Path(path)
+        with self.reading():
+            self._path = path / FILE if path.is_dir() else path
+            self.folder = self._path.parent
+            if not self._path.is_file():
+                raise RunLogError(
+                    f"There is no run log in {path}: expected a folder with {FILE}, as attach(log=...) makes it."
+                )
         self._db = self._connect()
+        readers.add(self)
         try:
             with self.reading():
                 self._open()
@@ -64,14 +83,15 @@ class RunLog:
     def _open(self) -> None:
         check_kind(self._db, self._path)
         columns = self._db.execute("SELECT name, elements, matrix, fan_in FROM layers ORDER BY place").fetchall()
-        if not columns or not all(isinstance(name, str) for name, *_ in columns):
+        if not columns:
             raise ValueError("it names no layers")
-        self.layers: tuple[str, ...] = tuple(name for name, *_ in columns)
-        self._columns = [(int(elements), bool(matrix), int(fan_in)) for _, elements, matrix, fan_in in columns]
+        kinds = checked(list[tuple[str, _Count, bool, _Count]], columns)
+        self.layers: tuple[str, ...] = tuple(name for name, *_ in kinds)
+        self._columns = [(elements, matrix, fan_in) for _, elements, matrix, fan_in in kinds]
 
     def _connect(self) -> sqlite3.Connection:
-        name = f"file:{quote(str(self._path.resolve()))}?mode=ro"
         with self.reading():
+            name = f"{self._path.resolve().as_uri()}?mode=ro"
             db = sqlite3.connect(name, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
             try:
                 db.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -90,7 +110,7 @@ class RunLog:
             yield
         except RunLogError:
             raise
-        except (sqlite3.Error, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError) as error:
+        except _DAMAGE as error:
             if "not a database" in str(error):
                 raise told_of(self._path, error) from error
             what = " ".join(str(error).split())[:300]
@@ -100,6 +120,7 @@ class RunLog:
 
     def close(self) -> None:
         """Let go of the file."""
+        readers.discard(self)
         self._db.close()
 
     def __enter__(self) -> RunLog:
@@ -124,10 +145,15 @@ class RunLog:
         )
         with self.reading():
             found = self._db.execute(statement).fetchall()
-            return [
-                Session(from_json(dict[str, Any], environment), from_json(Facts, facts), *numbers)
-                for environment, facts, *numbers in found
-            ]
+            if not found:
+                raise ValueError("it names no session")
+            return [self._session(*columns) for columns in found]
+
+    def _session(self, environment: str, facts: str, *numbers: Any) -> Session:
+        from_json(Environment, environment)
+        names = ("number", "pid", "host", "started", "ended", "first_step", "until_step")
+        told = {"environment": from_json(dict[str, Any], environment), "facts": from_json(Facts, facts)}
+        return checked(Session, told | dict(zip(names, numbers, strict=True)))
 
     def end(self) -> tuple[int, int, float | None]:
         """Return the last step, how many rows the run has, and its last loss, None where it is NaN or unseen."""
@@ -135,7 +161,7 @@ class RunLog:
             (count,) = self._db.execute("SELECT count(*) FROM line").fetchone()
             statement = "SELECT step, loss FROM line ORDER BY id DESC LIMIT 1"
             step, loss = self._db.execute(statement).fetchone() or (-1, None)
-            return int(step), int(count), loss
+            return int(step), int(count), None if loss is None else float(loss)
 
     def series(self, since: int = -1) -> Series:
         """Return the scalars of the rows with an id above ``since``."""
@@ -168,12 +194,18 @@ class RunLog:
         with self.reading():
             most = -1 if last is None else last  # to SQLite, -1 is no limit
             (count,) = self._db.execute(f"SELECT count(*) FROM ({statement})", (most,)).fetchone()  # noqa: S608
+            self._check_size(count)
             steps = np.zeros(count, dtype=np.int64)
             norms = np.full((count, len(self.layers)), np.nan, dtype=np.float32)
             for place, (step, blob) in enumerate(self._db.execute(statement, (count,)), 1):
                 found = np.frombuffer(blob, dtype="<f4")
                 steps[-place], norms[-place, : len(found)] = step, found
             return steps, norms
+
+    def _check_size(self, rows: int) -> None:
+        """Refuse a small file that asks for more memory than any run of its size would."""
+        if rows * len(self.layers) > max(_MOST_NUMBERS, 16 * self._path.stat().st_size):
+            raise ValueError(f"it speaks of {rows} rows of {len(self.layers)} layers, and is too small to hold them")
 
     def nonfinite(self, weight: bool = False) -> Iterator[tuple[int, NDArray[np.uint8]]]:  # noqa: FBT001, FBT002
         """Yield the steps with gradients (or weights) that are not finite, and above 0 for each such layer, shape (L,)."""
@@ -209,7 +241,8 @@ class RunLog:
     def notes(self) -> list[str]:
         """What gradwatch could not do, oldest first."""
         with self.reading():
-            return list(dict.fromkeys(note for (note,) in self._db.execute("SELECT note FROM notes ORDER BY rowid")))
+            notes = [note for (note,) in self._db.execute("SELECT note FROM notes ORDER BY rowid")]
+            return list(dict.fromkeys(checked(list[str], notes)))
 
     def latest(self, series: int) -> tuple[tuple[Any, ...] | None, Floats, Floats]:
         """Return the table ``latest`` and the losses and global norms of the last ``series`` rows."""
@@ -268,6 +301,8 @@ class RunLog:
             "LEFT JOIN provenances USING (provenance) ORDER BY id"
         )
         with self.reading():
+            (count,) = self._db.execute("SELECT count(*) FROM steps").fetchone()
+            self._check_size(count)
             for numbers in self._db.execute(statement):
                 yield self._row(numbers, family)
 
@@ -294,7 +329,7 @@ class RunLog:
             weight_norm=None if weight is None else unpacked(weight, count),
             nonfinite=mask,
             nonfinite_weight=mask_of_weights,
-            counts=None if counts is None else from_json(dict[int, tuple[int, int]], counts),
+            counts=None if counts is None else self._counts(counts),
             poisoned=mask is not None,
             rate=unpacked_or_one(rate, count),
             family=family,
@@ -302,5 +337,16 @@ class RunLog:
             dead_share=unpacked_or_one(dead, count),
             unchanged=unpacked_or_one(unchanged, count),
             culprits=None if culprits is None else from_json(Culprits, culprits),
-            provenance=Provenance() if provenance[0] is None else Provenance(*provenance),
+            provenance=Provenance() if provenance[0] is None else _provenance(*provenance),
         )
+
+    def _counts(self, text: str) -> dict[int, tuple[int, int]]:
+        counts = from_json(dict[_Count, tuple[_Count, _Count]], text)
+        if any(place >= len(self.layers) for place in counts):
+            raise ValueError("it counts elements of layers that it does not name")
+        return counts
+
+
+@functools.cache
+def _provenance(*values: Any) -> Provenance:
+    return checked(Provenance, dict(zip(Provenance._fields, values, strict=True)))

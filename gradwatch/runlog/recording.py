@@ -1,12 +1,13 @@
 """The training's side of the run log: takes rows out of the history in blocks, and never waits for the disk.
 
 Quiet rows never pass here. They stand in the history's ring, and are copied from there together, twice a second or when
-the ring has 64 new ones.
+the ring has 64 new ones; while no step comes that would hand them over, the thread that writes fetches them itself.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from gradwatch.reports.base import Report
 from gradwatch.reports.log import write_line
 from gradwatch.runlog.batch import Batch
-from gradwatch.runlog.flight import record_of
+from gradwatch.runlog.flight import record_of, words_of
 from gradwatch.runlog.writer import Writer
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _ROWS = 64
 _FLIGHT = 2.0  # seconds that a critical moment may wait for the disk
 _CLOSING = 10.0  # seconds that the end of a run may wait for the disk
+_LEAVING = 2.0  # seconds that a log that failed may
 
 
 def columns_of(history: History) -> list[tuple[str, int, int, int]]:
@@ -63,10 +65,10 @@ class Recording(Report):
         self._batch = batch
         self._flown: set[int] = set()
         self._history = history
-        self._writer = Writer(store, tell)
+        self._writer = Writer(store, tell, resting=self._resting)
         self._store = store
         self._most = min(_ROWS, history.window // 2)  # a quiet stretch of 32 rows may follow before the next chance
-        self._taken = history.rows
+        self._taken = self._seen = self._ahead = history.rows
         self._special: list[tuple[int, Row]] = []
         self._alarms: list[Alarm] = []
         self._facts: Facts | None = None
@@ -101,14 +103,15 @@ class Recording(Report):
 
     def raised(self, error: BaseException, snapshot: Snapshot) -> None:
         """The training raised: keep this moment."""
-        self._fly(snapshot, f"training raised {type(error).__name__}: {error}"[:500], error)
+        self._fly(snapshot, f"training raised {words_of(error)}"[:500], error)
 
     def _fly(self, snapshot: Snapshot, reason: str, error: BaseException | None = None) -> None:
         """Flight recorder: have all of it on the disk now, for a moment's wait, and say where."""
         record = record_of(self._history, snapshot.incidents, self._environment, self._batch(), error)
         self._hand_over(self._history.rows, snapshot, [(snapshot.step, reason, record)])
         if self._writer.flush(_FLIGHT):
-            write_line(f"gradwatch | step {snapshot.step} | {reason} | kept: gradwatch report {self.folder}")
+            with suppress(Exception):  # standard error may be closed; the log goes on
+                write_line(f"gradwatch | step {snapshot.step} | {reason} | kept: gradwatch report {self.folder}")
 
     def close(self, snapshot: Snapshot) -> None:
         """Write what is left and close the file."""
@@ -122,33 +125,61 @@ class Recording(Report):
         """Wait until what was handed over is written; False after ``timeout`` seconds."""
         return self._writer.flush(timeout)
 
+    def went_back(self) -> None:
+        """The run goes on from another step: keep the rows so far apart from those that come."""
+        self._hand_over(self._history.rows)
+        self._hand_over(self._history.rows, again=True)
+
     def abandon(self) -> None:
-        """Let go of the file before anything began."""
-        self._store.close()
+        """Keep what there is, say in the log that it ends here, and let go of thread, file and lock."""
+        if self._started:
+            with suppress(Exception):  # what failed once may fail again
+                self._hand_over(self._history.rows)
+            nothing = self._batch_of(self._taken, self._taken)
+            nothing.notes = [(self._history.row.step, "this log ends here: gradwatch failed while it kept it.")]
+            self._writer.put(nothing)
+        self._writer.close(_LEAVING)
+
+    def _resting(self) -> Batch | None:
+        """Return the rows that stand in the history alone, when the training has made none since the last question.
+
+        Asked by the thread that writes. They are handed over in any case: what was done to the last one may not be known yet.
+        """
+        rows, taken, special = self._history.rows, self._taken, tuple(self._special)
+        rests, self._seen = rows == self._seen, rows
+        if not rests or rows in (taken, self._ahead) or len(self._history.layers) != self._layers:
+            return None
+        self._ahead = rows
+        return self._batch_of(max(taken, rows - self._history.window), rows, special)
+
+    def _batch_of(self, first: int, until: int, special: Sequence[tuple[int, Row]] = ()) -> Batch:
+        rows = self._history.copied(first, until)
+        with np.errstate(over="ignore"):
+            gradient = rows.grad_norm.astype(np.float32)
+        return Batch(
+            time=time.time(),
+            steps=rows.steps,
+            loss=rows.loss,
+            global_norm=rows.global_norm,
+            coefficient=rows.coefficient,
+            skipped=rows.skipped,
+            gradient=gradient,
+            special=[(number - first, row) for number, row in special if first <= number < until],
+        )
 
     def _hand_over(
-        self, until: int, snapshot: Snapshot | None = None, flights: Sequence[tuple[int, str, str]] = ()
+        self,
+        until: int,
+        snapshot: Snapshot | None = None,
+        flights: Sequence[tuple[int, str, str]] = (),
+        *,
+        again: bool = False,
     ) -> None:
         """Copy the rows before ``until``, counted from the first, and pass them on."""
         history = self._history
-        new = min(history.rows - self._taken, history.window)
-        first, self._taken = history.rows - new, until
-        count = max(0, until - first)
-        with np.errstate(over="ignore"):
-            gradient = history.grad_norm(last=new)[:count].astype(np.float32)
-        batch = Batch(
-            time=time.time(),
-            steps=history.steps(last=new)[:count].copy(),
-            loss=history.loss(last=new)[:count].copy(),
-            global_norm=history.global_norm(last=new)[:count].copy(),
-            coefficient=history.clip_coefficient(last=new)[:count].copy(),
-            skipped=history.skipped(last=new)[:count].copy(),
-            gradient=gradient,
-            special=[(number - first, row) for number, row in self._special if number < until],
-            alarms=self._alarms,
-            snapshot=snapshot,
-            flights=list(flights),
-        )
+        first, self._taken = max(self._taken, history.rows - history.window), until
+        batch = self._batch_of(min(first, until), until, self._special)
+        batch.alarms, batch.snapshot, batch.flights, batch.again = self._alarms, snapshot, list(flights), again
         self._special = [(number, row) for number, row in self._special if number >= until]
         self._alarms = []
         if snapshot is not None:

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from gradwatch.records import Facts  # noqa: TC001  pydantic reads the annotations
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from gradwatch.records import Facts, Floats
+    from gradwatch.records import Floats
+
+_LATEST = 2.5e11  # seconds since 1970: the year 9892, which a calendar still knows
+
+
+@dataclass(frozen=True)
+class ToldRule:
+    """What an environment says of a rule."""
+
+    code: str
+    name: str
+    rule: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a session's environment must look like, where it says anything; see `gradwatch.runlog.environment`."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    platform: str = ""
+    program: str = ""
+    rules: list[ToldRule] = field(default_factory=list)
+    clip: str | None = None
 
 
 @dataclass(frozen=True)
 class Session:
-    """One process's part of a run; see the table ``sessions``."""
+    """A part of a run, from a beginning or a resume to its end or the next; see the table ``sessions``."""
 
     environment: dict[str, Any]
     facts: Facts
@@ -25,6 +50,10 @@ class Session:
     ended: float | None
     first_step: int | None
     until_step: int | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.started <= _LATEST:
+            raise ValueError(f"a session began {self.started:g} seconds after 1970")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import os
 import socket
 import sqlite3
 import time
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from contextlib import closing, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,39 +16,21 @@ from gradwatch.errors import RunLogError
 from gradwatch.runlog.checks import check_kind, told_of
 from gradwatch.runlog.lock import WriterLock
 from gradwatch.runlog.moment import Moment
-from gradwatch.runlog.plain import to_json
+from gradwatch.runlog.own import check_files
+from gradwatch.runlog.plain import storable, to_json
 from gradwatch.runlog.schema import APPLICATION, FILE, OF_SESSION, TABLES, VERSION, packed, packed_or_one
-from gradwatch.runlog.thinning import LAST, Thinning
+from gradwatch.runlog.thinning import LAST
+from gradwatch.runlog.written import Written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from gradwatch.records import Facts, Floats, Incident, Provenance, Row, Snapshot
+    from gradwatch.records import Facts, Incident, Provenance, Row, Snapshot
     from gradwatch.runlog.batch import Batch
 
 _THIN_EVERY = 1000  # rows
 _PAGE = 8192  # bytes: half-empty pages after thinning waste less than with larger ones, and rows of 300 layers fit
-
-
-@dataclass
-class _Written:
-    """What is known of the rows written so far; as it was before, when writing fails."""
-
-    thinning: Thinning = field(default_factory=Thinning)
-    provenances: dict[Provenance, int] = field(default_factory=dict)
-    provenance: int = -1
-    rate: Floats | None = None
-    incidents: dict[int, Incident] = field(default_factory=dict)
-    started: bool = False
-    horizon: int = 0
-    since_thinned: int = 0
-
-    def copy(self) -> _Written:
-        """Return one that changes by itself."""
-        return replace(
-            self, thinning=self.thinning.copy(), provenances=dict(self.provenances), incidents=dict(self.incidents)
-        )
 
 
 class Store:
@@ -71,7 +53,7 @@ class Store:
         self.folder = folder
         self._path = folder / FILE
         self._db: sqlite3.Connection | None = None
-        self._done = _Written()
+        self._done = Written()
         if folder.exists() and not folder.is_dir():
             raise RunLogError(
                 f"The run log's path {folder} is a file; expected a folder, or a path that is still free."
@@ -79,8 +61,10 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = WriterLock(folder)
         try:
+            check_files(folder)
+            self._check_database()
             self._open()
-            self._check_layers([name for name, *_ in columns])
+            self._check_layers([storable(name) for name, *_ in columns])
             self._begin(columns, environment, facts)
         except sqlite3.DatabaseError as error:
             self.close()
@@ -96,6 +80,13 @@ class Store:
         assert self._db is not None
         return self._db
 
+    def _check_database(self) -> None:
+        """Look at a file that is there without a chance to change it."""
+        if self._path.exists() and self._path.stat().st_size:
+            name = f"{self._path.resolve().as_uri()}?mode=ro"
+            with closing(sqlite3.connect(name, uri=True, timeout=5, isolation_level=None)) as db:
+                check_kind(db, self._path, empty=True)
+
     def _open(self) -> None:
         db = self._db = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA synchronous = NORMAL")  # safe when the process dies, and commits wait for no disk
@@ -107,7 +98,6 @@ class Store:
                 f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}; {TABLES}"
             )
         else:
-            check_kind(db, self._path)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("BEGIN IMMEDIATE")
         stat = self._path.stat()
@@ -129,12 +119,23 @@ class Store:
             "INSERT INTO sessions (pid, host, started, environment, facts) VALUES (?, ?, ?, ?, ?)",
             (os.getpid(), socket.gethostname(), time.time(), to_json(environment), to_json(facts)),
         )
-        self.session = int(done.lastrowid or 0)
+        self._done.session = int(done.lastrowid or 0)
         db.execute("COMMIT")
+
+    def _begin_again(self) -> None:
+        """Go on in a session of its own: rows of steps that are made again must neither replace nor follow the first ones."""
+        now, done = time.time(), self._done
+        self._of_session("ended", now)
+        made = self._connection.execute(
+            "INSERT INTO sessions (pid, host, started, environment, facts, backward_order) "
+            "SELECT pid, host, ?, environment, facts, backward_order FROM sessions WHERE session = ?",
+            (now, done.session),
+        )
+        done.session, done.started = int(made.lastrowid or 0), False
 
     def _add_layers(self, columns: Sequence[tuple[str, int, int, int]]) -> None:
         (known,) = self._connection.execute("SELECT count(*) FROM layers").fetchone()
-        new = [(place, *column) for place, column in enumerate(columns)][known:]
+        new = [(place, storable(name), *numbers) for place, (name, *numbers) in enumerate(columns)][known:]
         self._connection.executemany("INSERT INTO layers VALUES (?, ?, ?, ?, ?)", new)
 
     def is_removed(self) -> bool:
@@ -163,6 +164,12 @@ class Store:
                     db.execute("ROLLBACK")
             raise
 
+    def write_ahead(self, batch: Batch) -> None:
+        """Write rows that will come again in a later batch: all that is known of those written so far stays as it was."""
+        before = self._done
+        self.write([batch])
+        self._done = replace(before, provenances=self._done.provenances)
+
     def close(self, *, ended: bool = False) -> None:
         """Let go of the file. ``ended``: the session came to its end."""
         if self._db is not None:
@@ -176,10 +183,13 @@ class Store:
 
     def _of_session(self, column: str, value: str | bytes | float) -> None:
         statement = f"UPDATE sessions SET {column} = ? WHERE session = ?"  # noqa: S608  a name of the schema
-        self._connection.execute(statement, (value, self.session))
+        self._connection.execute(statement, (value, self._done.session))
 
     def _write(self, batch: Batch) -> None:
         db = self._connection
+        if batch.again and self._done.started:
+            self._begin_again()
+        session = self._done.session
         if batch.columns:
             self._add_layers(batch.columns)
         if batch.facts is not None:
@@ -189,26 +199,27 @@ class Store:
         if len(batch.steps):
             self._rows(batch)
         for alarm in batch.alarms:
-            told = (self.session, alarm.step, alarm.code, alarm.state, alarm.layer, alarm.value, to_json(alarm))
+            layer = None if alarm.layer is None else storable(alarm.layer)
+            told = (session, alarm.step, storable(alarm.code), alarm.state, layer, alarm.value, to_json(alarm))
             db.execute("INSERT INTO alarms VALUES (?, ?, ?, ?, ?, ?, ?)", told)
         for step, note in batch.notes:
-            db.execute("INSERT INTO notes VALUES (?, ?, ?)", (self.session, step, note))
+            db.execute("INSERT INTO notes VALUES (?, ?, ?)", (session, step, storable(note)))
         if batch.snapshot is not None:
             self._incidents(batch.snapshot.incidents)
             self._latest(batch.snapshot, batch.time)
         for step, reason, record in batch.flights:
-            told_of = (self.session, step, batch.time, reason, record)
+            told_of = (session, step, batch.time, storable(reason), record)
             db.execute("INSERT INTO flights VALUES (?, ?, ?, ?, ?)", told_of)
 
     def _rows(self, batch: Batch) -> None:
         db, done, steps = self._connection, self._done, batch.steps.tolist()
-        base = self.session * OF_SESSION
+        base = done.session * OF_SESSION
         if not done.started:
             done.started = True
             self._of_session("first_step", steps[0])
             db.execute(
                 "UPDATE sessions SET until_step = ? WHERE session < ? AND (until_step IS NULL OR until_step > ?)",
-                (steps[0], self.session, steps[0]),
+                (steps[0], done.session, steps[0]),
             )
         special = dict(batch.special)
         provenances: list[int] = []
@@ -261,17 +272,20 @@ class Store:
             self._connection.execute("INSERT OR REPLACE INTO nonfinite VALUES (?, ?, ?, ?, ?)", found)
 
     def _incidents(self, incidents: Sequence[Incident]) -> None:
-        known, self._done.incidents = self._done.incidents, {one.number: one for one in incidents}
-        for number, one in self._done.incidents.items():
+        done = self._done
+        known, done.incidents = done.incidents, {one.number: one for one in incidents}
+        for number, one in done.incidents.items():
             if known.get(number) is one:
                 continue
-            told = (one.opened_step, one.closed_step, one.kind, one.severity, one.verdict, one.suspect, to_json(one))
+            home = done.homes.setdefault(number, done.session)
+            suspect = None if one.suspect is None else storable(one.suspect)
+            told = (one.opened_step, one.closed_step, one.kind, one.severity, one.verdict, suspect, to_json(one))
             statement = "INSERT OR REPLACE INTO incidents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            self._connection.execute(statement, (self.session, number, *told))
+            self._connection.execute(statement, (home, number, *told))
             for step, closed in ((one.opened_step, False), (one.closed_step, True)):
-                around = None if step is None else self._done.thinning.around(number, step, closed=closed)
+                around = None if step is None else done.thinning.around(number, step, closed=closed)
                 if around is not None:
-                    base = self.session * OF_SESSION
+                    base = (done.session if closed else home) * OF_SESSION
                     ids = base + max(0, around[0]), base + around[1]
                     self._connection.execute("UPDATE norms SET keep = 1 WHERE id BETWEEN ? AND ?", ids)
 
@@ -280,7 +294,7 @@ class Store:
         blobs = [None if values is None else packed(values) for values in arrays]
         blobs[2] = snapshot.nonfinite.astype(np.uint8).tobytes()
         blobs[4] = snapshot.closest.astype("<i4").tobytes()
-        told = (1, self.session, snapshot.step, now, to_json(Moment.of(snapshot)), *blobs)
+        told = (1, self._done.session, snapshot.step, now, to_json(Moment.of(snapshot)), *blobs)
         self._connection.execute("INSERT OR REPLACE INTO latest VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", told)
 
     def _thin(self) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from gradwatch.printable import printable
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gradwatch.runlog.batch import Batch
     from gradwatch.runlog.store import Store
 
 _GATHER = 0.2  # seconds to wait for more before a batch is written
+_LOOK = 0.3  # seconds without a batch after which it is asked whether rows wait all the same
 _AGAIN = 2.0  # seconds after which a write that failed is tried again
 _MOST = 32 * 2**20  # bytes waiting from which on each eighth row keeps its layers; from twice as many on, none is kept
 
@@ -24,12 +28,21 @@ class Writer:
     Args:
         store: the file; from here on this thread's alone.
         tell: told, once each, of what could not be kept.
+        most: bytes that may wait.
+        resting: asked while nothing is handed over; returns rows that will be handed over, when the training rests.
     """
 
-    def __init__(self, store: Store, tell: Callable[[str], None], most: int = _MOST) -> None:
+    def __init__(
+        self,
+        store: Store,
+        tell: Callable[[str], None],
+        most: int = _MOST,
+        resting: Callable[[], Batch | None] = lambda: None,
+    ) -> None:
         self._store = store
         self._tell = tell
         self._most = most
+        self._resting = resting
         self._waiting: deque[Batch] = deque()
         self._bytes = 0
         self._given = self._written = 0
@@ -70,6 +83,9 @@ class Writer:
 
     def close(self, timeout: float) -> None:
         """Write what is left, for at most ``timeout`` seconds, and end."""
+        if self._thread.ident is None:  # it never began
+            self._store.close()
+            return
         with self._wake:
             self._closing = True
             self._wake.notify_all()
@@ -85,12 +101,15 @@ class Writer:
     def _say_once(self, cause: str, text: str) -> None:
         if cause not in self._said:
             self._said.add(cause)
-            self._tell(text)
+            with suppress(Exception):  # whoever is told may fail; the rows go on
+                self._tell(text)
 
     def _run(self) -> None:
         try:
             while self._turn():
                 pass
+        except Exception as error:
+            self._say_once("failed", f"the run log {self._store.folder} ends here: {_words(error)}. Training goes on.")
         finally:
             with self._wake:
                 self._over = True
@@ -100,9 +119,13 @@ class Writer:
     def _turn(self) -> bool:
         """Wait for something, write it; False at the end."""
         with self._wake:
-            self._wake.wait_for(lambda: self._waiting or self._closing)
-            self._wake.wait_for(lambda: self._hurry or self._closing, _GATHER)
+            there = self._wake.wait_for(lambda: self._waiting or self._closing, _LOOK)
+            if there:
+                self._wake.wait_for(lambda: self._hurry or self._closing, _GATHER)
             batches, self._hurry = list(self._waiting), False
+        if not there:
+            self._look()
+            return True
         if not batches:
             return not self._closing
         if self._store.is_removed():
@@ -111,23 +134,69 @@ class Writer:
                 "removed", f"the run log {self._store.folder} was removed: nothing more is kept of this run."
             )
             return False
-        try:
-            self._store.write(batches)
-        except (sqlite3.Error, OSError) as error:
-            reason = (
-                f"the run log {self._store.folder} cannot be written: {error}. Training goes on; it is tried again."
-            )
-            self._say_once("disk", reason)
-            with self._wake:
-                self._wake.wait_for(lambda: self._closing, _AGAIN)
-                last, self._closing_tried = self._closing and self._closing_tried, self._closing
-            return not last
+        settled = self._settle(batches)
         with self._wake:
-            for batch in batches:
+            for batch in batches[:settled]:
                 self._waiting.popleft()
                 self._bytes -= batch.nbytes
-            self._written += len(batches)
+            self._written += settled
             self._wake.notify_all()
-        return True
+            if settled == len(batches):
+                return True
+            self._wake.wait_for(lambda: self._closing, _AGAIN)
+            last, self._closing_tried = self._closing and self._closing_tried, self._closing
+            return not last
 
     _closing_tried = False
+
+    def _look(self) -> None:
+        """Write what the training has made and not handed over, because it rests: it may be killed now."""
+        batch = self._resting()
+        if batch is not None and not self._store.is_removed():
+            with suppress(sqlite3.Error, OSError):  # said when the rows are handed over
+                self._store.write_ahead(batch)
+
+    def _settle(self, batches: Sequence[Batch]) -> int:
+        """Write batches; return how many of them need not be tried again."""
+        try:
+            self._store.write(batches)
+        except Exception as error:
+            if self._is_of_the_disk(error):
+                return 0
+            for number, batch in enumerate(batches):
+                if not self._write_apart(batch):
+                    return number
+        return len(batches)
+
+    def _write_apart(self, batch: Batch) -> bool:
+        """Write a batch that may hold something that no file takes, or its rows at least; False: the disk does not let it."""
+        for part in (batch, *batch.less()):
+            error = self._error_of(part)
+            if error is None:
+                return True
+            if self._is_of_the_disk(error):
+                return False
+            self._say_once(
+                "content", f"something of this run cannot be kept in the run log, its rows go on: {_words(error)}."
+            )
+        self._lost += len(batch.steps)
+        return True
+
+    def _error_of(self, batch: Batch) -> Exception | None:
+        try:
+            self._store.write([batch])
+        except Exception as error:
+            return error
+        return None
+
+    def _is_of_the_disk(self, error: Exception) -> bool:
+        """True for what may pass by itself, and then tell of it; other errors come again with the same batch."""
+        passing = isinstance(error, OSError) or type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError)
+        if passing:
+            reason = f"the run log {self._store.folder} cannot be written: {error}."
+            self._say_once("disk", f"{reason} Training goes on; it is tried again.")
+        return passing
+
+
+def _words(error: Exception) -> str:
+    return printable(f"{type(error).__name__}: {error}")

@@ -1,0 +1,37 @@
+"""What a store knows of the rows that it has written, so that it can go back when writing fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from gradwatch.runlog.thinning import Thinning
+
+if TYPE_CHECKING:
+    from gradwatch.records import Floats, Incident, Provenance
+
+
+@dataclass
+class Written:
+    """What is known of the rows written so far. ``homes`` says in which session each incident opened."""
+
+    session: int = 0
+    thinning: Thinning = field(default_factory=Thinning)
+    provenances: dict[Provenance, int] = field(default_factory=dict)
+    provenance: int = -1
+    rate: Floats | None = None
+    incidents: dict[int, Incident] = field(default_factory=dict)
+    homes: dict[int, int] = field(default_factory=dict)
+    started: bool = False
+    horizon: int = 0
+    since_thinned: int = 0
+
+    def copy(self) -> Written:
+        """Return one that changes by itself."""
+        return replace(
+            self,
+            thinning=self.thinning.copy(),
+            provenances=dict(self.provenances),
+            incidents=dict(self.incidents),
+            homes=dict(self.homes),
+        )
