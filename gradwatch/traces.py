@@ -16,6 +16,7 @@ One line for each series, in the notation of `gradwatch.cases`; `#` begins a com
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +27,19 @@ if TYPE_CHECKING:
     from os import PathLike
 
 _FAMILIES = ("sgd", "adam", "other")
+_MOST_ROWS = 10_000_000
 _WORDS = ("loss", "gradient", "weight", "optimizer", "rate", "elements")
 
 
 def is_trace(path: Path) -> bool:
     """True for a text file; a run log is a folder, or a file of SQLite."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return b"\0" not in file.read(16)
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return b"\0" not in file.read(16)
+    except OSError:
+        return False  # whoever opens it as a run log says why it cannot be read
 
 
 def read_trace(path: str | PathLike[str]) -> Case:
@@ -84,6 +89,9 @@ def _take(known: dict[str, str], word: str, text: str) -> None:
 
 
 def _series(text: str) -> str:
+    long = sum(int(count) for count in re.findall(r"x(\d{1,18})", text))
+    if long > _MOST_ROWS or re.search(r"x\d{19}", text):
+        raise ValueError(f"a series of more than {_MOST_ROWS:,} values is longer than any that can be replayed.")
     if not series(text):
         raise ValueError("a series of at least one value is missing.")
     return text

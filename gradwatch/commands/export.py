@@ -53,35 +53,39 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def tables(log: RunLog) -> dict[str, dict[str, Any]]:
-    """Return the tables of a run: name -> column -> values."""
+def tables(log: RunLog) -> dict[str, list[tuple[str, Any]]]:
+    """Return the tables of a run: name -> columns, each with its values; a layer may be called as another column is."""
     series = log.series()
-    found: dict[str, dict[str, Any]] = {
-        "steps": {
-            "step": series.step,
-            "loss": series.loss,
-            "global_norm": series.global_norm,
-            "clip_coefficient": series.clip_coefficient,
-            "skipped": series.skipped,
-        }
-    }
+    scalars = ("step", "loss", "global_norm", "clip_coefficient", "skipped")
+    found = {"steps": [(name, getattr(series, name)) for name in scalars]}
     for name, weight in (("gradient_norms", False), ("weight_norms", True)):
         steps, norms = log.norms(weight)
-        found[name] = {"step": steps, **{layer: norms[:, place] for place, layer in enumerate(log.layers)}}
+        found[name] = [("step", steps), *((layer, norms[:, place]) for place, layer in enumerate(log.layers))]
     incidents = log.incidents
-    found["incidents"] = {
-        name: [getattr(one, name) for one in incidents]
-        for name in ("opened_step", "confirmed_step", "closed_step", "kind", "severity", "verdict", "suspect")
-    } | {"incident": [to_json(one) for one in incidents]}
+    of_each = ("opened_step", "confirmed_step", "closed_step", "kind", "severity", "verdict", "suspect")
+    found["incidents"] = [(name, [getattr(one, name) for one in incidents]) for name in of_each]
+    found["incidents"].append(("incident", [to_json(one) for one in incidents]))
     return found
+
+
+def _refuse_foreign(path: Path, *beginnings: bytes) -> None:
+    """Refuse to replace a file that does not begin as an earlier export does."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if not file.read(16).startswith(beginnings):
+                raise UsageError(
+                    f"{path} is there already, and no export of gradwatch. Give another folder with --out."
+                )
 
 
 def _csv(log: RunLog, folder: Path) -> None:
     for name, columns in tables(log).items():
-        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        path = folder / f"{name}.csv"
+        _refuse_foreign(path, b"step,", b"opened_step,")
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(columns)
-            plain = [values.tolist() if isinstance(values, np.ndarray) else values for values in columns.values()]
+            writer.writerow([column for column, _ in columns])
+            plain = [values.tolist() if isinstance(values, np.ndarray) else values for _, values in columns]
             writer.writerows(zip(*plain, strict=True))
 
 
@@ -94,7 +98,10 @@ def _parquet(log: RunLog, folder: Path) -> None:
             "Parquet is written with pyarrow, which is not installed: pip install 'gradwatch[export]'"
         ) from None
     for name, columns in tables(log).items():
-        parquet.write_table(pa.table(columns), folder / f"{name}.parquet")
+        path = folder / f"{name}.parquet"
+        _refuse_foreign(path, b"PAR1")
+        names, values = zip(*columns, strict=True)
+        parquet.write_table(pa.Table.from_arrays([pa.array(one) for one in values], list(names)), path)
 
 
 def _tensorboard(log: RunLog, folder: Path) -> None:

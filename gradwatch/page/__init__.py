@@ -22,12 +22,16 @@ def write_page(log: RunLog, path: str | Path) -> None:
     """Write the page; everything it needs is in it.
 
     Raises:
-        UsageError: plotly is not installed, or the file cannot be written.
+        UsageError: plotly is not installed, or the file cannot be written, or is another program's.
         RunLogError: the run log is damaged.
     """
-    text = page_of(log)
+    text, path = page_of(log), Path(path)
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as file:
+                if not file.read(64).lstrip().lower().startswith(b"<!doctype html"):
+                    raise UsageError(f"{path} is there already, and no page. Give another file with --html.")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error}. Give another file with --html.") from error
 

@@ -287,6 +287,8 @@ class RunLog:
             (order,) = self._db.execute("SELECT backward_order FROM sessions ORDER BY session DESC LIMIT 1").fetchone()
             if order is not None:
                 found = np.frombuffer(order, dtype="<i4")
+                if len(found) > len(self.layers) or (found < 0).any() or (found > len(self.layers)).any():
+                    raise ValueError("it orders layers that it does not name")
                 history.order = np.concatenate([found, np.arange(len(found), len(self.layers))]).astype(np.intp)
         return history
 

@@ -135,9 +135,10 @@ class Recording(Report):
         if self._started:
             with suppress(Exception):  # what failed once may fail again
                 self._hand_over(self._history.rows)
-            nothing = self._batch_of(self._taken, self._taken)
-            nothing.notes = [(self._history.row.step, "this log ends here: gradwatch failed while it kept it.")]
-            self._writer.put(nothing)
+            with suppress(Exception):
+                nothing = self._batch_of(self._taken, self._taken)
+                nothing.notes = [(self._history.row.step, "this log ends here: gradwatch failed while it kept it.")]
+                self._writer.put(nothing)
         self._writer.close(_LEAVING)
 
     def _resting(self) -> Batch | None:
