@@ -5,25 +5,24 @@ Nothing is written, and nothing that the file holds is run. Whatever is wrong wi
 
 from __future__ import annotations
 
-import functools
 import sqlite3
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
 from gradwatch.errors import RunLogError
 from gradwatch.history import History
-from gradwatch.records import Alarm, Culprits, Facts, Incident, Provenance, Row
+from gradwatch.records import Alarm, Facts, Incident
 from gradwatch.rules import RULES
 from gradwatch.runlog.checks import check_kind, told_of
 from gradwatch.runlog.lock import is_written
 from gradwatch.runlog.own import readers
 from gradwatch.runlog.plain import checked, from_json
-from gradwatch.runlog.schema import FILE, unpacked, unpacked_or_one
+from gradwatch.runlog.rows import Count, row_of
+from gradwatch.runlog.schema import FILE
 from gradwatch.runlog.session import Environment, Series, Session
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from gradwatch.records import Floats
+    from gradwatch.records import Floats, Row
     from gradwatch.rules import Rule
 
 
@@ -46,7 +45,6 @@ _DAMAGE = (
     RuntimeError,  # nested too deeply; links that lead in a circle
     MemoryError,
 )
-_Count = Annotated[int, Field(ge=0, lt=2**53)]
 _MOST_NUMBERS = 2**31  # of norms in memory; a log that asks for more must be large itself
 
 
@@ -85,7 +83,7 @@ class RunLog:
         columns = self._db.execute("SELECT name, elements, matrix, fan_in FROM layers ORDER BY place").fetchall()
         if not columns:
             raise ValueError("it names no layers")
-        kinds = checked(list[tuple[str, _Count, bool, _Count]], columns)
+        kinds = checked(list[tuple[str, Count, bool, Count]], columns)
         self.layers: tuple[str, ...] = tuple(name for name, *_ in kinds)
         self._columns = [(elements, matrix, fan_in) for _, elements, matrix, fan_in in kinds]
 
@@ -306,49 +304,4 @@ class RunLog:
             (count,) = self._db.execute("SELECT count(*) FROM steps").fetchone()
             self._check_size(count)
             for numbers in self._db.execute(statement):
-                yield self._row(numbers, family)
-
-    def _row(self, numbers: tuple[Any, ...], family: Any) -> Row:
-        step, loss, norm, coefficient, gradient, weight, rate, dead, unchanged, applied = numbers[:10]
-        bad, bad_weight, counts, culprits, *provenance = numbers[10:]
-        if applied is None:
-            applied = 1.0 if coefficient is None else coefficient
-        count = len(self.layers)
-        mask = None
-        if bad is not None:
-            mask = np.zeros(count, dtype=np.uint8)
-            mask[: len(bad)] = np.frombuffer(bad, dtype=np.uint8)
-        mask_of_weights = None
-        if weight is not None:
-            mask_of_weights = np.zeros(count, dtype=bool)
-            if bad_weight is not None:
-                mask_of_weights[: len(bad_weight)] = np.frombuffer(bad_weight, dtype=np.uint8) > 0
-        return Row(
-            step=int(step),
-            loss=np.nan if loss is None else float(loss),
-            grad_norm=unpacked(gradient, count),
-            global_norm=np.nan if norm is None else float(norm),
-            weight_norm=None if weight is None else unpacked(weight, count),
-            nonfinite=mask,
-            nonfinite_weight=mask_of_weights,
-            counts=None if counts is None else self._counts(counts),
-            poisoned=mask is not None,
-            rate=unpacked_or_one(rate, count),
-            family=family,
-            applied=float(applied),
-            dead_share=unpacked_or_one(dead, count),
-            unchanged=unpacked_or_one(unchanged, count),
-            culprits=None if culprits is None else from_json(Culprits, culprits),
-            provenance=Provenance() if provenance[0] is None else _provenance(*provenance),
-        )
-
-    def _counts(self, text: str) -> dict[int, tuple[int, int]]:
-        counts = from_json(dict[_Count, tuple[_Count, _Count]], text)
-        if any(place >= len(self.layers) for place in counts):
-            raise ValueError("it counts elements of layers that it does not name")
-        return counts
-
-
-@functools.cache
-def _provenance(*values: Any) -> Provenance:
-    return checked(Provenance, dict(zip(Provenance._fields, values, strict=True)))
+                yield row_of(numbers, len(self.layers), family)

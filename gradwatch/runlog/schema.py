@@ -29,7 +29,7 @@ CREATE TABLE layers (
     matrix INTEGER NOT NULL,       -- 1: two or more dimensions
     fan_in INTEGER NOT NULL
 );
-CREATE TABLE sessions (            -- one for each process that wrote here, in order
+CREATE TABLE sessions (            -- one for each process that wrote here, and each time that it went back to a step, in order
     session INTEGER PRIMARY KEY,   -- from 1
     pid INTEGER NOT NULL,
     host TEXT NOT NULL,
