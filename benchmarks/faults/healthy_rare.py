@@ -292,7 +292,7 @@ PROGRAMS: tuple[Program, ...] = (
     rare(
         "one positive in a hundred, Adam",
         _pos_weight_adam,
-        "Three batches in four hold no positive; one that does has fifty times the gradient.",
+        "Three batches in four hold no positive; one that does can have a hundred times the gradient.",
         RECALL,
         0.5,
         3000,
@@ -301,7 +301,7 @@ PROGRAMS: tuple[Program, ...] = (
     rare(
         "one positive in 200, AdamW",
         _pos_weight_adamw,
-        "Two batches in three hold no positive, and a positive counts 199 times.",
+        "Three batches in four hold no positive, and a positive counts 199 times.",
         RECALL,
         0.5,
         3000,
