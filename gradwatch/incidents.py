@@ -178,10 +178,11 @@ class Incidents:
         """Growth alone may be learning that begins; beside a loss that suffers, or far beyond its limit, it is not.
 
         A loss that jumped farther than the last update can have thrown it says nothing of the training: it is the batch's, and
-        so is what surged in the same step.
+        so is what surged in the same step, unless the update that is about to be made from it is too long.
         """
         signs, now = story.firing.values(), self._history.row.step
-        if is_of_the_batch(self._history):
+        too_long = any(sign.code in ("GW303", "GW305") for sign in signs)
+        if not too_long and is_of_the_batch(self._history):
             story.odd_steps.add(now)
         told = [sign for sign in signs if sign.step not in story.odd_steps]
         return (
