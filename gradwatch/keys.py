@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING
 
 from gradwatch.errors import UsageError
+from gradwatch.reports.streams import is_terminal
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -78,7 +80,7 @@ else:
         """
 
         def __enter__(self) -> Keys:
-            if sys.stdin is None or not sys.stdin.isatty():
+            if not is_terminal(sys.stdin):
                 raise UsageError("Keys can be typed only in a terminal; standard input is none. Use gradwatch report.")
             self._input = sys.stdin.fileno()
             self._before = termios.tcgetattr(self._input)
@@ -88,7 +90,8 @@ else:
         def __exit__(
             self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
         ) -> None:
-            termios.tcsetattr(self._input, termios.TCSAFLUSH, self._before)
+            with contextlib.suppress(termios.error):  # the terminal is gone
+                termios.tcsetattr(self._input, termios.TCSAFLUSH, self._before)
 
         def wait(self, seconds: float) -> list[str]:
             """Return the keys typed by then; as soon as there is one. The end of input is the key q."""
