@@ -106,7 +106,6 @@ class Row(NamedTuple):
     nonfinite_weight: NDArray[np.bool_] | None = None
     counts: Mapping[int, tuple[int, int]] | None = None
     poisoned: bool = False
-    optimizer: int = -1
     rate: Floats | None = None
     family: Family = "other"
     applied: float = 1.0
@@ -115,6 +114,7 @@ class Row(NamedTuple):
     arrived: NDArray[np.bool_] | None = None
     culprits: Culprits | None = None
     provenance: Provenance = Provenance()
+    optimizer: int = -1
 
     @property
     def has_loss(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -296,37 +295,6 @@ def test_ctrl_c_leaves_the_terminal_clean_with_the_summary(script: str) -> None:
     if "except" not in script:
         assert sat.process.returncode == -2
         assert any(line.endswith("Traceback (most recent call last):") for line in sat.lines)
-
-
-def test_a_process_that_is_terminated_leaves_the_terminal_clean_with_the_summary() -> None:
-    """It ends by the signal, as it would; a handler of the program's own is left alone, before and after."""
-    sat = person("gradwatch.attach(model)" + LOOP)
-    sat.until("printed", PICTURE)
-    sat.process.send_signal(signal.SIGTERM)
-    assert sat.leave() == -signal.SIGTERM
-    screen = "\n".join(sat.lines)
-    assert PICTURE not in screen
-    assert screen.count("gradwatch healthy:") == 1
-    session = terminal.run(
-        EXPLODING
-        + """
-import os, signal
-monitor = gradwatch.attach(model)
-for _ in steps(range(30)): pass
-earlier = signal.signal(signal.SIGTERM, lambda *_: earlier(*_))
-os.kill(os.getpid(), signal.SIGTERM)
-for _ in steps(range(30)): pass
-monitor.detach()
-assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-signal.signal(signal.SIGTERM, signal.SIG_DFL)
-with gradwatch.attach(model) as monitor:
-    for _ in steps(range(30)): pass
-assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-print("alive")
-"""
-    )
-    assert session.code == 0, session.everything
-    assert "alive" in session.everything
 
 
 def test_a_prompt_is_left_alone_while_it_waits() -> None:

@@ -17,7 +17,6 @@ from gradwatch.reports.log import LogReport, write_line
 from gradwatch.reports.others import another_live, bars_of_tqdm, is_stand_in
 from gradwatch.reports.streams import is_terminal
 from gradwatch.reports.summary import Summary
-from gradwatch.reports.termination import Termination
 from gradwatch.reports.view import View
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ class LiveReport(Report):
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
         self._instead: LogReport | None = None
-        self._termination = Termination(self._end)
 
     def start(self) -> None:
         """Begin to follow what is written to the terminal."""
@@ -80,33 +78,24 @@ class LiveReport(Report):
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="gradwatch live", daemon=True)
             self._thread.start()
-            self._termination.watch()
 
     def close(self, snapshot: Snapshot) -> None:
         """Clear the picture and print the summary in its place."""
         self._over.set()
-        self._termination.forget()
         if self._foot is not None and self._foot.reason and self._instead is None:
             self._fall_back(self._foot.reason)
         if self._instead is not None:
             self._instead.close(snapshot)
-        else:
-            self._snapshot = snapshot
-            self._end()
+        elif self._foot is not None:
+            text = ""
+            try:
+                text = self._rendered(Summary(snapshot)) if snapshot.step >= 0 else ""
+            finally:
+                self._foot.end(text)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(1.0)
 
-    def _end(self) -> None:
-        text = ""
-        try:
-            if self._snapshot is not None and self._snapshot.step >= 0:
-                text = self._rendered(Summary(self._snapshot))
-        finally:
-            if self._foot is not None:
-                self._foot.end(text)
-
     def _fall_back(self, reason: str) -> None:
-        self._termination.forget()
         self._instead = LogReport()
         write_line(f"gradwatch | {reason}: log lines instead of the live picture")
 
