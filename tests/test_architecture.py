@@ -143,8 +143,8 @@ def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
         (
             "reports",
             reports.REPORTS,
-                *("base", "foot", "line", "others", "scalars", "sparkline", "streams", "summary", "tail", "view"),
-                "watching",
+            *("base", "foot", "line", "others", "scalars", "sparkline", "streams", "summary", "tail", "view"),
+            "watching",
         ),
     ],
 )

@@ -23,11 +23,12 @@ class GradientSurge(Rule):
     A layer's gradient norm is many times what it usually is in this run: for two steps in a row, or once by far.
 
     ## Formula
-    `value = max(min(q_t, q_{t-1}), q_t / 10) / max(1, exp(4 s) / 10)`, with `q = ||g|| / t`, `t` the layer's typical
-    gradient norm (an exponential average of log norms, half-life 64 steps, finite values only, winsorised) and `s` the
-    usual distance of a log norm from it. It fires where `value > limit` (10): two steps above 10 times, or one above 100
-    times, and more in runs whose norms scatter widely from step to step, such as those with a batch of one. It is silent
-    in a layer's first 8 steps.
+    `value = max(min(q_t, q_{t-1}), q_t / 10) / max(1, exp(4 s) / 10) / max(1, p / 2t)`, with `q = ||g|| / t`, `t` the
+    layer's typical gradient norm (an exponential average of log norms, half-life 64 steps, finite values only, winsorised),
+    `s` the usual distance of a log norm from it, and `p` the third-highest peak of the excursions above `2t` that came back.
+    It fires where `value > limit` (10): two steps above 10 times, or one above 100 times, and more in runs whose norms
+    scatter widely from step to step, such as those with a batch of one, or whose large norms come again and again, such as
+    those of a rare class. It is silent in a layer's first 8 steps.
 
     ## Why it is bad
     The run's own history is the best yardstick there is for its gradients: explosions show as growth long before they

@@ -26,9 +26,10 @@ class LossJump(Rule):
     ## Formula
     `value = (x - m) / s`, with `x` the last loss, `m` and `d` median and scaled MAD of up to 32 losses before it, and
     `s = max(d, |m| / 10, |r| / 20, (h - m) / 5)`, where `r` is the reference loss (median of the first 16) and `h` the
-    highest of the losses before it. It fires where `value > limit` (10): the loss then at least doubled, rose by at least
-    half of the level it began with, and twice as far as at any of the 32 steps before, so that the ordinary noise of a
-    converged run stays below. Falls never count.
+    highest of the losses before it, or the third-highest peak of all excursions of the loss that came back, where that is
+    more. It fires where `value > limit` (10): the loss then at least doubled, rose by at least half of the level it began
+    with, and twice as far as at any of the 32 steps before and as it does again and again, so that the ordinary noise of a
+    converged run stays below, and batches with a rare class. Falls never count.
 
     ## Why it is bad
     One update did more harm than many updates did good: the step was too long for the curvature it met, or the batch
