@@ -180,7 +180,6 @@ class History:
 
     def grow(self, columns: Columns) -> None:
         """Take the columns of layers that were added; their past is missing."""
-        self._catch_up()
         self.layers = tuple(columns.names)
         count = len(self.layers)
         self.sizes = np.asarray(columns.sizes, dtype=np.float64)
@@ -208,7 +207,7 @@ class History:
     def _begin_task(self) -> None:
         """Take the coming rows for those of another task: new layers bring a loss and gradients of another size with them."""
         count = len(self.layers)
-        self._task = self.rows
+        self._task = self._learned = self._to_learn = self.rows
         self._typical_grad = Typical(count, half_life=64)
         self.typical_weight = Typical(count, half_life=16)
         self.weight, self.previous_weight, self.least_weight = np.full((3, count), np.nan)
