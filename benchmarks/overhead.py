@@ -111,7 +111,7 @@ class Watched:
         for tap in taps.ALL:
             tap.remove(self.probe)
         arrivals = self.probe.arrivals
-        self.marker = [(column, arrivals._layers.parameter(column)) for column in arrivals._hooks]
+        self.hooked = [(column, arrivals._layers.parameter(column)) for column in arrivals._hooks]
         arrivals.stop()
 
     def on(self) -> None:
@@ -119,7 +119,7 @@ class Watched:
         hooks.listen(self.probe)
         for tap in taps.ALL:
             tap.add(self.probe)
-        for column, parameter in self.marker:
+        for column, parameter in self.hooked:
             if parameter is not None:
                 self.probe.arrivals._hooks[column] = self.probe.arrivals._hook(column, parameter)
 

@@ -22,6 +22,24 @@ is one optimizer step.
 TOGETHER = """
 All of these are run a second time on the path for devices (below), with the same result.
 
+### What belongs to a step
+
+* **The loss of a row** is the sum of the losses of all backwards that reached parameters of this optimizer since their
+  gradients were cleared (None, or zero in place) or stepped with. A backward of another model belongs to no row, nor does
+  one whose gradients you clear. The losses of several `monitor.loss` calls add up likewise, from one step to the next.
+* **With a closure** the loss is what it returns, and the losses of the backwards before it unless the closure clears their
+  gradients. A line search evaluates several times: its first evaluation is the row.
+* **Gradients that you put into place yourself** (`torch.autograd.grad`, `torch.func`, gradient surgery, DP-SGD) have no loss
+  unless you call `monitor.loss`. Where a backward ran before, and gradwatch could not see its gradients cleared before yours
+  took their place, that backward's loss is recorded.
+* **Before your own clip** means before the first one since a backward, a step, or another change of the gradients. Only
+  norms are kept, never gradients. If you put other tensors in their place after the clip, the row holds the norms of those.
+* **An optimizer around another one** over the same parameters (SAM, Lookahead, a wrapper that accumulates or adds noise)
+  leaves the row to the one inside: one row for each step that moves the weights, with the gradient that moves them. For SAM
+  that is the gradient at the perturbed weights; the first gradient, which only finds them, is in no row. If the one inside
+  does not step in 16 steps, the outer one makes the rows.
+* Trainings on several threads of one process keep their rows apart: a backward is followed to the parameters it leads to.
+
 ## Several processes (`torchrun`)
 
 Attach in each process. Each measures its own part; one sum of {small} numbers for a model of 100 layers and 8 processes

@@ -34,8 +34,8 @@ class AutoClip(Settings):
             norms come again and again, as those of a rare class do, typical is half of what they reach
             (`gradwatch.recurrence`). ``"auto"`` begins at 2 and goes down to 0.5 where steps are too long. A run that has no 16
             norms yet starts with the clip's own bounds, a norm of 1.0 by default, and goes down to a quarter. With ``"auto"``
-            and gradients on the CPU, a layer that stands out alone comes first, and steps of SGD are held to what the loss holds (`gradwatch.guard`). None:
-            always the clip's own. Given by name, a clip that takes a threshold is ``"auto"``.
+            and gradients on the CPU, a layer that stands out alone comes first, and steps of SGD are held to what the loss
+            holds (`gradwatch.guard`). None: always the clip's own. Given by name, a clip that takes a threshold is ``"auto"``.
         hold: optimizer steps without a firing alarm after which it lets go and the incident closes.
         escalate: what to do next, in this order, each time clipping has not helped for ``patience`` steps: ``"skip"``
             steps that surge, lower the learning ``"rate"`` by half (as often as six times), ``"stop"`` with a

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from gradwatch.coming import Coming
     from gradwatch.records import Family, Floats
 
 
@@ -48,9 +49,10 @@ class Measured:
         norms = np.full(len(self.norms), np.nan)
         kept = self.columns[there]
         norms[kept] = self.norms[kept]
-        measured = Measured(
-            [g for g, mine in zip(self.gradients, there, strict=True) if mine], kept, norms, global_norm_of(norms[kept])
-        )
+        gradients = [
+            g for g, mine in zip(self.gradients, there, strict=False) if mine
+        ]  # none, where only norms are kept
+        measured = Measured(gradients, kept, norms, global_norm_of(norms[kept]))
         counts = {column: count for column, count in (self.counts or {}).items() if column in kept}
         if counts and self.nonfinite is not None:
             measured.nonfinite, measured.counts = (
@@ -83,13 +85,15 @@ class Gradients:
         pairs: column and parameter of each.
         layers: number of columns in all.
         groups: the number of the parameter group of each pair.
-        total: parameters in the optimizer, watched or not; a change of it means that groups were added.
+        total: parameters in the optimizer, watched or not.
         optimizer: the one; None where there is none.
         model: the watched one.
+        coming: what is known of its coming step.
 
-    Attributes: ``steps`` counts those of this optimizer, ``family`` is its family, ``number`` its place among those that were
-    found (-1: there is none), ``skip`` leaves its steps out, ``left_out`` are columns whose gradients turned out not to be
-    measurable, and why.
+    Attributes: ``optimizer`` is held weakly; ``steps`` counts those of this optimizer, ``family`` is its family, ``number`` its
+    place among those that were found (-1: there is none); ``around`` is another optimizer over the same parameters which this
+    one steps, None where it makes its steps itself; ``sharded`` is True where this process holds only parts of them; ``skip``
+    leaves its steps out; ``left_out`` are columns whose gradients turned out not to be measurable, and why.
     """
 
     def __init__(
@@ -100,13 +104,19 @@ class Gradients:
         total: int = 0,
         optimizer: Optimizer | None = None,
         model: nn.Module | None = None,
+        *,
+        coming: Coming,
     ) -> None:
+        self.coming = coming
+        self.around: weakref.ref[Optimizer] | None = None
+        self.outer: Gradients | None = None  # of the one around it, while that steps
+        self.vain = 0  # steps since the one that it is around stepped
         self.parameters = [parameter for _, parameter in pairs]
         self.columns = np.array([column for column, _ in pairs], dtype=np.intp)
         self.total = total
         self.family: Family = family_of(optimizer) if optimizer is not None else "other"
-        self._optimizer = weakref.ref(optimizer) if optimizer is not None else None
-        self._ends = _ends(optimizer) if optimizer is not None else []
+        self.optimizer = weakref.ref(optimizer) if optimizer is not None else None
+        self._held = Held(optimizer) if optimizer is not None else None
         self.steps = 0
         self.number = -1
         self.left_out: list[tuple[int, str]] = []
@@ -114,7 +124,7 @@ class Gradients:
         self._any_zero = False
         self._layers = layers
         self._groups = np.asarray(groups, dtype=np.intp)
-        self._sharded = any(is_dtensor(parameter) for parameter in self.parameters)
+        self.sharded = any(is_dtensor(parameter) for parameter in self.parameters)
         self._whole = bool(np.array_equal(self.columns, np.arange(layers)))
         self._plan: NormPlan | None = None
         self._planned: list[bool] | None = None  # which gradients the plan is for; None: all
@@ -184,7 +194,7 @@ class Gradients:
     def present(self) -> tuple[list[Tensor], NDArray[np.intp], NormPlan | None]:
         """Return the gradients that exist now, of sharded ones this process's part, their columns and their plan."""
         there = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
-        if self._sharded:
+        if self.sharded:
             there = self._parts()
         columns, present = self.columns, None
         if len(there) < len(self.parameters):
@@ -222,14 +232,11 @@ class Gradients:
         place = min(first, key=lambda place: held[int(columns[place])].numel())
         return place, held[int(columns[place])]
 
-    @property
-    def sharded(self) -> bool:
-        """True when this process holds only parts of them."""
-        return self._sharded
-
     def is_stale(self, optimizer: Optimizer) -> bool:
         """True when this was made for another optimizer, or for other parameters than it holds now."""
-        return self._optimizer is None or self._optimizer() is not optimizer or _ends(optimizer) != self._ends
+        if self.optimizer is None or self._held is None or self.optimizer() is not optimizer:
+            return True
+        return not self._held.is_held_by(optimizer)
 
     def _look_closer(self, measured: Measured) -> None:
         """Tell NaN, Inf, overflow of the norm, and underflow apart, for the layers that need it."""
@@ -346,10 +353,34 @@ def _number(rate: Any) -> float:
     return math.nan if rate is None else float(rate)
 
 
-def _ends(optimizer: Optimizer) -> list[tuple[int, int, int]]:
-    """Return the size and the ends of each parameter group: all of them on each step would cost more than the norms."""
-    groups = [group["params"] for group in optimizer.param_groups]
-    return [(len(group), id(group[0]), id(group[-1])) if group else (0, 0, 0) for group in groups]
+class Held:
+    """The parameters that an optimizer held at one moment."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._groups: list[list[Tensor]] = [list(group["params"]) for group in optimizer.param_groups]
+        self._single = [
+            (number, place)
+            for number, group in enumerate(self._groups)
+            for place, parameter in enumerate(group)
+            if parameter.numel() == 1
+        ]
+
+    def is_held_by(self, optimizer: Optimizer) -> bool:
+        """Return whether the optimizer still holds the same parameters, in the same places.
+
+        Lists are compared in a nanosecond for each element that is the same object in both. Of two different tensors the
+        comparison is a tensor, which has no truth unless it has one element: those are looked at once more.
+        """
+        groups = optimizer.param_groups
+        if len(groups) != len(self._groups):
+            return False
+        try:
+            for group, held in zip(groups, self._groups, strict=True):
+                if group["params"] != held:
+                    return False
+        except Exception:  # of whatever kind: they are not the same object
+            return False
+        return all(groups[number]["params"][place] is self._groups[number][place] for number, place in self._single)
 
 
 def zero_where(gradients: Sequence[Tensor], bad: Tensor) -> None:

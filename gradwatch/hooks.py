@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch import device
+from gradwatch.taps import let_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,15 +32,20 @@ _handles: list[RemovableHandle] = []
 
 
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-    changed = None
     if device.capturing():
         return _captured()
+    changed, meant = None, None
     for ref in _probes:
         probe = ref()
         if probe is None:
             continue
-        changed = probe.before_step(optimizer, args, kwargs) or changed
+        try:  # as `gradwatch.taps.tell`, and each may change the arguments of the next
+            changed = probe.before_step(optimizer, args, kwargs) or changed
+        except Exception as error:
+            meant = let_out(probe, error) or meant
         args, kwargs = changed or (args, kwargs)
+    if meant is not None:
+        raise meant
     return changed
 
 
@@ -53,10 +59,17 @@ def _captured() -> None:
 def _after_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     if device.capturing():
         return
+    meant = None
     for ref in _probes:
         probe = ref()
-        if probe is not None:
+        if probe is None:
+            continue
+        try:
             probe.after_step(optimizer)
+        except Exception as error:
+            meant = let_out(probe, error) or meant
+    if meant is not None:
+        raise meant
 
 
 def listen(probe: Probe) -> None:

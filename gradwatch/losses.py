@@ -16,89 +16,105 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from gradwatch.coming import Coming, Loss, Root
     from gradwatch.records import LossSource
 
 
 class Losses:
-    """What is known of the coming step's loss: what the user handed over, what backwards began from.
+    """What the user handed over, and how it is read together with what backwards began from (`gradwatch.coming.Coming`).
 
-    Tensors are kept detached and read with the row, not at once. A loss that was read stays for a second optimizer's
-    step, until the next one comes in. ``scaler`` is the gradient scaler of the step under way: roots carry its scale.
+    A loss that was handed over holds for the next step of each optimizer, until another one is: ``given``. ``scaler`` is
+    the gradient scaler of the step under way: what backwards began from carries its scale.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        self._given: list[Tensor | float] = []
-        self._roots: list[Tensor] = []
-        self._spent = False
+        self.given: list[Loss] = []
+        self._stepped: list[Coming] = []  # those whose step has used what was given
         self._always = weakref.ref(scaler) if scaler is not None else None
         self.scaler: torch.amp.GradScaler | None = None
 
-    @property
-    def pending(self) -> bool:
-        """True while a loss waits for its step."""
-        return bool(self._roots) and not self._spent
-
     def give(self, loss: Tensor | SupportsFloat) -> None:
         """Take the user's own loss; it outranks every other source. Several of one step add up."""
-        if self._spent:
+        if self._stepped:
             self.forget()
-        self._given.append(loss.detach() if isinstance(loss, torch.Tensor) else float(loss))
-
-    def add_root(self, root: Tensor) -> None:
-        """Take the scalar that a backward began from; several of one step add up."""
-        if self._spent:
-            self.forget()
-        self._roots.append(root)
-
-    def unread(self, returned: Any) -> tuple[Tensor | float | None, LossSource]:
-        """Return the same as `read`, as a tensor where its value would have to be waited for; None where none was seen."""
-        self._spent = True
-        if self._given:
-            return _sum(self._given), "monitor.loss()"
-        if isinstance(returned, (int, float)) or (isinstance(returned, torch.Tensor) and returned.numel() == 1):
-            return _sum([returned]), "closure"
-        if self._roots:
-            scaler = self.scaler or (self._always() if self._always is not None else None)
-            scale = scaler._get_scale_async() if scaler is not None else None
-            total = _sum(self._roots)
-            return (
-                total if scale is None else total / scale.to(self._roots[0].device, non_blocking=True)
-            ), "backward root"
-        return None, "none"
-
-    def read(self, returned: Any) -> tuple[float, LossSource]:
-        """Return the loss and its source; ``returned`` is what a closure returned. NaN where none was seen."""
-        self._spent = True
-        if self._given:
-            return sum(float(loss) for loss in self._given), "monitor.loss()"
-        if isinstance(returned, (int, float)) or (isinstance(returned, torch.Tensor) and returned.numel() == 1):
-            return float(returned), "closure"
-        if self._roots:
-            if (
-                len(self._roots) == 1 and self.scaler is None and self._always is None
-            ):  # as the lines below, on the hot path
-                return self._roots[0].item(), "backward root"
-            scaler = self.scaler or (self._always() if self._always is not None else None)
-            scale = scaler.get_scale() if scaler is not None else 1.0
-            if scale == 0:  # halved until nothing was left: the scaled loss tells nothing
-                return math.nan, "none"
-            return sum(root.item() for root in self._roots) / scale, "backward root"
-        return math.nan, "none"
-
-    def spend(self) -> None:
-        """The step was made without a row."""
-        self._spent = True
+        self.given.append(loss.detach() if isinstance(loss, torch.Tensor) else float(loss))
 
     def forget(self) -> None:
-        """Start anew."""
-        self._given.clear()
-        self._roots.clear()
-        self._spent = False
+        """What was given belongs to no coming step."""
+        self.given.clear()
+        self._stepped.clear()
+
+    def backward_came(self) -> None:
+        """After a step, another backward has reached the model: what was given before that step is over."""
+        if self._stepped:
+            self.forget()
+
+    def used(self, coming: Coming) -> None:
+        """A step has been made with the loss."""
+        if self.given and self._holds_for(coming):
+            self._stepped.append(coming)
+
+    def unread(self, coming: Coming, returned: Any, home: torch.device) -> tuple[Loss | None, LossSource]:
+        """Return the same as `read`, as a tensor on ``home`` where its value would have to be waited for; None: no loss."""
+        if self._holds_for(coming):
+            return _sum(self.given, home), "monitor.loss()"
+        if _is_number(returned):
+            return _sum([returned, *self._unscaled(coming.earlier, home)], home), "closure"
+        if coming.roots:
+            return _sum(self._unscaled(coming.roots, home), home), "backward root"
+        return None, "none"
+
+    def read(self, coming: Coming, returned: Any) -> tuple[float, LossSource]:
+        """Return the loss of a coming step and its source; NaN where none was seen.
+
+        ``returned`` is what a closure returned: to it come the losses of the backwards before the closure, as far as it has
+        not cleared their gradients.
+        """
+        if self.given and self._holds_for(coming):
+            return sum(map(_number, self.given)), "monitor.loss()"
+        if returned is not None and _is_number(returned):
+            return _number(returned) + (self._total(coming.earlier) or 0.0), "closure"
+        loss = self._total(coming.roots)
+        return (math.nan, "none") if loss is None else (loss, "backward root")
+
+    def _holds_for(self, coming: Coming) -> bool:
+        return bool(self.given) and not any(one is coming for one in self._stepped)
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return self.scaler or (self._always() if self._always is not None else None)
+
+    def _total(self, roots: Sequence[Root]) -> float | None:
+        """Return the sum of the losses without the loss scale, None where it is not known."""
+        if len(roots) == 1 and self.scaler is None and self._always is None and isinstance(roots[0][0], float):
+            return roots[0][0]  # as the lines below, on the hot path
+        if not roots or any(isinstance(loss, torch.Tensor) and loss.is_meta for loss, _ in roots):
+            return None
+        scaler = self._scaler()
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        if scale == 0:  # halved until nothing was left: the scaled loss tells nothing
+            return None
+        return sum(_number(loss) for loss, _ in roots) / scale
+
+    def _unscaled(self, roots: Sequence[Root], home: torch.device) -> list[Loss]:
+        losses = [loss for loss, _ in roots]
+        scaler = self._scaler()
+        scale = scaler._get_scale_async() if scaler is not None else None
+        return losses if scale is None or not losses else [_sum(losses, home) / scale.to(home, non_blocking=True)]
 
 
-def _sum(losses: Sequence[Tensor | float]) -> Tensor | float:
-    """Add up losses, as a float64 tensor without dimensions if one of them is a tensor."""
+def _is_number(returned: Any) -> bool:
+    return isinstance(returned, (int, float)) or (isinstance(returned, torch.Tensor) and returned.numel() == 1)
+
+
+def _number(loss: Loss) -> float:
+    return float(loss.item()) if isinstance(loss, torch.Tensor) else float(loss)
+
+
+def _sum(losses: Sequence[Loss], home: torch.device) -> Loss:
+    """Add up losses, as a float64 tensor without dimensions on ``home`` if one of them is a tensor."""
     return sum(
-        local_of(summed(loss.detach())).to(precise(loss.device)).reshape(()) if isinstance(loss, torch.Tensor) else loss
+        local_of(summed(loss.detach())).to(home, precise(home), non_blocking=True).reshape(())
+        if isinstance(loss, torch.Tensor)
+        else loss
         for loss in losses
     )

@@ -6,8 +6,8 @@ are all the hooks there are. A probe knows the model weakly, so it never keeps i
 
 from __future__ import annotations
 
-import itertools
 import math
+import sys
 import weakref
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,28 +16,34 @@ import torch
 
 from gradwatch import device, hooks, taps
 from gradwatch.arrivals import Arrivals
+from gradwatch.attribution import Attribution
+from gradwatch.backwards import losses_of
 from gradwatch.budget import Budget
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
-from gradwatch.gradients import Gradients
 from gradwatch.losses import Losses
 from gradwatch.measure import norm_of
+from gradwatch.owners import Owners
 from gradwatch.parts import Failure, all_done
 from gradwatch.rows import Rows
-from gradwatch.wrappers import local_of, unmeasurable
+from gradwatch.wrappers import local_of, optimizers_alive, unmeasurable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
 
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from gradwatch.coming import Loss, Root
     from gradwatch.device import Unread
-    from gradwatch.gradients import Measured
+    from gradwatch.gradients import Gradients, Measured
     from gradwatch.layers import Layers
     from gradwatch.quiet import Quiet
     from gradwatch.records import Family, Floats, Source
     from gradwatch.rows import Judge
+    from gradwatch.taps import Run
 
+_STEPS = torch.optim.Optimizer.profile_hook_step.__code__.co_filename  # where torch wraps each step
 _UNDECIDED = 16  # steps of optimizers that own no watched layer after which a loop is taken to have none of its own
 
 
@@ -56,29 +62,26 @@ class Probe:
     ) -> None:
         self._layers = layers
         self._judge = weakref.ref(judge)
-        self._known: dict[int, Gradients] = {}  # by the optimizer's id
-        self._numbers: dict[int, int] = {}  # by the same, as long as it lives
-        self._found = itertools.count()
-        self._gone: dict[int, weakref.ref[Optimizer]] = {}  # forget them when it is; nothing stays on it after detach
-        self._owners = False
-        self._all: Gradients | None = None
-        self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
-        self._vain_steps = self._vain_at = 0
+        self._has_optimizer = False
         self._backwards_then = 0
+        self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
+        self._vain_steps = self._vain_at = self._moves = 0
+        self._awaited = False
         self._left_out = self._left_out_before = 0
         self._weights_then = math.nan
         self._inside: list[tuple[Measured | Unread, Floats]] = []
         self._inside_seen: set[int] = set()
         self._inside_family: Family = "other"
-        self._stray: Tensor | None = None
+        self._strange = 0  # gradients in the user's clip that are none of the model's
         self._stepping: weakref.ref[Optimizer] | None = None
-        self._stepping_at = -1
+        self.owners = Owners(layers, self._grow, self._find)
         self.arrivals = Arrivals(layers)
+        self.attribution = Attribution(layers, self.owners, self.arrivals)
+        self.backward_begins = self.attribution.begins  # see `taps.Listener`
         self.losses = Losses(scaler)
         self._budget = every if isinstance(every, Budget) else None
         self.rows = Rows(layers, judge, self.arrivals, self.losses, every if isinstance(every, int) else 1)
         self.active = False
-        self.backwards = 0
         self.seconds = 0.0
 
     # Life.
@@ -87,7 +90,7 @@ class Probe:
         """Put every hook in place."""
         self.active = True
         if optimizer is not None:
-            self._find(optimizer)
+            self.owners.find(optimizer)
         self.arrivals.start()
         hooks.listen(self)
         for tap in taps.ALL:
@@ -110,11 +113,11 @@ class Probe:
         yield "the hooks on parameters", self.arrivals.stop
         for tap in taps.ALL:
             yield f"the tap on {tap.name}", lambda tap=tap: tap.remove(self)  # type: ignore[misc]
-        for gradients in tuple(self._known.values()):
-            yield "hidden gradients", gradients.restore
-        self._known.clear()  # a monitor that is kept for its summary shall not keep the parameters
-        self._gone.clear()
-        self._all = None
+        yield (
+            "hidden gradients",
+            self.owners.close,
+        )  # a monitor that is kept for its summary shall not keep the parameters
+        yield "the losses", self.losses.forget
         yield "the rows", self.rows.close
 
     def owns_any(self, optimizer: Optimizer) -> bool:
@@ -132,95 +135,114 @@ class Probe:
 
     # The taps.
 
-    def backward_begins(self) -> None:
-        """See `taps.Listener`."""
-        if self.arrivals.hookless:
-            self._guarded(self.arrivals.begin)
-        if self.losses.pending and self._gradients_cleared():  # the user left a step out: its loss belongs to no row
-            self.losses.forget()
+    def failed(self, error: Exception) -> None:
+        """See `taps.Listener`: `TrainingUnstableError` and `ExchangeError` are meant, and any other one when strict."""
+        if isinstance(error, (TrainingUnstableError, ExchangeError)):
+            raise error
+        self.rows.fail(error)
+        self._leave_if_over()
 
     def backward_failed(self) -> None:
         """See `taps.Listener`."""
         self.arrivals.failed()
 
-    def backward_ended(self, root: Tensor | None, callers: Collection[int]) -> None:
+    def backward_ended(self, run: Run) -> None:
         """See `taps.Listener`."""
-        reached = self._guarded(self.arrivals.end, callers) if self.arrivals.hookless else self.arrivals.end(callers)
-        if not reached and not self._inside:  # another model's backward, or one that passed by the marker
-            self.arrivals.missed(enough=self._loop == "backward")
-            self._stray = root
-            return
-        self.backwards += 1
-        self.rows.forget_clip()  # what was clipped before this backward was not stepped with
-        if root is not None:
-            self.losses.add_root(root)
-        if self._inside:
-            self._guarded(self._end_of_fused_backward)
-        elif self._loop == "backward" or (self._loop == "unknown" and not self._owners):
-            self._guarded(self._end_of_backward)
-
-    def _gradients_cleared(self) -> bool:
-        marker = self._layers.parameter(self.arrivals.marker)
-        if marker is None:
-            return False
-        return marker.grad is None or (marker.grad.is_cpu and not marker.grad.any())
+        started = perf_counter()
+        if self.attribution.ended(run, fused=bool(self._inside)):
+            if self.arrivals.came and not run.inside:
+                self.arrivals.end()
+            if self.losses.given:
+                self.losses.backward_came()
+            if self._inside:
+                self._guarded(self._end_of_fused_backward, losses_of(run.roots))
+            elif self._loop != "optimizer":
+                self._guarded(self._end_of_backward)
+        self.seconds += perf_counter() - started
 
     def _end_of_backward(self) -> None:
         """In a loop without a torch optimizer, the end of backward is the last moment before the update."""
+        if self._loop == "explicit" or self._has_optimizer:
+            return
         if self._loop == "unknown" and not self._updates_without_optimizer():
             return
         self._loop = "backward"
-        self._take(self._everything(), "end of backward")
+        self._take(self.owners.everything(), "end of backward")
 
     def _updates_without_optimizer(self) -> bool:
-        """True when the weights moved although no optimizer of theirs stepped, or another one keeps stepping in vain."""
+        """True when the weights moved although there is no optimizer of theirs, or another one keeps stepping in vain."""
         parameters = [parameter for _, parameter in self._layers.measured()]
         if all(device.reading_is_free(parameter.device) for parameter in parameters):
             now = sum(norm_of(parameter) for parameter in parameters)
         else:  # torch counts the changes in place of each tensor
             now = float(sum(local_of(parameter)._version for parameter in parameters))
         then, self._weights_then = self._weights_then, now
-        moved = not math.isnan(then) and self._weights_then != then
-        return moved or self._vain_steps >= _UNDECIDED
+        if self._vain_steps >= _UNDECIDED:
+            return True
+        if math.isnan(then) or now == then:
+            return False
+        self._moves += 1
+        if self._moves == 1 and any(self.owns_any(optimizer) for optimizer in optimizers_alive()):
+            self._awaited = True  # SAM moves the weights before its first step
+        return not self._awaited or self._moves > _UNDECIDED
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
         """See `taps.Listener`: the user's first clip of a step is the last moment to see the gradients whole."""
-        resting = self.rows.quiet is not None and self.rows.quiet.resting
-        if resting or self.rows.seen_before_clip or not gradients:
+        quiet = self.rows.quiet
+        if gradients and (quiet is None or not (quiet.resting or quiet.shared)):
+            self._guarded(self._see_clip, set(map(id, gradients)))
+
+    def _see_clip(self, clipped: set[int]) -> None:
+        if self.attribution.is_elsewhere():
             return
-        mine = self._everything()
-        if any(parameter.grad is gradients[0] for parameter in mine.parameters):
-            self._guarded(self.rows.measure_before_clip, mine)
+        self.owners.look_at_optimizers()
+        known = {id(parameter.grad) for owner in self.owners.current() for parameter in owner.parameters}
+        strange = len(clipped - known)
+        if (
+            strange and strange != self._strange
+        ):  # they may be of layers that have just come, or are trained from now on
+            self._strange = strange
+            self.owners.look_again()
+            self.owners.look_at_the_rest()
+        for owner in self.owners.current():
+            if any(id(parameter.grad) in clipped for parameter in owner.parameters):
+                self.rows.measure_before_clip(owner)
 
     def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """See `taps.Listener`."""
         quiet = self.rows.quiet
-        if quiet is None or self.rows.seen_before_clip or not isinstance(gradients, list):
+        if quiet is None or not isinstance(gradients, list):
             return None
-        total: Tensor | None = self._guarded(quiet.share, gradients)
+        total: Tensor | None = self._guarded(self._share, quiet, gradients)
         return total
+
+    def _share(self, quiet: Quiet, gradients: list[Tensor]) -> Tensor | None:
+        return None if self.attribution.is_elsewhere() else quiet.share(gradients)
 
     def user_scales(self, total: Tensor, max_norm: float) -> None:
         """See `taps.Listener`."""
         if self.rows.quiet is not None:
             self._guarded(self.rows.quiet.scaled, total, max_norm)
+        for owner in self.owners.current():
+            if owner.coming.before_clip is not None:
+                owner.coming.before_clip.ended()
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """See `taps.Listener`."""
-        if self._guarded(self._gradients_of, optimizer) is not None:
+        if self._guarded(self.owners.stepping, optimizer) is not None:
             self.losses.scaler = scaler
             self._left_out_before = self._left_out
             self._left_out += 1
 
     def scaler_stepped(self, optimizer: Optimizer) -> None:
         """See `taps.Listener`: now and then a step is left out to find the scale; many in a row are a fault."""
-        mine = self._guarded(self._gradients_of, optimizer)
+        mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
             if self._left_out >= device.PATIENCE or self._guarded(
                 self.rows.together
             ):  # others may make this step, and wait for the row
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
-            self.losses.forget()
+            self._used(mine)
         self.losses.scaler = None
 
     # The optimizer's hooks.
@@ -242,9 +264,8 @@ class Probe:
         """True when the step went the short way; one that is unusual in any way goes the long one from its beginning."""
         if (
             self._stepping is not None
-            or self.backwards == self._backwards_then
             or self._loop != "optimizer"
-            or self.arrivals.pending
+            or self.arrivals.came
             or torch._C._current_graph_task_id() != -1
         ):
             return False
@@ -254,16 +275,21 @@ class Probe:
         try:
             if not quiet.take(optimizer, self.rows, self.losses):
                 return False
+            self._note_backwards()
             self.rows.skipping.made()
         except Exception:
             return False  # the long way fails in the same place, and tells
         finally:
             torch._C._set_grad_enabled(grad)
             self.seconds += perf_counter() - started
-        self._stepping, self._stepping_at = quiet.optimizer, self.backwards
-        self._backwards_then = self.backwards
+        self._stepping = quiet.optimizer
         self._left_out = 0
         return True
+
+    def _note_backwards(self) -> None:
+        """Several optimizers may step after one backward: its forwards belong to the first of them."""
+        self.rows.skipping.fresh = self.attribution.backwards != self._backwards_then
+        self._backwards_then = self.attribution.backwards
 
     def _prepare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.rows.expect()
@@ -276,36 +302,46 @@ class Probe:
             self.rows.wish = self._budget.every(self.seconds, self.rows.step, self.rows.made)
         if self.rows.take(mine, source, optimizer, returned) and source != "left out by the scaler":
             self._left_out = 0
+        self._used(mine)
+
+    def _used(self, mine: Gradients) -> None:
+        self.losses.used(mine.coming)
+        self.owners.used(mine)
 
     def _prepare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        mine = self._gradients_of(optimizer)
-        # an optimizer that steps inside another's step (super().step(), a wrapper) belongs to it; a step that raised never
-        # came to its end, but then another backward has been since
-        again = self._stepping is not None and self._stepping_at == self.backwards
-        if mine is None and self.backwards > self._vain_at:  # another optimizer steps after a backward of this model
-            self._vain_steps, self._vain_at = self._vain_steps + 1, self.backwards
-        if mine is None or again:
+        mine = self.owners.get(optimizer)
+        # another optimizer steps after a backward of this model
+        if mine is None and self.attribution.backwards > self._vain_at:
+            self._vain_steps, self._vain_at = self._vain_steps + 1, self.attribution.backwards
+        if mine is None or self._is_inside_another(optimizer):
             return None
-        self._stepping, self._stepping_at = weakref.ref(optimizer), self.backwards
+        mine.restore(late=True)
+        if self.owners.waits_for_another(mine):
+            return None
+        self._stepping = weakref.ref(optimizer)
         if torch._C._current_graph_task_id() != -1:  # fused into backward: one step for each parameter
             self._step_inside_backward(mine, optimizer)
             return None
-        self.backwards += self.arrivals.end()  # a backward that passed by the tap
-        self.rows.skipping.fresh = self.backwards != self._backwards_then
-        if not self.rows.skipping.fresh:
-            self.arrivals.missed(enough=True)
-        self._backwards_then = self.backwards
+        if self.arrivals.came:  # a backward that passed by the tap
+            self.arrivals.end()
+            self.attribution.passed_by()
+        self._note_backwards()
         if self._loop != "explicit":
             self._loop = "optimizer"
-        mine.restore(late=True)
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
             if self._loop == "optimizer":
                 self._take(mine, "optimizer step", optimizer)
             return None
         self.rows.skipping.expect_closure(mine)
-        wrapped = self._wrap(closure, mine, optimizer)
+        wrapped = self._wrap(closure, optimizer)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+
+    def _is_inside_another(self, optimizer: Optimizer) -> bool:
+        """True for a step inside another's step, by `super().step()` or by a wrapper: it belongs to that one."""
+        outer = self._stepping() if self._stepping is not None else None
+        # a step that raised never came to its end, so that it must be looked for
+        return outer is not None and _steps_under_way(outer) > (outer is optimizer)
 
     def _step_inside_backward(self, mine: Gradients, optimizer: Optimizer) -> None:
         self._loop = "optimizer"
@@ -319,94 +355,82 @@ class Probe:
         self.rows.tell_left_out(mine)
         self._inside_family = mine.family
 
-    def _end_of_fused_backward(self) -> None:
+    def _end_of_fused_backward(self, losses: list[Loss] | None = None) -> None:
         parts, self._inside = self._inside, []
         self._inside_seen.clear()
-        self.rows.take_parts(parts, self._inside_family)
+        everything = self.owners.everything()
+        everything.coming.add([(loss, None) for loss in losses or []])
+        self.rows.take_parts(parts, self._inside_family, everything)
+        self._used(everything)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Give back the gradients that were hidden so that the optimizer skipped them."""
-        mine = self._known.get(id(optimizer))
+        mine = self.owners.known(optimizer)
         if mine is not None and mine.parameters:
             mine.restore()
+            self.owners.step_is_over(mine)
             self.rows.skipping.over()
             if self._stepping is not None and self._stepping() is optimizer:
                 self._stepping = None
 
-    def _wrap(self, closure: Callable[[], Any], mine: Gradients, optimizer: Optimizer) -> Callable[[], Any]:
+    def _wrap(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         evaluations = 0
 
         def wrapped() -> Any:
             nonlocal evaluations
+            evaluations += 1
+            if evaluations == 1:
+                self._guarded(self._evaluates, optimizer)
             with torch.enable_grad():
                 loss = closure()
-            evaluations += 1
-            if evaluations == 1 and self._loop == "optimizer":  # a line search evaluates several times for one step
-                self._guarded(self._take, mine, "closure", optimizer, loss)
-            self._guarded(self.rows.skipping.closure_evaluated, mine, evaluations)
+            if self._loop == "optimizer":
+                self._guarded(self._evaluated, optimizer, loss, evaluations)
             return loss
 
         return wrapped
 
+    def _evaluates(self, optimizer: Optimizer) -> None:
+        mine = self.owners.get(optimizer)
+        if mine is not None:
+            mine.coming.evaluate()
+
+    def _evaluated(self, optimizer: Optimizer, loss: Any, evaluations: int) -> None:
+        mine = self.owners.get(optimizer)
+        if mine is None:
+            return
+        if evaluations == 1:
+            self._take(mine, "closure", optimizer, loss)
+        else:  # a line search evaluates several times for one step
+            self._used(mine)
+        self.rows.skipping.closure_evaluated(mine, evaluations)
+
     def explicit_step(self) -> None:
         """The user says that the update is about to happen."""
         self._loop = "explicit"
-        self._guarded(self._take, self._everything(), "monitor.step()")
+        self._guarded(self._take_everything)
 
-    def _gradients_of(self, optimizer: Optimizer) -> Gradients | None:
-        """Return the gradients of the watched layers that an optimizer owns; None when it owns none."""
-        mine = self._known.get(id(optimizer))
-        if mine is None or mine.is_stale(optimizer):
-            mine = self._find(optimizer)
-        return mine if mine.parameters else None
+    def _take_everything(self) -> None:
+        self._take(self.owners.everything(), "monitor.step()")
 
-    def _find(self, optimizer: Optimizer) -> Gradients:
-        """Look up which watched layers an optimizer owns; the model may have changed since attach."""
-        held = [(p, number) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        if any(self._layers.column(p) is None for p, _ in held):
-            news = self._layers.look_again()
-            if news:
-                self._grow(news)
-        pairs, groups = [], []
-        for parameter, number in held:
-            column = self._layers.column(parameter)
-            if column is not None:
-                pairs.append((column, parameter))
-                groups.append(number)
-        mine = Gradients(pairs, len(self._layers), groups, len(held), optimizer, self._layers.model)
-        known, numbers, gone, key = self._known, self._numbers, self._gone, id(optimizer)
-        if pairs and key not in numbers:
-            numbers[key] = next(self._found)
-        mine.number = numbers.get(key, -1)
-        known[key] = mine
-        gone[key] = weakref.ref(optimizer, lambda _: _forget((known, numbers, gone), key))
+    def _find(self, optimizer: Optimizer) -> None:
+        """An optimizer has been found that owns watched layers."""
         judge = self._judge()
-        if pairs and judge is not None:
-            self._owners = True
-            judge.optimizer_found(optimizer)
-            reason = unmeasurable(optimizer=optimizer)
-            if reason is not None:
-                raise UsageError(f"{type(optimizer).__name__} cannot be watched: {reason}.")
-        return mine
+        if judge is None:
+            return
+        self._has_optimizer = True
+        judge.optimizer_found(optimizer)
+        reason = unmeasurable(optimizer=optimizer)
+        if reason is not None:
+            raise UsageError(f"{type(optimizer).__name__} cannot be watched: {reason}.")
 
-    def _grow(self, news: set[int]) -> None:
-        """Follow parameters that were added or replaced: adapters, a new head, `load_state_dict(assign=True)`."""
-        for gradients in tuple(self._known.values()):
-            gradients.restore()
-        self._known.clear()
-        self._all = None
-        if self._stray is not None:  # the backward just now was this model's, by parameters not known then
-            self.losses.add_root(self._stray)
+    def _grow(self, news: set[int]) -> list[Root]:
+        """Follow parameters that were added or replaced; return what backwards through them began from."""
         self.rows.grow(news)
         self.arrivals.grow()
         judge = self._judge()
         if judge is not None:
             judge.grown(self._layers)
-
-    def _everything(self) -> Gradients:
-        if self._all is None:
-            self._all = Gradients(list(self._layers.parameters()), len(self._layers))
-        return self._all
+        return self.attribution.found()
 
     def _guarded(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a part of gradwatch: its errors never reach the training loop, unless they are meant to."""
@@ -429,10 +453,20 @@ class Probe:
         finally:
             torch._C._set_grad_enabled(grad)
             self.seconds += perf_counter() - started
-            if self.rows.over and self.active:
-                self._give_up()
+            if self.rows.over:
+                self._leave_if_over()
+
+    def _leave_if_over(self) -> None:
+        if self.rows.over and self.active:
+            self._give_up()
 
 
-def _forget(dicts: Sequence[dict[int, Any]], key: int) -> None:
-    for one in dicts:
-        one.pop(key, None)
+def _steps_under_way(optimizer: Optimizer) -> int:
+    """Return how many calls of an optimizer's step are under way; of one that steps now, this one is among them."""
+    count = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == _STEPS and frame.f_locals.get("self") is optimizer:
+            count += 1
+        frame = frame.f_back
+    return count

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from gradwatch.coming import BeforeClip
 from gradwatch.gradients import Gradients, Measured
 from gradwatch.measure import global_norm_of, norm_of
 
@@ -88,13 +89,17 @@ class Quiet:
         self._total: Tensor | None = None  # of the user's clip of this step, and the norms that it came from
         self._norms: Floats | None = None
         self._coefficient = math.nan
+        self._before: BeforeClip | None = None
         self._until = bounds.until
         self._loss = bounds.loss
         self._loss_source = loss
-        self._mine = mine
+        self.mine = mine
         self.optimizer = weakref.ref(optimizer)
         _, columns, self._plan = mine.present()
-        self._columns = None if len(columns) == len(bounds.grad_norm) else columns
+        in_order = np.array_equal(
+            columns, np.arange(len(bounds.grad_norm))
+        )  # an optimizer may hold layers in another one
+        self._columns = None if in_order else columns
         band = bounds.grad_norm if self._columns is None else bounds.grad_norm[columns]
         self._band = np.minimum(band, _LARGEST)  # an infinite norm is never within
         self._sentinel = mine.sentinel(columns)
@@ -102,45 +107,44 @@ class Quiet:
     @property
     def resting(self) -> bool:
         """True while the coming step leaves no row."""
-        return self._every > 1 and self._mine.steps % self._every != 0
+        return self._every > 1 and self.mine.steps % self._every != 0
 
     @property
     def shared(self) -> bool:
         """True when the norm of the user's clip of this step came from here."""
-        return self._norms is not None
+        return self._before is not None and self._before is self.mine.coming.before_clip
 
-    @property
-    def before_clip(self) -> Measured | None:
-        """What the user's clip of this step came from."""
-        if self._norms is None:
-            return None
-        gradients, columns, _ = self._mine.present()
+    def hand_over(self) -> None:
+        """Let the long way know what the user's clip of this step came from."""
+        if not self.shared or self._norms is None or self._before is None:
+            return
+        columns = np.arange(len(self._history.layers)) if self._columns is None else self._columns
         norms = np.full(len(self._history.layers), np.nan)
         norms[columns] = self._norms
-        return Measured(gradients, columns, norms, global_norm_of(self._norms))
+        self._before.measured = Measured([], columns, norms, global_norm_of(self._norms))
 
     def share(self, tensors: list[Tensor]) -> Tensor | None:
         """The user is about to clip these gradients: return their norm as one vector; None where torch shall take it."""
-        plan = self._plan
+        before, plan = self.mine.coming.before_clip, self._plan
+        if before is not None and before.goes_on():  # another clip in the same step
+            return None
+        self._before = self.mine.coming.before_clip = None
         if not self._left or self.resting or plan is None or not plan.shareable or not self._clipped:
             return None
-        gradients, _, now = self._mine.present()
+        gradients, _, now = self.mine.present()
         if now is not plan or len(tensors) != len(gradients) or not all(map(operator.is_, tensors, gradients)):
             return None
         norms, total = plan.shared(gradients)
         if not self._holds(norms):
             return None
         self._norms, self._total, self._coefficient = norms, total, math.nan
+        self._before = self.mine.coming.before_clip = BeforeClip(self.mine.parameters)
         return total
 
     def scaled(self, total: Tensor, max_norm: float) -> None:
         """The user has clipped."""
         if total is self._total:
             self._coefficient = min(1.0, max_norm / (total.item() + 1e-6))
-
-    def forget(self) -> None:
-        """What was clipped was not stepped with."""
-        self._norms = self._total = None
 
     def _sentinel_is_well(self, losses: Losses) -> bool:
         """True while one layer's gradient and the loss stay within their bounds, on a step that leaves no row."""
@@ -150,12 +154,15 @@ class Quiet:
             plain = gradient.layout is torch.strided and gradient.dtype is torch.float32
             if not (torch.linalg.vector_norm(gradient).item() if plain else norm_of(gradient)) <= self._band[place]:
                 return False
-        loss, source = losses.read(None)
+        loss, source = losses.read(self.mine.coming, None)
         return source == "none" or loss <= self._loss
 
-    def _measured(self, rows: Rows) -> Floats | None:
-        gradients, _, plan = self._mine.present()
-        if plan is not self._plan or plan is None or rows.seen_before_clip:
+    def _clipped_norms(self) -> Floats | None:
+        return self._norms if self._before is not None and self.shared and self._before.holds else None
+
+    def _measured(self) -> Floats | None:
+        gradients, _, plan = self.mine.present()
+        if plan is not self._plan or plan is None or self.mine.coming.before_clip is not None:
             return None
         norms = plan.norms(gradients)
         return norms if self._holds(norms) else None
@@ -167,7 +174,7 @@ class Quiet:
 
     def take(self, optimizer: Optimizer, rows: Rows, losses: Losses) -> bool:
         """Note this step's row; False when it has to go the long way, with nothing changed."""
-        mine = self._mine
+        mine = self.mine
         if optimizer is not self.optimizer() or losses.scaler is not None:
             return False
         if self.resting:
@@ -176,16 +183,22 @@ class Quiet:
                 return False
             mine.steps += 1
             rows.step += 1
-            losses.spend()
+            self._used(losses)
             return True
-        loss, source = losses.read(None)
+        loss, source = losses.read(self.mine.coming, None)
         expected = source == self._loss_source and (loss <= self._loss or source == "none")
         if not self._left or not expected or perf_counter() > self._until or mine.is_stale(optimizer):
             return False
-        norms, coefficient = (self._norms, self._coefficient) if self._clipped else (self._measured(rows), 1.0)
+        norms, coefficient = (self._clipped_norms(), self._coefficient) if self._clipped else (self._measured(), 1.0)
         if norms is None or not coefficient > 0:
             return False
         self._left -= 1
         mine.steps += 1
         self._history.note(rows.count(), loss, norms, self._columns, coefficient)
+        self._used(losses)
         return True
+
+    def _used(self, losses: Losses) -> None:
+        losses.used(self.mine.coming)
+        self.mine.coming.used()
+        self._before = self._total = None

@@ -18,7 +18,7 @@ from gradwatch.agreement import PACE, differences, told
 from gradwatch.autoclip import NOTHING, Decision
 from gradwatch.checkpoints import buffers_are_bad
 from gradwatch.clips import Clip, Step
-from gradwatch.columns import widened
+from gradwatch.coming import BeforeClip
 from gradwatch.device import Unread, joined
 from gradwatch.errors import PeerError, TrainingUnstableError
 from gradwatch.gradients import Gradients, Measured, assembled
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from gradwatch.arrivals import Arrivals
     from gradwatch.autoclip import Orders
+    from gradwatch.coming import Coming
     from gradwatch.layers import Layers
     from gradwatch.losses import Losses
     from gradwatch.quiet import Bounds
@@ -120,7 +121,6 @@ class Rows:
         self._losses = losses
         self.every = every
         self._sampling = Sampling(layers)
-        self._before_clip: Measured | Unread | None = None
         self._last_provenance = Provenance()
         self._ranks: Ranks | None = None
         self._met = False
@@ -145,10 +145,9 @@ class Rows:
 
     def grow(self, news: set[int]) -> None:
         """Take the columns of layers that were added or whose parameter is another now."""
-        if isinstance(self._before_clip, Measured):
-            self._before_clip.norms = widened(self._before_clip.norms, len(self._layers), math.nan)
+        self._leave_quiet()  # what the user's clip was given of this step is not lost
         self.catch_up(all_of_them=True)
-        self._later = self.quiet = None
+        self._later = None
         self._sampling.grow(news)
         if self._ranks is not None:
             self._meet()
@@ -165,25 +164,21 @@ class Rows:
 
     # Before the user's own clip.
 
-    @property
-    def seen_before_clip(self) -> bool:
-        """True when the gradients of the coming step were measured before the user's clip."""
-        return self._before_clip is not None or (self.quiet is not None and self.quiet.shared)
-
     def measure_before_clip(self, mine: Gradients) -> None:
-        """Measure what the user is about to clip."""
-        home = self._layers.home
-        self._before_clip = mine.measure() if device.reading_is_free(home) else mine.measure_unread(home)
-
-    def forget_clip(self) -> None:
-        """What was clipped was not stepped with."""
-        self._before_clip = None
-        if self.quiet is not None:
-            self.quiet.forget()
+        """Measure what the user is about to clip, unless it has been clipped already."""
+        before, home = mine.coming.before_clip, self._layers.home
+        if before is None or before.measured is None or not before.goes_on():
+            before = None
+        elif len(before.measured.columns) == len(mine.with_gradient()):
+            return
+        measured = mine.measure() if device.reading_is_free(home) else mine.measure_unread(home)
+        if before is not None:
+            measured = before.joined_by(measured, len(self._layers))
+        mine.coming.before_clip = BeforeClip(mine.parameters, measured)
 
     def _leave_quiet(self) -> None:
-        if self.quiet is not None and self._before_clip is None:
-            self._before_clip = self.quiet.before_clip
+        if self.quiet is not None:
+            self.quiet.hand_over()
         self.quiet = None
 
     # One row.
@@ -219,7 +214,6 @@ class Rows:
         seen = alert or self.closely if self._ranks is None else self._closely
         if self.every > 1 and steps % self.every and not seen:
             self.step += 1
-            self._losses.spend()
             return False
         if not self._met:
             self._meet()
@@ -258,12 +252,16 @@ class Rows:
         mine.steps += 1
         if not self._is_due(mine.steps - 1):
             self.skipping.made()
-        elif free:
+            return True
+        before = mine.coming.before_clip
+        if before is not None and not before.holds:  # the user has put other gradients in their place
+            mine.coming.before_clip = None
+        if free:
             self._make(judge, mine, source, optimizer, returned, scale)
         else:
             rate = mine.rate(optimizer) if optimizer is not None else None
             now = mine.measure_unread(self._layers.home, getattr(optimizer, "grad_scale", None))
-            self._send(now, source, rate, mine.family, mine, optimizer, returned, self._before_clip)
+            self._send(now, source, rate, mine.family, mine.coming, mine, optimizer, returned)
         return True
 
     def _make(
@@ -273,9 +271,10 @@ class Rows:
         rate = mine.rate(optimizer) if optimizer is not None else None
         step, self.step = self.step, self.step + 1
         now = mine.measure(scale)
-        whole = self._before_clip.only(mine.columns) if isinstance(self._before_clip, Measured) else now
+        before = mine.coming.before_clip
+        whole = now if before is None else before.of(now)
         sampled = self._sampling.take(now, closely=self._looks_closely)
-        row = self._row(step, source, now, whole, sampled, rate, mine.family, returned, mine.number)
+        row = self._row(step, source, now, whole, sampled, rate, mine, returned)
         if 0 < self._left_out < device.PATIENCE:  # now and then that is how scalers find their scale
             self.step = step
             return
@@ -362,12 +361,11 @@ class Rows:
         whole: Measured,
         sampled: Sample,
         rate: Floats | None,
-        family: Family,
+        mine: Gradients,
         returned: Any = None,
-        optimizer: int = -1,
     ) -> Row:
         """Put together what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
-        loss, loss_source = self._losses.read(returned)
+        loss, loss_source = self._losses.read(mine.coming, returned)
         culprits, processes = None, 1
         if self._ranks is not None:
             leaves_out = source == "left out by the scaler"
@@ -385,8 +383,8 @@ class Rows:
             # of several processes, some may hold no gradient
             poisoned=not math.isfinite(now.global_norm) and (processes > 1 or bool(now.gradients)),
             rate=rate,
-            family=family,
-            optimizer=optimizer,
+            family=mine.family,
+            optimizer=mine.number,
             applied=1.0 if whole is now else _share_left(now, whole),
             dead_share=sampled.dead_share,
             unchanged=sampled.unchanged,
@@ -408,7 +406,7 @@ class Rows:
             return "before the user's clip"
         return "no clip before it seen" if taps.USER_CLIP.installed else "as the optimizer sees it"
 
-    def take_parts(self, parts: list[tuple[Measured | Unread, Floats]], family: Family) -> None:
+    def take_parts(self, parts: list[tuple[Measured | Unread, Floats]], family: Family, mine: Gradients) -> None:
         """Make one row of the steps that an optimizer made inside backward; too late to act on any of them."""
         judge = self._judge()
         if judge is None or not self._is_due(self.step):
@@ -422,12 +420,12 @@ class Rows:
             judge.note("auto-clip cannot act where the optimizer steps inside backward: it only watches there.")
         unread = [part for part, _ in parts if isinstance(part, Unread)]
         if unread:
-            self._send(joined(unread), source, rate, family, None, None, None, None)
+            self._send(joined(unread), source, rate, family, mine.coming, None, None, None)
             return
         now = assembled([part for part, _ in parts if isinstance(part, Measured)], len(self._layers))
         step, self.step = self.step, self.step + 1
         sampled = self._sampling.take(now, closely=self._looks_closely)
-        row = self._row(step, source, now, now, sampled, rate, family)
+        row = self._row(step, source, now, now, sampled, rate, mine)._replace(family=family, optimizer=-1)
         judge.judge(row._replace(poisoned=False))  # nothing is left to be kept from the optimizer
 
     def _act(
@@ -480,7 +478,7 @@ class Rows:
         if clip.needs_whole_layers:
             judge.note(f"{clip} needs whole layers, and here each process holds parts of them: it does not act.")
             return False
-        if clip.by_layer and self._before_clip is not None:
+        if clip.by_layer and mine.coming.before_clip is not None:
             judge.note(
                 f"{clip} does not act after a clip of your own where layers are sharded: what that left of each whole "
                 "layer is not known."
@@ -496,17 +494,18 @@ class Rows:
         source: Source,
         rate: Floats | None,
         family: Family,
+        coming: Coming,
         mine: Gradients | None,
         optimizer: Optimizer | None,
         returned: Any,
-        before: Measured | Unread | None,
     ) -> None:
         """Send a row on its way; what must be done at once is decided on the device."""
         judge = self._judge()
         assert judge is not None
         later = self._require_later()
-        before = before if isinstance(before, Unread) else None
-        loss, loss_source = self._losses.unread(returned)
+        measured = coming.before_clip.measured if coming.before_clip is not None else None
+        before = measured if isinstance(measured, Unread) else None
+        loss, loss_source = self._losses.unread(coming, returned, self._layers.home)
         facts = Facts(source, self._seen_clip(before is not None), loss_source, rate, family, self._arrivals.arrived)
         facts.optimizer = mine.number if mine is not None else -1
         acts = mine is not None and source != "left out by the scaler" and self._clippable(source, optimizer)

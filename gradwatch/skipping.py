@@ -85,6 +85,8 @@ class Skipping:
 
         if source == "left out by the scaler":
             told("")
+        elif mine.outer is not None and mine.outer.skip is not None:
+            mine.outer.skip.leave_out_rest(told)
         elif mine.skip is None:
             mine.zero()
             told("no optimizer of torch makes the update, so that its gradients were set to zero")

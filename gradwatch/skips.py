@@ -70,6 +70,11 @@ class Skip:
         if self._around is None:  # `end` comes with the hook after the step
             begin()
 
+    def leave_out_rest(self, told: Told) -> None:
+        """Leave out the rest of a step that has begun, in which another optimizer is about to step for it."""
+        self._told, self._reason = told, ""
+        self._begin()
+
     def expect_closure(self) -> None:
         """A step with a closure is about to be made, and may have to be left out in the middle of it."""
         optimizer = self._optimizer()

@@ -14,8 +14,11 @@ leaves. If somebody else has patched the same place on top of it, it stays as a 
 from __future__ import annotations
 
 import functools
+import logging
 import threading
+import time
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,25 +27,30 @@ import torch.nn.utils.clip_grad as torch_clip
 from gradwatch import device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
 
     Function = Callable[..., Any]
 
+_log = logging.getLogger("gradwatch")
+
 
 class Listener(Protocol):
-    """What a tap tells."""
+    """What a tap tells, by way of `tell`."""
 
-    def backward_begins(self) -> None:
+    def failed(self, error: Exception) -> None:
+        """A call of this listener raised an error; raises it again only if it is meant to reach the training loop."""
+
+    def backward_begins(self, run: Run) -> None:
         """A backward is about to run."""
 
     def backward_failed(self) -> None:
         """A backward raised."""
 
-    def backward_ended(self, root: Tensor | None, callers: Collection[int]) -> None:
-        """A backward is done; ``root`` is the scalar that it started from, ``callers`` are all threads that call it."""
+    def backward_ended(self, run: Run) -> None:
+        """A backward is done."""
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
         """The user is about to clip these gradients."""
@@ -58,6 +66,77 @@ class Listener(Protocol):
 
     def scaler_stepped(self, optimizer: Optimizer) -> None:
         """It has, or it has left the step out because gradients overflowed."""
+
+
+def tell(listeners: Iterable[Any], call: str, *args: Any) -> list[Any]:
+    """Call the method ``call`` of each listener; return what they return, None for one that failed.
+
+    A failure keeps nobody from being told. It reaches the caller only if the listener lets it, and when all have been told.
+    """
+    answers: list[Any] = []
+    meant = None
+    for listener in listeners:
+        try:
+            answers.append(getattr(listener, call)(*args))
+        except Exception as error:
+            answers.append(None)
+            meant = let_out(listener, error) or meant
+    if meant is not None:
+        raise meant
+    return answers
+
+
+def let_out(listener: Listener, error: Exception) -> Exception | None:
+    """Return the error if it is meant for the training loop."""
+    try:
+        listener.failed(error)
+    except Exception as raised:
+        if raised is error:
+            return error
+        _log.exception("gradwatch: an error could not be handled; training goes on.", exc_info=error)
+    return None
+
+
+class Run:
+    """One backward under way.
+
+    Attributes: ``roots`` are what it started from, on ``thread``; ``inside`` is True if another one was running already
+    when it began; ``notes`` are what listeners keep from its begin to its end.
+    """
+
+    __slots__ = ("inside", "notes", "roots", "thread")
+
+    def __init__(self, roots: Any, thread: int) -> None:
+        self.roots = roots
+        self.thread = thread
+        self.inside = bool(_under_way)
+        self.notes: dict[int, Any] = {}
+
+
+_under_way: list[Run] = []  # on whichever thread
+
+# Autograd writes gradients without Python's lock: one that another thread may be writing must not even be read. Whoever
+# reads gradients at the begin or the end of a backward enters itself in `READERS`, then looks whether others call backward.
+CALLERS: set[int] = set()  # the threads that call backward
+READERS: list[int] = []  # the threads that look at gradients right now
+
+
+@contextmanager
+def reading(thread: int) -> Iterator[None]:
+    """Read gradients."""
+    READERS.append(thread)
+    try:
+        yield
+    finally:
+        READERS.remove(thread)
+
+
+def _called_by(thread: int) -> None:
+    """Enter a thread that is about to call backward, drop those that are no more."""
+    CALLERS.add(thread)
+    CALLERS.intersection_update([one.ident for one in threading.enumerate()])
+    while any(reader != thread for reader in tuple(READERS)):  # they may have found that nobody else calls backward
+        time.sleep(0)
 
 
 class Tap:
@@ -108,52 +187,34 @@ class Tap:
 
 
 def _wrap_backward(original: Function, tap: Tap) -> Function:
-    running: set[int] = set()
-    callers: set[int] = set()
-
     @functools.wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        me = threading.get_ident()
-        if me in running:  # reentrant checkpointing calls backward from inside a backward
+        # reentrant checkpointing calls backward from inside a backward, on a device from a thread of autograd's
+        if torch._C._current_graph_task_id() != -1:
             return original(tensors, *args, **kwargs)
-        listeners = tap.listeners
-        for listener in listeners:
-            listener.backward_begins()
-        running.add(me)
-        callers.add(me)
+        if (me := threading.get_ident()) not in CALLERS or len(CALLERS) > 1:
+            _called_by(me)
+        listeners, run = tap.listeners, Run(tensors, me)
+        tell(listeners, "backward_begins", run)
+        _under_way.append(run)
         try:
             result = original(tensors, *args, **kwargs)
         except BaseException:
-            for listener in listeners:
-                listener.backward_failed()
+            run.notes.clear()  # the traceback may be kept, and with it this frame
+            tell(listeners, "backward_failed")
             raise
         finally:
-            running.discard(me)
-        root = _scalar(tensors) if listeners else None
-        for listener in listeners:
-            listener.backward_ended(root, callers)
+            _under_way.remove(run)
+        tell(listeners, "backward_ended", run)
         return result
 
     return backward
 
 
-def _scalar(tensors: Any) -> Tensor | None:
-    if isinstance(tensors, torch.Tensor):
-        return tensors.detach() if tensors.numel() == 1 else None
-    roots = list(tensors) if isinstance(tensors, (list, tuple)) else []
-    if not roots or not all(isinstance(root, torch.Tensor) and root.numel() == 1 for root in roots):
-        return None
-    total: Tensor = (
-        roots[0].detach() if len(roots) == 1 else torch.stack([root.detach().flatten() for root in roots]).sum()
-    )
-    return total
-
-
 def _wrap_grouping(original: Function, tap: Tap) -> Function:
     @functools.wraps(original)
     def grouping(lists: Sequence[Sequence[Tensor]], *args: Any, **kwargs: Any) -> Any:
-        for listener in tap.listeners:
-            listener.user_clips(lists[0])
+        tell(tap.listeners, "user_clips", lists[0])
         return original(lists, *args, **kwargs)
 
     return grouping
@@ -163,10 +224,9 @@ def _wrap_total_norm(original: Function, tap: Tap) -> Function:
     @functools.wraps(original)
     def total_norm(tensors: Any, norm_type: float = 2.0, strict: Any = False, foreach: bool | None = None) -> Any:  # noqa: FBT001, FBT002
         if norm_type == 2.0 and not strict and foreach is not False and isinstance(tensors, list):
-            for listener in tap.listeners:
-                total = listener.user_norms(tensors)
-                if total is not None:
-                    return total
+            total = next((one for one in tell(tap.listeners, "user_norms", tensors) if one is not None), None)
+            if total is not None:
+                return total
         return original(tensors, norm_type, strict, foreach)
 
     return total_norm
@@ -176,8 +236,7 @@ def _wrap_scaling(original: Function, tap: Tap) -> Function:
     @functools.wraps(original)
     def scaling(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(parameters, max_norm, total_norm, *args, **kwargs)
-        for listener in tap.listeners:
-            listener.user_scales(total_norm, max_norm)
+        tell(tap.listeners, "user_scales", total_norm, max_norm)
         return result
 
     return scaling
@@ -187,11 +246,9 @@ def _wrap_scaler_step(original: Function, tap: Tap) -> Function:
     @functools.wraps(original)
     def step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         listeners = tap.listeners
-        for listener in listeners:
-            listener.scaler_steps(scaler, optimizer)
+        tell(listeners, "scaler_steps", scaler, optimizer)
         result = original(scaler, optimizer, *args, **kwargs)
-        for listener in listeners:
-            listener.scaler_stepped(optimizer)
+        tell(listeners, "scaler_stepped", optimizer)
         return result
 
     return step

@@ -10,10 +10,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     import torch
-    from torch.optim import Optimizer
 
 _IN_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _ELSEWHERE = {
@@ -75,6 +75,11 @@ def replica_of(model: nn.Module) -> Any:
     # one that was built after attach: nothing in torch leads from a module to it
     # by type, for some objects mind being asked for their class
     return next((o for o in gc.get_objects() if issubclass(type(o), kind) and o.module is inner), None)
+
+
+def optimizers_alive() -> list[Optimizer]:
+    """Return every optimizer of torch's in this process: nothing in torch leads from a parameter to its optimizer."""
+    return [one for one in gc.get_objects() if issubclass(type(one), Optimizer) and hasattr(one, "param_groups")]
 
 
 def is_fully_sharded(model: nn.Module) -> bool:

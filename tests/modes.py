@@ -155,6 +155,111 @@ def _closure(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]
     yield from _by_closure(watch, sgd)
 
 
+@mode(
+    "accumulation whose last backward is inside `step(closure)` (Lightning)",
+    "the sum of all backwards, and the sum of their losses",
+    "inside the step, after the closure",
+)
+def _closure_accumulates(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    model = mlp()
+    optimizer = sgd(model)
+    watch(model)
+    for x, y in batches():
+        optimizer.zero_grad()
+        parts = list(zip(x.chunk(4), y.chunk(4), strict=True))
+        losses: list[float] = []
+        seen: list[dict[str, float]] = []
+
+        def evaluate(part: int, parts: Any = parts, losses: list[float] = losses) -> Tensor:
+            loss = mse(model(parts[part][0]), parts[part][1]) / 4
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        def last(seen: list[dict[str, float]] = seen, evaluate: Callable[[int], Tensor] = evaluate) -> Tensor:
+            loss = evaluate(3)
+            seen.append(norms_of(model))
+            return loss
+
+        for part in range(3):
+            evaluate(part)
+        optimizer.step(last)
+        yield Truth(seen[0], sum(losses), source="closure")
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation, as it is commonly written."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.01)
+        self.param_groups = self.base.param_groups
+        self.old: list[Tensor] = []
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """Climb to where the loss is higher."""
+        held = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in held]).norm()
+        self.old = [p.detach().clone() for p in held]
+        for p in held:
+            p.add_(p.grad, alpha=(0.05 / (norm + 1e-12)).item())
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """Come back, and step by the gradient from there."""
+        for p, before in zip((p for group in self.param_groups for p in group["params"]), self.old, strict=True):
+            p.copy_(before)
+        self.base.step()
+        self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Do both."""
+        evaluate = torch.enable_grad()(closure)
+        evaluate()
+        self.first_step()
+        loss = evaluate()
+        self.second_step()
+        return loss
+
+
+SHARP = "the gradient that moves the weights: the one at the perturbed weights, with its loss"
+
+
+@mode("SAM by `first_step` and `second_step`", SHARP, "at the step of the optimizer inside")
+def _sam(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    model = mlp()
+    optimizer = SAM(model.parameters())
+    watch(model)
+    for x, y in batches():
+        mse(model(x), y).backward()
+        optimizer.first_step()
+        loss = mse(model(x), y)
+        loss.backward()
+        yield Truth(norms_of(model), loss.item())
+        optimizer.second_step()
+
+
+@mode("SAM by `step(closure)`", SHARP, "at the step of the optimizer inside")
+def _sam_closure(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    model = mlp()
+    optimizer = SAM(model.parameters())
+    watch(model)
+    for x, y in batches():
+        seen: list[Truth] = []
+
+        def closure(x: Tensor = x, y: Tensor = y, seen: list[Truth] = seen) -> Tensor:
+            loss = mse(model(x), y)
+            loss.backward()
+            seen.append(Truth(norms_of(model), loss.item()))
+            return loss
+
+        optimizer.step(closure)
+        yield seen[1]
+
+
 @mode("LBFGS", "the first evaluation of the line search", "inside the step, after the first closure")
 def _lbfgs(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     yield from _by_closure(watch, lambda model: torch.optim.LBFGS(model.parameters(), max_iter=4))
@@ -421,6 +526,87 @@ def _shared_parameters(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Itera
             optimizer.step()
 
 
+@mode("generator and discriminator in one module (GAN)", "a row for each, with its own layers and its own loss")
+def _gan(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    generator, judge = mlp(depth=2), mlp(depth=2, inputs=1, seed=1)
+    model = nn.ModuleList([generator, judge])
+    optimizers = [sgd(generator), sgd(judge)]
+    watch(model)
+
+    def own(place: int) -> dict[str, float]:
+        return {n: norm if n.startswith(str(place)) else math.nan for n, norm in norms_of(model).items()}
+
+    for x, y in batches():
+        optimizers[1].zero_grad()
+        loss = mse(judge(y), torch.ones(len(y), 1)) + judge(generator(x).detach()).square().mean()
+        loss.backward()
+        yield Truth(own(1), loss.item())
+        optimizers[1].step()
+        optimizers[0].zero_grad()
+        loss = mse(judge(generator(x)), torch.ones(len(y), 1))
+        loss.backward()  # gives the discriminator a gradient as well, which is cleared before its next step
+        yield Truth(own(0), loss.item())
+        optimizers[0].step()
+
+
+@mode("stochastic depth", "missing where a block was left out")
+def _depth(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)])
+    watch(model)
+    turn = count()
+
+    def forward(x: Tensor) -> Tensor:
+        left_out = next(turn) % 4
+        for place in (0, 1):
+            x = x + torch.tanh(model[place](x)) if left_out != place else x
+        last: Tensor = model[2](x)
+        return last
+
+    yield from ordinary(model, sgd(model), forward)
+
+
+def _made_by_hand(watch: Callable[[nn.Module], gradwatch.Monitor], *, clip: bool, in_place: bool) -> Iterator[Truth]:
+    model = mlp()
+    optimizer = sgd(model)
+    monitor = watch(model)
+    for x, y in batches():
+        loss = mse(model(x), y)
+        monitor.loss(loss)
+        for parameter, gradient in zip(
+            model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
+            if in_place and parameter.grad is not None:
+                parameter.grad.copy_(gradient)
+            else:
+                parameter.grad = gradient
+        norms, total = norms_of(model), math.hypot(*norms_of(model).values())
+        if clip:
+            clip_grad_norm_(model.parameters(), 0.05)
+        left = math.hypot(*norms_of(model).values()) / total
+        yield Truth(
+            norms, loss.item(), clipped="before the user's clip" if clip else "no clip before it seen", left=left
+        )
+        optimizer.step()
+
+
+BY_HAND = "the gradient that you have put into `.grad`; the loss from `monitor.loss`"
+
+
+@mode("gradients put into place by hand: gradient surgery, DP-SGD, `torch.func`", BY_HAND)
+def _by_hand_new(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    yield from _made_by_hand(watch, clip=False, in_place=False)
+
+
+@mode("the same, then your own `clip_grad_norm_`", "the gradient before your clip", "at the clip")
+def _by_hand_clipped(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    yield from _made_by_hand(watch, clip=True, in_place=False)
+
+
+@mode("the same, written over the last gradient in place", "the gradient before your clip", "at the clip")
+def _by_hand_in_place(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    yield from _made_by_hand(watch, clip=True, in_place=True)
+
+
 @mode("a subclass that calls `super().step()`", "one row for one step")
 def _super_step(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     class Subclass(torch.optim.SGD):
@@ -623,7 +809,7 @@ def _two_monitors(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[T
 
 
 @mode("a loop without any optimizer", "from the second backward on", "after backward")
-def _by_hand(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+def _without_optimizer(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model = mlp()
     watch(model)
     for step, (x, y) in enumerate(batches()):

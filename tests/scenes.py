@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
 from gradwatch import device
-from gradwatch.probe import Probe
+from gradwatch.owners import Owners
 from gradwatch.sampling import Sampling
 from tests.trainings import mlp, true_norm
 
@@ -115,18 +115,18 @@ def failing_before_measuring() -> dict[str, Any]:
     model = DistributedDataParallel(mlp())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     monitor = gradwatch.attach(model, report=None)
-    original, calls = Probe._gradients_of, [0]
+    original, calls = Owners.get, [0]
 
-    def failing(self: Probe, optimizer: torch.optim.Optimizer) -> Any:
+    def failing(self: Owners, optimizer: torch.optim.Optimizer) -> Any:
         calls[0] += 1
         if calls[0] == 5 and dist.get_rank() == 0:
             raise OSError("lost")
         return original(self, optimizer)
 
-    Probe._gradients_of = failing  # type: ignore[method-assign]
+    Owners.get = failing  # type: ignore[method-assign]
     for number in range(12):
         step(model, optimizer, number)
-    Probe._gradients_of = original  # type: ignore[method-assign]
+    Owners.get = original  # type: ignore[method-assign]
     monitor.detach()
     return {"rows": monitor.history.rows, "notes": monitor.notes}
 
