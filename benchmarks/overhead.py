@@ -294,7 +294,7 @@ def main() -> None:
     names = [*OWN, *OTHERS]
     parser = argparse.ArgumentParser(description="What watching costs, beside clip_grad_norm_ and others.")
     parser.add_argument("--workloads", default="abcdef", help="which of a to f")
-    parser.add_argument("--variants", default=",".join(names), help="which of: " + ", ".join(names))
+    parser.add_argument("--variants", default=",".join(names), help="which of: " + ", ".join(names).replace("%", "%%"))
     parser.add_argument("--rounds", type=int, default=9, help="blocks of each kind")
     parser.add_argument("--seconds", type=float, default=0.15, help="length of a block")
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True)")

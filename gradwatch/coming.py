@@ -35,48 +35,53 @@ _BY_VALUE = 2  # changes in place by which `clip_grad_value_` clips; its end is 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> nn.Parameter | None:
     """Return the first that has a gradient, if possible a new one: a frozen layer may still have that of long ago."""
-    there = (one for one in parameters if one.grad is not None)
-    first = next(there, None)
-    return first if first is None or first.requires_grad else next((one for one in there if one.requires_grad), first)
-
-
-def _mark(parameter: nn.Parameter) -> tuple[nn.Parameter, weakref.ref[Tensor], int]:
-    assert parameter.grad is not None
-    return parameter, weakref.ref(parameter.grad), version_of(parameter.grad)
+    frozen = None
+    for parameter in parameters:
+        if parameter.grad is not None:
+            if parameter.requires_grad:
+                return parameter
+            frozen = parameter if frozen is None else frozen
+    return frozen
 
 
 class BeforeClip:
     """The norms of one owner's gradients before the user's own clip. The gradients themselves are not kept alive.
 
     Args:
-        parameters: those that were measured. Two gradients stand for all: the norms hold as long as these are the same
-            tensors.
+        parameters: those that were measured. Two gradients stand for all, as far apart as can be: the norms hold as long as
+            they are the same tensors.
         measured: the norms; None where they come later. Its gradients are dropped.
     """
+
+    __slots__ = ("_marks", "_open", "_versions", "measured")
 
     def __init__(self, parameters: Sequence[nn.Parameter], measured: Measured | Unread | None = None) -> None:
         if measured is not None:
             measured.gradients = []
         self.measured = measured
-        ends = {id(one): one for way in (parameters, parameters[::-1]) if (one := _trained(way)) is not None}
-        self._marks = [_mark(parameter) for parameter in ends.values()]
+        first, last = _trained(parameters), _trained(reversed(parameters))
+        marked = [(one, one.grad) for one in (first, last) if one is not None and one.grad is not None]
+        self._marks = [(parameter, weakref.ref(gradient)) for parameter, gradient in marked]
+        self._versions = [version_of(gradient) for _, gradient in marked]
         self._open = True  # the clip that it was measured for has not ended, as far as is known
 
     @property
     def holds(self) -> bool:
         """True while the gradients are the tensors that were measured."""
-        return all(ref() is parameter.grad for parameter, ref, _ in self._marks)
+        return all(ref() is parameter.grad for parameter, ref in self._marks)
 
     def goes_on(self) -> bool:
         """Another clip begins: return True if nothing but clips has changed the gradients, so that it is of the same step."""
         most = _BY_VALUE if self._open else 0
-        same = self.holds and all(
-            parameter.grad is not None and version_of(parameter.grad) - version <= most
-            for parameter, _, version in self._marks
-        )
-        self._note()
+        before = self._versions
+        self.ended()
         self._open = True
-        return same
+        return self.holds and all(now - then <= most for now, then in zip(self._versions, before, strict=True))
+
+    def ended(self) -> None:
+        """The user's clip is over: from here on every change of the gradients is another's."""
+        self._open = False
+        self._versions = [version_of(one.grad) if one.grad is not None else 0 for one, _ in self._marks]
 
     def joined_by(self, measured: Measured | Unread, layers: int) -> Measured | Unread:
         """Return what was measured together with ``measured``, of gradients that have come since."""
@@ -87,16 +92,6 @@ class BeforeClip:
         else:
             part = measured.only(measured.columns[news])
         return _together([self.measured, part], layers)
-
-    def ended(self) -> None:
-        """The user's clip is over: from here on every change of the gradients is another's."""
-        self._open = False
-        self._note()
-
-    def _note(self) -> None:
-        self._marks = [
-            (p, ref, version_of(p.grad) if p.grad is not None else version) for p, ref, version in self._marks
-        ]
 
     def of(self, now: Measured) -> Measured:
         """Return what was measured of the gradients that there are ``now``, or ``now`` where some came after the clip."""
