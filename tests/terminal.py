@@ -99,8 +99,12 @@ class _Forked:
     """A script at a terminal, with the methods of `subprocess.Popen` that are needed here."""
 
     _nursery: subprocess.Popen[str] | None = None
+    _last: _Forked | None = None
 
     def __init__(self, script: str, terminal: str, environment: dict[str, str]) -> None:
+        last = type(self)._last
+        if last is not None and last.poll() is None:  # of a test that failed: the next one would wait for its end
+            os.kill(last.pid, signal.SIGKILL)
         nursery = type(self)._nursery
         if nursery is None or nursery.poll() is not None:
             nursery = type(self)._nursery = subprocess.Popen(
@@ -116,8 +120,11 @@ class _Forked:
         nursery.stdin.write(json.dumps([script, terminal, environment]) + "\n")
         nursery.stdin.flush()
         self._answers = nursery.stdout
+        if last is not None and last.returncode is None:
+            last.returncode = int(self._answers.readline())
         self.pid = int(self._answers.readline())
         self.returncode: int | None = None
+        type(self)._last = self
 
     def poll(self) -> int | None:
         """See `subprocess.Popen.poll`."""
