@@ -141,7 +141,8 @@ class Incidents:
             if name == "explosion" and not story.harmed and (self._relapses(step) or self._harm(story)):
                 story.harmed = touched = True
             if story.incident is None:
-                if name == "explosion" and not story.harmed and all(s.sign == "growth" for s in story.firing.values()):
+                jumped = any(sign.kind == "spike" for sign in story.firing.values())
+                if name == "explosion" and not (story.harmed or jumped):
                     return None  # growth while the loss is well: a sign to keep, not a story to tell
                 touched = True
                 story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
