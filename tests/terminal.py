@@ -86,7 +86,8 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.environ.clear()
 os.environ.update(environment)
 sys.stdin = open(0)
-sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding=environment.get("PYTHONIOENCODING", "utf-8")) for number in (1, 2))
+encoding = environment.get("PYTHONIOENCODING", "utf-8")
+sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding=encoding) for number in (1, 2))
 sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
 exec(compile(script, "<string>", "exec"))
 atexit._run_exitfuncs()  # as at the end of the program, of which the rest would take a second to tidy torch up
