@@ -101,6 +101,7 @@ class _Forked:
 
     _nursery: subprocess.Popen[str] | None = None
     _last: _Forked | None = None
+    pid: int
 
     def __init__(self, script: str, terminal: str, environment: dict[str, str]) -> None:
         last = type(self)._last
