@@ -7,6 +7,7 @@ parameters is not asked here: their gradients tell (`gradwatch.backwards`).
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,8 +124,9 @@ class Arrivals:
         own = self._own
 
         def look(parameter: Tensor) -> None:
-            if parameter.grad is not None and not parameter.grad.is_sparse:
-                own.append(norm_tensor(parameter.grad))
+            with suppress(Exception):  # autograd would hand it to the training; without it only that culprit is unknown
+                if parameter.grad is not None and not parameter.grad.is_sparse:
+                    own.append(norm_tensor(parameter.grad))
 
         smallest = min(first, key=torch.Tensor.numel)
         self._sentinel = smallest.register_post_accumulate_grad_hook(look)

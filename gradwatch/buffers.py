@@ -150,12 +150,18 @@ class Buffers:
         marker = self._marker() if self._marker is not None else None
         self._mark = marker._version if marker is not None else -1
 
+    def made(self, *, fresh: bool) -> None:
+        """A step is made: `begin` and `keep`; a model without buffers is only looked at now and then."""
+        if self._places:
+            self.begin(fresh=fresh)
+            self.keep()
+            return
+        if self._kept % _SELDOM == 0:
+            self._look_again()
+        self._kept += 1
+
     def keep(self) -> None:
         """The step is made: take the buffers as they are."""
-        if not self._places:
-            self._look_again(self._kept % _SELDOM == 0)
-            self._kept += 1
-            return
         if [id(d.get(name)) for d, name in self._fixed] != self._ids:
             self._plan()
         for group in self._groups:
@@ -166,12 +172,11 @@ class Buffers:
         if self._constant and self._count() != self._versions:
             self._promote()
         self._kept += 1
-        self._look_again(self._kept <= _LOOKED or self._kept % _SELDOM == 0)
+        if self._kept <= _LOOKED or self._kept % _SELDOM == 0:
+            self._look_again()
 
-    def _look_again(self, due: bool) -> None:  # noqa: FBT001
+    def _look_again(self) -> None:
         """Take in buffers that were added; find those that change without being counted."""
-        if not due:
-            return
         if [full for _, _, full in self._found()] != [full for _, _, full in self._places]:
             self._plan()
         found = {

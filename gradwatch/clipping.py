@@ -109,6 +109,8 @@ class Clipping:
         self._narrowed = 1.0
         times = WIDE if self.policy.threshold == "auto" else self.policy.threshold or math.nan
         bound = times * self._typical
+        if self._spared > 0 and self.policy.clip.takes_threshold:
+            bound = float(np.fmax(bound, self._spared))
         self._bounds = self.policy.clip if math.isnan(bound) else self.policy.clip.at_norm(bound, self.history)
 
     def orders(self, surge: float, far: float) -> Orders:

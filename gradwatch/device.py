@@ -43,8 +43,14 @@ def precise(device: torch.device) -> torch.dtype:
 
 
 def capturing() -> bool:
-    """True while work on the current CUDA stream is not done but captured into a graph: nothing may be asked or started."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    """True while work on the current CUDA stream is not done but captured into a graph: nothing may be asked or started.
+
+    True, too, where the device does not even answer that: its error belongs to the training, not here.
+    """
+    try:
+        return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    except Exception:
+        return True
 
 
 @dataclass(slots=True)

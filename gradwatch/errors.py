@@ -43,6 +43,14 @@ class PeerError(GradwatchError, RuntimeError):
     """Gradwatch failed in another process; so it is switched off in this one too, for no rows can be exchanged."""
 
 
+def words_of(error: BaseException) -> str:
+    """Return kind and text of an error, also of one whose text cannot be made."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as of_its_own:
+        return f"{type(error).__name__}, whose text cannot be made: {type(of_its_own).__name__}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'norm'?"`` for a near miss, else the list of what is known."""
     known = sorted(known)

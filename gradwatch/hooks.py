@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch import device
-from gradwatch.taps import let_out
+from gradwatch.taps import let_out, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,10 +50,7 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
 
 
 def _captured() -> None:
-    for ref in _probes:
-        probe = ref()
-        if probe is not None:
-            probe.captured()
+    tell([probe for ref in _probes if (probe := ref()) is not None], "captured")
 
 
 def _after_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -93,7 +90,11 @@ def unlisten(probe: Probe) -> None:
 
 
 class Around:
-    """Something to be done around one call of an optimizer's step; see `around`."""
+    """Something to be done around one call of an optimizer's step; see `around`.
+
+    Attributes: ``under_way`` is True during that call; ``begin_error`` and ``end_error`` are what was raised, which never
+    reaches the training.
+    """
 
     def __init__(self, cell: CellType, optimizer: Optimizer, begin: Callable[[], Any], end: Callable[[], Any]) -> None:
         self._cell, self._step = cell, cell.cell_contents
@@ -101,6 +102,9 @@ class Around:
         # in a step that is compiled Dynamo would trace them too
         disable: Any = torch.compiler.disable
         self._do: tuple[Callable[[], Any], Callable[[], Any]] | None = (disable(begin), disable(end))
+        self.under_way = False
+        self.begin_error: Exception | None = None
+        self.end_error: Exception | None = None
         cell.cell_contents = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,19 +112,28 @@ class Around:
         step, do = self._step, self._do
         if do is None or not args or args[0] is not self._optimizer() or get_ident() != self._thread:
             return step(*args, **kwargs)
-        begin, end = do
-        self.remove()
+        self.under_way = True
         try:
-            begin()
+            self.begin_error = _error_of(self.remove) or _error_of(do[0])
             return step(*args, **kwargs)
         finally:
-            end()
+            self._do, self.under_way = None, False
+            self.end_error = _error_of(do[1])
 
     def remove(self) -> None:
         """Do nothing from now on, and give torch its function back, unless somebody else has put theirs on top."""
         self._do = None
         while isinstance(top := self._cell.cell_contents, Around) and top._do is None:
             self._cell.cell_contents = top._step
+
+
+def _error_of(do: Callable[[], Any]) -> Exception | None:
+    """Do it, and return what it raised."""
+    try:
+        do()
+    except Exception as error:
+        return error
+    return None
 
 
 def around(optimizer: Optimizer, begin: Callable[[], Any], end: Callable[[], Any]) -> Around | None:

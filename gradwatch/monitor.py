@@ -19,7 +19,7 @@ from gradwatch.autoclip import NOTHING
 from gradwatch.batches import numbers_of
 from gradwatch.budget import Budget
 from gradwatch.checkpoints import Checkpoint, damage_of, worth_of
-from gradwatch.errors import TrainingUnstableError, UsageError
+from gradwatch.errors import TrainingUnstableError, UsageError, words_of
 from gradwatch.history import History
 from gradwatch.layers import Layers, facts_of, optimizer_facts
 from gradwatch.parts import Failure, all_done
@@ -240,8 +240,6 @@ class Monitor:
         return batch
 
     def _numbers_of_batch(self) -> list[dict[str, Any]] | None:
-        from gradwatch.runlog.flight import words_of
-
         try:
             return None if self._batch is None else numbers_of(self._batch)
         except Exception as error:  # a batch of a kind that cannot be read must not cost the rest of the record
@@ -306,7 +304,7 @@ class Monitor:
             with torch.no_grad():
                 return damage_of(model) if model is not None else ""
         except Exception as error:  # a tensor of a kind that cannot be read
-            return f"the model cannot be read: {type(error).__name__}: {error}"
+            return f"the model cannot be read: {words_of(error)}"
 
     def summary(self) -> RenderableType:
         """Return the run so far as a rich renderable; ``str()`` of it is plain text."""
@@ -444,7 +442,7 @@ class Monitor:
         """Say once what failed."""
         if what not in self._told:
             self._told.add(what)
-            self._pipeline.notes.append(f"{what}: {type(error).__name__}: {error}")
+            self._pipeline.notes.append(f"{what}: {words_of(error)}")
             _say(logging.ERROR, f"{what}; training goes on.", error)
 
 

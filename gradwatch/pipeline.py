@@ -9,6 +9,7 @@ import math
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -265,10 +266,11 @@ class Pipeline:
         if failures:
             stale = f"this is the run as it was at step {snapshot.step}: its end could not be put together."
             snapshot = replace(snapshot, notes=(*snapshot.notes, stale))
-        failures += all_done(
-            (f"report {type(report).__name__}", lambda report=report: report.close(snapshot))  # type: ignore[misc]
-            for report in tuple(self.reports)
-        )
+        for report in tuple(self.reports):
+            failed = all_done([(f"report {type(report).__name__}", partial(report.close, snapshot))])
+            failures += failed
+            if failed:
+                all_done([("letting go", report.abandon)])  # it is told once that it failed
         self.reports.clear()
         return failures
 

@@ -98,11 +98,15 @@ class Probe:
 
     def stop(self) -> list[Failure]:
         """Remove every hook and give back what was hidden, each whatever becomes of the others; return what failed."""
-        return [
-            *all_done([("the last rows", lambda: self.catch_up(all_of_them=True))]),
-            *all_done(self._parts()),
-            *all_done([("the optimizers' hooks", lambda: hooks.unlisten(self))]),
+        last = all_done([("the last rows", lambda: self.catch_up(all_of_them=True))])
+        removals = [
+            ("what sits on the model", lambda: all_done(self._parts())),
+            ("the optimizers' hooks", lambda: hooks.unlisten(self)),
         ]
+        failures = all_done(removals)
+        if failures:  # an interrupt may have come in the middle of a part; each can be done twice
+            all_done(removals)
+        return last + failures
 
     def _give_up(self) -> None:
         """Stop, but for the process-wide hooks: torch may be walking over them right now."""

@@ -199,6 +199,7 @@ class Quiet:
         return True
 
     def _used(self, losses: Losses) -> None:
-        losses.used(self.mine.coming)
+        if losses.given:
+            losses.used(self.mine.coming)
         self.mine.coming.used()
         self._before = self._total = None

@@ -48,11 +48,14 @@ class Skipping:
         try:
             return do() or self._lost
         except Exception as error:
-            self._buffers, self._lost = None, _FAILED
-            judge = self._judge()
-            if judge is not None:
-                judge.failed("keeping the model's buffers", error)
+            self._lose(error)
             return self._lost
+
+    def _lose(self, error: Exception) -> None:
+        self._buffers, self._lost = None, _FAILED
+        judge = self._judge()
+        if judge is not None:
+            judge.failed("keeping the model's buffers", error)
 
     def _begin(self) -> Buffers | None:
         fresh, self.fresh = self.fresh, True
@@ -63,18 +66,20 @@ class Skipping:
 
     def made(self) -> None:
         """The step is made: what its forwards did to the buffers stays."""
+        fresh, self.fresh = self.fresh, True
         if self._buffers is not None:
-            self._guarded(self._keep)
-
-    def _keep(self) -> None:
-        buffers = self._begin()
-        if buffers is not None:
-            buffers.keep()
+            try:  # as `_guarded`, on the hot path
+                self._buffers.made(fresh=fresh)
+            except Exception as error:
+                self._lose(error)
 
     def over(self) -> None:
         """The optimizer has made its step, or what was left of it."""
         if self._buffers is not None:
-            self._guarded(self._buffers.stepped)
+            try:
+                self._buffers.stepped()
+            except Exception as error:
+                self._lose(error)
 
     def leave_out(self, row: Row, decision: Decision, mine: Gradients, source: Source) -> None:
         """Leave out the step that is about to be made; the judge is told when it is known whether it was."""

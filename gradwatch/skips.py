@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from gradwatch import hooks
+from gradwatch.errors import words_of
 from gradwatch.snapshots import Snapshot, Unreadable
 from gradwatch.wrappers import is_dtensor
 
@@ -53,7 +54,6 @@ class Skip:
         self._zeroed: list[Zeroed] = []
         self._reason = ""
         self._versions = -1
-        self._inside = False  # of the step, whose end will be known
 
     @property
     def busy(self) -> bool:
@@ -66,7 +66,7 @@ class Skip:
         assert optimizer is not None
         self._told, self._reason = told, ""
         begin = self._hide if is_torchs(optimizer) else self._begin
-        self._around = hooks.around(optimizer, lambda: self._within(begin), self._leave)
+        self._around = hooks.around(optimizer, begin, self.end)
         if self._around is None:  # `end` comes with the hook after the step
             begin()
 
@@ -81,20 +81,9 @@ class Skip:
         assert optimizer is not None
         if is_torchs(optimizer):
             return
-        self._around = hooks.around(optimizer, lambda: self._within(self._before_closure), self._leave)
+        self._around = hooks.around(optimizer, self._before_closure, self.end)
         if self._around is None:
             self._before_closure()
-
-    def _within(self, begin: Callable[[], None]) -> None:
-        self._inside = True
-        try:
-            begin()
-        except Exception as error:  # it must not reach the training
-            self._reason = f"{type(error).__name__}: {error}"
-
-    def _leave(self) -> None:
-        self._inside = False
-        self.end()
 
     def _before_closure(self) -> None:
         optimizer = self._optimizer()
@@ -155,7 +144,7 @@ class Skip:
         except Unreadable as finding:
             self._reason = str(finding)
         except Exception as error:  # what a user's class holds may do anything when it is looked at
-            self._reason = f"what it holds cannot be kept: {type(error).__name__}: {error}"
+            self._reason = f"what it holds cannot be kept: {words_of(error)}"
 
     def _hide(self) -> None:
         optimizer = self._optimizer()
@@ -173,38 +162,46 @@ class Skip:
                 if parameter.grad is not None:
                     self._zeroed.append(_zeroed(parameter))
             except (RuntimeError, NotImplementedError) as error:  # it keeps what it has
-                self._reason = f"a gradient could not be made zero: {error}"
+                self._reason = f"a gradient could not be made zero: {words_of(error)}"
 
     def end(self, *, late: bool = False) -> None:
         """Put everything back; ``late``: the step raised some time ago, so that its user may have gone on already.
 
-        The hook after a step comes too early where a step calls that of its base class.
+        The hook after a step comes too early where a step calls that of its base class. What failed at the end of a step
+        is raised here, where it does not reach the training.
         """
-        if not self._inside and (self._told is not None or self._around is not None):
+        around = self._around
+        if around is not None and around.under_way:
+            return
+        if self._told is not None or around is not None:
             self._end(late=late)
+        if around is not None and around.end_error is not None:
+            raise around.end_error
 
     @torch.no_grad()
     def _end(self, *, late: bool) -> None:
-        around, self._around = self._around, None
+        around = self._around
+        if around is not None and around.begin_error is not None:
+            self._reason = words_of(around.begin_error)
         told, self._told = self._told, None
         snapshot, self._snapshot = self._snapshot, None
         hidden, self._hidden = self._hidden, []
         zeroed, self._zeroed = self._zeroed, []
-        if around is not None:
-            around.remove()
-        if told is None:
-            return
         try:
             for parameter, gradient in () if late else hidden:
                 if parameter.grad is None:
                     parameter.grad = gradient
-            if snapshot is not None and not late:
+            if snapshot is not None and told is not None and not late:
                 self._reason = snapshot.put_back() or self._reason
             for one in zeroed:
                 one.put_back()
         except Exception as error:
-            self._reason = f"what it held could not be put back: {type(error).__name__}: {error}"
-        told("its step raised" if late else self._reason)
+            self._reason = f"what it held could not be put back: {words_of(error)}"
+        if told is not None:
+            told("its step raised" if late else self._reason)
+        if around is not None:  # last: while it is there, a failure on the way here can be found on it
+            around.remove()
+            self._around = None
 
 
 class _InPlace:

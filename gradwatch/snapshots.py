@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch.errors import words_of
 from gradwatch.wrappers import local_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Snapshot:
         try:
             self._keep(optimizer)
         except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise Unreadable(f"what it holds cannot be copied: {type(error).__name__}: {error}") from error
+            raise Unreadable(f"what it holds cannot be copied: {words_of(error)}") from error
         named = model.named_parameters() if model is not None else ()
         self._others = [(name, one, _mark(one)) for name, one in named if id(one) not in self._seen]
 
@@ -138,7 +139,7 @@ class Snapshot:
                 if not torch.equal(
                     held, copy
                 ):  # one that lies in less memory than it has elements cannot be written to
-                    problem = f"a tensor of shape {tuple(tensor.shape)} could not be put back: {error}"
+                    problem = f"a tensor of shape {tuple(tensor.shape)} could not be put back: {words_of(error)}"
         for tensor, gradient in self._gradients:
             tensor.grad = gradient
         for array, kept in self._arrays:

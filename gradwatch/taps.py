@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -93,7 +93,8 @@ def let_out(listener: Listener, error: Exception) -> Exception | None:
     except Exception as raised:
         if raised is error:
             return error
-        _log.exception("gradwatch: an error could not be handled; training goes on.", exc_info=error)
+        with suppress(Exception):  # a handler of the program's own may raise
+            _log.exception("gradwatch: an error could not be handled; training goes on.", exc_info=error)
     return None
 
 

@@ -86,4 +86,5 @@ def test_a_clip_that_harms_a_rare_class_is_let_go_and_not_taken_up_again() -> No
     assert recall > 0.9
     assert spared > recall - 0.05
     assert "carry a rare signal" in str(record)
+    # a still larger gradient switches it on again, but not at a bound that was found to do harm
     assert float((monitor.history.clip_coefficient(last=500) < 1.0).mean()) < 0.02

@@ -156,12 +156,15 @@ class TestARuleOfTheUsersOwn:
         assert (both[0]["clipped"] > 0) == (when == "while_it_clips")
 
     def test_failed_clips_make_no_step(self, path: str, played: dict[str, Both]) -> None:
-        """A clip that fails in one process after it changed the gradients: the step is left out in both."""
+        """A clip that fails in one process after it changed the gradients: the step is left out in both.
+
+        On a device this optimizer makes it with zeros, which changes nothing and is not called skipped.
+        """
         both = played[f"a_clip_that_fails_in_one_process{path}"]
         alike(both)
         both_say(both, "measuring failed and is switched off")
-        assert both[0]["clipped"] == 2
-        assert both[0]["skipped"] == [2]
+        assert both[0]["skipped"] == ([] if path else [2])
+        assert both[0]["parameters"] == played["a_clip_that_fails_in_one_process"][0]["parameters"]
 
 
 def test_a_bound_that_fails_in_one_process_leaves_the_step_out_in_both(played: dict[str, Both]) -> None:

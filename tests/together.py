@@ -60,13 +60,15 @@ def trained(
     rate: float = 0.05,
     each: Callable[[int, nn.Module], None] | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    *,
+    fused: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train in two processes; ``each`` is called before each optimizer step."""
+    """Train in two processes; ``each`` is called before each optimizer step. On devices only ``fused`` ones can be left out."""
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
     model = DistributedDataParallel(inner)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, fused=fused)
     monitor = gradwatch.attach(model, report=settings.pop("report", None), **settings)
     generator = torch.Generator().manual_seed(dist.get_rank())
     x, y = torch.randn(32, 8, generator=generator), torch.randn(32, 1, generator=generator)
@@ -95,12 +97,12 @@ def trained(
 
 
 class Mine(gradwatch.Rule):
-    """Fires from a step on; may raise, or fire, in one process alone."""
+    """Fires from a step on, and opens an incident by itself; may raise, or fire, in one process alone."""
 
     code: ClassVar[str] = "MY001"
     name: ClassVar[str] = "mine"
-    sign: ClassVar[Any] = "growth"
-    kind: ClassVar[Any] = "exploding"
+    sign: ClassVar[Any] = "subtle"
+    kind: ClassVar[Any] = "diverging"
     per_layer: ClassVar[bool] = False
     limit: float = 1.0
     raises_at: int = -1
@@ -119,12 +121,6 @@ class Mine(gradwatch.Rule):
             raise RuntimeError("in this process alone")
         here = self.only_on in (-1, dist.get_rank())
         return np.array([50.0 * (history.row.step >= SUDDEN and here)])
-
-
-class Loud(Mine):
-    """Opens an incident by itself."""
-
-    sign: ClassVar[Any] = "numeric"
 
 
 class Halves(OneFactor):
@@ -212,7 +208,7 @@ def a_budget_in_one_process() -> dict[str, Any]:
 @scene
 def an_incident_in_one_process_while_each_third_step_is_measured() -> dict[str, Any]:
     """By a rule that looks at what only this process knows."""
-    return trained(60, every=3, sudden=1.0, rules=[*default_rules(), Loud(only_on=1)])
+    return trained(60, every=3, sudden=1.0, rules=[*default_rules(), Mine(only_on=1)])
 
 
 # Settings.
@@ -287,7 +283,7 @@ def a_clip_that_fails_in_one_process() -> dict[str, Any]:
     """After it has changed the gradients."""
     Halves.calls.clear()
     Halves.fails = ("apply", 3, 1)
-    found = trained(clip=gradwatch.AutoClip(Halves(), when="always"))
+    found = trained(clip=gradwatch.AutoClip(Halves(), when="always"), fused=False)
     Halves.fails = ("", 0, 0)
     return found
 

@@ -13,6 +13,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, TextIO
 
+from gradwatch.errors import words_of
 from gradwatch.printable import writable
 from gradwatch.reports.others import bars_of_tqdm
 from gradwatch.reports.streams import StreamTap, same_terminal
@@ -67,7 +68,7 @@ class Foot:
                     self._taps.append(StreamTap(stream, self._written, self._flushed))
             _feet.add(self)
         except BaseException:
-            self._leave()
+            self.leave()
             raise
 
     def draws_on(self, stream: Any) -> bool:
@@ -96,12 +97,12 @@ class Foot:
         with self._lock:
             if not self.over:
                 self._clear(self._clearing(self._tail.below + 1))
-                self._leave(reason)
+                self.leave(reason)
 
     def end(self, text: str = "") -> None:
         """Take the picture away and write a text in its place."""
         if os.getpid() != self._process:  # a copy in a child: the lock may be held for ever
-            self._leave()
+            self.leave()
             return
         with self._lock:
             if self.over:
@@ -111,9 +112,10 @@ class Foot:
                 self._emit(tap.rest + (tap.partial and "\r\n" * (not self._tail.blank) + tap.partial + "\r\n"))
             below = self._tail.below
             self._emit("\r\n" * (below + (not self._tail.blank or below > 0)) + "\r" + text)
-            self._leave()
+            self.leave()
 
-    def _leave(self, reason: str = "") -> None:
+    def leave(self, reason: str = "") -> None:
+        """Draw nothing more and give the streams back."""
         self.over, self.reason = True, self.reason or reason
         self.settled.set()
         for tap in self._taps:
@@ -164,7 +166,7 @@ class Foot:
         finally:
             _quietly(tap.flush)
             if self._tail.another:
-                self._leave("another live display is running")
+                self.leave("another live display is running")
             else:
                 self._emit(self._drawing())
 
@@ -231,7 +233,7 @@ class Foot:
             self._write(writable(text, getattr(self.stream, "encoding", None)))
             self._flush()
         except Exception as error:
-            self._leave(f"the terminal cannot be written to ({type(error).__name__}: {error})")
+            self.leave(f"the terminal cannot be written to ({words_of(error)})")
 
 
 def _up(rows: int) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console, Group
 
+from gradwatch.errors import words_of
 from gradwatch.reports.base import Report
 from gradwatch.reports.foot import Foot, is_drawn_on
 from gradwatch.reports.log import LogReport, write_line
@@ -60,7 +61,7 @@ class LiveReport(Report):
                 self._foot = Foot(self._console.file, self._size)  # type: ignore[arg-type]
                 self._foot.share()
             except Exception as error:
-                reason = f"the terminal cannot be shared ({type(error).__name__}: {error})"
+                reason = f"the terminal cannot be shared ({words_of(error)})"
         if reason is not None:
             self._fall_back(reason)
 
@@ -92,6 +93,20 @@ class LiveReport(Report):
                 text = self._rendered(Summary(snapshot)) if snapshot.step >= 0 else ""
             finally:
                 self._foot.end(text)
+        self._join()
+
+    def abandon(self) -> None:
+        """Take the picture away, give the streams back and end the thread."""
+        self._over.set()
+        try:
+            if self._foot is not None:
+                self._foot.end()
+        finally:
+            if self._foot is not None:
+                self._foot.leave()
+            self._join()
+
+    def _join(self) -> None:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(1.0)
 
@@ -139,7 +154,7 @@ class LiveReport(Report):
                     drawn = snapshot
                     foot.draw(self._picture(snapshot))
         except Exception as error:
-            foot.give_way(f"the live picture failed ({type(error).__name__}: {error})")
+            foot.give_way(f"the live picture failed ({words_of(error)})")
 
     def _picture(self, snapshot: Snapshot | None) -> list[str]:
         if snapshot is None:

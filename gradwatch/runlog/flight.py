@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradwatch.errors import words_of
 from gradwatch.runlog.plain import to_json
 
 if TYPE_CHECKING:
@@ -59,14 +60,6 @@ def record_of(
             "traceback": None if error is None else _traceback(error),
         }
     )
-
-
-def words_of(error: BaseException) -> str:
-    """Return kind and text of an error, also of one whose text cannot be made."""
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception as of_its_own:
-        return f"{type(error).__name__}, whose text cannot be made: {type(of_its_own).__name__}"
 
 
 def _traceback(error: BaseException) -> str:

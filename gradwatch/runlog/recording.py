@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from gradwatch.errors import words_of
 from gradwatch.reports.base import Report
 from gradwatch.reports.log import write_line
 from gradwatch.runlog.batch import Batch
-from gradwatch.runlog.flight import record_of, words_of
+from gradwatch.runlog.flight import record_of
 from gradwatch.runlog.writer import Writer
 
 if TYPE_CHECKING:

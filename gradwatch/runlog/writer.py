@@ -8,6 +8,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from gradwatch.errors import words_of
 from gradwatch.printable import printable
 
 if TYPE_CHECKING:
@@ -114,7 +115,10 @@ class Writer:
             with self._wake:
                 self._over = True
                 self._wake.notify_all()
-            self._store.close(ended=self._closing and not self._waiting)
+            try:
+                self._store.close(ended=self._closing and not self._waiting)
+            except Exception as error:
+                self._say_once("closed", f"the run log {self._store.folder} could not be closed: {_words(error)}.")
 
     def _turn(self) -> bool:
         """Wait for something, write it; False at the end."""
@@ -199,4 +203,4 @@ class Writer:
 
 
 def _words(error: Exception) -> str:
-    return printable(f"{type(error).__name__}: {error}")
+    return printable(words_of(error))
