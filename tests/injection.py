@@ -18,6 +18,7 @@ import gradwatch
 from gradwatch import hooks, taps
 from gradwatch.reports.live import LiveReport
 from gradwatch.reports.log import LogReport
+from gradwatch.runlog import lock
 from tests.conftest import left_behind
 from tests.trainings import data, mlp
 
@@ -160,11 +161,12 @@ def _step(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, x: torc
 def _left(model: nn.Module) -> list[str]:
     """Name what is left in torch and on the model, and take it away so that the next training begins clean."""
     hooked = [p for p in model.parameters() if p._post_accumulate_grad_hooks]
-    found = left_behind() + (["hooks on parameters"] if hooked else [])
+    found = left_behind() + (["hooks on parameters"] if hooked else []) + ["the lock of a run log"] * len(lock._mine)
     for tap in taps.ALL:
         for listener in tap.listeners:
             tap.remove(listener)
     for probe in [ref() for ref in hooks._probes]:
         if probe is not None:
             hooks.unlisten(probe)
+    lock._mine.clear()
     return found

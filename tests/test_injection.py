@@ -32,6 +32,8 @@ GUARDS = (
     "Monitor._forget",
     "Probe.stop",
     "Pipeline.close",
+    "Store.close",
+    "WriterLock.release",
 )
 
 

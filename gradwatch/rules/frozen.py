@@ -25,9 +25,9 @@ class Frozen(Rule):
     Not one bit of the layer has changed since watching began, though it is trainable and its gradient is not zero.
 
     ## Formula
-    `value = steps since watching began`, those with a gradient of exactly zero not counted, where an exact fingerprint of
-    the layer's bits was the same at every sample, or where the loss is stuck (100 steps and less than a tenth gained) and
-    the update is, in each layer, too small for float32 to hold: `u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and
+    `value = steps since watching began`, those without a gradient, or with one of exactly zero, not counted, where an exact
+    fingerprint of the layer's bits was the same at every sample, or where the loss is stuck (100 steps and less than a tenth
+    gained) and the update is, in each layer, too small for float32 to hold: `u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and
     `lr sqrt(n)` for Adam; else `0`. It fires where `value > limit` (48). Left out are biases and gains (the gradient of a
     critic's last bias cancels), layers whose gradient is exactly zero or that got none, and parameter groups at rate zero
     beside others that are not: they wait to be unfrozen.
@@ -58,6 +58,7 @@ class Frozen(Rule):
         Case("a stale optimizer", fires=49, unchanged="0+1x80"),
         Case("changes at step 30", fires=None, unchanged="0+1x30 0x60"),
         Case("the first gradients after a long while", fires=None, grad="0x80 1x20", unchanged="0+1x100"),
+        Case("a head that is used now and then", fires=None, grad="1 nanx99 1", unchanged="0+1x101"),
         Case("zero gradient: nothing to learn from", fires=None, grad="0x80", unchanged="0+1x80"),
     )
 
@@ -68,7 +69,7 @@ class Frozen(Rule):
         meant = (history.rate == 0) & (history.rate > 0).any()
         value = np.where(history.arriving & ~meant & history.matrices, history.unchanged, 0.0)
         if (value > self.limit).any():  # a reward may be long in coming: until then there is nothing to learn from
-            value = np.minimum(value, np.count_nonzero(history.grad_norm()[:-1] != 0, axis=0))
+            value = np.minimum(value, np.count_nonzero(history.grad_norm()[:-1] > 0, axis=0))
         if history.row.family != "other" and history.stuck:
             told = history.matrices & (history.row.grad_norm > 0)
             sgd = history.row.family == "sgd"

@@ -172,14 +172,17 @@ class Store:
 
     def close(self, *, ended: bool = False) -> None:
         """Let go of the file. ``ended``: the session came to its end."""
-        if self._db is not None:
-            with suppress(sqlite3.Error):
-                if ended and not self.is_removed():
-                    self._of_session("ended", time.time())
-            with suppress(sqlite3.Error):
-                self._db.close()
-            self._db = None
-        self._lock.release()
+        try:
+            if self._db is not None:
+                with suppress(sqlite3.Error):
+                    if ended and not self.is_removed():
+                        self._of_session("ended", time.time())
+        finally:
+            db, self._db = self._db, None
+            if db is not None:
+                with suppress(sqlite3.Error):
+                    db.close()
+            self._lock.release()
 
     def _of_session(self, column: str, value: str | bytes | float) -> None:
         statement = f"UPDATE sessions SET {column} = ? WHERE session = ?"  # noqa: S608  a name of the schema
