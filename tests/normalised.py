@@ -1,16 +1,13 @@
 """A training with batch normalisation in two processes on gloo, for `tests.test_checkpoints`.
 
-Run by torchrun as ``python -m tests.normalised WHAT FOLDER``: ``skip`` has a batch with NaN in the last process, ``guard`` a
+Run by torchrun as ``python -m tests.normalised FOLDER``: ``skip`` has a batch with NaN in the last process, ``guard`` a
 running mean that is not finite there at the end.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,18 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
 from gradwatch import device
+from tests.torchrun import play
 from tests.trainings import data
 
 BAD = 7
+_FREE = device.reading_is_free
 
 
-def main() -> None:
-    """Train and leave what was seen."""
-    torch.set_num_threads(1)
-    if os.environ.get("AS_ON_A_DEVICE"):
-        device.reading_is_free = lambda _: False  # type: ignore[assignment]
-    what, folder = sys.argv[1:3]
-    dist.init_process_group("gloo")
+def train(what: str, *, later: bool) -> dict[str, Any]:
+    """Train, ``later`` by the path for devices; return what was seen."""
+    device.reading_is_free = (lambda _: False) if later else _FREE  # type: ignore[assignment]
     rank = dist.get_rank()
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 1))
@@ -48,19 +43,19 @@ def main() -> None:
         optimizer.step()
         guards.append(monitor.checkpoint_guard().reason)
     monitor.detach()
-    seen = {
+    return {
         "skipped": monitor.history.skipped().nonzero()[0].tolist(),
         "finite": [bool(buffer.isfinite().all()) for buffer in inner.buffers()],
         "counter": int(inner.get_buffer("1.num_batches_tracked")),
         "guards": guards,
         "notes": monitor.notes,
     }
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # as in tests.processes
+
+
+def see() -> list[dict[str, Any]]:
+    """Make all four trainings."""
+    return [train(what, later=later) for what in ("skip", "guard") for later in (False, True)]
 
 
 if __name__ == "__main__":
-    main()
+    play(see)

@@ -1,21 +1,21 @@
 """Distributed trainings on gloo: the rows of the tests and of docs/training-modes.md, and the script of each process.
 
-Run by torchrun as ``python -m tests.processes NAME FOLDER``; each process leaves what it saw as JSON in FOLDER. All
-trainings start from the same model in float64 and see the same data as `alone`, so that their numbers must agree with it.
+Run by torchrun as ``python -m tests.processes FOLDER``: all trainings of that number of processes are made, one after the other,
+and each process leaves what it saw as JSON in FOLDER. They start from the same model in float64 and see the same data as
+`alone`, so that their numbers must agree with it. ``python -m tests.processes killed`` is a training whose last process dies.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gradwatch
 from gradwatch import device, ranks
 from gradwatch.wrappers import local_of
+from tests.torchrun import play
 from tests.trainings import data, true_norm
 
 STEPS = 6
@@ -224,22 +225,35 @@ class PoisonBackward(torch.autograd.Function):
         return gradients[0] * math.nan
 
 
-# what may go wrong in one process
-EVENTS = (
-    "nothing",
-    "nan loss",
-    "nan backward",
-    "nan gradient",
-    "explodes",
-    "killed",
-    "gradwatch fails",
-    "one attaches",
-)
+class Play(NamedTuple):
+    """A training: in which mode, what goes wrong (in the last process, or in all), which clip, by the path for devices."""
+
+    name: str
+    event: str = "nothing"
+    clip: str | None = None
+    later: bool = False
 
 
-def train(name: str, event: str, clip: str | None) -> dict[str, Any]:
+DDP, FSDP2, BOTH = "DistributedDataParallel", "FSDP2 (`fully_shard`)", "FSDP2 x tensor parallel, 2 x 2"
+PAIRS = [DDP, FSDP2, "tensor parallel, plain parameters beside DTensors"]
+PLAYS = [
+    *[Play(mode.name) for mode in MODES],
+    *[Play(name, event, "norm") for name in PAIRS[:2] for event in ("nan loss", "nan gradient")],
+    Play(DDP, "nan backward", "norm"),
+    *[Play(name, "explodes", clip) for name in PAIRS for clip in ("norm", "value")],
+    *[Play(name, later=True) for name in (DDP, FSDP2, BOTH)],
+    *[Play(FSDP2, *what, later=True) for what in (("nan loss", "norm"), ("explodes", "norm"), ("explodes", "value"))],
+    *[Play(DDP, "gradwatch fails", "norm", later=later) for later in (False, True)],
+    Play(DDP, "one attaches", "norm"),
+]
+_FREE, _PATIENCE = device.reading_is_free, ranks._PATIENCE
+
+
+def train(one: Play) -> dict[str, Any]:
     """Train in this process; return what its monitor saw."""
-    dist.init_process_group("gloo")
+    name, event, clip, later = one
+    device.reading_is_free = (lambda _: False) if later else _FREE  # type: ignore[assignment]
+    ranks._PATIENCE = 2.0 if event == "one attaches" else _PATIENCE
     rank, size = dist.get_rank(), dist.get_world_size()
     exchanges = [0]
     _count(exchanges)
@@ -247,8 +261,6 @@ def train(name: str, event: str, clip: str | None) -> dict[str, Any]:
     model = plain()
     ready = None if found.name == "FSDP2, sharded after attach" else found.make(model, rank, size)
     policy = gradwatch.AutoClip(clip, hold=5) if clip else None
-    if event == "one attaches":
-        ranks._PATIENCE = 2.0
     monitor = None
     if event != "one attaches" or rank == 0:
         # a training that is watched by one process only shall go on
@@ -284,12 +296,13 @@ def train(name: str, event: str, clip: str | None) -> dict[str, Any]:
     return seen | _seen(monitor, ready.model, exchanges[0])
 
 
-def _count(exchanges: list[int]) -> None:
-    original = ranks.Ranks.exchange
+_exchange = ranks.Ranks.exchange
 
+
+def _count(exchanges: list[int]) -> None:
     def counting(self: Any, flat: Tensor) -> None:
         exchanges[0] += 1
-        original(self, flat)
+        _exchange(self, flat)
 
     ranks.Ranks.exchange = counting  # type: ignore[method-assign]
 
@@ -325,19 +338,21 @@ def _seen(monitor: gradwatch.Monitor, model: nn.Module, exchanges: int) -> dict[
     }
 
 
-def main() -> None:
-    """Train and leave what was seen."""
-    torch.set_num_threads(1)
-    if os.environ.get("AS_ON_A_DEVICE"):
-        device.reading_is_free = lambda _: False  # type: ignore[assignment]
-    name, event, clip, folder = sys.argv[1:5]
-    seen = train(name, event, None if clip == "none" else clip)
-    (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads now and then abort an ordinary exit, without gradwatch too (pytorch#190489)
+def see() -> list[tuple[Play, dict[str, Any]]]:
+    """Make all trainings of this number of processes; return what was seen of each."""
+    if sys.argv[1] == "killed":
+        train(Play("DistributedDataParallel, 4 processes", "killed", "norm"))
+    processes = {mode.name: mode.processes for mode in MODES}
+    seen = []
+    for one in PLAYS:
+        if processes[one.name] == dist.get_world_size():
+            output = io.StringIO()
+            with redirect_stdout(output), redirect_stderr(output):
+                found = train(one)
+            seen.append((one, {**found, "output": output.getvalue()}))
+            dist.barrier()
+    return seen
 
 
 if __name__ == "__main__":
-    main()
+    play(see)

@@ -6,13 +6,9 @@ Run as ``python -m tests.scenes FOLDER``.
 from __future__ import annotations
 
 import gc
-import json
 import math
-import os
-import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +23,7 @@ import gradwatch
 from gradwatch import device
 from gradwatch.owners import Owners
 from gradwatch.sampling import Sampling
+from tests.torchrun import play
 from tests.trainings import mlp, true_norm
 
 Scene = Callable[[], dict[str, Any]]
@@ -262,21 +259,15 @@ def a_dropped_model() -> dict[str, Any]:
     return {"freed": alive() is None}
 
 
-def main() -> None:
+def see() -> dict[str, Any]:
     """Play all scenes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    played = {}
-    for name, play in SCENES.items():
+    seen = {}
+    for name, made in SCENES.items():
         as_on_a_device(later=False)
-        played[name] = play()
+        seen[name] = made()
         dist.barrier()
-    (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(played))
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # as in tests.processes
+    return seen
 
 
 if __name__ == "__main__":
-    main()
+    play(see)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 
 import gradwatch
 from gradwatch import device
-from tests.test_processes import torchrun
+from tests.torchrun import played
 from tests.trainings import data
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 BAD = 7
 WIDE = gradwatch.AutoClip(gradwatch.ClipNorm(1e9))  # it never clips, but it skips
@@ -311,16 +309,19 @@ def test_the_guard_says_its_reason() -> None:
         assert repr(monitor.checkpoint_guard()).startswith("Checkpoint(reason='parameter")
 
 
-def _in_two_processes(what: str, folder: Path, *, later: bool) -> list[dict[str, Any]]:
-    more = {"AS_ON_A_DEVICE": "1"} if later else {}
-    torchrun(2, folder, "tests.normalised", what, str(folder), **more)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+Both = tuple[dict[str, Any], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[Both]:
+    """What two processes saw of four trainings: a batch that is skipped and a buffer that is not finite, on both paths."""
+    return list(zip(*played(tmp_path_factory, 2, "tests.normalised"), strict=True))
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["cpu", "as on a device"])
-def test_buffers_go_back_in_every_process(later: bool, tmp_path: Path) -> None:
+def test_buffers_go_back_in_every_process(later: bool, seen: list[Both]) -> None:
     """Under DistributedDataParallel, which sends those of the first to all others at each forward."""
-    for one in _in_two_processes("skip", tmp_path, later=later):
+    for one in seen[later]:
         assert one["skipped"] == [BAD]
         assert one["finite"] == [True, True, True]
         assert one["counter"] == 23
@@ -328,9 +329,9 @@ def test_buffers_go_back_in_every_process(later: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["cpu", "as on a device"])
-def test_all_processes_get_the_guards_same_answer(later: bool, tmp_path: Path) -> None:
+def test_all_processes_get_the_guards_same_answer(later: bool, seen: list[Both]) -> None:
     """A buffer that is not finite in one of them alone; where rows come later, the answer does too."""
-    one, other = _in_two_processes("guard", tmp_path, later=later)
+    one, other = seen[2 + later]
     assert [one["finite"], other["finite"]] == [[True] * 3, [False, True, True]]
     assert one["guards"] == other["guards"]
     assert one["guards"][:8] == [""] * 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from gradwatch import agreement
 from gradwatch.autoclip import AutoClip
 from gradwatch.clips import ClipNorm
 from gradwatch.rules import GradientSurge
-from tests.test_processes import torchrun
 from tests.together import STEPS, SUDDEN
+from tests.torchrun import played as played_by
 
 Both = tuple[dict[str, Any], dict[str, Any]]
 
@@ -22,9 +21,7 @@ Both = tuple[dict[str, Any], dict[str, Any]]
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
     """All scenes, played once in two processes."""
-    folder = tmp_path_factory.mktemp("together")
-    torchrun(2, folder, "tests.together", str(folder))
-    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
+    first, second = played_by(tmp_path_factory, 2, "tests.together")
     return {name: (first[name], second[name]) for name in first}
 
 

@@ -5,11 +5,8 @@ Run as ``python -m tests.together FOLDER``.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -23,6 +20,7 @@ from gradwatch import device
 from gradwatch.clips.base import OneFactor
 from gradwatch.rules import GradientSurge, default_rules
 from gradwatch.sampling import Sampling
+from tests.torchrun import play
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -347,26 +345,20 @@ def a_scaler_that_leaves_a_step_out_in_all_processes() -> dict[str, Any]:
     return trained(30, sudden=1.0, clip="norm", each=_overflow((0, 1)), scaler=scaler)
 
 
-def main() -> None:
+def see() -> dict[str, Any]:
     """Play all scenes, or those whose names are given."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    played = {}
-    for name, play in SCENES.items():
+    seen: dict[str, Any] = {}
+    for name, made in SCENES.items():
         if sys.argv[2:] and name not in sys.argv[2:]:
             continue
         device.reading_is_free = FREE
         try:
-            played[name] = play()
+            seen[name] = made()
         except Exception as error:
-            played[name] = {"raised": f"{type(error).__name__}: {error}"}
+            seen[name] = {"raised": f"{type(error).__name__}: {error}"}
         dist.barrier()
-    (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(played))
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # as in tests.processes
+    return seen
 
 
 if __name__ == "__main__":
-    main()
+    play(see)

@@ -69,7 +69,9 @@ class Frozen(Rule):
         meant = (history.rate == 0) & (history.rate > 0).any()
         value = np.where(history.arriving & ~meant & history.matrices, history.unchanged, 0.0)
         if (value > self.limit).any():  # a reward may be long in coming: until then there is nothing to learn from
-            value = np.minimum(value, np.count_nonzero(history.grad_norm()[:-1] > 0, axis=0))
+            norms = history.grad_norm()
+            unowned = np.isnan(norms).all(axis=0)  # no optimizer steps it, so that its gradients are not measured
+            value = np.where(unowned, value, np.minimum(value, np.count_nonzero(norms[:-1] > 0, axis=0)))
         if history.row.family != "other" and history.stuck:
             told = history.matrices & (history.row.grad_norm > 0)
             sgd = history.row.family == "sgd"
