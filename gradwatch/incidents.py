@@ -50,6 +50,7 @@ class _Story:
     ceiling: float = math.nan
     peak: float = math.nan
     jumped: bool = False
+    young: bool = False  # opened by a jump of the batch's, when the run had no level yet that a loss could stay above
     look_at: int = _LASTING
     level: float = math.nan
     lasting: bool = False
@@ -147,7 +148,9 @@ class Incidents:
                 touched = True
                 story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
                 story.jumped = any(code == "GW102" for code, _ in story.firing)
-        if story.incident is not None and not story.lasting and step - story.incident.opened_step >= story.look_at:
+                story.young = self._history.losses < EARLY and step in story.odd_steps
+        may_last = not story.lasting and (story.harmed or not story.young)
+        if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
             story.lasting = self._stays_up(story)
             story.look_at *= 2
             touched |= story.lasting

@@ -9,6 +9,7 @@ import gradwatch
 from gradwatch.cases import Case
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Facts, Incident
+from gradwatch.replay import replay
 from gradwatch.rules import default_rules
 
 
@@ -244,3 +245,10 @@ def test_a_change_of_the_task_stays_a_notice(loss: str, grad: str) -> None:
     """The loss jumps and comes down again, and so do the gradients."""
     pipeline = run(Case("task", None, grad={"a": grad, "b": grad}, weight="5x200", loss=loss, family="adam"))
     assert {incident.severity for incident in pipeline.incidents.all} == {"notice"}
+
+
+def test_a_jump_before_there_is_a_level_does_not_last() -> None:
+    """One that the last update cannot have made: the first losses were small by chance; later the same is a divergence."""
+    for before, kind in ((4, "spike"), (40, "diverging")):
+        rows = Case("jump", None, loss=f"1x{before} 12 1 2x3 2.5x80", grad=f"0.1x{before + 80}").rows()
+        assert [incident.kind for incident in replay(*rows, default_rules()).incidents] == [kind]
