@@ -33,7 +33,8 @@ import gradwatch
 from benchmarks.others import MISSING, OTHERS
 from benchmarks.parts import Parts
 from benchmarks.workloads import WORKLOADS
-from gradwatch import hooks, taps
+from gradwatch.probe import optimizer_hooks as hooks
+from gradwatch.probe import patches as taps
 from gradwatch.reports.live import LiveReport
 
 if TYPE_CHECKING:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.gradients import Gradients
-from gradwatch.measure import NormPlan
+from gradwatch.measure.gradients import Gradients
+from gradwatch.measure.norms import NormPlan
+from gradwatch.measure.sampling import Sampling
 from gradwatch.pipeline import Pipeline
-from gradwatch.sampling import Sampling
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from gradwatch.probe import Probe
+    from gradwatch.probe.probe import Probe
 
 _MEASURING = ((NormPlan, "norms"), (Gradients, "present"), (Sampling, "take"))
 _RULES = ((Pipeline, "step"), (Pipeline, "bounds"))

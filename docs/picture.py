@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import gradwatch
-from gradwatch.demo import network, train
+from gradwatch.commands.demo_training import network, train
 from gradwatch.reports.view import View
 
 

@@ -133,7 +133,7 @@ that finite gradients near 1e20 get their true norm and are clipped in the right
 
 def page() -> str:
     """Return the page."""
-    from gradwatch.table import size_of
+    from gradwatch.measure.packed_row import size_of
 
     alone = "".join(f"| {mode.name} | {mode.recorded} | {mode.when} |\n" for mode in modes.MODES)
     together = "".join(f"| {mode.name} | {mode.processes} | {mode.recorded} |\n" for mode in processes.MODES)

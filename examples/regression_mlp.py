@@ -1,8 +1,8 @@
 """A regression on unscaled targets that overflows within eight steps: unwatched, watched, and saved by auto-clip.
 
 Run it with ``python examples/regression_mlp.py``; with ``--log runs/regression --epochs 5000`` it trains once, long enough to
-look in with ``gradwatch watch runs/regression`` from another terminal. The training itself (`gradwatch.demo.train`) is an
-ordinary loop that knows nothing of gradwatch; the one call is `attach`.
+look in with ``gradwatch watch runs/regression`` from another terminal. The training itself
+(`gradwatch.commands.demo_training.train`) is an ordinary loop that knows nothing of gradwatch; the one call is `attach`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 import torch
 
 import gradwatch
-from gradwatch.demo import EPOCHS, PUBLISHED, Result, network, train
+from gradwatch.commands.demo_training import EPOCHS, PUBLISHED, Result, network, train
 
 POLICIES: dict[str, gradwatch.AutoClip | str | None] = {
     "watched only": None,

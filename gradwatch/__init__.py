@@ -23,7 +23,8 @@ instability become one incident with a verdict, a prime suspect and advice; auto
 from __future__ import annotations
 
 from gradwatch.attach import attach
-from gradwatch.autoclip import AutoClip
+from gradwatch.autoclip.policy import AutoClip
+from gradwatch.autoclip.suggest import Suggestion
 from gradwatch.clips import (
     Clip,
     ClipAdaGC,
@@ -41,7 +42,6 @@ from gradwatch.monitor import Monitor, monitor_of
 from gradwatch.records import Alarm, ClipRecord, Incident, Row, Snapshot
 from gradwatch.reports.base import Report
 from gradwatch.rules import Rule, default_rules
-from gradwatch.suggest import Suggestion
 
 __version__ = "0.1.0"
 

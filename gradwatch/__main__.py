@@ -7,9 +7,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from gradwatch.commands import COMMANDS
+from gradwatch.commands.streams import console_on, standard_streams
 from gradwatch.errors import GradwatchError
 from gradwatch.printable import printable
-from gradwatch.streams import console_on, standard_streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

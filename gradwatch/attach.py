@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from gradwatch.autoclip import AutoClip
-from gradwatch.budget import Budget
+from gradwatch.autoclip.policy import AutoClip
 from gradwatch.clips import CLIPS, Clip
+from gradwatch.distributed.group import is_first
 from gradwatch.errors import RunLogError, UsageError, did_you_mean
+from gradwatch.measure.wrappers import is_dtensor, is_fully_sharded, unmeasurable
 from gradwatch.monitor import Monitor, attached, monitor_of
-from gradwatch.ranks import is_first
+from gradwatch.probe.budget import Budget
 from gradwatch.records import Kind, Sign
 from gradwatch.reports import REPORTS, Report, report_by_name
 from gradwatch.rules import Rule, default_rules
-from gradwatch.wrappers import is_dtensor, is_fully_sharded, unmeasurable
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 import numpy as np
 import torch
 
-from gradwatch.agreement import settings_of
-from gradwatch.autoclip import NOTHING
-from gradwatch.batches import numbers_of
-from gradwatch.budget import Budget
-from gradwatch.checkpoints import Checkpoint, damage_of, worth_of
+from gradwatch.autoclip.policy import NOTHING
+from gradwatch.autoclip.suggest import Suggestion, suggest
+from gradwatch.distributed.agreement import settings_of
 from gradwatch.errors import TrainingUnstableError, UsageError, words_of
-from gradwatch.history import History
-from gradwatch.layers import Layers, facts_of, optimizer_facts
-from gradwatch.parts import Failure, all_done
+from gradwatch.history.ring import History
+from gradwatch.measure.batch_statistics import numbers_of
+from gradwatch.measure.checkpoints import Checkpoint, damage_of, worth_of
+from gradwatch.measure.layers import Layers, facts_of, optimizer_facts
+from gradwatch.measure.wrappers import unwrapped
 from gradwatch.pipeline import Pipeline
 from gradwatch.printable import printable
-from gradwatch.probe import Probe
-from gradwatch.suggest import Suggestion, suggest
-from gradwatch.wrappers import unwrapped
+from gradwatch.probe.budget import Budget
+from gradwatch.probe.probe import Probe
+from gradwatch.shutdown import Failure, all_done
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from gradwatch.autoclip import AutoClip, Decision, Orders
-    from gradwatch.quiet import Bounds
+    from gradwatch.autoclip.policy import AutoClip, Decision, Orders
+    from gradwatch.probe.fast_path import Bounds
     from gradwatch.records import Alarm, Incident, Row
     from gradwatch.reports import Report
     from gradwatch.rules import Rule
@@ -340,13 +340,13 @@ class Monitor:
     # What the probe reports.
 
     def optimizer_found(self, optimizer: Optimizer) -> None:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         self.history.facts = optimizer_facts(self.history.facts, optimizer)
         if self.history.facts.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
             self.note("auto-clip does not act inside a line search: LBFGS is watched only.")
 
     def grown(self, layers: Layers) -> None:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         self._pipeline.grow(layers)
         model = self._model()
         if model is not None:
@@ -356,12 +356,12 @@ class Monitor:
             )
 
     def note(self, text: str) -> None:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         if text not in self._pipeline.notes:
             self._pipeline.notes.append(text)
 
     def judge(self, row: Row) -> Decision:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         if self._probe.arrivals.order is not None:
             self.history.order = self._probe.arrivals.order
         if row.rate is not None and row.rate is not self.history.rate:
@@ -377,63 +377,63 @@ class Monitor:
         return decision
 
     def startled(self, row: Row) -> bool:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         return self._pipeline.startled(row)
 
     def bounds(self) -> Bounds | None:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         return self._pipeline.bounds()
 
     def may_skip(self) -> bool:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         return self._pipeline.clipping is not None and self._pipeline.clipping.policy.skips
 
     def orders(self) -> Orders | None:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         return self._pipeline.orders()
 
     def settings(self) -> dict[str, str]:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         clipping = self._pipeline.clipping
         return settings_of(self._pipeline.alarms.rules, clipping.policy if clipping is not None else None, self._pace)
 
     def together(self, lag: int) -> None:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         self._pipeline.alarms.lag = lag
 
     def said(self) -> tuple[int, int]:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         return self._pipeline.alarms.failed, self._pipeline.decided
 
     def switch_off(self, rules: int) -> None:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         for rule in self._pipeline.alarms.switch_off(rules):
             self.note(
                 f"rule {rule} failed in another process, whose output has the cause: it is switched off here too."
             )
 
     def disarm(self, reason: str) -> None:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         self._pipeline.disarm()
         self.note(reason)
 
     @property
     def own_clip(self) -> bool:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         return self._pipeline.own_clip
 
     @property
     def may_clip(self) -> bool:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         return self._pipeline.may_clip
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         self._pipeline.done(row, decision, coefficient)
         self._pipeline.report(self._probe.seconds)
 
     def failed(self, part: str, error: Exception) -> None:
-        """See `gradwatch.rows.Judge`."""
+        """See `gradwatch.probe.step_recorder.Judge`."""
         if self._strict:
             raise error
         self._tell(f"{part} failed and is switched off", error)

@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.alarms import Alarms
-from gradwatch.autoclip import NOTHING, AutoClip, Decision, Orders
-from gradwatch.clipping import Clipping
-from gradwatch.columns import widened
-from gradwatch.incidents import CALM_STEPS, FAR, Incidents
-from gradwatch.parts import Failure, all_done
-from gradwatch.quiet import Bounds, cadence
+from gradwatch.autoclip.engine import Clipping
+from gradwatch.autoclip.policy import NOTHING, AutoClip, Decision, Orders
+from gradwatch.history.columns import widened
+from gradwatch.history.statistics import quiet_numpy
+from gradwatch.probe.fast_path import Bounds, cadence
 from gradwatch.records import Alarm, Incident, Row, Snapshot
-from gradwatch.statistics import quiet_numpy
-from gradwatch.suspects import LEFT_BAND
+from gradwatch.shutdown import Failure, all_done
+from gradwatch.verdict.alarms import Alarms
+from gradwatch.verdict.incidents import CALM_STEPS, FAR, Incidents
+from gradwatch.verdict.suspects import LEFT_BAND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from gradwatch.columns import Columns
-    from gradwatch.history import History
+    from gradwatch.history.columns import Columns
+    from gradwatch.history.ring import History
     from gradwatch.reports import Report
     from gradwatch.rules import Rule
     from gradwatch.runlog.recording import Recording

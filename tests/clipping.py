@@ -10,10 +10,10 @@ import torch
 
 import gradwatch
 from gradwatch.clips import CLIPS, Clip, Step, UnreadStep
-from gradwatch.history import History
-from gradwatch.measure import look_closer
+from gradwatch.history.ring import History
+from gradwatch.history.statistics import quiet_numpy
+from gradwatch.measure.norms import look_closer
 from gradwatch.records import Row
-from gradwatch.statistics import quiet_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

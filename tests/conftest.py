@@ -13,7 +13,8 @@ import torch
 from torch.nn.utils import clip_grad as torch_clip
 from torch.optim import optimizer as torch_optimizer
 
-from gradwatch import hooks, monitor
+from gradwatch import monitor
+from gradwatch.probe import optimizer_hooks as hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import nn
 
 import gradwatch
-from gradwatch import hooks, taps
+from gradwatch.probe import optimizer_hooks as hooks
+from gradwatch.probe import patches as taps
 from gradwatch.reports.live import LiveReport
 from gradwatch.reports.log import LogReport
 from gradwatch.runlog import lock

@@ -20,9 +20,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
-from gradwatch import device
-from gradwatch.owners import Owners
-from gradwatch.sampling import Sampling
+from gradwatch.measure import device
+from gradwatch.measure.sampling import Sampling
+from gradwatch.probe.owners import Owners
 from tests.torchrun import play
 from tests.trainings import mlp, true_norm
 

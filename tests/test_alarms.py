@@ -7,11 +7,11 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from gradwatch.alarms import Alarms
-from gradwatch.cases import series
-from gradwatch.history import History
+from gradwatch.history.ring import History
 from gradwatch.records import Floats, Kind, Row, Sign
 from gradwatch.rules import Rule
+from gradwatch.rules.notation import series
+from gradwatch.verdict.alarms import Alarms
 
 
 class Size(Rule):

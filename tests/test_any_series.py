@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradwatch
-from gradwatch.autoclip import NOTHING, AutoClip
-from gradwatch.cases import Case
+from gradwatch.autoclip.policy import NOTHING, AutoClip
 from gradwatch.errors import TrainingUnstableError
-from gradwatch.history import History
-from gradwatch.incidents import CALM_STEPS
+from gradwatch.history.ring import History
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Alarm, Facts, Incident, NonFinite, Provenance, Row
 from gradwatch.rules import RULES, default_rules
+from gradwatch.rules.notation import Case
+from gradwatch.verdict.incidents import CALM_STEPS
 from tests.trainings import mlp, train
 
 if TYPE_CHECKING:

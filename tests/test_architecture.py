@@ -14,19 +14,9 @@ from gradwatch import clips, reports
 
 PACKAGE = Path(gradwatch.__file__).parent
 HOST = [
-    "alarms",
-    "advice",
-    "cases",
-    "history",
-    "incidents",
-    "suspects",
-    "records",
-    "settings",
-    "statistics",
-    "errors",
-    "pipeline",
-    "replay",
-    "suggest",
+    *("records", "settings", "errors", "pipeline", "offline/replay", "autoclip/suggest"),
+    *("history/ring", "history/statistics", "history/columns", "history/recurrence"),
+    *("verdict/alarms", "verdict/incidents", "verdict/suspects", "verdict/advice"),
 ]
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
 
@@ -69,17 +59,17 @@ def test_rich_is_loaded_only_where_something_is_shown(name: str) -> None:
     assert "rich" not in tops
 
 
-def test_only_hooks_and_arrivals_register_hooks() -> None:
+def test_two_files_register_hooks() -> None:
     """Two files to read when something hangs on a model or an optimizer."""
     registering = [
         name for name, path in FILES.items() if "register_" in path.read_text().replace("atexit.register", "")
     ]
-    assert sorted(registering) == ["arrivals", "hooks"]
+    assert sorted(registering) == ["probe/gradient_hooks", "probe/optimizer_hooks"]
 
 
-def test_only_taps_and_their_user_touch_torchs_attributes() -> None:
+def test_one_file_replaces_torchs_attributes() -> None:
     """`setattr` on torch stands in one file."""
-    assert [n for n, path in FILES.items() if "setattr(self._owner" in path.read_text()] == ["taps"]
+    assert [n for n, path in FILES.items() if "setattr(self._owner" in path.read_text()] == ["probe/patches"]
 
 
 def on_devices() -> list[ast.FunctionDef]:
@@ -89,7 +79,7 @@ def on_devices() -> list[ast.FunctionDef]:
         for name, path in FILES.items()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
-        and (name in ("device", "later") or node.name.endswith(("_on", "_unread", "unread")))
+        and (name in ("measure/device", "probe/deferred_rows") or node.name.endswith(("_on", "_unread", "unread")))
     ]
 
 
@@ -116,7 +106,7 @@ def test_no_tensor_follows_the_default_device() -> None:
     makers = {"zeros", "ones", "empty", "full", "tensor", "as_tensor", "arange", "eye", "linspace", "rand", "randn"}
     found = []
     for name, path in FILES.items():
-        for node in ast.walk(ast.parse(path.read_text())) if name != "demo" else ():
+        for node in ast.walk(ast.parse(path.read_text())) if name != "commands/demo_training" else ():
             call = node.func if isinstance(node, ast.Call) else None
             if isinstance(call, ast.Attribute) and ast.unparse(call.value) == "torch" and call.attr in makers:
                 assert isinstance(node, ast.Call)

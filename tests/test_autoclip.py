@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.clipping import usual_norm
+from gradwatch.autoclip.engine import usual_norm
 from gradwatch.records import ClipRecord
 from tests.clipping import lived
 from tests.trainings import data, mlp, train

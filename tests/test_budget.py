@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch import budget
-from gradwatch.budget import Budget
+from gradwatch.probe import budget
+from gradwatch.probe.budget import Budget
 from tests.trainings import data, mlp
 
 

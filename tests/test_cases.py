@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gradwatch.cases import series
+from gradwatch.rules.notation import series
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.clip_effect import ClipEffect
+from gradwatch.autoclip.effect import ClipEffect
 
 if TYPE_CHECKING:
-    from gradwatch.history import History
+    from gradwatch.history.ring import History
     from gradwatch.records import Floats, Kind, Sign
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from gradwatch.__main__ import main
+from gradwatch.autoclip.suggest import suggest
 from gradwatch.commands import COMMANDS
 from gradwatch.runlog import RunLog
-from gradwatch.suggest import suggest
 from tests.test_run_log import watched
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def test_compare_says_where_two_runs_part(runs: Path, capsys: pytest.CaptureFixt
 
 
 def test_suggest_finds_a_threshold_in_the_runs_own_norms(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The one that `gradwatch.suggest` finds in the same norms."""
+    """The one that `gradwatch.autoclip.suggest` finds in the same norms."""
     with RunLog(runs / "well") as log:
         found = suggest(log.series().global_norm)
     assert told(capsys, "suggest", runs / "well")["threshold"] == found.threshold

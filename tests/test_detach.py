@@ -15,7 +15,12 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch import arrivals, gradients, hooks, pipeline, rows, taps
+from gradwatch import pipeline
+from gradwatch.measure import gradients
+from gradwatch.probe import gradient_hooks as arrivals
+from gradwatch.probe import optimizer_hooks as hooks
+from gradwatch.probe import patches as taps
+from gradwatch.probe import step_recorder as rows
 from gradwatch.reports.log import LogReport, write_line
 from gradwatch.reports.summary import Summary
 from gradwatch.runlog import RunLog

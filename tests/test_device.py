@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
-from gradwatch import device
-from gradwatch.autoclip import Orders
+from gradwatch.autoclip.policy import Orders
+from gradwatch.measure import device
 from tests.trainings import data, mlp, step_in_backward, train
 
 CLIPS = [None, *(clip() for clip in gradwatch.clips.CLIPS.values())]
@@ -243,7 +243,7 @@ def test_a_ring_reads_in_order_and_never_holds_more_than_its_lag() -> None:
 
 def test_the_gates_typical_norm_is_that_of_the_host() -> None:
     """The same series, NaN, zeros and spikes included, gives the same surge as `Typical`."""
-    from gradwatch.statistics import Typical, quiet_numpy
+    from gradwatch.history.statistics import Typical, quiet_numpy
 
     gate, typical = device.Gate(torch.device("cpu")), Typical(1, half_life=64)
     generator = np.random.default_rng(0)

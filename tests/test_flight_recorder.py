@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.batches import numbers_of
+from gradwatch.measure.batch_statistics import numbers_of
 from gradwatch.runlog import RunLog
 from tests.trainings import data, mlp, train
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradwatch
-from gradwatch.guard import Guard
-from gradwatch.history import History
+from gradwatch.autoclip.guard import Guard
+from gradwatch.history.ring import History
 from gradwatch.records import Provenance, Row
 from tests.clipping import LAYERS, gradients, norms, step
 

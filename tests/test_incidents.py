@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import gradwatch
-from gradwatch.cases import Case
+from gradwatch.offline.replay import replay
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Facts, Incident
-from gradwatch.replay import replay
 from gradwatch.rules import default_rules
+from gradwatch.rules.notation import Case
 
 
 def run(case: Case, facts: Facts | None = None) -> Pipeline:

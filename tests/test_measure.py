@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradwatch.measure import NormPlan, fingerprint, global_norm_of, live_units, look_closer, norm_of
+from gradwatch.measure.norms import NormPlan, fingerprint, global_norm_of, live_units, look_closer, norm_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

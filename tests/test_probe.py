@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch import taps
+from gradwatch.probe import patches as taps
 from tests.trainings import data, mlp, train, true_norms
 
 if TYPE_CHECKING:

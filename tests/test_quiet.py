@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.rows import Rows
+from gradwatch.probe.step_recorder import Rows
 from tests.trainings import data, mlp
 
 if TYPE_CHECKING:

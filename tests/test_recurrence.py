@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradwatch
-from gradwatch.cases import Case
-from gradwatch.recurrence import explained_rise, is_of_the_batch, usual_peak, usual_size
-from gradwatch.replay import replay
+from gradwatch.history.recurrence import explained_rise, is_of_the_batch, usual_peak, usual_size
+from gradwatch.offline.replay import replay
 from gradwatch.rules import GradientSurge
+from gradwatch.rules.notation import Case
 
 
 def peaks_by_hand(values: list[float], at_rest: float) -> list[float]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 import gradwatch
-from gradwatch.cases import Case
 from gradwatch.errors import UsageError
-from gradwatch.replay import replay, with_settings
+from gradwatch.offline.replay import replay, with_settings
+from gradwatch.rules.notation import Case
 from gradwatch.runlog import RunLog
 from tests.test_run_log import watched
 

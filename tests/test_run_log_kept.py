@@ -35,7 +35,7 @@ from tests.trainings import mlp, train
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gradwatch.history import History
+    from gradwatch.history.ring import History
 
 ROOT = Path(__file__).parent.parent
 PAUSE = 1.0  # seconds after which a row is in the file
@@ -327,7 +327,7 @@ def test_rows_under_way_on_a_device_are_not_of_the_steps_that_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that come late keep the numbers of the steps that they were made at."""
-    from gradwatch import device
+    from gradwatch.measure import device
 
     monkeypatch.setattr(device, "reading_is_free", lambda _: False)
     model = mlp()

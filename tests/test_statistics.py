@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwatch.statistics import Typical, doubling, median_and_mad, quiet_numpy
+from gradwatch.history.statistics import Typical, doubling, median_and_mad, quiet_numpy
 
 positive = st.floats(1e-30, 1e30)
 

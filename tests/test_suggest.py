@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import gradwatch
-from gradwatch.suggest import suggest
+from gradwatch.autoclip.suggest import suggest
 from tests.trainings import mlp, train
 
 NORMS = arrays.arrays(np.float64, st.integers(16, 200), elements=st.floats(1e-6, 1e6))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from gradwatch import agreement
-from gradwatch.autoclip import AutoClip
+from gradwatch.autoclip.policy import AutoClip
 from gradwatch.clips import ClipNorm
+from gradwatch.distributed import agreement
 from gradwatch.rules import GradientSurge
 from tests.together import STEPS, SUDDEN
 from tests.torchrun import played as played_by

@@ -9,12 +9,12 @@ import pytest
 
 import gradwatch
 from gradwatch.__main__ import main
-from gradwatch.replay import Replayed, replay, with_settings
+from gradwatch.offline.replay import Replayed, replay, with_settings
+from gradwatch.offline.traces import parse_trace, read_trace
 from gradwatch.rules import default_rules
-from gradwatch.traces import parse_trace, read_trace
 
 if TYPE_CHECKING:
-    from gradwatch.cases import Case
+    from gradwatch.rules.notation import Case
 
 TRACES = Path(__file__).parent / "traces"
 

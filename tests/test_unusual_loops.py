@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch import device
+from gradwatch.measure import device
 from tests import terminal
 from tests.conftest import left_behind
 from tests.trainings import data, mlp, step_in_backward, train, true_norms
@@ -666,7 +666,7 @@ def test_another_librarys_global_hook_survives_a_failing_monitor(monkeypatch: py
     """Torch walks over its hooks while the monitor switches itself off."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-    monkeypatch.setattr("gradwatch.gradients.global_norm_of", lambda _: 1 / 0)
+    monkeypatch.setattr("gradwatch.measure.gradients.global_norm_of", lambda _: 1 / 0)
     calls: list[int] = []
     model = mlp()
     monitor = gradwatch.attach(model, report=None)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gradwatch.__main__ import main
-from gradwatch.keys import names_of
+from gradwatch.commands.keyboard import names_of
 from gradwatch.reports.watching import Watching
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
-from gradwatch import device
 from gradwatch.clips.base import OneFactor
+from gradwatch.measure import device
+from gradwatch.measure.sampling import Sampling
 from gradwatch.rules import GradientSurge, default_rules
-from gradwatch.sampling import Sampling
 from tests.torchrun import play
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gradwatch.clips import Step, UnreadStep
-    from gradwatch.history import History
+    from gradwatch.history.ring import History
 
 SCENES: dict[str, Callable[[], dict[str, Any]]] = {}
 FREE = device.reading_is_free

@@ -11,10 +11,10 @@ from pydantic import Field
 from gradwatch.clips.base import Baseline, Clip, FromHistory, news
 from gradwatch.clips.layer_norm import LayerBounds
 from gradwatch.clips.norm import ClipNorm
-from gradwatch.columns import widened
+from gradwatch.history.columns import widened
 
 if TYPE_CHECKING:
-    from gradwatch.history import History
+    from gradwatch.history.ring import History
     from gradwatch.records import Floats
 
 

@@ -9,12 +9,12 @@ import torch
 from pydantic import ConfigDict, Field
 
 from gradwatch.clips.base import Clip, PerLayer, Step, UnreadStep, scale_by
-from gradwatch.measure import on_device
+from gradwatch.measure.norms import on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradwatch.history import History
+    from gradwatch.history.ring import History
     from gradwatch.records import Floats
 
 

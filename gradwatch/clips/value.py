@@ -9,12 +9,12 @@ import torch
 from pydantic import Field
 
 from gradwatch.clips.base import PerLayer, Step, UnreadStep
-from gradwatch.measure import NormPlan, global_norm_of
+from gradwatch.measure.norms import NormPlan, global_norm_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradwatch.history import History
+    from gradwatch.history.ring import History
 
 
 class ClipValue(PerLayer):

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from gradwatch.compare import Parting, parting
+from gradwatch.offline.compare import Parting, parting
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.plain import to_json
 

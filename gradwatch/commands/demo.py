@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """See `gradwatch.commands.Command`."""
-    from gradwatch.demo import run as demo
+    from gradwatch.commands.demo_training import run as demo
 
     console.print(demo(epochs=options.epochs, seed=options.seed))
     return 0

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.replay import Replayed, replay, with_settings
+from gradwatch.offline.replay import Replayed, replay, with_settings
+from gradwatch.offline.traces import is_trace, read_trace
 from gradwatch.rules import default_rules
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.plain import to_json
-from gradwatch.traces import is_trace, read_trace
 
 if TYPE_CHECKING:
     import argparse

@@ -7,8 +7,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from gradwatch.autoclip.suggest import suggest
 from gradwatch.runlog import RunLog
-from gradwatch.suggest import suggest
 
 if TYPE_CHECKING:
     import argparse

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.commands.keyboard import Keys
 from gradwatch.errors import RunLogError, UsageError
-from gradwatch.keys import Keys
+from gradwatch.history.statistics import quiet_numpy
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.state import state_of
-from gradwatch.statistics import quiet_numpy
 
 if TYPE_CHECKING:
     import argparse

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradwatch.history.statistics import quiet_numpy
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.state import state_of
-from gradwatch.statistics import quiet_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What a rule is: frozen thresholds and one measured quantity. Time is not its business (see `gradwatch.alarms`)."""
+"""What a rule is: frozen thresholds and one measured quantity. Time is not its business (see `gradwatch.verdict.alarms`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import Field
 from gradwatch.settings import Settings
 
 if TYPE_CHECKING:
-    from gradwatch.cases import Case
-    from gradwatch.history import History
+    from gradwatch.history.ring import History
     from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.rules.notation import Case
 
 
 class Rule(Settings):

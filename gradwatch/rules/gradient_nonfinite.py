@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from gradwatch.cases import Case
 from gradwatch.rules.base import Rule
+from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
-    from gradwatch.history import History
+    from gradwatch.history.ring import History
     from gradwatch.records import Floats, Kind, Sign
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from gradwatch.cases import Case
 from gradwatch.rules.base import Rule
+from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
-    from gradwatch.history import History
+    from gradwatch.history.ring import History
     from gradwatch.records import Floats, Kind, Sign
 
 

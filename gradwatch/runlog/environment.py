@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradwatch.autoclip import AutoClip
+    from gradwatch.autoclip.policy import AutoClip
     from gradwatch.rules import Rule
 
 

@@ -1,0 +1,78 @@
+"""What is done after clipping has not helped, one measure after the other, as far as the policy allows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradwatch.errors import TrainingUnstableError
+
+if TYPE_CHECKING:
+    from gradwatch.autoclip.policy import AutoClip
+    from gradwatch.records import Row
+
+SURGE = 10.0  # times the typical norm: a step that "skip" leaves out
+_HALVINGS = 6  # of the learning rate
+
+
+class Escalation:
+    """How far one run has gone.
+
+    Attributes: ``rate`` is the factor on the learning rates, which stays lowered to the end of the run; ``news`` are sentences
+    that nobody has been told yet.
+    """
+
+    def __init__(self, policy: AutoClip) -> None:
+        self.rate = 1.0
+        self.news: list[str] = []
+        self._measures = policy.escalate
+        self._patience = policy.patience
+        self._next = 0
+        self._halvings = 0
+
+    def begin(self) -> None:
+        """A new incident: clipping comes first again."""
+        self._next = 0
+
+    @property
+    def left(self) -> bool:
+        """True while there is a measure to take."""
+        return self._next < len(self._measures)
+
+    @property
+    def skips(self) -> bool:
+        """True once steps that surge are left out."""
+        return "skip" in self._measures[: self._next]
+
+    def go_on(self, row: Row, began: int, before: float, level: float) -> str:
+        """Take the next measure; return it in words.
+
+        Args:
+            row: of the step that comes.
+            began: the step at which the incident opened.
+            before: what the loss stayed below before it.
+            level: its level now.
+
+        Raises:
+            TrainingUnstableError: the next measure is to stop.
+        """
+        measure = self._measures[self._next]
+        if measure == "skip" and row.family == "adam" and "rate" in self._measures:  # shorter steps do not help there
+            self._next += 1
+            measure = self._measures[self._next]
+        told = f"Clipping has not helped for {self._patience} steps: "
+        if measure == "stop":
+            raise TrainingUnstableError(
+                f"{told}the loss was {before:.3g} or below before step {began} and is {level:.3g}. Stopped before step "
+                f"{row.step}, as the policy's last measure; parameters are those after the step before. Lower the learning "
+                "rate, or go back to a checkpoint from before the incident."
+            )
+        if measure == "rate":
+            self.rate /= 2
+            self._halvings += 1
+            self._next += self._halvings >= _HALVINGS
+            done = f"learning rate x {self.rate:g} from step {row.step} on"
+        else:
+            self._next += 1
+            done = f"steps of more than {SURGE:g} times the typical norm left out from step {row.step} on"
+        self.news.append(f"{told}{done}.")
+        return done

@@ -1,0 +1,1 @@
+"""Numbers out of tensors: norms of gradients and weights, samples of weights, statistics of a batch."""

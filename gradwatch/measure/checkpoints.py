@@ -1,0 +1,83 @@
+"""Whether a model is worth a checkpoint, so that a broken one never overwrites a good one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed as dist
+
+from gradwatch.measure.norms import look_closer, norm_of, unfit
+from gradwatch.measure.wrappers import local_of, plain_name
+from gradwatch.records import EXPLOSION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor, nn
+
+    from gradwatch.history.ring import History
+    from gradwatch.records import Incident
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """True where nothing speaks against a checkpoint; ``reason`` says what does, and is empty where nothing does."""
+
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+def worth_of(
+    model: nn.Module, history: History, incidents: Sequence[Incident], *, buffers_are_well: bool = True
+) -> Checkpoint:
+    """See `gradwatch.Monitor.checkpoint_guard`; ``incidents`` are the open ones.
+
+    ``buffers_are_well`` is what several processes last told each other of their buffers.
+    """
+    for one in incidents:
+        if one.kind in EXPLOSION and one.severity != "notice":
+            return Checkpoint(f"an incident is open since step {one.opened_step}: {one.kind}, {one.severity}")
+    if history.loss_nonfinite:
+        return Checkpoint(f"the loss of step {history.row.step} was {history.row.loss}")
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return Checkpoint(damage_of(model))
+    # by what is known to all: were the answers not the same, a shared save would hang
+    bad = [name for name, hit in zip(history.layers, history.nonfinite_weight, strict=True) if hit]
+    if bad:
+        return Checkpoint(f"parameter {bad[0]} was not finite when it was last looked at")
+    return Checkpoint("" if buffers_are_well else "a buffer of a process was not finite when it was last looked at")
+
+
+def damage_of(model: nn.Module) -> str:
+    """Name the first parameter or buffer that holds NaN or Inf; nothing where all are finite. Reads the tensors."""
+    for kind, name, tensor in _tensors(model):
+        if math.isfinite(norm_of(tensor)):
+            continue
+        nans, infs, _ = look_closer(tensor)
+        if nans or infs:  # a norm may overflow by itself
+            return f"{kind} {plain_name(name)} holds {nans} NaN and {infs} infinite of {tensor.numel()} elements"
+    return ""
+
+
+def buffers_are_bad(model: nn.Module, home: torch.device) -> Tensor:
+    """Return whether a buffer that this process holds is not finite, as a tensor without dimensions; nothing is read."""
+    largest = [
+        torch.linalg.vector_norm(local_of(tensor).to(torch.float32), torch.inf).to(home, non_blocking=True)
+        for kind, _, tensor in _tensors(model)
+        if kind == "buffer" and local_of(tensor).numel() and tensor.layout is torch.strided
+    ]
+    return ~torch.isfinite(torch.stack(largest)).all() if largest else torch.zeros((), dtype=torch.bool, device=home)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    named = [("parameter", *one) for one in model.named_parameters()] + [
+        ("buffer", *one) for one in model.named_buffers()
+    ]
+    numbers = ((kind, name, one.detach()) for kind, name, one in named if one.is_floating_point() or one.is_complex())
+    # of the others nothing is known, and a guard that raises would cost the checkpoint
+    return (one for one in numbers if not one[2].is_meta and unfit(one[2]) is None)

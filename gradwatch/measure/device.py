@@ -1,0 +1,161 @@
+"""Rows of gradients that live on a device: measured there, decided there, and read when they have come over.
+
+Nothing here waits for the device or reads a tensor's value. A row is written into a ring on the device and copied to
+pinned memory; an event tells when it has arrived, a few steps later. What must be done at once is decided on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gradwatch.measure.packed_row import Table, size_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from gradwatch.autoclip.policy import Orders
+
+RING = 64  # rows under way at most: a host that is further ahead waits for the oldest
+LAG = 8  # steps after which each of several processes reads a row, so that all decide alike
+PATIENCE = 10  # steps in a row that a gradient scaler may leave out before one is judged
+_WINSOR = math.log(4.0)
+_RATE = 1.0 - 0.5 ** (1.0 / 64)
+_SETTLED = 8  # norms before which nothing is a surge
+
+
+def reading_is_free(device: torch.device) -> bool:
+    """True where a tensor's value can be had without waiting for a device."""
+    return device.type == "cpu"
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """Return the widest float of a device: Metal has no float64, and there norms above 1e19 read as infinite."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def capturing() -> bool:
+    """True while work on the current CUDA stream is not done but captured into a graph: nothing may be asked or started.
+
+    True, too, where the device does not even answer that: its error belongs to the training, not here.
+    """
+    try:
+        return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    except Exception:
+        return True
+
+
+@dataclass(slots=True)
+class Unread:
+    """Gradients of one moment on a device. ``norms`` (n,) belong to ``columns``."""
+
+    gradients: list[Tensor]
+    columns: NDArray[Any]
+    norms: Tensor
+
+
+def joined(parts: list[Unread]) -> Unread:
+    """Return the gradients of one backward as one, from parts that no longer exist as tensors."""
+    return Unread([], np.concatenate([part.columns for part in parts]), torch.cat([part.norms for part in parts]))
+
+
+class Slot:
+    """One row on the device: the views of a `gradwatch.measure.packed_row.Table`, as tensors."""
+
+    def __init__(self, flat: Tensor, layers: int, processes: int) -> None:
+        ends, last = size_of(layers, 0) - size_of(0, 0), size_of(layers, 0)
+        self.flat = flat
+        self.rows = flat[:ends].view(-1, layers)
+        self.singles = flat[ends:last]
+        self.ranks = flat[last:].view(-1, processes)
+
+
+class Ring:
+    """The rows that are under way from ``home`` to the host, oldest first.
+
+    Args:
+        layers: ``L``.
+        processes: ``W``.
+        home: where rows are made.
+        lag: steps after which a row is read, waiting for it if need be; None: as soon as it has arrived.
+    """
+
+    def __init__(self, layers: int, processes: int, home: torch.device, lag: int | None = None) -> None:
+        size = size_of(layers, processes)
+        self._layers, self._processes, self._lag = layers, processes, lag
+        self._device = torch.zeros(RING, size, dtype=precise(home), device=home)
+        # on the CPU whatever the default device is: only there can memory be pinned
+        self._host = torch.zeros(RING, size, dtype=precise(home), device="cpu", pin_memory=home.type == "cuda")
+        self._slots = [Slot(row, layers, processes) for row in self._device]
+        self._under_way: deque[tuple[int, int, Any, Any]] = deque()
+        self._sent = 0
+        self.home = home
+
+    def next(self) -> Slot:
+        """Return the slot for the coming row, full of zeros."""
+        slot = self._slots[self._sent % RING]
+        slot.flat.zero_()
+        return slot
+
+    def send(self, facts: Any) -> None:
+        """Start the way of the row that was written into `next`; ``facts`` is what the host knows of it already."""
+        place = self._sent % RING
+        event = None
+        if self.home.type != "meta":  # which holds no numbers that could come over
+            self._host[place].copy_(self._device[place], non_blocking=True)
+            if self.home.type != "cpu":
+                event = torch.Event(self.home)
+                event.record(torch.accelerator.current_stream(self.home))
+            self._under_way.append((self._sent, place, event, facts))
+        self._sent += 1
+
+    def arrived(self, *, wait: bool = False) -> Iterator[tuple[Any, Table]]:
+        """Yield the rows that can be read now; with ``wait``, all that are under way."""
+        while self._under_way:
+            number, place, event, facts = self._under_way[0]
+            age = self._sent - number
+            must = wait or age >= (RING if self._lag is None else self._lag)
+            if event is not None and must:
+                event.synchronize()
+            elif not must and (self._lag is not None or (event is not None and not event.query())):
+                return
+            self._under_way.popleft()
+            yield facts, Table(self._layers, self._processes, self._host[place].double().numpy().copy())
+
+
+class Gate:
+    """Decides about a step that no rule has seen yet: whether its gradients surge, whether they may be used at all.
+
+    Keeps the typical global norm ``b`` on the device as `gradwatch.history.statistics.Typical` does on the host: an exponential
+    average of logs, moved by at most log 4 a step, that takes no zero, NaN or Inf.
+    """
+
+    def __init__(self, home: torch.device) -> None:
+        self.home = home
+        self._log = torch.zeros((), dtype=precise(home), device=home)
+        self._seen = torch.zeros((), dtype=precise(home), device=home)
+
+    def fires(self, norm: Tensor, loss: Tensor, orders: Orders) -> Tensor:
+        """Return whether this step surges: far beyond the usual, or beyond it beside a loss that suffers. Bool, 0-dim.
+
+        ``loss`` is NaN where none was seen: then nothing speaks for the run.
+        """
+        surge = torch.where(self._seen >= _SETTLED, norm * torch.exp(-self._log), 0.0)
+        return (surge > orders.far) | ((surge > orders.surge) & ~(loss <= orders.loss_ceiling))
+
+    def learn(self, norm: Tensor) -> None:
+        """Let the typical norm follow."""
+        log = torch.log(norm)
+        use = torch.isfinite(log)
+        self._seen += use
+        step = torch.where(use, log - self._log, 0.0)
+        step = torch.where(self._seen > 1, step.clamp(-_WINSOR, _WINSOR), step)
+        self._log += step * torch.clamp(1.0 / self._seen.clamp(min=1.0), min=_RATE)

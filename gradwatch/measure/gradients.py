@@ -1,0 +1,395 @@
+"""The gradients of one optimizer's watched parameters: measure them, clip them, hide them."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gradwatch.measure.device import Gate, Unread, precise
+from gradwatch.measure.layers import family_of
+from gradwatch.measure.norms import NormPlan, code_of, global_norm_of, look_closer, unfit
+from gradwatch.measure.wrappers import is_dtensor, local_of, summed
+from gradwatch.skipping.skip import Skip
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from gradwatch.probe.coming import Coming
+    from gradwatch.records import Family, Floats
+
+
+_ABSENT = object()  # an attribute that was not there
+
+
+@dataclass(slots=True)
+class Measured:
+    """Gradients of one moment. ``norms`` has shape (L,), NaN where there is no gradient; so has ``nonfinite``."""
+
+    gradients: list[Tensor]
+    columns: NDArray[np.intp]
+    norms: Floats
+    global_norm: float
+    nonfinite: NDArray[np.uint8] | None = None
+    counts: dict[int, tuple[int, int]] | None = None
+
+    def only(self, columns: NDArray[np.intp]) -> Measured:
+        """Return what was measured of these layers."""
+        there = np.isin(self.columns, columns)
+        if there.all():
+            return self
+        norms = np.full(len(self.norms), np.nan)
+        kept = self.columns[there]
+        norms[kept] = self.norms[kept]
+        gradients = [
+            g for g, mine in zip(self.gradients, there, strict=False) if mine
+        ]  # none, where only norms are kept
+        measured = Measured(gradients, kept, norms, global_norm_of(norms[kept]))
+        counts = {column: count for column, count in (self.counts or {}).items() if column in kept}
+        if counts and self.nonfinite is not None:
+            measured.nonfinite, measured.counts = (
+                np.where(np.isin(np.arange(len(norms)), kept), self.nonfinite, 0),
+                counts,
+            )
+        return measured
+
+
+def assembled(parts: Sequence[Measured], layers: int) -> Measured:
+    """Return the gradients of one backward as one, from parts that no longer exist as tensors."""
+    columns = np.concatenate([part.columns for part in parts])
+    norms = np.full(layers, np.nan)
+    for part in parts:
+        norms[part.columns] = part.norms[part.columns]
+    whole = Measured([], columns, norms, global_norm_of(norms[columns]))
+    codes = [part.nonfinite for part in parts if part.nonfinite is not None]
+    if codes:
+        whole.nonfinite = np.zeros(layers, dtype=np.uint8)
+        for code in codes:
+            whole.nonfinite[: len(code)] |= code
+        whole.counts = {column: count for part in parts for column, count in (part.counts or {}).items()}
+    return whole
+
+
+class Gradients:
+    """The watched parameters that one optimizer owns (or all of them, for a loop without one).
+
+    Args:
+        pairs: column and parameter of each.
+        layers: number of columns in all.
+        groups: the number of the parameter group of each pair.
+        total: parameters in the optimizer, watched or not.
+        optimizer: the one; None where there is none.
+        model: the watched one.
+        coming: what is known of its coming step.
+
+    Attributes: ``optimizer`` is held weakly; ``steps`` counts those of this optimizer, ``family`` is its family, ``number`` its
+    place among those that were found (-1: there is none); ``around`` is another optimizer over the same parameters which this
+    one steps, None where it makes its steps itself; ``sharded`` is True where this process holds only parts of them; ``skip``
+    leaves its steps out; ``left_out`` are columns whose gradients turned out not to be measurable, and why.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[int, nn.Parameter]],
+        layers: int,
+        groups: Sequence[int] = (),
+        total: int = 0,
+        optimizer: Optimizer | None = None,
+        model: nn.Module | None = None,
+        *,
+        coming: Coming,
+    ) -> None:
+        self.coming = coming
+        self.around: weakref.ref[Optimizer] | None = None
+        self.outer: Gradients | None = None  # of the one around it, while that steps
+        self.vain = 0  # steps since the one that it is around stepped
+        self.parameters = [parameter for _, parameter in pairs]
+        self.columns = np.array([column for column, _ in pairs], dtype=np.intp)
+        self.total = total
+        self.family: Family = family_of(optimizer) if optimizer is not None else "other"
+        self.optimizer = weakref.ref(optimizer) if optimizer is not None else None
+        self._held = Held(optimizer) if optimizer is not None else None
+        self.steps = 0
+        self.number = -1
+        self.left_out: list[tuple[int, str]] = []
+        self._zero = np.zeros(layers, dtype=bool)
+        self._any_zero = False
+        self._layers = layers
+        self._groups = np.asarray(groups, dtype=np.intp)
+        self.sharded = any(is_dtensor(parameter) for parameter in self.parameters)
+        self._whole = bool(np.array_equal(self.columns, np.arange(layers)))
+        self._plan: NormPlan | None = None
+        self._planned: list[bool] | None = None  # which gradients the plan is for; None: all
+        self._rates: list[float] = []
+        self._rate = np.full(layers, np.nan)
+        self.skip = Skip(optimizer, model) if optimizer is not None else None
+        self.gate: Gate | None = None  # on a device, the typical norm of this optimizer's steps
+        self._slowed: list[tuple[dict[str, Any], Any]] = []
+        self._born: tuple[weakref.ref[Optimizer], int, Tensor] | None = None
+        self._lent: list[tuple[weakref.ref[Optimizer], str, Any]] = []
+
+    def measure(self, scale: float = 1.0) -> Measured:
+        """Measure all gradients that exist now, in one batched call per device and dtype.
+
+        ``scale`` is a loss scale that is still on them: the norms come without it.
+        """
+        there, columns, plan = self.present()
+        if plan is None:
+            return Measured([], columns, np.full(self._layers, np.nan), math.nan)
+        try:
+            norms = plan.norms(there)
+        except Exception:
+            if not self._leave_out():
+                raise
+            return self.measure(scale)
+        if self._whole and len(there) == self._layers:
+            spread = norms
+        else:
+            spread = np.full(self._layers, np.nan)
+            spread[columns] = norms
+        measured = Measured(there, columns, spread, global_norm_of(norms))
+        if not (norms.min() > 0 and measured.global_norm < math.inf):
+            self._look_closer(measured)
+        elif self._any_zero:
+            self._zero[columns] = False
+            self._any_zero = bool(self._zero.any())
+        if scale != 1.0:
+            measured.norms /= scale
+            measured.global_norm /= scale
+        return measured
+
+    def measure_unread(self, home: torch.device, scale: Tensor | None = None) -> Unread:
+        """Do the same on the device: nothing is read, and norms are summed so wide that no second look is needed."""
+        there, columns, plan = self.present()
+        if plan is None:
+            return Unread([], columns, torch.zeros(0, dtype=precise(home), device=home))
+        try:
+            norms = plan.norms_on(home, there)
+        except Exception:
+            if not self._leave_out():
+                raise
+            return self.measure_unread(home, scale)
+        return Unread(there, columns, norms if scale is None else norms / scale.to(home, non_blocking=True))
+
+    def _leave_out(self) -> bool:
+        """Measure no longer the layers whose gradients cannot be measured; False when there is none."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        reasons = [None if gradient is None else unfit(gradient) for gradient in gradients]
+        found = [(column, reason) for column, reason in zip(self.columns.tolist(), reasons, strict=True) if reason]
+        fit = np.array([reason is None for reason in reasons])
+        self.left_out += found
+        self.parameters = [parameter for parameter, here in zip(self.parameters, fit, strict=True) if here]
+        self.columns, self._groups = self.columns[fit], self._groups[fit] if len(self._groups) else self._groups
+        self._whole, self._plan = self._whole and not found, None
+        return bool(found)
+
+    def present(self) -> tuple[list[Tensor], NDArray[np.intp], NormPlan | None]:
+        """Return the gradients that exist now, of sharded ones this process's part, their columns and their plan."""
+        there = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
+        if self.sharded:
+            there = self._parts()
+        columns, present = self.columns, None
+        if len(there) < len(self.parameters):
+            present = [parameter.grad is not None for parameter in self.parameters]
+            columns = columns[present]
+        if not there:
+            return there, columns, None
+        if self._plan is None or present != self._planned or there[0].device != self._plan.device:
+            self._plan, self._planned = NormPlan(there), present
+        return there, columns, self._plan
+
+    def with_gradient(self) -> list[nn.Parameter]:
+        """Return the parameters that `present` returned the gradients of."""
+        return [parameter for parameter in self.parameters if parameter.grad is not None]
+
+    def _parts(self) -> list[Tensor]:
+        """Return this process's part of each gradient that exists; what is only a summand is summed first, in place."""
+        parts = []
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                whole = summed(parameter.grad)
+                if whole is not parameter.grad:  # a clip must reach it too; the optimizer would sum it itself
+                    parameter.grad = whole
+                parts.append(local_of(whole))
+        return parts
+
+    def sentinel(self, columns: NDArray[np.intp]) -> tuple[int, nn.Parameter]:
+        """Return the place among ``columns``, and the parameter, that tells most for least of a backward.
+
+        What grows or is not finite anywhere reaches the parameters that come last in it: of the first four of the model,
+        the smallest.
+        """
+        held = dict(zip(self.columns.tolist(), self.parameters, strict=True))
+        first = np.argsort(columns)[:4].tolist()
+        place = min(first, key=lambda place: held[int(columns[place])].numel())
+        return place, held[int(columns[place])]
+
+    def is_stale(self, optimizer: Optimizer) -> bool:
+        """True when this was made for another optimizer, or for other parameters than it holds now."""
+        if self.optimizer is None or self._held is None or self.optimizer() is not optimizer:
+            return True
+        return not self._held.is_held_by(optimizer)
+
+    def _look_closer(self, measured: Measured) -> None:
+        """Tell NaN, Inf, overflow of the norm, and underflow apart, for the layers that need it."""
+        norms = measured.norms[measured.columns]
+        doubtful = np.flatnonzero(~np.isfinite(norms) | ((norms == 0) & ~self._zero[measured.columns])).tolist()
+        self._zero[measured.columns] &= norms == 0
+        if not doubtful:  # layers that stay at zero
+            return
+        codes = np.zeros(self._layers, dtype=np.uint8)
+        counts = {}
+        for place in doubtful:
+            gradient, column = measured.gradients[place], int(measured.columns[place])
+            nans, infs, norm = look_closer(gradient)
+            if nans or infs:
+                codes[column] = code_of(nans, infs)
+                counts[column] = nans, infs
+                norm = math.nan if nans else math.inf
+            measured.norms[column] = norm
+        self._any_zero = True
+        self._zero = measured.norms == 0  # looked at once: a layer that stays at zero costs nothing more
+        if counts:
+            measured.nonfinite, measured.counts = codes, counts
+            measured.global_norm = math.nan if (codes & 1).any() else math.inf
+        else:
+            measured.global_norm = float(np.linalg.norm(measured.norms[measured.columns]))
+
+    def rate(self, optimizer: Optimizer) -> Floats:
+        """Return each layer's learning rate, shape (L,); NaN where it is unknown."""
+        rates = [_number(group.get("lr")) for group in optimizer.param_groups]
+        if rates != self._rates:
+            self._rates = rates
+            self._rate = np.full(self._layers, np.nan)
+            self._rate[self.columns] = np.array(rates)[self._groups]
+        return self._rate
+
+    def slow(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply the learning rate of each parameter group for this step; schedulers go on with the user's own."""
+        for group in optimizer.param_groups:
+            if "lr" in group:
+                self._slowed.append((group, group["lr"]))
+                group["lr"] = group["lr"] * factor
+
+    def folds(self, optimizer: Optimizer | None) -> bool:
+        """True when a factor on all gradients can be left to the optimizer: it is fused, and all it owns is watched."""
+        return self.skips(optimizer) and self.total == len(self.parameters)
+
+    def skips(self, optimizer: Optimizer | None) -> bool:
+        """True when the optimizer can leave out a step by itself, on the device: when it is fused."""
+        return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+    def leave_to(self, optimizer: Optimizer, factor: Tensor | None, skip: Tensor | None) -> None:
+        """Let a fused optimizer multiply its gradients by ``factor`` and leave the step out where ``skip``: no extra pass.
+
+        Both attributes are those by which a `GradScaler` speaks to it; what it said already is kept.
+        """
+        scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if factor is not None:
+            divisor = (1.0 if scale is None else scale) / factor
+            self._lend(optimizer, "grad_scale", divisor.to(torch.float32))
+        if skip is not None:
+            found = skip.to(torch.float32)
+            found = found if overflow is None else torch.maximum(found, overflow)
+            self._lend(optimizer, "found_inf", found)
+            self._born = weakref.ref(optimizer), len(optimizer.state), found
+
+    def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
+        # None is not the same as absent: a `GradScaler` deletes what it has set, None too
+        self._lent.append((weakref.ref(optimizer), name, vars(optimizer).get(name, _ABSENT)))
+        setattr(optimizer, name, value)
+
+    def restore(self, *, late: bool = False) -> None:
+        """End what goes on while a step is left out, give back what `slow` changed, take back what `leave_to` gave.
+
+        ``late``: the step was made some time ago and raised.
+        """
+        for group, rate in self._slowed:
+            group["lr"] = rate
+        self._slowed.clear()
+        for ref, name, value in reversed(self._lent):
+            optimizer = ref()
+            if optimizer is not None and value is not _ABSENT:
+                setattr(optimizer, name, value)
+            elif optimizer is not None:
+                vars(optimizer).pop(name, None)
+        self._lent.clear()
+        if self._born is not None:
+            self._clear_born()
+        if self.skip is not None:
+            self.skip.end(late=late)
+
+    def _clear_born(self) -> None:
+        """Set momenta to zero that came into being in a step that was left out: torch's fused SGD leaves them unwritten."""
+        assert self._born is not None
+        (ref, before, found), self._born = self._born, None
+        optimizer = ref()
+        if optimizer is None or len(optimizer.state) == before:
+            return
+        for state in list(optimizer.state.values())[before:]:
+            momentum = state.get("momentum_buffer")
+            if isinstance(momentum, torch.Tensor):
+                momentum.masked_fill_(found.to(momentum.device, torch.bool, non_blocking=True), 0)
+
+    def zero(self) -> None:
+        """Set the gradients to zero, where nothing can leave the step out: what is not finite does not reach the weights."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+
+def _number(rate: Any) -> float:
+    """Return a learning rate as a number; NaN where that is not known without waiting for a device."""
+    if isinstance(rate, torch.Tensor):
+        return rate.item() if rate.is_cpu else math.nan
+    return math.nan if rate is None else float(rate)
+
+
+class Held:
+    """The parameters that an optimizer held at one moment."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._groups: list[list[Tensor]] = [list(group["params"]) for group in optimizer.param_groups]
+        self._single = [
+            (number, place)
+            for number, group in enumerate(self._groups)
+            for place, parameter in enumerate(group)
+            if parameter.numel() == 1
+        ]
+
+    def is_held_by(self, optimizer: Optimizer) -> bool:
+        """Return whether the optimizer still holds the same parameters, in the same places.
+
+        Lists are compared in a nanosecond for each element that is the same object in both. Of two different tensors the
+        comparison is a tensor, which has no truth unless it has one element: those are looked at once more.
+        """
+        groups = optimizer.param_groups
+        if len(groups) != len(self._groups):
+            return False
+        try:
+            for group, held in zip(groups, self._groups, strict=True):
+                if group["params"] != held:
+                    return False
+        except Exception:  # of whatever kind: they are not the same object
+            return False
+        return all(groups[number]["params"][place] is self._groups[number][place] for number, place in self._single)
+
+
+def zero_where(gradients: Sequence[Tensor], bad: Tensor) -> None:
+    """Set gradients to zero, in place, where ``bad`` (bool, no dimensions): NaN too, which a product would keep."""
+    for gradient in gradients:
+        here = bad.to(gradient.device, non_blocking=True)
+        if gradient.is_sparse:
+            summed = gradient.coalesce()
+            summed.values().masked_fill_(here, 0)
+            gradient.copy_(summed)
+        else:
+            gradient.masked_fill_(here, 0)

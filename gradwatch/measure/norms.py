@@ -1,0 +1,291 @@
+"""Per-layer L2 norms in one batched call, and a closer look at what is not finite.
+
+L2 accumulates in float32 (float64 for double): a float16 norm of a healthy tensor overflows. On CPU, float32 sums over
+many elements lose digits (9e-6 at 16 thousand equal numbers, 2.9e-3 at 40 million), so large tensors are summed in pieces of
+at most 512: 5e-7 at worst, whatever the numbers. NaN and Inf propagate through the norm, so that finding them costs
+nothing; telling them apart is done only for layers that have them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gradwatch.measure import device
+from gradwatch.measure.wrappers import is_dtensor, local_of
+from gradwatch.records import NonFinite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from gradwatch.records import Floats
+
+_LARGE = 1 << 15  # elements from which CPU tensors are summed in pieces
+_LONGEST, _SHORTEST = 1 << 9, 1 << 7  # elements of a piece: with 1,024 equal ones a float32 sum is off by 1e-6
+_FEW = 16  # tensors up to which reading one by one beats stacking, on CPU
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)  # others may answer in ways of their own, and are measured one by one
+_DTYPES = frozenset(
+    (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
+)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class NormPlan:
+    """How to measure one fixed list of tensors: which go together in one batched call, which in pieces, which alone."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        self._pieces: list[
+            tuple[int, int]
+        ] = []  # large ones: their place, and the length of a piece; one more may be left
+        self._alone: list[int] = []
+        for index, tensor in enumerate(tensors):
+            if _is_large(tensor):
+                self._pieces.append((index, _piece(tensor.numel())))
+            elif _is_plain(tensor):
+                together.setdefault((tensor.device, tensor.dtype), []).append(index)
+            else:
+                self._alone.append(index)
+        self._groups = [(np.asarray(indices), indices, _wide(tensors[indices[0]])) for indices in together.values()]
+        self._picks = [(columns, _picker(indices), wide) for columns, indices, wide in self._groups]
+        self._simple = len(self._groups) == 1 and not self._alone and not self._pieces
+        self._large = np.array([index for index, _ in self._pieces], dtype=np.intp)
+        counts = [-(-tensors[index].numel() // piece) for index, piece in self._pieces]
+        self._starts = np.cumsum([0, *counts[:-1]], dtype=np.intp)
+        self._alone_on = [index for index, _ in self._pieces] + self._alone
+        self._count = len(tensors)
+        self.device = tensors[0].device
+        self._order: Tensor | None = None
+
+    def norms(self, tensors: list[Tensor]) -> Floats:
+        """Return the L2 norm of each tensor, float64 of shape (n,), on the host: only where reading is free."""
+        if self._simple:
+            return _read(_batched(tensors, self._groups[0][2]))
+        norms = np.empty(self._count)
+        for columns, pick, wide in self._picks:
+            norms[columns] = _read(_batched(pick(tensors), wide))
+        if self._pieces:
+            norms[self._large] = self._in_pieces(tensors)
+        for index in self._alone:
+            norms[index] = norm_of(tensors[index])
+        return norms
+
+    @property
+    def shareable(self) -> bool:
+        """True where torch's own `clip_grad_norm_` takes the same norms: on CPU, of float32 tensors in one group."""
+        dtypes = {wide for _, _, wide in self._groups}
+        return len(self._groups) <= 1 and not self._alone and dtypes <= {torch.float32} and self.device.type == "cpu"
+
+    def shared(self, tensors: list[Tensor]) -> tuple[Floats, Tensor]:
+        """Return the L2 norm of each tensor as `norms` does, and that of all as `clip_grad_norm_` has it, to the bit."""
+        together = torch.stack(torch._foreach_norm(tensors, 2.0))
+        norms = together.numpy().astype(np.float64)
+        if self._pieces:
+            norms[self._large] = self._in_pieces(tensors)
+        return norms, torch.linalg.vector_norm(together, 2.0)
+
+    def _in_pieces(self, tensors: list[Tensor]) -> Floats:
+        """Return the norms of the large tensors: those of pieces in float32, their squares added in float64."""
+        parts = []
+        for index, piece in self._pieces:
+            parts += _piecewise(tensors[index], piece, torch.float32)
+        squares = torch.cat(parts).numpy().astype(np.float64)
+        squares *= squares
+        summed: Floats = np.sqrt(np.add.reduceat(squares, self._starts))
+        return summed
+
+    def norms_on(self, home: torch.device, tensors: list[Tensor]) -> Tensor:
+        """Return the L2 norm of each tensor, shape (n,), on ``home``, in its widest float; nothing is read on the host."""
+        parts = [
+            torch.stack(_batched([tensors[index] for index in indices], wide)) for _, indices, wide in self._groups
+        ]
+        parts += [norm_tensor(tensors[index]).view(1) for index in self._alone_on]
+        parts = [part.to(home, device.precise(home), non_blocking=True) for part in parts]
+        if self._simple:
+            return parts[0]
+        if self._order is None:
+            placed = [index for _, indices, _ in self._groups for index in indices] + self._alone_on
+            self._order = on_device(np.argsort(placed), home)
+        return torch.cat(parts)[self._order]
+
+
+def unfit(tensor: Tensor) -> str | None:
+    """Say why a tensor's norm cannot be taken; None where it can. One of a class of its own is tried."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout not in (torch.strided, torch.sparse_coo):
+        return f"of layout {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.dtype not in _DTYPES:
+        return f"of type {str(tensor.dtype).removeprefix('torch.')}"
+    if type(tensor) in _ORDINARY or is_dtensor(tensor):
+        return None
+    try:
+        norm_of(tensor)
+    except Exception as error:
+        return f"of class {type(tensor).__name__}, which answers {type(error).__name__}"
+    return None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.is_floating_point()
+        and type(tensor) in _ORDINARY
+        and not tensor.is_nested
+        and tensor.numel() > 0
+        and not (tensor.is_cpu and (tensor.numel() >= _LARGE or not _is_dense(tensor)))
+    )
+
+
+def _is_large(tensor: Tensor) -> bool:
+    """True for tensors that are summed in pieces of float32."""
+    plain = tensor.layout is torch.strided and tensor.dtype is torch.float32 and type(tensor) in _ORDINARY
+    return plain and tensor.is_cpu and tensor.numel() >= _LARGE
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """True where elements lie side by side, in whatever order: over others torch sums one by one, and loses digits."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return reach + 1 == tensor.numel()
+
+
+def _piece(elements: int) -> int:
+    """Return the length of a large tensor's pieces: equal ones where it can be cut so, else one of them is shorter."""
+    return next((piece for piece in range(_LONGEST, _SHORTEST - 1, -1) if elements % piece == 0), _LONGEST)
+
+
+def _piecewise(tensor: Tensor, piece: int, wide: torch.dtype) -> list[Tensor]:
+    """Return the norms of a tensor's pieces, and of what is left after them."""
+    flat = tensor if tensor.is_contiguous() else tensor.contiguous()
+    left = flat.numel() % piece
+    if not left:
+        return [torch.linalg.vector_norm(flat.view(-1, piece), dim=1, dtype=wide)]
+    flat = flat.view(-1)
+    rows = torch.linalg.vector_norm(flat[:-left].view(-1, piece), dim=1, dtype=wide)
+    return [rows, _l2(flat[-left:], wide).view(1)]
+
+
+def _picker(indices: list[int]) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
+    """Return what picks these places of a list, in one call."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda tensors: tuple(tensors[index] for index in indices)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """What to sum in. Where reading is not free nobody can look again when squares overflow, so that they must not."""
+    if tensor.dtype is torch.float64 or not device.reading_is_free(tensor.device):
+        return device.precise(tensor.device)
+    return torch.float32
+
+
+def _batched(tensors: list[Tensor] | tuple[Tensor, ...], wide: torch.dtype) -> list[Tensor]:
+    try:
+        return list(torch._foreach_norm(tensors, 2, dtype=wide))
+    except (RuntimeError, NotImplementedError):  # a gradient that is sparse although its parameter is dense
+        return [norm_tensor(tensor) for tensor in tensors]
+
+
+def _read(norms: list[Tensor]) -> Floats:
+    if len(norms) < _FEW and norms[0].is_cpu:
+        return np.array([norm.item() for norm in norms])
+    together = torch.stack(norms)
+    return (together if together.is_cpu else together.cpu()).numpy().astype(np.float64)
+
+
+def norm_of(tensor: Tensor) -> float:
+    """Return the L2 norm of one tensor of any layout, dtype and size; 0.0 when it is empty."""
+    return float(norm_tensor(tensor).item())
+
+
+def norm_tensor(tensor: Tensor) -> Tensor:
+    """Return the same as a tensor without dimensions on its device; nothing is read on the host, unless it is sparse."""
+    values = _values(tensor)
+    wide = _wide(values)
+    if not values.numel():
+        return torch.zeros((), dtype=wide, device=values.device)
+    if not values.is_cpu:
+        return _l2(values, wide)
+    if values.numel() < _LARGE:
+        return _l2(values.contiguous(), wide)
+    return _l2(torch.cat(_piecewise(values, _LONGEST, wide)), torch.float64)
+
+
+def _l2(values: Tensor, wide: torch.dtype) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
+    return norm
+
+
+def on_device(array: NDArray[Any], home: torch.device) -> Tensor:
+    """Return ``array`` as a tensor on ``home``, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    if home.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(home, non_blocking=True)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The real elements that this process holds: coalesced values of a sparse tensor, both parts of a complex one."""
+    tensor = local_of(tensor.detach())
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def global_norm_of(norms: Floats) -> float:
+    """Return the L2 norm of all gradients as one vector from their norms; not finite where one of them is not."""
+    return math.sqrt(np.dot(norms, norms))
+
+
+def look_closer(tensor: Tensor) -> tuple[int, int, float]:
+    """Return the counts of NaN and of infinite elements, and the norm in float64.
+
+    The norm is taken after dividing by the largest magnitude, so that neither overflow nor underflow of the squares can
+    make it infinite or zero; it is NaN when an element is not finite.
+    """
+    values = _values(tensor)
+    if not values.numel():
+        return 0, 0, 0.0
+    nans, infs = int(values.isnan().sum()), int(values.isinf().sum())
+    if nans or infs:
+        return nans, infs, math.nan
+    return 0, 0, scaled_norm(values)
+
+
+def scaled_norm(values: Tensor) -> float:
+    """Return the L2 norm of finite values in float64, safe from overflow and underflow of the squares."""
+    values = _values(values)
+    low, high = torch.aminmax(values)
+    largest = max(-low.item(), high.item())
+    if largest == 0:
+        return 0.0
+    return float(largest * torch.linalg.vector_norm(values.double() / largest).item())
+
+
+def code_of(nans: int, infs: int) -> NonFinite:
+    """Return which kinds of non-finite elements there are."""
+    return (NonFinite.NAN if nans else NonFinite.NONE) | (NonFinite.INF if infs else NonFinite.NONE)
+
+
+def has_units(gradient: Tensor) -> bool:
+    """True for gradients whose rows can be looked at."""
+    return gradient.layout is torch.strided and type(gradient) in _ORDINARY and gradient.numel() > 0
+
+
+def live_units(gradient: Tensor) -> Tensor:
+    """Return which units (rows along the first dimension) have a gradient other than zero, bool of shape (units,)."""
+    # the sum of magnitudes, not of squares: tiny values must not underflow; five times as fast as torch's L1 norm
+    return gradient.detach().flatten(1).abs().sum(dim=1).bool()
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Return the sum of the tensor's bits read as integers: a change of one element changes it, of many almost surely."""
+    values = _values(tensor)
+    return values.view(_BITS[values.element_size()]).sum(dtype=torch.int64)

@@ -1,0 +1,230 @@
+"""What is looked at now and then, not on each step: weight norms, dead units, weights that never change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gradwatch.history.columns import widened
+from gradwatch.measure.norms import NormPlan, fingerprint, has_units, live_units, look_closer, on_device
+from gradwatch.measure.packed_row import CHANGED, DEAD, WEIGHT
+from gradwatch.measure.wrappers import local_of
+from gradwatch.probe.fast_path import cadence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from gradwatch.measure.device import Slot, Unread
+    from gradwatch.measure.gradients import Measured
+    from gradwatch.measure.layers import Layers
+    from gradwatch.measure.packed_row import Numbers
+    from gradwatch.probe.deferred_rows import Parts
+    from gradwatch.records import Floats
+
+_FIRST_ROWS = 32  # weights are sampled on each of them
+_WATCHED_ROWS = 45  # the last of the first censuses is among them
+_CENSUS_EVERY = 61  # odd, as the first censuses are even and odd: parts of a model that take turns are all seen
+_FIRST_CENSUSES = frozenset((5, 10, 17, 24, 33, 44))
+_ROUND = 4  # censuses of a layer after which a unit without any gradient is called dead
+
+
+@dataclass(slots=True)
+class Sample:
+    """What was looked at with one row; None where it was not its turn. Arrays have shape (L,).
+
+    ``row`` counts the rows since attach; ``gone`` are layers whose parameter is no more, or cannot be measured.
+    """
+
+    row: int
+    gone: NDArray[np.bool_]
+    weight_norm: Floats | None = None
+    nonfinite_weight: NDArray[np.bool_] | None = None
+    dead_share: Floats | None = None
+    unchanged: Floats | None = None
+
+    def fill(self, numbers: Numbers) -> None:
+        """Take the numbers of all processes, or those that have come over from a device, for what was looked at."""
+        if self.weight_norm is not None:
+            known = ~self.gone
+            self.weight_norm = np.where(known, numbers.weight_norm, np.nan)
+            self.nonfinite_weight = known & ~np.isfinite(numbers.weight_norm)
+        if self.unchanged is not None:
+            self.dead_share = numbers.dead_share
+            self.unchanged = np.where(numbers.changed | self.gone, 0.0, self.row)
+
+
+_NOT_DUE = Sample(-1, np.zeros(0, dtype=bool))
+
+
+class Sampling:
+    """The sampled statistics of one model, by rows since it was attached."""
+
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
+        self._plan: NormPlan | None = None
+        self._planned: tuple[int, torch.device | None] = 0, None
+        self.rows = 0
+        self._prints: dict[int, int] = {}
+        self._alive: dict[int, tuple[int, Tensor]] = {}
+        self._dead_on: dict[int, Tensor] = {}
+        self._prints_on: dict[int, Tensor] = {}
+        self._columns = torch.zeros(0, device="cpu")
+        self._dead_share = np.full(len(layers), np.nan)
+        self._unchanged = np.zeros(len(layers))
+
+    def grow(self, news: set[int]) -> None:
+        """Take the columns of layers that were added or whose parameter is another now."""
+        self._alive.clear()
+        for known in (self._prints, self._prints_on, self._dead_on):
+            for column in news & known.keys():
+                del known[column]
+        self._dead_share = widened(self._dead_share, len(self._layers), np.nan)
+        self._unchanged = widened(self._unchanged, len(self._layers), 0.0)
+        self._plan = None
+
+    def take(self, now: Measured, *, closely: bool) -> Sample:
+        """Look at what is due with this row; ``closely``: the weights are. Runs without autograd."""
+        row, weights, census = self._due(closely=closely)
+        if not (weights or census):
+            return _NOT_DUE
+        sample = Sample(row, self._gone())
+        if weights:
+            self._able(self._weights, sample)
+        if census:
+            self._count_units(now)
+            self._compare(row)
+            sample.dead_share, sample.unchanged = self._dead_share.copy(), self._unchanged.copy()
+        return sample
+
+    def weights(self) -> Sample:
+        """Look at the weights out of turn."""
+        sample = Sample(self.rows - 1, self._gone())
+        self._able(self._weights, sample)
+        return sample
+
+    def _able(self, look: Callable[..., Any], *arguments: Any) -> Any:
+        """Look at weights; where some can no longer be measured, look again without them."""
+        try:
+            return look(*arguments)
+        except Exception:
+            if not self._layers.leave_out():
+                raise
+            self._plan = None
+            return look(*arguments)
+
+    def _gone(self) -> NDArray[np.bool_]:
+        gone = np.ones(len(self._layers), dtype=bool)
+        gone[[column for column, _ in self._layers.measured()]] = False
+        return gone
+
+    def _due(self, *, closely: bool) -> tuple[int, bool, bool]:
+        """Return the row's number, whether the weights are looked at, and whether units and changes are."""
+        row, self.rows = self.rows, self.rows + 1
+        weights = closely or row < _FIRST_ROWS or (row + 1) % cadence(row + 1) == 0  # as the rules judge
+        return row, weights, row == 0 or row in _FIRST_CENSUSES or row % _CENSUS_EVERY == 0
+
+    @property
+    def rest(self) -> int:
+        """The number of coming rows with which nothing is due."""
+        row = self.rows
+        return 0 if row < _WATCHED_ROWS else min(-(row + 1) % cadence(row + 1), -row % _CENSUS_EVERY)
+
+    def count(self) -> None:
+        """A row with which nothing was due."""
+        self.rows += 1
+
+    def take_unread(self, now: Unread, slot: Slot, share: Parts | None, *, closely: bool) -> Sample:
+        """Do the same on a device, into ``slot``; the sample says only what was looked at (see `Sample.fill`)."""
+        row, weights, census = self._due(closely=closely)
+        sample = Sample(row, self._gone())
+        home = slot.flat.device
+        if weights:
+            columns, norms = self._able(self._weights_on, home)
+            squares = torch.square(norms)
+            slot.rows[WEIGHT].index_copy_(0, columns, squares if share is None else squares * share.share[columns])
+            sample.weight_norm = np.zeros(len(self._layers))
+        if census:
+            self._count_units_on(now, slot.rows[DEAD], share)
+            self._compare_on(slot.rows[CHANGED], first=row == 0)
+            sample.dead_share = sample.unchanged = np.full(len(self._layers), np.nan)
+        return sample
+
+    def _weights_on(self, home: torch.device) -> tuple[Tensor, Tensor]:
+        columns, parameters, plan = self._planned_for(home)
+        if plan is not self._plan:
+            self._plan, self._columns = plan, on_device(np.array(columns), home)
+        return self._columns, plan.norms_on(home, parameters)
+
+    def _planned_for(self, home: torch.device | None) -> tuple[list[int], list[Tensor], NormPlan]:
+        """Return the columns and the weights that can be measured, and their plan, made anew where it no longer fits."""
+        measured = list(self._layers.measured())
+        parameters = [local_of(parameter) for _, parameter in measured]
+        plan = self._plan
+        if plan is None or self._planned != (len(parameters), home):
+            plan, self._planned = NormPlan(parameters), (len(parameters), home)
+        return [column for column, _ in measured], parameters, plan
+
+    def _count_units_on(self, now: Unread, dead: Tensor, share: Parts | None) -> None:
+        self._dead_on.update(self._finished_rounds(now))
+        for column, found in self._dead_on.items():
+            dead[column].copy_(found if share is None else found * share.part[column])
+        unknown = [column for column in range(len(dead)) if column not in self._dead_on]
+        if unknown:
+            dead.index_fill_(0, on_device(np.array(unknown), dead.device), np.nan)
+
+    def _compare_on(self, changed: Tensor, *, first: bool) -> None:
+        for column, parameter in self._layers.measured():
+            if parameter.requires_grad and local_of(parameter).numel() and (first or column in self._prints_on):
+                now = fingerprint(parameter)
+                changed[column].copy_(now != self._prints_on.setdefault(column, now))
+            elif local_of(parameter).numel():  # not known from the beginning
+                changed[column].fill_(1)
+
+    def _weights(self, sample: Sample) -> None:
+        columns, parameters, self._plan = self._planned_for(None)
+        norms = np.full(len(self._layers), np.nan)
+        norms[columns] = self._plan.norms(parameters)
+        nonfinite = np.zeros(len(self._layers), dtype=bool)
+        for place in np.flatnonzero(~np.isfinite(norms[columns])).tolist():
+            nans, infs, norms[columns[place]] = look_closer(parameters[place])
+            nonfinite[columns[place]] = nans + infs > 0
+        sample.weight_norm, sample.nonfinite_weight = norms, nonfinite
+
+    def _count_units(self, now: Measured) -> None:
+        for column, share in self._finished_rounds(now):
+            self._dead_share[column] = share.item()
+
+    def _finished_rounds(self, now: Measured | Unread) -> Iterator[tuple[int, Tensor]]:
+        """Look for units with a gradient; yield the dead share, no dimensions, of layers looked at often enough."""
+        if not now.gradients:  # they no longer exist as tensors
+            return
+        for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
+            if not self._layers.with_units[column] or not has_units(gradient):
+                continue
+            looks, live = self._alive.get(column, (0, None))
+            seen = live_units(gradient)
+            looks, live = looks + 1, seen if live is None else live | seen
+            self._alive[column] = looks, live
+            if looks == _ROUND:
+                yield column, 1.0 - live.float().mean()
+                del self._alive[column]
+
+    def _compare(self, row: int) -> None:
+        """Compare the weights with those of the first row, exactly."""
+        for column, parameter in self._layers.measured():
+            if row and column not in self._prints:  # it has changed: it is not frozen, for good
+                continue
+            if not parameter.requires_grad or not parameter.numel():
+                continue
+            now = int(fingerprint(parameter).item())
+            if self._prints.setdefault(column, now) == now:
+                self._unchanged[column] = row
+            else:
+                del self._prints[column]
+                self._unchanged[column] = 0

@@ -1,0 +1,1 @@
+"""Rules over rows that are written down: traces and run logs."""

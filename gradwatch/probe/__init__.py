@@ -1,0 +1,1 @@
+"""What sits on the model and its optimizer, and makes one row just before each update."""

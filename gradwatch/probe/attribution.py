@@ -1,0 +1,168 @@
+"""To whose coming step a backward belongs: to that of each owner some of whose gradients it has made or changed."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradwatch.probe import patches as taps
+from gradwatch.probe.backwards import Backward, has_changed, losses_of, parameters_behind
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gradwatch.measure.gradients import Gradients
+    from gradwatch.measure.layers import Layers
+    from gradwatch.probe.coming import Loss, Root
+    from gradwatch.probe.gradient_hooks import Arrivals
+    from gradwatch.probe.owners import Owners
+    from gradwatch.probe.patches import Run
+
+_YOUNG = 64  # backwards in which gradients of optimizers not known yet are looked at one by one
+_STRAYS = 64  # losses of backwards through parameters not known yet that are kept
+
+
+class Attribution:
+    """Told of the begin and the end of each backward in this process, by whatever model.
+
+    Args:
+        layers: the watched parameters.
+        owners: who owns them.
+        arrivals: says whether the model is sharded by FSDP.
+
+    Attributes: ``backwards`` counts those of the watched model.
+    """
+
+    def __init__(self, layers: Layers, owners: Owners, arrivals: Arrivals) -> None:
+        self._layers = layers
+        self._owners = owners
+        self._arrivals = arrivals
+        self._strays: deque[tuple[list[Loss], weakref.ref[nn.Parameter]]] = deque(maxlen=_STRAYS)
+        self._threads: set[int] = set()  # those that a backward of this model ran on
+        self.backwards = 0
+
+    def begins(self, run: Run) -> None:
+        """A backward is about to run: note the gradients that there are, forget the losses of those that are no more."""
+        sole = self._owners.sole
+        if sole is None or sole.coming.roots or len(taps.CALLERS) > 1:
+            self._begins(run)
+            return
+        taps.READERS.append(run.thread)  # from here on as `_begins`, on the hot path
+        try:
+            before = [None if (g := one.grad) is None else (g, g._version) for one in sole.parameters]
+            run.notes[id(self)] = sole, before
+        finally:
+            taps.READERS.remove(run.thread)
+
+    def _begins(self, run: Run) -> None:
+        with taps.reading(run.thread):
+            if len(taps.CALLERS) > 1 and not self._may_read(run):
+                return
+            owners = self._owners.current()
+            run.notes[id(self)] = before = Backward(owners, self._layers.model if self._arrivals.hookless else None)
+            if any(owner.coming.roots for owner in owners):
+                self._forget_cleared(before)
+
+    def ended(self, run: Run, *, fused: bool) -> bool:
+        """A backward is over; return whether it was of this model. ``fused``: it was, by other signs."""
+        note = run.notes.pop(id(self), None)
+        if type(note) is not tuple or note[0] is not self._owners.sole or len(taps.CALLERS) > 1:
+            return self._ended(run, note, fused=fused)
+        owner, before = note  # from here on as `_ended`, on the hot path
+        taps.READERS.append(run.thread)
+        try:
+            reached = has_changed(owner, before, None)
+        finally:
+            taps.READERS.remove(run.thread)
+        if not reached:
+            return self._ended(run, note, fused=fused)
+        self.backwards += 1
+        self._threads.add(run.thread)
+        coming = owner.coming
+        coming.before_clip = None
+        for loss in losses_of(run.roots):
+            coming.roots.append((loss, None))
+        return True
+
+    def _ended(self, run: Run, note: Any, *, fused: bool) -> bool:
+        with taps.reading(run.thread):
+            if note is None or (len(taps.CALLERS) > 1 and not self._may_read(run)):
+                return False
+            before = note if isinstance(note, Backward) else Backward.of(*note)
+            reached = before.reached()
+        if not (reached or fused):
+            return self._was_overlooked(run)
+        self.backwards += 1
+        self._threads.add(run.thread)
+        losses = losses_of(run.roots)
+        for owner, columns in reached:
+            _add(owner, losses, columns)
+        return True
+
+    def passed_by(self) -> None:
+        """A backward of this model has passed by the tap."""
+        self.backwards += 1
+
+    def found(self) -> list[Root]:
+        """Parameters were added or replaced: return the losses of the backwards that had reached them."""
+        strays = list(self._strays)
+        self._strays.clear()
+        if self._arrivals.hookless:  # a graph leads to whole parameters, of which FSDP2 shows the model only pieces
+            everything = frozenset(range(len(self._layers)))
+            return [(loss, everything) for losses, _ in strays[-1:] for loss in losses]
+        known = [(losses, self._layers.column(one)) for losses, ref in strays if (one := ref()) is not None]
+        return [(loss, frozenset([column])) for losses, column in known if column is not None for loss in losses]
+
+    def is_elsewhere(self) -> bool:
+        """True where the model is trained on other threads than this one, so that its gradients must not be read here."""
+        return len(taps.CALLERS) > 1 and get_ident() not in self._threads
+
+    def _may_read(self, run: Run) -> bool:
+        """True if a backward is of this model, so that no other thread is computing its gradients."""
+        key = ~id(self)
+        if key not in run.notes:
+            run.notes[key] = None  # as of reentrant checkpointing, whose graph shows no parameter
+            for parameter in parameters_behind(run.roots):
+                run.notes[key] = self._layers.column(parameter) is not None
+                if run.notes[key]:
+                    break
+        return run.notes[key] is True or (run.notes[key] is None and get_ident() in self._threads)
+
+    def _forget_cleared(self, before: Backward) -> None:
+        for owner, gradients in before.cleared():  # the user has left a step out: its losses belong to no row
+            if gradients:
+                owner.coming.weigh(gradients)
+            else:
+                owner.coming.used()
+        rest = self._owners.rest()
+        if rest.coming.roots:  # it may be several optimizers' that have not stepped yet
+            rest.coming.lost(before.gone(rest, by_value=self.backwards < _YOUNG))
+
+    def _was_overlooked(self, run: Run) -> bool:
+        """Look for layers that were frozen when owners were looked at; remember a backward of parameters not known yet."""
+        parameter = next(parameters_behind(run.roots), None)
+        if parameter is None:
+            return False
+        if self._layers.column(parameter) is None:
+            self._strays.append((losses_of(run.roots), weakref.ref(parameter)))
+            return False
+        rest = self._owners.look_at_the_rest()
+        columns = rest.columns[[one.grad is not None for one in rest.parameters]]
+        if not len(columns):
+            return False
+        self.backwards += 1
+        self._threads.add(run.thread)
+        _add(rest, losses_of(run.roots), frozenset(columns.tolist()))
+        return True
+
+
+def _add(owner: Gradients, losses: list[Loss], columns: frozenset[int] | None) -> None:
+    owner.coming.add([(loss, columns) for loss in losses])
+    if losses and isinstance(losses[0], torch.Tensor):  # on a device
+        gradient = next((one.grad for one in owner.parameters if one.grad is not None), None)
+        if gradient is not None:
+            owner.coming.leave(gradient)

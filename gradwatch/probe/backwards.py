@@ -1,0 +1,192 @@
+"""Which parameters a backward reached: those whose gradient is another tensor than before, or has changed in place.
+
+No hook is needed for that, and none would do: what belongs to a step must not hang on one layer, for any layer may get no
+gradient in one step or another.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradwatch.measure import device
+from gradwatch.measure.norms import norm_of
+from gradwatch.measure.wrappers import flat_modules, unreduced
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from gradwatch.measure.gradients import Gradients
+    from gradwatch.probe.coming import Loss
+
+    Before = list[tuple[Tensor, int] | None]
+    Version = Callable[[Tensor], int]
+
+_FAR = 4096  # nodes of a graph after which no more parameters are looked for
+
+
+class Backward:
+    """The gradients of each owner as they were before one backward. It lives as long as that backward.
+
+    Args:
+        owners: whose gradients.
+        sharded: the model, where FSDP shards it and may hold gradients back; else None.
+    """
+
+    __slots__ = ("_held", "_known", "_sharded")
+
+    def __init__(self, owners: Sequence[Gradients], sharded: nn.Module | None) -> None:
+        self._sharded = sharded
+        self._held: Before = _held_back(sharded) if sharded is not None else []
+        self._known: list[tuple[Gradients, Before, Version | None]] = []
+        for owner in owners:
+            version = None
+            try:
+                if owner.sharded:
+                    version = version_of
+                    before = _gradients_of(owner, version)
+                else:
+                    before = [None if (g := one.grad) is None else (g, g._version) for one in owner.parameters]
+            except RuntimeError:  # a gradient made under `torch.inference_mode` has no version
+                version = version_of
+                before = _gradients_of(owner, version)
+            self._known.append((owner, before, version))
+
+    @classmethod
+    def of(cls, owner: Gradients, before: Before) -> Backward:
+        """Return the same of one owner whose gradients are known already."""
+        backward = cls([], None)
+        backward._known.append((owner, before, None))
+        return backward
+
+    def cleared(self) -> Iterator[tuple[Gradients, list[Tensor]]]:
+        """Yield owners that have losses although none of their gradients is there; or has a value, where that is known.
+
+        With them come the gradients that must be looked at on their device to know it.
+        """
+        for owner, before, _ in self._known:
+            if not owner.coming.roots:
+                continue
+            gradients = [known[0] for known in before if known is not None]
+            if not gradients:
+                # FSDP2 may hold gradients back while it accumulates; whether FSDP1 does is not known
+                if self._sharded is None or not (any(self._held) or flat_modules(self._sharded)):
+                    yield owner, []
+            elif self._sharded is not None or owner.sharded:
+                continue
+            elif not all(device.reading_is_free(gradient.device) for gradient in gradients):
+                if not owner.coming.is_as_left(gradients[0]):
+                    yield owner, gradients
+            elif _all_zero(gradients):
+                yield owner, []
+
+    def gone(self, owner: Gradients, *, by_value: bool) -> frozenset[int]:
+        """Return the columns whose gradient is None or, looked at ``by_value``, zero: some of them have been cleared."""
+        if self._sharded is not None:
+            return frozenset()
+        before = next(before for one, before, _ in self._known if one is owner)
+        by_value = by_value and not owner.sharded
+        return frozenset(
+            column
+            for column, known in zip(owner.columns.tolist(), before, strict=True)
+            if known is None or (by_value and device.reading_is_free(known[0].device) and _all_zero([known[0]]))
+        )
+
+    def reached(self) -> list[tuple[Gradients, frozenset[int] | None]]:
+        """Return the owners that this backward has reached; of the rest, which no optimizer is known to own, the columns too."""
+        if self._sharded is not None and _differ(self._held, _held_back(self._sharded)):
+            return [(owner, None) for owner, _, _ in self._known]
+        return [
+            (owner, self._columns_of(owner, before, version) if owner.optimizer is None else None)
+            for owner, before, version in self._known
+            if has_changed(owner, before, version)
+        ]
+
+    def _columns_of(self, owner: Gradients, before: Before, version: Version | None) -> frozenset[int]:
+        now = _gradients_of(owner, version or version_of)
+        columns = zip(owner.columns.tolist(), before, now, strict=True)
+        return frozenset(column for column, old, new in columns if _differ([old], [new]))
+
+
+def _gradients_of(owner: Gradients, version: Version) -> Before:
+    """Return each gradient that exists with the number of its changes in place."""
+    return [None if (g := one.grad) is None else (g, version(g)) for one in owner.parameters]
+
+
+def version_of(gradient: Tensor) -> int:
+    """Return how often a tensor was changed in place; one made under `torch.inference_mode` does not count."""
+    if type(gradient) is torch.Tensor:
+        return 0 if gradient.is_inference() else gradient._version
+    part = getattr(gradient, "_local_tensor", None)  # which FSDP2 changes behind the back of the whole
+    return sum(one._version for one in (gradient, part) if one is not None and not one.is_inference())
+
+
+def has_changed(owner: Gradients, before: Before, version: Version | None) -> bool:
+    """Return whether any gradient is another one than before; usually the first one tells."""
+    for parameter, known in zip(owner.parameters, before, strict=True):
+        gradient = parameter.grad
+        if known is None:
+            if gradient is not None:
+                return True
+        elif gradient is not known[0] or (version(gradient) if version else gradient._version) != known[1]:
+            return True
+    return False
+
+
+def _differ(before: Before, now: Before) -> bool:
+    return any(
+        (old is None) is not (new is None)
+        or (old is not None and new is not None and (old[0] is not new[0] or old[1] != new[1]))
+        for old, new in zip(before, now, strict=True)
+    )
+
+
+def _held_back(model: nn.Module) -> Before:
+    return [None if gradient is None else (gradient, version_of(gradient)) for gradient in unreduced(model)]
+
+
+def _all_zero(gradients: Iterable[Tensor]) -> bool:
+    """Return whether gradients that may be read are zero everywhere; the smallest first, for one usually tells."""
+    return not any(
+        bool(gradient.any()) if gradient.layout is torch.strided else norm_of(gradient) != 0
+        for gradient in sorted(gradients, key=torch.Tensor.numel)
+    )
+
+
+def losses_of(roots: Any) -> list[Loss]:
+    """Return the losses that a backward began from: none, unless each of its roots is a number.
+
+    A number that can be had without waiting is read now, for the user may change the tensor in place later.
+    """
+    if type(roots) is torch.Tensor:
+        roots = (roots,)
+    losses: list[Loss] = []
+    for root in roots if isinstance(roots, (list, tuple)) else (roots,):
+        if not isinstance(root, torch.Tensor) or root.numel() != 1:
+            return []
+        loss: Any = root.detach()
+        if loss.is_cpu and device.reading_is_free(loss.device):
+            loss = loss.item()
+        losses.append(loss)
+        if isinstance(loss, complex):
+            return []
+    return losses
+
+
+def parameters_behind(roots: Any) -> Iterator[nn.Parameter]:
+    """Yield the parameters that the graph of a backward leads to; it can still be walked when the backward is over."""
+    roots = roots if isinstance(roots, (list, tuple)) else [roots]
+    nodes = [getattr(root, "grad_fn", None) or getattr(root, "node", None) for root in roots]
+    yield from (root for root in roots if isinstance(root, nn.Parameter))
+    ahead, seen = [node for node in nodes if node is not None], set(nodes)
+    while ahead and len(seen) < _FAR:
+        node = ahead.pop()
+        if type(node).__name__ == "AccumulateGrad" and isinstance(node.variable, nn.Parameter):
+            yield node.variable
+        more = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= more
+        ahead += more

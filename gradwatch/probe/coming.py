@@ -1,0 +1,234 @@
+"""What is known of an optimizer's coming step before it is made: its losses, and its norms before the user's own clip.
+
+Both belong to gradients, so they are forgotten with them: when a step has used them, when the user has cleared them.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from gradwatch.history.columns import widened
+from gradwatch.measure.device import Unread, joined, precise
+from gradwatch.measure.gradients import Measured, assembled
+from gradwatch.measure.norms import norm_tensor, on_device
+from gradwatch.probe.backwards import version_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from gradwatch.measure.gradients import Gradients
+
+    Loss = float | Tensor  # a tensor where its number would have to be waited for
+    Root = tuple[Loss, frozenset[int] | None]
+
+_KEPT = 64  # roots that are kept apart
+_BY_VALUE = 2  # changes in place by which `clip_grad_value_` clips; its end is not seen
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> nn.Parameter | None:
+    """Return the first that has a gradient, if possible a new one: a frozen layer may still have that of long ago."""
+    frozen = None
+    for parameter in parameters:
+        if parameter.grad is not None:
+            if parameter.requires_grad:
+                return parameter
+            frozen = parameter if frozen is None else frozen
+    return frozen
+
+
+class BeforeClip:
+    """The norms of one owner's gradients before the user's own clip. The gradients themselves are not kept alive.
+
+    Args:
+        parameters: those that were measured. Two gradients stand for all, as far apart as can be: the norms hold as long as
+            they are the same tensors.
+        measured: the norms; None where they come later. Its gradients are dropped.
+    """
+
+    __slots__ = ("_marks", "_open", "_versions", "measured")
+
+    def __init__(self, parameters: Sequence[nn.Parameter], measured: Measured | Unread | None = None) -> None:
+        if measured is not None:
+            measured.gradients = []
+        self.measured = measured
+        first, last = _trained(parameters), _trained(reversed(parameters))
+        marked = [(one, one.grad) for one in (first, last) if one is not None and one.grad is not None]
+        self._marks = [(parameter, weakref.ref(gradient)) for parameter, gradient in marked]
+        self._versions = [version_of(gradient) for _, gradient in marked]
+        self._open = True  # the clip that it was measured for has not ended, as far as is known
+
+    @property
+    def holds(self) -> bool:
+        """True while the gradients are the tensors that were measured."""
+        return all(ref() is parameter.grad for parameter, ref in self._marks)
+
+    def goes_on(self) -> bool:
+        """Another clip begins: return True if nothing but clips has changed the gradients, so that it is of the same step."""
+        most = _BY_VALUE if self._open else 0
+        before = self._versions
+        self.ended()
+        self._open = True
+        return self.holds and all(now - then <= most for now, then in zip(self._versions, before, strict=True))
+
+    def ended(self) -> None:
+        """The user's clip is over: from here on every change of the gradients is another's."""
+        self._open = False
+        self._versions = [version_of(one.grad) if one.grad is not None else 0 for one, _ in self._marks]
+
+    def joined_by(self, measured: Measured | Unread, layers: int) -> Measured | Unread:
+        """Return what was measured together with ``measured``, of gradients that have come since."""
+        assert self.measured is not None
+        news = ~np.isin(measured.columns, self.measured.columns)
+        if isinstance(measured, Unread):
+            part: Measured | Unread = Unread([], measured.columns[news], measured.norms[_places(news, measured.norms)])
+        else:
+            part = measured.only(measured.columns[news])
+        return _together([self.measured, part], layers)
+
+    def of(self, now: Measured) -> Measured:
+        """Return what was measured of the gradients that there are ``now``, or ``now`` where some came after the clip."""
+        if not isinstance(self.measured, Measured) or not np.isin(now.columns, self.measured.columns).all():
+            return now
+        return self.measured.only(now.columns)
+
+    def only(self, columns: Collection[int], layers: int, parameters: Sequence[nn.Parameter]) -> BeforeClip | None:
+        """Return what was measured of these columns, which belong to ``parameters``; ``layers`` are there in all."""
+        if self.measured is None or not self.holds:
+            return None
+        there = np.isin(self.measured.columns, list(columns))
+        if not there.any():
+            return None
+        kept = self.measured.columns[there]
+        part: Measured | Unread
+        if isinstance(self.measured, Unread):
+            norms = self.measured.norms
+            part = Unread([], kept, norms if there.all() else norms[_places(there, norms)])
+        else:
+            part = self.measured.only(kept)
+            part.norms = widened(part.norms, layers, math.nan)
+            if part.nonfinite is not None:
+                part.nonfinite = widened(part.nonfinite, layers, 0)
+        mine = BeforeClip(parameters, part)
+        mine._open = self._open
+        return mine
+
+
+def _places(chosen: NDArray[np.bool_], norms: Tensor) -> Tensor:
+    return on_device(np.flatnonzero(chosen), norms.device)
+
+
+class Coming:
+    """One owner's coming step.
+
+    Attributes: ``roots`` are the losses of the backwards that reached its parameters since their gradients were cleared
+    or used, each with the columns it reached (None: those of the owner); ``earlier`` are those of them from before the
+    closure that is being evaluated; ``before_clip`` is None where the user has not clipped.
+    """
+
+    __slots__ = ("_left", "before_clip", "earlier", "roots")
+
+    def __init__(self) -> None:
+        self.roots: list[Root] = []
+        self.earlier: list[Root] = []
+        self.before_clip: BeforeClip | None = None
+        self._left: tuple[weakref.ref[Tensor], int] | None = None
+
+    def add(self, roots: Sequence[Root]) -> None:
+        """A backward has reached these parameters: what was clipped before it is not what will be stepped with."""
+        self.before_clip = None
+        if len(self.roots) >= _KEPT:  # as of an optimizer that never steps again
+            self._collapse()
+        self.roots += roots
+
+    def _collapse(self) -> None:
+        total: Loss = sum(loss for loss, _ in self.roots)
+        reached = [columns for _, columns in self.roots]
+        known = None if None in reached else frozenset().union(*(columns for columns in reached if columns is not None))
+        self.roots[:] = [(total, known)]
+
+    def leave(self, gradient: Tensor) -> None:
+        """Note how a backward has left the gradients, by one of them: on a device, looking at them all is not free."""
+        self._left = weakref.ref(gradient), version_of(gradient)
+
+    def is_as_left(self, gradient: Tensor) -> bool:
+        """True if nobody has changed that gradient since."""
+        return self._left is not None and self._left[0]() is gradient and self._left[1] == version_of(gradient)
+
+    def weigh(self, gradients: Sequence[Tensor]) -> None:
+        """Let the losses count only if one of these gradients is not zero, which is known on their device alone."""
+        if any(gradient.is_sparse for gradient in gradients):  # not known without waiting
+            return
+        home = gradients[0].device
+        kept = torch.stack([norm_tensor(gradient).to(home, non_blocking=True) for gradient in gradients]).any()
+        for roots in (self.roots, self.earlier):
+            roots[:] = [(_where(kept, loss), columns) for loss, columns in roots]
+
+    def evaluate(self) -> None:
+        """A closure is about to be evaluated, which may clear the gradients or add to them."""
+        self.earlier = list(self.roots)
+
+    def lost(self, columns: frozenset[int]) -> None:
+        """Some gradients were thrown away: a loss counts as long as it has reached others."""
+        left = [(loss, None if reached is None else reached - columns) for loss, reached in self.roots]
+        self.roots[:] = [(loss, reached) for loss, reached in left if reached is None or reached]
+
+    def take_over(self, other: Coming) -> None:
+        """Know what another knows, instead of what was known here."""
+        self.roots, self.before_clip = list(other.roots), other.before_clip
+
+    def part(
+        self, owned: Gradients, columns: frozenset[int], layers: int, parameters: Sequence[nn.Parameter]
+    ) -> Coming:
+        """Return what is known of some columns, which belong to ``parameters``; ``owned`` is whose coming step this is."""
+        part = Coming()
+        there = [parameter.grad is not None for parameter in owned.parameters]
+        with_gradient = frozenset(owned.columns[there].tolist())
+        for loss, reached in self.roots:
+            shared = (with_gradient if reached is None else reached) & columns
+            if shared:
+                part.roots.append((loss, shared))
+        if self.before_clip is not None:
+            part.before_clip = self.before_clip.only(columns, layers, parameters)
+        return part
+
+    def used(self) -> None:
+        """A step has been made with all that is known here, or the gradients were thrown away."""
+        self.roots.clear()
+        self.earlier.clear()
+        self.before_clip = None
+
+
+def _where(kept: Tensor, loss: Loss) -> Tensor:
+    if not isinstance(loss, torch.Tensor):
+        loss = torch.full((), loss, dtype=precise(kept.device), device=kept.device)
+    return torch.where(kept.to(loss.device, non_blocking=True), loss, 0.0)
+
+
+def united(parts: Iterable[Coming], layers: int, parameters: Sequence[nn.Parameter]) -> Coming:
+    """Return what several owners know as if they were one, of ``parameters``: each loss counts once."""
+    whole = Coming()
+    roots: dict[int, Root] = {}
+    before: list[BeforeClip] = []
+    for part in parts:
+        roots |= {id(root[0]): root for root in part.roots}
+        if part.before_clip is not None and part.before_clip.holds:
+            before.append(part.before_clip)
+    whole.roots = list(roots.values())
+    if len(before) == 1:
+        whole.before_clip = before[0]
+    elif before:
+        whole.before_clip = BeforeClip(parameters, _together([one.measured for one in before if one.measured], layers))
+    return whole
+
+
+def _together(parts: list[Measured | Unread], layers: int) -> Measured | Unread:
+    unread = [part for part in parts if isinstance(part, Unread)]
+    return joined(unread) if unread else assembled([part for part in parts if isinstance(part, Measured)], layers)

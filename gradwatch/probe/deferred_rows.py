@@ -1,0 +1,382 @@
+"""Rows of gradients on a device, from the step in which they are measured to the later one in which they are read.
+
+`Later.take` does on the device what a step needs at once: norms, the exchange with other processes, the decision, the
+clip. `Later.rows` gives the rows that have come over, in order, with what was done to them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gradwatch.autoclip.policy import NOTHING, Decision, Orders
+from gradwatch.clips import UnreadStep
+from gradwatch.clips.base import OneFactor
+from gradwatch.errors import PeerError
+from gradwatch.measure.checkpoints import buffers_are_bad
+from gradwatch.measure.device import LAG, PATIENCE, Gate, Ring, Slot, Unread, precise
+from gradwatch.measure.gradients import zero_where
+from gradwatch.measure.norms import on_device
+from gradwatch.measure.packed_row import (
+    AFTER,
+    BACKWARD_BAD,
+    BUFFER_BAD,
+    CLOSELY,
+    COEFFICIENT,
+    DECIDED,
+    EVERY,
+    FAILED,
+    FAILED_RULES,
+    FLAGS,
+    GRADIENT_BAD,
+    LEFT_OUT,
+    LOSS,
+    LOSS_BAD,
+    LOSSES,
+    NOW,
+    PRESENT,
+    SKIPPED,
+    SQUARE,
+    Numbers,
+)
+from gradwatch.records import Provenance, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from gradwatch.clips import Clip
+    from gradwatch.distributed.group import Ranks, Word
+    from gradwatch.measure.gradients import Gradients
+    from gradwatch.measure.layers import Layers
+    from gradwatch.measure.sampling import Sample, Sampling
+    from gradwatch.records import Clipped, Family, Floats, LossSource, Source
+
+
+_PATTERNS = 64  # of layers with a gradient, whose indices are kept on the device
+
+
+@dataclass(slots=True)
+class Parts:
+    """`Ranks.share` and `Ranks.part` on the device."""
+
+    share: Tensor
+    part: Tensor
+
+
+@dataclass(slots=True)
+class Facts:
+    """What the host knows of a row before its numbers have come over."""
+
+    source: Source
+    clipped: Clipped
+    loss_source: LossSource
+    rate: Floats | None
+    family: Family
+    arrived: NDArray[np.bool_]
+    optimizer: int = -1
+    sample: Sample | None = None
+    clip: Clip | None = None
+    problem: str = ""  # why the step is not left out although its gradients are kept from the optimizer
+    word: Word | None = None
+
+
+class Later:
+    """The device half of one monitor.
+
+    Args:
+        layers: the watched parameters.
+        sampling: what is looked at now and then.
+        home: the device on which rows are made.
+        ranks: the processes that train together; None: this one alone.
+        confirms: auto-clip is by a clip of the user's own, after which the processes ask each other whether it went well.
+    """
+
+    def __init__(
+        self, layers: Layers, sampling: Sampling, home: torch.device, ranks: Ranks | None, *, confirms: bool = False
+    ) -> None:
+        self._layers = layers
+        self._confirms = confirms and ranks is not None
+        self._sampling = sampling
+        self._ranks = ranks
+        self._processes = ranks.size if ranks is not None else 1
+        self._ring = Ring(len(layers), self._processes, home, LAG if ranks is not None else None)
+        self._parts = Parts(on_device(ranks.share, home), on_device(ranks.part, home)) if ranks is not None else None
+        self._kept: dict[Any, Tensor] = {}
+        self._after: Tensor | None = None
+        self._left_out = 0
+        self.home = home
+
+    # On the device: nothing is read.
+
+    def take(
+        self,
+        mine: Gradients | None,
+        now: Unread,
+        before: Unread | None,
+        facts: Facts,
+        loss: Tensor | float | None,
+        optimizer: Optimizer | None,
+        orders: Orders | None,
+        own_norms: list[Tensor],
+        *,
+        closely: bool,
+    ) -> Tensor | None:
+        """Exchange, decide and act on what was measured; send the row on its way.
+
+        Returns whether the step is left out (bool, no dimensions), None where none can be.
+        """
+        scale = getattr(optimizer, "grad_scale", None)
+        overflow = getattr(optimizer, "found_inf", None)
+        slot = self._ring.next()
+        self._write(slot, now if before is None else self._same_columns(before, now), now, loss, own_norms)
+        facts.sample = self._sampling.take_unread(now, slot, self._parts, closely=closely)
+        model = self._layers.model
+        if self._ranks is not None and facts.sample.weight_norm is not None and model is not None:
+            slot.ranks[FLAGS, self._ranks.rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
+        if overflow is not None:
+            slot.singles[LEFT_OUT].copy_(overflow.reshape(()), non_blocking=True)
+        if self._ranks is not None:
+            if facts.word is not None:
+                self._say(slot, facts.word, self._ranks.rank)
+            self._ranks.exchange(slot.flat)
+        slot.singles[COEFFICIENT].fill_(1.0)
+        bad = None
+        if orders is not None and mine is not None:
+            facts.clip, bad = self._act(mine, now, slot, orders, optimizer, scale, own=before is None)
+        elif self._confirms:
+            self._confirm()
+        self._ring.send(facts)
+        return bad
+
+    @staticmethod
+    def _say(slot: Slot, word: Word, rank: int) -> None:
+        """Write what this process says of itself; zeros stand there already."""
+        slot.ranks[FLAGS, rank].add_(CLOSELY * word.closely)
+        for place, number in ((EVERY, word.every), (FAILED_RULES, word.failed), (DECIDED, word.decided)):
+            if number:
+                slot.ranks[place, rank].fill_(number)
+        if word.leaves_out:
+            slot.singles[LEFT_OUT].fill_(1.0)
+
+    def tell_failure(self) -> None:
+        """Take part in one exchange only to say that gradwatch failed here."""
+        slot = self._ring.next()
+        slot.singles[FAILED].fill_(1.0)
+        if self._ranks is not None:
+            self._ranks.exchange(slot.flat)
+            if self._confirms:
+                self._confirm()
+        self._ring.send(None)
+
+    def failure_is_known(self) -> bool:
+        """True from the step on in which all processes read the first row that tells of a failure."""
+        return any(Numbers.of(table).failed for _, table in self._ring.arrived())
+
+    def _same_columns(self, before: Unread, now: Unread) -> Unread:
+        """Of what was there before the user's clip, take what this optimizer owns."""
+        if np.array_equal(before.columns, now.columns):
+            return before
+        if not np.isin(now.columns, before.columns).all():  # some came after the clip
+            return now
+
+        def places() -> NDArray[Any]:
+            where = {column: place for place, column in enumerate(before.columns.tolist())}
+            return np.array([where[column] for column in now.columns.tolist()])
+
+        return Unread(
+            [], now.columns, before.norms[self._keep((before.columns.tobytes(), now.columns.tobytes()), places)]
+        )
+
+    def _write(
+        self, slot: Slot, whole: Unread, now: Unread, loss: Tensor | float | None, own_norms: list[Tensor]
+    ) -> None:
+        if len(whole.columns):
+            index = self._index(whole.columns)
+            slot.rows[SQUARE].index_copy_(0, index, self._shared(whole))
+            slot.rows[PRESENT].index_fill_(0, index, 1.0)
+            slot.singles[NOW].copy_(self._shared(now).sum())
+        if loss is not None:
+            if isinstance(loss, torch.Tensor):
+                slot.singles[LOSS].copy_(loss, non_blocking=True)
+            else:
+                slot.singles[LOSS].fill_(loss)
+            slot.singles[LOSSES].fill_(1.0)
+        if self._ranks is not None:
+            flags = GRADIENT_BAD * ~torch.isfinite(slot.rows[SQUARE].sum() + slot.singles[NOW])
+            flags = flags + LOSS_BAD * ~torch.isfinite(slot.singles[LOSS])
+            if own_norms:
+                norms = torch.stack([norm.to(self.home, non_blocking=True) for norm in own_norms])
+                flags = flags + BACKWARD_BAD * ~torch.isfinite(norms).all()
+            slot.ranks[FLAGS, self._ranks.rank].copy_(flags)
+            if self._after is not None:
+                slot.singles[AFTER].copy_(self._after)
+                self._after = None
+
+    def _index(self, columns: NDArray[Any]) -> Tensor:
+        return self._keep(columns.tobytes(), lambda: columns)
+
+    def _keep(self, key: Any, make: Callable[[], NDArray[Any]]) -> Tensor:
+        """Return what ``make`` gives as a tensor on the device, made once for each pattern of layers with a gradient."""
+        if key not in self._kept:
+            if len(self._kept) >= _PATTERNS:
+                self._kept.clear()
+            self._kept[key] = on_device(make(), self.home)
+        return self._kept[key]
+
+    def _shared(self, measured: Unread) -> Tensor:
+        squares = torch.square(measured.norms)
+        return squares if self._parts is None else squares * self._parts.share[self._index(measured.columns)]
+
+    def _act(
+        self,
+        mine: Gradients,
+        now: Unread,
+        slot: Slot,
+        orders: Orders,
+        optimizer: Optimizer | None,
+        scale: Tensor | None,
+        *,
+        own: bool,
+    ) -> tuple[Clip | None, Tensor | None]:
+        """Clip and skip by numbers that stay on the device; return the clip in force, and whether the step is left out.
+
+        ``own``: what was exchanged are the norms after the user's own clip, or there was none.
+        """
+        norm = torch.sqrt(slot.singles[NOW])
+        skips = orders.skip or orders.skip_above < math.inf
+        bad = norm > orders.skip_above
+        if orders.skip:
+            bad = bad | ~torch.isfinite(norm)
+        clip, fires = orders.clip or orders.reserve, self._fires(mine, norm, slot, orders)
+        if self._ranks is not None:  # where gradwatch failed in one process, which no longer acts, none does
+            together = slot.singles[FAILED] == 0
+            bad, fires = bad & together, together if fires is None else fires & together
+        coefficient = error = None
+        if clip is not None:
+            step = UnreadStep(
+                self._layers.names,
+                now.gradients,
+                mine.with_gradient(),
+                now.columns,
+                self._whole_norms(now, slot, own=own),
+                norm,
+                1.0 if scale is None else scale,
+                fires,
+            )
+            fold = isinstance(clip, OneFactor) and mine.folds(optimizer)
+            left, error = self._apply(clip, step, fold=fold)
+            coefficient = left if fold else None
+            slot.singles[COEFFICIENT].copy_(left)
+            if clip.looks_inside and self._ranks is not None:
+                self._after = self._shared(mine.measure_unread(self.home, scale)).sum()
+                slot.singles[COEFFICIENT].fill_(math.nan)  # known at the next exchange
+        if self._confirms:
+            bad, skips = bad | self._confirm(well=error is None), True
+        if skips:
+            slot.singles[SKIPPED].copy_(bad)
+        if optimizer is not None and mine.skips(optimizer):
+            mine.leave_to(optimizer, coefficient, bad if skips else None)
+        elif skips:
+            zero_where(now.gradients, bad)
+        if error is not None:
+            raise error
+        return clip, bad if skips else None
+
+    def _fires(self, mine: Gradients, norm: Tensor, slot: Slot, orders: Orders) -> Tensor | None:
+        """Return whether the clip in reserve acts; None where one is in force. The typical norm learns while none is."""
+        if mine.gate is None or mine.gate.home != self.home:
+            mine.gate = Gate(self.home)
+        if orders.clip is not None:
+            return None
+        fires = None
+        if orders.reserve is not None:
+            fires = mine.gate.fires(norm, slot.singles[LOSS] / slot.singles[LOSSES], orders)
+        mine.gate.learn(norm)
+        return fires
+
+    def _apply(self, clip: Clip, step: UnreadStep, *, fold: bool) -> tuple[Tensor, Exception | None]:
+        """Clip, or return the factor that is left to the optimizer, and the error of a clip of the user's own."""
+        try:
+            return clip.factor_unread(step) if fold and isinstance(clip, OneFactor) else clip.apply_unread(step), None
+        except Exception as error:
+            if not self._confirms:
+                raise
+            return torch.ones_like(step.global_norm), error
+
+    def _confirm(self, *, well: bool = True) -> Tensor:
+        """Return whether a clip of the user's own failed in any process, on the device: it may fail in one alone."""
+        assert self._ranks is not None
+        failures = torch.full((1,), float(not well), dtype=precise(self.home), device=self.home)
+        self._ranks.exchange(failures)
+        return failures[0] > 0
+
+    def _whole_norms(self, now: Unread, slot: Slot, *, own: bool) -> Tensor:
+        """Return the norms of whole layers: of several processes, those that were just exchanged, so that all act alike."""
+        if self._ranks is None or not own:
+            return now.norms
+        return torch.sqrt(slot.rows[SQUARE][self._index(now.columns)])
+
+    # On the host, later.
+
+    def rows(self, *, wait: bool = False) -> Iterator[tuple[Row, Decision, Numbers, str]]:
+        """Yield what has come over: rows in order, their step not yet numbered, each with what was done and what could not.
+
+        Raises:
+            PeerError: gradwatch failed in another process.
+        """
+        for facts, table in self._ring.arrived(wait=wait):
+            numbers = Numbers.of(table)
+            if numbers.failed:
+                raise PeerError("gradwatch failed in another process, whose output has the cause")
+            left_out = numbers.left_out >= self._processes  # where some processes make the step, it is judged
+            self._left_out = self._left_out + 1 if left_out else 0
+            if left_out:  # the scaler found an overflow; now and then that is how it finds its scale
+                if self._left_out < PATIENCE:
+                    continue
+                facts.source = "left out by the scaler"
+            decision = NOTHING
+            skipped = numbers.skipped and not left_out
+            if skipped and not facts.problem:
+                decision = Decision(skip=True)
+            elif facts.clip is not None and not left_out:
+                decision = Decision(clip=facts.clip)
+            yield self._row(facts, numbers), decision, numbers, facts.problem if skipped else ""
+
+    def _row(self, facts: Facts, numbers: Numbers) -> Row:
+        sample = facts.sample
+        assert sample is not None
+        sample.fill(numbers)
+        # another process may have seen one where this one did not
+        loss_source: LossSource = facts.loss_source if facts.loss_source != "none" else "backward root"
+        if numbers.loss is None:
+            loss_source = "none"
+        left = numbers.now_norm / numbers.global_norm if numbers.global_norm > 0 else 1.0
+        return Row(
+            step=-1,
+            loss=numbers.loss if numbers.loss is not None else math.nan,
+            grad_norm=numbers.grad_norm,
+            global_norm=numbers.global_norm,
+            weight_norm=sample.weight_norm,
+            nonfinite=numbers.nonfinite,
+            nonfinite_weight=sample.nonfinite_weight,
+            counts=None,
+            # inside backward nothing is left to be kept from the optimizer
+            poisoned=not math.isfinite(numbers.now_norm) and facts.source != "optimizer in backward",
+            rate=facts.rate,
+            family=facts.family,
+            optimizer=facts.optimizer,
+            applied=left if left < 1.0 and facts.clipped == "before the user's clip" else 1.0,
+            dead_share=sample.dead_share,
+            unchanged=sample.unchanged,
+            arrived=facts.arrived,
+            culprits=self._ranks.culprits(numbers) if self._ranks is not None else None,
+            provenance=Provenance(facts.source, facts.clipped, loss_source, self._processes),
+        )

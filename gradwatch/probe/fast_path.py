@@ -1,0 +1,205 @@
+"""The short way through a step while nothing stirs: measure, compare with the bounds, note, done.
+
+After a row on which all rules were judged, the pipeline says how far the coming rows may go unjudged (`Bounds`). A step
+that stays within them leaves the same numbers behind as one that goes the long way through `gradwatch.probe.step_recorder`, for a
+fraction of the calls; one that does not, or that is unusual in any way, goes the long way from its beginning.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import weakref
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from gradwatch.measure.gradients import Gradients, Measured
+from gradwatch.measure.norms import global_norm_of, norm_of
+from gradwatch.probe.coming import BeforeClip
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from gradwatch.history.ring import History
+    from gradwatch.probe.loss_source import Losses
+    from gradwatch.probe.step_recorder import Rows
+    from gradwatch.records import Floats, LossSource
+
+_SETTLED = 512  # rows after which a run that is well is looked at half as often
+
+
+def cadence(row: int) -> int:
+    """Return every how many rows all rules judge and the weights are sampled, while nothing stirs, ``row`` rows in."""
+    return 16 if row < _SETTLED else 32
+
+
+_LARGEST = float(np.finfo(np.float64).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the coming rows may be and still go unjudged.
+
+    Args:
+        history: what they are noted in.
+        rows: how many they may be.
+        grad_norm: their largest gradient norms, shape (L,).
+        loss: their largest loss.
+        until: when a report is due, in seconds of `perf_counter`.
+    """
+
+    history: History
+    rows: int
+    grad_norm: Floats
+    loss: float
+    until: float = math.inf
+
+
+class Quiet:
+    """The coming rows of one optimizer, as long as they are quiet.
+
+    Args:
+        bounds: what they must stay within.
+        mine: the gradients, which could be measured in one call just now.
+        optimizer: whose they are; held weakly.
+        loss: where the loss must come from.
+        every: optimizer steps between rows.
+        clipped: the user clips before each step.
+    """
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        mine: Gradients,
+        optimizer: Optimizer,
+        loss: LossSource,
+        every: int,
+        *,
+        clipped: bool,
+    ) -> None:
+        self._history = bounds.history
+        self._left = bounds.rows
+        self._every = every
+        self._clipped = clipped
+        self._total: Tensor | None = None  # of the user's clip of this step, and the norms that it came from
+        self._norms: Floats | None = None
+        self._coefficient = math.nan
+        self._before: BeforeClip | None = None
+        self._until = bounds.until
+        self._loss = bounds.loss
+        self._loss_source = loss
+        self.mine = mine
+        self.optimizer = weakref.ref(optimizer)
+        _, columns, self._plan = mine.present()
+        in_order = np.array_equal(
+            columns, np.arange(len(bounds.grad_norm))
+        )  # an optimizer may hold layers in another one
+        self._columns = None if in_order else columns
+        band = bounds.grad_norm if self._columns is None else bounds.grad_norm[columns]
+        self._band = np.minimum(band, _LARGEST)  # an infinite norm is never within
+        self._sentinel = mine.sentinel(columns)
+
+    @property
+    def resting(self) -> bool:
+        """True while the coming step leaves no row."""
+        return self._every > 1 and self.mine.steps % self._every != 0
+
+    @property
+    def shared(self) -> bool:
+        """True when the norm of the user's clip of this step came from here."""
+        return self._before is not None and self._before is self.mine.coming.before_clip
+
+    def hand_over(self) -> None:
+        """Let the long way know what the user's clip of this step came from."""
+        if not self.shared or self._norms is None or self._before is None:
+            return
+        columns = np.arange(len(self._history.layers)) if self._columns is None else self._columns
+        norms = np.full(len(self._history.layers), np.nan)
+        norms[columns] = self._norms
+        self._before.measured = Measured([], columns, norms, global_norm_of(self._norms))
+
+    def share(self, tensors: list[Tensor]) -> Tensor | None:
+        """The user is about to clip these gradients: return their norm as one vector; None where torch shall take it."""
+        before, plan = self.mine.coming.before_clip, self._plan
+        if before is not None and before.goes_on():  # another clip in the same step
+            return None
+        self._before = self.mine.coming.before_clip = None
+        if not self._left or self.resting or plan is None or not plan.shareable or not self._clipped:
+            return None
+        gradients, _, now = self.mine.present()
+        if now is not plan or len(tensors) != len(gradients) or not all(map(operator.is_, tensors, gradients)):
+            return None
+        norms, total = plan.shared(gradients)
+        if not self._holds(norms):
+            return None
+        self._norms, self._total, self._coefficient = norms, total, math.nan
+        self._before = self.mine.coming.before_clip = BeforeClip(self.mine.parameters)
+        return total
+
+    def scaled(self, total: Tensor, max_norm: float) -> None:
+        """The user has clipped."""
+        if total is self._total:
+            self._coefficient = min(1.0, max_norm / (total.item() + 1e-6))
+
+    def _sentinel_is_well(self, losses: Losses) -> bool:
+        """True while one layer's gradient and the loss stay within their bounds, on a step that leaves no row."""
+        place, parameter = self._sentinel
+        gradient = parameter.grad
+        if gradient is not None:
+            plain = gradient.layout is torch.strided and gradient.dtype is torch.float32
+            if not (torch.linalg.vector_norm(gradient).item() if plain else norm_of(gradient)) <= self._band[place]:
+                return False
+        loss, source = losses.read(self.mine.coming, None)
+        return source == "none" or loss <= self._loss
+
+    def _clipped_norms(self) -> Floats | None:
+        return self._norms if self._before is not None and self.shared and self._before.holds else None
+
+    def _measured(self) -> Floats | None:
+        gradients, _, plan = self.mine.present()
+        if plan is not self._plan or plan is None or self.mine.coming.before_clip is not None:
+            return None
+        norms = plan.norms(gradients)
+        return norms if self._holds(norms) else None
+
+    def _holds(self, norms: Floats) -> bool:
+        # a norm of zero may be an underflow, which only a second look can tell; counting is the quickest of numpy's tests
+        count = len(norms)
+        return bool(np.count_nonzero(norms <= self._band) == count and np.count_nonzero(norms) == count)
+
+    def take(self, optimizer: Optimizer, rows: Rows, losses: Losses) -> bool:
+        """Note this step's row; False when it has to go the long way, with nothing changed."""
+        mine = self.mine
+        if optimizer is not self.optimizer() or losses.scaler is not None:
+            return False
+        if self.resting:
+            if not self._sentinel_is_well(losses):
+                rows.alert = True
+                return False
+            mine.steps += 1
+            rows.step += 1
+            self._used(losses)
+            return True
+        loss, source = losses.read(self.mine.coming, None)
+        expected = source == self._loss_source and (loss <= self._loss or source == "none")
+        if not self._left or not expected or perf_counter() > self._until or mine.is_stale(optimizer):
+            return False
+        norms, coefficient = (self._clipped_norms(), self._coefficient) if self._clipped else (self._measured(), 1.0)
+        if norms is None or not coefficient > 0:
+            return False
+        self._left -= 1
+        mine.steps += 1
+        self._history.note(rows.count(), loss, norms, self._columns, coefficient)
+        self._used(losses)
+        return True
+
+    def _used(self, losses: Losses) -> None:
+        if losses.given:
+            losses.used(self.mine.coming)
+        self.mine.coming.used()
+        self._before = self._total = None

@@ -1,0 +1,120 @@
+"""The loss of the coming step, from the best source there is."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+import torch
+
+from gradwatch.measure.device import precise
+from gradwatch.measure.wrappers import local_of, summed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from gradwatch.probe.coming import Coming, Loss, Root
+    from gradwatch.records import LossSource
+
+
+class Losses:
+    """What the user handed over, and how it is read together with what backwards began from (`gradwatch.probe.coming.Coming`).
+
+    A loss that was handed over holds for the next step of each optimizer, until another one is: ``given``. ``scaler`` is
+    the gradient scaler of the step under way: what backwards began from carries its scale.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        self.given: list[Loss] = []
+        self._stepped: list[Coming] = []  # those whose step has used what was given
+        self._always = weakref.ref(scaler) if scaler is not None else None
+        self.scaler: torch.amp.GradScaler | None = None
+
+    def give(self, loss: Tensor | SupportsFloat) -> None:
+        """Take the user's own loss; it outranks every other source. Several of one step add up."""
+        if self._stepped:
+            self.forget()
+        self.given.append(loss.detach() if isinstance(loss, torch.Tensor) else float(loss))
+
+    def forget(self) -> None:
+        """What was given belongs to no coming step."""
+        self.given.clear()
+        self._stepped.clear()
+
+    def backward_came(self) -> None:
+        """After a step, another backward has reached the model: what was given before that step is over."""
+        if self._stepped:
+            self.forget()
+
+    def used(self, coming: Coming) -> None:
+        """A step has been made with the loss."""
+        if self.given and self._holds_for(coming):
+            self._stepped.append(coming)
+
+    def unread(self, coming: Coming, returned: Any, home: torch.device) -> tuple[Loss | None, LossSource]:
+        """Return the same as `read`, as a tensor on ``home`` where its value would have to be waited for; None: no loss."""
+        if self._holds_for(coming):
+            return _sum(self.given, home), "monitor.loss()"
+        if _is_number(returned):
+            return _sum([returned, *self._unscaled(coming.earlier, home)], home), "closure"
+        if coming.roots:
+            return _sum(self._unscaled(coming.roots, home), home), "backward root"
+        return None, "none"
+
+    def read(self, coming: Coming, returned: Any) -> tuple[float, LossSource]:
+        """Return the loss of a coming step and its source; NaN where none was seen.
+
+        ``returned`` is what a closure returned: to it come the losses of the backwards before the closure, as far as it has
+        not cleared their gradients.
+        """
+        if self.given and self._holds_for(coming):
+            return sum(map(_number, self.given)), "monitor.loss()"
+        if returned is not None and _is_number(returned):
+            return _number(returned) + (self._total(coming.earlier) or 0.0), "closure"
+        loss = self._total(coming.roots)
+        return (math.nan, "none") if loss is None else (loss, "backward root")
+
+    def _holds_for(self, coming: Coming) -> bool:
+        return bool(self.given) and not any(one is coming for one in self._stepped)
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return self.scaler or (self._always() if self._always is not None else None)
+
+    def _total(self, roots: Sequence[Root]) -> float | None:
+        """Return the sum of the losses without the loss scale, None where it is not known."""
+        if len(roots) == 1 and self.scaler is None and self._always is None and isinstance(roots[0][0], float):
+            return roots[0][0]  # as the lines below, on the hot path
+        if not roots or any(isinstance(loss, torch.Tensor) and loss.is_meta for loss, _ in roots):
+            return None
+        scaler = self._scaler()
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        if scale == 0:  # halved until nothing was left: the scaled loss tells nothing
+            return None
+        return sum(_number(loss) for loss, _ in roots) / scale
+
+    def _unscaled(self, roots: Sequence[Root], home: torch.device) -> list[Loss]:
+        losses = [loss for loss, _ in roots]
+        scaler = self._scaler()
+        scale = scaler._get_scale_async() if scaler is not None else None
+        return losses if scale is None or not losses else [_sum(losses, home) / scale.to(home, non_blocking=True)]
+
+
+def _is_number(returned: Any) -> bool:
+    return isinstance(returned, (int, float)) or (isinstance(returned, torch.Tensor) and returned.numel() == 1)
+
+
+def _number(loss: Loss) -> float:
+    return float(loss.item()) if isinstance(loss, torch.Tensor) else float(loss)
+
+
+def _sum(losses: Sequence[Loss], home: torch.device) -> Loss:
+    """Add up losses, as a float64 tensor without dimensions on ``home`` if one of them is a tensor."""
+    return sum(
+        local_of(summed(loss.detach())).to(home, precise(home), non_blocking=True).reshape(())
+        if isinstance(loss, torch.Tensor)
+        else loss
+        for loss in losses
+    )

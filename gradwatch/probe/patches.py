@@ -1,0 +1,263 @@
+"""The few places where torch has no hook. Each tap is named, counted and restorable.
+
+A tap replaces one attribute of torch while at least one listener wants it, and puts the original back when the last one
+leaves. If somebody else has patched the same place on top of it, it stays as a plain pass-through.
+
+* `BACKWARD` (`torch.autograd.backward`): the loss, and the end of a backward.
+* `SCALER` (`torch.amp.GradScaler.step`): the loss scale, and steps that the scaler leaves out.
+* `USER_NORM` and `USER_SCALE` (`torch.nn.utils.clip_grad._get_total_norm`, `_clip_grads_with_norm_`): the two halves of
+  the user's `clip_grad_norm_`, so that a norm need not be taken twice.
+* `USER_CLIP` (`torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype`): gradients before the user's own
+  `clip_grad_norm_`, `clip_grads_with_norm_` or `clip_grad_value_`, all of which come by here, imported early or late.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+import weakref
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.utils.clip_grad as torch_clip
+
+from gradwatch.measure import device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    Function = Callable[..., Any]
+
+_log = logging.getLogger("gradwatch")
+
+
+class Listener(Protocol):
+    """What a tap tells, by way of `tell`."""
+
+    def failed(self, error: Exception) -> None:
+        """A call of this listener raised an error; raises it again only if it is meant to reach the training loop."""
+
+    def backward_begins(self, run: Run) -> None:
+        """A backward is about to run."""
+
+    def backward_failed(self) -> None:
+        """A backward raised."""
+
+    def backward_ended(self, run: Run) -> None:
+        """A backward is done."""
+
+    def user_clips(self, gradients: Sequence[Tensor]) -> None:
+        """The user is about to clip these gradients."""
+
+    def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        """The user asks for the L2 norm of these gradients as one vector: return torch's own number, or None."""
+
+    def user_scales(self, total: Tensor, max_norm: float) -> None:
+        """The user has scaled gradients whose norm was ``total`` down to ``max_norm``."""
+
+    def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+        """A gradient scaler is about to step this optimizer."""
+
+    def scaler_stepped(self, optimizer: Optimizer) -> None:
+        """It has, or it has left the step out because gradients overflowed."""
+
+
+def tell(listeners: Iterable[Any], call: str, *args: Any) -> list[Any]:
+    """Call the method ``call`` of each listener; return what they return, None for one that failed.
+
+    A failure keeps nobody from being told. It reaches the caller only if the listener lets it, and when all have been told.
+    """
+    answers: list[Any] = []
+    meant = None
+    for listener in listeners:
+        try:
+            answers.append(getattr(listener, call)(*args))
+        except Exception as error:
+            answers.append(None)
+            meant = let_out(listener, error) or meant
+    if meant is not None:
+        raise meant
+    return answers
+
+
+def let_out(listener: Listener, error: Exception) -> Exception | None:
+    """Return the error if it is meant for the training loop."""
+    try:
+        listener.failed(error)
+    except Exception as raised:
+        if raised is error:
+            return error
+        with suppress(Exception):  # a handler of the program's own may raise
+            _log.exception("gradwatch: an error could not be handled; training goes on.", exc_info=error)
+    return None
+
+
+class Run:
+    """One backward under way.
+
+    Attributes: ``roots`` are what it started from, on ``thread``; ``inside`` is True if another one was running already
+    when it began; ``notes`` are what listeners keep from its begin to its end.
+    """
+
+    __slots__ = ("inside", "notes", "roots", "thread")
+
+    def __init__(self, roots: Any, thread: int) -> None:
+        self.roots = roots
+        self.thread = thread
+        self.inside = bool(_under_way)
+        self.notes: dict[int, Any] = {}
+
+
+_under_way: list[Run] = []  # on whichever thread
+
+# Autograd writes gradients without Python's lock: one that another thread may be writing must not even be read. Whoever
+# reads gradients at the begin or the end of a backward enters itself in `READERS`, then looks whether others call backward.
+CALLERS: set[int] = set()  # the threads that call backward
+READERS: list[int] = []  # the threads that look at gradients right now
+
+
+@contextmanager
+def reading(thread: int) -> Iterator[None]:
+    """Read gradients."""
+    READERS.append(thread)
+    try:
+        yield
+    finally:
+        READERS.remove(thread)
+
+
+def _called_by(thread: int) -> None:
+    """Enter a thread that is about to call backward, drop those that are no more."""
+    CALLERS.add(thread)
+    CALLERS.intersection_update([one.ident for one in threading.enumerate()])
+    while any(reader != thread for reader in tuple(READERS)):  # they may have found that nobody else calls backward
+        time.sleep(0)
+
+
+class Tap:
+    """One replaceable attribute of torch. ``wrap(original, tap)`` makes the replacement."""
+
+    def __init__(self, name: str, owner: Any, attribute: str, wrap: Callable[[Function, Tap], Function]) -> None:
+        self.name = name
+        self._owner = owner
+        self._attribute = attribute
+        self._wrap = wrap
+        self._original: Function | None = None
+        self._replacement: Function | None = None
+        self._lock = threading.RLock()  # the collector may end an old monitor right in here
+        self._listeners: tuple[weakref.ref[Any], ...] = ()  # a WeakSet costs two microseconds to walk
+
+    @property
+    def installed(self) -> bool:
+        """True while the replacement stands in torch."""
+        return self._replacement is not None and getattr(self._owner, self._attribute) is self._replacement
+
+    @property
+    def listeners(self) -> list[Any]:
+        """Those that are told: nobody while a CUDA graph is captured, where nothing may be asked or started."""
+        if device.capturing():
+            return []
+        return [listener for ref in self._listeners if (listener := ref()) is not None]
+
+    def add(self, listener: Listener) -> bool:
+        """Tell this listener from now on; False when this torch has no such place."""
+        with self._lock:
+            if not hasattr(self._owner, self._attribute):
+                return False
+            self._listeners += (weakref.ref(listener),)
+            if not self.installed:
+                self._original = getattr(self._owner, self._attribute)
+                # in a compiled region Dynamo shall break its graph here instead of tracing into the monitor
+                self._replacement = torch.compiler.disable(self._wrap(self._original, self))
+                setattr(self._owner, self._attribute, self._replacement)
+            return True
+
+    def remove(self, listener: Listener) -> None:
+        """Stop telling this listener; the last one to leave restores torch."""
+        with self._lock:
+            self._listeners = tuple(ref for ref in self._listeners if ref() not in (None, listener))
+            if not self._listeners and self.installed:
+                setattr(self._owner, self._attribute, self._original)
+                self._replacement = self._original = None
+
+
+def _wrap_backward(original: Function, tap: Tap) -> Function:
+    @functools.wraps(original)
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        # reentrant checkpointing calls backward from inside a backward, on a device from a thread of autograd's
+        if torch._C._current_graph_task_id() != -1:
+            return original(tensors, *args, **kwargs)
+        if (me := threading.get_ident()) not in CALLERS or len(CALLERS) > 1:
+            _called_by(me)
+        listeners, run = tap.listeners, Run(tensors, me)
+        tell(listeners, "backward_begins", run)
+        _under_way.append(run)
+        try:
+            result = original(tensors, *args, **kwargs)
+        except BaseException:
+            run.notes.clear()  # the traceback may be kept, and with it this frame
+            tell(listeners, "backward_failed")
+            raise
+        finally:
+            _under_way.remove(run)
+        tell(listeners, "backward_ended", run)
+        return result
+
+    return backward
+
+
+def _wrap_grouping(original: Function, tap: Tap) -> Function:
+    @functools.wraps(original)
+    def grouping(lists: Sequence[Sequence[Tensor]], *args: Any, **kwargs: Any) -> Any:
+        tell(tap.listeners, "user_clips", lists[0])
+        return original(lists, *args, **kwargs)
+
+    return grouping
+
+
+def _wrap_total_norm(original: Function, tap: Tap) -> Function:
+    @functools.wraps(original)
+    def total_norm(tensors: Any, norm_type: float = 2.0, strict: Any = False, foreach: bool | None = None) -> Any:  # noqa: FBT001, FBT002
+        if norm_type == 2.0 and not strict and foreach is not False and isinstance(tensors, list):
+            total = next((one for one in tell(tap.listeners, "user_norms", tensors) if one is not None), None)
+            if total is not None:
+                return total
+        return original(tensors, norm_type, strict, foreach)
+
+    return total_norm
+
+
+def _wrap_scaling(original: Function, tap: Tap) -> Function:
+    @functools.wraps(original)
+    def scaling(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(parameters, max_norm, total_norm, *args, **kwargs)
+        tell(tap.listeners, "user_scales", total_norm, max_norm)
+        return result
+
+    return scaling
+
+
+def _wrap_scaler_step(original: Function, tap: Tap) -> Function:
+    @functools.wraps(original)
+    def step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        listeners = tap.listeners
+        tell(listeners, "scaler_steps", scaler, optimizer)
+        result = original(scaler, optimizer, *args, **kwargs)
+        tell(listeners, "scaler_stepped", optimizer)
+        return result
+
+    return step
+
+
+BACKWARD = Tap("backward", torch.autograd, "backward", _wrap_backward)
+SCALER = Tap("scaler", torch.amp.GradScaler, "step", _wrap_scaler_step)
+USER_CLIP = Tap("user's clip", torch_clip, "_group_tensors_by_device_and_dtype", _wrap_grouping)
+USER_NORM = Tap("user's norm", torch_clip, "_get_total_norm", _wrap_total_norm)
+USER_SCALE = Tap("user's scaling", torch_clip, "_clip_grads_with_norm_", _wrap_scaling)
+ALL = (BACKWARD, SCALER, USER_CLIP, USER_NORM, USER_SCALE)

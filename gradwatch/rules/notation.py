@@ -1,0 +1,140 @@
+"""A notation for runs, so that one line shows why a rule fires or does not.
+
+A series is words parted by blanks: ``0.1`` is one value, ``0.1x20`` the same value 20 times, ``1*2x5`` five values that
+start at 1 and double, ``1+0.5x4`` four values that start at 1 and grow by 0.5; ``nan`` and ``inf`` are themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from gradwatch.history.ring import History
+from gradwatch.history.statistics import quiet_numpy
+from gradwatch.records import Facts, NonFinite, Provenance, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from gradwatch.records import Floats
+    from gradwatch.rules.base import Rule
+
+_WORD = re.compile(
+    r"(?P<start>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?)(?:(?P<way>[*+])(?P<by>[-\d.e]+))?(?:x(?P<count>\d+))?"
+)
+
+_OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "other": "another"}
+
+
+def series(text: str) -> list[float]:
+    """Read a written series.
+
+    >>> series("0.5x2 1*10x3 nan")
+    [0.5, 0.5, 1.0, 10.0, 100.0, nan]
+    """
+    values: list[float] = []
+    for word in text.split():
+        match = _WORD.fullmatch(word)
+        if match is None:
+            raise ValueError(f"{word!r} is no series: write 0.1, 0.1x20, 1*2x5 or 1+0.5x4.")
+        start, by = float(match["start"]), float(match["by"] or 0)
+        steps = range(int(match["count"] or 1))
+        with quiet_numpy():  # what grows beyond all numbers is infinite
+            values.extend(
+                start * float(np.float64(by) ** n) if match["way"] == "*" else start + by * n if match["way"] else start
+                for n in steps
+            )
+    return values
+
+
+@dataclass(frozen=True)
+class Case:
+    """A written run and the step at which a rule must fire on it (``None``: never).
+
+    ``grad`` and ``weight`` are one series for all layers, or one for each named layer; a short series repeats its last
+    value. ``clip`` is what the user's own clip left of the norm, as a series; none by default. ``family`` is the
+    optimizer's, ``rate`` its learning rate, ``size`` the elements of each layer.
+    """
+
+    name: str
+    fires: int | None
+    grad: str | Mapping[str, str] = "1.0"
+    loss: str = "1.0"
+    weight: str | Mapping[str, str] = "1.0"
+    dead: str | Mapping[str, str] = "0"
+    unchanged: str | Mapping[str, str] = "0"
+    clip: str = ""
+    rate: float = 0.01
+    family: Literal["sgd", "adam", "other"] = "sgd"
+    size: int = 100
+
+    def rows(self) -> tuple[History, Iterator[Row]]:
+        """Return an empty history and the rows to push into it."""
+        named = [text for text in (self.grad, self.weight, self.dead, self.unchanged) if not isinstance(text, str)]
+        layers = tuple(named[0]) if named else ("layer",)
+        columns = {
+            word: [series(text if isinstance(text, str) else text[layer]) for layer in layers]
+            for word, text in (
+                ("grad", self.grad),
+                ("weight", self.weight),
+                ("dead", self.dead),
+                ("unchanged", self.unchanged),
+            )
+        }
+        losses, left = series(self.loss), series(self.clip)
+        steps = max(len(losses), len(left), *(len(values) for columns_ in columns.values() for values in columns_))
+        history = History(layers, sizes=[self.size] * len(layers))
+        history.facts = Facts(optimizer=_OPTIMIZERS[self.family], family=self.family)
+
+        def written() -> Iterator[Row]:
+            for step in range(steps):
+                now = {
+                    word: np.array([values[min(step, len(values) - 1)] for values in layered])
+                    for word, layered in columns.items()
+                }
+                applied = left[min(step, len(left) - 1)] if left else math.nan
+                yield _row(step, losses[min(step, len(losses) - 1)], now, applied, self)
+
+        return history, written()
+
+    def fired(self, rule: Rule) -> int | None:
+        """Run the rule over the case as the pipeline would; return the step of its first alarm."""
+        from gradwatch.verdict.alarms import Alarms  # a case is run through the real state machine
+
+        history, rows = self.rows()
+        alarms = Alarms((rule,), history.layers)
+        with quiet_numpy():
+            for row in rows:
+                history.push(row)
+                changes = alarms.update(history, row.step)
+                history.learn()
+                if any(change.state == "firing" for change in changes):
+                    return row.step
+        return None
+
+
+def _row(step: int, loss: float, now: dict[str, Floats], applied: float, case: Case) -> Row:
+    grad, weight = now["grad"], now["weight"]
+    codes = np.where(np.isnan(grad), NonFinite.NAN, np.where(np.isinf(grad), NonFinite.INF, 0)).astype(np.uint8)
+    return Row(
+        step=step,
+        loss=loss,
+        grad_norm=grad,
+        global_norm=math.hypot(*grad.tolist()) if np.isfinite(grad).all() else math.nan,
+        weight_norm=weight,
+        nonfinite=codes if codes.any() else None,
+        poisoned=bool(codes.any()),
+        family=case.family,
+        nonfinite_weight=~np.isfinite(weight),
+        rate=np.full(len(grad), case.rate),
+        dead_share=now["dead"],
+        unchanged=now["unchanged"],
+        applied=1.0 if math.isnan(applied) else applied,
+        provenance=Provenance(
+            "written", "as the optimizer sees it" if math.isnan(applied) else "before the user's clip", "written"
+        ),
+    )

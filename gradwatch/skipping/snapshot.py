@@ -1,0 +1,191 @@
+"""All that an optimizer's step may move, kept so that it can be put back: bit for bit, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import deque
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradwatch.errors import words_of
+from gradwatch.measure.wrappers import local_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_MOST = 50_000  # things that one optimizer holds: with more it holds the world
+_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "gradwatch"}  # whose objects are not looked into
+_HOOKS = "_optimizer_"  # what torch keeps of the user's hooks in an optimizer's attributes
+
+
+class Unreadable(Exception):  # noqa: N818  it is a finding, told in a note
+    """What an optimizer holds cannot be kept; the message says why."""
+
+
+class Snapshot:
+    """What one optimizer holds at one moment: parameters, state and every other attribute, of optimizers inside it too.
+
+    Tensors, arrays and generators are kept as copies; dicts, lists and sets, and the attributes of objects that belong to
+    the optimizer, as the list of what is in them. Call all of it without autograd.
+
+    Args:
+        optimizer: the one that is about to step.
+        model: its other parameters must stay where they are.
+
+    Raises:
+        Unreadable: there is something that cannot be kept.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
+        self._package = type(optimizer).__module__.partition(".")[0]
+        self._own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._seen: dict[int, Any] = {}
+        self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []  # each, what it lies in, and a copy
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []  # of tensors that the optimizer made itself
+        self._containers: list[tuple[Any, Any]] = []
+        self._slots: list[tuple[Any, str, Any]] = []
+        self._arrays: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[torch.Generator, Tensor]] = []
+        try:
+            self._keep(optimizer)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise Unreadable(f"what it holds cannot be copied: {words_of(error)}") from error
+        named = model.named_parameters() if model is not None else ()
+        self._others = [(name, one, _mark(one)) for name, one in named if id(one) not in self._seen]
+
+    def _keep(self, optimizer: Optimizer) -> None:
+        waiting: list[tuple[Any, bool]] = [(optimizer, True)]
+        while waiting:
+            thing, owned = waiting.pop()
+            if thing is None or isinstance(thing, (int, float, complex, str, bytes, type)) or id(thing) in self._seen:
+                continue
+            self._seen[id(thing)] = thing
+            if len(self._seen) > _MOST:
+                raise Unreadable(f"it holds more than {_MOST:,} things")
+            owned = owned or self._belongs(thing)
+            waiting += [(inner, owned) for inner in self._look(thing, owned=owned)]
+
+    def _belongs(self, thing: Any) -> bool:
+        return isinstance(thing, Optimizer) or "param_groups" in getattr(thing, "__dict__", ())
+
+    def _look(self, thing: Any, *, owned: bool) -> Iterable[Any]:
+        """Keep one thing; return what is in it."""
+        if isinstance(thing, Tensor):
+            return self._look_at_tensor(thing)
+        if isinstance(thing, nn.Module):
+            return (*thing.parameters(), *thing.buffers())
+        if isinstance(thing, (dict, list, set, deque)):
+            if owned:
+                self._containers.append((thing, thing.copy() if isinstance(thing, deque) else type_of(thing)(thing)))
+            return [*thing, *thing.values()] if isinstance(thing, dict) else list(thing)
+        if isinstance(thing, (tuple, frozenset)):
+            return thing
+        if isinstance(thing, MethodType):
+            return (thing.__self__,)
+        if isinstance(thing, np.ndarray):
+            self._arrays.append((thing, thing.copy()))
+        elif isinstance(thing, torch.Generator):
+            self._generators.append((thing, thing.get_state()))
+        else:
+            return self._look_at_object(thing, owned=owned)
+        return ()
+
+    def _look_at_tensor(self, tensor: Tensor) -> Iterable[Any]:
+        self._tensors.append((tensor, tensor.detach(), tensor.detach().clone()))
+        inside: list[Any] = [vars(tensor)] if type(tensor) in (Tensor, nn.Parameter) and vars(tensor) else []
+        if tensor.is_leaf and id(tensor) not in self._own:
+            self._gradients.append((tensor, tensor.grad))
+            inside.append(tensor.grad)
+        return inside
+
+    def _look_at_object(self, thing: Any, *, owned: bool) -> Iterable[Any]:
+        """Look into an object; only what belongs to the optimizer gets its attributes back, not a logger or a trainer."""
+        kind = type(thing)
+        package = kind.__module__.partition(".")[0]
+        its = isinstance(thing, Optimizer) or dataclasses.is_dataclass(kind) or package == self._package != "torch"
+        if not its and package in _FOREIGN:  # functions too
+            return ()
+        inside = getattr(thing, "__dict__", {})
+        if its and owned:
+            self._containers.append((inside, dict(inside)))
+            slots = [(thing, name, getattr(thing, name)) for name in _slots(kind) if hasattr(thing, name)]
+            self._slots += slots
+            return [*(inside[name] for name in inside if not name.startswith(_HOOKS)), *(one[2] for one in slots)]
+        return list(inside.values())
+
+    def moved(self) -> bool:
+        """True when a tensor is not what it was."""
+        return any(not _same(tensor, held) or not torch.equal(held, copy) for tensor, held, copy in self._tensors)
+
+    def put_back(self) -> str:
+        """Put everything back; return what could not be, nothing where all was."""
+        problem = ""
+        for container, kept in self._containers:
+            _refill(container, kept)
+        for thing, name, value in self._slots:
+            object.__setattr__(thing, name, value)
+        for tensor, held, copy in self._tensors:
+            try:
+                if not _same(tensor, held):
+                    tensor.data = held
+                held.copy_(copy)
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                if not torch.equal(
+                    held, copy
+                ):  # one that lies in less memory than it has elements cannot be written to
+                    problem = f"a tensor of shape {tuple(tensor.shape)} could not be put back: {words_of(error)}"
+        for tensor, gradient in self._gradients:
+            tensor.grad = gradient
+        for array, kept in self._arrays:
+            array[...] = kept
+        for generator, state in self._generators:
+            generator.set_state(state)
+        moved = next((name for name, one, mark in self._others if _mark(one) != mark), None)
+        return problem or (f"its step moves {moved}, which it does not hold" if moved else "")
+
+
+def type_of(container: Any) -> type:
+    """Return the plain type that keeps what is in a container."""
+    return next(kind for kind in (dict, list, set) if isinstance(container, kind))
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for one in kind.__mro__:
+        names = vars(one).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in ("__dict__", "__weakref__"):
+                yield name
+
+
+def _refill(container: Any, kept: Any) -> None:
+    if isinstance(container, dict):
+        now, then = list(container.items()), list(kept.items())
+        if len(now) != len(then) or any(a is not c or b is not d for (a, b), (c, d) in zip(now, then, strict=True)):
+            container.clear()
+            container.update(kept)
+    elif isinstance(container, set):
+        container.clear()
+        container.update(kept)
+    elif len(container) != len(kept) or any(one is not other for one, other in zip(container, kept, strict=True)):
+        container.clear()
+        container.extend(kept)
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Return what tells that a tensor was written to, or lies elsewhere, without looking at its values."""
+    local = local_of(tensor.detach())
+    return local._version, local.data_ptr() if local.layout is torch.strided else 0
+
+
+def _same(tensor: Tensor, held: Tensor) -> bool:
+    """True when a tensor lies where it lay."""
+    one, other = local_of(tensor.detach()), local_of(held)
+    if one.layout is not torch.strided or other.layout is not torch.strided:
+        return False
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())

@@ -1,0 +1,102 @@
+"""What to do about an incident, given the model, the optimizer and the evidence.
+
+Remedies from the literature: Pascanu et al. 2013 (clipping by norm), Brownlee 2019 (the practitioners' list),
+Zhang & Sennrich 2019, Wortsman et al. 2023, arXiv:2309.14322 (rates and warm-up for Adam).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gradwatch.history.ring import History
+    from gradwatch.records import Facts, Incident
+
+_MOST = 4
+
+
+def advise(incident: Incident, history: History) -> tuple[str, ...]:
+    """Return at most four things to do, the likeliest to help first."""
+    lines: list[str] = []
+    for line in _lines(incident, history):
+        if line not in lines:
+            lines.append(line)
+    return tuple(lines[:_MOST])
+
+
+def _lines(incident: Incident, history: History) -> Iterator[str]:
+    facts = history.facts
+    if incident.kind in ("exploding", "diverging"):
+        yield from _explosion(incident, history, facts)
+    elif incident.kind == "nonfinite":
+        yield from _nonfinite(incident, facts)
+    elif incident.kind == "spike":
+        yield "Look at the batch of this step: one jump with a return is usually one odd batch."
+        if facts.family != "adam":
+            yield 'If it comes again, clip by norm when it happens: attach(model, clip="norm").'
+    elif incident.kind == "stalled":
+        codes = {sign.code for sign in incident.signs}
+        if "GW405" in codes:
+            yield "Check that inputs and labels belong together, and that the loss gets logits, not probabilities."
+        if "GW404" in codes:
+            yield f"Look at how {incident.suspect} begins: its weights are far larger than the other layers'."
+        yield "Overfit one batch first: if the loss stays up there too, the fault is in the program, not in the data."
+        yield f"Change the learning rate ({_rate(facts)}) by factors of three, both ways."
+        yield "Scale the inputs to zero mean and unit variance."
+    elif incident.kind == "vanishing":
+        if facts.recurrent and not facts.gated:
+            yield "Use an LSTM or GRU instead of the vanilla RNN."
+        yield "Use ReLU-like activations instead of sigmoid or tanh, with He initialisation."
+        yield "Add residual connections or normalisation, or use fewer layers."
+    elif incident.kind == "dead":
+        yield f"Lower the learning rate ({_rate(facts)}): one large step is what usually kills ReLU units."
+        yield "Use LeakyReLU or GELU, and scale the inputs."
+        yield "If a whole layer is dead, look for a detach() or an output that the loss does not use."
+    elif incident.kind == "frozen":
+        yield "Build the optimizer from model.parameters() after the model is final."
+        yield "Look at the learning rate of this layer's parameter group and at its schedule."
+        yield "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
+
+
+def _explosion(incident: Incident, history: History, facts: Facts) -> Iterator[str]:
+    if math.isfinite(history.reference_loss) and history.reference_loss > 1e3:
+        yield f"Scale the targets: the loss began at {history.reference_loss:.3g}, so the gradients are as large."
+    if facts.family == "adam":
+        yield (
+            f"Lower the learning rate ({_rate(facts)}) or warm it up over the first few hundred steps; clipping does not "
+            f"repair this, {facts.optimizer} divides gradients by their own size."
+        )
+    elif facts.clip is None:
+        yield 'Clip by norm when it happens: attach(model, clip="norm").'
+    if facts.recurrent:
+        if not facts.gated:
+            yield "Use an LSTM or GRU instead of the vanilla RNN."
+        yield "Shorten the sequences: truncate backpropagation through time."
+    if facts.family != "adam":
+        yield f"Lower the learning rate ({_rate(facts)}), or warm it up."
+    if not facts.normalised and facts.depth > 10:
+        yield f"Add normalisation or residual connections: {facts.depth} weight matrices in a row and neither."
+    if any(sign.code == "GW201" for sign in incident.signs):
+        yield "Put an L2 penalty on the weights."
+
+
+def _nonfinite(incident: Incident, facts: Facts) -> Iterator[str]:
+    if incident.phase == "loss":
+        yield "Look for log(0), sqrt(0), a division by zero or exp of a large number in the loss, and for NaN in the batch."
+    elif incident.phase == "weight":
+        yield "Go back to the last checkpoint with finite weights: no update repairs a NaN weight."
+    else:
+        yield (
+            f"Look at what feeds {incident.suspect or 'the first layer named'}: sqrt, norm or division at zero, "
+            "log, a fully masked row of attention."
+        )
+    if facts.clip is None:
+        yield 'Skip such steps: attach(model, clip="norm") leaves parameters and optimizer state untouched.'
+    yield "Run that one batch under torch.autograd.detect_anomaly() to see the operation."
+
+
+def _rate(facts: Facts) -> str:
+    return f"now {facts.rate:.3g}" if math.isfinite(facts.rate) else "of its parameter group"

@@ -1,0 +1,188 @@
+"""The only file where time enters: pending -> firing -> resolved, as arrays of counters.
+
+A rule's condition must hold for ``for_steps`` steps before its alarm fires; the alarm resolves after the value was at
+or below ``release * limit`` for more than ``keep_steps`` steps. Everything is one (rules, layers) update; an `Alarm` is
+made only when a state changes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradwatch.history.columns import widened
+from gradwatch.history.statistics import quiet_numpy
+from gradwatch.records import Alarm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from gradwatch.history.ring import History
+    from gradwatch.records import Floats
+    from gradwatch.rules.base import Rule
+
+
+_BITS = 52  # of a whole number in float64
+
+
+def _bit(index: int) -> int:
+    """Return the bit of a rule; more than a float64 can tell apart share the last one."""
+    return 1 << min(index, _BITS - 1)
+
+
+class Alarms:
+    """State of ``R`` rules on ``L`` layers. ``values`` and ``firing`` have shape (R, L).
+
+    ``stirring`` is True while a rule is pending or an urgent one fires: then no step may go unjudged. A rule about the
+    whole model that is not urgent may pend unseen: the loss's medians do not change from step to step. One about single
+    layers may not, or parts of a model that take turns would be seen only at rest.
+
+    A rule about the whole model uses column 0. ``on_error`` is told of a rule that raised; the rule is switched off.
+
+    Of several processes, ``lag`` is the number of rows after which each knows what failed in the others. A rule of the user's
+    own may fail in one of them alone, so that its values count that many rows later, once all know that it has not.
+    ``failed`` holds the rules that failed here, a bit for each.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        layers: Sequence[str],
+        on_error: Callable[[str, Exception], None] | None = None,
+    ) -> None:
+        self.rules = tuple(rules)
+        self.layers = tuple(layers)
+        self._on_error = on_error
+        shape = (len(self.rules), max(1, len(self.layers)))
+        self.values = np.full(shape, np.nan)
+        self.firing = np.zeros(shape, dtype=bool)
+        self.limits = np.array([rule.limit for rule in self.rules])[:, None]
+        self._release = self.limits * np.array([rule.release for rule in self.rules])[:, None]
+        self._held = np.zeros(shape, dtype=np.int64)
+        self._calm = np.zeros(shape, dtype=np.int64)
+        self._for_steps = np.array([rule.for_steps for rule in self.rules])[:, None]
+        self._keep_steps = np.array([rule.keep_steps for rule in self.rules])[:, None]
+        self._urgent = np.array([rule.urgent for rule in self.rules], dtype=bool)
+        self._impatient = np.array([rule.urgent or rule.per_layer for rule in self.rules], dtype=bool)
+        self._alive = [True] * len(self.rules)
+        self._own = [not type(rule).__module__.startswith("gradwatch.rules.") for rule in self.rules]
+        self._waiting: dict[int, deque[Any]] = {}
+        self._measured_at = -1
+        self.lag = 0
+        self.failed = 0
+        self.stirring = False
+
+    @property
+    def waiting(self) -> bool:
+        """True while values wait for what other processes say: then each row is judged, in all of them alike."""
+        return self.lag > 0 and any(map(operator.and_, self._own, self._alive))
+
+    def switch_off(self, failed: int) -> list[str]:
+        """Switch off the rules that failed in any process, given as bits; return those that did not fail here."""
+        off = [index for index in range(len(self.rules)) if failed & _bit(index)]
+        news = [index for index in off if self._alive[index] and not self.failed & _bit(index)]
+        for index in off:
+            self._alive[index] = False
+            self.values[index] = np.nan
+        return [f"{self.rules[index].code} {self.rules[index].name}" for index in news]
+
+    def grow(self, layers: Sequence[str]) -> None:
+        """Take the columns of layers that were added."""
+        self._waiting.clear()
+        self.layers = tuple(layers)
+        self.values = widened(self.values, len(self.layers), np.nan)
+        for name in ("firing", "_held", "_calm"):
+            setattr(self, name, widened(getattr(self, name), len(self.layers), 0))
+
+    def update(self, history: History, step: int) -> list[Alarm]:
+        """Measure every rule on the last row and return the alarms that changed state, in rule order."""
+        for index, rule in enumerate(self.rules):
+            if self._alive[index]:
+                self._measure(index, rule, history)
+        elapsed = max(1, step - self._measured_at)
+        self._measured_at = step
+        over = self.values > self.limits
+        if not over.any() and not self._held.any() and not self.firing.any():
+            self.stirring = False
+            return []
+        # a condition seen now is known to hold for this step only; one seen before, for the steps between as well
+        self._held = np.where(over, np.where(self._held > 0, self._held + elapsed, 1), 0)
+        self._calm = np.where(self.values > self._release, 0, self._calm + elapsed)
+        firing = (self.firing & (self._calm <= self._keep_steps)) | (self._held >= self._for_steps)
+        changed = firing != self.firing
+        self.firing = firing
+        pending = (self._held > 0) & ~firing
+        self.stirring = bool(pending[self._impatient].any() or firing[self._urgent].any())
+        if not changed.any():
+            return []
+        return [self._alarm(int(index), int(column), step) for index, column in np.argwhere(changed)]
+
+    def _measure(self, index: int, rule: Rule, history: History) -> None:
+        try:
+            value = self._value(index, rule, history)
+            if rule.per_layer:
+                self.values[index] = value
+            else:
+                self.values[index, 0] = value[0]
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self.failed |= _bit(index)
+            if self.lag and self._own[index]:  # what was measured before counts in all other processes
+                self.values[index] = self._in_turn(index, np.full(self.values.shape[1], np.nan))
+            else:
+                self._alive[index] = False
+                self.values[index] = np.nan
+            self._on_error(f"rule {rule.code} {rule.name}", error)
+
+    def _value(self, index: int, rule: Rule, history: History) -> Any:
+        if not self.lag or not self._own[index]:
+            return rule.measure(history)
+        nothing = np.full(self.values.shape[1], np.nan)
+        if self.failed & _bit(index):
+            return self._in_turn(index, nothing)
+        nothing[: None if rule.per_layer else 1] = rule.measure(history)
+        return self._in_turn(index, nothing)
+
+    def _in_turn(self, index: int, value: Floats) -> Floats:
+        """Return the value of ``lag`` rows ago."""
+        queue = self._waiting.setdefault(index, deque([np.full_like(value, np.nan)] * self.lag))
+        queue.append(value)
+        past: Floats = queue.popleft()
+        return past
+
+    def _alarm(self, index: int, column: int, step: int) -> Alarm:
+        rule = self.rules[index]
+        return Alarm(
+            code=rule.code,
+            name=rule.name,
+            sign=rule.sign,
+            kind=rule.kind,
+            layer=self.layers[column] if rule.per_layer else None,
+            step=step,
+            value=float(self.values[index, column]),
+            limit=rule.limit,
+            state="firing" if self.firing[index, column] else "resolved",
+        )
+
+    def firing_rules(self) -> tuple[str, ...]:
+        """The rules that fire now, as ``"GW203 gradients above 1.0 in each layer"``."""
+        return tuple(f"{self.rules[i].code} {self.rules[i].name}" for i in np.flatnonzero(self.firing.any(axis=1)))
+
+    def closeness(self) -> tuple[Floats, NDArray[np.intp]]:
+        """Each layer's largest value / limit, shape (L,), and the index of the rule it belongs to, shape (L,).
+
+        A rule with limit 0 either fires (infinitely close) or has nothing to say. Minus infinity: no rule can tell.
+        """
+        if not self.rules:
+            return np.full(len(self.layers), -np.inf), np.zeros(len(self.layers), dtype=np.intp)
+        per_layer = np.array([rule.per_layer for rule in self.rules], dtype=bool)[:, None]
+        with quiet_numpy():
+            ratio = np.where(self.limits > 0, self.values / self.limits, np.where(self.values > 0, np.inf, -np.inf))
+        ratio = np.where(per_layer & ~np.isnan(ratio), ratio, -np.inf)
+        return ratio.max(axis=0), ratio.argmax(axis=0)

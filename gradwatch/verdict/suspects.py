@@ -1,0 +1,117 @@
+"""Where it began: the layers in the order in which they left their band, and the prime suspect."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.history.columns import widened
+from gradwatch.history.statistics import quiet_numpy
+from gradwatch.records import EXPLOSION
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradwatch.history.ring import History
+    from gradwatch.records import Alarm, Floats, Phase
+
+LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
+_BACK_IN_BAND = 2.0
+_FIRST = 12  # steps in which an explosion is one of the initialisation
+_MOVED = 1.5  # times by which a layer's weights change at once only if something was done to them
+_ALONE = 4.0  # times the logarithm of any other layer's change
+
+
+class Suspects:
+    """Follows the bands of all layers of a history."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._left = np.full(len(history.layers), -1, dtype=np.int64)
+
+    def grow(self) -> None:
+        """Take the columns of layers that were added."""
+        self._left = widened(self._left, len(self._history.layers), -1)
+
+    def follow(self, step: int) -> None:
+        """Take note of the layers that leave their band in this row, or come back."""
+        surge = self._history.surge()
+        self._left[(surge < _BACK_IN_BAND)] = -1
+        out = (surge > LEFT_BAND) | (self._history.nonfinite > 0)
+        self._left[out & (self._left < 0)] = step
+
+    def layers(self, signs: Sequence[Alarm]) -> tuple[str, ...]:
+        """The layers with a sign or out of their band, in the order in which they left it."""
+        history = self._history
+        column = {layer: index for index, layer in enumerate(history.layers)}
+        first: dict[str, tuple[int, float, int]] = {}
+        grows = signs[0].kind in EXPLOSION  # what is silent leaves no band
+        for alarm in signs:
+            if alarm.layer is None:
+                continue
+            index = column[alarm.layer]
+            step = int(self._left[index]) if grows and 0 <= self._left[index] < alarm.step else alarm.step
+            # within one step: non-finite ones in backward order, others by how far they are beyond the limit
+            beyond = -alarm.value / alarm.limit if alarm.limit > 0 and np.isfinite(alarm.value) else 0.0
+            # what is dead starves all layers behind it: the first in forward order is the cause
+            place = -int(history.order[index]) if alarm.kind == "dead" else int(history.order[index])
+            key = (step, beyond, place)
+            first[alarm.layer] = min(first.get(alarm.layer, key), key)
+        out = (self._left >= 0) & ((history.surge() > LEFT_BAND) | (history.nonfinite > 0))
+        for index in np.flatnonzero(out).tolist() if grows else ():
+            first.setdefault(history.layers[index], (int(self._left[index]), 0.0, int(history.order[index])))
+        return tuple(sorted(first, key=first.__getitem__))
+
+    def prime(
+        self, signs: Sequence[Alarm], layers: Sequence[str], phase: Phase | None, moved: str | None
+    ) -> str | None:
+        """Return the prime suspect; ``layers`` in the order of `layers`, ``moved`` as found by `moved`."""
+        odd = _odd_scale(self._history) if signs[0].step < _FIRST and signs[0].kind in EXPLOSION else None
+        if odd or moved:
+            return odd or moved
+        if phase == "gradient" and not any(sign.sign == "growth" for sign in signs):
+            return self._history.first_nonfinite()
+        if phase == "loss" and not any(sign.sign == "growth" for sign in signs):
+            return None
+        return layers[0] if layers else None
+
+    def moved(self) -> tuple[str | None, str | None]:
+        """Return the one layer whose weights changed at once while the others' did not, and the finding; None where none did.
+
+        Weights come before gradients: where one layer was damaged, all gradients leave their band in the same step.
+        """
+        history = self._history
+        if history.row.weight_norm is None:
+            return None, None
+        floor = _floor(history)
+        with quiet_numpy():
+            change = np.abs(np.log(np.maximum(history.weight, floor) / np.maximum(history.previous_weight, floor)))
+        change[history.nonfinite_weight] = np.inf
+        change[np.isnan(history.previous_weight)] = np.nan
+        if np.count_nonzero(change >= 0) < 2:
+            return None, None
+        order = np.argsort(np.nan_to_num(change, nan=-1.0, posinf=np.inf))
+        first, second = change[order[-1]], change[order[-2]]
+        if not (first > math.log(_MOVED) and first > _ALONE * second):
+            return None, None
+        name = history.layers[int(order[-1])]
+        told = "became not finite" if math.isinf(first) else f"changed by a factor of {math.exp(first):.3g}"
+        return name, (
+            f"the weights of {name} {told} within {history.weight_gap} steps, those of each other layer by at most "
+            f"{math.exp(second):.3g}"
+        )
+
+
+def _floor(history: History) -> Floats:
+    """Weight norms below which a change says little: half of a usual initialisation; a tenth for biases and gains."""
+    return np.where(history.matrices, history.half_usual, 0.1 * np.sqrt(history.sizes))
+
+
+def _odd_scale(history: History) -> str | None:
+    """The layer whose weights multiply what passes by more than ten times as much as its neighbours' do, if one does."""
+    gain = history.relative_gain()
+    if not np.isfinite(gain).any() or not np.nanmax(gain) > 10:
+        return None
+    return history.layers[int(np.nanargmax(gain))]
