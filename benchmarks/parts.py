@@ -5,10 +5,10 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.measure.gradients import Gradients
 from gradwatch.measure.norms import NormPlan
 from gradwatch.measure.sampling import Sampling
 from gradwatch.pipeline import Pipeline
+from gradwatch.probe.gradients import Gradients
 
 if TYPE_CHECKING:
     from types import TracebackType

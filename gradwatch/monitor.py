@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.autoclip.policy import AutoClip, Decision, Orders
-    from gradwatch.probe.fast_path import Bounds
+    from gradwatch.history.schedule import Bounds
     from gradwatch.records import Alarm, Incident, Row
     from gradwatch.reports import Report
     from gradwatch.rules import Rule

@@ -18,8 +18,8 @@ import numpy as np
 from gradwatch.autoclip.engine import Clipping
 from gradwatch.autoclip.policy import NOTHING, AutoClip, Decision, Orders
 from gradwatch.history.columns import widened
+from gradwatch.history.schedule import Bounds, cadence
 from gradwatch.history.statistics import quiet_numpy
-from gradwatch.probe.fast_path import Bounds, cadence
 from gradwatch.records import Alarm, Incident, Row, Snapshot
 from gradwatch.shutdown import Failure, all_done
 from gradwatch.verdict.alarms import Alarms
@@ -115,7 +115,16 @@ class Pipeline:
         return decision
 
     def _decide(self, row: Row) -> Decision:
-        return self.clipping.decide(row, self.incidents) if self.clipping is not None and self.armed else NOTHING
+        if self.clipping is None or not self.armed:
+            return NOTHING
+        decision = self.clipping.decide(row, self.incidents.open_explosion())
+        self._record_clip()
+        return decision
+
+    def _record_clip(self) -> None:
+        record = self.clipping.take_changed() if self.clipping is not None else None
+        if record is not None:
+            self.incidents.record_clip(record)
 
     def disarm(self) -> None:
         """Only watch from here on: auto-clip does not act, and claims nothing."""
@@ -155,7 +164,8 @@ class Pipeline:
         """Take note of what was done to the gradients."""
         if self.clipping is not None and decision is not NOTHING:
             self.history.amend(coefficient=coefficient, skipped=decision.skip)
-            self.clipping.done(row, decision, coefficient, self.incidents)
+            self.clipping.done(row, decision, coefficient)
+            self._record_clip()
 
     def _quiet(self, row: Row) -> bool:
         """True on a step on which no rule can have anything to say that may not wait for its turn."""

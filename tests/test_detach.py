@@ -16,8 +16,8 @@ from torch import nn
 
 import gradwatch
 from gradwatch import pipeline
-from gradwatch.measure import gradients
 from gradwatch.probe import gradient_hooks as arrivals
+from gradwatch.probe import gradients
 from gradwatch.probe import optimizer_hooks as hooks
 from gradwatch.probe import patches as taps
 from gradwatch.probe import step_recorder as rows

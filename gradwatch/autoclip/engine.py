@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from gradwatch.clips import Clip
     from gradwatch.history.ring import History
     from gradwatch.records import Incident, Row
-    from gradwatch.verdict.incidents import Incidents
 
 _LOOSEN = 1.03  # by step, while letting go: twice the bounds after 24 steps
 _LONG = 4  # times the hold after which it lets go although the loss has not come down: the task may be another one now
@@ -61,6 +60,7 @@ class Clipping:
         self.skipped = 0
         self.further = Escalation(policy)
         self.record: ClipRecord | None = None
+        self._changed: ClipRecord | None = None
         self._baseline = policy.clip.baseline()
         self._looked = 0
         self._bounds: Clip = policy.clip
@@ -133,21 +133,22 @@ class Clipping:
 
     # What to do.
 
-    def decide(self, row: Row, incidents: Incidents) -> Decision:
-        """Say what to do with the gradients of ``row``, before the optimizer sees them.
+    def decide(self, row: Row, incident: Incident | None) -> Decision:
+        """Return what to do with the gradients of ``row``, before the optimizer sees them.
+
+        ``incident`` is the open explosion, if there is one.
 
         Raises:
             TrainingUnstableError: too many steps in a row had to be skipped, or all measures failed and the last is to stop.
         """
-        incident = incidents.open_explosion()
         if self.record is None and incident is not None and self._switches_on(incident, row):
             self._begin(row, incident.clip)
         if row.poisoned:
             return self._skip(row) if self.policy.on_nonfinite != "ignore" else NOTHING
         if self.record is not None and self._effect.unlearned is not None:
-            self._spare(row.step, incidents)
+            self._spare(row.step)
         if self.record is not None:
-            self._go_further(row, incidents)
+            self._go_further(row, incident)
         skips = self._skips_in_a_row.get(row.optimizer, 0)
         if row.global_norm > self._skip_above and skips < self.policy.max_skips:
             self._skips_in_a_row[row.optimizer] = skips + 1
@@ -198,7 +199,7 @@ class Clipping:
         self._judged, self._judged_at, self._judged_level, self._promised = self.record, row.step, math.inf, 0.0
         self.further.begin()
 
-    def done(self, row: Row, decision: Decision, coefficient: float, incidents: Incidents) -> None:
+    def done(self, row: Row, decision: Decision, coefficient: float) -> None:
         """Take note of what was done to ``row``'s gradients; ``coefficient`` is norm after over norm before."""
         clipped = decision.clip is not None and coefficient < 1.0
         self.clipped += clipped
@@ -220,22 +221,25 @@ class Clipping:
         )
         if math.isfinite(norm) and not norm <= record.norm_before:
             record = replace(record, norm_before=norm, norm_after=0.0 if decision.skip else norm * coefficient)
-        self.record = record
-        incidents.record_clip(record)
+        self.record = self._changed = record
+
+    def take_changed(self) -> ClipRecord | None:
+        """Return the record that belongs to the open explosion, once after each change; else None."""
+        changed, self._changed = self._changed, None
+        return changed
 
     # Letting go.
 
-    def _spare(self, step: int, incidents: Incidents) -> None:
+    def _spare(self, step: int) -> None:
         """Let go at once: clipping does harm to the very steps that it clips."""
         assert self.record is not None
         unlearned, self._spared = self._effect.unlearned, max(self._spared, self._effect.largest_norm)
         record = replace(self.record, unlearned=unlearned, released_step=step, helped=False)
         record = replace(record, loss_after=self.history.loss_level(_LEVEL)[0], norm_before=self._spared)
-        self.record, self._looseness = None, 1.0
-        incidents.record_clip(record)
+        self.record, self._changed, self._looseness = None, record, 1.0
 
-    def may_let_go(self, step: int, calm: int) -> bool:
-        """True when the run, calm for ``calm`` steps, needs the clip no more; loosens it when it still bites."""
+    def try_to_let_go(self, step: int, calm: int) -> bool:
+        """Loosen a clip that still bites after ``calm`` calm steps; True when the run needs it no more."""
         if self.record is None:
             return calm >= self.policy.hold
         if min(calm, step - self._held_since) < self._hold:
@@ -296,7 +300,7 @@ class Clipping:
             return math.inf
         return SURGE * self._typical
 
-    def _go_further(self, row: Row, incidents: Incidents) -> None:
+    def _go_further(self, row: Row, incident: Incident | None) -> None:
         """Where the loss has not come down for ``patience`` steps: a lower threshold, then what else the policy allows.
 
         A clip that bites on most steps gives them all one length. Where they promised to lower the loss by more than all of
@@ -321,7 +325,6 @@ class Clipping:
             self._bounds = self._bounds.loosened(1 / 2)
             self.record = replace(self.record, clip=str(self._bounds))
         elif self.further.left and not well:
-            incident = incidents.open_explosion()
             began = incident.opened_step if incident is not None else self.record.from_step
             done = self.further.go_on(row, began, self._well_below, level)
             self.record = replace(self.record, measures=(*self.record.measures, done))

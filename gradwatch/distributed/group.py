@@ -50,8 +50,8 @@ from gradwatch.records import Culprits, CulpritSign
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from gradwatch.measure.gradients import Measured
     from gradwatch.measure.layers import Layers
+    from gradwatch.measure.measured_gradients import Measured
     from gradwatch.measure.sampling import Sample
 
 _PATIENCE = 30.0  # seconds that the first step waits for the other processes to watch as well

@@ -6,7 +6,6 @@ pinned memory; an event tells when it has arrived, a few steps later. What must 
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,14 +21,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from gradwatch.autoclip.policy import Orders
 
 RING = 64  # rows under way at most: a host that is further ahead waits for the oldest
 LAG = 8  # steps after which each of several processes reads a row, so that all decide alike
 PATIENCE = 10  # steps in a row that a gradient scaler may leave out before one is judged
-_WINSOR = math.log(4.0)
-_RATE = 1.0 - 0.5 ** (1.0 / 64)
-_SETTLED = 8  # norms before which nothing is a surge
 
 
 def reading_is_free(device: torch.device) -> bool:
@@ -129,33 +124,3 @@ class Ring:
                 return
             self._under_way.popleft()
             yield facts, Table(self._layers, self._processes, self._host[place].double().numpy().copy())
-
-
-class Gate:
-    """Decides about a step that no rule has seen yet: whether its gradients surge, whether they may be used at all.
-
-    Keeps the typical global norm ``b`` on the device as `gradwatch.history.statistics.Typical` does on the host: an exponential
-    average of logs, moved by at most log 4 a step, that takes no zero, NaN or Inf.
-    """
-
-    def __init__(self, home: torch.device) -> None:
-        self.home = home
-        self._log = torch.zeros((), dtype=precise(home), device=home)
-        self._seen = torch.zeros((), dtype=precise(home), device=home)
-
-    def fires(self, norm: Tensor, loss: Tensor, orders: Orders) -> Tensor:
-        """Return whether this step surges: far beyond the usual, or beyond it beside a loss that suffers. Bool, 0-dim.
-
-        ``loss`` is NaN where none was seen: then nothing speaks for the run.
-        """
-        surge = torch.where(self._seen >= _SETTLED, norm * torch.exp(-self._log), 0.0)
-        return (surge > orders.far) | ((surge > orders.surge) & ~(loss <= orders.loss_ceiling))
-
-    def learn(self, norm: Tensor) -> None:
-        """Let the typical norm follow."""
-        log = torch.log(norm)
-        use = torch.isfinite(log)
-        self._seen += use
-        step = torch.where(use, log - self._log, 0.0)
-        step = torch.where(self._seen > 1, step.clamp(-_WINSOR, _WINSOR), step)
-        self._log += step * torch.clamp(1.0 / self._seen.clamp(min=1.0), min=_RATE)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from gradwatch.history.columns import widened
+from gradwatch.history.schedule import cadence
 from gradwatch.measure.norms import NormPlan, fingerprint, has_units, live_units, look_closer, on_device
 from gradwatch.measure.packed_row import CHANGED, DEAD, WEIGHT
 from gradwatch.measure.wrappers import local_of
-from gradwatch.probe.fast_path import cadence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradwatch.measure.device import Slot, Unread
-    from gradwatch.measure.gradients import Measured
     from gradwatch.measure.layers import Layers
+    from gradwatch.measure.measured_gradients import Measured
     from gradwatch.measure.packed_row import Numbers
-    from gradwatch.probe.deferred_rows import Parts
     from gradwatch.records import Floats
 
 _FIRST_ROWS = 32  # weights are sampled on each of them
@@ -32,6 +31,14 @@ _WATCHED_ROWS = 45  # the last of the first censuses is among them
 _CENSUS_EVERY = 61  # odd, as the first censuses are even and odd: parts of a model that take turns are all seen
 _FIRST_CENSUSES = frozenset((5, 10, 17, 24, 33, 44))
 _ROUND = 4  # censuses of a layer after which a unit without any gradient is called dead
+
+
+@dataclass(slots=True)
+class Parts:
+    """`Ranks.share` and `Ranks.part` on the device."""
+
+    share: Tensor
+    part: Tensor
 
 
 @dataclass(slots=True)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import gc
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
-
-if TYPE_CHECKING:
-    import torch
 
 _IN_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _ELSEWHERE = {
@@ -137,3 +135,11 @@ def unmeasurable(model: nn.Module | None = None, optimizer: Optimizer | None = N
         if hasattr(parameter, "main_grad"):
             return _ELSEWHERE["megatron"]
     return None
+
+
+def version_of(gradient: Tensor) -> int:
+    """Return how often a tensor was changed in place; one made under `torch.inference_mode` does not count."""
+    if type(gradient) is torch.Tensor:
+        return 0 if gradient.is_inference() else gradient._version
+    part = getattr(gradient, "_local_tensor", None)  # which FSDP2 changes behind the back of the whole
+    return sum(one._version for one in (gradient, part) if one is not None and not one.is_inference())

@@ -15,10 +15,10 @@ from gradwatch.probe.backwards import Backward, has_changed, losses_of, paramete
 if TYPE_CHECKING:
     from torch import nn
 
-    from gradwatch.measure.gradients import Gradients
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.coming import Loss, Root
     from gradwatch.probe.gradient_hooks import Arrivals
+    from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.owners import Owners
     from gradwatch.probe.patches import Run
 

@@ -13,15 +13,15 @@ from torch import nn
 
 from gradwatch.measure import device
 from gradwatch.measure.norms import norm_of
-from gradwatch.measure.wrappers import flat_modules, unreduced
+from gradwatch.measure.wrappers import flat_modules, unreduced, version_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
-    from gradwatch.measure.gradients import Gradients
     from gradwatch.probe.coming import Loss
+    from gradwatch.probe.gradients import Gradients
 
     Before = list[tuple[Tensor, int] | None]
     Version = Callable[[Tensor], int]
@@ -115,14 +115,6 @@ class Backward:
 def _gradients_of(owner: Gradients, version: Version) -> Before:
     """Return each gradient that exists with the number of its changes in place."""
     return [None if (g := one.grad) is None else (g, version(g)) for one in owner.parameters]
-
-
-def version_of(gradient: Tensor) -> int:
-    """Return how often a tensor was changed in place; one made under `torch.inference_mode` does not count."""
-    if type(gradient) is torch.Tensor:
-        return 0 if gradient.is_inference() else gradient._version
-    part = getattr(gradient, "_local_tensor", None)  # which FSDP2 changes behind the back of the whole
-    return sum(one._version for one in (gradient, part) if one is not None and not one.is_inference())
 
 
 def has_changed(owner: Gradients, before: Before, version: Version | None) -> bool:

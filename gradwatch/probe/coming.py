@@ -14,17 +14,15 @@ import torch
 
 from gradwatch.history.columns import widened
 from gradwatch.measure.device import Unread, joined, precise
-from gradwatch.measure.gradients import Measured, assembled
+from gradwatch.measure.measured_gradients import Measured, assembled
 from gradwatch.measure.norms import norm_tensor, on_device
-from gradwatch.probe.backwards import version_of
+from gradwatch.measure.wrappers import version_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor, nn
-
-    from gradwatch.measure.gradients import Gradients
 
     Loss = float | Tensor  # a tensor where its number would have to be waited for
     Root = tuple[Loss, frozenset[int] | None]
@@ -185,12 +183,10 @@ class Coming:
         self.roots, self.before_clip = list(other.roots), other.before_clip
 
     def part(
-        self, owned: Gradients, columns: frozenset[int], layers: int, parameters: Sequence[nn.Parameter]
+        self, with_gradient: frozenset[int], columns: frozenset[int], layers: int, parameters: Sequence[nn.Parameter]
     ) -> Coming:
-        """Return what is known of some columns, which belong to ``parameters``; ``owned`` is whose coming step this is."""
+        """Return what is known of some columns, which belong to ``parameters``; ``with_gradient`` are those that have one."""
         part = Coming()
-        there = [parameter.grad is not None for parameter in owned.parameters]
-        with_gradient = frozenset(owned.columns[there].tolist())
         for loss, reached in self.roots:
             shared = (with_gradient if reached is None else reached) & columns
             if shared:

@@ -18,8 +18,7 @@ from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
 from gradwatch.errors import PeerError
 from gradwatch.measure.checkpoints import buffers_are_bad
-from gradwatch.measure.device import LAG, PATIENCE, Gate, Ring, Slot, Unread, precise
-from gradwatch.measure.gradients import zero_where
+from gradwatch.measure.device import LAG, PATIENCE, Ring, Slot, Unread, precise
 from gradwatch.measure.norms import on_device
 from gradwatch.measure.packed_row import (
     AFTER,
@@ -43,6 +42,9 @@ from gradwatch.measure.packed_row import (
     SQUARE,
     Numbers,
 )
+from gradwatch.measure.sampling import Parts
+from gradwatch.probe.gradients import zero_where
+from gradwatch.probe.surge_detector import Gate
 from gradwatch.records import Provenance, Row
 
 if TYPE_CHECKING:
@@ -54,21 +56,13 @@ if TYPE_CHECKING:
 
     from gradwatch.clips import Clip
     from gradwatch.distributed.group import Ranks, Word
-    from gradwatch.measure.gradients import Gradients
     from gradwatch.measure.layers import Layers
     from gradwatch.measure.sampling import Sample, Sampling
+    from gradwatch.probe.gradients import Gradients
     from gradwatch.records import Clipped, Family, Floats, LossSource, Source
 
 
 _PATTERNS = 64  # of layers with a gradient, whose indices are kept on the device
-
-
-@dataclass(slots=True)
-class Parts:
-    """`Ranks.share` and `Ranks.part` on the device."""
-
-    share: Tensor
-    part: Tensor
 
 
 @dataclass(slots=True)
@@ -298,7 +292,8 @@ class Later:
             return None
         fires = None
         if orders.reserve is not None:
-            fires = mine.gate.fires(norm, slot.singles[LOSS] / slot.singles[LOSSES], orders)
+            loss = slot.singles[LOSS] / slot.singles[LOSSES]
+            fires = mine.gate.fires(norm, loss, limit=orders.surge, far=orders.far, loss_ceiling=orders.loss_ceiling)
         mine.gate.learn(norm)
         return fires
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import operator
 import weakref
-from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
-from gradwatch.measure.gradients import Gradients, Measured
+from gradwatch.measure.measured_gradients import Measured
 from gradwatch.measure.norms import global_norm_of, norm_of
 from gradwatch.probe.coming import BeforeClip
 
@@ -25,39 +24,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.schedule import Bounds
+    from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.loss_source import Losses
-    from gradwatch.probe.step_recorder import Rows
     from gradwatch.records import Floats, LossSource
-
-_SETTLED = 512  # rows after which a run that is well is looked at half as often
-
-
-def cadence(row: int) -> int:
-    """Return every how many rows all rules judge and the weights are sampled, while nothing stirs, ``row`` rows in."""
-    return 16 if row < _SETTLED else 32
-
 
 _LARGEST = float(np.finfo(np.float64).max)
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What the coming rows may be and still go unjudged.
-
-    Args:
-        history: what they are noted in.
-        rows: how many they may be.
-        grad_norm: their largest gradient norms, shape (L,).
-        loss: their largest loss.
-        until: when a report is due, in seconds of `perf_counter`.
-    """
-
-    history: History
-    rows: int
-    grad_norm: Floats
-    loss: float
-    until: float = math.inf
+Passed = Literal["not", "with alarm", "resting", "noted"]
 
 
 class Quiet:
@@ -172,31 +147,29 @@ class Quiet:
         count = len(norms)
         return bool(np.count_nonzero(norms <= self._band) == count and np.count_nonzero(norms) == count)
 
-    def take(self, optimizer: Optimizer, rows: Rows, losses: Losses) -> bool:
-        """Note this step's row; False when it has to go the long way, with nothing changed."""
+    def take(self, optimizer: Optimizer, step: int, losses: Losses) -> Passed:
+        """Note the row of this ``step``, or let it rest; where it has to go the long way, nothing is changed."""
         mine = self.mine
         if optimizer is not self.optimizer() or losses.scaler is not None:
-            return False
+            return "not"
         if self.resting:
             if not self._sentinel_is_well(losses):
-                rows.alert = True
-                return False
+                return "with alarm"
             mine.steps += 1
-            rows.step += 1
             self._used(losses)
-            return True
+            return "resting"
         loss, source = losses.read(self.mine.coming, None)
         expected = source == self._loss_source and (loss <= self._loss or source == "none")
         if not self._left or not expected or perf_counter() > self._until or mine.is_stale(optimizer):
-            return False
+            return "not"
         norms, coefficient = (self._clipped_norms(), self._coefficient) if self._clipped else (self._measured(), 1.0)
         if norms is None or not coefficient > 0:
-            return False
+            return "not"
         self._left -= 1
         mine.steps += 1
-        self._history.note(rows.count(), loss, norms, self._columns, coefficient)
+        self._history.note(step, loss, norms, self._columns, coefficient)
         self._used(losses)
-        return True
+        return "noted"
 
     def _used(self, losses: Losses) -> None:
         if losses.given:

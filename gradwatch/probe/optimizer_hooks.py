@@ -1,33 +1,35 @@
-"""The one process-wide pair of optimizer hooks that serves all probes, and what torch has no hook for: around a step."""
+"""The one process-wide pair of optimizer hooks that serves all probes."""
 
 from __future__ import annotations
 
-import sys
 import weakref
-from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch.measure import device
-from gradwatch.probe.patches import let_out, tell
+from gradwatch.probe.patches import Listener, let_out, tell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import CellType
-
+    from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
-    from gradwatch.probe.probe import Probe
 
-# torch's function around the step of every class of optimizers: it calls the hooks, and between them ``func``
-_STEP: Any = Optimizer.profile_hook_step(lambda _: None).__code__
+class StepListener(Listener, Protocol):
+    """What the hooks tell, beside what patches tell."""
 
-_FUNC: int = _STEP.co_freevars.index("func") if "func" in _STEP.co_freevars else -1
+    def captured(self) -> None:
+        """A step is captured into a CUDA graph, which replays it without asking anybody."""
 
-_probes: tuple[weakref.ref[Probe], ...] = ()
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """An optimizer is about to step; return other arguments for it, or None."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """It has."""
+
+
+_probes: tuple[weakref.ref[StepListener], ...] = ()
 _handles: list[RemovableHandle] = []
 
 
@@ -69,7 +71,7 @@ def _after_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         raise meant
 
 
-def listen(probe: Probe) -> None:
+def listen(probe: StepListener) -> None:
     """Tell ``probe`` of every optimizer step in this process; it is held weakly."""
     global _probes  # noqa: PLW0603  it is one for the process
     if not _handles:
@@ -79,7 +81,7 @@ def listen(probe: Probe) -> None:
     _probes += (weakref.ref(probe),)
 
 
-def unlisten(probe: Probe) -> None:
+def unlisten(probe: StepListener) -> None:
     """Tell it no more; the last one to leave takes the hooks away."""
     global _probes  # noqa: PLW0603
     _probes = tuple(ref for ref in _probes if ref() not in (None, probe))
@@ -87,74 +89,3 @@ def unlisten(probe: Probe) -> None:
         for handle in _handles:
             handle.remove()
         _handles.clear()
-
-
-class Around:
-    """Something to be done around one call of an optimizer's step; see `around`.
-
-    Attributes: ``under_way`` is True during that call; ``begin_error`` and ``end_error`` are what was raised, which never
-    reaches the training.
-    """
-
-    def __init__(self, cell: CellType, optimizer: Optimizer, begin: Callable[[], Any], end: Callable[[], Any]) -> None:
-        self._cell, self._step = cell, cell.cell_contents
-        self._optimizer, self._thread = weakref.ref(optimizer), get_ident()
-        # in a step that is compiled Dynamo would trace them too
-        disable: Any = torch.compiler.disable
-        self._do: tuple[Callable[[], Any], Callable[[], Any]] | None = (disable(begin), disable(end))
-        self.under_way = False
-        self.begin_error: Exception | None = None
-        self.end_error: Exception | None = None
-        cell.cell_contents = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Be the step, for once."""
-        step, do = self._step, self._do
-        if do is None or not args or args[0] is not self._optimizer() or get_ident() != self._thread:
-            return step(*args, **kwargs)
-        self.under_way = True
-        try:
-            self.begin_error = _error_of(self.remove) or _error_of(do[0])
-            return step(*args, **kwargs)
-        finally:
-            self._do, self.under_way = None, False
-            self.end_error = _error_of(do[1])
-
-    def remove(self) -> None:
-        """Do nothing from now on, and give torch its function back, unless somebody else has put theirs on top."""
-        self._do = None
-        while isinstance(top := self._cell.cell_contents, Around) and top._do is None:
-            self._cell.cell_contents = top._step
-
-
-def _error_of(do: Callable[[], Any]) -> Exception | None:
-    """Do it, and return what it raised."""
-    try:
-        do()
-    except Exception as error:
-        return error
-    return None
-
-
-def around(optimizer: Optimizer, begin: Callable[[], Any], end: Callable[[], Any]) -> Around | None:
-    """Call ``begin`` and ``end`` around the step that is about to be made, ``end`` also when it raises.
-
-    To be called from the hook before it. Torch's own hook after a step is not called when the step raises, and between the two
-    come the user's hooks, which shall see their gradients and parameters. So, for one call, the function that torch's
-    wrapper of the step calls is another. Returns None where that cannot be found, as in a step that is compiled.
-    """
-    frame: Any = sys._getframe()
-    while frame is not None and frame.f_code is not _STEP:
-        frame = frame.f_back
-    if frame is None or frame.f_locals.get("self") is not optimizer or _FUNC < 0:
-        return None
-    running = frame.f_locals.get("func")
-    for kind in type(optimizer).__mro__:
-        step = vars(kind).get("step")
-        while step is not None:
-            if getattr(step, "__code__", None) is _STEP:
-                cell = step.__closure__[_FUNC]
-                if cell.cell_contents is running:
-                    return Around(cell, optimizer, begin, end)
-            step = getattr(step, "__wrapped__", None)
-    return None

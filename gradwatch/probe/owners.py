@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
-from gradwatch.measure.gradients import Gradients
 from gradwatch.probe.coming import Coming, united
+from gradwatch.probe.gradients import Gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -171,7 +171,7 @@ class Owners:
     def _hand_over(self, before: list[Gradients], mine: Gradients) -> None:
         columns, layers = frozenset(mine.columns.tolist()), len(self._layers)
         knowing = [one for one in before if one.coming.roots or one.coming.before_clip is not None]
-        parts = [one.coming.part(one, columns, layers, mine.parameters) for one in knowing]
+        parts = [one.coming.part(one.columns_with_gradient(), columns, layers, mine.parameters) for one in knowing]
         mine.coming.take_over(united(parts, layers, mine.parameters))
 
     def _forgetter(self, key: int) -> Callable[[weakref.ref[Optimizer]], None]:

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.measure.device import Unread
-    from gradwatch.measure.gradients import Gradients, Measured
     from gradwatch.measure.layers import Layers
+    from gradwatch.measure.measured_gradients import Measured
     from gradwatch.probe.coming import Loss, Root
     from gradwatch.probe.fast_path import Quiet
+    from gradwatch.probe.gradients import Gradients
+    from gradwatch.probe.judge import Judge
     from gradwatch.probe.patches import Run
-    from gradwatch.probe.step_recorder import Judge
     from gradwatch.records import Family, Floats, Source
 
 _STEPS = torch.optim.Optimizer.profile_hook_step.__code__.co_filename  # where torch wraps each step
@@ -279,7 +280,7 @@ class Probe:
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # noqa: FBT003
         try:
-            if not quiet.take(optimizer, self.rows, self.losses):
+            if not self.rows.pass_quietly(optimizer):
                 return False
             self._note_backwards()
             self.rows.skipping.made()

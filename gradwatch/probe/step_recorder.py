@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,84 +22,27 @@ from gradwatch.errors import PeerError, TrainingUnstableError
 from gradwatch.measure import device
 from gradwatch.measure.checkpoints import buffers_are_bad
 from gradwatch.measure.device import Unread, joined
-from gradwatch.measure.gradients import Gradients, Measured, assembled
 from gradwatch.measure.layers import left_out
+from gradwatch.measure.measured_gradients import Measured, assembled
 from gradwatch.measure.packed_row import BUFFER_BAD, FLAGS
 from gradwatch.measure.sampling import Sample, Sampling
 from gradwatch.probe import patches as taps
 from gradwatch.probe.coming import BeforeClip
 from gradwatch.probe.deferred_rows import Facts, Later
 from gradwatch.probe.fast_path import Quiet
+from gradwatch.probe.skipping import Skipping
 from gradwatch.records import Clipped, Culprits, Family, LossSource, Provenance, Row, Source
-from gradwatch.skipping.skipping import Skipping
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from gradwatch.autoclip.policy import Orders
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.coming import Coming
-    from gradwatch.probe.fast_path import Bounds
     from gradwatch.probe.gradient_hooks import Arrivals
+    from gradwatch.probe.gradients import Gradients
+    from gradwatch.probe.judge import Judge
     from gradwatch.probe.loss_source import Losses
     from gradwatch.records import Floats
-
-
-class Judge(Protocol):
-    """Whom rows are reported to: the monitor."""
-
-    def optimizer_found(self, optimizer: Optimizer) -> None:
-        """An optimizer of the watched parameters is about to make its first step."""
-
-    def judge(self, row: Row) -> Decision:
-        """Take a row; say what to do with its gradients. `done` follows, unless that is nothing."""
-
-    def startled(self, row: Row) -> bool:
-        """Say whether a row is out of the ordinary, before it is judged."""
-
-    def bounds(self) -> Bounds | None:
-        """Say what the coming rows may be and still go unjudged; None: all are judged."""
-
-    def may_skip(self) -> bool:
-        """Say whether a step may ever be left out."""
-
-    def orders(self) -> Orders | None:
-        """Say what to do with a step before it is known; None: only watch it."""
-
-    def done(self, row: Row, decision: Decision, coefficient: float) -> None:
-        """Take note of what was done to them."""
-
-    def settings(self) -> dict[str, str]:
-        """Return all that decides what is measured, judged and done, to be compared between processes."""
-
-    def together(self, lag: int) -> None:
-        """Take note that several processes decide together, who know of each other's failures ``lag`` rows later; 0: no more."""
-
-    def said(self) -> tuple[int, int]:
-        """Return the rules that failed here, a bit for each, and a number of what was decided so far."""
-
-    def switch_off(self, rules: int) -> None:
-        """Switch off the rules that failed in any process."""
-
-    def disarm(self, reason: str) -> None:
-        """Only watch from here on, and say why."""
-
-    @property
-    def own_clip(self) -> bool:
-        """True where auto-clip is by a clip of the user's own."""
-
-    @property
-    def may_clip(self) -> bool:
-        """True while a clip of the user's own may act, which may fail in one process alone."""
-
-    def grown(self, layers: Layers) -> None:
-        """Parameters were added to the model or replaced."""
-
-    def note(self, text: str) -> None:
-        """Say once what cannot be done."""
-
-    def failed(self, part: str, error: Exception) -> None:
-        """Take note of an error inside gradwatch; raises it when strict."""
 
 
 class Rows:
@@ -349,11 +292,19 @@ class Rows:
         """The number of rows so far."""
         return self._sampling.rows
 
-    def count(self) -> int:
-        """Return the number of a row that goes the short way."""
-        self._sampling.count()
-        step, self.step = self.step, self.step + 1
-        return step
+    def pass_quietly(self, optimizer: Optimizer) -> bool:
+        """Record a step the short way, while nothing stirs; False, with nothing changed, where it has to go the long way."""
+        quiet = self.quiet
+        if quiet is None:
+            return False
+        passed = quiet.take(optimizer, self.step, self._losses)
+        if passed == "noted":
+            self._sampling.count()
+        elif passed != "resting":
+            self.alert = self.alert or passed == "with alarm"
+            return False
+        self.step += 1
+        return True
 
     def _row(
         self,

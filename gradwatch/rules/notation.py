@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from gradwatch.records import Floats
-    from gradwatch.rules.base import Rule
 
 _WORD = re.compile(
     r"(?P<start>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?)(?:(?P<way>[*+])(?P<by>[-\d.e]+))?(?:x(?P<count>\d+))?"
@@ -100,21 +99,6 @@ class Case:
                 yield _row(step, losses[min(step, len(losses) - 1)], now, applied, self)
 
         return history, written()
-
-    def fired(self, rule: Rule) -> int | None:
-        """Run the rule over the case as the pipeline would; return the step of its first alarm."""
-        from gradwatch.verdict.alarms import Alarms  # a case is run through the real state machine
-
-        history, rows = self.rows()
-        alarms = Alarms((rule,), history.layers)
-        with quiet_numpy():
-            for row in rows:
-                history.push(row)
-                changes = alarms.update(history, row.step)
-                history.learn()
-                if any(change.state == "firing" for change in changes):
-                    return row.step
-        return None
 
 
 def _row(step: int, loss: float, now: dict[str, Floats], applied: float, case: Case) -> Row:

@@ -14,7 +14,7 @@ import torch
 
 from gradwatch.errors import words_of
 from gradwatch.measure.wrappers import is_dtensor
-from gradwatch.probe import optimizer_hooks as hooks
+from gradwatch.skipping.around import Around, around
 from gradwatch.skipping.snapshot import Snapshot, Unreadable
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Skip:
     def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._model = weakref.ref(model) if model is not None else lambda: None
-        self._around: hooks.Around | None = None
+        self._around: Around | None = None
         self._told: Told | None = None
         self._snapshot: Snapshot | None = None
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
@@ -66,7 +66,7 @@ class Skip:
         assert optimizer is not None
         self._told, self._reason = told, ""
         begin = self._hide if is_torchs(optimizer) else self._begin
-        self._around = hooks.around(optimizer, begin, self.end)
+        self._around = around(optimizer, begin, self.end)
         if self._around is None:  # `end` comes with the hook after the step
             begin()
 
@@ -81,7 +81,7 @@ class Skip:
         assert optimizer is not None
         if is_torchs(optimizer):
             return
-        self._around = hooks.around(optimizer, self._before_closure, self.end)
+        self._around = around(optimizer, self._before_closure, self.end)
         if self._around is None:
             self._before_closure()
 

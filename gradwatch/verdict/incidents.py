@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from gradwatch.verdict.suspects import Suspects
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from gradwatch.autoclip.engine import Clipping
     from gradwatch.history.ring import History
     from gradwatch.records import Floats
 
@@ -60,24 +59,37 @@ class _Story:
     findings: list[str] = field(default_factory=list)
 
 
+class Treatment(Protocol):
+    """What is done about an explosion, and keeps its incident open."""
+
+    def relapses(self, step: int) -> bool:
+        """True where an explosion at ``step`` is the last one come back."""
+
+    def try_to_let_go(self, step: int, calm: int) -> bool:
+        """Do less, after ``calm`` calm steps; True when the run needs nothing more."""
+
+    def let_go(self, step: int) -> ClipRecord | None:
+        """The incident closes: end, and return what was done."""
+
+
 class Incidents:
     """The incidents of a run, in opening order (`all`: the last 1,000), and the state behind the open ones.
 
     Args:
         history: read for the order of layers, the loss and the model's facts.
         calm_steps: steps without a firing alarm after which an incident closes.
-        clipping: auto-clip, which keeps the explosion open until it has let go.
+        treatment: what is done about an explosion, which keeps it open until it has let go; None: nothing is.
     """
 
     def __init__(
         self,
         history: History,
         calm_steps: int = CALM_STEPS,
-        clipping: Clipping | None = None,
+        treatment: Treatment | None = None,
     ) -> None:
         self._history = history
         self._calm_steps = calm_steps
-        self._clipping = clipping
+        self._treatment = treatment
         self._suspects = Suspects(history)
         self._stories: dict[str, _Story] = {}
         self._order: list[str] = []
@@ -210,7 +222,7 @@ class Incidents:
         )
 
     def _relapses(self, step: int) -> bool:
-        return self._clipping is not None and self._clipping.relapses(step)
+        return self._treatment is not None and self._treatment.relapses(step)
 
     def _far_beyond(self, signs: Iterable[Alarm]) -> bool:
         """A surge so large that it speaks for itself: in some layers only, or while the loss is up.
@@ -234,9 +246,9 @@ class Incidents:
         return not (settled and bool((history.surge() > _STILL).any()))
 
     def _over(self, name: str, step: int, calm: int) -> bool:
-        if self._clipping is None or name != "explosion":
+        if self._treatment is None or name != "explosion":
             return calm >= self._calm_steps
-        return self._clipping.may_let_go(step, calm)
+        return self._treatment.try_to_let_go(step, calm)
 
     def _tell(self, story: _Story, step: int) -> Incident | None:
         """Bring the incident up to date with its signs; return it when its headline is another one."""
@@ -307,7 +319,7 @@ class Incidents:
             and "confirming" not in {s.sign for s in story.incident.signs}
         ):
             kind = "spike"
-        clip = self._clipping.let_go(step) if self._clipping is not None and name == "explosion" else None
+        clip = self._treatment.let_go(step) if self._treatment is not None and name == "explosion" else None
         closed = replace(
             story.incident, kind=kind, verdict="resolved", closed_step=step, clip=clip or story.incident.clip
         )

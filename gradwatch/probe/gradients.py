@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from gradwatch.measure.device import Gate, Unread, precise
+from gradwatch.measure.device import Unread, precise
 from gradwatch.measure.layers import family_of
+from gradwatch.measure.measured_gradients import Measured
 from gradwatch.measure.norms import NormPlan, code_of, global_norm_of, look_closer, unfit
 from gradwatch.measure.wrappers import is_dtensor, local_of, summed
 from gradwatch.skipping.skip import Skip
@@ -24,58 +24,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.probe.coming import Coming
+    from gradwatch.probe.surge_detector import Gate
     from gradwatch.records import Family, Floats
 
 
 _ABSENT = object()  # an attribute that was not there
-
-
-@dataclass(slots=True)
-class Measured:
-    """Gradients of one moment. ``norms`` has shape (L,), NaN where there is no gradient; so has ``nonfinite``."""
-
-    gradients: list[Tensor]
-    columns: NDArray[np.intp]
-    norms: Floats
-    global_norm: float
-    nonfinite: NDArray[np.uint8] | None = None
-    counts: dict[int, tuple[int, int]] | None = None
-
-    def only(self, columns: NDArray[np.intp]) -> Measured:
-        """Return what was measured of these layers."""
-        there = np.isin(self.columns, columns)
-        if there.all():
-            return self
-        norms = np.full(len(self.norms), np.nan)
-        kept = self.columns[there]
-        norms[kept] = self.norms[kept]
-        gradients = [
-            g for g, mine in zip(self.gradients, there, strict=False) if mine
-        ]  # none, where only norms are kept
-        measured = Measured(gradients, kept, norms, global_norm_of(norms[kept]))
-        counts = {column: count for column, count in (self.counts or {}).items() if column in kept}
-        if counts and self.nonfinite is not None:
-            measured.nonfinite, measured.counts = (
-                np.where(np.isin(np.arange(len(norms)), kept), self.nonfinite, 0),
-                counts,
-            )
-        return measured
-
-
-def assembled(parts: Sequence[Measured], layers: int) -> Measured:
-    """Return the gradients of one backward as one, from parts that no longer exist as tensors."""
-    columns = np.concatenate([part.columns for part in parts])
-    norms = np.full(layers, np.nan)
-    for part in parts:
-        norms[part.columns] = part.norms[part.columns]
-    whole = Measured([], columns, norms, global_norm_of(norms[columns]))
-    codes = [part.nonfinite for part in parts if part.nonfinite is not None]
-    if codes:
-        whole.nonfinite = np.zeros(layers, dtype=np.uint8)
-        for code in codes:
-            whole.nonfinite[: len(code)] |= code
-        whole.counts = {column: count for part in parts for column, count in (part.counts or {}).items()}
-    return whole
 
 
 class Gradients:
@@ -209,6 +162,10 @@ class Gradients:
     def with_gradient(self) -> list[nn.Parameter]:
         """Return the parameters that `present` returned the gradients of."""
         return [parameter for parameter in self.parameters if parameter.grad is not None]
+
+    def columns_with_gradient(self) -> frozenset[int]:
+        """Return the columns of the same."""
+        return frozenset(self.columns[[parameter.grad is not None for parameter in self.parameters]].tolist())
 
     def _parts(self) -> list[Tensor]:
         """Return this process's part of each gradient that exists; what is only a summand is summed first, in place."""

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradwatch.autoclip.policy import Decision
-    from gradwatch.measure.gradients import Gradients
     from gradwatch.measure.layers import Layers
-    from gradwatch.probe.step_recorder import Judge
+    from gradwatch.probe.gradients import Gradients
+    from gradwatch.probe.judge import Judge
     from gradwatch.records import Row, Source
 
 NOT_FUSED = "on a device, only a fused optimizer can leave out a step"

@@ -1,0 +1,66 @@
+"""The norms of one moment's gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.measure.norms import global_norm_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from gradwatch.records import Floats
+
+
+@dataclass(slots=True)
+class Measured:
+    """Gradients of one moment. ``norms`` has shape (L,), NaN where there is no gradient; so has ``nonfinite``."""
+
+    gradients: list[Tensor]
+    columns: NDArray[np.intp]
+    norms: Floats
+    global_norm: float
+    nonfinite: NDArray[np.uint8] | None = None
+    counts: dict[int, tuple[int, int]] | None = None
+
+    def only(self, columns: NDArray[np.intp]) -> Measured:
+        """Return what was measured of these layers."""
+        there = np.isin(self.columns, columns)
+        if there.all():
+            return self
+        norms = np.full(len(self.norms), np.nan)
+        kept = self.columns[there]
+        norms[kept] = self.norms[kept]
+        gradients = [
+            g for g, mine in zip(self.gradients, there, strict=False) if mine
+        ]  # none, where only norms are kept
+        measured = Measured(gradients, kept, norms, global_norm_of(norms[kept]))
+        counts = {column: count for column, count in (self.counts or {}).items() if column in kept}
+        if counts and self.nonfinite is not None:
+            measured.nonfinite, measured.counts = (
+                np.where(np.isin(np.arange(len(norms)), kept), self.nonfinite, 0),
+                counts,
+            )
+        return measured
+
+
+def assembled(parts: Sequence[Measured], layers: int) -> Measured:
+    """Return the gradients of one backward as one, from parts that no longer exist as tensors."""
+    columns = np.concatenate([part.columns for part in parts])
+    norms = np.full(layers, np.nan)
+    for part in parts:
+        norms[part.columns] = part.norms[part.columns]
+    whole = Measured([], columns, norms, global_norm_of(norms[columns]))
+    codes = [part.nonfinite for part in parts if part.nonfinite is not None]
+    if codes:
+        whole.nonfinite = np.zeros(layers, dtype=np.uint8)
+        for code in codes:
+            whole.nonfinite[: len(code)] |= code
+        whole.counts = {column: count for part in parts for column, count in (part.counts or {}).items()}
+    return whole
