@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 import numpy as np
 import torch
 
-from gradwatch.autoclip.policy import NOTHING
+from gradwatch.autoclip.decision import NOTHING
+from gradwatch.autoclip.engine import Clipping
 from gradwatch.autoclip.suggest import Suggestion, suggest
 from gradwatch.distributed.agreement import settings_of
 from gradwatch.errors import TrainingUnstableError, UsageError, words_of
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from gradwatch.autoclip.policy import AutoClip, Decision, Orders
+    from gradwatch.autoclip.decision import Decision, Orders
+    from gradwatch.autoclip.policy import AutoClip
     from gradwatch.history.schedule import Bounds
     from gradwatch.records import Alarm, Incident, Row
     from gradwatch.reports import Report
@@ -72,7 +74,8 @@ class Monitor:
         facts = facts_of(model, layers, str(policy.clip) if policy else None)
         self.history.facts = replace(facts, clips_always=policy is not None and policy.when == "always")
         self._batch: Any = None
-        self._pipeline = Pipeline(self.history, rules, policy, reports, self.failed)
+        clipping = Clipping(policy, self.history) if policy is not None else None
+        self._pipeline = Pipeline(self.history, rules, clipping, reports, self.failed)
         if self._pipeline.clipping is not None:
             self._pipeline.clipping.damage = self._damage
         pace = {"every": 1, "budget": every.share} if isinstance(every, Budget) else {"every": every, "budget": None}

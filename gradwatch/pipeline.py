@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.autoclip.engine import Clipping
-from gradwatch.autoclip.policy import NOTHING, AutoClip, Decision, Orders
+from gradwatch.autoclip.decision import NOTHING, Decision, Orders
 from gradwatch.history.columns import widened
 from gradwatch.history.schedule import Bounds, cadence
 from gradwatch.history.statistics import quiet_numpy
@@ -29,6 +28,7 @@ from gradwatch.verdict.suspects import LEFT_BAND
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from gradwatch.autoclip.engine import Clipping
     from gradwatch.history.columns import Columns
     from gradwatch.history.ring import History
     from gradwatch.reports import Report
@@ -48,7 +48,7 @@ class Pipeline:
     Args:
         history: the ring, made for the run's layers.
         rules: the rules to judge with.
-        policy: auto-clip, or None to only watch.
+        clipping: auto-clip, or None to only watch.
         reports: told of every change, and now and then in between.
         on_error: told of a part that raised; the part is switched off.
     """
@@ -57,15 +57,15 @@ class Pipeline:
         self,
         history: History,
         rules: Sequence[Rule],
-        policy: AutoClip | None,
+        clipping: Clipping | None,
         reports: Sequence[Report],
         on_error: Callable[[str, Exception], None],
     ) -> None:
         self.history = history
         self.alarms = Alarms(rules, history.layers, on_error)
-        self.clipping = Clipping(policy, history) if policy is not None else None
+        self.clipping = clipping
         self.incidents = Incidents(history, CALM_STEPS, self.clipping)
-        self.armed = policy is not None
+        self.armed = clipping is not None
         self.reports = list(reports)
         self.log: Recording | None = None
         self.changes: deque[Alarm] = deque(maxlen=2000)

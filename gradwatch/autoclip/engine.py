@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.autoclip.decision import NOTHING, Decision, Orders
 from gradwatch.autoclip.effect import ClipEffect
 from gradwatch.autoclip.escalation import SURGE, Escalation
 from gradwatch.autoclip.guard import WIDE, Guard
-from gradwatch.autoclip.policy import NOTHING, Decision, Orders
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.recurrence import usual_size
 from gradwatch.history.ring import SETTLED

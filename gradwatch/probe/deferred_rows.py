@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gradwatch.autoclip.policy import NOTHING, Decision, Orders
+from gradwatch.autoclip.decision import NOTHING, Decision, Orders
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
 from gradwatch.errors import PeerError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from gradwatch.autoclip.policy import Decision, Orders
+    from gradwatch.autoclip.decision import Decision, Orders
     from gradwatch.history.schedule import Bounds
     from gradwatch.measure.layers import Layers
     from gradwatch.records import Row

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from gradwatch.autoclip.policy import Decision
+    from gradwatch.autoclip.decision import Decision
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.judge import Judge

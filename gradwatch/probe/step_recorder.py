@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gradwatch.autoclip.policy import NOTHING, Decision
+from gradwatch.autoclip.decision import NOTHING, Decision
 from gradwatch.clips import Clip, Step
 from gradwatch.distributed.agreement import PACE, differences, told
 from gradwatch.distributed.group import Agreed, Local, Ranks, Unsupported, Word, find_ranks
