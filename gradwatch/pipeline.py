@@ -20,10 +20,11 @@ from gradwatch.history.columns import widened
 from gradwatch.history.schedule import Bounds, cadence
 from gradwatch.history.statistics import quiet_numpy
 from gradwatch.records import Alarm, Incident, Row, Snapshot
+from gradwatch.rules import GradientSurge
 from gradwatch.shutdown import Failure, all_done
 from gradwatch.verdict.alarms import Alarms
-from gradwatch.verdict.incidents import CALM_STEPS, FAR, Incidents
-from gradwatch.verdict.suspects import LEFT_BAND
+from gradwatch.verdict.incidents import Incidents
+from gradwatch.verdict.settings import VerdictSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ class Pipeline:
         clipping: auto-clip, or None to only watch.
         reports: told of every change, and now and then in between.
         on_error: told of a part that raised; the part is switched off.
+        verdict: the verdict's own limits; None: its defaults.
     """
 
     def __init__(
@@ -60,18 +62,20 @@ class Pipeline:
         clipping: Clipping | None,
         reports: Sequence[Report],
         on_error: Callable[[str, Exception], None],
+        verdict: VerdictSettings | None = None,
     ) -> None:
         self.history = history
+        self.verdict_settings = verdict or VerdictSettings()
         self.alarms = Alarms(rules, history.layers, on_error)
         self.clipping = clipping
-        self.incidents = Incidents(history, CALM_STEPS, self.clipping)
+        self.incidents = Incidents(history, rules, self.verdict_settings, self.clipping)
         self.armed = clipping is not None
         self.reports = list(reports)
         self.log: Recording | None = None
         self.changes: deque[Alarm] = deque(maxlen=2000)
         self.notes: list[str] = []
-        self._surge = next((rule.limit for rule in rules if rule.code == "GW301"), math.inf)
-        self._opening = frozenset(rule.code for rule in rules if rule.opens)
+        # auto-clip on a device is as ready for a surge where nobody wants to be told of one
+        self._surge = next(rule.limit for rule in (*rules, GradientSurge()) if rule.role == "surge")
         self._on_error = on_error
         self._news: tuple[Incident, ...] = ()
         self._band = np.full(len(history.layers), np.inf)
@@ -158,7 +162,7 @@ class Pipeline:
         if self.clipping is None or not self.armed:
             return None
         with quiet_numpy():
-            return self.clipping.orders(self._surge, FAR * self._surge)
+            return self.clipping.orders(self._surge, self.verdict_settings.far * self._surge)
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
         """Take note of what was done to the gradients."""
@@ -210,10 +214,10 @@ class Pipeline:
         if changes and self.log is not None:
             self._tell(self.log, "judged", changes)
         self.notes += [f"{alarm}." for alarm in changes if alarm.sign == "clip" and alarm.state == "firing"]
-        self._news += tuple(self.incidents.update(changes, self._opening, row.step))
+        self._news += tuple(self.incidents.update(changes, row.step))
         # a layer without a typical norm yet is looked at whenever it has a gradient
         typical = self.history.typical_grad
-        band = typical.value * np.maximum(LEFT_BAND, np.exp(4 * typical.scatter))
+        band = typical.value * np.maximum(self.verdict_settings.band, np.exp(4 * typical.scatter))
         self._band = np.nan_to_num(band, nan=0.0, posinf=np.inf)
         if row.has_loss:
             middle, spread = self.history.loss_level()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 Sign = Literal["subtle", "confirming", "growth", "numeric", "silent", "clip"]
+Role = Literal["", "surge", "jump", "update", "overshoot", "damage"]
 Kind = Literal["exploding", "spike", "nonfinite", "diverging", "vanishing", "stalled", "dead", "frozen", "clipping"]
 Severity = Literal["notice", "warning", "critical"]
 Verdict = Literal["suspected", "confirmed", "resolved"]

@@ -21,7 +21,7 @@ from gradwatch.pipeline import Pipeline
 from gradwatch.records import Alarm, Facts, Incident, NonFinite, Provenance, Row
 from gradwatch.rules import RULES, default_rules
 from gradwatch.rules.notation import Case
-from gradwatch.verdict.incidents import CALM_STEPS
+from gradwatch.verdict.settings import VerdictSettings
 from tests.trainings import mlp, train
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def test_no_series_makes_the_pipeline_raise_or_say_more_than_a_bounded_number_of
     layers = [f"layer{i}" for i in range(len(run[0][1]))]
     rows = [row_of(i, loss, np.array(g), np.array(w), family) for i, (loss, g, w) in enumerate(run)]
     pipeline = judged(rows, layers)
-    assert len(pipeline.incidents.all) <= STORIES * (1 + len(rows) // CALM_STEPS)
+    assert len(pipeline.incidents.all) <= STORIES * (1 + len(rows) // VerdictSettings().calm_steps)
     quickest = 1 + min(rule.keep_steps for rule in default_rules())
     assert len(pipeline.changes) <= len(RULES) * len(layers) * 2 * (1 + len(rows) // quickest)
     assert all(len(incident.advice) <= 4 for incident in pipeline.incidents.all)

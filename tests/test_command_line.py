@@ -11,6 +11,7 @@ import pytest
 
 from gradwatch.__main__ import main
 from gradwatch.rules import RULES
+from gradwatch.verdict.settings import VerdictSettings
 from tests import terminal
 
 
@@ -38,6 +39,13 @@ def test_explain_prints_a_rules_page(rule: type, capsys: pytest.CaptureFixture[s
     assert rule.code in out  # type: ignore[attr-defined]
     assert "When it is harmless" in out
     assert "\x1b" not in out
+
+
+def test_explain_prints_the_verdicts_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """With each of its limits and what it is by default."""
+    assert main(["explain", "verdict"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name} = {field.default}" in said for name, field in VerdictSettings.model_fields.items())
 
 
 def test_an_unknown_code_ends_with_two_and_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:

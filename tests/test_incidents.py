@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import gradwatch
+from gradwatch.measure import device
 from gradwatch.offline.replay import replay
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Facts, Incident
-from gradwatch.rules import default_rules
+from gradwatch.rules import RULES, Rule, default_rules
 from gradwatch.rules.notation import Case
+from gradwatch.verdict.settings import VerdictSettings
+from tests.trainings import data, mlp
 
 
 def run(case: Case, facts: Facts | None = None) -> Pipeline:
@@ -252,3 +257,50 @@ def test_a_jump_before_there_is_a_level_does_not_last() -> None:
     for before, kind in ((4, "spike"), (40, "diverging")):
         rows = Case("jump", None, loss=f"1x{before} 12 1 2x3 2.5x80", grad=f"0.1x{before + 80}").rows()
         assert [incident.kind for incident in replay(*rows, default_rules()).incidents] == [kind]
+
+
+@pytest.mark.parametrize("missing", RULES, ids=lambda rule: rule.code)
+@pytest.mark.parametrize("later", [False, True], ids=["cpu", "as on a device"])
+def test_without_any_one_rule_an_explosion_is_still_told_and_clipped(
+    missing: type[Rule], later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rule's code is known to anybody else: what the verdict must know of a rule is the rule's own attribute."""
+    if later:
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+    model = mlp(seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
+    rules = [rule for rule in default_rules() if rule.code != missing.code]
+    (x, y), factor = data(), 1.0
+    with gradwatch.attach(model, clip="norm", rules=rules, report=None, strict=True) as monitor:
+        for step in range(90):
+            factor *= 3.0 if step >= 70 else 1.0
+            optimizer.zero_grad()
+            (nn.functional.mse_loss(model(x), y) * factor).backward()
+            optimizer.step()
+    assert [incident.kind for incident in monitor.incidents if incident.severity != "notice"] == ["exploding"]
+    assert monitor.history.clip_coefficient().min() < 0.5
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_surge_on_a_device_is_clipped_in_its_own_step(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody wants to be told of it: its rule was taken out."""
+    monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+    model = mlp(seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, fused=True)
+    rules = [rule for rule in default_rules() if wanted or rule.code != "GW301"]
+    x, y = data()
+    with gradwatch.attach(model, clip="norm", rules=rules, report=None, strict=True) as monitor:
+        for step in range(60):
+            optimizer.zero_grad()
+            (nn.functional.mse_loss(model(x), y) * (1e4 if step == 40 else 1.0)).backward()
+            optimizer.step()
+    assert np.flatnonzero(monitor.history.clip_coefficient() < 0.01).tolist() == [40]
+
+
+def test_the_verdicts_own_limits_can_be_changed() -> None:
+    """A surge of 60 beside a well loss speaks for itself at five times its limit of 10, not at seven."""
+    case = Case("surge", None, grad={"a": "0.1x40 6x3 0.1x40", "b": "0.1x83", "c": "0.1x83"}, loss="1x83")
+    for settings, opened in ((VerdictSettings(), 1), (VerdictSettings(far=7), 0)):
+        incidents = replay(*case.rows(), default_rules(), settings).incidents
+        assert len([one for one in incidents if one.severity != "notice"]) == opened

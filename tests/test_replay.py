@@ -39,7 +39,7 @@ def test_other_thresholds_say_something_else() -> None:
     case = Case("a surge", fires=20, grad="0.1x20 2x10", loss="1x20 9x10")
     rules = gradwatch.default_rules()
     strict = replay(*case.rows(), rules)
-    lenient = replay(*case.rows(), with_settings(rules, ["GW301.limit=40"]))
+    lenient = replay(*case.rows(), *with_settings(rules, ["GW301.limit=40"]))
     assert strict.rows == lenient.rows == 30
     assert "GW301" in {alarm.code for alarm in strict.alarms}
     assert "GW301" not in {alarm.code for alarm in lenient.alarms}

@@ -22,7 +22,7 @@ TRACES = Path(__file__).parent / "traces"
 def replayed(case: Case, *settings: str) -> Replayed:
     """Judge a written run with the default rules, some of them set otherwise."""
     history, rows = case.rows()
-    return replay(history, rows, with_settings(default_rules(), settings))
+    return replay(history, rows, *with_settings(default_rules(), settings))
 
 
 def test_the_published_spike_of_bloom_is_told_before_its_loss_jumps() -> None:

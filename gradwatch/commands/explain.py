@@ -1,10 +1,11 @@
-"""`gradwatch explain`: one rule's page."""
+"""`gradwatch explain`: one rule's page, or that of the verdict."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from gradwatch.rules import rule_by_code
+from gradwatch.verdict.settings import VerdictSettings
 
 if TYPE_CHECKING:
     import argparse
@@ -12,19 +13,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NAME = "explain"
-HELP = "print one rule's page"
+HELP = "print the page of a rule, or of the verdict"
 EXAMPLES = """\
-  gradwatch explain GW203      meaning, formula, what to do, when it is harmless"""
+  gradwatch explain GW203      meaning, formula, what to do, when it is harmless
+  gradwatch explain verdict    when signs become an incident, and when it closes"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
-    parser.add_argument("code", metavar="CODE", help="such as GW203")
+    parser.add_argument("code", metavar="CODE", help="such as GW203, or verdict")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """See `gradwatch.commands.Command`."""
     from rich.markdown import Markdown
 
-    console.print(Markdown(rule_by_code(options.code).documentation()))
+    explained = VerdictSettings if options.code == "verdict" else rule_by_code(options.code)
+    console.print(Markdown(explained.documentation()))
     return 0

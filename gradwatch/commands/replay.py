@@ -25,6 +25,7 @@ HELP = "judge the rows of a run log or of a written trace, with other thresholds
 EXAMPLES = """\
   gradwatch replay runs/today                              the rules as they were
   gradwatch replay runs/today --rule GW301.limit=30        one threshold changed
+  gradwatch replay runs/today --rule verdict.far=4         the verdict's own limits (gradwatch explain verdict)
   gradwatch replay runs/today --rule GW203.for_steps=10 --rule GW203.limit=2 --json
   gradwatch replay spike.txt                               a trace written by hand, or taken from a publication
 
@@ -52,13 +53,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
     before: list[Incident] = []
     fired: dict[str, int] = {}
     if is_trace(path):
-        again = replay(*read_trace(path).rows(), with_settings(default_rules(), options.rule))
+        again = replay(*read_trace(path).rows(), *with_settings(default_rules(), options.rule))
     else:
         with RunLog(path) as log:
             recorded, unknown = log.rules()
-            rules = with_settings(recorded, options.rule)
+            rules, verdict = with_settings(recorded, options.rule)
             before, fired = log.incidents, _fired(log.alarms)
-            again = replay(log.history(), log.rows(), rules)
+            again = replay(log.history(), log.rows(), rules, verdict)
     now = _fired(again.alarms)
     if options.json:
         told = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradwatch.errors import UsageError
 from gradwatch.history.statistics import quiet_numpy
-from gradwatch.verdict.suspects import LEFT_BAND
+from gradwatch.verdict.settings import VerdictSettings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,7 +72,7 @@ def _layers(left: RunLog, right: RunLog, common: list[str]) -> tuple[tuple[int, 
     columns = {name: place for place, name in enumerate(left.layers)}, {name: n for n, name in enumerate(right.layers)}
     one = norms_a[at_a][:, [columns[0][name] for name in common]].astype(np.float64)
     other = norms_b[at_b][:, [columns[1][name] for name in common]].astype(np.float64)
-    parted = _lasting(_apart(one, other, LEFT_BAND))
+    parted = _lasting(_apart(one, other, VerdictSettings().band))
     found = []
     for place in np.flatnonzero(parted.any(axis=0)).tolist():
         row = int(parted[:, place].argmax())

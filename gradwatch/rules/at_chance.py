@@ -50,6 +50,9 @@ class AtChance(Rule):
     name: ClassVar[str] = "loss at chance level"
     sign: ClassVar[Sign] = "silent"
     kind: ClassVar[Kind] = "stalled"
+    remedy: ClassVar[str] = (
+        "Check that inputs and labels belong together, and that the loss gets logits, not probabilities."
+    )
     per_layer: ClassVar[bool] = False
     urgent: ClassVar[bool] = False
     cases: ClassVar[tuple[Case, ...]] = (

@@ -11,7 +11,7 @@ from gradwatch.settings import Settings
 
 if TYPE_CHECKING:
     from gradwatch.history.ring import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Floats, Kind, Role, Sign
     from gradwatch.rules.notation import Case
 
 
@@ -30,6 +30,10 @@ class Rule(Settings):
         per_layer: `measure` returns shape (L,) if True, else (1,).
         urgent: measured on each step once it stirs; one of the whole model that is not may wait up to 32 steps.
         opens: an alarm opens an incident. A confirming sign alone does not: it is a note.
+        role: what the verdict takes an alarm for, beside its sign: a gradient far above its usual norm (surge), a loss that
+            jumps (jump), an update that is known to be too long before it is made, for the weights (update) or for the loss
+            (overshoot), weights that have been harmed (damage); empty: nothing more.
+        remedy: advice that an alarm adds to its incident, with ``{suspect}`` for the prime suspect; empty: none.
         cases: written runs on which the rule must fire or stay quiet.
     """
 
@@ -40,6 +44,8 @@ class Rule(Settings):
     per_layer: ClassVar[bool] = True
     urgent: ClassVar[bool] = True
     opens: ClassVar[bool] = True
+    role: ClassVar[Role] = ""
+    remedy: ClassVar[str] = ""
     cases: ClassVar[tuple[Case, ...]] = ()
 
     limit: float = Field(default=0.0)

@@ -13,7 +13,7 @@ from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
     from gradwatch.history.ring import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Floats, Kind, Role, Sign
 
 
 class GradientSurge(Rule):
@@ -50,6 +50,7 @@ class GradientSurge(Rule):
     name: ClassVar[str] = "gradient norm surges"
     sign: ClassVar[Sign] = "growth"
     kind: ClassVar[Kind] = "exploding"
+    role: ClassVar[Role] = "surge"
     cases: ClassVar[tuple[Case, ...]] = (
         Case("two steps at 20 times", fires=21, grad="0.1x20 2 2 2"),
         Case("one step at 500 times", fires=20, grad="0.1x20 50 0.1x10"),

@@ -14,7 +14,7 @@ from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
     from gradwatch.history.ring import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Floats, Kind, Role, Sign
 
 
 class LossJump(Rule):
@@ -50,6 +50,7 @@ class LossJump(Rule):
     name: ClassVar[str] = "loss jumps"
     sign: ClassVar[Sign] = "subtle"
     kind: ClassVar[Kind] = "spike"
+    role: ClassVar[Role] = "jump"
     per_layer: ClassVar[bool] = False
     cases: ClassVar[tuple[Case, ...]] = (
         Case("one jump", fires=20, loss="1+0.01x20 50 1"),

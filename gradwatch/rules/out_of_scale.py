@@ -46,6 +46,7 @@ class OutOfScale(Rule):
     name: ClassVar[str] = "weights out of scale"
     sign: ClassVar[Sign] = "silent"
     kind: ClassVar[Kind] = "stalled"
+    remedy: ClassVar[str] = "Look at how {suspect} begins: its weights are far larger than the other layers'."
     urgent: ClassVar[bool] = False
     cases: ClassVar[tuple[Case, ...]] = (
         Case("one of three", fires=99, weight={"a": "300x120", "b": "3x120", "c": "3x120"}),

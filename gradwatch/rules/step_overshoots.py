@@ -12,7 +12,7 @@ from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
     from gradwatch.history.ring import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Floats, Kind, Role, Sign
 
 
 class StepOvershoots(Rule):
@@ -54,6 +54,7 @@ class StepOvershoots(Rule):
     name: ClassVar[str] = "step overshoots the loss"
     sign: ClassVar[Sign] = "growth"
     kind: ClassVar[Kind] = "exploding"
+    role: ClassVar[Role] = "overshoot"
     cases: ClassVar[tuple[Case, ...]] = (
         Case("before the first update", fires=0, grad="50x3", loss="2x3", rate=0.01),
         Case("the same beside a larger loss", fires=None, grad="50x3", loss="20x3", rate=0.01),

@@ -13,7 +13,7 @@ from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
     from gradwatch.history.ring import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Floats, Kind, Role, Sign
 
 _RATE_SIZED = {"Adam", "AdamW", "NAdam", "Adamax", "RMSprop"}  # each element moves by about the rate
 
@@ -53,6 +53,7 @@ class UpdateTooLarge(Rule):
     name: ClassVar[str] = "update too large for the weights"
     sign: ClassVar[Sign] = "growth"
     kind: ClassVar[Kind] = "exploding"
+    role: ClassVar[Role] = "update"
     cases: ClassVar[tuple[Case, ...]] = (
         Case("SGD, before the first update", fires=0, grad="500x3", weight="2x3"),
         Case("SGD, healthy", fires=None, grad="5x100", weight="2x100"),

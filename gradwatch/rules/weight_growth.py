@@ -12,7 +12,7 @@ from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
     from gradwatch.history.ring import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Floats, Kind, Role, Sign
 
 
 class WeightGrowth(Rule):
@@ -44,6 +44,8 @@ class WeightGrowth(Rule):
     name: ClassVar[str] = "weights quickly very large"
     sign: ClassVar[Sign] = "confirming"
     kind: ClassVar[Kind] = "exploding"
+    role: ClassVar[Role] = "damage"
+    remedy: ClassVar[str] = "Put an L2 penalty on the weights."
     opens: ClassVar[bool] = False
     cases: ClassVar[tuple[Case, ...]] = (
         Case("doubles each step", fires=4, weight="1*2x8"),

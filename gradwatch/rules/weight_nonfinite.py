@@ -9,7 +9,7 @@ from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
     from gradwatch.history.ring import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Floats, Kind, Role, Sign
 
 
 class WeightNonFinite(Rule):
@@ -40,6 +40,7 @@ class WeightNonFinite(Rule):
     name: ClassVar[str] = "weights not finite"
     sign: ClassVar[Sign] = "confirming"
     kind: ClassVar[Kind] = "nonfinite"
+    role: ClassVar[Role] = "damage"
     cases: ClassVar[tuple[Case, ...]] = (
         Case("NaN at step 3", fires=3, weight="1x3 nan"),
         Case("large is still finite", fires=None, weight="1 1e30"),

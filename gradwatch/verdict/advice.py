@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from gradwatch.history.ring import History
     from gradwatch.records import Facts, Incident
@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 _MOST = 4
 
 
-def advise(incident: Incident, history: History) -> tuple[str, ...]:
-    """Return at most four things to do, the likeliest to help first."""
+def advise(incident: Incident, history: History, remedies: Mapping[str, str]) -> tuple[str, ...]:
+    """Return at most four things to do, the likeliest to help first; ``remedies`` are those of rules, by code."""
     lines: list[str] = []
-    for line in _lines(incident, history):
+    codes = dict.fromkeys(sign.code for sign in incident.signs)
+    told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
+    for line in _lines(incident, history, told):
         if line not in lines:
             lines.append(line)
     return tuple(lines[:_MOST])
 
 
-def _lines(incident: Incident, history: History) -> Iterator[str]:
+def _lines(incident: Incident, history: History, told: Sequence[str]) -> Iterator[str]:
     facts = history.facts
     if incident.kind in ("exploding", "diverging"):
-        yield from _explosion(incident, history, facts)
+        yield from _explosion(history, facts)
+        yield from told
     elif incident.kind == "nonfinite":
         yield from _nonfinite(incident, facts)
     elif incident.kind == "spike":
@@ -38,11 +41,7 @@ def _lines(incident: Incident, history: History) -> Iterator[str]:
         if facts.family != "adam":
             yield 'If it comes again, clip by norm when it happens: attach(model, clip="norm").'
     elif incident.kind == "stalled":
-        codes = {sign.code for sign in incident.signs}
-        if "GW405" in codes:
-            yield "Check that inputs and labels belong together, and that the loss gets logits, not probabilities."
-        if "GW404" in codes:
-            yield f"Look at how {incident.suspect} begins: its weights are far larger than the other layers'."
+        yield from told
         yield "Overfit one batch first: if the loss stays up there too, the fault is in the program, not in the data."
         yield f"Change the learning rate ({_rate(facts)}) by factors of three, both ways."
         yield "Scale the inputs to zero mean and unit variance."
@@ -61,7 +60,7 @@ def _lines(incident: Incident, history: History) -> Iterator[str]:
         yield "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
 
 
-def _explosion(incident: Incident, history: History, facts: Facts) -> Iterator[str]:
+def _explosion(history: History, facts: Facts) -> Iterator[str]:
     if math.isfinite(history.reference_loss) and history.reference_loss > 1e3:
         yield f"Scale the targets: the loss began at {history.reference_loss:.3g}, so the gradients are as large."
     if facts.family == "adam":
@@ -79,8 +78,6 @@ def _explosion(incident: Incident, history: History, facts: Facts) -> Iterator[s
         yield f"Lower the learning rate ({_rate(facts)}), or warm it up."
     if not facts.normalised and facts.depth > 10:
         yield f"Add normalisation or residual connections: {facts.depth} weight matrices in a row and neither."
-    if any(sign.code == "GW201" for sign in incident.signs):
-        yield "Put an L2 penalty on the weights."
 
 
 def _nonfinite(incident: Incident, facts: Facts) -> Iterator[str]:

@@ -24,16 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gradwatch.history.ring import History
-    from gradwatch.records import Floats
+    from gradwatch.records import Floats, Role
+    from gradwatch.rules import Rule
+    from gradwatch.verdict.settings import VerdictSettings
 
-CALM_STEPS = 20
-_STILL = 10.0  # times its typical gradient norm: a layer that has not settled
-_LASTING = 12  # steps after which a loss that is still up is no longer a spike
-FAR = 5.0  # times the limit of a surge at which it speaks for itself
 _KEPT = 1000  # incidents of a run
 _TREND = 8  # steps of which growth is told
 _QUICK = 50.0  # steps within which gradients double, for growth to be worth a forecast
-_BRIEF = 3  # steps of firing up to which an explosion was only a spike
 
 
 @dataclass
@@ -50,7 +47,7 @@ class _Story:
     peak: float = math.nan
     jumped: bool = False
     young: bool = False  # opened by a jump of the batch's, when the run had no level yet that a loss could stay above
-    look_at: int = _LASTING
+    look_at: int = 0
     level: float = math.nan
     lasting: bool = False
     harmed: bool = False
@@ -77,20 +74,25 @@ class Incidents:
 
     Args:
         history: read for the order of layers, the loss and the model's facts.
-        calm_steps: steps without a firing alarm after which an incident closes.
+        rules: those whose alarms come; read for what they are to the verdict.
+        settings: the verdict's own limits.
         treatment: what is done about an explosion, which keeps it open until it has let go; None: nothing is.
     """
 
     def __init__(
         self,
         history: History,
-        calm_steps: int = CALM_STEPS,
+        rules: Sequence[Rule],
+        settings: VerdictSettings,
         treatment: Treatment | None = None,
     ) -> None:
         self._history = history
-        self._calm_steps = calm_steps
+        self._settings = settings
+        self._opening = frozenset(rule.code for rule in rules if rule.opens)
+        self._role = {rule.code: rule.role for rule in rules}
+        self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
-        self._suspects = Suspects(history)
+        self._suspects = Suspects(history, settings.band)
         self._stories: dict[str, _Story] = {}
         self._order: list[str] = []
         self._told = 0
@@ -115,8 +117,8 @@ class Incidents:
         """True while an incident of the explosion story is open."""
         return self.open_explosion() is not None
 
-    def update(self, changes: Iterable[Alarm], opening: frozenset[str], step: int) -> list[Incident]:
-        """Take the alarms that changed; ``opening`` holds the codes that may open an incident. Return what is new."""
+    def update(self, changes: Iterable[Alarm], step: int) -> list[Incident]:
+        """Take the alarms that changed; return what is new."""
         self._suspects.follow(step)
         touched = set()
         for alarm in changes:
@@ -131,7 +133,7 @@ class Incidents:
             touched.add(name)
         news = []
         for name in list(self._stories):
-            new = self._judge(name, self._stories[name], opening, step, touched=name in touched)
+            new = self._judge(name, self._stories[name], step, touched=name in touched)
             if new is not None:
                 news.append(new)
         return news
@@ -142,8 +144,8 @@ class Incidents:
         if story is not None and story.incident is not None:
             self._replace(story, replace(story.incident, clip=record))
 
-    def _judge(self, name: str, story: _Story, opening: frozenset[str], step: int, *, touched: bool) -> Incident | None:
-        active = any(code in opening for code, _ in story.firing)
+    def _judge(self, name: str, story: _Story, step: int, *, touched: bool) -> Incident | None:
+        active = any(code in self._opening for code, _ in story.firing)
         aftermath = name != "explosion" and self.open_explosion() is not None  # part of the explosion's own story
         if story.incident is None and (aftermath or not active):
             story.signs, story.fired_steps = dict(story.firing), 0
@@ -159,7 +161,8 @@ class Incidents:
                     return None  # growth while the loss is well: a sign to keep, not a story to tell
                 touched = True
                 story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
-                story.jumped = any(code == "GW102" for code, _ in story.firing)
+                story.jumped = self._has("jump", story.firing.values())
+                story.look_at = self._settings.lasting_steps
                 story.young = self._history.losses < EARLY and step in story.odd_steps
         may_last = not story.lasting and (story.harmed or not story.young)
         if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
@@ -182,11 +185,12 @@ class Incidents:
         before, story.level = story.level, level
         if not level > max(story.ceiling, 2 * story.ceiling):  # of a negative loss, the ceiling itself
             return False
-        if story.look_at == _LASTING:
-            after = self._history.task_loss(last=_LASTING)
-            before, _ = median_and_mad(after[: _LASTING // 2])
-            level, _ = median_and_mad(after[_LASTING // 2 :])
-        way = 1 / 2 if story.look_at == _LASTING else 1 / 3
+        first = self._settings.lasting_steps
+        if story.look_at == first:
+            after = self._history.task_loss(last=first)
+            before, _ = median_and_mad(after[: first // 2])
+            level, _ = median_and_mad(after[first // 2 :])
+        way = 1 / 2 if story.look_at == first else 1 / 3
         back = story.ceiling * (story.peak / story.ceiling) ** way if 0 < story.ceiling < story.peak else -math.inf
         return not (level < back or before - level > abs(before) / 5)
 
@@ -197,7 +201,7 @@ class Incidents:
         so is what surged in the same step, unless the update that is about to be made from it is too long.
         """
         signs, now = story.firing.values(), self._history.row.step
-        too_long = any(sign.code in ("GW303", "GW305") for sign in signs)
+        too_long = self._has("update", signs) or self._has("overshoot", signs)
         if not too_long and is_of_the_batch(self._history):
             story.odd_steps.add(now)
         told = [sign for sign in signs if sign.step not in story.odd_steps]
@@ -213,13 +217,17 @@ class Incidents:
                 self._history.losses < EARLY
                 and self._history.row.family != "other"
                 and np.count_nonzero(self._history.matrices & self._history.arriving) > 1
-                and "GW303" in {s.code for s in signs}
+                and self._has("update", signs)
             )
             or any(
-                sign.code == "GW305" and (self._history.losses < EARLY or self._history.row.step - sign.step >= EARLY)
+                self._role[sign.code] == "overshoot"
+                and (self._history.losses < EARLY or self._history.row.step - sign.step >= EARLY)
                 for sign in signs
             )
         )
+
+    def _has(self, role: Role, signs: Iterable[Alarm]) -> bool:
+        return any(self._role[sign.code] == role for sign in signs)
 
     def _relapses(self, step: int) -> bool:
         return self._treatment is not None and self._treatment.relapses(step)
@@ -229,8 +237,10 @@ class Incidents:
 
         Where a plateau ends, most layers surge together while the loss is at its level or falls.
         """
-        times = FAR if self._history.task_rows >= 2 * EARLY else 2 * FAR  # a few norms make no typical one
-        far = [sign for sign in signs if sign.code == "GW301" and sign.value > times * sign.limit]
+        times = self._settings.far * (
+            1 if self._history.task_rows >= 2 * EARLY else 2
+        )  # a few norms make no typical one
+        far = [sign for sign in signs if self._role[sign.code] == "surge" and sign.value > times * sign.limit]
         if not far:
             return False
         middle, scatter = self._history.loss_level()
@@ -238,16 +248,16 @@ class Incidents:
 
     def _falls(self, story: _Story) -> bool:
         """True when the loss, after it jumped, stays near where it jumped to or falls: the task may have changed."""
-        history, confirmed = self._history, {"GW201", "GW202"} & {code for code, _ in story.firing}
+        history, confirmed = self._history, self._has("damage", story.firing.values())
         if not story.jumped or story.lasting or confirmed or history.row.loss > story.peak + abs(story.peak) / 4:
             return False
         assert story.incident is not None
-        settled = history.row.step - story.incident.opened_step >= _LASTING
-        return not (settled and bool((history.surge() > _STILL).any()))
+        settled = history.row.step - story.incident.opened_step >= self._settings.lasting_steps
+        return not (settled and bool((history.surge() > self._settings.settled).any()))
 
     def _over(self, name: str, step: int, calm: int) -> bool:
         if self._treatment is None or name != "explosion":
-            return calm >= self._calm_steps
+            return calm >= self._settings.calm_steps
         return self._treatment.try_to_let_go(step, calm)
 
     def _tell(self, story: _Story, step: int) -> Incident | None:
@@ -286,7 +296,7 @@ class Incidents:
             ranks=story.ranks,
             phase=phase,
         )
-        after = replace(after, advice=advise(after, self._history))
+        after = replace(after, advice=advise(after, self._history, self._remedies))
         if before is None:
             self._make_room()
             self._told += 1
@@ -315,7 +325,7 @@ class Incidents:
         kind = story.incident.kind
         if (
             kind == "exploding"
-            and story.fired_steps <= _BRIEF
+            and story.fired_steps <= self._settings.brief_steps
             and "confirming" not in {s.sign for s in story.incident.signs}
         ):
             kind = "spike"

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from gradwatch.history.ring import History
     from gradwatch.records import Alarm, Floats, Phase
 
-LEFT_BAND = 4.0  # times a layer's typical gradient norm: out of its band
 _BACK_IN_BAND = 2.0
 _FIRST = 12  # steps in which an explosion is one of the initialisation
 _MOVED = 1.5  # times by which a layer's weights change at once only if something was done to them
@@ -25,10 +24,11 @@ _ALONE = 4.0  # times the logarithm of any other layer's change
 
 
 class Suspects:
-    """Follows the bands of all layers of a history."""
+    """Follows the bands of all layers of a history: ``band`` times their typical gradient norm."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, band: float) -> None:
         self._history = history
+        self._band = band
         self._left = np.full(len(history.layers), -1, dtype=np.int64)
 
     def grow(self) -> None:
@@ -39,7 +39,7 @@ class Suspects:
         """Take note of the layers that leave their band in this row, or come back."""
         surge = self._history.surge()
         self._left[(surge < _BACK_IN_BAND)] = -1
-        out = (surge > LEFT_BAND) | (self._history.nonfinite > 0)
+        out = (surge > self._band) | (self._history.nonfinite > 0)
         self._left[out & (self._left < 0)] = step
 
     def layers(self, signs: Sequence[Alarm]) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ class Suspects:
             place = -int(history.order[index]) if alarm.kind == "dead" else int(history.order[index])
             key = (step, beyond, place)
             first[alarm.layer] = min(first.get(alarm.layer, key), key)
-        out = (self._left >= 0) & ((history.surge() > LEFT_BAND) | (history.nonfinite > 0))
+        out = (self._left >= 0) & ((history.surge() > self._band) | (history.nonfinite > 0))
         for index in np.flatnonzero(out).tolist() if grows else ():
             first.setdefault(history.layers[index], (int(self._left[index]), 0.0, int(history.order[index])))
         return tuple(sorted(first, key=first.__getitem__))
