@@ -35,7 +35,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "records": {"printable"},
     "history": {"errors", "records"},
     "rules": {"errors", "history", "records", "settings"},
-    "verdict": {"history", "records", "rules"},
+    "verdict": {"history", "records", "rules", "settings"},
     "clips": {"errors", "history", "measure", "records", "settings"},
     "autoclip": {"clips", "errors", "history", "records", "settings"},
     "reports": {"errors", "printable", "records"},
