@@ -71,19 +71,8 @@ MAY_KNOW: dict[str, set[str]] = {
         *("attach", "autoclip", "clips", "errors", "monitor", "records", "reports", "rules"),
     },
     "commands": {
-        *(
-            "__init__",
-            "autoclip",
-            "errors",
-            "history",
-            "offline",
-            "page",
-            "printable",
-            "records",
-            "reports",
-            "rules",
-            "runlog",
-        ),
+        *("__init__", "autoclip", "errors", "history", "offline", "page", "printable", "records", "reports", "rules"),
+        *("runlog", "verdict"),
     },
     "__main__": {"commands", "errors", "printable"},
 }
