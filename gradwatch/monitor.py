@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gradwatch.autoclip.decision import NOTHING
-from gradwatch.autoclip.engine import Clipping
+from gradwatch.autoclip.engine import AutoClipEngine
 from gradwatch.autoclip.suggest import Suggestion, suggest
 from gradwatch.distributed.agreement import settings_of
 from gradwatch.errors import TrainingUnstableError, UsageError, words_of
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from gradwatch.autoclip.decision import Decision, Orders
+    from gradwatch.autoclip.decision import Decision, DevicePlan
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.history.schedule import Bounds
     from gradwatch.records import Alarm, Incident, Row
@@ -74,7 +74,7 @@ class Monitor:
         facts = facts_of(model, layers, str(policy.clip) if policy else None)
         self.history.facts = replace(facts, clips_always=policy is not None and policy.when == "always")
         self._batch: Any = None
-        clipping = Clipping(policy, self.history) if policy is not None else None
+        clipping = AutoClipEngine(policy, self.history) if policy is not None else None
         self._pipeline = Pipeline(self.history, rules, clipping, reports, self.failed)
         if self._pipeline.clipping is not None:
             self._pipeline.clipping.damage = self._damage
@@ -391,7 +391,7 @@ class Monitor:
         """See `gradwatch.probe.step_recorder.Judge`."""
         return self._pipeline.clipping is not None and self._pipeline.clipping.policy.skips
 
-    def orders(self) -> Orders | None:
+    def orders(self) -> DevicePlan | None:
         """See `gradwatch.probe.step_recorder.Judge`."""
         return self._pipeline.orders()
 

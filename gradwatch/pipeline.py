@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.autoclip.decision import NOTHING, Decision, Orders
+from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.history.columns import widened
 from gradwatch.history.schedule import Bounds, cadence
 from gradwatch.history.statistics import quiet_numpy
@@ -29,7 +29,7 @@ from gradwatch.verdict.settings import VerdictSettings
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from gradwatch.autoclip.engine import Clipping
+    from gradwatch.autoclip.engine import AutoClipEngine
     from gradwatch.history.columns import Columns
     from gradwatch.history.ring import History
     from gradwatch.reports import Report
@@ -59,7 +59,7 @@ class Pipeline:
         self,
         history: History,
         rules: Sequence[Rule],
-        clipping: Clipping | None,
+        clipping: AutoClipEngine | None,
         reports: Sequence[Report],
         on_error: Callable[[str, Exception], None],
         verdict: VerdictSettings | None = None,
@@ -157,7 +157,7 @@ class Pipeline:
         """True where auto-clip, armed or not, is by a clip of the user's own."""
         return self.clipping is not None and self.clipping.policy.clip.own
 
-    def orders(self) -> Orders | None:
+    def orders(self) -> DevicePlan | None:
         """Return what to do with a step that is not known yet; None: only watch it."""
         if self.clipping is None or not self.armed:
             return None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import gradwatch
 from gradwatch.autoclip.decision import NOTHING
-from gradwatch.autoclip.engine import Clipping
+from gradwatch.autoclip.engine import AutoClipEngine
 from gradwatch.autoclip.policy import AutoClip
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.ring import History
@@ -87,7 +87,7 @@ def judged(rows: Sequence[Row], layers: Sequence[str], policy: AutoClip | None =
     if order is not None:
         history.order = np.array(order)
     rules = [rule for rule in default_rules() if codes is None or rule.code in codes]
-    pipeline = Pipeline(history, rules, Clipping(policy, history) if policy else None, [], failed)
+    pipeline = Pipeline(history, rules, AutoClipEngine(policy, history) if policy else None, [], failed)
     for row in rows:
         decision = pipeline.step(row)
         if decision is not NOTHING:

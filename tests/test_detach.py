@@ -29,11 +29,11 @@ from tests.conftest import left_behind
 
 # every function that detach calls, and what stays behind when it does not do its own part
 PARTS: list[tuple[Any, str, set[str]]] = [
-    (rows.Rows, "catch_up", set()),
-    (rows.Rows, "close", set()),
-    (arrivals.Arrivals, "stop", {"hooks on parameters"}),
+    (rows.StepRecorder, "catch_up", set()),
+    (rows.StepRecorder, "close", set()),
+    (arrivals.GradientHooks, "stop", {"hooks on parameters"}),
     (gradients.Gradients, "restore", set()),
-    (taps.Tap, "remove", {"tap on torch.autograd.backward", "tap on _group_tensors_by_device_and_dtype"}),
+    (taps.Patch, "remove", {"tap on torch.autograd.backward", "tap on _group_tensors_by_device_and_dtype"}),
     (hooks, "unlisten", {"optimizer hooks"}),
     (pipeline.Pipeline, "snapshot", set()),
     (LogReport, "close", set()),

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch.measure import device
-from gradwatch.probe.surge_detector import Gate
+from gradwatch.probe.surge_detector import SurgeDetector
 from tests.trainings import data, mlp, step_in_backward, train
 
 CLIPS = [None, *(clip() for clip in gradwatch.clips.CLIPS.values())]
@@ -245,7 +245,7 @@ def test_the_gates_typical_norm_is_that_of_the_host() -> None:
     """The same series, NaN, zeros and spikes included, gives the same surge as `Typical`."""
     from gradwatch.history.statistics import Typical, quiet_numpy
 
-    gate, typical = Gate(torch.device("cpu")), Typical(1, half_life=64)
+    gate, typical = SurgeDetector(torch.device("cpu")), Typical(1, half_life=64)
     generator = np.random.default_rng(0)
     series = np.exp(generator.normal(size=300))
     series[[20, 50, 51]] = [np.nan, 1e9, 0.0]
@@ -263,7 +263,7 @@ def test_the_gates_typical_norm_is_that_of_the_host() -> None:
 )
 def test_the_gate_fires_far_out_or_beside_a_loss_that_suffers(norm: float, loss: float, expected: bool) -> None:
     """Ten times the usual norm is learning that begins, unless the loss is up; a hundred times is not."""
-    gate = Gate(torch.device("cpu"))
+    gate = SurgeDetector(torch.device("cpu"))
     for _ in range(20):
         gate.learn(torch.tensor(1.0))
     fires = gate.fires(torch.tensor(norm), torch.tensor(loss), limit=10, far=100, loss_ceiling=1.0)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.probe.step_recorder import Rows
+from gradwatch.probe.step_recorder import StepRecorder
 from tests.trainings import data, mlp
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def test_both_ways_record_the_same(
 ) -> None:
     """Rows, typical norms, alarms, incidents and parameters; where the user clips, to the last digits."""
     short = train(change, **settings)
-    monkeypatch.setattr(Rows, "_rest", lambda *_, **__: None)
+    monkeypatch.setattr(StepRecorder, "_rest", lambda *_, **__: None)
     long = train(change, **settings)
     assert any(short.pop("ways"))
     assert not any(long.pop("ways"))

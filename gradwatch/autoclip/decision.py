@@ -28,7 +28,7 @@ NOTHING = Decision()
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class DevicePlan:
     """What to do with a step before any rule has seen it: for gradients on a device, whose rows arrive steps later.
 
     ``clip``: on each step, for auto-clip is on. ``reserve``: where the step surges: the global norm above ``far`` times

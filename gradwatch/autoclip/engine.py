@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.autoclip.decision import NOTHING, Decision, Orders
+from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.autoclip.effect import ClipEffect
 from gradwatch.autoclip.escalation import SURGE, Escalation
 from gradwatch.autoclip.guard import WIDE, Guard
@@ -42,7 +42,7 @@ _BITES = 0.5  # share of clipped steps from which the clip sets the length of th
 _KEPT = 1 / 4  # of what steps promised: with less, they are too long
 
 
-class Clipping:
+class AutoClipEngine:
     """Auto-clip's state in one run.
 
     On, it clips with its bounds until the run has been calm for ``hold`` steps. If the clip no longer bites then, it lets go;
@@ -113,14 +113,14 @@ class Clipping:
             bound = float(np.fmax(bound, self._spared))
         self._bounds = self.policy.clip if math.isnan(bound) else self.policy.clip.at_norm(bound, self.history)
 
-    def orders(self, surge: float, far: float) -> Orders:
+    def orders(self, surge: float, far: float) -> DevicePlan:
         """Say what to do with the coming step, in advance; ``surge`` and ``far`` are the rules' limits."""
         explosive = self.policy.when != "always" and "exploding" in self.policy.when
         if explosive and not self.on and self.history.rows - self._reserve >= _YOUNG:
             self._set_bounds(0)
             self._reserve = self.history.rows
         clip = self.clip(self.history.rows) if self.on or explosive else None
-        return Orders(
+        return DevicePlan(
             clip=clip if self.on else None,
             reserve=clip if not self.on and math.isinf(self._spared) else None,
             skip=self.policy.on_nonfinite != "ignore",

@@ -41,8 +41,8 @@ from gradwatch.measure.packed_row import (
     PRESENT,
     SQUARE,
     WEIGHT,
-    Numbers,
-    Table,
+    PackedRow,
+    UnpackedRow,
 )
 from gradwatch.measure.wrappers import flat_modules, is_dtensor, replica_of, whole_shapes
 from gradwatch.records import Culprits, CulpritSign
@@ -208,7 +208,7 @@ class Ranks:
             ExchangeError: a process is gone.
             PeerError: gradwatch failed in another process.
         """
-        table = Table(len(self._layers), self.size)
+        table = PackedRow(len(self._layers), self.size)
         rows, singles = table.rows, table.singles
         there = whole.columns
         rows[SQUARE, there] = whole.norms[there] ** 2 * self.share[there]
@@ -237,7 +237,7 @@ class Ranks:
             word.decided,
         )
         self._exchange(table)
-        numbers = Numbers.of(table)
+        numbers = UnpackedRow.of(table)
         if numbers.failed:
             raise PeerError("gradwatch failed in another process, whose output has the cause")
         whole.norms, whole.global_norm = numbers.grad_norm, numbers.global_norm
@@ -247,7 +247,7 @@ class Ranks:
         bad = bool((numbers.ranks[FLAGS] & BUFFER_BAD).any())
         return United(numbers.loss, self.culprits(numbers), numbers.after_norm, bad, self.agreed(numbers))
 
-    def agreed(self, numbers: Numbers) -> Agreed:
+    def agreed(self, numbers: UnpackedRow) -> Agreed:
         """Return what follows from the words of all processes."""
         flags, every, failed, decided = numbers.ranks
         others = np.flatnonzero(decided != decided[0]).tolist()
@@ -272,11 +272,11 @@ class Ranks:
 
     def tell_failure(self) -> None:
         """Take part in one exchange only to say that gradwatch failed here, so that nobody waits for its rows."""
-        table = Table(len(self._layers), self.size)
+        table = PackedRow(len(self._layers), self.size)
         table.singles[FAILED] = 1
         self._exchange(table)
 
-    def _exchange(self, table: Table) -> None:
+    def _exchange(self, table: PackedRow) -> None:
         flat = torch.from_numpy(table.flat)
         there = flat.to(self.home)
         self.exchange(there)
@@ -294,7 +294,7 @@ class Ranks:
                 "One of them has probably ended; look at its output."
             ) from error
 
-    def culprits(self, numbers: Numbers) -> Culprits | None:
+    def culprits(self, numbers: UnpackedRow) -> Culprits | None:
         """Return the processes that a non-finite step came from, None where there is none or that cannot be told."""
         for bit, sign in _SIGNS:
             found = np.flatnonzero(numbers.ranks[FLAGS] & bit)

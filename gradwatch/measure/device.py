@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gradwatch.measure.packed_row import Table, size_of
+from gradwatch.measure.packed_row import PackedRow, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,7 @@ def joined(parts: list[Unread]) -> Unread:
 
 
 class Slot:
-    """One row on the device: the views of a `gradwatch.measure.packed_row.Table`, as tensors."""
+    """One row on the device: the views of a `gradwatch.measure.packed_row.PackedRow`, as tensors."""
 
     def __init__(self, flat: Tensor, layers: int, processes: int) -> None:
         ends, last = size_of(layers, 0) - size_of(0, 0), size_of(layers, 0)
@@ -112,7 +112,7 @@ class Ring:
             self._under_way.append((self._sent, place, event, facts))
         self._sent += 1
 
-    def arrived(self, *, wait: bool = False) -> Iterator[tuple[Any, Table]]:
+    def arrived(self, *, wait: bool = False) -> Iterator[tuple[Any, PackedRow]]:
         """Yield the rows that can be read now; with ``wait``, all that are under way."""
         while self._under_way:
             number, place, event, facts = self._under_way[0]
@@ -123,4 +123,4 @@ class Ring:
             elif not must and (self._lag is not None or (event is not None and not event.query())):
                 return
             self._under_way.popleft()
-            yield facts, Table(self._layers, self._processes, self._host[place].double().numpy().copy())
+            yield facts, PackedRow(self._layers, self._processes, self._host[place].double().numpy().copy())

@@ -32,7 +32,7 @@ _OF_EACH = 4
 LOSS_BAD, BACKWARD_BAD, GRADIENT_BAD, BUFFER_BAD, CLOSELY, LEAVES_OUT = 1, 2, 4, 8, 16, 32
 
 
-class Table:
+class PackedRow:
     """The numbers of one row: ``rows`` (7, L), ``singles`` (8,), ``ranks`` (4, W), all views of ``flat``.
 
     Args:
@@ -54,7 +54,7 @@ def size_of(layers: int, processes: int) -> int:
 
 
 @dataclass(slots=True)
-class Numbers:
+class UnpackedRow:
     """What a table says once it has come to the host. Arrays have shape (L,); missing is NaN."""
 
     grad_norm: Floats
@@ -74,7 +74,7 @@ class Numbers:
     ranks: NDArray[np.int64]
 
     @classmethod
-    def of(cls, table: Table) -> Numbers:
+    def of(cls, table: PackedRow) -> UnpackedRow:
         """Read a table."""
         rows, singles = table.rows, table.singles
         present = rows[PRESENT] > 0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradwatch.measure.device import Slot, Unread
     from gradwatch.measure.layers import Layers
     from gradwatch.measure.measured_gradients import Measured
-    from gradwatch.measure.packed_row import Numbers
+    from gradwatch.measure.packed_row import UnpackedRow
     from gradwatch.records import Floats
 
 _FIRST_ROWS = 32  # weights are sampled on each of them
@@ -55,7 +55,7 @@ class Sample:
     dead_share: Floats | None = None
     unchanged: Floats | None = None
 
-    def fill(self, numbers: Numbers) -> None:
+    def fill(self, numbers: UnpackedRow) -> None:
         """Take the numbers of all processes, or those that have come over from a device, for what was looked at."""
         if self.weight_norm is not None:
             known = ~self.gone

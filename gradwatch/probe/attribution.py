@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.coming import Loss, Root
-    from gradwatch.probe.gradient_hooks import Arrivals
+    from gradwatch.probe.gradient_hooks import GradientHooks
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.owners import Owners
     from gradwatch.probe.patches import Run
@@ -37,7 +37,7 @@ class Attribution:
     Attributes: ``backwards`` counts those of the watched model.
     """
 
-    def __init__(self, layers: Layers, owners: Owners, arrivals: Arrivals) -> None:
+    def __init__(self, layers: Layers, owners: Owners, arrivals: GradientHooks) -> None:
         self._layers = layers
         self._owners = owners
         self._arrivals = arrivals

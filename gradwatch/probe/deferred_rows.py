@@ -1,7 +1,7 @@
 """Rows of gradients on a device, from the step in which they are measured to the later one in which they are read.
 
-`Later.take` does on the device what a step needs at once: norms, the exchange with other processes, the decision, the
-clip. `Later.rows` gives the rows that have come over, in order, with what was done to them.
+`DeferredRows.take` does on the device what a step needs at once: norms, the exchange with other processes, the decision, the
+clip. `DeferredRows.rows` gives the rows that have come over, in order, with what was done to them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gradwatch.autoclip.decision import NOTHING, Decision, Orders
+from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
 from gradwatch.errors import PeerError
@@ -40,11 +40,11 @@ from gradwatch.measure.packed_row import (
     PRESENT,
     SKIPPED,
     SQUARE,
-    Numbers,
+    UnpackedRow,
 )
 from gradwatch.measure.sampling import Parts
 from gradwatch.probe.gradients import zero_where
-from gradwatch.probe.surge_detector import Gate
+from gradwatch.probe.surge_detector import SurgeDetector
 from gradwatch.records import Provenance, Row
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ _PATTERNS = 64  # of layers with a gradient, whose indices are kept on the devic
 
 
 @dataclass(slots=True)
-class Facts:
+class HostFacts:
     """What the host knows of a row before its numbers have come over."""
 
     source: Source
@@ -82,7 +82,7 @@ class Facts:
     word: Word | None = None
 
 
-class Later:
+class DeferredRows:
     """The device half of one monitor.
 
     Args:
@@ -115,10 +115,10 @@ class Later:
         mine: Gradients | None,
         now: Unread,
         before: Unread | None,
-        facts: Facts,
+        facts: HostFacts,
         loss: Tensor | float | None,
         optimizer: Optimizer | None,
-        orders: Orders | None,
+        orders: DevicePlan | None,
         own_norms: list[Tensor],
         *,
         closely: bool,
@@ -172,7 +172,7 @@ class Later:
 
     def failure_is_known(self) -> bool:
         """True from the step on in which all processes read the first row that tells of a failure."""
-        return any(Numbers.of(table).failed for _, table in self._ring.arrived())
+        return any(UnpackedRow.of(table).failed for _, table in self._ring.arrived())
 
     def _same_columns(self, before: Unread, now: Unread) -> Unread:
         """Of what was there before the user's clip, take what this optimizer owns."""
@@ -234,7 +234,7 @@ class Later:
         mine: Gradients,
         now: Unread,
         slot: Slot,
-        orders: Orders,
+        orders: DevicePlan,
         optimizer: Optimizer | None,
         scale: Tensor | None,
         *,
@@ -284,10 +284,10 @@ class Later:
             raise error
         return clip, bad if skips else None
 
-    def _fires(self, mine: Gradients, norm: Tensor, slot: Slot, orders: Orders) -> Tensor | None:
+    def _fires(self, mine: Gradients, norm: Tensor, slot: Slot, orders: DevicePlan) -> Tensor | None:
         """Return whether the clip in reserve acts; None where one is in force. The typical norm learns while none is."""
         if mine.gate is None or mine.gate.home != self.home:
-            mine.gate = Gate(self.home)
+            mine.gate = SurgeDetector(self.home)
         if orders.clip is not None:
             return None
         fires = None
@@ -321,14 +321,14 @@ class Later:
 
     # On the host, later.
 
-    def rows(self, *, wait: bool = False) -> Iterator[tuple[Row, Decision, Numbers, str]]:
+    def rows(self, *, wait: bool = False) -> Iterator[tuple[Row, Decision, UnpackedRow, str]]:
         """Yield what has come over: rows in order, their step not yet numbered, each with what was done and what could not.
 
         Raises:
             PeerError: gradwatch failed in another process.
         """
         for facts, table in self._ring.arrived(wait=wait):
-            numbers = Numbers.of(table)
+            numbers = UnpackedRow.of(table)
             if numbers.failed:
                 raise PeerError("gradwatch failed in another process, whose output has the cause")
             left_out = numbers.left_out >= self._processes  # where some processes make the step, it is judged
@@ -345,7 +345,7 @@ class Later:
                 decision = Decision(clip=facts.clip)
             yield self._row(facts, numbers), decision, numbers, facts.problem if skipped else ""
 
-    def _row(self, facts: Facts, numbers: Numbers) -> Row:
+    def _row(self, facts: HostFacts, numbers: UnpackedRow) -> Row:
         sample = facts.sample
         assert sample is not None
         sample.fill(numbers)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from gradwatch.history.schedule import Bounds
     from gradwatch.probe.gradients import Gradients
-    from gradwatch.probe.loss_source import Losses
+    from gradwatch.probe.loss_source import LossReader
     from gradwatch.records import Floats, LossSource
 
 _LARGEST = float(np.finfo(np.float64).max)
@@ -35,7 +35,7 @@ _LARGEST = float(np.finfo(np.float64).max)
 Passed = Literal["not", "with alarm", "resting", "noted"]
 
 
-class Quiet:
+class FastPath:
     """The coming rows of one optimizer, as long as they are quiet.
 
     Args:
@@ -121,7 +121,7 @@ class Quiet:
         if total is self._total:
             self._coefficient = min(1.0, max_norm / (total.item() + 1e-6))
 
-    def _sentinel_is_well(self, losses: Losses) -> bool:
+    def _sentinel_is_well(self, losses: LossReader) -> bool:
         """True while one layer's gradient and the loss stay within their bounds, on a step that leaves no row."""
         place, parameter = self._sentinel
         gradient = parameter.grad
@@ -147,7 +147,7 @@ class Quiet:
         count = len(norms)
         return bool(np.count_nonzero(norms <= self._band) == count and np.count_nonzero(norms) == count)
 
-    def take(self, optimizer: Optimizer, step: int, losses: Losses) -> Passed:
+    def take(self, optimizer: Optimizer, step: int, losses: LossReader) -> Passed:
         """Note the row of this ``step``, or let it rest; where it has to go the long way, nothing is changed."""
         mine = self.mine
         if optimizer is not self.optimizer() or losses.scaler is not None:
@@ -171,7 +171,7 @@ class Quiet:
         self._used(losses)
         return "noted"
 
-    def _used(self, losses: Losses) -> None:
+    def _used(self, losses: LossReader) -> None:
         if losses.given:
             losses.used(self.mine.coming)
         self.mine.coming.used()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _LEARNING = 3  # backwards on which the order is learned
 
 
-class Arrivals:
+class GradientHooks:
     """The post-accumulate hooks of one model.
 
     Attributes: ``order`` (L,) is each layer's rank in the last backward that was followed, ``L`` for those that did not

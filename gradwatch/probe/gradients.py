@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.probe.coming import Coming
-    from gradwatch.probe.surge_detector import Gate
+    from gradwatch.probe.surge_detector import SurgeDetector
     from gradwatch.records import Family, Floats
 
 
@@ -84,7 +84,7 @@ class Gradients:
         self._rates: list[float] = []
         self._rate = np.full(layers, np.nan)
         self.skip = Skip(optimizer, model) if optimizer is not None else None
-        self.gate: Gate | None = None  # on a device, the typical norm of this optimizer's steps
+        self.gate: SurgeDetector | None = None  # on a device, the typical norm of this optimizer's steps
         self._slowed: list[tuple[dict[str, Any], Any]] = []
         self._born: tuple[weakref.ref[Optimizer], int, Tensor] | None = None
         self._lent: list[tuple[weakref.ref[Optimizer], str, Any]] = []

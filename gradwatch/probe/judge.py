@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from gradwatch.autoclip.decision import Decision, Orders
+    from gradwatch.autoclip.decision import Decision, DevicePlan
     from gradwatch.history.schedule import Bounds
     from gradwatch.measure.layers import Layers
     from gradwatch.records import Row
@@ -31,7 +31,7 @@ class Judge(Protocol):
     def may_skip(self) -> bool:
         """Say whether a step may ever be left out."""
 
-    def orders(self) -> Orders | None:
+    def orders(self) -> DevicePlan | None:
         """Say what to do with a step before it is known; None: only watch it."""
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:

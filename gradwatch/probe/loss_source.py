@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gradwatch.records import LossSource
 
 
-class Losses:
+class LossReader:
     """What the user handed over, and how it is read together with what backwards began from (`gradwatch.probe.coming.Coming`).
 
     A loss that was handed over holds for the next step of each optimizer, until another one is: ``given``. ``scaler`` is

@@ -140,10 +140,10 @@ def _called_by(thread: int) -> None:
         time.sleep(0)
 
 
-class Tap:
+class Patch:
     """One replaceable attribute of torch. ``wrap(original, tap)`` makes the replacement."""
 
-    def __init__(self, name: str, owner: Any, attribute: str, wrap: Callable[[Function, Tap], Function]) -> None:
+    def __init__(self, name: str, owner: Any, attribute: str, wrap: Callable[[Function, Patch], Function]) -> None:
         self.name = name
         self._owner = owner
         self._attribute = attribute
@@ -187,7 +187,7 @@ class Tap:
                 self._replacement = self._original = None
 
 
-def _wrap_backward(original: Function, tap: Tap) -> Function:
+def _wrap_backward(original: Function, tap: Patch) -> Function:
     @functools.wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         # reentrant checkpointing calls backward from inside a backward, on a device from a thread of autograd's
@@ -212,7 +212,7 @@ def _wrap_backward(original: Function, tap: Tap) -> Function:
     return backward
 
 
-def _wrap_grouping(original: Function, tap: Tap) -> Function:
+def _wrap_grouping(original: Function, tap: Patch) -> Function:
     @functools.wraps(original)
     def grouping(lists: Sequence[Sequence[Tensor]], *args: Any, **kwargs: Any) -> Any:
         tell(tap.listeners, "user_clips", lists[0])
@@ -221,7 +221,7 @@ def _wrap_grouping(original: Function, tap: Tap) -> Function:
     return grouping
 
 
-def _wrap_total_norm(original: Function, tap: Tap) -> Function:
+def _wrap_total_norm(original: Function, tap: Patch) -> Function:
     @functools.wraps(original)
     def total_norm(tensors: Any, norm_type: float = 2.0, strict: Any = False, foreach: bool | None = None) -> Any:  # noqa: FBT001, FBT002
         if norm_type == 2.0 and not strict and foreach is not False and isinstance(tensors, list):
@@ -233,7 +233,7 @@ def _wrap_total_norm(original: Function, tap: Tap) -> Function:
     return total_norm
 
 
-def _wrap_scaling(original: Function, tap: Tap) -> Function:
+def _wrap_scaling(original: Function, tap: Patch) -> Function:
     @functools.wraps(original)
     def scaling(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(parameters, max_norm, total_norm, *args, **kwargs)
@@ -243,7 +243,7 @@ def _wrap_scaling(original: Function, tap: Tap) -> Function:
     return scaling
 
 
-def _wrap_scaler_step(original: Function, tap: Tap) -> Function:
+def _wrap_scaler_step(original: Function, tap: Patch) -> Function:
     @functools.wraps(original)
     def step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         listeners = tap.listeners
@@ -255,9 +255,9 @@ def _wrap_scaler_step(original: Function, tap: Tap) -> Function:
     return step
 
 
-BACKWARD = Tap("backward", torch.autograd, "backward", _wrap_backward)
-SCALER = Tap("scaler", torch.amp.GradScaler, "step", _wrap_scaler_step)
-USER_CLIP = Tap("user's clip", torch_clip, "_group_tensors_by_device_and_dtype", _wrap_grouping)
-USER_NORM = Tap("user's norm", torch_clip, "_get_total_norm", _wrap_total_norm)
-USER_SCALE = Tap("user's scaling", torch_clip, "_clip_grads_with_norm_", _wrap_scaling)
+BACKWARD = Patch("backward", torch.autograd, "backward", _wrap_backward)
+SCALER = Patch("scaler", torch.amp.GradScaler, "step", _wrap_scaler_step)
+USER_CLIP = Patch("user's clip", torch_clip, "_group_tensors_by_device_and_dtype", _wrap_grouping)
+USER_NORM = Patch("user's norm", torch_clip, "_get_total_norm", _wrap_total_norm)
+USER_SCALE = Patch("user's scaling", torch_clip, "_clip_grads_with_norm_", _wrap_scaling)
 ALL = (BACKWARD, SCALER, USER_CLIP, USER_NORM, USER_SCALE)

@@ -23,10 +23,10 @@ from gradwatch.probe import patches as taps
 from gradwatch.probe.attribution import Attribution
 from gradwatch.probe.backwards import losses_of
 from gradwatch.probe.budget import Budget
-from gradwatch.probe.gradient_hooks import Arrivals
-from gradwatch.probe.loss_source import Losses
+from gradwatch.probe.gradient_hooks import GradientHooks
+from gradwatch.probe.loss_source import LossReader
 from gradwatch.probe.owners import Owners
-from gradwatch.probe.step_recorder import Rows
+from gradwatch.probe.step_recorder import StepRecorder
 from gradwatch.shutdown import Failure, all_done
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from gradwatch.measure.layers import Layers
     from gradwatch.measure.measured_gradients import Measured
     from gradwatch.probe.coming import Loss, Root
-    from gradwatch.probe.fast_path import Quiet
+    from gradwatch.probe.fast_path import FastPath
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.judge import Judge
     from gradwatch.probe.patches import Run
@@ -78,12 +78,12 @@ class Probe:
         self._strange = 0  # gradients in the user's clip that are none of the model's
         self._stepping: weakref.ref[Optimizer] | None = None
         self.owners = Owners(layers, self._grow, self._find)
-        self.arrivals = Arrivals(layers)
+        self.arrivals = GradientHooks(layers)
         self.attribution = Attribution(layers, self.owners, self.arrivals)
         self.backward_begins = self.attribution.begins  # see `taps.Listener`
-        self.losses = Losses(scaler)
+        self.losses = LossReader(scaler)
         self._budget = every if isinstance(every, Budget) else None
-        self.rows = Rows(layers, judge, self.arrivals, self.losses, every if isinstance(every, int) else 1)
+        self.rows = StepRecorder(layers, judge, self.arrivals, self.losses, every if isinstance(every, int) else 1)
         self.active = False
         self.seconds = 0.0
 
@@ -132,7 +132,7 @@ class Probe:
         return any(self._layers.column(p) is not None for group in optimizer.param_groups for p in group["params"])
 
     def catch_up(self, *, all_of_them: bool = False) -> None:
-        """See `Rows.catch_up`."""
+        """See `StepRecorder.catch_up`."""
         self._guarded(self.rows.catch_up, all_of_them=all_of_them)
 
     def watch_closely(self, *, closely: bool) -> None:
@@ -223,7 +223,7 @@ class Probe:
         total: Tensor | None = self._guarded(self._share, quiet, gradients)
         return total
 
-    def _share(self, quiet: Quiet, gradients: list[Tensor]) -> Tensor | None:
+    def _share(self, quiet: FastPath, gradients: list[Tensor]) -> Tensor | None:
         return None if self.attribution.is_elsewhere() else quiet.share(gradients)
 
     def user_scales(self, total: Tensor, max_norm: float) -> None:
@@ -267,7 +267,7 @@ class Probe:
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
 
-    def _passes(self, quiet: Quiet, optimizer: Optimizer) -> bool:
+    def _passes(self, quiet: FastPath, optimizer: Optimizer) -> bool:
         """True when the step went the short way; one that is unusual in any way goes the long one from its beginning."""
         if (
             self._stepping is not None

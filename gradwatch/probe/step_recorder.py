@@ -28,8 +28,8 @@ from gradwatch.measure.packed_row import BUFFER_BAD, FLAGS
 from gradwatch.measure.sampling import Sample, Sampling
 from gradwatch.probe import patches as taps
 from gradwatch.probe.coming import BeforeClip
-from gradwatch.probe.deferred_rows import Facts, Later
-from gradwatch.probe.fast_path import Quiet
+from gradwatch.probe.deferred_rows import DeferredRows, HostFacts
+from gradwatch.probe.fast_path import FastPath
 from gradwatch.probe.skipping import Skipping
 from gradwatch.records import Clipped, Culprits, Family, LossSource, Provenance, Row, Source
 
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.coming import Coming
-    from gradwatch.probe.gradient_hooks import Arrivals
+    from gradwatch.probe.gradient_hooks import GradientHooks
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.judge import Judge
-    from gradwatch.probe.loss_source import Losses
+    from gradwatch.probe.loss_source import LossReader
     from gradwatch.records import Floats
 
 
-class Rows:
+class StepRecorder:
     """The rows of one monitor.
 
     Args:
@@ -59,7 +59,7 @@ class Rows:
     measured.
     """
 
-    def __init__(self, layers: Layers, judge: Judge, arrivals: Arrivals, losses: Losses, every: int) -> None:
+    def __init__(self, layers: Layers, judge: Judge, arrivals: GradientHooks, losses: LossReader, every: int) -> None:
         self._layers = layers
         self._judge = weakref.ref(judge)
         self._arrivals = arrivals
@@ -71,7 +71,7 @@ class Rows:
         self._met = False
         self._due = False
         self._lame = False
-        self._later: Later | None = None
+        self._later: DeferredRows | None = None
         self._stop: TrainingUnstableError | None = None
         self.skipping = Skipping(layers, judge)
         self.buffers_are_well = True  # of all processes, when they were last looked at
@@ -82,7 +82,7 @@ class Rows:
         self._alike = True  # the settings of all processes
         self._closely = False  # of several processes: one of them watches closely
         self.wish = 0  # ``every`` as the budget of this process would have it; of several processes the largest counts
-        self.quiet: Quiet | None = None  # the short way, while nothing stirs
+        self.quiet: FastPath | None = None  # the short way, while nothing stirs
         self.closely = False
         self.alert = False  # the sentinel saw something: this step is measured whatever ``every`` says
         self.over = False
@@ -285,7 +285,7 @@ class Rows:
         rows = min(bounds.rows, self._sampling.rest) if bounds is not None else 0
         if bounds is not None and (rows or self.every > 1):
             bounds = replace(bounds, rows=rows)
-            self.quiet = Quiet(bounds, mine, optimizer, row.provenance.loss, self.every, clipped=clipped)
+            self.quiet = FastPath(bounds, mine, optimizer, row.provenance.loss, self.every, clipped=clipped)
 
     @property
     def made(self) -> int:
@@ -459,7 +459,9 @@ class Rows:
         measured = coming.before_clip.measured if coming.before_clip is not None else None
         before = measured if isinstance(measured, Unread) else None
         loss, loss_source = self._losses.unread(coming, returned, self._layers.home)
-        facts = Facts(source, self._seen_clip(before is not None), loss_source, rate, family, self._arrivals.arrived)
+        facts = HostFacts(
+            source, self._seen_clip(before is not None), loss_source, rate, family, self._arrivals.arrived
+        )
         facts.optimizer = mine.number if mine is not None else -1
         acts = mine is not None and source != "left out by the scaler" and self._clippable(source, optimizer)
         orders = judge.orders() if acts else None
@@ -485,13 +487,13 @@ class Rows:
         elif source != "optimizer in backward":
             self.skipping.made()
 
-    def _require_later(self) -> Later:
+    def _require_later(self) -> DeferredRows:
         home = self._layers.home
         if self._later is None or self._later.home != home:
             self._read(wait=True)
             judge = self._judge()
             confirms = judge is not None and judge.own_clip
-            self._later = Later(self._layers, self._sampling, home, self._ranks, confirms=confirms)
+            self._later = DeferredRows(self._layers, self._sampling, home, self._ranks, confirms=confirms)
         return self._later
 
     def catch_up(self, *, all_of_them: bool = False) -> None:

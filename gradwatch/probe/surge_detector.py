@@ -17,7 +17,7 @@ _RATE = 1.0 - 0.5 ** (1.0 / 64)
 _SETTLED = 8  # norms before which nothing is a surge
 
 
-class Gate:
+class SurgeDetector:
     """Decides about a step that no rule has seen yet: whether its gradients surge, whether they may be used at all.
 
     Keeps the typical global norm ``b`` on the device as `gradwatch.history.statistics.Typical` does on the host: an exponential
