@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pytest
 
 from gradwatch.rules import RULES
 from tests.trainings import mlp, train
-
-if TYPE_CHECKING:
-    import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -62,3 +60,12 @@ def test_nothing_in_the_repository_names_a_path_of_a_machine_or_a_registry() -> 
     texts = [README, *(path.read_text() for path in (ROOT / ".ci").iterdir()), (ROOT / "pyproject.toml").read_text()]
     for text in texts:
         assert not re.search(r"/home/|/root/|index-url|find-links|https?://\S*(pypi|pythonhosted)", text)
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_files_that_a_page_names_are_there(page: str) -> None:
+    """Whoever follows it finds them."""
+    named = set(re.findall(r"[`\s]((?:[a-z_]+/)*[a-z_]+\.py)`", (ROOT / page).read_text()))
+    assert len(named) > 15
+    places = (ROOT, ROOT / "gradwatch", ROOT / "tests")
+    assert {name for name in named if not any((place / name).exists() for place in places)} == set()
