@@ -343,13 +343,13 @@ class Monitor:
     # What the probe reports.
 
     def optimizer_found(self, optimizer: Optimizer) -> None:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         self.history.facts = optimizer_facts(self.history.facts, optimizer)
         if self.history.facts.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
             self.note("auto-clip does not act inside a line search: LBFGS is watched only.")
 
     def grown(self, layers: Layers) -> None:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         self._pipeline.grow(layers)
         model = self._model()
         if model is not None:
@@ -359,12 +359,12 @@ class Monitor:
             )
 
     def note(self, text: str) -> None:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         if text not in self._pipeline.notes:
             self._pipeline.notes.append(text)
 
     def judge(self, row: Row) -> Decision:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         if self._probe.arrivals.order is not None:
             self.history.order = self._probe.arrivals.order
         if row.rate is not None and row.rate is not self.history.rate:
@@ -380,63 +380,63 @@ class Monitor:
         return decision
 
     def startled(self, row: Row) -> bool:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         return self._pipeline.startled(row)
 
     def bounds(self) -> Bounds | None:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         return self._pipeline.bounds()
 
     def may_skip(self) -> bool:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         return self._pipeline.clipping is not None and self._pipeline.clipping.policy.skips
 
     def orders(self) -> DevicePlan | None:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         return self._pipeline.orders()
 
     def settings(self) -> dict[str, str]:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         clipping = self._pipeline.clipping
         return settings_of(self._pipeline.alarms.rules, clipping.policy if clipping is not None else None, self._pace)
 
     def together(self, lag: int) -> None:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         self._pipeline.alarms.lag = lag
 
     def said(self) -> tuple[int, int]:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         return self._pipeline.alarms.failed, self._pipeline.decided
 
     def switch_off(self, rules: int) -> None:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         for rule in self._pipeline.alarms.switch_off(rules):
             self.note(
                 f"rule {rule} failed in another process, whose output has the cause: it is switched off here too."
             )
 
     def disarm(self, reason: str) -> None:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         self._pipeline.disarm()
         self.note(reason)
 
     @property
     def own_clip(self) -> bool:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         return self._pipeline.own_clip
 
     @property
     def may_clip(self) -> bool:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         return self._pipeline.may_clip
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         self._pipeline.done(row, decision, coefficient)
         self._pipeline.report(self._probe.seconds)
 
     def failed(self, part: str, error: Exception) -> None:
-        """See `gradwatch.probe.step_recorder.Judge`."""
+        """See `gradwatch.probe.judge.Judge`."""
         if self._strict:
             raise error
         self._tell(f"{part} failed and is switched off", error)
