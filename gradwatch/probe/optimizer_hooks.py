@@ -41,7 +41,7 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         probe = ref()
         if probe is None:
             continue
-        try:  # as `gradwatch.taps.tell`, and each may change the arguments of the next
+        try:  # as `gradwatch.probe.patches.tell`, and each may change the arguments of the next
             changed = probe.before_step(optimizer, args, kwargs) or changed
         except Exception as error:
             meant = let_out(probe, error) or meant

@@ -1,6 +1,6 @@
 """Who owns which watched layers: the optimizers that have stepped or were named, and nobody for the rest.
 
-An owner is a `gradwatch.measure.gradients.Gradients`; what is known of its coming step goes with it when it is made anew, as when
+An owner is a `gradwatch.probe.gradients.Gradients`; what is known of its coming step goes with it when it is made anew, as when
 layers are added to the model or to the optimizer.
 """
 
