@@ -4,6 +4,11 @@ A batch that is not finite goes through the running statistics of normalisation 
 step that is made, the buffers that change are copied side by side into one tensor: one call for all of a kind. Torch's batch
 normalisation changes its buffers without counting the change, and so does writing through ``.data``: what a normalisation
 holds, and what was ever seen to differ, is copied each time; the rest when torch counts a change or it was replaced.
+
+Between the copy and the forwards the program may write too, as it does to a moving average or a target network, and nothing
+tells whose a change is. Those of torch's batch and spectral normalisation are written by forwards alone; to statistics the
+program wrote where torch has counted a change. Other
+buffers are given back where their module holds numbers that are not finite, and else left as they are, which is said.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations
 
 from gradwatch.measure import device
 
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 
 _LOOKED = 16  # first steps after which every buffer is compared with what it was, and every so many after them
 _SELDOM = 64
+_WRITTEN_BY_FORWARDS = (nn.modules.batchnorm._NormBase, parametrizations._SpectralNorm)  # and by nobody else
 
 
 class _Group:
@@ -70,8 +77,11 @@ class Buffers:
         self._objects: list[Tensor | None] = []
         self._ids: list[int] = []
         self._changing: set[int] = set()
-        self._groups: list[_Group] = []
+        self._groups: list[_Group] = []  # of what forwards alone write
+        self._others: list[_Group] = []  # others that change
         self._constant: list[_Group] = []
+        self._statistics: list[Tensor] = []  # of normalisations, which torch does not count changes of
+        self._uncounted = self._versions_then = 0
         self._versions = 0
         self._loose: set[tuple[int, str]] = set()  # places where the tensor is another one each time, or no plain one
         self._now: dict[tuple[int, str], tuple[Tensor | None, Tensor | None]] = {}
@@ -93,10 +103,12 @@ class Buffers:
     def _plan(self) -> None:
         """Group the buffers as they are now; what is known of them from before this step stays known."""
         known: dict[int, Tensor] = {}
-        for group in (*self._groups, *self._constant):
+        for group in (*self._groups, *self._others, *self._constant):
             known.update(zip(map(id, group.tensors), group.parts(), strict=True))
         was = dict(zip(((id(d), name) for d, name, _ in self._places), self._objects, strict=True))
-        self._places, self._objects, plain = [], [], {}
+        self._places, self._objects, self._statistics = [], [], []
+        plain: dict[int, Tensor] = {}
+        own: set[int] = set()
         for module, name, full in self._found():
             key, one = (id(module._buffers), name), module._buffers[name]
             self._places.append((module._buffers, name, full))
@@ -112,13 +124,20 @@ class Buffers:
                 self._before.setdefault(key, self._now[key])
             elif one is not None:
                 plain[id(one)] = one
-                if isinstance(module, nn.modules.batchnorm._NormBase) or self._unread(one):
+                if isinstance(module, _WRITTEN_BY_FORWARDS):
+                    own.add(id(one))
+                if isinstance(module, nn.modules.batchnorm._NormBase) and one.is_floating_point():
+                    self._statistics.append(one)
+                if id(one) in own or self._unread(one):
                     self._changing.add(id(one))
-        self._groups = _grouped([one for one in plain.values() if id(one) in self._changing], known)
+        self._groups = _grouped([one for one in plain.values() if id(one) in own], known)
+        self._others = _grouped([one for one in plain.values() if id(one) in self._changing - own], known)
+        self._uncounted = _versions(self._statistics)
         self._constant = _grouped([one for one in plain.values() if id(one) not in self._changing], known)
         self._fixed = [(d, name) for d, name, _ in self._places if (id(d), name) not in self._loose]
         self._ids = [id(d[name]) for d, name in self._fixed]
         self._versions = self._count()
+        self._versions_then = _versions(self._tensors_of_others())
         parameter = next((parameter for _, parameter in self._layers.parameters()), None)
         self._marker = weakref.ref(parameter) if parameter is not None else None
 
@@ -129,13 +148,16 @@ class Buffers:
     def _count(self) -> int:
         return sum(tensor._version for group in self._constant for tensor in group.tensors)
 
+    def _tensors_of_others(self) -> list[Tensor]:
+        return [tensor for group in self._others for tensor in group.tensors]
+
     # Each step.
 
     def begin(self, *, fresh: bool) -> None:
         """A step is about to be made or left out; ``fresh``: there has been a backward since the last one."""
         if not self._places or not fresh:
             return
-        for group in self._groups:
+        for group in (*self._groups, *self._others):
             group.before, group.last = group.last, group.before
         if self._loose:
             self._before = dict(self._now)
@@ -164,11 +186,13 @@ class Buffers:
         """The step is made: take the buffers as they are."""
         if [id(d.get(name)) for d, name in self._fixed] != self._ids:
             self._plan()
-        for group in self._groups:
+        for group in (*self._groups, *self._others):
             group.keep()
         for d, name, _ in self._places if self._loose else ():
             if (id(d), name) in self._loose:
                 self._now[id(d), name] = _held(d.get(name))
+        if self._others:
+            self._versions_then = _versions(self._tensors_of_others())
         if self._constant and self._count() != self._versions:
             self._promote()
         self._kept += 1
@@ -179,6 +203,7 @@ class Buffers:
         """Take in buffers that were added; find those that change without being counted."""
         if [full for _, _, full in self._found()] != [full for _, _, full in self._places]:
             self._plan()
+        self._uncounted = _versions(self._statistics)
         found = {
             id(tensor)
             for group in self._constant
@@ -188,7 +213,7 @@ class Buffers:
         if found:
             self._changing |= found
             self._plan()
-            for group in self._groups:
+            for group in (*self._groups, *self._others):
                 group.keep()
 
     def _promote(self) -> None:
@@ -212,7 +237,7 @@ class Buffers:
             return ""
         if self._written and not self._habit:
             return "the model was written to since the last step, so that what its buffers were before is not known"
-        if any(group.strayed for group in (*self._groups, *self._constant)):
+        if any(group.strayed for group in (*self._groups, *self._others, *self._constant)):
             return "buffers of the model have moved to other memory"
         return ""
 
@@ -226,59 +251,101 @@ class Buffers:
         if problem:
             return problem
         known = {(id(d), name) for d, name, _ in self._places}
+        poisoned = set()  # the tables of buffers that hold numbers that are not finite
         for module, name, full in self._found():
             one = module._buffers[name]
-            if (id(module._buffers), name) not in known and one is not None and not is_finite(one):
-                problem = f"the buffer {full}, which is new, is not finite"
-        for (d, name, full), one in zip(self._places, self._objects, strict=True):
-            if (id(d), name) in self._loose:
-                problem = self._give_back_loose(d, name, full) or problem
-            elif d.get(name) is not one:
-                d[name] = one
-        for group in self._groups:
-            group.give_back()
-        for group in self._constant:
-            problem = self._give_back_constant(group) or problem
+            if one is not None and not is_lazy(one) and not is_finite(one):
+                poisoned.add(id(module._buffers))
+                if (id(module._buffers), name) not in known:
+                    problem = f"the buffer {full}, which is new, is not finite"
+        doubtful = [*self._others, *self._constant]
+        if _versions(self._statistics) != self._uncounted:
+            problem = "the program wrote to the running statistics of a normalisation, perhaps since the last step"
+            doubtful += self._groups
+        else:
+            for group in self._groups:
+                group.give_back()
+        problem = self._give_back_doubtful(doubtful, poisoned) or problem
+        self._uncounted = _versions(self._statistics)
+        self.keep()
         return problem
 
-    def _give_back_loose(self, d: dict[str, Any], name: str, full: str) -> str:
+    def _give_back_doubtful(self, groups: Sequence[_Group], poisoned: set[int]) -> str:
+        """Give back what poisoned modules hold of these; return why the rest may not be as it was, or nothing."""
+        problem, unseen = "", self._count() == self._versions
+        constant = {id(tensor) for group in self._constant for tensor in group.tensors}
+        parts = {
+            id(tensor): (view, part)
+            for group in groups
+            for tensor, view, part in zip(group.tensors, group.now, group.parts(), strict=True)
+        }
+        for (d, name, full), one in zip(self._places, self._objects, strict=True):
+            if (id(d), name) in self._loose:
+                problem = self._give_back_loose(d, name, full, poisoned=id(d) in poisoned) or problem
+            elif one is None or id(one) not in parts:  # a normalisation's
+                d[name] = one
+            else:
+                view, part = parts[id(one)]
+                if d.get(name) is one and torch.equal(view, part):
+                    continue
+                if id(d) not in poisoned:
+                    problem = _doubt(full)
+                elif d.get(name) is one and id(one) in constant and unseen:
+                    problem = f"the buffer {full} is not finite, and what it was before is not known"
+                else:
+                    d[name] = one
+                    view.copy_(part)
+        return problem
+
+    def _give_back_loose(self, d: dict[str, Any], name: str, full: str, *, poisoned: bool) -> str:
         one, copy = self._before.get((id(d), name), (None, None))
+        if d.get(name) is one and (one is None or (copy is not None and _same(one, copy))):
+            return ""
+        if not poisoned:
+            return _doubt(full)
         if one is not None and copy is None:
             return f"what the buffer {full} was before is not known"
         d[name] = one
         if one is not None and copy is not None:
             one.data.copy_(copy)
-        self._now[id(d), name] = (one, copy)
-        return ""
-
-    def _give_back_constant(self, group: _Group) -> str:
-        unseen = self._count() == self._versions
-        for view, part in zip(group.now, group.parts(), strict=True):
-            if torch.equal(view, part):
-                continue
-            if unseen and is_finite(view):
-                return "a buffer of the model has changed without torch's knowledge"
-            view.copy_(part)
         return ""
 
     def give_back_where(self, bad: Tensor) -> str:
         """Do the same on devices, where ``bad`` (bool, no dimensions); nothing is read. Then `keep` is done too."""
         problem = self._unknown()
+        doubt = bool(self._loose) or _versions(self._tensors_of_others()) != self._versions_then
         if [id(d.get(name)) for d, name in self._fixed] != self._ids or self._count() != self._versions:
             self._changing |= {id(tensor) for group in self._constant for tensor in group.tensors}
             self._plan()
-        groups = [group for group in self._groups if group.last.device.type == bad.device.type]
-        if len(groups) < len(self._groups):
+            doubt = True
+        everywhere = [*self._groups, *self._others]
+        groups = [group for group in everywhere if group.last.device.type == bad.device.type]
+        if len(groups) < len(everywhere):
             problem = problem or "buffers of the model lie on the CPU, where they cannot be given back without waiting"
+        others = bad & self._is_poisoned(bad) if doubt else bad
         for group in groups:
             if problem:
                 group.keep()
             else:
-                group.give_back_where(bad)
+                group.give_back_where(bad if group in self._groups else others)
         for d, name, full in self._places if self._loose else ():
             if (id(d), name) in self._loose:
-                problem = self._give_back_loose_where(bad, d, name, full) or problem
-        return problem
+                problem = self._give_back_loose_where(others, d, name, full) or problem
+        doubt = doubt or _versions(self._statistics) != self._uncounted
+        self._uncounted = _versions(self._statistics)
+        self._versions_then = _versions(self._tensors_of_others())
+        said = "buffers have changed since the last step, by this step's forwards or by the program"
+        return problem or (said if doubt else "")
+
+    def _is_poisoned(self, bad: Tensor) -> Tensor:
+        """Return whether any buffer that the program may write holds a number that is not finite, without waiting."""
+        held = [torch.cat(group.now) for group in self._others]
+        held += [one for d, name in self._loose_places() if isinstance(one := d.get(name), Tensor) and not is_lazy(one)]
+        found = [~torch.isfinite(one).all() for one in held if one.device == bad.device]
+        return torch.stack(found).any() if found else torch.zeros_like(bad)
+
+    def _loose_places(self) -> Iterator[tuple[dict[str, Any], str]]:
+        return ((d, name) for d, name, _ in self._places if (id(d), name) in self._loose)
 
     def _give_back_loose_where(self, bad: Tensor, d: dict[str, Any], name: str, full: str) -> str:
         now, (_, copy) = d.get(name), self._before.get((id(d), name), (None, None))
@@ -296,6 +363,22 @@ class Buffers:
 def is_finite(tensor: Tensor) -> bool:
     """True when no element is NaN or infinite; reads the tensor."""
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all())
+
+
+def _doubt(full: str) -> str:
+    return f"the buffer {full} has changed since the last step, by this step's forwards or by the program: it is left as it is"
+
+
+def _versions(tensors: Sequence[Tensor]) -> int:
+    """Return how often torch has counted a change of any of them."""
+    return sum(tensor._version for tensor in tensors)
+
+
+def _same(one: Tensor, copy: Tensor) -> bool:
+    try:
+        return torch.equal(one, copy)
+    except (RuntimeError, NotImplementedError):  # of a kind that cannot be compared
+        return False
 
 
 def _is_plain(tensor: Tensor) -> bool:
