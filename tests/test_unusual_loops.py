@@ -216,6 +216,30 @@ def test_a_middle_layer_replaced_in_its_old_place_is_followed() -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("replaced", [(), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("steps", [(30, 60, 90), (60, 61)], ids=str)
+def test_each_new_optimizer_has_the_norm_before_the_users_clip_in_its_first_row(
+    replaced: tuple[int, ...], steps: tuple[int, ...]
+) -> None:
+    """Whether layers are replaced with it or not, the second and third time as well."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1))
+    x, y = data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    truth = []
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(100):
+            if step in steps:
+                for place in replaced:
+                    model[place] = nn.Linear(8 if place == 0 else 4, 4 if place == 0 else 1)
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            truth.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.01)))
+            optimizer.step()
+    np.testing.assert_allclose(monitor.history.global_norm(), truth, rtol=1e-5)
+
+
 def test_a_scalar_parameter_replaced_by_an_equal_one_is_followed() -> None:
     """Two tensors of one element can be equal without being the same."""
 

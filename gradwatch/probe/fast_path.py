@@ -106,6 +106,8 @@ class FastPath:
         self._before = self.mine.coming.before_clip = None
         if not self._left or self.resting or plan is None or not plan.shareable or not self._clipped:
             return None
+        if self.optimizer() is None:  # another one will step with these gradients
+            return None
         gradients, _, now = self.mine.present()
         if now is not plan or len(tensors) != len(gradients) or not all(map(operator.is_, tensors, gradients)):
             return None

@@ -203,17 +203,19 @@ class Probe:
         if self.attribution.is_elsewhere():
             return
         self.owners.look_at_optimizers()
-        known = {id(parameter.grad) for owner in self.owners.current() for parameter in owner.parameters}
-        strange = len(clipped - known)
+        strange = self._strangers(clipped)
         if (
             strange and strange != self._strange
         ):  # they may be of layers that have just come, or are trained from now on
-            self._strange = strange
             self.owners.look_again()
             self.owners.look_at_the_rest()
+            self._strange = self._strangers(clipped)
         for owner in self.owners.current():
             if any(id(parameter.grad) in clipped for parameter in owner.parameters):
                 self.rows.measure_before_clip(owner)
+
+    def _strangers(self, clipped: set[int]) -> int:
+        return len(clipped - {id(one.grad) for owner in self.owners.current() for one in owner.parameters})
 
     def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """See `taps.Listener`."""
