@@ -17,6 +17,7 @@ import numpy as np
 
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.history.columns import widened
+from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, cadence
 from gradwatch.history.statistics import quiet_numpy
 from gradwatch.records import Alarm, Incident, Row, Snapshot
@@ -121,7 +122,7 @@ class Pipeline:
     def _decide(self, row: Row) -> Decision:
         if self.clipping is None or not self.armed:
             return NOTHING
-        decision = self.clipping.decide(row, self.incidents.open_explosion())
+        decision = self.clipping.decide(row, self.incidents.treatable_explosion())
         self._record_clip()
         return decision
 
@@ -209,6 +210,8 @@ class Pipeline:
         if self._first_step is None:  # what came before the first step is not the training's speed
             self._first_step = self._timed_step = row.step
             self._timed = perf_counter()
+        if row.loss > self.history.largest_first_loss and task_became_harder(self.history):
+            self.history.follow_task()
         changes = self.alarms.update(self.history, row.step)
         self.changes.extend(changes)
         if changes and self.log is not None:

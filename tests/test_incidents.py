@@ -298,6 +298,13 @@ def test_a_surge_on_a_device_is_clipped_in_its_own_step(wanted: bool, monkeypatc
     assert np.flatnonzero(monitor.history.clip_coefficient() < 0.01).tolist() == [40]
 
 
+def test_a_loss_that_the_task_made_larger_has_not_run_away() -> None:
+    """Fifty times the first losses at once, with gradients that cannot have done it; slowly to there is a divergence."""
+    for loss, fires in (("1x40 50*0.995x200", False), ("1x40 1*1.05x100", True)):
+        alarms = replay(*Case("", None, loss=loss, grad="0.1x240").rows(), default_rules()).alarms
+        assert ("GW104" in {alarm.code for alarm in alarms}) == fires
+
+
 def test_the_verdicts_own_limits_can_be_changed() -> None:
     """A surge of 60 beside a well loss speaks for itself at five times its limit of 10, not at seven."""
     case = Case("surge", None, grad={"a": "0.1x40 6x3 0.1x40", "b": "0.1x83", "c": "0.1x83"}, loss="1x83")

@@ -83,6 +83,12 @@ def explained_rise(history: History) -> float:
         return float(np.nansum(row.grad_norm * moved))
 
 
+def task_became_harder(history: History) -> bool:
+    """True when the last loss is of the batch, and twice as large as each of the four before: it came at once."""
+    before = np.abs(history.loss(last=5)[:-1])
+    return history.row.loss > 2 * np.max(before, initial=0.0) and is_of_the_batch(history)
+
+
 def is_of_the_batch(history: History) -> bool:
     """True when the last loss lies so far above its level that the last update cannot have done it: the batch is odd or rare."""
     level, _ = history.loss_level()

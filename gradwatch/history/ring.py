@@ -103,6 +103,7 @@ class History:
         self.reference_loss = math.nan
         self._first_losses: list[float] = []
         self.losses = 0
+        self._harder = 0.0
 
     # -- writing: the pipeline only
 
@@ -212,6 +213,12 @@ class History:
         self.typical_weight = Typical(count, half_life=16)
         self.weight, self.previous_weight, self.least_weight = np.full((3, count), np.nan)
         self.reference_loss, self._first_losses, self.losses = math.nan, [], 0
+        self._harder = 0.0
+
+    def follow_task(self) -> None:
+        """The last loss is so large for its task has become harder: what comes is compared with it."""
+        if math.isfinite(self.row.loss):
+            self._harder = max(self._harder, abs(self.row.loss))
 
     def learn(self) -> None:
         """Let the run's own typical values follow the last row; called after the rules have judged it.
@@ -379,8 +386,12 @@ class History:
 
     @property
     def largest_first_loss(self) -> float:
-        """The largest magnitude of the run's first 16 finite losses; NaN before the sixteenth."""
-        return max(map(abs, self._first_losses)) if len(self._first_losses) == _FIRST_LOSSES else math.nan
+        """The largest magnitude of the run's first 16 finite losses, and of those that a harder task has made since.
+
+        NaN before the sixteenth.
+        """
+        enough = len(self._first_losses) == _FIRST_LOSSES
+        return max(self._harder, *map(abs, self._first_losses)) if enough else math.nan
 
     @property
     def stuck(self) -> bool:

@@ -28,9 +28,10 @@ class LossRunaway(Rule):
 
     ## Formula
     `value = m / max |x_k|` upwards, `-m / max |x_k| / 40` downwards, with `m` the median of the last 8 losses and `x_k` the
-    first 16 finite ones; `0` where it is no longer on its way: `|m|` below 1.5 times the median of the 32 losses before. It
-    fires where `value > limit` (2.5) for `for_steps` (3) steps: at 2.5 times upwards, and at 100 times downwards, for a
-    loss that may be negative has no natural floor.
+    first 16 finite ones, and those of jumps that the last update cannot have made (the task became harder); `0` where it is
+    no longer on its way: `|m|` below 1.5 times the median of the 32 losses before. It fires where `value > limit` (2.5) for
+    `for_steps` (3) steps: at 2.5 times upwards, and at 100 times downwards, for a loss that may be negative has no natural
+    floor.
 
     ## Why it is bad
     Slow divergence raises the run's own level along with it, so that no single step stands out. Downwards it is a loss

@@ -46,7 +46,8 @@ class _Story:
     ceiling: float = math.nan
     peak: float = math.nan
     jumped: bool = False
-    young: bool = False  # opened by a jump of the batch's, when the run had no level yet that a loss could stay above
+    of_the_batch: bool = False  # opened by a jump that the last update cannot have made
+    young: bool = False  # and when the run had no level yet that a loss could stay above
     look_at: int = 0
     level: float = math.nan
     lasting: bool = False
@@ -112,6 +113,11 @@ class Incidents:
         story = self._stories.get("explosion")
         return story.incident if story else None
 
+    def treatable_explosion(self) -> Incident | None:
+        """The same, unless the data or the task made it: no clip brings down a loss that gradients have not raised."""
+        story = self._stories.get("explosion")
+        return None if story is None or (story.of_the_batch and not story.harmed) else story.incident
+
     @property
     def exploding(self) -> bool:
         """True while an incident of the explosion story is open."""
@@ -163,7 +169,8 @@ class Incidents:
                 story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
                 story.jumped = self._has("jump", story.firing.values())
                 story.look_at = self._settings.lasting_steps
-                story.young = self._history.losses < EARLY and step in story.odd_steps
+                story.of_the_batch = step in story.odd_steps
+                story.young = self._history.losses < EARLY and story.of_the_batch
         may_last = not story.lasting and (story.harmed or not story.young)
         if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
             story.lasting = self._stays_up(story)
