@@ -21,7 +21,6 @@ from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, cadence
 from gradwatch.history.statistics import quiet_numpy
 from gradwatch.records import Alarm, Incident, Row, Snapshot
-from gradwatch.rules import GradientSurge
 from gradwatch.shutdown import Failure, all_done
 from gradwatch.verdict.alarms import Alarms
 from gradwatch.verdict.incidents import Incidents
@@ -75,8 +74,7 @@ class Pipeline:
         self.log: Recording | None = None
         self.changes: deque[Alarm] = deque(maxlen=2000)
         self.notes: list[str] = []
-        # auto-clip on a device is as ready for a surge where nobody wants to be told of one
-        self._surge = next(rule.limit for rule in (*rules, GradientSurge()) if rule.role == "surge")
+        self._surge = next((rule.limit for rule in rules if rule.role == "surge"), math.inf)
         self._on_error = on_error
         self._news: tuple[Incident, ...] = ()
         self._band = np.full(len(history.layers), np.inf)

@@ -186,7 +186,7 @@ def test_a_failing_measurement_switches_the_monitor_off(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing of it reaches the loop, and every hook is gone."""
-    monkeypatch.setattr("gradwatch.measure.gradients.global_norm_of", lambda _: 1 / 0)
+    monkeypatch.setattr("gradwatch.probe.gradients.global_norm_of", lambda _: 1 / 0)
     model = mlp()
     with gradwatch.attach(model, report=None) as monitor:
         assert len(train(model, torch.optim.SGD(model.parameters(), lr=0.01), 5)) == 5

@@ -690,7 +690,7 @@ def test_another_librarys_global_hook_survives_a_failing_monitor(monkeypatch: py
     """Torch walks over its hooks while the monitor switches itself off."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-    monkeypatch.setattr("gradwatch.measure.gradients.global_norm_of", lambda _: 1 / 0)
+    monkeypatch.setattr("gradwatch.probe.gradients.global_norm_of", lambda _: 1 / 0)
     calls: list[int] = []
     model = mlp()
     monitor = gradwatch.attach(model, report=None)
