@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gradwatch.commands import COMMANDS
@@ -56,7 +57,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         code = int(options.run(options, console_on()))
         sys.stdout.flush()
     except (GradwatchError, OSError) as error:  # such as a disk that is full
-        sys.stderr.write(printable(f"gradwatch: {error}") + "\n")
+        with suppress(OSError):  # which may be on the same full disk
+            sys.stderr.write(printable(f"gradwatch: {error}") + "\n")
         return 2
     return code
 

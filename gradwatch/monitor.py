@@ -453,8 +453,10 @@ def monitor_of(model: nn.Module) -> Monitor | None:
     """Return the monitor that watches ``model``, None when none does.
 
     A model and what is built around it, as DistributedDataParallel and `torch.compile` are, is one. A part of a watched model
-    has no monitor of its own.
+    has no monitor of its own. Raises `UsageError` for what is no module.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"monitor_of() got {type(model).__name__}; expected a torch.nn.Module.")
     if model in attached:
         return attached[model]
     mine = unwrapped(model)

@@ -73,6 +73,8 @@ def test_bad_input_leaves_the_monitor_that_there_was(
         gradwatch.attach(model, **{"report": None, **settings})
     assert first.attached
     assert gradwatch.monitor_of(model) is first
+    with pytest.raises(gradwatch.UsageError, match=r"expected a torch\.nn\.Module"):
+        gradwatch.monitor_of("model")  # type: ignore[arg-type]
     train(model)
     assert not report.ended
     assert first.flush()

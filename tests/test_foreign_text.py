@@ -358,6 +358,7 @@ def test_a_full_disk_behind_standard_output_is_told(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123  a device
         command = [sys.executable, "-m", "gradwatch", "report", str(tmp_path)]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
-    assert done.returncode == 2
+        both = subprocess.run(command, stdout=full, stderr=full, check=False)
+    assert done.returncode == both.returncode == 2
     assert done.stderr.startswith("gradwatch: ")
     assert done.stderr.count("\n") == 1

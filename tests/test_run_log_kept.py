@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -392,3 +393,28 @@ def test_a_foreign_database_is_left_alone_to_the_byte(tmp_path: Path) -> None:
             gradwatch.attach(mlp(), report=None, log=tmp_path)
         assert {name: (tmp_path / name).read_bytes() for name in before} == before
     songs.close()
+
+
+def test_a_cell_that_makes_model_and_log_anew_can_be_run_again(tmp_path: Path) -> None:
+    """Also where the model refers to itself, so that only the collector can free it."""
+    for _ in range(3):
+        model = mlp()
+        model.itself = [model]  # type: ignore[assignment]
+        gradwatch.attach(model, report=None, log=tmp_path)
+        train(model, torch.optim.SGD(model.parameters(), lr=0.05), 5)
+        del model
+    gc.collect()
+
+
+def test_a_schema_that_is_no_text_is_told_as_damage(tmp_path: Path) -> None:
+    """And the monitor that was there goes on."""
+    model = mlp()
+    gradwatch.attach(model, report=None, log=tmp_path / "run").detach()
+    file = tmp_path / "run" / FILE
+    damaged = bytearray(file.read_bytes())
+    damaged[damaged.index(b"-- from 0", damaged.index(b"CREATE TABLE layers")) + 4] = 0xCD
+    file.write_bytes(damaged)
+    with gradwatch.attach(model, report=None) as monitor:
+        with pytest.raises(RunLogError, match="is damaged"):
+            gradwatch.attach(model, report=None, log=tmp_path / "run")
+        assert gradwatch.monitor_of(model) is monitor

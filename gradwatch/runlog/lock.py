@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -39,6 +40,8 @@ class WriterLock:
     def __init__(self, folder: Path) -> None:
         self._path = folder.resolve() / FILE
         self._file: IO[bytes] | None = None
+        if self._path in _mine:
+            gc.collect()  # the model of a cell that is run again may wait for the collector, and its monitor with it
         if self._path in _mine:
             raise RunLogError(
                 f"The run log {folder} is being written by another monitor of this process. Give each model its own path."

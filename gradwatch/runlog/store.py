@@ -66,9 +66,9 @@ class Store:
             self._open()
             self._check_layers([storable(name) for name, *_ in columns])
             self._begin(columns, environment, facts)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             self.close()
-            if isinstance(error, sqlite3.OperationalError):
+            if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
                 raise OSError(str(error)) from error
             raise told_of(self._path, error) from error
         except BaseException:
