@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
@@ -94,10 +95,10 @@ def attach(
         )
     if not isinstance(strict, bool):
         raise UsageError(f"attach() got strict={_shown(strict)}; expected True or False.")
-    before = monitor_of(model)
+    folder = _folder(log)
+    before = monitor_of(model) or _of_a_cell_run_again(folder, model)
     if policy is not None:
         _check_others(policy, model, before)
-    folder = _folder(log)
     pace = every if budget is None else Budget(budget)
     monitor = Monitor(model, _rules(rules), policy, _reports(report), scaler=scaler, every=pace, strict=strict)
     if optimizer is not None:
@@ -107,6 +108,15 @@ def attach(
     _replace(before, monitor, folder)
     monitor.start(optimizer)
     return monitor
+
+
+def _of_a_cell_run_again(folder: Path | None, model: nn.Module) -> Monitor | None:
+    """Return the monitor of a model that a notebook still holds, as a traceback does, and that was to write the same log."""
+    if folder is None or not (hasattr(sys, "ps1") or "IPython" in sys.modules):
+        return None
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = (one for one in list(attached.values()) if one.writes(folder) and list(one.history.layers) == names)
+    return next(found, None)
 
 
 def _replace(before: Monitor | None, monitor: Monitor, folder: Path | None) -> None:

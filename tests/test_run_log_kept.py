@@ -418,3 +418,23 @@ def test_a_schema_that_is_no_text_is_told_as_damage(tmp_path: Path) -> None:
         with pytest.raises(RunLogError, match="is damaged"):
             gradwatch.attach(model, report=None, log=tmp_path / "run")
         assert gradwatch.monitor_of(model) is monitor
+
+
+@pytest.mark.parametrize("notebook", [True, False])
+def test_a_notebook_that_holds_the_old_model_writes_the_log_anew(
+    notebook: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an interrupt, whose traceback is kept: the old monitor ends, and that is said. In a program it is a mistake."""
+    if notebook:
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    old, new = mlp(), mlp()
+    with gradwatch.attach(old, report=None, log=tmp_path) as first:
+        if notebook:
+            second = gradwatch.attach(new, report=None, log=tmp_path)
+            assert not first.attached
+            assert any("watched" in note or "replace" in note for note in second.notes)
+            second.detach()
+        else:
+            with pytest.raises(RunLogError, match="another monitor of this process"):
+                gradwatch.attach(new, report=None, log=tmp_path)
+            assert first.attached
