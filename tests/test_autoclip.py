@@ -19,9 +19,19 @@ from tests.trainings import data, mlp, train
 
 
 def exploding(
-    clip: Any, steps: int = 60, at: int = 30, factor: float = 1e4, lasts: int = 6, rate: float = 0.01
+    clip: Any,
+    steps: int = 60,
+    at: int = 30,
+    factor: float = 1e4,
+    lasts: int = 6,
+    rate: float = 0.01,
+    *,
+    inside: bool = False,
 ) -> tuple[gradwatch.Monitor, list[list[Tensor]]]:
-    """Train with SGD; for a few steps the loss is ``factor`` times as large. Return what the optimizer saw."""
+    """Train with SGD; for a few steps the loss is ``factor`` times as large, or, ``inside``, the gradients alone are.
+
+    Return what the optimizer saw.
+    """
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     seen: list[list[Tensor]] = []
@@ -32,7 +42,9 @@ def exploding(
 
     def loss_of(output: Tensor, target: Tensor) -> Tensor:
         wild = at <= next(step) < at + lasts
-        return nn.functional.mse_loss(output, target) * (factor if wild else 1.0)
+        if wild and inside:
+            output.register_hook(lambda gradient: gradient * factor)
+        return nn.functional.mse_loss(output, target) * (factor if wild and not inside else 1.0)
 
     with gradwatch.attach(model, clip=clip, report=None, strict=True) as monitor:
         train(model, optimizer, steps, loss_of=loss_of)
@@ -193,7 +205,7 @@ def test_huge_finite_gradients_are_clipped_in_their_direction() -> None:
 def test_a_clip_that_still_bites_is_let_go_by_degrees() -> None:
     """A lasting higher level: the bounds widen step by step until they bite no more."""
     policy = gradwatch.AutoClip(gradwatch.ClipNorm(1.0), hold=10)
-    monitor, seen = exploding(policy, steps=400, factor=50.0, lasts=400, rate=1e-3)
+    monitor, seen = exploding(policy, steps=400, factor=80.0, lasts=400, rate=3e-4, inside=True)
     norms = [norm(gradients) for gradients in seen]
     incident = monitor.incidents[0]
     assert incident.closed_step is not None

@@ -20,7 +20,7 @@ SAMPLE = 40  # of about 1,700 calls, by a fixed seed; GRADWATCH_INJECTIONS=all t
 GUARDS = (
     "tell",
     "let_out",
-    "Tap.listeners",
+    "Patch.listeners",
     "Run.__init__",
     "capturing",
     "_error_of",
