@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
-from gradwatch.measure import device
+from gradwatch import device
 from tests.torchrun import play
 from tests.trainings import data
 

@@ -26,8 +26,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
+from gradwatch import device
 from gradwatch.distributed import group as ranks
-from gradwatch.measure import device
 from gradwatch.measure.wrappers import local_of
 from tests.torchrun import play
 from tests.trainings import data, true_norm

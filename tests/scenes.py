@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
-from gradwatch.measure import device
+from gradwatch import device
 from gradwatch.measure.sampling import Sampling
 from gradwatch.probe.owners import Owners
 from tests.torchrun import play

@@ -30,23 +30,35 @@ HOST = (
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
     "printable": set(),
+    "device": set(),
     "shutdown": set(),
     "settings": {"errors"},
     "records": {"printable"},
     "history": {"errors", "records"},
     "rules": {"errors", "history", "records", "settings"},
     "verdict": {"history", "records", "rules", "settings"},
-    "clips": {"errors", "history", "measure", "records", "settings"},
+    "clips": {"device", "errors", "history", "measure", "records", "settings"},
     "autoclip": {"clips", "errors", "history", "records", "settings"},
     "reports": {"errors", "printable", "records"},
     "runlog": {"autoclip", "errors", "history", "printable", "records", "reports", "rules"},
     "pipeline": {"autoclip", "history", "records", "reports", "rules", "runlog", "shutdown", "verdict"},
     "offline": {"errors", "history", "pipeline", "records", "rules", "runlog", "verdict"},
-    "measure": {"errors", "history", "records"},
+    "measure": {"device", "errors", "history", "records"},
     "distributed": {"autoclip", "errors", "measure", "records", "rules"},
-    "skipping": {"errors", "measure"},
+    "skipping": {"device", "errors", "measure"},
     "probe": {
-        *("autoclip", "clips", "distributed", "errors", "history", "measure", "records", "shutdown", "skipping"),
+        *(
+            "device",
+            "autoclip",
+            "clips",
+            "distributed",
+            "errors",
+            "history",
+            "measure",
+            "records",
+            "shutdown",
+            "skipping",
+        ),
     },
     "page": {"errors", "history", "printable", "runlog"},
     "monitor": {
@@ -222,7 +234,10 @@ def on_devices() -> list[ast.FunctionDef]:
         for name, path in FILES.items()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
-        and (name in ("measure/device", "probe/deferred_rows") or node.name.endswith(("_on", "_unread", "unread")))
+        and (
+            name in ("device", "measure/readback", "probe/deferred_rows")
+            or node.name.endswith(("_on", "_unread", "unread"))
+        )
     ]
 
 

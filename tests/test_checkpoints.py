@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.measure import device
+from gradwatch import device
 from tests.torchrun import played
 from tests.trainings import data
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.measure import device
+from gradwatch import device
 from gradwatch.offline.replay import replay
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Facts, Incident

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.measure import device
+from gradwatch import device
 from gradwatch.rules import GradientsAboveOne
 from tests.trainings import data, mlp
 

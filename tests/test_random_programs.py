@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.measure import device
+from gradwatch import device
 from tests.trainings import true_norm
 
 PROGRAMS, TOGETHER = 420, 30

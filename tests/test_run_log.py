@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gradwatch
-from gradwatch.measure import device
+from gradwatch import device
 from gradwatch.records import Facts, Row
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.batch import Batch

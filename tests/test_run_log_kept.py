@@ -328,7 +328,7 @@ def test_rows_under_way_on_a_device_are_not_of_the_steps_that_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that come late keep the numbers of the steps that they were made at."""
-    from gradwatch.measure import device
+    from gradwatch import device
 
     monkeypatch.setattr(device, "reading_is_free", lambda _: False)
     model = mlp()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gradwatch
-from gradwatch.measure import device
+from gradwatch import device
 from tests.trainings import data, mlp
 
 if TYPE_CHECKING:

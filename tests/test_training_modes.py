@@ -11,7 +11,7 @@ from torch import nn
 
 import gradwatch
 from docs import training_modes
-from gradwatch.measure import device
+from gradwatch import device
 from tests.modes import MODES, Mode
 from tests.trainings import data, mlp
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.measure import device
+from gradwatch import device
 from tests import terminal
 from tests.conftest import left_behind
 from tests.trainings import data, mlp, step_in_backward, train, true_norms

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
+from gradwatch import device
 from gradwatch.clips.base import OneFactor
-from gradwatch.measure import device
 from gradwatch.measure.sampling import Sampling
 from gradwatch.rules import GradientSurge, default_rules
 from tests.torchrun import play

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import Field
 
+from gradwatch import device
 from gradwatch.clips.base import PerLayer, Step, UnreadStep
 from gradwatch.clips.value import norm_left, share_left
-from gradwatch.measure import device
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gradwatch.measure import device
+from gradwatch import device
 from gradwatch.measure.wrappers import is_dtensor, local_of
 from gradwatch.records import NonFinite
 

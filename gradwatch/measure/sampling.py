@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from gradwatch.measure.device import Slot, Unread
     from gradwatch.measure.layers import Layers
     from gradwatch.measure.measured_gradients import Measured
     from gradwatch.measure.packed_row import UnpackedRow
+    from gradwatch.measure.readback import Slot, Unread
     from gradwatch.records import Floats
 
 _FIRST_ROWS = 32  # weights are sampled on each of them

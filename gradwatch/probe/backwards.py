@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradwatch.measure import device
+from gradwatch import device
 from gradwatch.measure.norms import norm_of
 from gradwatch.measure.wrappers import flat_modules, unreduced, version_of
 

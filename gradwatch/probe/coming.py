@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from gradwatch.device import precise
 from gradwatch.history.columns import widened
-from gradwatch.measure.device import Unread, joined, precise
 from gradwatch.measure.measured_gradients import Measured, assembled
 from gradwatch.measure.norms import norm_tensor, on_device
+from gradwatch.measure.readback import Unread, joined
 from gradwatch.measure.wrappers import version_of
 
 if TYPE_CHECKING:

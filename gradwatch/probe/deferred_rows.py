@@ -16,9 +16,9 @@ import torch
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
+from gradwatch.device import precise
 from gradwatch.errors import PeerError
 from gradwatch.measure.checkpoints import buffers_are_bad
-from gradwatch.measure.device import LAG, PATIENCE, Ring, Slot, Unread, precise
 from gradwatch.measure.norms import on_device
 from gradwatch.measure.packed_row import (
     AFTER,
@@ -42,6 +42,7 @@ from gradwatch.measure.packed_row import (
     SQUARE,
     UnpackedRow,
 )
+from gradwatch.measure.readback import LAG, PATIENCE, Ring, Slot, Unread
 from gradwatch.measure.sampling import Parts
 from gradwatch.probe.gradients import zero_where
 from gradwatch.probe.surge_detector import SurgeDetector

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gradwatch.measure.device import Unread, precise
+from gradwatch.device import precise
 from gradwatch.measure.layers import family_of
 from gradwatch.measure.measured_gradients import Measured
 from gradwatch.measure.norms import NormPlan, code_of, global_norm_of, look_closer, unfit
+from gradwatch.measure.readback import Unread
 from gradwatch.measure.wrappers import is_dtensor, local_of, summed
 from gradwatch.skipping.skip import Skip
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 
-from gradwatch.measure.device import precise
+from gradwatch.device import precise
 from gradwatch.measure.wrappers import local_of, summed
 
 if TYPE_CHECKING:

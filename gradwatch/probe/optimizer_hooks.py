@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gradwatch.measure import device
+from gradwatch import device
 from gradwatch.probe.patches import Listener, let_out, tell
 
 if TYPE_CHECKING:

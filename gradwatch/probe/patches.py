@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.nn.utils.clip_grad as torch_clip
 
-from gradwatch.measure import device
+from gradwatch import device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from gradwatch import device
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
-from gradwatch.measure import device
 from gradwatch.measure.norms import norm_of
+from gradwatch.measure.readback import PATIENCE
 from gradwatch.measure.wrappers import local_of, optimizers_alive, unmeasurable
 from gradwatch.probe import optimizer_hooks as hooks
 from gradwatch.probe import patches as taps
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from gradwatch.measure.device import Unread
     from gradwatch.measure.layers import Layers
     from gradwatch.measure.measured_gradients import Measured
+    from gradwatch.measure.readback import Unread
     from gradwatch.probe.coming import Loss, Root
     from gradwatch.probe.fast_path import FastPath
     from gradwatch.probe.gradients import Gradients
@@ -247,7 +248,7 @@ class Probe:
         """See `taps.Listener`: now and then a step is left out to find the scale; many in a row are a fault."""
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
-            if self._left_out >= device.PATIENCE or self._guarded(
+            if self._left_out >= PATIENCE or self._guarded(
                 self.rows.together
             ):  # others may make this step, and wait for the row
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gradwatch import device
 from gradwatch.autoclip.decision import NOTHING, Decision
 from gradwatch.clips import Clip, Step
 from gradwatch.distributed.agreement import PACE, differences, told
 from gradwatch.distributed.group import Agreed, Local, Ranks, Unsupported, Word, find_ranks
 from gradwatch.errors import PeerError, TrainingUnstableError
-from gradwatch.measure import device
 from gradwatch.measure.checkpoints import buffers_are_bad
-from gradwatch.measure.device import Unread, joined
 from gradwatch.measure.layers import left_out
 from gradwatch.measure.measured_gradients import Measured, assembled
 from gradwatch.measure.packed_row import BUFFER_BAD, FLAGS
+from gradwatch.measure.readback import LAG, PATIENCE, Unread, joined
 from gradwatch.measure.sampling import Sample, Sampling
 from gradwatch.probe import patches as taps
 from gradwatch.probe.coming import BeforeClip
@@ -220,7 +220,7 @@ class StepRecorder:
         whole = now if before is None else before.of(now)
         sampled = self._sampling.take(now, closely=self._looks_closely)
         row = self._row(step, source, now, whole, sampled, rate, mine, returned)
-        if 0 < self._left_out < device.PATIENCE:  # now and then that is how scalers find their scale
+        if 0 < self._left_out < PATIENCE:  # now and then that is how scalers find their scale
             self.step = step
             return
         if sampled.weight_norm is None and self._ranks is None and judge.startled(row):
@@ -557,7 +557,7 @@ class StepRecorder:
             return
         self._ranks, self._alike = ranks, not settings
         if self._alike:
-            judge.together(1 if device.reading_is_free(self._layers.home) else device.LAG)
+            judge.together(1 if device.reading_is_free(self._layers.home) else LAG)
         if ranks.averages:
             self._arrivals.stand_sentinel()
 

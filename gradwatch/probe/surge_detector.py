@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradwatch.measure.device import precise
+from gradwatch.device import precise
 
 if TYPE_CHECKING:
     from torch import Tensor

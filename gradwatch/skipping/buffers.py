@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations
 
-from gradwatch.measure import device
+from gradwatch import device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

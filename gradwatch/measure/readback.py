@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gradwatch.device import precise
 from gradwatch.measure.packed_row import PackedRow, size_of
 
 if TYPE_CHECKING:
@@ -25,27 +26,6 @@ if TYPE_CHECKING:
 RING = 64  # rows under way at most: a host that is further ahead waits for the oldest
 LAG = 8  # steps after which each of several processes reads a row, so that all decide alike
 PATIENCE = 10  # steps in a row that a gradient scaler may leave out before one is judged
-
-
-def reading_is_free(device: torch.device) -> bool:
-    """True where a tensor's value can be had without waiting for a device."""
-    return device.type == "cpu"
-
-
-def precise(device: torch.device) -> torch.dtype:
-    """Return the widest float of a device: Metal has no float64, and there norms above 1e19 read as infinite."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def capturing() -> bool:
-    """True while work on the current CUDA stream is not done but captured into a graph: nothing may be asked or started.
-
-    True, too, where the device does not even answer that: its error belongs to the training, not here.
-    """
-    try:
-        return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    except Exception:
-        return True
 
 
 @dataclass(slots=True)
