@@ -14,7 +14,7 @@ from tests.injection import Injection, train
 if TYPE_CHECKING:
     from pathlib import Path
 
-SAMPLE = 40  # of about 1,700 calls, by a fixed seed; GRADWATCH_INJECTIONS=all takes them all, a quarter of an hour
+SAMPLE = 40  # of about 1,700 calls, by a fixed seed; GRADWATCH_INJECTIONS=all takes them all, six minutes
 
 # what keeps errors away from the training cannot be kept away itself; nothing in these can fail for a reason of its own
 GUARDS = (

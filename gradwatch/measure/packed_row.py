@@ -6,7 +6,6 @@ parts. What several processes hold alike goes in with a share of one over their 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,8 +102,3 @@ class UnpackedRow:
             left_out=float(singles[LEFT_OUT]),
             ranks=table.ranks.astype(np.int64),
         )
-
-    @property
-    def loss_is_well(self) -> bool:
-        """False when a loss was seen and it is not finite."""
-        return self.loss is None or math.isfinite(self.loss)

@@ -1,7 +1,7 @@
-"""Rows of gradients that live on a device: measured there, decided there, and read when they have come over.
+"""Rows of gradients that live on a device, on their way to the host.
 
-Nothing here waits for the device or reads a tensor's value. A row is written into a ring on the device and copied to
-pinned memory; an event tells when it has arrived, a few steps later. What must be done at once is decided on the device.
+A row is written into a ring on the device and copied to pinned memory; an event tells when it has arrived, a few steps
+later. The host waits for one only where the ring is full, where several processes must read alike, and at the end.
 """
 
 from __future__ import annotations

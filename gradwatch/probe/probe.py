@@ -81,7 +81,7 @@ class Probe:
         self.owners = Owners(layers, self._grow, self._find)
         self.arrivals = GradientHooks(layers)
         self.attribution = Attribution(layers, self.owners, self.arrivals)
-        self.backward_begins = self.attribution.begins  # see `taps.Listener`
+        self.backward_begins = self.attribution.begins  # see `patches.Listener`
         self.losses = LossReader(scaler)
         self._budget = every if isinstance(every, Budget) else None
         self.rows = StepRecorder(layers, judge, self.arrivals, self.losses, every if isinstance(every, int) else 1)
@@ -144,18 +144,18 @@ class Probe:
     # The taps.
 
     def failed(self, error: Exception) -> None:
-        """See `taps.Listener`: `TrainingUnstableError` and `ExchangeError` are meant, and any other one when strict."""
+        """See `patches.Listener`: `TrainingUnstableError` and `ExchangeError` are meant, and any other one when strict."""
         if isinstance(error, (TrainingUnstableError, ExchangeError)):
             raise error
         self.rows.fail(error)
         self._leave_if_over()
 
     def backward_failed(self) -> None:
-        """See `taps.Listener`."""
+        """See `patches.Listener`."""
         self.arrivals.failed()
 
     def backward_ended(self, run: Run) -> None:
-        """See `taps.Listener`."""
+        """See `patches.Listener`."""
         started = perf_counter()
         if self.attribution.ended(run, fused=bool(self._inside)):
             if self.arrivals.came and not run.inside:
@@ -195,7 +195,7 @@ class Probe:
         return not self._awaited or self._moves > _UNDECIDED
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
-        """See `taps.Listener`: the user's first clip of a step is the last moment to see the gradients whole."""
+        """See `patches.Listener`: the user's first clip of a step is the last moment to see the gradients whole."""
         quiet = self.rows.quiet
         if gradients and (quiet is None or not (quiet.resting or quiet.shared)):
             self._guarded(self._see_clip, set(map(id, gradients)))
@@ -219,7 +219,7 @@ class Probe:
         return len(clipped - {id(one.grad) for owner in self.owners.current() for one in owner.parameters})
 
     def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
-        """See `taps.Listener`."""
+        """See `patches.Listener`."""
         quiet = self.rows.quiet
         if quiet is None or not isinstance(gradients, list):
             return None
@@ -230,7 +230,7 @@ class Probe:
         return None if self.attribution.is_elsewhere() else quiet.share(gradients)
 
     def user_scales(self, total: Tensor, max_norm: float) -> None:
-        """See `taps.Listener`."""
+        """See `patches.Listener`."""
         if self.rows.quiet is not None:
             self._guarded(self.rows.quiet.scaled, total, max_norm)
         for owner in self.owners.current():
@@ -238,14 +238,14 @@ class Probe:
                 owner.coming.before_clip.ended()
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
-        """See `taps.Listener`."""
+        """See `patches.Listener`."""
         if self._guarded(self.owners.stepping, optimizer) is not None:
             self.losses.scaler = scaler
             self._left_out_before = self._left_out
             self._left_out += 1
 
     def scaler_stepped(self, optimizer: Optimizer) -> None:
-        """See `taps.Listener`: now and then a step is left out to find the scale; many in a row are a fault."""
+        """See `patches.Listener`: now and then a step is left out to find the scale; many in a row are a fault."""
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
             if self._left_out >= PATIENCE or self._guarded(

@@ -7,8 +7,8 @@ holds, and what was ever seen to differ, is copied each time; the rest when torc
 
 Between the copy and the forwards the program may write too, as it does to a moving average or a target network, and nothing
 tells whose a change is. Those of torch's batch and spectral normalisation are written by forwards alone; to statistics the
-program wrote where torch has counted a change. Other
-buffers are given back where their module holds numbers that are not finite, and else left as they are, which is said.
+program wrote where torch has counted a change. Other buffers are given back where their module holds numbers that are not
+finite, and else left as they are, which is said.
 """
 
 from __future__ import annotations
