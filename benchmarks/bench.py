@@ -73,7 +73,7 @@ class Watched:
         self.probe = self.monitor._probe
         if "budget" in settings:  # settled while it sees all steps; with blocks of others between its own it could not
             bench.steps(10 * WARM)
-            self.probe._budget = None
+            self.probe.recorder._budget = None
         self.off()
 
     def off(self) -> None:
@@ -81,9 +81,9 @@ class Watched:
         hooks.unlisten(self.probe)
         for tap in taps.ALL:
             tap.remove(self.probe)
-        arrivals = self.probe.arrivals
-        self.hooked = [(column, arrivals._layers.parameter(column)) for column in arrivals._hooks]
-        arrivals.stop()
+        hooked = self.probe.gradient_hooks
+        self.hooked = [(column, hooked._layers.parameter(column)) for column in hooked._hooks]
+        hooked.stop()
 
     def on(self) -> None:
         """Put them back."""
@@ -92,7 +92,7 @@ class Watched:
             tap.add(self.probe)
         for column, parameter in self.hooked:
             if parameter is not None:
-                self.probe.arrivals._hooks[column] = self.probe.arrivals._hook(column, parameter)
+                self.probe.gradient_hooks._hooks[column] = self.probe.gradient_hooks._hook(column, parameter)
 
     @contextmanager
     def switched_on(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from gradwatch.measure.norms import NormPlan
 from gradwatch.measure.sampling import Sampling
 from gradwatch.pipeline import Pipeline
 from gradwatch.probe.gradients import Gradients
+from gradwatch.reports.desk import ReportDesk
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from gradwatch.probe.probe import Probe
 
 _MEASURING = ((NormPlan, "norms"), (Gradients, "present"), (Sampling, "take"))
-_RULES = ((Pipeline, "step"), (Pipeline, "bounds"))
-_REPORTS = ((Pipeline, "report"),)
+_RULES = ((Pipeline, "judge"), (Pipeline, "bounds"))
+_REPORTS = ((ReportDesk, "show"),)
 
 
 class Parts:
@@ -32,7 +33,7 @@ class Parts:
         self._probe = probe
         self.seconds = dict.fromkeys(("hooks", "measuring", "rules", "reports"), 0.0)
         self._originals: list[tuple[Any, str, Any]] = []
-        self._depth = 0
+        self._inside = 0.0  # what calls within the one under way have taken
 
     def __enter__(self) -> Parts:
         self._began = self._probe.seconds
@@ -53,14 +54,13 @@ class Parts:
 
     def _timed(self, part: str, original: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._depth:  # one within another counts once
-                return original(*args, **kwargs)
-            self._depth += 1
+            outside, self._inside = self._inside, 0.0
             started = perf_counter()
             try:
                 return original(*args, **kwargs)
             finally:
-                self.seconds[part] += perf_counter() - started
-                self._depth -= 1
+                took = perf_counter() - started
+                self.seconds[part] += took - self._inside
+                self._inside = outside + took
 
         return timed

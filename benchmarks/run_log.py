@@ -24,6 +24,7 @@ from benchmarks.overhead import shown
 from gradwatch.records import Facts, Provenance, Row
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.batch import Batch
+from gradwatch.runlog.recording import Recording
 from gradwatch.runlog.store import Store
 
 if TYPE_CHECKING:
@@ -59,19 +60,19 @@ def overhead(rounds: int, block: int) -> tuple[list[float], list[float], float]:
     """
     bench = Bench(network, fused=False)
     watched = Watched(bench, clip="norm", log=True)
-    pipeline = watched.monitor._pipeline
-    recording = pipeline.log
-    assert recording is not None
+    desk = watched.monitor._pipeline.desk
+    recording = desk.log
+    assert isinstance(recording, Recording)
     times: dict[str, list[float]] = {"without": [], "again": [], "log": []}
     with watched.switched_on():
         for _ in range(rounds):
             for name in random.sample(list(times), 3):
-                pipeline.log = recording if name == "log" else None
-                pipeline.reports = [recording] if name == "log" else []
+                desk.log = recording if name == "log" else None
+                desk._reports = [recording] if name == "log" else []
                 recording._taken = watched.monitor.history.rows
                 bench.steps(5)
                 times[name].append(bench.steps(block))
-    pipeline.log, pipeline.reports = recording, [recording]
+    desk.log, desk._reports = recording, [recording]
     watched.on()
     watched.monitor.detach()
     ratios, noise = (
@@ -85,8 +86,8 @@ def own(steps: int) -> tuple[float, float]:
     bench = Bench(network, fused=False)
     watched = Watched(bench, clip="norm", log=True)
     pipeline = watched.monitor._pipeline
-    recording = pipeline.log
-    assert recording is not None
+    recording = pipeline.desk.log
+    assert isinstance(recording, Recording)
     spent = 0.0
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +100,7 @@ def own(steps: int) -> tuple[float, float]:
 
         return timing
 
-    for part, name in ((recording, "row"), (recording, "judged"), (recording, "step"), (pipeline, "snapshot")):
+    for part, name in ((recording, "row"), (recording, "judged"), (recording, "step"), (pipeline.desk, "_snapshot")):
         setattr(part, name, timed(getattr(part, name)))  # no other report is there to ask for a snapshot
     clock = time.pthread_getcpuclockid(recording._writer._thread.ident or 0)
     with watched.switched_on():

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import sys
 import weakref
 from dataclasses import replace
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-import numpy as np
 import torch
 
-from gradwatch.autoclip.decision import NOTHING
 from gradwatch.autoclip.engine import AutoClipEngine
 from gradwatch.autoclip.suggest import Suggestion, suggest
-from gradwatch.distributed.agreement import settings_of
-from gradwatch.errors import TrainingUnstableError, UsageError, words_of
+from gradwatch.errors import UsageError, words_of
 from gradwatch.history.ring import History
+from gradwatch.history.schedule import OwnTime
 from gradwatch.measure.batch_statistics import numbers_of
 from gradwatch.measure.checkpoints import Checkpoint, damage_of, worth_of
-from gradwatch.measure.layers import Layers, facts_of, optimizer_facts
+from gradwatch.measure.layers import Layers, facts_of
 from gradwatch.measure.wrappers import unwrapped
 from gradwatch.pipeline import Pipeline
-from gradwatch.printable import printable
 from gradwatch.probe.budget import Budget
 from gradwatch.probe.probe import Probe
+from gradwatch.reports.notes import Notes
 from gradwatch.shutdown import Failure, all_done
 
 if TYPE_CHECKING:
@@ -39,11 +37,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from gradwatch.autoclip.decision import Decision, DevicePlan
     from gradwatch.autoclip.policy import AutoClip
-    from gradwatch.history.schedule import Bounds
-    from gradwatch.records import Alarm, Incident, Row
+    from gradwatch.records import Alarm, Incident
     from gradwatch.reports import Report
+    from gradwatch.reports.base import RunLog
     from gradwatch.rules import Rule
 
 _log = logging.getLogger("gradwatch")
@@ -68,19 +65,18 @@ class Monitor:
     ) -> None:
         layers = self._layers = Layers(model)
         self._model = weakref.ref(model)
-        self._strict = strict
-        self._told: set[str] = set()
+        self._notes = Notes(strict=strict)
+        self._batch: Any = None
         self.history = History(layers.names, layers.sizes, layers.matrices, layers.fan_in)
         facts = facts_of(model, layers, str(policy.clip) if policy else None)
-        self.history.facts = replace(facts, clips_always=policy is not None and policy.when == "always")
-        self._batch: Any = None
-        clipping = AutoClipEngine(policy, self.history) if policy is not None else None
-        self._pipeline = Pipeline(self.history, rules, clipping, reports, self.failed)
-        if self._pipeline.clipping is not None:
-            self._pipeline.clipping.damage = self._damage
+        self.history.know(replace(facts, clips_always=policy is not None and policy.when == "always"))
+        damage = partial(_damage_of, self._model)
+        autoclip = AutoClipEngine(policy, self.history, damage) if policy is not None else None
+        own_time = OwnTime()
+        self._pipeline = Pipeline(self.history, rules, autoclip, reports, self._notes, own_time)
         pace = {"every": 1, "budget": every.share} if isinstance(every, Budget) else {"every": every, "budget": None}
-        self._pace = {"gradwatch": sys.modules["gradwatch"].__version__, **pace}
-        self._probe = Probe(layers, self, every, scaler)
+        version = {"gradwatch": sys.modules["gradwatch"].__version__}
+        self._probe = Probe(layers, self._pipeline, version | pace, every, scaler, own_time)
         self.attached = False
 
     # Life.
@@ -95,19 +91,14 @@ class Monitor:
         from gradwatch.runlog.recording import Recording, columns_of
         from gradwatch.runlog.store import Store
 
-        clipping = self._pipeline.clipping
-        environment = environment_of(self._pipeline.alarms.rules, clipping.policy if clipping else None)
+        environment = environment_of(self._pipeline.rules, self._pipeline.policy)
         try:
             store = Store(folder, columns_of(self.history), environment, self.history.facts)
         except OSError as error:
-            self._disk_failed(f"the run log {folder} cannot be written: {error}. Training goes on without it.")
+            self._notes.warn(f"the run log {folder} cannot be written: {error}. Training goes on without it.")
         else:
-            recording = Recording(store, self.history, self._disk_failed, environment, self._numbers_of_batch)
-            self._pipeline.record(recording)
-
-    def _disk_failed(self, text: str) -> None:
-        self.note(text)
-        _say(logging.WARNING, printable(text))
+            recording = Recording(store, self.history, self._notes.warn, environment, self._numbers_of_batch)
+            self._pipeline.desk.keep(recording)
 
     def start(self, optimizer: Optimizer | None = None) -> None:
         """Put the hooks in place; `gradwatch.attach` calls it."""
@@ -115,8 +106,8 @@ class Monitor:
             self._probe.start(optimizer)
         except BaseException:
             self._probe.stop()
-            if self._pipeline.log is not None:
-                self._pipeline.log.abandon()
+            if self._log is not None:
+                self._log.abandon()
             raise
         self.attached = True
         model = self._model()
@@ -126,7 +117,7 @@ class Monitor:
         self._finish.atexit = False
         atexit.register(self._at_exit)
         try:
-            self._pipeline.start()
+            self._pipeline.desk.start()
         except BaseException:
             self.detach()
             raise
@@ -146,13 +137,13 @@ class Monitor:
                 ("the finalizer", lambda: self._finish.detach() and None),
                 ("the list of monitors", self._forget),
                 ("the probe", self._probe.stop),
-                ("the reports", lambda: self._pipeline.close(self._probe.seconds)),
+                ("the reports", self._pipeline.desk.close),
             ]
         )
         self._batch = None
         for part, error in failures:
             if isinstance(error, Exception):
-                self._tell(f"{part} failed at the end", error)
+                self._notes.error(f"{part} failed at the end", error)
         return failures
 
     def _forget(self) -> None:
@@ -163,25 +154,33 @@ class Monitor:
     def _raise_first(self, failures: list[Failure]) -> None:
         """Raise the user's interrupt, and what failed where strict."""
         for _, error in failures:
-            if self._strict or not isinstance(error, Exception):
+            if self._notes.strict or not isinstance(error, Exception):
                 raise error
 
     def replaced(self) -> str:
         """End, because the model is attached anew; return what the new monitor has to say of that."""
-        steps, log = self.history.row.step + 1, self._pipeline.log
+        steps, log = self.history.row.step + 1, self._log
         self._raise_first([failure for failure in self.end() if not isinstance(failure.error, Exception)])
         return (
             f"this {self.history.facts.model} was watched already, for {steps:,} steps: that monitor is detached"
             f"{f', its run log {log.folder} ended' if log is not None else ''}."
         )
 
+    def note(self, text: str) -> None:
+        """Say once what the user should know of this run."""
+        self._notes.add(text)
+
+    @property
+    def _log(self) -> RunLog | None:
+        return self._pipeline.desk.log
+
     def writes(self, folder: Path) -> bool:
         """True when the run log in this folder is this monitor's."""
-        return self._pipeline.log is not None and self._pipeline.log.folder.resolve() == folder.resolve()
+        return self._log is not None and self._log.folder.resolve() == folder.resolve()
 
     def clips_any(self, model: nn.Module) -> bool:
         """True when auto-clip acts on at least one of the model's parameters."""
-        return self._pipeline.clipping is not None and any(
+        return self._pipeline.policy is not None and any(
             self._layers.column(parameter) is not None for parameter in model.parameters()
         )
 
@@ -210,7 +209,8 @@ class Monitor:
 
     def _raised(self, error: Exception) -> None:
         self._probe.catch_up()
-        self._pipeline.raised(error, self._probe.seconds)
+        if self.history.rows:
+            self._pipeline.desk.raised(error)
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
@@ -278,12 +278,12 @@ class Monitor:
     @property
     def notes(self) -> list[str]:
         """What gradwatch could not do, each said once."""
-        return list(self._pipeline.notes)
+        return list(self._notes.all)
 
     def flush(self, timeout: float = 10.0) -> bool:
         """Have all rows so far written to the run log; False when that takes more than ``timeout`` seconds, or there is none."""
         self._probe.catch_up()
-        return self._pipeline.flush(self._probe.seconds, timeout)
+        return self.history.rows > 0 and self._pipeline.desk.flush(timeout)
 
     def checkpoint_guard(self) -> Checkpoint:
         """Say whether the model is worth a checkpoint: ``if monitor.checkpoint_guard(): torch.save(...)``.
@@ -298,23 +298,15 @@ class Monitor:
         model = self._model()
         if model is None:
             return Checkpoint("the model is gone")
-        well = self._probe.rows.buffers_are_well
+        well = self._probe.recorder.peers.buffers_are_well
         return worth_of(model, self.history, self._pipeline.incidents.open, buffers_are_well=well)
-
-    def _damage(self) -> str:
-        model = self._model()
-        try:
-            with torch.no_grad():
-                return damage_of(model) if model is not None else ""
-        except Exception as error:  # a tensor of a kind that cannot be read
-            return f"the model cannot be read: {words_of(error)}"
 
     def summary(self) -> RenderableType:
         """Return the run so far as a rich renderable; ``str()`` of it is plain text."""
         from gradwatch.reports.summary import Summary  # rich is loaded only when something is shown
 
         self._probe.catch_up()
-        return Summary(self._pipeline.snapshot(self._probe.seconds))
+        return Summary(self._pipeline.snapshot())
 
     def suggest_clip(self) -> Suggestion:
         """Say what threshold this run's own norms suggest, and how many steps each choice would have clipped.
@@ -327,7 +319,7 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the run's baselines, in plain lists, so that a resumed run need not learn them again."""
         self._probe.catch_up()
-        return {"step": self._probe.rows.step, "history": self.history.state_dict()}
+        return {"step": self._probe.recorder.step, "history": self.history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; raises `UsageError` when it belongs to other layers."""
@@ -337,116 +329,8 @@ class Monitor:
             )
         self._probe.catch_up()  # rows under way are those of steps that were made
         self.history.load_state_dict(state["history"])
-        self._probe.rows.step = int(state["step"])
-        self._pipeline.went_back()
-
-    # What the probe reports.
-
-    def optimizer_found(self, optimizer: Optimizer) -> None:
-        """See `gradwatch.probe.judge.Judge`."""
-        self.history.facts = optimizer_facts(self.history.facts, optimizer)
-        if self.history.facts.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
-            self.note("auto-clip does not act inside a line search: LBFGS is watched only.")
-
-    def grown(self, layers: Layers) -> None:
-        """See `gradwatch.probe.judge.Judge`."""
-        self._pipeline.grow(layers)
-        model = self._model()
-        if model is not None:
-            facts = facts_of(model, layers, self.history.facts.clip)
-            self.history.facts = replace(
-                self.history.facts, layers=facts.layers, parameters=facts.parameters, depth=facts.depth
-            )
-
-    def note(self, text: str) -> None:
-        """See `gradwatch.probe.judge.Judge`."""
-        if text not in self._pipeline.notes:
-            self._pipeline.notes.append(text)
-
-    def judge(self, row: Row) -> Decision:
-        """See `gradwatch.probe.judge.Judge`."""
-        if self._probe.arrivals.order is not None:
-            self.history.order = self._probe.arrivals.order
-        if row.rate is not None and row.rate is not self.history.rate:
-            self.history.facts = replace(self.history.facts, rate=float(np.nanmax(row.rate, initial=0.0)))
-        try:
-            decision = self._pipeline.step(row)
-        except TrainingUnstableError:
-            self._pipeline.report(self._probe.seconds)
-            raise
-        self._probe.watch_closely(closely=self._pipeline.incidents.exploding)
-        if decision is NOTHING:
-            self._pipeline.report(self._probe.seconds)
-        return decision
-
-    def startled(self, row: Row) -> bool:
-        """See `gradwatch.probe.judge.Judge`."""
-        return self._pipeline.startled(row)
-
-    def bounds(self) -> Bounds | None:
-        """See `gradwatch.probe.judge.Judge`."""
-        return self._pipeline.bounds()
-
-    def may_skip(self) -> bool:
-        """See `gradwatch.probe.judge.Judge`."""
-        return self._pipeline.clipping is not None and self._pipeline.clipping.policy.skips
-
-    def orders(self) -> DevicePlan | None:
-        """See `gradwatch.probe.judge.Judge`."""
-        return self._pipeline.orders()
-
-    def settings(self) -> dict[str, str]:
-        """See `gradwatch.probe.judge.Judge`."""
-        clipping = self._pipeline.clipping
-        return settings_of(self._pipeline.alarms.rules, clipping.policy if clipping is not None else None, self._pace)
-
-    def together(self, lag: int) -> None:
-        """See `gradwatch.probe.judge.Judge`."""
-        self._pipeline.alarms.lag = lag
-
-    def said(self) -> tuple[int, int]:
-        """See `gradwatch.probe.judge.Judge`."""
-        return self._pipeline.alarms.failed, self._pipeline.decided
-
-    def switch_off(self, rules: int) -> None:
-        """See `gradwatch.probe.judge.Judge`."""
-        for rule in self._pipeline.alarms.switch_off(rules):
-            self.note(
-                f"rule {rule} failed in another process, whose output has the cause: it is switched off here too."
-            )
-
-    def disarm(self, reason: str) -> None:
-        """See `gradwatch.probe.judge.Judge`."""
-        self._pipeline.disarm()
-        self.note(reason)
-
-    @property
-    def own_clip(self) -> bool:
-        """See `gradwatch.probe.judge.Judge`."""
-        return self._pipeline.own_clip
-
-    @property
-    def may_clip(self) -> bool:
-        """See `gradwatch.probe.judge.Judge`."""
-        return self._pipeline.may_clip
-
-    def done(self, row: Row, decision: Decision, coefficient: float) -> None:
-        """See `gradwatch.probe.judge.Judge`."""
-        self._pipeline.done(row, decision, coefficient)
-        self._pipeline.report(self._probe.seconds)
-
-    def failed(self, part: str, error: Exception) -> None:
-        """See `gradwatch.probe.judge.Judge`."""
-        if self._strict:
-            raise error
-        self._tell(f"{part} failed and is switched off", error)
-
-    def _tell(self, what: str, error: Exception) -> None:
-        """Say once what failed."""
-        if what not in self._told:
-            self._told.add(what)
-            self._pipeline.notes.append(f"{what}: {words_of(error)}")
-            _say(logging.ERROR, f"{what}; training goes on.", error)
+        self._probe.recorder.go_on_from(int(state["step"]))
+        self._pipeline.desk.went_back()
 
 
 def monitor_of(model: nn.Module) -> Monitor | None:
@@ -463,10 +347,14 @@ def monitor_of(model: nn.Module) -> Monitor | None:
     return next((monitor for other, monitor in list(attached.items()) if unwrapped(other) is mine), None)
 
 
-def _say(level: int, text: str, error: Exception | None = None) -> None:
-    """Log; what handlers of the program, or a standard error stream that is closed, make of it must not reach the training."""
-    with contextlib.suppress(Exception):
-        _log.log(level, "gradwatch: %s", text, exc_info=error)
+def _damage_of(model: weakref.ref[nn.Module]) -> str:
+    """Return what of the model is not finite, in words; nothing where all of it is."""
+    here = model()
+    try:
+        with torch.no_grad():
+            return damage_of(here) if here is not None else ""
+    except Exception as error:  # a tensor of a kind that cannot be read
+        return f"the model cannot be read: {words_of(error)}"
 
 
 def _end(monitor: weakref.ref[Monitor]) -> None:

@@ -7,34 +7,35 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
+from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.columns import widened
 from gradwatch.history.recurrence import task_became_harder
-from gradwatch.history.schedule import Bounds, cadence
+from gradwatch.history.schedule import Bounds, OwnTime, cadence
 from gradwatch.history.statistics import quiet_numpy
-from gradwatch.records import Alarm, Incident, Row, Snapshot
-from gradwatch.shutdown import Failure, all_done
+from gradwatch.records import Alarm, Family, Incident, Row, Snapshot
+from gradwatch.reports.desk import ReportDesk
 from gradwatch.verdict.alarms import Alarms
 from gradwatch.verdict.incidents import Incidents
 from gradwatch.verdict.settings import VerdictSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from gradwatch.autoclip.engine import AutoClipEngine
+    from gradwatch.autoclip.policy import AutoClip
     from gradwatch.history.columns import Columns
     from gradwatch.history.ring import History
+    from gradwatch.records import Facts
     from gradwatch.reports import Report
+    from gradwatch.reports.notes import Notes
     from gradwatch.rules import Rule
-    from gradwatch.runlog.recording import Recording
 
 _EVERY_STEP = 64  # every rule judges each of the first steps: small models explode within 30
 _SERIES = 400  # rows that a report gets for its curves
@@ -44,14 +45,15 @@ _NO_LOSS = 5  # rows without a loss after which the loss rules say that they res
 
 
 class Pipeline:
-    """One run. Every optimizer step goes through `step`.
+    """One run: the judge of its rows (`gradwatch.probe.judge.Judge`). Every row goes through `judge`.
 
     Args:
         history: the ring, made for the run's layers.
         rules: the rules to judge with.
-        clipping: auto-clip, or None to only watch.
+        autoclip: None to only watch.
         reports: told of every change, and now and then in between.
-        on_error: told of a part that raised; the part is switched off.
+        notes: takes what cannot be done, and parts that raise.
+        own_time: the time that watching has taken so far; read for the reports.
         verdict: the verdict's own limits; None: its defaults.
     """
 
@@ -59,24 +61,23 @@ class Pipeline:
         self,
         history: History,
         rules: Sequence[Rule],
-        clipping: AutoClipEngine | None,
+        autoclip: AutoClipEngine | None,
         reports: Sequence[Report],
-        on_error: Callable[[str, Exception], None],
+        notes: Notes,
+        own_time: OwnTime | None = None,
         verdict: VerdictSettings | None = None,
     ) -> None:
         self.history = history
+        self.rules = tuple(rules)
         self.verdict_settings = verdict or VerdictSettings()
-        self.alarms = Alarms(rules, history.layers, on_error)
-        self.clipping = clipping
-        self.incidents = Incidents(history, rules, self.verdict_settings, self.clipping)
-        self.armed = clipping is not None
-        self.reports = list(reports)
-        self.log: Recording | None = None
+        self.alarms = Alarms(rules, history.layers, notes.part_failed)
+        self.autoclip = autoclip
+        self.incidents = Incidents(history, rules, self.verdict_settings, autoclip)
+        self.armed = autoclip is not None
         self.changes: deque[Alarm] = deque(maxlen=2000)
-        self.notes: list[str] = []
+        self.notes = notes
+        self._own_time = own_time or OwnTime()
         self._surge = next((rule.limit for rule in rules if rule.role == "surge"), math.inf)
-        self._on_error = on_error
-        self._news: tuple[Incident, ...] = ()
         self._band = np.full(len(history.layers), np.inf)
         self._loss_band = math.inf
         self._started = perf_counter()
@@ -84,105 +85,92 @@ class Pipeline:
         self._timed_step = 0
         self._first_step: int | None = None
         self._speed = math.nan
-        self._last: dict[int, float] = {}
-        self._notes_told = 0
-        self._shown = self.snapshot(0.0)
+        self.desk = ReportDesk(reports, notes, self.snapshot)
 
-    def record(self, log: Recording) -> None:
-        """Keep the run in a run log; it is the last of the reports."""
-        self.log = log
-        self.reports.append(log)
+    # What is known of the run.
 
-    def grow(self, columns: Columns) -> None:
+    def optimizer_found(self, name: str, family: Family) -> None:
+        """Take note of an optimizer of the watched parameters that is about to make its first step."""
+        self.history.know(replace(self.history.facts, optimizer=name, family=family))
+
+    def grown(self, columns: Columns, facts: Facts) -> None:
         """Take the columns of layers that were added; each is looked at on every step until it has a typical norm."""
         self.history.grow(columns)
         self.alarms.grow(self.history.layers)
         self.incidents.grow()
         self._band = widened(self._band, len(self.history.layers), 0.0)
+        known = self.history.facts
+        self.history.know(replace(known, layers=facts.layers, parameters=facts.parameters, depth=facts.depth))
 
-    def step(self, row: Row) -> Decision:
-        """Judge one row; return what to do with its gradients before the optimizer sees them."""
+    def note(self, text: str) -> None:
+        """Say once what cannot be done."""
+        self.notes.add(text)
+
+    def part_failed(self, part: str, error: Exception) -> None:
+        """Note that a part of gradwatch raised and is switched off; raise its error when strict."""
+        self.notes.part_failed(part, error)
+
+    # One row.
+
+    def judge(self, row: Row) -> Decision:
+        """Judge one row; return what to do with its gradients before the optimizer sees them.
+
+        `done` follows, unless that is nothing.
+
+        Raises:
+            TrainingUnstableError: auto-clip's policy is to stop here.
+        """
         self.history.push(row)
-        if self.log is not None:
-            self._tell(self.log, "row", row)
-        if self._quiet(row):
-            decision = self._decide(row)
-        else:
-            with quiet_numpy():
-                self._judge(row)
+        self.desk.row(row)
+        try:
+            if self._is_quiet(row):
                 decision = self._decide(row)
-        if self.clipping is not None and self.clipping.further.news:
-            self.notes += self.clipping.further.news
-            self.clipping.further.news.clear()
+            else:
+                with quiet_numpy():
+                    self._apply_rules(row)
+                    decision = self._decide(row)
+        except TrainingUnstableError:
+            self.desk.show()
+            raise
         self.history.learn()
+        if decision is NOTHING:
+            self.desk.show()
         return decision
 
+    def done(self, row: Row, decision: Decision, coefficient: float) -> None:
+        """Take note of what was done to a row's gradients; ``coefficient`` is norm after over norm before."""
+        if self.autoclip is not None and decision is not NOTHING:
+            self.history.amend(coefficient=coefficient, skipped=decision.skip)
+            self.autoclip.done(row, decision, coefficient)
+            self._record_clip()
+        self.desk.show()
+
     def _decide(self, row: Row) -> Decision:
-        if self.clipping is None or not self.armed:
+        if self.autoclip is None or not self.armed:
             return NOTHING
-        decision = self.clipping.decide(row, self.incidents.treatable_explosion())
+        decision = self.autoclip.decide(row, self.incidents.treatable_explosion())
         self._record_clip()
+        self.notes.all += self.autoclip.further.take_news()
         return decision
 
     def _record_clip(self) -> None:
-        record = self.clipping.take_changed() if self.clipping is not None else None
+        record = self.autoclip.take_changed() if self.autoclip is not None else None
         if record is not None:
             self.incidents.record_clip(record)
 
-    def disarm(self) -> None:
-        """Only watch from here on: auto-clip does not act, and claims nothing."""
-        self.armed = False
-        self.history.facts = replace(self.history.facts, clips_always=False)
-        if self.clipping is not None and self.clipping.record is not None:
-            self.incidents.record_clip(replace(self.clipping.record, released_step=self.history.row.step))
-            self.clipping.record = None
-
-    @property
-    def decided(self) -> int:
-        """A number of what auto-clip has decided so far; processes that train together compare it."""
-        if self.clipping is None or not self.armed:
-            return 0
-        return hash((self.clipping.on, self.clipping.clipped, self.clipping.skipped)) % _NUMBERS
-
-    @property
-    def may_clip(self) -> bool:
-        """True while auto-clip may act by a clip of the user's own; alike in processes that hold the same rows."""
-        if not self.own_clip or self.clipping is None or not self.armed:
-            return False
-        return self.clipping.policy.when == "always" or self.incidents.exploding
-
-    @property
-    def own_clip(self) -> bool:
-        """True where auto-clip, armed or not, is by a clip of the user's own."""
-        return self.clipping is not None and self.clipping.policy.clip.own
-
-    def orders(self) -> DevicePlan | None:
-        """Return what to do with a step that is not known yet; None: only watch it."""
-        if self.clipping is None or not self.armed:
-            return None
-        with quiet_numpy():
-            return self.clipping.orders(self._surge, self.verdict_settings.far * self._surge)
-
-    def done(self, row: Row, decision: Decision, coefficient: float) -> None:
-        """Take note of what was done to the gradients."""
-        if self.clipping is not None and decision is not NOTHING:
-            self.history.amend(coefficient=coefficient, skipped=decision.skip)
-            self.clipping.done(row, decision, coefficient)
-            self._record_clip()
-
-    def _quiet(self, row: Row) -> bool:
-        """True on a step on which no rule can have anything to say that may not wait for its turn."""
+    def _is_quiet(self, row: Row) -> bool:
+        """Whether no rule can have anything to say on this row that may not wait for its turn."""
         return not (
             self.history.task_rows <= _EVERY_STEP
             or self.history.rows % cadence(self.history.rows) == 0
             or self.alarms.stirring
             or self.alarms.waiting
-            or self.incidents.open_explosion() is not None
-            or self.startled(row)
+            or self.exploding
+            or self.is_unusual(row)
         )
 
-    def startled(self, row: Row) -> bool:
-        """True when the row is out of the ordinary, so that the weights should be looked at before they change again."""
+    def is_unusual(self, row: Row) -> bool:
+        """Whether a row is out of the ordinary, so that the weights should be looked at before they change again."""
         return (
             row.nonfinite is not None
             or (row.has_loss and not row.loss <= self._loss_band)
@@ -194,17 +182,14 @@ class Pipeline:
         if (
             self.history.task_rows < _EVERY_STEP
             or self.alarms.stirring
-            or self.incidents.open_explosion() is not None
-            or (self.clipping is not None and self.armed and self.clipping.acts)
+            or self.exploding
+            or (self.autoclip is not None and self.armed and self.autoclip.acts)
         ):
             return None
-        until = min(
-            (self._last.get(id(report), -math.inf) + report.period for report in self.reports), default=math.inf
-        )
         coming = self.history.rows + 1
-        return Bounds(self.history, -coming % cadence(coming), self._band, self._loss_band, until)
+        return Bounds(self.history, -coming % cadence(coming), self._band, self._loss_band, self.desk.next_due)
 
-    def _judge(self, row: Row) -> None:
+    def _apply_rules(self, row: Row) -> None:
         if self._first_step is None:  # what came before the first step is not the training's speed
             self._first_step = self._timed_step = row.step
             self._timed = perf_counter()
@@ -212,10 +197,8 @@ class Pipeline:
             self.history.follow_task()
         changes = self.alarms.update(self.history, row.step)
         self.changes.extend(changes)
-        if changes and self.log is not None:
-            self._tell(self.log, "judged", changes)
-        self.notes += [f"{alarm}." for alarm in changes if alarm.sign == "clip" and alarm.state == "firing"]
-        self._news += tuple(self.incidents.update(changes, row.step))
+        self.notes.all += [f"{alarm}." for alarm in changes if alarm.sign == "clip" and alarm.state == "firing"]
+        self.desk.judged(changes, self.incidents.update(changes, row.step))
         # a layer without a typical norm yet is looked at whenever it has a gradient
         typical = self.history.typical_grad
         band = typical.value * np.maximum(self.verdict_settings.band, np.exp(4 * typical.scatter))
@@ -224,88 +207,82 @@ class Pipeline:
             middle, spread = self.history.loss_level()
             self._loss_band = middle + 3 * max(spread, abs(middle) / 10)
         elif self.history.rows == _NO_LOSS and not self.history.losses:  # one of the first steps: all of them come here
-            self.notes.append("no loss seen: the loss rules rest. Hand it over with monitor.loss(loss).")
+            self.notes.all.append("no loss seen: the loss rules rest. Hand it over with monitor.loss(loss).")
 
-    # Reports.
+    # Auto-clip.
 
-    def start(self) -> None:
-        """Tell the reports that watching begins."""
-        self._each("start")
+    @property
+    def policy(self) -> AutoClip | None:
+        """Auto-clip's policy; None when gradwatch only watches."""
+        return self.autoclip.policy if self.autoclip is not None else None
 
-    def report(self, cost: float) -> None:
-        """Show the reports a snapshot: at once when something is new, else when their period is over.
+    @property
+    def exploding(self) -> bool:
+        """True while an incident of an explosion is open."""
+        return self.incidents.exploding
 
-        ``cost`` is gradwatch's own time so far, in seconds.
-        """
-        if not self.reports:
-            self._news = ()
-            return
-        now = perf_counter()
-        told = bool(self._news) or len(self.notes) > self._notes_told
-        due = [
-            report for report in self.reports if told or now - self._last.get(id(report), -math.inf) >= report.period
-        ]
-        if not due:
-            return
-        snapshot = self._shown = self.snapshot(cost)
-        self._news, self._notes_told = (), len(self.notes)
-        for report in due:
-            self._last[id(report)] = now
-            self._tell(report, "step", snapshot)
+    @property
+    def may_skip(self) -> bool:
+        """True where a step may ever be left out."""
+        return self.policy is not None and self.policy.skips
 
-    def raised(self, error: BaseException, cost: float) -> None:
-        """The training raised: have the run log keep this moment."""
-        if self.log is not None and self.history.rows:
-            self._tell(self.log, "raised", error, self.snapshot(cost))
+    @property
+    def own_clip(self) -> bool:
+        """True where auto-clip, armed or not, is by a clip of the user's own."""
+        return self.policy is not None and self.policy.clip.own
 
-    def went_back(self) -> None:
-        """The coming rows do not follow the last one: the run goes on from another step."""
-        if self.log is not None:
-            self._tell(self.log, "went_back")
-
-    def flush(self, cost: float, timeout: float) -> bool:
-        """Have the run log write all rows so far; False when it takes longer, or there is none."""
-        if self.log is None or self.history.rows == 0:
+    @property
+    def may_clip(self) -> bool:
+        """True while auto-clip may act by a clip of the user's own; alike in processes that hold the same rows."""
+        if not self.own_clip or self.policy is None or not self.armed:
             return False
-        self._tell(self.log, "step", self.snapshot(cost))
-        return self.log is not None and self.log.flush(timeout)
+        return self.policy.when == "always" or self.exploding
 
-    def close(self, cost: float) -> list[Failure]:
-        """Show the reports the last snapshot and end them, each whatever becomes of the others; return what failed."""
+    def plan(self) -> DevicePlan | None:
+        """Return what to do with the coming step, before its numbers are known; None: only watch it."""
+        if self.autoclip is None or not self.armed:
+            return None
+        with quiet_numpy():
+            return self.autoclip.plan(self._surge, self.verdict_settings.far * self._surge)
 
-        def last() -> None:
-            self._shown = self.snapshot(cost)
+    def disarm(self, reason: str) -> None:
+        """Only watch from here on, and say why: auto-clip does not act, and claims nothing."""
+        self.armed = False
+        self.history.know(replace(self.history.facts, clips_always=False))
+        if self.autoclip is not None:
+            self.autoclip.abandon(self.history.row.step)
+            self._record_clip()
+        self.note(reason)
 
-        failures = all_done([("the last snapshot", last)])
-        snapshot = self._shown
-        if failures:
-            stale = f"this is the run as it was at step {snapshot.step}: its end could not be put together."
-            snapshot = replace(snapshot, notes=(*snapshot.notes, stale))
-        for report in tuple(self.reports):
-            failed = all_done([(f"report {type(report).__name__}", partial(report.close, snapshot))])
-            failures += failed
-            if failed:
-                all_done([("letting go", report.abandon)])  # it is told once that it failed
-        self.reports.clear()
-        return failures
+    # Several processes.
 
-    def _each(self, method: str, *arguments: Snapshot) -> None:
-        for report in tuple(self.reports):
-            self._tell(report, method, *arguments)
+    def follow_peers(self, lag: int) -> None:
+        """Take note that several processes decide together, who know of each other's failures ``lag`` rows later; 0: no more."""
+        self.alarms.follow_peers(lag)
 
-    def _tell(self, report: Report, method: str, *arguments: Any) -> None:
-        try:
-            getattr(report, method)(*arguments)
-        except Exception as error:
-            self.reports.remove(report)
-            if report is self.log:
-                self.log = None
-            with suppress(Exception):  # it is told once that it failed
-                report.abandon()
-            self._on_error(f"report {type(report).__name__}", error)
+    @property
+    def failed_rules(self) -> int:
+        """The rules that failed here, a bit for each."""
+        return self.alarms.failed
 
-    def snapshot(self, cost: float) -> Snapshot:
-        """Return all that a report may know of this moment."""
+    @property
+    def decided(self) -> int:
+        """A number of what auto-clip has decided so far; processes that train together compare it."""
+        if self.autoclip is None or not self.armed:
+            return 0
+        return hash((self.autoclip.on, self.autoclip.clipped, self.autoclip.skipped)) % _NUMBERS
+
+    def switch_off(self, rules: int) -> None:
+        """Switch off the rules that failed in any process, a bit for each."""
+        for rule in self.alarms.switch_off(rules):
+            self.note(
+                f"rule {rule} failed in another process, whose output has the cause: it is switched off here too."
+            )
+
+    # What is shown.
+
+    def snapshot(self, news: tuple[Incident, ...] = ()) -> Snapshot:
+        """Return all that a report may know of this moment; ``news`` are the incidents that changed since the last one."""
         history, now = self.history, perf_counter()
         step = history.row.step
         if now - self._timed >= _SPEED_OVER and step > self._timed_step:
@@ -323,20 +300,20 @@ class Pipeline:
             weight_norm=history.weight.copy(),
             closeness=closeness,
             closest=closest,
-            rules=tuple(f"{rule.code} {rule.name}" for rule in self.alarms.rules),
+            rules=tuple(f"{rule.code} {rule.name}" for rule in self.rules),
             firing=self.alarms.firing_rules(),
             incidents=tuple(self.incidents.all),
             verdict=self.verdict,
-            clipping=str(self.clipping.policy.clip) if self.clipping is not None else None,
-            clip_on=self.clipping is not None and self.armed and self.clipping.on,
-            clipped=self.clipping.clipped if self.clipping is not None else 0,
-            skipped=self.clipping.skipped if self.clipping is not None else 0,
+            clipping=str(self.autoclip.policy.clip) if self.autoclip is not None else None,
+            clip_on=self.autoclip is not None and self.armed and self.autoclip.on,
+            clipped=self.autoclip.clipped if self.autoclip is not None else 0,
+            skipped=self.autoclip.skipped if self.autoclip is not None else 0,
             seconds=now - self._started,
             steps_per_second=self._speed,
-            cost_us=1e6 * cost / max(step - (self._first_step or 0) + 1, 1),
+            cost_us=1e6 * self._own_time.seconds / max(step - (self._first_step or 0) + 1, 1),
             provenance=history.row.provenance,
-            notes=tuple(self.notes),
-            news=self._news,
+            notes=tuple(self.notes.all),
+            news=news,
             clip_coefficient=float(history.clip_coefficient(last=1)[-1]) if history.rows else 1.0,
         )
 

@@ -95,7 +95,8 @@ class Row(NamedTuple):
     ``family`` is the optimizer's. ``applied`` is the factor that the user's own clipping put on the gradients (1.0: none
     was seen).
     ``rate`` (L,) is the learning rate of each layer's parameter group. ``counts`` maps a layer's column to its number
-    of (NaN, Inf) gradient elements and exists only for steps with non-finite gradients.
+    of (NaN, Inf) gradient elements and exists only for steps with non-finite gradients. ``order`` (L,) is the place of each
+    layer in the order in which gradients arrived in backward; None: as in the row before.
     """
 
     step: int
@@ -113,6 +114,7 @@ class Row(NamedTuple):
     dead_share: Floats | None = None
     unchanged: Floats | None = None
     arrived: NDArray[np.bool_] | None = None
+    order: NDArray[np.intp] | None = None
     culprits: Culprits | None = None
     provenance: Provenance = Provenance()
     optimizer: int = -1

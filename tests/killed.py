@@ -21,6 +21,7 @@ from gradwatch.errors import RunLogError
 from gradwatch.history.ring import History
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Provenance, Row
+from gradwatch.reports.notes import Notes
 from gradwatch.rules import default_rules
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.recording import Recording, columns_of
@@ -38,17 +39,16 @@ def numbers(step: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
 def live(folder: Path, clock: mmap.mmap) -> None:
     """Log rows until the end comes."""
     history = History([f"layers.{n}.weight" for n in range(LAYERS)])
-    pipeline = Pipeline(history, default_rules(), None, [], _fail)
-    pipeline.record(Recording(Store(folder, columns_of(history), {}, history.facts), history, lambda _: None))
-    pipeline.start()
+    pipeline = Pipeline(history, default_rules(), None, [], Notes(strict=True))
+    pipeline.desk.keep(Recording(Store(folder, columns_of(history), {}, history.facts), history, lambda _: None))
+    pipeline.desk.start()
     for step in range(len(clock) // _ROW.size):
         norms = numbers(step)
         weights = np.ones(LAYERS) if step % 32 == 31 else None
         norm = float(np.sqrt(np.dot(norms, norms)))
-        pipeline.step(
+        pipeline.judge(
             Row(step, 1.0 / (1 + step), norms, norm, weights, provenance=Provenance("written", loss="written"))
         )
-        pipeline.report(0.0)
         _ROW.pack_into(clock, step * _ROW.size, time.monotonic())
         time.sleep(0.001)
 

@@ -287,12 +287,12 @@ def train(one: Play) -> dict[str, Any]:
         if bad and event == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if bad and event == "gradwatch fails" and monitor is not None:
-            sampling: Any = monitor._probe.rows._sampling
+            sampling: Any = monitor._probe.recorder._sampling
             sampling.take = sampling.take_unread = None
         optimizer.step()
     if monitor is None:
         return {}
-    seen = {"hooks": len(monitor._probe.arrivals)}
+    seen = {"hooks": len(monitor._probe.gradient_hooks)}
     monitor.detach()
     return seen | _seen(monitor, ready.model, exchanges[0])
 

@@ -19,6 +19,7 @@ from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.ring import History
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Alarm, Facts, Incident, NonFinite, Provenance, Row
+from gradwatch.reports.notes import Notes
 from gradwatch.rules import RULES, default_rules
 from gradwatch.rules.notation import Case
 from gradwatch.verdict.settings import VerdictSettings
@@ -78,18 +79,14 @@ def row_of(step: int, loss: float, grad: Floats, weight: Floats, family: str, ra
 def judged(rows: Sequence[Row], layers: Sequence[str], policy: AutoClip | None = None, codes: set[str] | None = None,
            order: Sequence[int] | None = None) -> Pipeline:  # fmt: skip
     """Run rows through the whole host half; errors of its parts are raised."""
-
-    def failed(part: str, error: Exception) -> None:
-        raise AssertionError(part) from error
-
     history = History(layers)
-    history.facts = Facts(optimizer="SGD", family=rows[0].family)
+    history.know(Facts(optimizer="SGD", family=rows[0].family))
     if order is not None:
         history.order = np.array(order)
     rules = [rule for rule in default_rules() if codes is None or rule.code in codes]
-    pipeline = Pipeline(history, rules, AutoClipEngine(policy, history) if policy else None, [], failed)
+    pipeline = Pipeline(history, rules, AutoClipEngine(policy, history) if policy else None, [], Notes(strict=True))
     for row in rows:
-        decision = pipeline.step(row)
+        decision = pipeline.judge(row)
         if decision is not NOTHING:
             pipeline.done(row, decision, 0.5)
     return pipeline
@@ -238,9 +235,9 @@ def test_the_list_of_incidents_is_bounded() -> None:
     """The oldest closed ones are forgotten; those that are kept stay in order."""
     case = Case("bad batches", None, grad="1x25 nan 1x25 " * 1100, family="other")
     history, rows = case.rows()
-    pipeline = Pipeline(history, default_rules(), None, [], lambda part, error: pytest.fail(f"{part}: {error}"))
+    pipeline = Pipeline(history, default_rules(), None, [], Notes(strict=True))
     for row in rows:
-        pipeline.step(replace_sampling(row))
+        pipeline.judge(replace_sampling(row))
     kept = pipeline.incidents.all
     assert len(kept) == 1000
     closed = [incident.number for incident in kept if not incident.open]

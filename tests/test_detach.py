@@ -15,27 +15,27 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch import pipeline
 from gradwatch.probe import gradient_hooks as arrivals
-from gradwatch.probe import gradients
+from gradwatch.probe import gradients, step_recorder
 from gradwatch.probe import optimizer_hooks as hooks
 from gradwatch.probe import patches as taps
-from gradwatch.probe import step_recorder as rows
+from gradwatch.reports.desk import ReportDesk
 from gradwatch.reports.log import LogReport, write_line
 from gradwatch.reports.summary import Summary
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.recording import Recording
+from gradwatch.verdict.alarms import Alarms
 from tests.conftest import left_behind
 
 # every function that detach calls, and what stays behind when it does not do its own part
 PARTS: list[tuple[Any, str, set[str]]] = [
-    (rows.StepRecorder, "catch_up", set()),
-    (rows.StepRecorder, "close", set()),
+    (step_recorder.StepRecorder, "catch_up", set()),
+    (step_recorder.StepRecorder, "close", set()),
     (arrivals.GradientHooks, "stop", {"hooks on parameters"}),
     (gradients.Gradients, "restore", set()),
     (taps.Patch, "remove", {"tap on torch.autograd.backward", "tap on _group_tensors_by_device_and_dtype"}),
     (hooks, "unlisten", {"optimizer hooks"}),
-    (pipeline.Pipeline, "snapshot", set()),
+    (Alarms, "closeness", set()),  # without it there is no snapshot
     (LogReport, "close", set()),
     (Summary, "__str__", set()),
     (Recording, "close", {"gradwatch run log"}),
@@ -100,15 +100,15 @@ def test_a_part_that_fails_leaves_the_others_done(
     assert len([note for note in monitor.notes if "the report cannot end" in note]) == 1
     assert any("by intention" in note for note in monitor.notes)
     if "Summary" not in str(owner) and owner is not LogReport:
-        stale = "this is the run as it was at step 0" if name == "snapshot" else "3 steps of Linear"
+        stale = "this is the run as it was at step 0" if name == "closeness" else "3 steps of Linear"
         assert stale in stream.getvalue()
     if not done:  # end by hand what was kept from ending
         for tap in taps.ALL:
             tap.remove(monitor._probe)
         hooks.unlisten(monitor._probe)
-        monitor._probe.arrivals.stop()
-        log = monitor._pipeline.log
-        if log is not None:
+        monitor._probe.gradient_hooks.stop()
+        log = monitor._pipeline.desk.log
+        if isinstance(log, Recording):
             log._writer.close(10.0)
     assert remains(model) == set()
     with RunLog(tmp_path) as log_of_run:
@@ -148,7 +148,7 @@ def test_strict_raises_when_all_is_done() -> None:
 def test_the_trainings_own_error_goes_first(*, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails at the end of a ``with`` never hides it."""
     model = nn.Linear(2, 1)
-    monkeypatch.setattr(pipeline.Pipeline, "raised", raising(RuntimeError("by intention")))
+    monkeypatch.setattr(ReportDesk, "raised", raising(RuntimeError("by intention")))
 
     def run() -> NoReturn:
         with gradwatch.attach(model, report=Failing(), strict=strict):

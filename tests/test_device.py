@@ -74,7 +74,7 @@ def test_the_hot_path_runs_where_every_read_raises(clip: gradwatch.Clip | None, 
             nn.functional.mse_loss(model(x), y).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        assert monitor._probe.rows._later is not None
+        assert monitor._probe.recorder._device._rows is not None
         assert monitor.incidents == []
     assert monitor.history.rows == 0  # numbers that do not exist cannot come over, and zeros are never reported
     with pytest.raises(RuntimeError):

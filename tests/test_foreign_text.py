@@ -95,7 +95,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         with gradwatch.attach(model, report=report, log=folder, rules=rules, clip="norm") as monitor:
             train(model, optimizer, 70)
             train(model, optimizer, 10, loss_of=lambda x, y: 1e8 * nn.functional.mse_loss(x, y))
-            snapshot = monitor._pipeline.snapshot(0.0)
+            snapshot = monitor._pipeline.snapshot()
     finally:
         sys.stderr = kept
     with sqlite3.connect(folder / "run.sqlite") as db:  # as somebody else's log may be

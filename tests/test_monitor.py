@@ -190,7 +190,7 @@ def test_a_failing_measurement_switches_the_monitor_off(
     model = mlp()
     with gradwatch.attach(model, report=None) as monitor:
         assert len(train(model, torch.optim.SGD(model.parameters(), lr=0.01), 5)) == 5
-        assert len(monitor._probe.arrivals) == 0
+        assert len(monitor._probe.gradient_hooks) == 0
     assert "measuring failed" in caplog.text
     assert len(caplog.records) == 1
 

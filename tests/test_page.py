@@ -16,6 +16,7 @@ from gradwatch.history.ring import History
 from gradwatch.page.content import cells_of, line_of
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Provenance, Row
+from gradwatch.reports.notes import Notes
 from gradwatch.rules import default_rules
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.environment import environment_of
@@ -36,11 +37,11 @@ def run_of(folder: Path, rows: int, layers: int) -> Path:
     """Log a run whose layers explode one after the other from step 6/10 on."""
     history = History([f"blocks.{n}.mlp.up.weight" for n in range(layers)])
     rules = default_rules()
-    pipeline = Pipeline(history, rules, None, [], _fail)
-    pipeline.record(
+    pipeline = Pipeline(history, rules, None, [], Notes(strict=True))
+    pipeline.desk.keep(
         Recording(Store(folder, columns_of(history), environment_of(rules, None), history.facts), history, _fail)
     )
-    pipeline.start()
+    pipeline.desk.start()
     random = np.random.default_rng(0)
     typical = np.exp(random.normal(-2, 1, layers))
     begin = rows * 6 // 10
@@ -52,14 +53,13 @@ def run_of(folder: Path, rows: int, layers: int) -> Path:
             loss += step - begin
         weights = np.ones(layers) if (step + 1) % 32 == 0 else None
         seen = Provenance("written", loss="written")
-        pipeline.step(
+        pipeline.judge(
             Row(step, loss, norms, float(np.linalg.norm(norms)), weights, rate=np.full(layers, 0.1), provenance=seen)
         )
-        pipeline.report(0.0)
         if step % 256 == 0:
-            assert pipeline.log is not None
-            pipeline.log.flush(10.0)
-    pipeline.close(0.0)
+            assert pipeline.desk.log is not None
+            pipeline.desk.log.flush(10.0)
+    pipeline.desk.close()
     return folder
 
 

@@ -256,7 +256,7 @@ def test_the_order_of_arrival_is_learned_and_then_no_hook_is_left() -> None:
     model = mlp(depth=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with watch(model) as monitor:
-        arrivals = monitor._probe.arrivals
+        arrivals = monitor._probe.gradient_hooks
         assert len(arrivals) == 8
         train(model, optimizer, 3)
         assert len(arrivals) == 0

@@ -38,9 +38,9 @@ def train(change: Any, clip_at: float | None = None, accumulate: int = 1, **sett
             change(step, model, optimizer, loss).backward()
         if clip_at is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip_at)
-        before = monitor._probe.rows.quiet
+        before = monitor._probe.recorder._fast_path
         optimizer.step()
-        ways.append(before is not None and monitor._probe.rows.quiet is before)
+        ways.append(before is not None and monitor._probe.recorder._fast_path is before)
     history = monitor.history
     found = {
         "grad": history.grad_norm(),
@@ -101,7 +101,7 @@ def test_both_ways_record_the_same(
 ) -> None:
     """Rows, typical norms, alarms, incidents and parameters; where the user clips, to the last digits."""
     short = train(change, **settings)
-    monkeypatch.setattr(StepRecorder, "_rest", lambda *_, **__: None)
+    monkeypatch.setattr(StepRecorder, "_enter_fast_path", lambda *_, **__: None)
     long = train(change, **settings)
     assert any(short.pop("ways"))
     assert not any(long.pop("ways"))
@@ -137,7 +137,7 @@ def test_a_shared_norm_changes_no_bit_of_the_users_clip(clip_at: float) -> None:
             optimizer.zero_grad()
             model(torch.randn(8, 16)).square().mean().backward()
             norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip_at))
-            shared += monitor is not None and monitor._probe.rows.quiet is not None and monitor._probe.rows.quiet.shared
+            shared += monitor is not None and (path := monitor._probe.recorder._fast_path) is not None and path.shared
             optimizer.step()
         if monitor is not None:
             assert shared > 20

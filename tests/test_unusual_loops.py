@@ -453,7 +453,7 @@ def test_a_backward_on_another_thread_inside_a_backward_is_part_of_it() -> None:
             optimizer.step()
             assert monitor.history.loss(last=1)[0] == pytest.approx(loss.item())
             np.testing.assert_allclose(monitor.history.grad_norm(last=1)[0], truth, rtol=1e-6)
-        order = monitor._probe.arrivals.order
+        order = monitor._probe.gradient_hooks.order
     assert order is not None
     assert order.tolist() == sorted(order.tolist(), reverse=True) or order[0] > order[-1]
 

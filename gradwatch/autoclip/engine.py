@@ -50,11 +50,17 @@ class AutoClipEngine:
     meanwhile, it goes back to its bounds and holds twice as long; so it does when the explosion comes back soon after, and
     then its first sign is enough to switch it on. Where clipping does not help it goes on to the measures that the policy allows.
 
+    Args:
+        policy: the user's.
+        history: read for norms and losses.
+        damage: returns what of the model is not finite, in words; empty where all of it is.
+
     Attributes: ``clipped`` and ``skipped`` count steps, ``further`` is what is done beyond clipping.
     """
 
-    def __init__(self, policy: AutoClip, history: History) -> None:
+    def __init__(self, policy: AutoClip, history: History, damage: Callable[[], str] = str) -> None:
         self.policy = policy
+        self._damage = damage
         self.history = history
         self.clipped = 0
         self.skipped = 0
@@ -84,7 +90,6 @@ class AutoClipEngine:
         self._judged_at = 0
         self._judged_level = math.inf
         self._promised = 0.0
-        self.damage: Callable[[], str] = str  # what of the model is not finite; nothing where all is
 
     @property
     def on(self) -> bool:
@@ -113,8 +118,8 @@ class AutoClipEngine:
             bound = float(np.fmax(bound, self._spared))
         self._bounds = self.policy.clip if math.isnan(bound) else self.policy.clip.at_norm(bound, self.history)
 
-    def orders(self, surge: float, far: float) -> DevicePlan:
-        """Say what to do with the coming step, in advance; ``surge`` and ``far`` are the rules' limits."""
+    def plan(self, surge: float, far: float) -> DevicePlan:
+        """Return what to do with the coming step before its numbers are known; ``surge`` and ``far`` are the rules' limits."""
         explosive = self.policy.when != "always" and "exploding" in self.policy.when
         if explosive and not self.on and self.history.rows - self._reserve >= _YOUNG:
             self._set_bounds(0)
@@ -230,6 +235,12 @@ class AutoClipEngine:
 
     # Letting go.
 
+    def abandon(self, step: int) -> None:
+        """End without a claim, because auto-clip acts no longer."""
+        if self.record is not None:
+            self._changed = replace(self.record, released_step=step)
+            self.record = None
+
     def _spare(self, step: int) -> None:
         """Let go at once: clipping does harm to the very steps that it clips."""
         assert self.record is not None
@@ -271,7 +282,7 @@ class AutoClipEngine:
             return None
         after, _ = self.history.loss_level(_LEVEL)
         # where no loss was seen nothing speaks against it: the run became calm
-        damage = self.damage()
+        damage = self._damage()
         helped = not damage and (not math.isfinite(self.record.loss_before) or after <= self._well_below)
         record = replace(
             self.record,

@@ -17,17 +17,21 @@ _HALVINGS = 6  # of the learning rate
 class Escalation:
     """How far one run has gone.
 
-    Attributes: ``rate`` is the factor on the learning rates, which stays lowered to the end of the run; ``news`` are sentences
-    that nobody has been told yet.
+    Attributes: ``rate`` is the factor on the learning rates, which stays lowered to the end of the run.
     """
 
     def __init__(self, policy: AutoClip) -> None:
         self.rate = 1.0
-        self.news: list[str] = []
+        self._news: list[str] = []
         self._measures = policy.escalate
         self._patience = policy.patience
         self._next = 0
         self._halvings = 0
+
+    def take_news(self) -> list[str]:
+        """Return the sentences about measures that were taken since the last call."""
+        news, self._news = self._news, []
+        return news
 
     def begin(self) -> None:
         """A new incident: clipping comes first again."""
@@ -74,5 +78,5 @@ class Escalation:
         else:
             self._next += 1
             done = f"steps of more than {SURGE:g} times the typical norm left out from step {row.step} on"
-        self.news.append(f"{told}{done}.")
+        self._news.append(f"{told}{done}.")
         return done

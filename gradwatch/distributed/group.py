@@ -160,7 +160,7 @@ class Ranks:
                 pieces = math.prod(length for length, _ in split)
                 held = parameter.to_local()
                 if any(getattr(placement, "dim", 0) for _, placement in split):
-                    self._layers.with_units[column] = False  # a unit's row lies in several processes
+                    self._layers.split_units(column)
             self.sharded |= pieces > 1
             self.share[column] = pieces / self.size
             self.part[column] = self.share[column] * held.numel() / max(1, self._layers.sizes[column])

@@ -6,6 +6,7 @@ Rules read it; nobody but the pipeline writes it. Missing values are NaN; every 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -107,6 +108,10 @@ class History:
 
     # -- writing: the pipeline only
 
+    def know(self, facts: Facts) -> None:
+        """Take what has become known of the model and its optimizer."""
+        self.facts = facts
+
     def push(self, row: Row) -> None:
         """Keep a row. Its non-finite values are kept in the ring, and out of every reference."""
         self._add_norms()
@@ -115,11 +120,14 @@ class History:
         self._norm[slot] = row.global_norm
         self._coefficient[slot] = row.applied
         self.nonfinite = row.nonfinite if row.nonfinite is not None else self._all_finite
+        if row.order is not None:
+            self.order = row.order
         self.previous_rate = self.rate
         if row.rate is not None and row.rate is not self.rate:
             self.rate = row.rate
             with quiet_numpy():
                 top = float(np.fmax.reduce(row.rate, initial=-math.inf))
+                self.facts = replace(self.facts, rate=float(np.nanmax(row.rate, initial=0.0)))
             if top > 1.0001 * self._top_rate:
                 self._top_rate, self._rose_at = top, self.rows
         if row.dead_share is not None:

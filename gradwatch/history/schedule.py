@@ -1,4 +1,4 @@
-"""How often all rules judge, and how far the rows in between may go unjudged."""
+"""How often all rules judge, how far the rows in between may go unjudged, and the time that watching takes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ _SETTLED = 512  # rows after which a run that is well is looked at half as often
 def cadence(row: int) -> int:
     """Return every how many rows all rules judge and the weights are sampled, while nothing stirs, ``row`` rows in."""
     return 16 if row < _SETTLED else 32
+
+
+@dataclass(slots=True)
+class OwnTime:
+    """The time that watching has taken so far, in seconds."""
+
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,15 @@ class Layers:
     def __len__(self) -> int:
         return len(self.names)
 
+    def take_untold(self) -> list[str]:
+        """Return the sentences about what was left out that nobody has asked for yet."""
+        untold, self.untold = self.untold, []
+        return untold
+
+    def split_units(self, column: int) -> None:
+        """Take note that several processes hold parts of one unit of a layer: its units cannot be looked at."""
+        self.with_units[column] = False
+
     def parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
         """Yield column and parameter of those still alive."""
         for column, ref in enumerate(self._refs):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.errors import UsageError, did_you_mean
 from gradwatch.pipeline import Pipeline
+from gradwatch.reports.notes import Notes
 from gradwatch.rules import rule_by_code
 from gradwatch.verdict.settings import VerdictSettings
 
@@ -39,12 +40,12 @@ def replay(
         rules: the rules to judge with.
         verdict: the verdict's own limits; None: its defaults.
     """
-    pipeline = Pipeline(history, rules, None, [], _raise, verdict)
+    pipeline = Pipeline(history, rules, None, [], Notes(strict=True), verdict=verdict)
     pipeline.changes = deque()  # all of them
     count = 0
     for row in rows:
         count += 1
-        pipeline.step(row)
+        pipeline.judge(row)
     return Replayed(count, tuple(pipeline.changes), tuple(pipeline.incidents.all))
 
 
@@ -75,7 +76,3 @@ def with_settings(rules: Sequence[Rule], settings: Sequence[str]) -> tuple[list[
             raise UsageError(f"The run was not judged by {rule.code}.{did_you_mean(rule.code, changed)}")
         changed[rule.code] = rule(**{**changed[rule.code].model_dump(), name: value})
     return list(changed.values()), verdict
-
-
-def _raise(_: str, error: Exception) -> None:
-    raise error

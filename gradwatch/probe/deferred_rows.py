@@ -76,6 +76,7 @@ class HostFacts:
     rate: Floats | None
     family: Family
     arrived: NDArray[np.bool_]
+    order: NDArray[np.intp] | None = None
     optimizer: int = -1
     sample: Sample | None = None
     clip: Clip | None = None
@@ -113,13 +114,13 @@ class DeferredRows:
 
     def take(
         self,
-        mine: Gradients | None,
+        mine: Gradients,
         now: Unread,
         before: Unread | None,
         facts: HostFacts,
         loss: Tensor | float | None,
         optimizer: Optimizer | None,
-        orders: DevicePlan | None,
+        plan: DevicePlan | None,
         own_norms: list[Tensor],
         *,
         closely: bool,
@@ -144,8 +145,8 @@ class DeferredRows:
             self._ranks.exchange(slot.flat)
         slot.singles[COEFFICIENT].fill_(1.0)
         bad = None
-        if orders is not None and mine is not None:
-            facts.clip, bad = self._act(mine, now, slot, orders, optimizer, scale, own=before is None)
+        if plan is not None:
+            facts.clip, bad = self._act(mine, now, slot, plan, optimizer, scale, own=before is None)
         elif self._confirms:
             self._confirm()
         self._ring.send(facts)
@@ -235,7 +236,7 @@ class DeferredRows:
         mine: Gradients,
         now: Unread,
         slot: Slot,
-        orders: DevicePlan,
+        plan: DevicePlan,
         optimizer: Optimizer | None,
         scale: Tensor | None,
         *,
@@ -246,11 +247,11 @@ class DeferredRows:
         ``own``: what was exchanged are the norms after the user's own clip, or there was none.
         """
         norm = torch.sqrt(slot.singles[NOW])
-        skips = orders.skip or orders.skip_above < math.inf
-        bad = norm > orders.skip_above
-        if orders.skip:
+        skips = plan.skip or plan.skip_above < math.inf
+        bad = norm > plan.skip_above
+        if plan.skip:
             bad = bad | ~torch.isfinite(norm)
-        clip, fires = orders.clip or orders.reserve, self._fires(mine, norm, slot, orders)
+        clip, fires = plan.clip or plan.reserve, self._fires(mine, norm, slot, plan)
         if self._ranks is not None:  # where gradwatch failed in one process, which no longer acts, none does
             together = slot.singles[FAILED] == 0
             bad, fires = bad & together, together if fires is None else fires & together
@@ -285,16 +286,16 @@ class DeferredRows:
             raise error
         return clip, bad if skips else None
 
-    def _fires(self, mine: Gradients, norm: Tensor, slot: Slot, orders: DevicePlan) -> Tensor | None:
+    def _fires(self, mine: Gradients, norm: Tensor, slot: Slot, plan: DevicePlan) -> Tensor | None:
         """Return whether the clip in reserve acts; None where one is in force. The typical norm learns while none is."""
         if mine.gate is None or mine.gate.home != self.home:
             mine.gate = SurgeDetector(self.home)
-        if orders.clip is not None:
+        if plan.clip is not None:
             return None
         fires = None
-        if orders.reserve is not None:
+        if plan.reserve is not None:
             loss = slot.singles[LOSS] / slot.singles[LOSSES]
-            fires = mine.gate.fires(norm, loss, limit=orders.surge, far=orders.far, loss_ceiling=orders.loss_ceiling)
+            fires = mine.gate.fires(norm, loss, limit=plan.surge, far=plan.far, loss_ceiling=plan.loss_ceiling)
         mine.gate.learn(norm)
         return fires
 
@@ -373,6 +374,7 @@ class DeferredRows:
             dead_share=sample.dead_share,
             unchanged=sample.unchanged,
             arrived=facts.arrived,
+            order=facts.order,
             culprits=self._ranks.culprits(numbers) if self._ranks is not None else None,
             provenance=Provenance(facts.source, facts.clipped, loss_source, self._processes),
         )

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from gradwatch.records import Clipped
+
     Function = Callable[..., Any]
 
 _log = logging.getLogger("gradwatch")
@@ -261,3 +263,10 @@ USER_CLIP = Patch("user's clip", torch_clip, "_group_tensors_by_device_and_dtype
 USER_NORM = Patch("user's norm", torch_clip, "_get_total_norm", _wrap_total_norm)
 USER_SCALE = Patch("user's scaling", torch_clip, "_clip_grads_with_norm_", _wrap_scaling)
 ALL = (BACKWARD, SCALER, USER_CLIP, USER_NORM, USER_SCALE)
+
+
+def clip_seen(*, before: bool) -> Clipped:
+    """Return what is known of the user's own clip where norms were measured ``before`` one, or not."""
+    if before:
+        return "before the user's clip"
+    return "no clip before it seen" if USER_CLIP.installed else "as the optimizer sees it"

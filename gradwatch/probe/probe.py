@@ -16,17 +16,17 @@ import torch
 
 from gradwatch import device
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
+from gradwatch.measure.layers import facts_of, family_of
 from gradwatch.measure.norms import norm_of
 from gradwatch.measure.readback import PATIENCE
 from gradwatch.measure.wrappers import local_of, optimizers_alive, unmeasurable
-from gradwatch.probe import optimizer_hooks as hooks
-from gradwatch.probe import patches as taps
+from gradwatch.probe import optimizer_hooks, patches
 from gradwatch.probe.attribution import Attribution
 from gradwatch.probe.backwards import losses_of
-from gradwatch.probe.budget import Budget
 from gradwatch.probe.gradient_hooks import GradientHooks
 from gradwatch.probe.loss_source import LossReader
 from gradwatch.probe.owners import Owners
+from gradwatch.probe.peers import Peers
 from gradwatch.probe.step_recorder import StepRecorder
 from gradwatch.shutdown import Failure, all_done
 
@@ -37,11 +37,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from gradwatch.history.schedule import OwnTime
     from gradwatch.measure.layers import Layers
     from gradwatch.measure.measured_gradients import Measured
     from gradwatch.measure.readback import Unread
+    from gradwatch.probe.budget import Budget
     from gradwatch.probe.coming import Loss, Root
-    from gradwatch.probe.fast_path import FastPath
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.judge import Judge
     from gradwatch.probe.patches import Run
@@ -56,16 +57,25 @@ class Probe:
 
     Args:
         layers: the watched parameters.
-        judge: told of every row; held weakly.
+        judge: asked about every row.
+        pace: what processes that train together compare of how often they measure.
         every: optimizer steps between measurements; a `Budget` chooses them.
         scaler: the gradient scaler; None: found when it steps.
+        own_time: takes what watching costs.
     """
 
     def __init__(
-        self, layers: Layers, judge: Judge, every: int | Budget = 1, scaler: torch.amp.GradScaler | None = None
+        self,
+        layers: Layers,
+        judge: Judge,
+        pace: dict[str, Any],
+        every: int | Budget,
+        scaler: torch.amp.GradScaler | None,
+        own_time: OwnTime,
     ) -> None:
         self._layers = layers
-        self._judge = weakref.ref(judge)
+        self._judge = judge
+        self._own_time = own_time
         self._has_optimizer = False
         self._backwards_then = 0
         self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
@@ -79,14 +89,18 @@ class Probe:
         self._strange = 0  # gradients in the user's clip that are none of the model's
         self._stepping: weakref.ref[Optimizer] | None = None
         self.owners = Owners(layers, self._grow, self._find)
-        self.arrivals = GradientHooks(layers)
-        self.attribution = Attribution(layers, self.owners, self.arrivals)
+        self.gradient_hooks = GradientHooks(layers)
+        self.attribution = Attribution(layers, self.owners, self.gradient_hooks)
         self.backward_begins = self.attribution.begins  # see `patches.Listener`
         self.losses = LossReader(scaler)
-        self._budget = every if isinstance(every, Budget) else None
-        self.rows = StepRecorder(layers, judge, self.arrivals, self.losses, every if isinstance(every, int) else 1)
+        peers = Peers(layers, judge, self.gradient_hooks, pace)
+        self.recorder = StepRecorder(layers, judge, self.gradient_hooks, self.losses, peers, every, own_time)
         self.active = False
-        self.seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The time that watching has taken so far."""
+        return self._own_time.seconds
 
     # Life.
 
@@ -95,17 +109,17 @@ class Probe:
         self.active = True
         if optimizer is not None:
             self.owners.find(optimizer)
-        self.arrivals.start()
-        hooks.listen(self)
-        for tap in taps.ALL:
-            tap.add(self)
+        self.gradient_hooks.start()
+        optimizer_hooks.listen(self)
+        for patch in patches.ALL:
+            patch.add(self)
 
     def stop(self) -> list[Failure]:
         """Remove every hook and give back what was hidden, each whatever becomes of the others; return what failed."""
         last = all_done([("the last rows", lambda: self.catch_up(all_of_them=True))])
         removals = [
             ("what sits on the model", lambda: all_done(self._parts())),
-            ("the optimizers' hooks", lambda: hooks.unlisten(self)),
+            ("the optimizers' hooks", lambda: optimizer_hooks.unlisten(self)),
         ]
         failures = all_done(removals)
         if failures:  # an interrupt may have come in the middle of a part; each can be done twice
@@ -118,55 +132,50 @@ class Probe:
 
     def _parts(self) -> Iterator[tuple[str, Callable[[], object]]]:
         self.active = False
-        yield "the hooks on parameters", self.arrivals.stop
-        for tap in taps.ALL:
-            yield f"the tap on {tap.name}", lambda tap=tap: tap.remove(self)  # type: ignore[misc]
+        yield "the hooks on parameters", self.gradient_hooks.stop
+        for patch in patches.ALL:
+            yield f"the patch of {patch.name}", lambda patch=patch: patch.remove(self)  # type: ignore[misc]
         yield (
             "hidden gradients",
             self.owners.close,
         )  # a monitor that is kept for its summary shall not keep the parameters
         yield "the losses", self.losses.forget
-        yield "the rows", self.rows.close
+        yield "the rows", self.recorder.close
 
     def owns_any(self, optimizer: Optimizer) -> bool:
         """True when the optimizer holds at least one watched parameter."""
         return any(self._layers.column(p) is not None for group in optimizer.param_groups for p in group["params"])
 
     def catch_up(self, *, all_of_them: bool = False) -> None:
-        """See `StepRecorder.catch_up`."""
-        self._guarded(self.rows.catch_up, all_of_them=all_of_them)
+        """Wait for the rows that are still under way; of several processes only at the end, because they decide in step."""
+        self._guarded(self.recorder.catch_up, all_of_them=all_of_them)
 
-    def watch_closely(self, *, closely: bool) -> None:
-        """Follow the order of arrival and sample the weights on each step, while an incident is open."""
-        self.rows.closely = closely
-        self.arrivals.follow(closely=closely)
-
-    # The taps.
+    # What the patches of torch tell (`gradwatch.probe.patches.Listener`).
 
     def failed(self, error: Exception) -> None:
-        """See `patches.Listener`: `TrainingUnstableError` and `ExchangeError` are meant, and any other one when strict."""
+        """A call of the patches raised: raise `TrainingUnstableError` and `ExchangeError`, and any other when strict."""
         if isinstance(error, (TrainingUnstableError, ExchangeError)):
             raise error
-        self.rows.fail(error)
+        self.recorder.fail(error)
         self._leave_if_over()
 
     def backward_failed(self) -> None:
-        """See `patches.Listener`."""
-        self.arrivals.failed()
+        """A backward raised: what arrived in it belongs to no step."""
+        self.gradient_hooks.failed()
 
     def backward_ended(self, run: Run) -> None:
-        """See `patches.Listener`."""
+        """A backward ended: take its losses, and the row where there is no optimizer to wait for."""
         started = perf_counter()
         if self.attribution.ended(run, fused=bool(self._inside)):
-            if self.arrivals.came and not run.inside:
-                self.arrivals.end()
+            if self.gradient_hooks.came and not run.inside:
+                self.gradient_hooks.end()
             if self.losses.given:
                 self.losses.backward_came()
             if self._inside:
                 self._guarded(self._end_of_fused_backward, losses_of(run.roots))
             elif self._loop != "optimizer":
                 self._guarded(self._end_of_backward)
-        self.seconds += perf_counter() - started
+        self._own_time.seconds += perf_counter() - started
 
     def _end_of_backward(self) -> None:
         """In a loop without a torch optimizer, the end of backward is the last moment before the update."""
@@ -195,9 +204,8 @@ class Probe:
         return not self._awaited or self._moves > _UNDECIDED
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
-        """See `patches.Listener`: the user's first clip of a step is the last moment to see the gradients whole."""
-        quiet = self.rows.quiet
-        if gradients and (quiet is None or not (quiet.resting or quiet.shared)):
+        """Measure what the user is about to clip: the first clip of a step is the last moment to see the gradients whole."""
+        if gradients and self.recorder.needs_norms_before_clip:
             self._guarded(self._see_clip, set(map(id, gradients)))
 
     def _see_clip(self, clipped: set[int]) -> None:
@@ -213,43 +221,42 @@ class Probe:
             self._strange = self._strangers(clipped)
         for owner in self.owners.current():
             if any(id(parameter.grad) in clipped for parameter in owner.parameters):
-                self.rows.measure_before_clip(owner)
+                self.recorder.measure_before_clip(owner)
 
     def _strangers(self, clipped: set[int]) -> int:
         return len(clipped - {id(one.grad) for owner in self.owners.current() for one in owner.parameters})
 
     def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
-        """See `patches.Listener`."""
-        quiet = self.rows.quiet
-        if quiet is None or not isinstance(gradients, list):
+        """Return the norm of gradients that the user is about to clip; None where torch has to compute it."""
+        if not self.recorder.has_fast_path or not isinstance(gradients, list):
             return None
-        total: Tensor | None = self._guarded(self._share, quiet, gradients)
+        total: Tensor | None = self._guarded(self._share, gradients)
         return total
 
-    def _share(self, quiet: FastPath, gradients: list[Tensor]) -> Tensor | None:
-        return None if self.attribution.is_elsewhere() else quiet.share(gradients)
+    def _share(self, gradients: list[Tensor]) -> Tensor | None:
+        return None if self.attribution.is_elsewhere() else self.recorder.share_norm(gradients)
 
     def user_scales(self, total: Tensor, max_norm: float) -> None:
-        """See `patches.Listener`."""
-        if self.rows.quiet is not None:
-            self._guarded(self.rows.quiet.scaled, total, max_norm)
+        """The user has clipped to ``max_norm``."""
+        if self.recorder.has_fast_path:
+            self._guarded(self.recorder.user_scaled, total, max_norm)
         for owner in self.owners.current():
             if owner.coming.before_clip is not None:
                 owner.coming.before_clip.ended()
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
-        """See `patches.Listener`."""
+        """A gradient scaler is about to let an optimizer step."""
         if self._guarded(self.owners.stepping, optimizer) is not None:
             self.losses.scaler = scaler
             self._left_out_before = self._left_out
             self._left_out += 1
 
     def scaler_stepped(self, optimizer: Optimizer) -> None:
-        """See `patches.Listener`: now and then a step is left out to find the scale; many in a row are a fault."""
+        """Take note of a step that the scaler left out: now and then that finds the scale, many in a row are a fault."""
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
             if self._left_out >= PATIENCE or self._guarded(
-                self.rows.together
+                self.recorder.together
             ):  # others may make this step, and wait for the row
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)
@@ -259,23 +266,20 @@ class Probe:
 
     def captured(self) -> None:
         """A step is captured into a CUDA graph, which replays it without asking anybody."""
-        judge = self._judge()
-        if judge is not None:
-            judge.note("a step that is captured into a CUDA graph is not watched, nor are its replays.")
+        self._judge.note("a step that is captured into a CUDA graph is not watched, nor are its replays.")
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Measure what the optimizer is about to use; return new arguments when it has a closure."""
-        quiet = self.rows.quiet
-        if quiet is not None and len(args) == 1 and not kwargs and self._passes(quiet, optimizer):
+        if self.recorder.has_fast_path and len(args) == 1 and not kwargs and self._take_fast_path(optimizer):
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
 
-    def _passes(self, quiet: FastPath, optimizer: Optimizer) -> bool:
-        """True when the step went the short way; one that is unusual in any way goes the long one from its beginning."""
+    def _take_fast_path(self, optimizer: Optimizer) -> bool:
+        """Record a step the short way; return False where it is unusual in any way and has to go the long one."""
         if (
             self._stepping is not None
             or self._loop != "optimizer"
-            or self.arrivals.came
+            or self.gradient_hooks.came
             or torch._C._current_graph_task_id() != -1
         ):
             return False
@@ -283,34 +287,32 @@ class Probe:
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # noqa: FBT003
         try:
-            if not self.rows.pass_quietly(optimizer):
+            if not self.recorder.take_fast_path(optimizer):
                 return False
             self._note_backwards()
-            self.rows.skipping.made()
+            self.recorder.skipping.made()
         except Exception:
             return False  # the long way fails in the same place, and tells
         finally:
             torch._C._set_grad_enabled(grad)
-            self.seconds += perf_counter() - started
-        self._stepping = quiet.optimizer
+            self._own_time.seconds += perf_counter() - started
+        self._stepping = weakref.ref(optimizer)
         self._left_out = 0
         return True
 
     def _note_backwards(self) -> None:
         """Several optimizers may step after one backward: its forwards belong to the first of them."""
-        self.rows.skipping.fresh = self.attribution.backwards != self._backwards_then
+        self.recorder.skipping.fresh = self.attribution.backwards != self._backwards_then
         self._backwards_then = self.attribution.backwards
 
     def _prepare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self.rows.expect()
+        self.recorder.peers.expect_row()
         changed = self._prepare_step(optimizer, args, kwargs)
-        self.rows.expected()
+        self.recorder.peers.row_made()
         return changed
 
     def _take(self, mine: Gradients, source: Source, optimizer: Optimizer | None = None, returned: Any = None) -> None:
-        if self._budget is not None:
-            self.rows.wish = self._budget.every(self.seconds, self.rows.step, self.rows.made)
-        if self.rows.take(mine, source, optimizer, returned) and source != "left out by the scaler":
+        if self.recorder.take(mine, source, optimizer, returned) and source != "left out by the scaler":
             self._left_out = 0
         self._used(mine)
 
@@ -332,8 +334,8 @@ class Probe:
         if torch._C._current_graph_task_id() != -1:  # fused into backward: one step for each parameter
             self._step_inside_backward(mine, optimizer)
             return None
-        if self.arrivals.came:  # a backward that passed by the tap
-            self.arrivals.end()
+        if self.gradient_hooks.came:  # a backward that passed by the patch
+            self.gradient_hooks.end()
             self.attribution.passed_by()
         self._note_backwards()
         if self._loop != "explicit":
@@ -343,7 +345,7 @@ class Probe:
             if self._loop == "optimizer":
                 self._take(mine, "optimizer step", optimizer)
             return None
-        self.rows.skipping.expect_closure(mine)
+        self.recorder.skipping.expect_closure(mine)
         wrapped = self._wrap(closure, optimizer)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
@@ -358,11 +360,11 @@ class Probe:
         home = self._layers.home
         part = mine.measure() if device.reading_is_free(home) else mine.measure_unread(home)
         columns = part.columns.tolist()
-        if not self._inside_seen.isdisjoint(columns):  # the end of that backward passed by the tap
+        if not self._inside_seen.isdisjoint(columns):  # the end of that backward passed by the patch
             self._end_of_fused_backward()
         self._inside_seen.update(columns)
         self._inside.append((part, mine.rate(optimizer)))
-        self.rows.tell_left_out(mine)
+        self.recorder.say_what_is_left_out(mine)
         self._inside_family = mine.family
 
     def _end_of_fused_backward(self, losses: list[Loss] | None = None) -> None:
@@ -370,7 +372,7 @@ class Probe:
         self._inside_seen.clear()
         everything = self.owners.everything()
         everything.coming.add([(loss, None) for loss in losses or []])
-        self.rows.take_parts(parts, self._inside_family, everything)
+        self.recorder.take_parts(parts, self._inside_family, everything)
         self._used(everything)
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -379,7 +381,7 @@ class Probe:
         if mine is not None and mine.parameters:
             mine.restore()
             self.owners.step_is_over(mine)
-            self.rows.skipping.over()
+            self.recorder.skipping.over()
             if self._stepping is not None and self._stepping() is optimizer:
                 self._stepping = None
 
@@ -412,7 +414,7 @@ class Probe:
             self._take(mine, "closure", optimizer, loss)
         else:  # a line search evaluates several times for one step
             self._used(mine)
-        self.rows.skipping.closure_evaluated(mine, evaluations)
+        self.recorder.skipping.closure_evaluated(mine, evaluations)
 
     def explicit_step(self) -> None:
         """The user says that the update is about to happen."""
@@ -424,22 +426,21 @@ class Probe:
 
     def _find(self, optimizer: Optimizer) -> None:
         """An optimizer has been found that owns watched layers."""
-        judge = self._judge()
-        if judge is None:
-            return
         self._has_optimizer = True
-        judge.optimizer_found(optimizer)
+        self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer))
+        if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
+            self._judge.note("auto-clip does not act inside a line search: LBFGS is watched only.")
         reason = unmeasurable(optimizer=optimizer)
         if reason is not None:
             raise UsageError(f"{type(optimizer).__name__} cannot be watched: {reason}.")
 
     def _grow(self, news: set[int]) -> list[Root]:
         """Follow parameters that were added or replaced; return what backwards through them began from."""
-        self.rows.grow(news)
-        self.arrivals.grow()
-        judge = self._judge()
-        if judge is not None:
-            judge.grown(self._layers)
+        self.recorder.grow(news)
+        self.gradient_hooks.grow()
+        model = self._layers.model
+        if model is not None:
+            self._judge.grown(self._layers, facts_of(model, self._layers, None))
         return self.attribution.found()
 
     def _guarded(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -458,16 +459,16 @@ class Probe:
             self._give_up()
             raise
         except Exception as error:
-            self.rows.fail(error)
+            self.recorder.fail(error)
             return None
         finally:
             torch._C._set_grad_enabled(grad)
-            self.seconds += perf_counter() - started
-            if self.rows.over:
+            self._own_time.seconds += perf_counter() - started
+            if self.recorder.over:
                 self._leave_if_over()
 
     def _leave_if_over(self) -> None:
-        if self.rows.over and self.active:
+        if self.recorder.over and self.active:
             self._give_up()
 
 

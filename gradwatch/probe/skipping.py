@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -31,10 +30,10 @@ class Skipping:
     """
 
     def __init__(self, layers: Layers, judge: Judge) -> None:
-        self._judge = weakref.ref(judge)
+        self._judge = judge
         self._buffers: Buffers | None = None
         self._lost = ""
-        self.armed = judge.may_skip()
+        self.armed = judge.may_skip
         self.fresh = True
         if self.armed:
             self._guarded(lambda: self._watch(layers))
@@ -53,9 +52,7 @@ class Skipping:
 
     def _lose(self, error: Exception) -> None:
         self._buffers, self._lost = None, _FAILED
-        judge = self._judge()
-        if judge is not None:
-            judge.failed("keeping the model's buffers", error)
+        self._judge.part_failed("keeping the model's buffers", error)
 
     def _begin(self) -> Buffers | None:
         fresh, self.fresh = self.fresh, True
@@ -105,16 +102,13 @@ class Skipping:
         return buffers.give_back() if buffers is not None else ""
 
     def _tell(self, row: Row, decision: Decision, problem: str) -> None:
-        judge = self._judge()
-        if judge is not None:
-            self.say(problem)
-            judge.done(row, replace(decision, skip=not problem), 1.0)
+        self.say(problem)
+        self._judge.done(row, replace(decision, skip=not problem), 1.0)
 
     def say(self, problem: str) -> None:
         """Say once why steps are not left out."""
-        judge = self._judge()
-        if problem and problem != NOT_FUSED and judge is not None:
-            judge.note(f"a step could not be left out, and is not counted as skipped: {problem}.")
+        if problem and problem != NOT_FUSED:
+            self._judge.note(f"a step could not be left out, and is not counted as skipped: {problem}.")
 
     def leave_out_where(self, bad: Tensor, *, real: bool) -> str:
         """On a device, do with the buffers what is done with the step; return why that does not leave it out, or nothing."""

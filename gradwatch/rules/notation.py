@@ -87,7 +87,7 @@ class Case:
         losses, left = series(self.loss), series(self.clip)
         steps = max(len(losses), len(left), *(len(values) for columns_ in columns.values() for values in columns_))
         history = History(layers, sizes=[self.size] * len(layers))
-        history.facts = Facts(optimizer=_OPTIMIZERS[self.family], family=self.family)
+        history.know(Facts(optimizer=_OPTIMIZERS[self.family], family=self.family))
 
         def written() -> Iterator[Row]:
             for step in range(steps):

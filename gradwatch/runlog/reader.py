@@ -280,7 +280,7 @@ class RunLog:
         sizes, matrices, fan_in = zip(*self._columns, strict=True)
         history = History(self.layers, sizes, matrices, fan_in)
         last = self.sessions[-1]
-        history.facts = replace(last.facts, layers=len(self.layers))
+        history.know(replace(last.facts, layers=len(self.layers)))
         with self.reading():
             (order,) = self._db.execute("SELECT backward_order FROM sessions ORDER BY session DESC LIMIT 1").fetchone()
             if order is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from gradwatch.errors import words_of
-from gradwatch.reports.base import Report
+from gradwatch.reports.base import RunLog
 from gradwatch.reports.log import write_line
 from gradwatch.runlog.batch import Batch
 from gradwatch.runlog.flight import record_of
@@ -40,7 +40,7 @@ def columns_of(history: History) -> list[tuple[str, int, int, int]]:
     return list(zip(history.layers, *(values.astype(np.int64).tolist() for values in numbers), strict=True))
 
 
-class Recording(Report):
+class Recording(RunLog):
     """One session of a run log.
 
     Args:

@@ -77,6 +77,10 @@ class Alarms:
         self.failed = 0
         self.stirring = False
 
+    def follow_peers(self, lag: int) -> None:
+        """Let the values of the user's own rules wait ``lag`` rows for what other processes say; 0: no more."""
+        self.lag = lag
+
     @property
     def waiting(self) -> bool:
         """True while values wait for what other processes say: then each row is judged, in all of them alike."""

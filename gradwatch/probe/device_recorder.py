@@ -1,0 +1,160 @@
+"""Rows whose numbers lie on a device: sent on their way with each step, and handed over once they have come."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.clips import Clip
+from gradwatch.measure.readback import Unread
+from gradwatch.probe.applier import clippable
+from gradwatch.probe.deferred_rows import DeferredRows, HostFacts
+from gradwatch.probe.patches import clip_seen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.optim import Optimizer
+
+    from gradwatch.autoclip.decision import Decision, DevicePlan
+    from gradwatch.distributed.group import Word
+    from gradwatch.measure.layers import Layers
+    from gradwatch.measure.packed_row import UnpackedRow
+    from gradwatch.measure.sampling import Sampling
+    from gradwatch.probe.applier import Applier
+    from gradwatch.probe.gradient_hooks import GradientHooks
+    from gradwatch.probe.gradients import Gradients
+    from gradwatch.probe.judge import Judge
+    from gradwatch.probe.loss_source import LossReader
+    from gradwatch.probe.peers import Peers
+    from gradwatch.probe.skipping import Skipping
+    from gradwatch.records import Family, Floats, Row, Source
+
+
+class DeviceRecorder:
+    """Makes the rows of one monitor where gradients lie on a device.
+
+    Args:
+        layers: the watched parameters.
+        judge: asked in advance what to do with each step.
+        gradient_hooks: which gradients came, and in which order.
+        losses: what is known of the loss.
+        peers: the other processes.
+        sampling: what is looked at now and then.
+        skipping: leaves steps out.
+        applier: lowers learning rates, and knows which clips can act.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        judge: Judge,
+        gradient_hooks: GradientHooks,
+        losses: LossReader,
+        peers: Peers,
+        sampling: Sampling,
+        skipping: Skipping,
+        applier: Applier,
+    ) -> None:
+        self._layers = layers
+        self._judge = judge
+        self._hooks = gradient_hooks
+        self._losses = losses
+        self._peers = peers
+        self._sampling = sampling
+        self._skipping = skipping
+        self._applier = applier
+        self._rows: DeferredRows | None = None
+
+    @property
+    def moves(self) -> bool:
+        """True where rows under way lie on another device than the coming one: they have to be read first."""
+        return self._rows is not None and self._rows.home != self._layers.home
+
+    def forget(self) -> None:
+        """Drop the rows that are under way, and everything that is kept on the device."""
+        self._rows = None
+
+    def send(
+        self,
+        now: Unread,
+        source: Source,
+        rate: Floats | None,
+        mine: Gradients,
+        optimizer: Optimizer | None,
+        returned: Any,
+        family: Family,
+        word: Word | None,
+        *,
+        closely: bool,
+    ) -> None:
+        """Send a row on its way; what must be done to its gradients at once is decided on the device."""
+        rows = self._require_rows()
+        measured = mine.coming.before_clip.measured if mine.coming.before_clip is not None else None
+        before = measured if isinstance(measured, Unread) else None
+        loss, loss_source = self._losses.unread(mine.coming, returned, self._layers.home)
+        facts = HostFacts(
+            source=source,
+            clipped=clip_seen(before=before is not None),
+            loss_source=loss_source,
+            rate=rate,
+            family=family,
+            arrived=self._hooks.arrived,
+            order=self._hooks.order,
+            optimizer=mine.number,
+            word=word,
+        )
+        inside = source == "optimizer in backward"
+        acts = not inside and source != "left out by the scaler" and clippable(source, optimizer)
+        plan = self._possible_plan(mine, optimizer) if acts else None
+        own_norms = self._hooks.own_norms()
+        bad = rows.take(mine, now, before, facts, loss, optimizer, plan, own_norms, closely=closely)
+        if bad is not None:
+            facts.problem = self._skipping.leave_out_where(bad, real=mine.skips(optimizer))
+        elif not inside:
+            self._skipping.made()
+
+    def _possible_plan(self, mine: Gradients, optimizer: Optimizer | None) -> DevicePlan | None:
+        """Return what of the judge's plan can be done to these gradients; what cannot is said."""
+        plan = self._judge.plan()
+        if plan is None:
+            return None
+        if plan.skip and not mine.skips(optimizer):
+            self._judge.note(
+                "on a device, gradients that are not finite are set to zero, and no step is counted as skipped: of torch's "
+                "optimizers only fused ones (fused=True) can leave a step out there."
+            )
+        clip = plan.clip or plan.reserve
+        knows = clip is not None and type(clip).apply_unread is not Clip.apply_unread
+        if clip is not None and not knows:
+            self._judge.note(f"{clip} has no apply_unread: it does not act on a device.")
+        if clip is not None and not (knows and self._applier.fits(clip, mine)):
+            plan = replace(plan, clip=None, reserve=None)
+        self._applier.slow(mine, optimizer, plan.rate)
+        return plan
+
+    def _require_rows(self) -> DeferredRows:
+        home = self._layers.home
+        if self._rows is None or self._rows.home != home:
+            ranks, confirms = self._peers.ranks, self._judge.own_clip
+            self._rows = DeferredRows(self._layers, self._sampling, home, ranks, confirms=confirms)
+        return self._rows
+
+    def rows(self, *, wait: bool) -> Iterator[tuple[Row, Decision, UnpackedRow]]:
+        """Yield the rows that have come over, their step not yet numbered, with what was done to each."""
+        if self._rows is None:
+            return
+        for row, decision, numbers, problem in self._rows.rows(wait=wait):
+            self._skipping.say(problem)
+            self._peers.take(numbers, looked=row.weight_norm is not None)
+            yield row, decision, numbers
+
+    # When gradwatch itself fails.
+
+    def failure_is_known(self) -> bool:
+        """Return whether all processes have read a row that tells of a failure."""
+        return self._rows is not None and self._rows.failure_is_known()
+
+    def tell_failure(self) -> None:
+        """Take part in one exchange only to say that gradwatch failed here."""
+        self._require_rows().tell_failure()

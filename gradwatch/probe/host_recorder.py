@@ -1,0 +1,196 @@
+"""Rows whose numbers can be read at once: made, judged and acted on before the optimizer makes its step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.autoclip.decision import NOTHING, Decision
+from gradwatch.errors import PeerError, TrainingUnstableError
+from gradwatch.measure.measured_gradients import assembled
+from gradwatch.measure.readback import PATIENCE
+from gradwatch.probe.patches import clip_seen
+from gradwatch.records import Provenance, Row
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from gradwatch.distributed.group import Word
+    from gradwatch.measure.layers import Layers
+    from gradwatch.measure.measured_gradients import Measured
+    from gradwatch.measure.sampling import Sample, Sampling
+    from gradwatch.probe.applier import Applier
+    from gradwatch.probe.gradient_hooks import GradientHooks
+    from gradwatch.probe.gradients import Gradients
+    from gradwatch.probe.judge import Judge
+    from gradwatch.probe.loss_source import LossReader
+    from gradwatch.probe.peers import Peers
+    from gradwatch.probe.skipping import Skipping
+    from gradwatch.records import Family, Floats, LossSource, Source
+
+
+class HostRecorder:
+    """Makes the rows of one monitor where gradients lie on the CPU.
+
+    Args:
+        layers: the watched parameters.
+        judge: asked about every row.
+        gradient_hooks: which gradients came, and in which order.
+        losses: what is known of the loss.
+        peers: the other processes.
+        sampling: what is looked at now and then.
+        skipping: leaves steps out.
+        applier: does to gradients what was decided.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        judge: Judge,
+        gradient_hooks: GradientHooks,
+        losses: LossReader,
+        peers: Peers,
+        sampling: Sampling,
+        skipping: Skipping,
+        applier: Applier,
+    ) -> None:
+        self._layers = layers
+        self._judge = judge
+        self._hooks = gradient_hooks
+        self._losses = losses
+        self._peers = peers
+        self._sampling = sampling
+        self._skipping = skipping
+        self._applier = applier
+        self._last_provenance = Provenance()
+
+    def make(
+        self,
+        step: int,
+        mine: Gradients,
+        source: Source,
+        optimizer: Optimizer | None,
+        returned: Any,
+        scale: float,
+        word: Word | None,
+        *,
+        closely: bool,
+    ) -> tuple[Row | None, Decision]:
+        """Make the row of a step and do what the judge says; return both, or no row where no process makes the step."""
+        rate = mine.rate(optimizer) if optimizer is not None else None
+        now = mine.measure(scale)
+        before = mine.coming.before_clip
+        whole = now if before is None else before.of(now)
+        sampled = self._sampling.take(now, closely=closely)
+        row = self._row(step, source, now, whole, sampled, rate, mine, returned, word)
+        if 0 < self._peers.left_out < PATIENCE:  # now and then that is how scalers find their scale
+            return None, NOTHING
+        if sampled.weight_norm is None and self._peers.ranks is None and self._judge.is_unusual(row):
+            looked = self._sampling.weights()
+            row = row._replace(weight_norm=looked.weight_norm, nonfinite_weight=looked.nonfinite_weight)
+        decision, coefficient = self._decide(row, now, scale, mine, source, optimizer)
+        if decision.skip:
+            self._skipping.leave_out(row, decision, mine, source)
+            return row, decision
+        self._skipping.made()
+        if self._peers.ranks is not None and decision.clip is not None and decision.clip.looks_inside:
+            self._peers.clipped_by_value(row, decision, now.global_norm, mine.measure(scale))
+        elif decision is not NOTHING:
+            self._judge.done(row, decision, coefficient)
+        return row, decision
+
+    def make_of_parts(
+        self,
+        step: int,
+        parts: list[Measured],
+        rate: Floats,
+        family: Family,
+        mine: Gradients,
+        word: Word | None,
+        *,
+        closely: bool,
+    ) -> None:
+        """Make one row of the steps that an optimizer made inside backward; too late to act on any of them."""
+        now = assembled(parts, len(self._layers))
+        sampled = self._sampling.take(now, closely=closely)
+        row = self._row(step, "optimizer in backward", now, now, sampled, rate, mine, None, word)
+        self._judge.judge(row._replace(family=family, optimizer=-1, poisoned=False))
+
+    def _decide(
+        self, row: Row, now: Measured, scale: float, mine: Gradients, source: Source, optimizer: Optimizer | None
+    ) -> tuple[Decision, float]:
+        """Judge a row and act on it; return what was decided, and the norm after over the norm before."""
+        error: Exception | None = None
+        decision, coefficient = NOTHING, 1.0
+        try:
+            decision = self._judge.judge(row)
+            if decision is not NOTHING and not decision.skip:
+                coefficient = self._applier.apply(decision, now, scale, mine, source, optimizer)
+        except TrainingUnstableError:
+            raise
+        except Exception as failure:
+            error = failure
+        if self._peers.clip_failed_anywhere(well=error is None):
+            # whoever has clipped has gone another way: nobody makes this step
+            self._skipping.leave_out(row, Decision(skip=True), mine, source)
+            error = error or PeerError(
+                "auto-clip failed in another process, whose output has the cause: no step is made"
+            )
+        if error is not None:
+            raise error
+        return decision, coefficient
+
+    def _row(
+        self,
+        step: int,
+        source: Source,
+        now: Measured,
+        whole: Measured,
+        sampled: Sample,
+        rate: Floats | None,
+        mine: Gradients,
+        returned: Any,
+        word: Word | None,
+    ) -> Row:
+        """Put together what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
+        loss, loss_source = self._losses.read(mine.coming, returned)
+        culprits, processes = None, self._peers.count
+        if word is not None:
+            loss, loss_source, culprits = self._peers.unite(word, loss, loss_source, whole, now, sampled)
+        return Row(
+            step=step,
+            loss=loss,
+            grad_norm=whole.norms,
+            global_norm=whole.global_norm,
+            weight_norm=sampled.weight_norm,
+            nonfinite=whole.nonfinite,
+            nonfinite_weight=sampled.nonfinite_weight,
+            counts=whole.counts,
+            # of several processes, some may hold no gradient
+            poisoned=not math.isfinite(now.global_norm) and (processes > 1 or bool(now.gradients)),
+            rate=rate,
+            family=mine.family,
+            optimizer=mine.number,
+            applied=1.0 if whole is now else _share_left(now, whole),
+            dead_share=sampled.dead_share,
+            unchanged=sampled.unchanged,
+            arrived=self._hooks.arrived,
+            order=self._hooks.order,
+            culprits=culprits,
+            provenance=self._provenance(source, whole is not now, loss_source, processes),
+        )
+
+    def _provenance(self, source: Source, before: bool, loss: LossSource, processes: int) -> Provenance:  # noqa: FBT001
+        last = self._last_provenance
+        same = (last.source, last.loss, last.processes) == (source, loss, processes)
+        if same and before is (last.clipped == "before the user's clip"):
+            return last
+        self._last_provenance = Provenance(source, clip_seen(before=before), loss, processes)
+        return self._last_provenance
+
+
+def _share_left(now: Measured, whole: Measured) -> float:
+    """Return the norm after the user's clip over the norm before it."""
+    if not math.isfinite(whole.global_norm) or not 0 < now.global_norm < whole.global_norm:
+        return 1.0
+    return now.global_norm / whole.global_norm

@@ -1,0 +1,53 @@
+"""What gradwatch could not do, and which of its parts failed: each is said once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+from gradwatch.errors import words_of
+from gradwatch.printable import printable
+
+_log = logging.getLogger("gradwatch")
+
+
+class Notes:
+    """The notes of one run, in the order in which they were made.
+
+    Args:
+        strict: raise errors of gradwatch's own parts instead of noting them.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+        self.all: list[str] = []
+        self._failed: set[str] = set()
+
+    def add(self, text: str) -> None:
+        """Add a note unless it is there already."""
+        if text not in self.all:
+            self.all.append(text)
+
+    def warn(self, text: str) -> None:
+        """Add a note and log it as a warning."""
+        self.add(text)
+        _say(logging.WARNING, printable(text))
+
+    def part_failed(self, part: str, error: Exception) -> None:
+        """Note that a part raised and is switched off; raise its error if ``strict``."""
+        if self.strict:
+            raise error
+        self.error(f"{part} failed and is switched off", error)
+
+    def error(self, what: str, error: Exception) -> None:
+        """Note what failed and log its traceback, once for each ``what``."""
+        if what not in self._failed:
+            self._failed.add(what)
+            self.all.append(f"{what}: {words_of(error)}")
+            _say(logging.ERROR, f"{what}; training goes on.", error)
+
+
+def _say(level: int, text: str, error: Exception | None = None) -> None:
+    # a handler of the program may raise, as it does where standard error is closed: training goes on
+    with contextlib.suppress(Exception):
+        _log.log(level, "gradwatch: %s", text, exc_info=error)
