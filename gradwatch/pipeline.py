@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gradwatch.rules import Rule
 
 _EVERY_STEP = 64  # every rule judges each of the first steps: small models explode within 30
+_KEPT = 2000  # changes of state of the rules
 _SERIES = 400  # rows that a report gets for its curves
 _SPEED_OVER = 0.2  # seconds over which the speed is taken
 _NUMBERS = 1 << 20  # that fit into a float32
@@ -55,6 +56,7 @@ class Pipeline:
         notes: takes what cannot be done, and parts that raise.
         own_time: the time that watching has taken so far; read for the reports.
         verdict: the verdict's own limits; None: its defaults.
+        keep: how many changes of rules to keep; None: all.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Pipeline:
         notes: Notes,
         own_time: OwnTime | None = None,
         verdict: VerdictSettings | None = None,
+        keep: int | None = _KEPT,
     ) -> None:
         self.history = history
         self.rules = tuple(rules)
@@ -74,7 +77,7 @@ class Pipeline:
         self.autoclip = autoclip
         self.incidents = Incidents(history, rules, self.verdict_settings, autoclip)
         self.armed = autoclip is not None
-        self.changes: deque[Alarm] = deque(maxlen=2000)
+        self.changes: deque[Alarm] = deque(maxlen=keep)
         self.notes = notes
         self._own_time = own_time or OwnTime()
         self._surge = next((rule.limit for rule in rules if rule.role == "surge"), math.inf)
@@ -150,7 +153,7 @@ class Pipeline:
             return NOTHING
         decision = self.autoclip.decide(row, self.incidents.treatable_explosion())
         self._record_clip()
-        self.notes.all += self.autoclip.further.take_news()
+        self.notes.extend(self.autoclip.further.take_news())
         return decision
 
     def _record_clip(self) -> None:
@@ -197,7 +200,7 @@ class Pipeline:
             self.history.follow_task()
         changes = self.alarms.update(self.history, row.step)
         self.changes.extend(changes)
-        self.notes.all += [f"{alarm}." for alarm in changes if alarm.sign == "clip" and alarm.state == "firing"]
+        self.notes.extend(f"{alarm}." for alarm in changes if alarm.sign == "clip" and alarm.state == "firing")
         self.desk.judged(changes, self.incidents.update(changes, row.step))
         # a layer without a typical norm yet is looked at whenever it has a gradient
         typical = self.history.typical_grad
@@ -207,7 +210,7 @@ class Pipeline:
             middle, spread = self.history.loss_level()
             self._loss_band = middle + 3 * max(spread, abs(middle) / 10)
         elif self.history.rows == _NO_LOSS and not self.history.losses:  # one of the first steps: all of them come here
-            self.notes.all.append("no loss seen: the loss rules rest. Hand it over with monitor.loss(loss).")
+            self.note("no loss seen: the loss rules rest. Hand it over with monitor.loss(loss).")
 
     # Auto-clip.
 

@@ -226,6 +226,47 @@ def test_one_file_replaces_torchs_attributes() -> None:
     assert [n for n, path in FILES.items() if "setattr(self._owner" in path.read_text()] == ["probe/patches"]
 
 
+def _assigned(node: ast.AST) -> list[ast.Attribute]:
+    """Return the attributes that a statement assigns to."""
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else targets
+    parts = [part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    return [part for part in parts if isinstance(part, ast.Attribute)]
+
+
+def written_from_outside(sources: dict[str, str]) -> set[tuple[str, str]]:
+    """Return the file and the target of each assignment to an attribute that only a class of another file sets on itself.
+
+    Records are left out: the fields of dataclasses and of named tuples are filled by whoever makes them.
+    """
+    own: dict[str, set[str]] = {}
+    fields: set[str] = set()
+    trees = {name: ast.parse(source) for name, source in sources.items()}
+    for name, tree in trees.items():
+        for made in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            if any("dataclass" in ast.unparse(one) for one in made.decorator_list):
+                fields |= {ast.unparse(one.target) for one in made.body if isinstance(one, ast.AnnAssign)}
+            for target in (target for node in ast.walk(made) for target in _assigned(node)):
+                if ast.unparse(target.value) == "self":
+                    own.setdefault(target.attr, set()).add(name)
+    return {
+        (name, ast.unparse(target))
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        for target in _assigned(node)
+        if ast.unparse(target.value) != "self"
+        and name not in own.get(target.attr, {name})
+        and target.attr not in fields
+    }
+
+
+def test_nobody_writes_into_another_objects_attributes() -> None:
+    """What an object knows it is told by a call; only records are filled from outside."""
+    assert written_from_outside({name: path.read_text() for name, path in FILES.items()}) == set()
+    sources = {"a": "class A:\n    def __init__(self):\n        self.step = 0", "b": "def go(a):\n    a.step = 1"}
+    assert written_from_outside(sources) == {("b", "a.step")}
+
+
 def on_devices() -> list[ast.FunctionDef]:
     """Return the functions whose tensors may lie on a device: those of two files, and by their names everywhere."""
     return [

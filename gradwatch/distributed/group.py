@@ -201,6 +201,10 @@ class Ranks:
         own = [f"{key}/of {rank}" for rank in range(self.size)]
         return [json.loads(store.get(one).decode() if store.check([one]) else first) for one in own]
 
+    def expect_exchange(self) -> None:
+        """Take note that the other processes are about to wait for an exchange: ``exchanged`` is False until it is made."""
+        self.exchanged = False
+
     def unite(self, mine: Local, whole: Measured, now: Measured, sampled: Sample) -> United:
         """Make the numbers of this process those of all; ``whole``, ``now`` and ``sampled`` are changed in place.
 

@@ -108,6 +108,10 @@ class History:
 
     # -- writing: the pipeline only
 
+    def know_order(self, order: NDArray[np.intp]) -> None:
+        """Take the order in which gradients arrive in backward, shape (L,)."""
+        self.order = order
+
     def know(self, facts: Facts) -> None:
         """Take what has become known of the model and its optimizer."""
         self.facts = facts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,8 +39,7 @@ def replay(
         rules: the rules to judge with.
         verdict: the verdict's own limits; None: its defaults.
     """
-    pipeline = Pipeline(history, rules, None, [], Notes(strict=True), verdict=verdict)
-    pipeline.changes = deque()  # all of them
+    pipeline = Pipeline(history, rules, None, [], Notes(strict=True), verdict=verdict, keep=None)
     count = 0
     for row in rows:
         count += 1

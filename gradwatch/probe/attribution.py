@@ -82,10 +82,7 @@ class Attribution:
             return self._ended(run, note, fused=fused)
         self.backwards += 1
         self._threads.add(run.thread)
-        coming = owner.coming
-        coming.before_clip = None
-        for loss in losses_of(run.roots):
-            coming.roots.append((loss, None))
+        owner.coming.add([(loss, None) for loss in losses_of(run.roots)])
         return True
 
     def _ended(self, run: Run, note: Any, *, fused: bool) -> bool:

@@ -77,6 +77,10 @@ class BeforeClip:
         self._open = True
         return self.holds and all(now - then <= most for now, then in zip(self._versions, before, strict=True))
 
+    def take(self, measured: Measured) -> None:
+        """Take the norms, where they come later than the clip."""
+        self.measured = measured
+
     def ended(self) -> None:
         """The user's clip is over: from here on every change of the gradients is another's."""
         self._open = False
@@ -139,6 +143,14 @@ class Coming:
         self.earlier: list[Root] = []
         self.before_clip: BeforeClip | None = None
         self._left: tuple[weakref.ref[Tensor], int] | None = None
+
+    def clip_begins(self, before: BeforeClip) -> None:
+        """Keep what was measured before the user's clip, or is about to be."""
+        self.before_clip = before
+
+    def forget_clip(self) -> None:
+        """Drop the norms from before the user's clip: they are not those of the gradients that will be stepped with."""
+        self.before_clip = None
 
     def add(self, roots: Sequence[Root]) -> None:
         """A backward has reached these parameters: what was clipped before it is not what will be stepped with."""

@@ -45,7 +45,6 @@ from gradwatch.measure.packed_row import (
 from gradwatch.measure.readback import LAG, PATIENCE, Ring, Slot, Unread
 from gradwatch.measure.sampling import Parts
 from gradwatch.probe.gradients import zero_where
-from gradwatch.probe.surge_detector import SurgeDetector
 from gradwatch.records import Provenance, Row
 
 if TYPE_CHECKING:
@@ -288,15 +287,14 @@ class DeferredRows:
 
     def _fires(self, mine: Gradients, norm: Tensor, slot: Slot, plan: DevicePlan) -> Tensor | None:
         """Return whether the clip in reserve acts; None where one is in force. The typical norm learns while none is."""
-        if mine.gate is None or mine.gate.home != self.home:
-            mine.gate = SurgeDetector(self.home)
+        detector = mine.surge_detector(self.home)
         if plan.clip is not None:
             return None
         fires = None
         if plan.reserve is not None:
             loss = slot.singles[LOSS] / slot.singles[LOSSES]
-            fires = mine.gate.fires(norm, loss, limit=plan.surge, far=plan.far, loss_ceiling=plan.loss_ceiling)
-        mine.gate.learn(norm)
+            fires = detector.fires(norm, loss, limit=plan.surge, far=plan.far, loss_ceiling=plan.loss_ceiling)
+        detector.learn(norm)
         return fires
 
     def _apply(self, clip: Clip, step: UnreadStep, *, fold: bool) -> tuple[Tensor, Exception | None]:

@@ -96,14 +96,15 @@ class FastPath:
         columns = np.arange(len(self._history.layers)) if self._columns is None else self._columns
         norms = np.full(len(self._history.layers), np.nan)
         norms[columns] = self._norms
-        self._before.measured = Measured([], columns, norms, global_norm_of(self._norms))
+        self._before.take(Measured([], columns, norms, global_norm_of(self._norms)))
 
     def share(self, tensors: list[Tensor]) -> Tensor | None:
         """The user is about to clip these gradients: return their norm as one vector; None where torch shall take it."""
         before, plan = self.mine.coming.before_clip, self._plan
         if before is not None and before.goes_on():  # another clip in the same step
             return None
-        self._before = self.mine.coming.before_clip = None
+        self.mine.coming.forget_clip()
+        self._before = None
         if not self._left or self.resting or plan is None or not plan.shareable or not self._clipped:
             return None
         if self.optimizer() is None:  # another one will step with these gradients
@@ -115,7 +116,8 @@ class FastPath:
         if not self._holds(norms):
             return None
         self._norms, self._total, self._coefficient = norms, total, math.nan
-        self._before = self.mine.coming.before_clip = BeforeClip(self.mine.parameters)
+        self._before = BeforeClip(self.mine.parameters)
+        self.mine.coming.clip_begins(self._before)
         return total
 
     def scaled(self, total: Tensor, max_norm: float) -> None:
@@ -157,7 +159,7 @@ class FastPath:
         if self.resting:
             if not self._sentinel_is_well(losses):
                 return "with alarm"
-            mine.steps += 1
+            mine.count_step()
             self._used(losses)
             return "resting"
         loss, source = losses.read(self.mine.coming, None)
@@ -168,7 +170,7 @@ class FastPath:
         if norms is None or not coefficient > 0:
             return "not"
         self._left -= 1
-        mine.steps += 1
+        mine.count_step()
         self._history.note(step, loss, norms, self._columns, coefficient)
         self._used(losses)
         return "noted"

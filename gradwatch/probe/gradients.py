@@ -15,6 +15,7 @@ from gradwatch.measure.measured_gradients import Measured
 from gradwatch.measure.norms import NormPlan, code_of, global_norm_of, look_closer, unfit
 from gradwatch.measure.readback import Unread
 from gradwatch.measure.wrappers import is_dtensor, local_of, summed
+from gradwatch.probe.surge_detector import SurgeDetector
 from gradwatch.skipping.skip import Skip
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.probe.coming import Coming
-    from gradwatch.probe.surge_detector import SurgeDetector
     from gradwatch.records import Family, Floats
 
 
 _ABSENT = object()  # an attribute that was not there
+_WAITED = 16  # steps of an optimizer around another one after which that one is taken never to step
 
 
 class Gradients:
@@ -43,6 +44,8 @@ class Gradients:
         optimizer: the one; None where there is none.
         model: the watched one.
         coming: what is known of its coming step.
+        around: another optimizer over the same parameters which this one steps.
+        number: its place among those that were found; -1: there is none.
 
     Attributes: ``optimizer`` is held weakly; ``steps`` counts those of this optimizer, ``family`` is its family, ``number`` its
     place among those that were found (-1: there is none); ``around`` is another optimizer over the same parameters which this
@@ -60,9 +63,11 @@ class Gradients:
         model: nn.Module | None = None,
         *,
         coming: Coming,
+        around: weakref.ref[Optimizer] | None = None,
+        number: int = -1,
     ) -> None:
         self.coming = coming
-        self.around: weakref.ref[Optimizer] | None = None
+        self.around = around
         self.outer: Gradients | None = None  # of the one around it, while that steps
         self.vain = 0  # steps since the one that it is around stepped
         self.parameters = [parameter for _, parameter in pairs]
@@ -72,7 +77,7 @@ class Gradients:
         self.optimizer = weakref.ref(optimizer) if optimizer is not None else None
         self._held = Held(optimizer) if optimizer is not None else None
         self.steps = 0
-        self.number = -1
+        self.number = number
         self.left_out: list[tuple[int, str]] = []
         self._zero = np.zeros(layers, dtype=bool)
         self._any_zero = False
@@ -85,10 +90,39 @@ class Gradients:
         self._rates: list[float] = []
         self._rate = np.full(layers, np.nan)
         self.skip = Skip(optimizer, model) if optimizer is not None else None
-        self.gate: SurgeDetector | None = None  # on a device, the typical norm of this optimizer's steps
+        self._detector: SurgeDetector | None = None
         self._slowed: list[tuple[dict[str, Any], Any]] = []
         self._born: tuple[weakref.ref[Optimizer], int, Tensor] | None = None
         self._lent: list[tuple[weakref.ref[Optimizer], str, Any]] = []
+
+    def count_step(self) -> None:
+        """Take note of a step of this optimizer."""
+        self.steps += 1
+
+    def waits_for(self, inner: Gradients | None) -> bool:
+        """Return whether the step is left to ``inner``, the optimizer that this one is around; not if it never steps."""
+        if inner is None:
+            self.around = None
+        elif inner.steps != self.steps:
+            self.steps, self.vain = inner.steps, 0
+        elif self.vain >= _WAITED:
+            self.coming.take_over(inner.coming)
+            self.around = None
+        else:
+            self.vain += 1
+        if inner is not None and self.around is not None:
+            inner.outer = self
+        return self.around is not None
+
+    def outer_is_over(self) -> None:
+        """Take note that the step of the optimizer around this one is over."""
+        self.outer = None
+
+    def surge_detector(self, home: torch.device) -> SurgeDetector:
+        """Return what knows the typical norm of this optimizer's steps on a device."""
+        if self._detector is None or self._detector.home != home:
+            self._detector = SurgeDetector(home)
+        return self._detector
 
     def measure(self, scale: float = 1.0) -> Measured:
         """Measure all gradients that exist now, in one batched call per device and dtype.

@@ -39,6 +39,10 @@ class LossReader:
             self.forget()
         self.given.append(loss.detach() if isinstance(loss, torch.Tensor) else float(loss))
 
+    def scaled_by(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Take note of the gradient scaler of the step under way; None: it is over."""
+        self.scaler = scaler
+
     def forget(self) -> None:
         """What was given belongs to no coming step."""
         self.given.clear()

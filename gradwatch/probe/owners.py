@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.coming import Root
 
-_WAITED = 16  # steps of an optimizer around another one after which that one is taken never to step
-
 
 class Owners:
     """The owners of one model's layers.
@@ -123,40 +121,39 @@ class Owners:
         """True for an optimizer around another one over the same parameters: the step is that one's, if it ever steps."""
         inner = mine.around() if mine.around is not None else None
         its = self._known.get(id(inner)) if inner is not None else None
-        if its is None:
-            mine.around = self._list = self.sole = None
-        elif its.steps != mine.steps:
-            mine.steps, mine.vain = its.steps, 0
-        elif mine.vain >= _WAITED:
-            mine.coming.take_over(its.coming)
-            mine.around = self._list = self.sole = None
-        else:
-            mine.vain += 1
-        if its is not None and mine.around is not None:
-            its.outer = mine
-        return mine.around is not None
+        waits = mine.waits_for(its)
+        if not waits:
+            self._list = self.sole = None
+        return waits
 
     def step_is_over(self, mine: Gradients) -> None:
         """The step of an optimizer is over, and with it that of the one that it is around."""
         inner = mine.around() if mine.around is not None else None
         its = self._known.get(id(inner)) if inner is not None else None
         if its is not None:
-            its.outer = None
+            its.outer_is_over()
 
     def _make(self, optimizer: Optimizer, around: weakref.ref[Optimizer] | None) -> Gradients:
         held = [(one, number) for number, group in enumerate(optimizer.param_groups) for one in group["params"]]
         owned = [(column, one, number) for one, number in held if (column := self._layers.column(one)) is not None]
         pairs, groups = [(column, one) for column, one, _ in owned], [number for _, _, number in owned]
         old, key = self._known.get(id(optimizer)), id(optimizer)
-        mine = Gradients(pairs, len(self._layers), groups, len(held), optimizer, self._layers.model, coming=Coming())
-        mine.around = around
         same = old is not None and self._refs[key]() is optimizer
+        number = -1
         if pairs:
-            mine.number = old.number if old is not None and same and old.number >= 0 else next(self._numbers)
+            number = old.number if old is not None and same and old.number >= 0 else next(self._numbers)
+        goes_on = around is None and bool(pairs) and same
+        coming = old.coming if old is not None and goes_on else Coming()
+        model = self._layers.model
+        mine = Gradients(
+            *(pairs, len(self._layers), groups, len(held), optimizer, model),
+            coming=coming,
+            around=around,
+            number=number,
+        )
         if around is not None:  # what there is to step with is that one's
             pass
-        elif pairs and old is not None and same:
-            mine.coming = old.coming
+        elif old is not None and goes_on:
             self._hand_over([old, self.rest()], mine)
         elif pairs:  # what it is about to step with came while others owned it, or nobody
             self._hand_over(self.current(), mine)

@@ -124,7 +124,8 @@ class Peers:
     def expect_row(self) -> None:
         """A row is about to be made: should anything fail from here on, other processes must not wait for it."""
         if self.ranks is not None:
-            self.ranks.exchanged, self._row_is_due = False, True
+            self.ranks.expect_exchange()
+            self._row_is_due = True
 
     def row_made(self) -> None:
         """Nobody waits for a row of this step any more."""

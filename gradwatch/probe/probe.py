@@ -247,7 +247,7 @@ class Probe:
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """A gradient scaler is about to let an optimizer step."""
         if self._guarded(self.owners.stepping, optimizer) is not None:
-            self.losses.scaler = scaler
+            self.losses.scaled_by(scaler)
             self._left_out_before = self._left_out
             self._left_out += 1
 
@@ -260,7 +260,7 @@ class Probe:
             ):  # others may make this step, and wait for the row
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)
-        self.losses.scaler = None
+        self.losses.scaled_by(None)
 
     # The optimizer's hooks.
 
@@ -302,7 +302,7 @@ class Probe:
 
     def _note_backwards(self) -> None:
         """Several optimizers may step after one backward: its forwards belong to the first of them."""
-        self.recorder.skipping.fresh = self.attribution.backwards != self._backwards_then
+        self.recorder.skipping.expect_step(fresh=self.attribution.backwards != self._backwards_then)
         self._backwards_then = self.attribution.backwards
 
     def _prepare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:

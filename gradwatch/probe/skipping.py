@@ -61,6 +61,10 @@ class Skipping:
             buffers.begin(fresh=fresh)
         return buffers
 
+    def expect_step(self, *, fresh: bool) -> None:
+        """Take note of whether there has been a backward since the last step."""
+        self.fresh = fresh
+
     def made(self) -> None:
         """The step is made: what its forwards did to the buffers stays."""
         fresh, self.fresh = self.fresh, True

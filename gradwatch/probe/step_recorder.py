@@ -176,7 +176,7 @@ class StepRecorder:
         measured = mine.measure() if device.reading_is_free(home) else mine.measure_unread(home)
         if before is not None:
             measured = before.joined_by(measured, len(self._layers))
-        mine.coming.before_clip = BeforeClip(mine.parameters, measured)
+        mine.coming.clip_begins(BeforeClip(mine.parameters, measured))
 
     def share_norm(self, gradients: list[Tensor]) -> Tensor | None:
         """Return the norm of gradients that the user is about to clip; None where torch has to compute it."""
@@ -258,13 +258,13 @@ class StepRecorder:
         scale = _fused_scale(optimizer) if free else 1.0
         if scale is None:
             return False
-        mine.steps += 1
+        mine.count_step()
         if not self._begin_row(mine.steps - 1):
             self.skipping.made()
             return True
         before = mine.coming.before_clip
         if before is not None and not before.holds:  # the user has put other gradients in their place
-            mine.coming.before_clip = None
+            mine.coming.forget_clip()
         if free:
             self._make(mine, source, optimizer, returned, scale)
         else:

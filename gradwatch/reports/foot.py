@@ -33,6 +33,17 @@ def is_drawn_on(stream: Any) -> bool:
     return any(foot.draws_on(stream) for foot in list(_feet))
 
 
+class _Shared(StreamTap):
+    """A stream of the picture's terminal.
+
+    Attributes: ``rest`` and ``partial`` are what of its text is not shown yet; ``idle`` is True when nothing was written since
+    the last flush.
+    """
+
+    rest = partial = ""
+    idle = True
+
+
 class Foot:
     """Draws at the foot of the terminal that ``stream`` writes to, until `end`.
 
@@ -53,7 +64,7 @@ class Foot:
         self._picture: Sequence[str] = ()
         self._drawn = 0
         self._drawn_size: tuple[int, int] | None = None
-        self._taps: list[StreamTap] = []
+        self._taps: list[_Shared] = []
         self._process = os.getpid()
         self.over = False
         self.reason = ""
@@ -65,7 +76,7 @@ class Foot:
         try:
             for stream in (self.stream, sys.stdout, sys.stderr):
                 if same_terminal(stream, self.stream) and all(tap.stream is not stream for tap in self._taps):
-                    self._taps.append(StreamTap(stream, self._written, self._flushed))
+                    self._taps.append(_Shared(stream, self._written, self._flushed))
             _feet.add(self)
         except BaseException:
             self.leave()
@@ -123,7 +134,7 @@ class Foot:
 
     # What the program writes.
 
-    def _written(self, tap: StreamTap, text: str) -> int:
+    def _written(self, tap: _Shared, text: str) -> int:
         if self.over or os.getpid() != self._process or not isinstance(text, str):
             return tap.write(text)
         with self._lock:
@@ -137,7 +148,7 @@ class Foot:
             self._write_through(tap, whole)
             return len(text)
 
-    def _write_through(self, tap: StreamTap, text: str) -> None:
+    def _write_through(self, tap: _Shared, text: str) -> None:
         first, newline, rest = text.partition("\n")
         before, gap = self._clearing(self._tail.below + 1), self._tail.below
         at_end = self._drawn > 0 and self._tail.at_end(self._size()[0])
@@ -157,7 +168,7 @@ class Foot:
                 self._clear(self._clearing(gap))
             self._write_moving(tap, "", rest)
 
-    def _write_moving(self, tap: StreamTap, fed: str, rest: str) -> None:
+    def _write_moving(self, tap: _Shared, fed: str, rest: str) -> None:
         """Write what leaves its row, of which the first part is fed, and the picture below it."""
         self._tail.feed(rest, self._size()[0])
         try:
@@ -173,7 +184,7 @@ class Foot:
     def _lands_on_a_bar(self, text: str) -> bool:
         return bool(text.strip("\n")) and not self._tail.blank and is_plain(text) and bars_of_tqdm()
 
-    def _write_above(self, tap: StreamTap, text: str) -> int:
+    def _write_above(self, tap: _Shared, text: str) -> int:
         """Write whole lines above a bar, which goes on below them."""
         lines, newline, tap.partial = (tap.partial + text).rpartition("\n")
         if newline:
@@ -187,7 +198,7 @@ class Foot:
                 self._emit("\r\n".join(bars) + _up(below) + self._tail.place() + self._drawing())
         return len(text)
 
-    def _flushed(self, tap: StreamTap) -> None:
+    def _flushed(self, tap: _Shared) -> None:
         """Wait for a picture under way when nothing was written: so `input` flushes before the prompt of which we know not."""
         if tap.idle and not self.over and os.getpid() == self._process:
             self.settled.wait(_SETTLING)

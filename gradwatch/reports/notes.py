@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from typing import TYPE_CHECKING
 
 from gradwatch.errors import words_of
 from gradwatch.printable import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _log = logging.getLogger("gradwatch")
 
@@ -27,6 +31,10 @@ class Notes:
         """Add a note unless it is there already."""
         if text not in self.all:
             self.all.append(text)
+
+    def extend(self, news: Iterable[str]) -> None:
+        """Add notes that are new by what they say of a step."""
+        self.all.extend(news)
 
     def warn(self, text: str) -> None:
         """Add a note and log it as a warning."""

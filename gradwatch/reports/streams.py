@@ -38,20 +38,15 @@ class StreamTap:
         write: called with the tap and the text in place of ``stream.write``.
         flush: called with the tap before ``stream.flush``.
 
-    Attributes: ``write`` and ``flush`` are the stream's own; ``rest`` and ``partial`` are what the foot has not shown yet,
-    ``idle`` is True when nothing was written since the last flush.
+    Attributes: ``write`` and ``flush`` are the stream's own.
 
     Raises:
         AttributeError: the stream does not bear it.
     """
 
-    def __init__(
-        self, stream: TextIO, write: Callable[[StreamTap, str], int], flush: Callable[[StreamTap], None]
-    ) -> None:
+    def __init__(self, stream: TextIO, write: Callable[[Any, str], int], flush: Callable[[Any], None]) -> None:
         self.stream: Any = stream
         self.write, self.flush = stream.write, stream.flush
-        self.rest = self.partial = ""
-        self.idle = True
         before = dict(vars(stream))
 
         def tapped_write(text: str) -> int:

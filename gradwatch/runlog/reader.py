@@ -287,7 +287,7 @@ class RunLog:
                 found = np.frombuffer(order, dtype="<i4")
                 if len(found) > len(self.layers) or (found < 0).any() or (found > len(self.layers)).any():
                     raise ValueError("it orders layers that it does not name")
-                history.order = np.concatenate([found, np.arange(len(found), len(self.layers))]).astype(np.intp)
+                history.know_order(np.concatenate([found, np.arange(len(found), len(self.layers))]).astype(np.intp))
         return history
 
     def rows(self) -> Iterator[Row]:
