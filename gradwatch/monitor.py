@@ -16,7 +16,7 @@ import torch
 from gradwatch.autoclip.engine import AutoClipEngine
 from gradwatch.autoclip.suggest import Suggestion, suggest
 from gradwatch.errors import UsageError, words_of
-from gradwatch.history.ring import History
+from gradwatch.history.history import History
 from gradwatch.history.schedule import OwnTime
 from gradwatch.measure.batch_statistics import numbers_of
 from gradwatch.measure.checkpoints import Checkpoint, damage_of, worth_of

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.engine import AutoClipEngine
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.history.columns import Columns
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Facts
     from gradwatch.reports import Report
     from gradwatch.reports.notes import Notes

@@ -10,7 +10,7 @@ import torch
 
 import gradwatch
 from gradwatch.clips import CLIPS, Clip, Step, UnreadStep
-from gradwatch.history.ring import History
+from gradwatch.history.history import History
 from gradwatch.history.statistics import quiet_numpy
 from gradwatch.measure.norms import look_closer
 from gradwatch.records import Row

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from gradwatch.errors import RunLogError
-from gradwatch.history.ring import History
+from gradwatch.history.history import History
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Provenance, Row
 from gradwatch.reports.notes import Notes

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from gradwatch.history.ring import History
+from gradwatch.history.history import History
 from gradwatch.records import Floats, Kind, Row, Sign
 from gradwatch.rules import Rule
 from gradwatch.rules.notation import series

@@ -16,7 +16,7 @@ from gradwatch.autoclip.decision import NOTHING
 from gradwatch.autoclip.engine import AutoClipEngine
 from gradwatch.autoclip.policy import AutoClip
 from gradwatch.errors import TrainingUnstableError
-from gradwatch.history.ring import History
+from gradwatch.history.history import History
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Alarm, Facts, Incident, NonFinite, Provenance, Row
 from gradwatch.reports.notes import Notes

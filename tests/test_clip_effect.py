@@ -13,7 +13,7 @@ import gradwatch
 from gradwatch.autoclip.effect import ClipEffect
 
 if TYPE_CHECKING:
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats, Kind, Sign
 
 

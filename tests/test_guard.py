@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gradwatch
 from gradwatch.autoclip.guard import Guard
-from gradwatch.history.ring import History
+from gradwatch.history.history import History
 from gradwatch.records import Provenance, Row
 from tests.clipping import LAYERS, gradients, norms, step
 

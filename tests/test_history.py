@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gradwatch.errors import UsageError
-from gradwatch.history.ring import History
+from gradwatch.history.history import History
 from gradwatch.records import Provenance, Row
 
 

@@ -117,7 +117,7 @@ def test_steps_leave_nothing_behind() -> None:
 
 def test_the_ring_is_bounded() -> None:
     """At 300 layers it takes less than 16 MB, at 30,000 it is shorter."""
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
 
     for layers in (300, 30_000):
         history = History([str(number) for number in range(layers)])

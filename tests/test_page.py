@@ -12,7 +12,7 @@ import torch
 
 import gradwatch
 from gradwatch.__main__ import main
-from gradwatch.history.ring import History
+from gradwatch.history.history import History
 from gradwatch.page.content import cells_of, line_of
 from gradwatch.pipeline import Pipeline
 from gradwatch.records import Provenance, Row

@@ -36,7 +36,7 @@ from tests.trainings import mlp, train
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
 
 ROOT = Path(__file__).parent.parent
 PAUSE = 1.0  # seconds after which a row is in the file

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gradwatch.clips import Step, UnreadStep
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
 
 SCENES: dict[str, Callable[[], dict[str, Any]]] = {}
 FREE = device.reading_is_free

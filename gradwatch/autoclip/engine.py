@@ -17,7 +17,7 @@ from gradwatch.autoclip.escalation import SURGE, Escalation
 from gradwatch.autoclip.guard import WIDE, Guard
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.recurrence import usual_size
-from gradwatch.history.ring import SETTLED
+from gradwatch.history.history import SETTLED
 from gradwatch.records import SEVERITIES, ClipRecord, Severity
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.clips import Clip
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Incident, Row
 
 _LOOSEN = 1.03  # by step, while letting go: twice the bounds after 24 steps

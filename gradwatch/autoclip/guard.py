@@ -17,7 +17,7 @@ from gradwatch.clips.base import scale_by
 if TYPE_CHECKING:
     from gradwatch.clips import Clip
     from gradwatch.clips.base import Step
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats, Row
 
 _APART = 8.0  # times the median layer's surge: a layer that stands out alone

@@ -14,7 +14,7 @@ from gradwatch.clips.norm import ClipNorm
 from gradwatch.history.columns import widened
 
 if TYPE_CHECKING:
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats
 
 

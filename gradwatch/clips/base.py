@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats
 
 _EXTREME = 1e-30  # a factor beyond which float32 runs out of digits, so that it is put on in two halves

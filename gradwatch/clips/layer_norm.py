@@ -14,7 +14,7 @@ from gradwatch.measure.norms import on_device
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats
 
 

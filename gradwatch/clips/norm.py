@@ -12,7 +12,7 @@ from gradwatch.clips.base import OneFactor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
 
 
 class ClipNorm(OneFactor):

@@ -11,7 +11,7 @@ from gradwatch.clips.base import Baseline, FromHistory
 from gradwatch.clips.norm import ClipNorm
 
 if TYPE_CHECKING:
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
 
 
 class ClipPercentile(FromHistory):

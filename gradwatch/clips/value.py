@@ -14,7 +14,7 @@ from gradwatch.measure.norms import NormPlan, global_norm_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
 
 
 class ClipValue(PerLayer):

@@ -13,7 +13,7 @@ from gradwatch.clips.base import Baseline, FromHistory, OneFactor, news
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
 
 _EPS = 1e-6
 

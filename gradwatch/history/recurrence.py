@@ -16,7 +16,7 @@ from gradwatch.history.statistics import quiet_numpy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats
 
 AT_REST = 2.0  # times the typical size: up to here nothing is out of the ordinary

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats
 
 _SETTLED = 512  # rows after which a run that is well is looked at half as often

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Incident
 
 

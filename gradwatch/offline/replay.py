@@ -14,7 +14,7 @@ from gradwatch.verdict.settings import VerdictSettings
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Alarm, Incident, Row
     from gradwatch.rules import Rule
 

@@ -13,7 +13,7 @@ from gradwatch.rules.no_traction import gain_missing
 from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats, Kind, Sign
 
 _NEAR = 0.03  # of the chance level

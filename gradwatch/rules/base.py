@@ -10,7 +10,7 @@ from pydantic import Field
 from gradwatch.settings import Settings
 
 if TYPE_CHECKING:
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats, Kind, Role, Sign
     from gradwatch.rules.notation import Case
 

@@ -11,7 +11,7 @@ from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats, Kind, Sign
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from gradwatch.history.ring import History
+from gradwatch.history.history import History
 from gradwatch.history.statistics import quiet_numpy
 from gradwatch.records import Facts, NonFinite, Provenance, Row
 

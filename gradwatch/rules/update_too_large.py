@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from gradwatch.history.ring import EARLY
+from gradwatch.history.history import EARLY
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats, Kind, Role, Sign
 
 _RATE_SIZED = {"Adam", "AdamW", "NAdam", "Adamax", "RMSprop"}  # each element moves by about the rate

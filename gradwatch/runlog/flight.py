@@ -13,7 +13,7 @@ from gradwatch.runlog.plain import to_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Incident
 
 _ROWS = 64

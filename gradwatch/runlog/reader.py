@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.errors import RunLogError
-from gradwatch.history.ring import History
+from gradwatch.history.history import History
 from gradwatch.records import Alarm, Facts, Incident
 from gradwatch.rules import RULES
 from gradwatch.runlog.checks import check_kind, told_of

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Alarm, Facts, Row, Snapshot
     from gradwatch.runlog.store import Store
 

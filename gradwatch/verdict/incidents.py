@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from gradwatch.history.recurrence import is_of_the_batch
-from gradwatch.history.ring import EARLY
+from gradwatch.history.history import EARLY
 from gradwatch.history.statistics import doubling, median_and_mad
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
 from gradwatch.verdict.advice import advise
@@ -23,7 +23,7 @@ from gradwatch.verdict.suspects import Suspects
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Floats, Role
     from gradwatch.rules import Rule
     from gradwatch.verdict.settings import VerdictSettings

@@ -14,7 +14,7 @@ from gradwatch.records import EXPLOSION
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradwatch.history.ring import History
+    from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Phase
 
 _BACK_IN_BAND = 2.0
