@@ -16,8 +16,8 @@ from gradwatch.autoclip.effect import ClipEffect
 from gradwatch.autoclip.escalation import SURGE, Escalation
 from gradwatch.autoclip.guard import WIDE, Guard
 from gradwatch.errors import TrainingUnstableError
-from gradwatch.history.recurrence import usual_size
 from gradwatch.history.history import SETTLED
+from gradwatch.history.recurrence import usual_size
 from gradwatch.records import SEVERITIES, ClipRecord, Severity
 
 if TYPE_CHECKING:

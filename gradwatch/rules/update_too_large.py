@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from gradwatch.history.history import EARLY
+from gradwatch.history.losses import EARLY
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import is_of_the_batch
-from gradwatch.history.history import EARLY
 from gradwatch.history.statistics import doubling, median_and_mad
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
 from gradwatch.verdict.advice import advise
