@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.autoclip.engine import usual_norm
+from gradwatch.history.typical_norm import typical_norm
 from gradwatch.records import ClipRecord
 from tests.clipping import lived
 from tests.trainings import data, mlp, train
@@ -234,8 +234,8 @@ def test_the_typical_norm_is_that_of_the_calmest_stretch() -> None:
     falling, growing = (np.geomspace(*ends, 128) for ends in ((8.0, 0.5), (0.5, 8.0)))
     for norms, calm in ((falling, falling[96:]), (growing, growing[:32])):
         history, _ = lived([(value, 0.0, 0.0) for value in [*norms, math.nan, 1e9]])
-        assert usual_norm(history, but=1) == pytest.approx(float(np.median(calm)), rel=0.1)
-    assert math.isnan(usual_norm(lived([(1.0, 0.0, 0.0)] * 15)[0]))
+        assert typical_norm(history.global_norm()[:-1]) == pytest.approx(float(np.median(calm)), rel=0.1)
+    assert math.isnan(typical_norm(lived([(1.0, 0.0, 0.0)] * 15)[0].global_norm()))
 
 
 def test_a_young_run_keeps_the_clips_own_bounds() -> None:

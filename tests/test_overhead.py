@@ -18,7 +18,7 @@ from gradwatch.runlog.recording import Recording
 from tests.trainings import data, mlp
 
 PACKAGE = str(Path(gradwatch.__file__).parent)
-CALLS = 52  # Python functions of gradwatch in one quiet step, whatever the number of layers
+CALLS = 56  # Python functions of gradwatch in one quiet step, whatever the number of layers
 OPERATIONS = 5  # of torch in one quiet step: batched norm, stack, its copy, and detaching and reading the loss
 
 

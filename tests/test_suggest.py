@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 import gradwatch
 from gradwatch.autoclip.suggest import suggest
+from gradwatch.history.typical_norm import typical_norm
 from tests.trainings import mlp, train
 
 NORMS = arrays.arrays(np.float64, st.integers(16, 200), elements=st.floats(1e-6, 1e6))
@@ -27,8 +28,7 @@ def test_each_choice_counts_the_steps_that_it_would_have_clipped(
     found = suggest(norms)
     for choice in found.choices:
         assert choice.clipped == sum(1 for norm in norms.tolist() if norm > choice.threshold)
-    typical = float(np.median(norms))
-    assert found.typical == pytest.approx(typical)
+    typical = found.typical
     assert typical <= found.threshold <= 10 * typical * (1 + 1e-12)
     chosen = next(choice for choice in found.choices if choice.threshold == found.threshold)
     assert (
@@ -67,10 +67,17 @@ def test_a_monitor_suggests_by_its_own_norms_and_reads_well() -> None:
     found = monitor.suggest_clip()
     norms = monitor.history.global_norm()
     assert found.steps == 60
-    assert found.typical == pytest.approx(float(np.median(norms)))
+    assert found.typical == pytest.approx(typical_norm(norms))
     assert np.count_nonzero(norms > found.threshold) <= 1
     text = str(found)
     assert text.startswith("Clip the global norm at ")
     assert text.count("<- suggested") == 1
     assert "the customary default" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_typical_norm_is_the_one_that_auto_clip_goes_by() -> None:
+    """Of a calm run it is the median, of one whose norms fell the newest."""
+    norms = np.concatenate([np.full(500, 8.0), np.full(300, 0.5)])
+    assert suggest(norms).typical == 0.5
+    assert suggest(norms[:100]).typical == 8.0

@@ -17,7 +17,7 @@ from gradwatch.autoclip.escalation import SURGE, Escalation
 from gradwatch.autoclip.guard import WIDE, Guard
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.history import SETTLED
-from gradwatch.history.recurrence import usual_size
+from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
 from gradwatch.records import SEVERITIES, ClipRecord, Severity
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ _LONG = 4  # times the hold after which it lets go although the loss has not com
 _LEVEL = 16  # losses whose median must not rise meanwhile
 _IDLE = 10  # steps without a bite after which a loosened clip is let go
 _RELAPSE = 10  # times the hold after a release in which an explosion is the same one come back
-_YOUNG = 16  # norms before which there is no typical one, and the clip keeps its own bounds
-_PAST = 256  # norms among which the typical one is looked for,
-_STRETCH = 32  # in stretches of as many
 _NARROWEST = 1 / 4  # of where it began: how low it goes
 _FALLS = 0.9  # times its level before: a loss that comes down
 _BITES = 0.5  # share of clipped steps from which the clip sets the length of the steps
@@ -70,7 +67,7 @@ class AutoClipEngine:
         self._baseline = policy.clip.baseline()
         self._looked = 0
         self._bounds: Clip = policy.clip
-        self._reserve = -_YOUNG  # the row at which the bounds for a surge on a device were taken
+        self._reserve = -LEAST_NORMS  # the row at which the bounds for a surge on a device were taken
         self._typical = math.nan
         self._usual = np.full(0, np.nan)
         self._narrowed = 1.0
@@ -110,7 +107,8 @@ class AutoClipEngine:
 
     def _set_bounds(self, but: int) -> None:
         """Take the policy's clip at its threshold, by the norms that came before the last ``but``."""
-        self._typical = usual_norm(self.history, but)
+        norms = self.history.global_norm(last=self.history.task_rows)
+        self._typical = typical_norm(norms[: len(norms) - but])
         self._narrowed = 1.0
         times = WIDE if self.policy.threshold == "auto" else self.policy.threshold or math.nan
         bound = times * self._typical
@@ -121,7 +119,7 @@ class AutoClipEngine:
     def plan(self, surge: float, far: float) -> DevicePlan:
         """Return what to do with the coming step before its numbers are known; ``surge`` and ``far`` are the rules' limits."""
         explosive = self.policy.when != "always" and "exploding" in self.policy.when
-        if explosive and not self.on and self.history.rows - self._reserve >= _YOUNG:
+        if explosive and not self.on and self.history.rows - self._reserve >= LEAST_NORMS:
             self._set_bounds(0)
             self._reserve = self.history.rows
         clip = self.clip(self.history.rows) if self.on or explosive else None
@@ -359,20 +357,3 @@ class AutoClipEngine:
                 f"{self.policy.max_skips}: {cause}. No gradient that is not finite was applied meanwhile."
             )
         return Decision(skip=True)
-
-
-def usual_norm(history: History, but: int = 0) -> float:
-    """Return the run's typical global norm without the newest ``but``; NaN for a young run.
-
-    Of the last 256 norms the calmest stretch: the smallest of the medians of 32 in a row. Where norms fall as the run learns
-    that is the newest one, where they already grow the one before they did. Where larger norms come again and again it is
-    half of what they reach (`gradwatch.history.recurrence`).
-    """
-    norms = history.global_norm(last=history.task_rows)
-    norms = norms[: len(norms) - but]
-    norms = norms[np.isfinite(norms) & (norms > 0)]
-    if norms.size < _YOUNG:
-        return math.nan
-    recent = norms[-_PAST:]
-    stretches = np.array_split(recent, max(1, recent.size // _STRETCH))
-    return usual_size(norms, min(float(np.median(stretch)) for stretch in stretches))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.errors import UsageError
+from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
 
 if TYPE_CHECKING:
     from gradwatch.records import Floats
 
-LEAST = 16  # norms from which a suggestion can be made
 _TIMES = (0.5, 1.0, 2.0, 5.0, 10.0)  # the band in which clipping still converges, Pascanu et al. 2013
 _CUSTOMARY = 1.0
 _RARE = 0.01  # the share of steps that a clip for outliers may touch
@@ -34,8 +34,8 @@ class Choice:
 class Suggestion:
     """What threshold for the global norm a run's own norms suggest.
 
-    ``typical`` is their median, ``largest`` their largest; both of the ``steps`` whose norm is finite, beside ``nonfinite``
-    ones. ``threshold`` is the suggestion, one of ``choices``, which are sorted by threshold.
+    ``typical`` is the run's typical norm (`gradwatch.history.typical_norm`), ``largest`` the largest of the ``steps`` whose norm
+    is finite, beside ``nonfinite`` ones. ``threshold`` is the suggestion, one of ``choices``, which are sorted by threshold.
     """
 
     threshold: float
@@ -74,12 +74,12 @@ def suggest(norms: Floats) -> Suggestion:
     """
     norms = np.asarray(norms, dtype=np.float64)
     finite = norms[np.isfinite(norms) & (norms > 0)]
-    if finite.size < LEAST:
+    if finite.size < LEAST_NORMS:
         raise UsageError(
-            f"A threshold was asked for after {finite.size} steps with a finite norm; expected {LEAST} at least. "
+            f"A threshold was asked for after {finite.size} steps with a finite norm; expected {LEAST_NORMS} at least. "
             "Train on without a clip, then ask again."
         )
-    typical = float(np.median(finite))
+    typical = typical_norm(finite)
     named = {times * typical: f"{times:g} times the typical norm" for times in _TIMES}
     named[_CUSTOMARY] = "the customary default" + (f", {named[_CUSTOMARY]}" if _CUSTOMARY in named else "")
     choices = tuple(Choice(bound, why, int(np.count_nonzero(finite > bound))) for bound, why in sorted(named.items()))

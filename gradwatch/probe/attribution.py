@@ -82,7 +82,7 @@ class Attribution:
             return self._ended(run, note, fused=fused)
         self.backwards += 1
         self._threads.add(run.thread)
-        owner.coming.add([(loss, None) for loss in losses_of(run.roots)])
+        owner.coming.add(losses_of(run.roots))
         return True
 
     def _ended(self, run: Run, note: Any, *, fused: bool) -> bool:
@@ -158,7 +158,7 @@ class Attribution:
 
 
 def _add(owner: Gradients, losses: list[Loss], columns: frozenset[int] | None) -> None:
-    owner.coming.add([(loss, columns) for loss in losses])
+    owner.coming.add(losses, columns)
     if losses and isinstance(losses[0], torch.Tensor):  # on a device
         gradient = next((one.grad for one in owner.parameters if one.grad is not None), None)
         if gradient is not None:

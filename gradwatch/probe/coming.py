@@ -152,12 +152,16 @@ class Coming:
         """Drop the norms from before the user's clip: they are not those of the gradients that will be stepped with."""
         self.before_clip = None
 
-    def add(self, roots: Sequence[Root]) -> None:
-        """A backward has reached these parameters: what was clipped before it is not what will be stepped with."""
+    def add(self, losses: Sequence[Loss], reached: frozenset[int] | None = None) -> None:
+        """Add the losses of a backward that has reached these columns (None: the owner's).
+
+        What was clipped before it is not what will be stepped with.
+        """
         self.before_clip = None
         if len(self.roots) >= _KEPT:  # as of an optimizer that never steps again
             self._collapse()
-        self.roots += roots
+        for loss in losses:
+            self.roots.append((loss, reached))
 
     def _collapse(self) -> None:
         total: Loss = sum(loss for loss, _ in self.roots)

@@ -113,7 +113,10 @@ class Owners:
             mine.restore()
         roots = self._grown(news)
         self._rest = self._all = self._list = self.sole = None
-        self.rest().coming.add(roots)
+        rest = self.rest()
+        rest.coming.forget_clip()
+        for loss, reached in roots:
+            rest.coming.add([loss], reached)
         for optimizer in filter(None, [ref() for ref in self._refs.values()]):
             self._make(optimizer, self._known[id(optimizer)].around)
 

@@ -270,7 +270,7 @@ class Probe:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Measure what the optimizer is about to use; return new arguments when it has a closure."""
-        if self.recorder.has_fast_path and len(args) == 1 and not kwargs and self._take_fast_path(optimizer):
+        if len(args) == 1 and not kwargs and self._take_fast_path(optimizer):
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
 
@@ -371,7 +371,7 @@ class Probe:
         parts, self._inside = self._inside, []
         self._inside_seen.clear()
         everything = self.owners.everything()
-        everything.coming.add([(loss, None) for loss in losses or []])
+        everything.coming.add(losses or [])
         self.recorder.take_parts(parts, self._inside_family, everything)
         self._used(everything)
 
