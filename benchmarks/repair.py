@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.faults.outcome import LABELS, SEEDS
-from benchmarks.faults.programs import PROGRAMS, halves
+from benchmarks.faults.outcome import SEEDS
+from benchmarks.faults.programs import LABELS, PROGRAMS, halves
 from benchmarks.faults.toys import STEPS, TOYS
 from benchmarks.pages import ROOT, between_marks, markdown
 from benchmarks.repairs import (

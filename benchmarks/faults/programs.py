@@ -33,15 +33,19 @@ _MODULES = (
     "healthy_bursty",
 )
 SPLIT = Path(__file__).with_name("split.json")
+LABELS = Path(__file__).with_name("labels.json")
 
 
 def _all() -> tuple[Program, ...]:
+    """Return all programs in the order of their labels, in whatever file they stand; those without labels come last."""
     found: list[Program] = []
     for module in _MODULES:
         found += importlib.import_module(f"benchmarks.faults.{module}").PROGRAMS
     names = [program.name for program in found]
     assert len(set(names)) == len(names), f"twice: {sorted({name for name in names if names.count(name) > 1})}"
-    return tuple(found)
+    labelled = json.loads(LABELS.read_text()) if LABELS.exists() else {}
+    place = {name: index for index, name in enumerate(labelled)}
+    return tuple(sorted(found, key=lambda program: place.get(program.name, len(place))))
 
 
 PROGRAMS = _all()
