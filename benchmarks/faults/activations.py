@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.pieces_a import Bag, clusters, conv, digits, fit, mlp, standard, teacher, weights, words
+from benchmarks.faults.data import Bag, clusters, conv, digits, fit, mlp, standard, teacher, weights, words
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:

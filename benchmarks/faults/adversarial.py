@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import nn
 
-from benchmarks.faults.pieces_b import digits, mlp
+from benchmarks.faults.models import digits, mlp
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor, nn
 
-from benchmarks.faults.pieces_b import Recommender, Task, convnet, digits, fit, mlp, patterns, ratings, teacher
+from benchmarks.faults.models import Recommender, Task, convnet, digits, fit, mlp, patterns, ratings, teacher
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:

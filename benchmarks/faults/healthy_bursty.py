@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.faults.pieces_h import fit, mlp
-from benchmarks.faults.pieces_r import correct, explained, rare, to_zero, unseen
+from benchmarks.faults.held_out import correct, explained, rare, to_zero, unseen
+from benchmarks.faults.loops import fit, mlp
 from benchmarks.faults.program import HeldOut
 
 if TYPE_CHECKING:

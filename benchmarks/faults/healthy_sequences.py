@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
 
-from benchmarks.faults.pieces_h import (
+from benchmarks.faults.loops import (
     WORDS,
     Reader,
     Transformer,

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.optim import lr_scheduler
 
-from benchmarks.faults.pieces_h import batches, curve, digits, fit, healthy, images, mlp, over, rings, train_before
+from benchmarks.faults.loops import batches, curve, digits, fit, healthy, images, mlp, over, rings, train_before
 
 if TYPE_CHECKING:
     from benchmarks.faults.program import Program, Run

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from benchmarks.faults.pieces_h import batches, curve, digits, fit, healthy, mlp, moons, over, rings, train_before
+from benchmarks.faults.loops import batches, curve, digits, fit, healthy, mlp, moons, over, rings, train_before
 
 if TYPE_CHECKING:
     from benchmarks.faults.program import Program, Run

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from benchmarks.faults.pieces_a import bars, conv, digits, fit, friedman, mlp, teacher, weights
+from benchmarks.faults.data import bars, conv, digits, fit, friedman, mlp, teacher, weights
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:

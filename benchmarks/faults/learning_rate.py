@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.pieces_a import Bag, Reader, bars, conv, digits, fit, friedman, mlp, teacher, waves, words
+from benchmarks.faults.data import Bag, Reader, bars, conv, digits, fit, friedman, mlp, teacher, waves, words
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:

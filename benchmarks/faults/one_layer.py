@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import nn
 
 from benchmarks.faults.injected import flip_bit
-from benchmarks.faults.pieces_b import (
+from benchmarks.faults.models import (
     Gpt,
     Recommender,
     convnet,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 
-from benchmarks.faults.pieces_b import Letters, convnet, digits, fit, letters_loss, markov, mlp, patterns, teacher
+from benchmarks.faults.models import Letters, convnet, digits, fit, letters_loss, markov, mlp, patterns, teacher
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:

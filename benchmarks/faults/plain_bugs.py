@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor, nn
 
-from benchmarks.faults.pieces_b import (
+from benchmarks.faults.models import (
     Letters,
     Recommender,
     convnet,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.pieces_a import digits, fit, mlp, standard, teacher
+from benchmarks.faults.data import digits, fit, mlp, standard, teacher
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:

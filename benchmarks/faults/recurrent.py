@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.pieces_a import Reader, fit, standard, waves
+from benchmarks.faults.data import Reader, fit, standard, waves
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from benchmarks.faults.pieces_b import Gpt, fit, letters_loss, markov, recall
+from benchmarks.faults.models import Gpt, fit, letters_loss, markov, recall
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
