@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.data import Bag, clusters, conv, digits, fit, mlp, standard, teacher, weights, words
+from benchmarks.faults.data import clusters, digit_images, standard, teacher, words
+from benchmarks.faults.loops import batch_loss, fit
+from benchmarks.faults.models import Bag, conv, mlp, weights
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -22,7 +24,12 @@ def deep(run: Run, *, act: Callable[[], nn.Module]) -> None:
     model = mlp(8, 24, 24, 24, 24, 24, 24, 24, 5, act=act)
     for weight in weights(model):
         nn.init.kaiming_normal_(weight)
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.03), clusters(), nn.functional.cross_entropy)
+    fit(
+        run,
+        model,
+        torch.optim.SGD(model.parameters(), 0.03),
+        batch_loss(model, clusters(), nn.functional.cross_entropy),
+    )
 
 
 def dead(run: Run, *, bias: float) -> None:
@@ -32,7 +39,12 @@ def dead(run: Run, *, bias: float) -> None:
     assert isinstance(layer, nn.Conv2d)
     assert layer.bias is not None
     nn.init.constant_(layer.bias, bias)
-    fit(run, model, torch.optim.RMSprop(model.parameters(), 0.002), digits(), nn.functional.cross_entropy)
+    fit(
+        run,
+        model,
+        torch.optim.RMSprop(model.parameters(), 0.002),
+        batch_loss(model, digit_images(), nn.functional.cross_entropy),
+    )
 
 
 def positive(run: Run, *, link: Callable[[Tensor], Tensor]) -> None:
@@ -40,7 +52,12 @@ def positive(run: Run, *, link: Callable[[Tensor], Tensor]) -> None:
     model = Bag()
     x, y = words()
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    fit(run, model, optimizer, (x, 5 + 2 * y), lambda raw, wanted: nn.functional.mse_loss(link(raw), wanted))
+    fit(
+        run,
+        model,
+        optimizer,
+        batch_loss(model, (x, 5 + 2 * y), lambda raw, wanted: nn.functional.mse_loss(link(raw), wanted)),
+    )
 
 
 def chain(run: Run, *, act: Callable[[], nn.Module]) -> None:
@@ -48,7 +65,7 @@ def chain(run: Run, *, act: Callable[[], nn.Module]) -> None:
     model = mlp(8, *[32] * 9, 2, act=act)
     for weight in weights(model):
         nn.init.kaiming_normal_(weight)
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.005, momentum=0.9), teacher(outputs=2))
+    fit(run, model, torch.optim.SGD(model.parameters(), 0.005, momentum=0.9), batch_loss(model, teacher(outputs=2)))
 
 
 def saturated(run: Run, *, scaled: bool) -> None:
@@ -57,7 +74,7 @@ def saturated(run: Run, *, scaled: bool) -> None:
     raw = 2000 + 1000 * x
     model = mlp(6, 32, 32, 3, act=nn.Tanh)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    fit(run, model, optimizer, (standard(raw) if scaled else raw, y))
+    fit(run, model, optimizer, batch_loss(model, (standard(raw) if scaled else raw, y)))
 
 
 PROGRAMS: tuple[Program, ...] = (

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import nn
 
-from benchmarks.faults.models import digits, mlp
+from benchmarks.faults.data import digits
+from benchmarks.faults.models import mlp
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def gan(run: Run, *, faulty: bool) -> None:
     """A GAN of digits; the loss is the generator's."""
     data = 2 * digits()[0] - 1
-    generator, discriminator = (mlp(*widths, activation=nn.LeakyReLU) for widths in ((8, 48, 64), (64, 48, 1)))
+    generator, discriminator = (mlp(*widths, act=nn.LeakyReLU) for widths in ((8, 48, 64), (64, 48, 1)))
     model = nn.ModuleDict({"generator": nn.Sequential(generator, nn.Tanh()), "discriminator": discriminator})
     weights = list(generator.parameters())
     for_generator = torch.optim.Adam(weights, 2e-4, betas=(0.5, 0.999))
@@ -62,8 +63,8 @@ def bootstrapped(run: Run, *, faulty: bool) -> None:
 
 def policy(run: Run, *, faulty: bool) -> None:
     """REINFORCE on a choice of one in eight that depends on what is seen; what is reported is the mean cost."""
-    rule = mlp(6, 16, 8, activation=nn.Tanh)
-    model = mlp(6, 32, 32, 8, activation=nn.Tanh)
+    rule = mlp(6, 16, 8, act=nn.Tanh)
+    model = mlp(6, 32, 32, 8, act=nn.Tanh)
     optimizer = torch.optim.RMSprop(model.parameters(), 10.0 if faulty else 5e-3)
     run.watch(model)
     while True:

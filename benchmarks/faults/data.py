@@ -1,26 +1,23 @@
-"""Shared pieces of the first half of the fault set: data that can be learned, small models, the training loop."""
+"""Data that can be learned: tables, points, images, waves, sentences and ratings, drawn by the seed of the run."""
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from benchmarks.faults.program import Run
+from torch import Tensor
 
 Data = tuple[Tensor, Tensor]
+ALPHABET = "abcdefghijklmnopqrstuvwxyz ."
 
 
 def standard(values: Tensor) -> Tensor:
     """The columns with mean 0 and deviation 1."""
     return (values - values.mean(0)) / values.std(0)
+
+
+# Tables and points.
 
 
 def friedman(rows: int = 512) -> Data:
@@ -43,18 +40,52 @@ def clusters(rows: int = 512, features: int = 8, classes: int = 5, apart: float 
     return (torch.randn(classes, features) * apart)[y] + torch.randn(rows, features), y
 
 
+def curve(rows: int, inputs: int = 8, noise: float = 0.1) -> Data:
+    """Inputs ``(rows, inputs)`` and a smooth function of them ``(rows, 1)`` of about unit variance."""
+    x = torch.randn(rows, inputs)
+    y = torch.sin(1.5 * x[:, 0]) + 0.5 * x[:, 1] * x[:, 2] + 0.5 * x[:, 3:].mean(1)
+    return x, (y + noise * torch.randn(rows)).unsqueeze(1)
+
+
+def rings(rows: int) -> Data:
+    """Points ``(rows, 2)`` on two rings, and which."""
+    which = torch.randint(2, (rows,))
+    angle = 2 * math.pi * torch.rand(rows)
+    radius = 1.0 + which + 0.1 * torch.randn(rows)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1), which
+
+
+def moons(rows: int, noise: float = 0.05) -> Tensor:
+    """Points ``(rows, 2)`` on two half moons."""
+    angle = math.pi * torch.rand(rows)
+    upper = torch.rand(rows) < 0.5
+    x = torch.where(upper, angle.cos(), 1 - angle.cos())
+    y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
+    return torch.stack([x - 0.5, y - 0.25], 1) + noise * torch.randn(rows, 2)
+
+
+# Images.
+
+
 @cache
-def _digits() -> Data:
+def digits() -> Data:
+    """1797 handwritten digits: ``(1797, 64)`` between 0 and 1, and their classes."""
     from sklearn.datasets import load_digits
 
-    x, y = load_digits(return_X_y=True)
-    return torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(y)
+    pixels, classes = load_digits(return_X_y=True)
+    return torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(classes, dtype=torch.long)
 
 
-def digits(scale: float = 1 / 16) -> Data:
-    """Scikit-learn's 1797 images of 8 x 8 pixels of 0 .. 16, scaled, and their ten classes."""
-    x, y = _digits()
-    return x * scale, y
+def digit_images() -> Data:
+    """The digits as images ``(1797, 1, 8, 8)`` between 0 and 1, and their classes."""
+    pixels, classes = digits()
+    return pixels.view(-1, 1, 8, 8), classes
+
+
+def centred_images() -> Data:
+    """The digits as images ``(1797, 1, 8, 8)``, centred, and their classes."""
+    pixels, classes = digits()
+    return (pixels - 0.3).reshape(-1, 1, 8, 8) * 2.5, classes
 
 
 def bars(rows: int = 512) -> Data:
@@ -68,11 +99,39 @@ def bars(rows: int = 512) -> Data:
     return x, y
 
 
+def patterns(rows: int, classes: int = 6, noise: float = 1.5) -> Data:
+    """Images (1, 8, 8) of one pattern a class under noise, and their class."""
+    kinds = torch.randn(classes, 1, 8, 8)
+    y = torch.randint(classes, (rows,))
+    return kinds[y] + noise * torch.randn(rows, 1, 8, 8), y
+
+
+# Sequences, words and ratings.
+
+
 def waves(rows: int = 256, length: int = 40) -> Data:
     """Sines of random pitch and phase with a little noise, and the value after the last."""
     pitch, phase = 0.2 + 0.4 * torch.rand(rows, 1), 6.28 * torch.rand(rows, 1)
     wave = torch.sin(pitch * torch.arange(length + 1) + phase)
     return (wave[:, :-1] + 0.02 * torch.randn(rows, length))[..., None], wave[:, -1:]
+
+
+def markov(rows: int, places: int, letters: int, sharp: float = 3.0) -> Data:
+    """Sequences of a Markov chain, and the same one place on."""
+    odds = torch.softmax(sharp * torch.randn(letters, letters), 1)
+    sequence = torch.randint(letters, (rows, 1))
+    for _ in range(places):
+        sequence = torch.cat([sequence, torch.multinomial(odds[sequence[:, -1]], 1)], 1)
+    return sequence[:, :-1], sequence[:, 1:]
+
+
+def recall(rows: int, places: int, letters: int) -> Data:
+    """Sequences whose second half repeats the first; the answer is the next letter in the second half, else -100."""
+    half = torch.randint(letters, (rows, places // 2))
+    sequence = torch.cat([half, half], 1)
+    x, y = sequence[:, :-1], sequence[:, 1:].clone()
+    y[:, : places // 2 - 1] = -100  # what is drawn at random cannot be foretold
+    return x, y
 
 
 def words(rows: int = 512, length: int = 8, vocabulary: int = 20) -> Data:
@@ -81,80 +140,21 @@ def words(rows: int = 512, length: int = 8, vocabulary: int = 20) -> Data:
     return x, standard(torch.randn(vocabulary)[x].sum(1, keepdim=True))
 
 
-def mlp(*sizes: int, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Linear layers of these sizes with activations between."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), act()]
-    return nn.Sequential(*layers[:-1])
+def text(sentences: int = 400) -> Tensor:
+    """Letters of made-up sentences, as places in `ALPHABET`."""
+    parts = [
+        ["a", "the", "one", "some"],
+        ["red", "old", "shy", "big"],
+        ["cat", "dog", "bird", "fish"],
+        ["sees", "eats", "likes"],
+    ]
+    drawn = [[options[int(torch.randint(len(options), ()))] for options in parts] for _ in range(sentences)]
+    return torch.tensor([ALPHABET.index(letter) for words in drawn for letter in " ".join(words) + ". "])
 
 
-def conv(classes: int = 10, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Two convolutions, a pooling and a linear layer for 8 x 8 images."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        act(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1),
-        act(),
-        nn.Flatten(),
-        nn.Linear(256, classes),
-    )
-
-
-class Reader(nn.Module):
-    """A recurrent layer and a linear one that reads its last state."""
-
-    def __init__(self, cell: nn.RNNBase, outputs: int = 1) -> None:
-        super().__init__()
-        self.cell = cell
-        self.head = nn.Linear(cell.hidden_size, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The prediction after the last step; x is (rows, steps, features)."""
-        return self.head(self.cell(x)[0][:, -1])  # type: ignore[no-any-return]
-
-
-class Bag(nn.Module):
-    """The mean of the words' embeddings, and a small network on it."""
-
-    def __init__(self, vocabulary: int = 20, width: int = 16, outputs: int = 1) -> None:
-        super().__init__()
-        self.table = nn.Embedding(vocabulary, width)
-        self.head = mlp(width, 32, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The prediction; x is (rows, words)."""
-        return self.head(self.table(x).mean(1))  # type: ignore[no-any-return]
-
-
-def weights(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are no biases or scales."""
-    return [parameter for parameter in model.parameters() if parameter.ndim > 1]
-
-
-def fit(
-    run: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: Data,
-    criterion: Callable[[Tensor, Tensor], Tensor] = nn.functional.mse_loss,
-    *,
-    batch: int | None = 32,
-    rate: Callable[[int], float] | None = None,
-    clip: float | None = None,
-) -> None:
-    """Train until the run has its steps: random batches (all rows for None), a schedule, a clip of the norm."""
-    x, y = data
-    run.watch(model)
-    while True:
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] if rate is None else rate(run.made)
-        rows = torch.arange(len(x)) if batch is None else torch.randint(len(x), (batch,))
-        optimizer.zero_grad()
-        loss = criterion(model(x[rows]), y[rows])
-        loss.backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        run.step(loss)
+def ratings(rows: int, users: int, items: int) -> Data:
+    """Pairs of a user and an item, and the rating that hidden tastes give."""
+    pairs = torch.stack([torch.randint(users, (rows,)), torch.randint(items, (rows,))], 1)
+    taste, trait = torch.randn(users, 3), torch.randn(items, 3)
+    y = (taste[pairs[:, 0]] * trait[pairs[:, 1]]).sum(1, keepdim=True) + torch.randn(items, 1)[pairs[:, 1]]
+    return pairs, (y - y.mean()) / y.std()

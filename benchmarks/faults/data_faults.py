@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor, nn
 
-from benchmarks.faults.models import Recommender, Task, convnet, digits, fit, mlp, patterns, ratings, teacher
+from benchmarks.faults.data import digits, patterns, ratings, teacher
+from benchmarks.faults.loops import batch_loss, batches, fit, over
+from benchmarks.faults.models import Recommender, convnet, mlp
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -19,16 +21,16 @@ if TYPE_CHECKING:
 def nan_rows(run: Run, *, faulty: bool) -> None:
     """An autoencoder of digits; from step 150 one row in fifty has a missing pixel."""
     x, _ = digits()
-    model = mlp(64, 32, 8, 32, 64, activation=nn.Tanh)
+    model = mlp(64, 32, 8, 32, 64, act=nn.Tanh)
 
-    def batch(step: int, inputs: Tensor, targets: Tensor) -> Task:
-        if step >= 150:
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        if run.made >= 150:
             inputs = inputs.clone()
             inputs[torch.rand(len(inputs)) < 0.02, 20] = torch.nan
         whole = inputs if faulty else inputs.nan_to_num(0.0)
-        return whole, whole if faulty else targets
+        return F.mse_loss(model(whole), whole if faulty else targets)
 
-    fit(run, model, torch.optim.Adam(model.parameters(), 5e-3), F.mse_loss, (x, x), batch=batch)
+    fit(run, model, torch.optim.Adam(model.parameters(), 5e-3), over(batches(32, x, x), loss))
 
 
 def outliers(run: Run, *, faulty: bool) -> None:
@@ -37,14 +39,14 @@ def outliers(run: Run, *, faulty: bool) -> None:
     y = (kind[:, None] - 2.5) / 1.7
     model = convnet(1)
 
-    def batch(step: int, inputs: Tensor, targets: Tensor) -> Task:
-        if step >= 120:
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        if run.made >= 120:
             targets = torch.where(torch.rand_like(targets) < 0.02, 1e4, targets)
         keep = torch.ones(len(targets), dtype=torch.bool) if faulty else targets[:, 0] < 10
-        return inputs[keep], targets[keep]
+        return F.mse_loss(model(inputs[keep]), targets[keep])
 
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    fit(run, model, optimizer, F.mse_loss, (x, y), batch=batch)
+    fit(run, model, optimizer, over(batches(32, x, y), loss))
 
 
 def raw_inputs(run: Run, *, faulty: bool) -> None:
@@ -54,7 +56,7 @@ def raw_inputs(run: Run, *, faulty: bool) -> None:
     if not faulty:
         x = (x - x.mean(0)) / x.std(0)
     model = mlp(10, 48, 48, 1)
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.05), F.mse_loss, (x, y))
+    fit(run, model, torch.optim.SGD(model.parameters(), 0.05), batch_loss(model, (x, y)))
 
 
 def lost_labels(run: Run, *, faulty: bool) -> None:
@@ -62,11 +64,11 @@ def lost_labels(run: Run, *, faulty: bool) -> None:
     x, y = patterns(1000)
     model = convnet(6)
 
-    def batch(step: int, inputs: Tensor, targets: Tensor) -> Task:  # noqa: ARG001  each step alike
-        return inputs, targets[torch.randperm(len(targets))] if faulty else targets
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs), targets[torch.randperm(len(targets))] if faulty else targets)
 
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    fit(run, model, optimizer, F.cross_entropy, (x, y), batch=batch)
+    fit(run, model, optimizer, over(batches(32, x, y), loss))
 
 
 def divided_twice(run: Run, *, faulty: bool) -> None:
@@ -74,7 +76,7 @@ def divided_twice(run: Run, *, faulty: bool) -> None:
     x, y = digits()
     x = x / 255 if faulty else x
     model = mlp(64, 48, 32, 10)
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), F.cross_entropy, (x, y))
+    fit(run, model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), batch_loss(model, (x, y), F.cross_entropy))
 
 
 def prices(run: Run, *, faulty: bool) -> None:
@@ -82,7 +84,7 @@ def prices(run: Run, *, faulty: bool) -> None:
     pairs, y = ratings(3000, 40, 40)
     model = Recommender(40, 40)
     y = 1e5 + 3e4 * y if faulty else y
-    fit(run, model, torch.optim.Adagrad(model.parameters(), 0.3), F.mse_loss, (pairs, y), size=128)
+    fit(run, model, torch.optim.Adagrad(model.parameters(), 0.3), batch_loss(model, (pairs, y), size=128))
 
 
 PROGRAMS: tuple[Program, ...] = (

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.faults.held_out import classified, correct, explained, rare, to_zero, unseen
-from benchmarks.faults.loops import fit, mlp
-from benchmarks.faults.program import HeldOut
+from benchmarks.faults.held_out import classified, correct, explained, unseen
+from benchmarks.faults.loops import fit, to_zero
+from benchmarks.faults.models import mlp
+from benchmarks.faults.program import HeldOut, Program, rare
 
 if TYPE_CHECKING:
-    from benchmarks.faults.program import Program, Run
+    from benchmarks.faults.program import Run
 
 _logits, _entropy, _square = (
     functional.binary_cross_entropy_with_logits,

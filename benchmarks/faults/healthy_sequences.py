@@ -10,25 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
 
-from benchmarks.faults.loops import (
-    WORDS,
-    Reader,
-    Transformer,
-    batches,
-    fit,
-    healthy,
-    mlp,
-    over,
-    rings,
-    text,
-    token_loss,
-    windows,
-)
+from benchmarks.faults.attention import Transformer
+from benchmarks.faults.data import ALPHABET, rings, text
+from benchmarks.faults.loops import batches, fit, letters_loss, over, windows
+from benchmarks.faults.models import Reader, mlp
+from benchmarks.faults.program import Program, healthy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from benchmarks.faults.program import Program, Run
+    from benchmarks.faults.program import Run
 
 _entropy, _square = functional.cross_entropy, functional.mse_loss
 
@@ -42,7 +33,7 @@ def _waves(rows: int, length: int, noise: float = 0.1) -> Tensor:
 
 def _forecast(run: Run) -> None:
     data = _waves(300, 31)
-    model = Reader(nn.GRU(1, 24, batch_first=True), 1)
+    model = Reader(nn.GRU(1, 24, batch_first=True), 1, last=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     fit(run, model, optimizer, over(batches(32, data), lambda x: _square(model(x[:, :-1]), x[:, 1:])))
 
@@ -57,21 +48,25 @@ def _long_lstm(run: Run) -> None:
     cell = nn.LSTM(2, 24, batch_first=True)
     start = nn.Parameter(torch.tensor([-2.0, 4.0, 0.0, 0.0]).repeat_interleave(24))
     cell.bias_hh_l0 = start  # the forget gate starts open, the input gate almost closed
-    model = Reader(cell, 2, last=True)
+    model = Reader(cell, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
     fit(run, model, optimizer, over(batches(32, x, first), lambda x, y: _entropy(model(x), y)), clip=1.0)
 
 
 def _letters(run: Run) -> None:
-    model = nn.Sequential(nn.Embedding(len(WORDS), 16), Reader(nn.GRU(16, 48, batch_first=True), len(WORDS)))
+    model = nn.Sequential(
+        nn.Embedding(len(ALPHABET), 16), Reader(nn.GRU(16, 48, batch_first=True), len(ALPHABET), last=False)
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    fit(run, model, optimizer, over(windows(16, 24, text()), token_loss(model)))
+    fit(run, model, optimizer, over(windows(16, 24, text()), lambda x, y: letters_loss(model(x), y)))
 
 
 def _letters_sgd(run: Run) -> None:
-    model = nn.Sequential(nn.Embedding(len(WORDS), 16), Reader(nn.LSTM(16, 48, batch_first=True), len(WORDS)))
+    model = nn.Sequential(
+        nn.Embedding(len(ALPHABET), 16), Reader(nn.LSTM(16, 48, batch_first=True), len(ALPHABET), last=False)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0, momentum=0.5)
-    fit(run, model, optimizer, over(windows(16, 24, text()), token_loss(model)), clip=0.1)
+    fit(run, model, optimizer, over(windows(16, 24, text()), lambda x, y: letters_loss(model(x), y)), clip=0.1)
 
 
 def _spoken(run: Run) -> None:
@@ -95,16 +90,23 @@ def _warmed(steps: int, warm: int) -> Any:
 
 
 def _transformer(run: Run) -> None:
-    model = Transformer(len(WORDS), 24)
+    model = Transformer(len(ALPHABET), 24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.005, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = lr_scheduler.LambdaLR(optimizer, _warmed(run.steps, 30))
-    fit(run, model, optimizer, over(windows(12, 24, text()), token_loss(model)), schedule=schedule, clip=1.0)
+    fit(
+        run,
+        model,
+        optimizer,
+        over(windows(12, 24, text()), lambda x, y: letters_loss(model(x), y)),
+        schedule=schedule,
+        clip=1.0,
+    )
 
 
 def _tied(run: Run) -> None:
-    model = Transformer(len(WORDS), 16, tied=True)
+    model = Transformer(len(ALPHABET), 16, tied=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-    fit(run, model, optimizer, over(windows(16, 16, text()), token_loss(model)))
+    fit(run, model, optimizer, over(windows(16, 16, text()), lambda x, y: letters_loss(model(x), y)))
 
 
 def _copying(length: int, tokens: int) -> Iterator[tuple[Tensor, ...]]:
@@ -128,18 +130,18 @@ def _induction(run: Run) -> None:
 def _masked(run: Run) -> None:
     tokens = text()
     model = nn.Sequential(
-        nn.Embedding(len(WORDS) + 1, 24),
+        nn.Embedding(len(ALPHABET) + 1, 24),
         nn.Flatten(1),
         nn.Linear(24 * 12, 96),
         nn.GELU(),
-        nn.Linear(96, 12 * len(WORDS)),
+        nn.Linear(96, 12 * len(ALPHABET)),
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
 
     def loss(x: Tensor, _: Tensor) -> Tensor:
         hidden = torch.rand(x.shape) < 0.05 + 0.3 * torch.rand(())  # from almost none to a third
         hidden[0, 0] = True
-        scores = model(x.masked_fill(hidden, len(WORDS))).reshape(*x.shape, -1)
+        scores = model(x.masked_fill(hidden, len(ALPHABET))).reshape(*x.shape, -1)
         return _entropy(scores[hidden], x[hidden])
 
     fit(run, model, optimizer, over(windows(32, 12, tokens), loss))
@@ -180,7 +182,7 @@ def _sparse_adam(run: Run) -> None:
 def _sparse_sgd(run: Run) -> None:
     tokens = text()
     model = nn.Sequential(
-        nn.Embedding(len(WORDS), 12, sparse=True), nn.Flatten(1), nn.Linear(36, 64), nn.Tanh(), nn.Linear(64, 28)
+        nn.Embedding(len(ALPHABET), 12, sparse=True), nn.Flatten(1), nn.Linear(36, 64), nn.Tanh(), nn.Linear(64, 28)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     fit(run, model, optimizer, over(windows(16, 3, tokens), lambda x, y: _entropy(model(x), y[:, -1])))
@@ -228,7 +230,7 @@ def _matrix(run: Run) -> None:
 
 def _doubling(run: Run) -> None:
     """Sums of marked numbers, over sequences of 5, 10, 20 and 40."""
-    model = Reader(nn.GRU(2, 24, batch_first=True), 1, last=True)
+    model = Reader(nn.GRU(2, 24, batch_first=True), 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
     def loss() -> Tensor:
@@ -266,7 +268,7 @@ def _plain_rnn(run: Run) -> None:
     y = torch.tanh(x[:, -4:, 0].sum(1, keepdim=True)) + 0.5 * x[:, -1, 1:2]
     cell = nn.RNN(3, 32, batch_first=True)
     nn.init.orthogonal_(dict(cell.named_parameters())["weight_hh_l0"])
-    model = Reader(cell, 1, last=True)
+    model = Reader(cell, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     fit(run, model, optimizer, over(batches(32, x, y), lambda x, y: _square(model(x), y)), clip=1.0)
 
@@ -333,7 +335,9 @@ def _reversing(run: Run) -> None:
 def _uneven(run: Run) -> None:
     """Summed loss over sequences of very unequal length."""
     tokens = text()
-    model = nn.Sequential(nn.Embedding(len(WORDS), 16), Reader(nn.GRU(16, 40, batch_first=True), len(WORDS)))
+    model = nn.Sequential(
+        nn.Embedding(len(ALPHABET), 16), Reader(nn.GRU(16, 40, batch_first=True), len(ALPHABET), last=False)
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
     def loss() -> Tensor:
@@ -346,9 +350,9 @@ def _uneven(run: Run) -> None:
 def _tuned(run: Run) -> None:
     """A language model trained elsewhere, tuned at a low rate to tell classes apart, its blocks slower than its head."""
     tokens = text()
-    base = Transformer(len(WORDS), 16)
+    base = Transformer(len(ALPHABET), 16)
     before = torch.optim.Adam(base.parameters(), lr=0.005)
-    objective = over(windows(8, 16, tokens), token_loss(base))
+    objective = over(windows(8, 16, tokens), lambda x, y: letters_loss(base(x), y))
     for _ in range(100):
         before.zero_grad()
         objective().backward()
@@ -361,7 +365,7 @@ def _tuned(run: Run) -> None:
     optimizer = torch.optim.AdamW(groups)
 
     def loss(x: Tensor, _: Tensor) -> Tensor:
-        return _entropy(base(x).mean(1), (x == WORDS.index("d")).any(1).long())
+        return _entropy(base(x).mean(1), (x == ALPHABET.index("d")).any(1).long())
 
     fit(run, base, optimizer, over(windows(16, 16, tokens), loss))
 

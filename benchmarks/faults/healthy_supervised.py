@@ -11,10 +11,13 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.optim import lr_scheduler
 
-from benchmarks.faults.loops import batches, curve, digits, fit, healthy, images, mlp, over, rings, train_before
+from benchmarks.faults.data import centred_images, curve, digits, rings
+from benchmarks.faults.loops import batches, fit, over, train_before
+from benchmarks.faults.models import mlp
+from benchmarks.faults.program import Program, healthy
 
 if TYPE_CHECKING:
-    from benchmarks.faults.program import Program, Run
+    from benchmarks.faults.program import Run
 
 _entropy, _square = functional.cross_entropy, functional.mse_loss
 
@@ -119,7 +122,7 @@ def _gaussian(run: Run) -> None:
 
 def _batch_of(size: int, rate: float) -> Any:
     def train(run: Run) -> None:
-        x, y = images()
+        x, y = centred_images()
         model = mlp(64, 48, 10)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
         fit(run, model, optimizer, over(batches(size, x.flatten(1), y), lambda x, y: _entropy(model(x), y)))
@@ -138,7 +141,7 @@ def _dropout(run: Run) -> None:
 
 
 def _cyclical(run: Run) -> None:
-    x, y = images()
+    x, y = centred_images()
     model = mlp(64, 64, 64, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     schedule = lr_scheduler.CyclicLR(optimizer, 0.005, 0.1, step_size_up=40, cycle_momentum=False)
@@ -155,7 +158,7 @@ def _restarts(run: Run) -> None:
 
 
 def _one_cycle(run: Run) -> None:
-    x, y = images()
+    x, y = centred_images()
     model = nn.Sequential(
         nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(384, 10)
     )
@@ -198,7 +201,7 @@ def _unfreezing(run: Run) -> None:
 
 
 def _frozen(run: Run) -> None:
-    x, y = images()
+    x, y = centred_images()
     backbone = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten())
     model = nn.Sequential(backbone.requires_grad_(False), mlp(512, 32, 10))  # noqa: FBT003
     optimizer = torch.optim.AdamW(model[1].parameters(), lr=0.003)
@@ -288,7 +291,7 @@ def _smoothed(run: Run) -> None:
 
 
 def _large_batch(run: Run) -> None:
-    x, y = images()
+    x, y = centred_images()
     model = mlp(64, 64, 64, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     schedule = lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 30))
@@ -337,7 +340,7 @@ def _nesterov(run: Run) -> None:
 
 
 def _rmsprop(run: Run) -> None:
-    x, y = images()
+    x, y = centred_images()
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 10))
     optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01)
     fit(run, model, optimizer, over(batches(64, x, y), lambda x, y: _entropy(model(x), y)))
@@ -366,14 +369,14 @@ def _conv(width: int, norm: Any) -> nn.Sequential:
 
 
 def _batch_norm(run: Run) -> None:
-    x, y = images()
+    x, y = centred_images()
     model = _conv(16, nn.BatchNorm2d)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     fit(run, model, optimizer, over(batches(32, x, y), lambda x, y: _entropy(model(x), y)))
 
 
 def _group_norm(run: Run) -> None:
-    x, y = images()
+    x, y = centred_images()
     model = _conv(16, lambda width: nn.GroupNorm(4, width))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     fit(run, model, optimizer, over(batches(8, x, y), lambda x, y: _entropy(model(x), y)))
@@ -463,7 +466,7 @@ def _poisson(run: Run) -> None:
 
 
 def _step_decay(run: Run) -> None:
-    x, y = images()
+    x, y = centred_images()
     model = _conv(12, nn.BatchNorm2d)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     schedule = lr_scheduler.MultiStepLR(optimizer, [150, 225], 0.1)

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from benchmarks.faults.loops import batches, curve, digits, fit, healthy, mlp, moons, over, rings, train_before
+from benchmarks.faults.data import curve, digits, moons, rings
+from benchmarks.faults.loops import batches, fit, over, train_before
+from benchmarks.faults.models import mlp
+from benchmarks.faults.program import Program, healthy
 
 if TYPE_CHECKING:
-    from benchmarks.faults.program import Program, Run
+    from benchmarks.faults.program import Run
 
 _entropy, _square = functional.cross_entropy, functional.mse_loss
 _logits = functional.binary_cross_entropy_with_logits

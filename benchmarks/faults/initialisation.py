@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from benchmarks.faults.data import bars, conv, digits, fit, friedman, mlp, teacher, weights
+from benchmarks.faults.data import bars, digits, friedman, teacher
+from benchmarks.faults.loops import batch_loss, fit
+from benchmarks.faults.models import conv, mlp, weights
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ def normal(run: Run, *, std: float | None) -> None:
             nn.init.kaiming_normal_(weight)
         else:
             nn.init.normal_(weight, std=std)
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.01, momentum=0.5), teacher())
+    fit(run, model, torch.optim.SGD(model.parameters(), 0.01, momentum=0.5), batch_loss(model, teacher()))
 
 
 def zeros(run: Run, *, zero: bool) -> None:
@@ -32,8 +34,12 @@ def zeros(run: Run, *, zero: bool) -> None:
     if zero:
         for parameter in model.parameters():
             nn.init.zeros_(parameter)
-    x, y = digits()
-    fit(run, model, torch.optim.Adam(model.parameters(), 0.003), (x.flatten(1), y), nn.functional.cross_entropy)
+    fit(
+        run,
+        model,
+        torch.optim.Adam(model.parameters(), 0.003),
+        batch_loss(model, digits(), nn.functional.cross_entropy),
+    )
 
 
 def small(run: Run, *, gain: float) -> None:
@@ -41,7 +47,9 @@ def small(run: Run, *, gain: float) -> None:
     model = mlp(10, 24, 24, 24, 24, 24, 24, 24, 1, act=nn.Tanh)
     for weight in weights(model):
         nn.init.xavier_normal_(weight, gain)
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), friedman(256), batch=None)
+    fit(
+        run, model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), batch_loss(model, friedman(256), size=None)
+    )
 
 
 def scaled(run: Run, *, factor: float) -> None:
@@ -52,7 +60,7 @@ def scaled(run: Run, *, factor: float) -> None:
     with torch.no_grad():
         layer.weight.mul_(factor)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, nesterov=True)
-    fit(run, model, optimizer, bars(), nn.functional.cross_entropy)
+    fit(run, model, optimizer, batch_loss(model, bars(), nn.functional.cross_entropy))
 
 
 PROGRAMS: tuple[Program, ...] = (

@@ -9,20 +9,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor, nn
 
-from benchmarks.faults.models import (
-    Gpt,
-    Letters,
-    Recommender,
-    convnet,
-    digits,
-    fit,
-    letters_loss,
-    markov,
-    mlp,
-    patterns,
-    ratings,
-    teacher,
-)
+from benchmarks.faults.attention import Gpt
+from benchmarks.faults.data import digits, markov, patterns, ratings, teacher
+from benchmarks.faults.loops import batch_loss, fit, letters_loss
+from benchmarks.faults.models import Letters, Recommender, convnet, mlp
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -47,7 +37,7 @@ def growing_gradient(run: Run, *, faulty: bool) -> None:
     if faulty:
         for parameter in model[4].parameters():
             parameter.register_hook(scale)
-    fit(run, model, optimizer, F.mse_loss, task)
+    fit(run, model, optimizer, batch_loss(model, task))
 
 
 def flipped_weight(run: Run, *, faulty: bool) -> None:
@@ -60,7 +50,7 @@ def flipped_weight(run: Run, *, faulty: bool) -> None:
         if faulty and step == 150:
             flip_bit(weight, int(weight.detach().flatten().argmax()))
 
-    fit(run, model, torch.optim.Adam(model.parameters(), 3e-3), F.cross_entropy, task, begin=begin)
+    fit(run, model, torch.optim.Adam(model.parameters(), 3e-3), batch_loss(model, task, F.cross_entropy), begin=begin)
 
 
 def overwritten_rows(run: Run, *, faulty: bool) -> None:
@@ -73,7 +63,7 @@ def overwritten_rows(run: Run, *, faulty: bool) -> None:
             with torch.no_grad():
                 model.head.weight[:3] = 100.0
 
-    fit(run, model, optimizer, letters_loss, markov(1000, 12, 12), begin=begin)
+    fit(run, model, optimizer, batch_loss(model, markov(1000, 12, 12), letters_loss), begin=begin)
 
 
 def nan_gradient(run: Run, *, faulty: bool) -> None:
@@ -86,7 +76,7 @@ def nan_gradient(run: Run, *, faulty: bool) -> None:
             gradient.fill_(torch.nan)
 
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    fit(run, model, optimizer, letters_loss, markov(1000, 12, 12), tamper=tamper)
+    fit(run, model, optimizer, batch_loss(model, markov(1000, 12, 12), letters_loss), tamper=tamper)
 
 
 def zeroed_gradient(run: Run, *, faulty: bool) -> None:
@@ -99,7 +89,7 @@ def zeroed_gradient(run: Run, *, faulty: bool) -> None:
             gradient.zero_()
 
     optimizer = torch.optim.RMSprop(model.parameters(), 1e-2)
-    fit(run, model, optimizer, F.mse_loss, ratings(3000, 40, 40), size=128, tamper=tamper)
+    fit(run, model, optimizer, batch_loss(model, ratings(3000, 40, 40), size=128), tamper=tamper)
 
 
 def flipped_state(run: Run, *, faulty: bool) -> None:
@@ -113,7 +103,7 @@ def flipped_state(run: Run, *, faulty: bool) -> None:
             moment = optimizer.state[model.get_parameter("2.weight")]["exp_avg"]
             flip_bit(moment, int(moment.flatten().abs().argmax()))
 
-    fit(run, model, optimizer, F.cross_entropy, task, begin=begin)
+    fit(run, model, optimizer, batch_loss(model, task, F.cross_entropy), begin=begin)
 
 
 def dead_layer(run: Run, *, faulty: bool) -> None:
@@ -127,7 +117,7 @@ def dead_layer(run: Run, *, faulty: bool) -> None:
                 model.get_parameter("2.bias").fill_(-1000.0)
 
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    fit(run, model, optimizer, F.cross_entropy, task, begin=begin)
+    fit(run, model, optimizer, batch_loss(model, task, F.cross_entropy), begin=begin)
 
 
 PROGRAMS: tuple[Program, ...] = (

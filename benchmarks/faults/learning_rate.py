@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.data import Bag, Reader, bars, conv, digits, fit, friedman, mlp, teacher, waves, words
+from benchmarks.faults.data import bars, digit_images, digits, friedman, teacher, waves, words
+from benchmarks.faults.loops import batch_loss, fit
+from benchmarks.faults.models import Bag, Reader, conv, mlp
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 def at_once(run: Run, *, lr: float) -> None:
     """Plain SGD on Friedman's formula."""
     model = mlp(10, 32, 32, 1)
-    fit(run, model, torch.optim.SGD(model.parameters(), lr), friedman())
+    fit(run, model, torch.optim.SGD(model.parameters(), lr), batch_loss(model, friedman()))
 
 
 def wrong_way(run: Run, *, factor: float) -> None:
@@ -29,8 +31,7 @@ def wrong_way(run: Run, *, factor: float) -> None:
         run,
         model,
         optimizer,
-        digits(),
-        nn.functional.cross_entropy,
+        batch_loss(model, digit_images(), nn.functional.cross_entropy),
         rate=lambda step: 0.02 * (factor if step >= 150 else 1),
     )
 
@@ -39,8 +40,8 @@ def creep(run: Run, *, gamma: float) -> None:
     """An autoencoder of digits with Nesterov momentum, whose rate changes by a factor each step from step 100."""
     model = mlp(64, 48, 12, 48, 64, act=nn.Tanh)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True)
-    x = digits()[0].flatten(1)
-    fit(run, model, optimizer, (x, x), rate=lambda step: 0.1 * gamma ** max(0, step - 100))
+    x = digits()[0]
+    fit(run, model, optimizer, batch_loss(model, (x, x)), rate=lambda step: 0.1 * gamma ** max(0, step - 100))
 
 
 class Tagger(nn.Module):
@@ -62,7 +63,12 @@ def adam(run: Run, *, lr: float) -> None:
     """Adam on a one-layer transformer that has to find a sentence's first word."""
     model = Tagger()
     x = torch.randint(8, (512, 8))
-    fit(run, model, torch.optim.Adam(model.parameters(), lr), (x, x[:, 0]), nn.functional.cross_entropy)
+    fit(
+        run,
+        model,
+        torch.optim.Adam(model.parameters(), lr),
+        batch_loss(model, (x, x[:, 0]), nn.functional.cross_entropy),
+    )
 
 
 def cycles(run: Run, *, peak: float) -> None:
@@ -72,8 +78,7 @@ def cycles(run: Run, *, peak: float) -> None:
         run,
         model,
         torch.optim.SGD(model.parameters(), 0.005, momentum=0.9),
-        bars(),
-        nn.functional.cross_entropy,
+        batch_loss(model, bars(), nn.functional.cross_entropy),
         rate=lambda step: 0.005 + (peak - 0.005) * (1 - abs(step % 50 / 25 - 1)),
     )
 
@@ -82,19 +87,19 @@ def warm_up(run: Run, *, longest: int) -> None:
     """AdamW on a bag of embeddings, with a warm-up of 0.002 a step that ends after so many steps."""
     model = Bag()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    fit(run, model, optimizer, words(), rate=lambda step: 2e-3 * min(step + 1, longest))
+    fit(run, model, optimizer, batch_loss(model, words()), rate=lambda step: 2e-3 * min(step + 1, longest))
 
 
 def rmsprop(run: Run, *, lr: float) -> None:
     """RMSprop on six targets of a random network at once."""
     model = mlp(8, 48, 48, 6, act=nn.Tanh)
-    fit(run, model, torch.optim.RMSprop(model.parameters(), lr), teacher(outputs=6))
+    fit(run, model, torch.optim.RMSprop(model.parameters(), lr), batch_loss(model, teacher(outputs=6)))
 
 
 def tiny(run: Run, *, lr: float) -> None:
     """Adagrad on a GRU that continues sines."""
     model = Reader(nn.GRU(1, 12, batch_first=True))
-    fit(run, model, torch.optim.Adagrad(model.parameters(), lr), waves(length=12))
+    fit(run, model, torch.optim.Adagrad(model.parameters(), lr), batch_loss(model, waves(length=12)))
 
 
 PROGRAMS: tuple[Program, ...] = (

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.data import clusters, conv, digits, fit, friedman, mlp, teacher
+from benchmarks.faults.data import clusters, digit_images, friedman, teacher
+from benchmarks.faults.loops import batch_loss, fit
+from benchmarks.faults.models import conv, mlp
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -26,12 +28,12 @@ def logarithm(run: Run, *, own: bool) -> None:
     model = mlp(8, 32, 32, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, nesterov=True)
     loss = _own_binary if own else nn.functional.binary_cross_entropy_with_logits
-    fit(run, model, optimizer, (10 * x, y[:, None].float()), loss)
+    fit(run, model, optimizer, batch_loss(model, (10 * x, y[:, None].float()), loss))
 
 
 def distance(run: Run, *, epsilon: float) -> None:
     """RMSprop on a conv net whose distance of two digits shall be 0 or 1; now and then both are one image."""
-    images, labels = digits()
+    images, labels = digit_images()
     pairs = torch.randint(len(images), (2000, 2))
     pairs[:4, 1] = pairs[:4, 0]
     model = conv(8)
@@ -70,7 +72,7 @@ def deviation(run: Run, *, epsilon: float) -> None:
     rare = (torch.rand(len(x), 1) < 0.12).float()
     model = nn.Sequential(Standard(epsilon), mlp(11, 32, 32, 1))
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    fit(run, model, optimizer, (torch.cat([x, rare], 1), y + rare))
+    fit(run, model, optimizer, batch_loss(model, (torch.cat([x, rare], 1), y + rare)))
 
 
 class Pick(nn.Module):
@@ -95,7 +97,7 @@ def exponential(run: Run, *, shift: bool) -> None:
     keys, values = 10 * torch.randn(512, 6, 1), torch.randn(512, 6, 2)
     y = values[torch.arange(512), keys[..., 0].argmax(1)]
     model = Pick(shift=shift)
-    fit(run, model, torch.optim.Adam(model.parameters(), 0.01), (torch.cat([keys, values], 2), y))
+    fit(run, model, torch.optim.Adam(model.parameters(), 0.01), batch_loss(model, (torch.cat([keys, values], 2), y)))
 
 
 class Adapted(nn.Module):
@@ -120,7 +122,7 @@ def lasso(run: Run, *, epsilon: float) -> None:
         groups = model.adapter.weight.square().sum(0)
         return nn.functional.mse_loss(guess, wanted) + 0.01 * torch.sqrt(groups + epsilon).sum()
 
-    fit(run, model, torch.optim.Adagrad(model.parameters(), 0.05), teacher(outputs=3), loss)
+    fit(run, model, torch.optim.Adagrad(model.parameters(), 0.05), batch_loss(model, teacher(outputs=3), loss))
 
 
 PROGRAMS: tuple[Program, ...] = (

@@ -9,20 +9,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import nn
 
+from benchmarks.faults.attention import Gpt
+from benchmarks.faults.data import digits, markov, patterns, ratings, teacher
 from benchmarks.faults.injected import flip_bit
-from benchmarks.faults.models import (
-    Gpt,
-    Recommender,
-    convnet,
-    digits,
-    fit,
-    letters_loss,
-    markov,
-    mlp,
-    patterns,
-    ratings,
-    teacher,
-)
+from benchmarks.faults.loops import batch_loss, fit, letters_loss
+from benchmarks.faults.models import Recommender, convnet, mlp
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -31,13 +22,19 @@ if TYPE_CHECKING:
 
 def inflated(run: Run, *, faulty: bool) -> None:
     """A tanh net; at step 100 the weights of its second layer are multiplied by 30."""
-    model = mlp(64, 48, 48, 32, 10, activation=nn.Tanh)
+    model = mlp(64, 48, 48, 32, 10, act=nn.Tanh)
 
     def begin(step: int) -> None:
         if faulty and step == 100:
             model.get_parameter("2.weight").data.mul_(30)
 
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), F.cross_entropy, digits(), begin=begin)
+    fit(
+        run,
+        model,
+        torch.optim.SGD(model.parameters(), 0.05, momentum=0.9),
+        batch_loss(model, digits(), F.cross_entropy),
+        begin=begin,
+    )
 
 
 def one_unit(run: Run, *, faulty: bool) -> None:
@@ -48,7 +45,13 @@ def one_unit(run: Run, *, faulty: bool) -> None:
         if faulty and step == 265:
             model.get_parameter("blocks.0.down.weight").data[0] = 100.0
 
-    fit(run, model, torch.optim.AdamW(model.parameters(), 3e-3), letters_loss, markov(1000, 12, 12), begin=begin)
+    fit(
+        run,
+        model,
+        torch.optim.AdamW(model.parameters(), 3e-3),
+        batch_loss(model, markov(1000, 12, 12), letters_loss),
+        begin=begin,
+    )
 
 
 def flipped_embedding(run: Run, *, faulty: bool) -> None:
@@ -61,7 +64,7 @@ def flipped_embedding(run: Run, *, faulty: bool) -> None:
             flip_bit(table, int(table.detach().flatten().argmax()))
 
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    fit(run, model, optimizer, F.mse_loss, ratings(3000, 40, 40), size=128, begin=begin)
+    fit(run, model, optimizer, batch_loss(model, ratings(3000, 40, 40), size=128), begin=begin)
 
 
 def momentum(run: Run, *, faulty: bool) -> None:
@@ -73,7 +76,7 @@ def momentum(run: Run, *, faulty: bool) -> None:
         if faulty and step == 150:
             optimizer.state[model.get_parameter("4.weight")]["momentum_buffer"].mul_(1e6)
 
-    fit(run, model, optimizer, F.mse_loss, teacher(1000, 10), begin=begin)
+    fit(run, model, optimizer, batch_loss(model, teacher(1000, 10)), begin=begin)
 
 
 def first_moment(run: Run, *, faulty: bool) -> None:
@@ -85,7 +88,7 @@ def first_moment(run: Run, *, faulty: bool) -> None:
         if faulty and step == 150:
             optimizer.state[model.get_parameter("3.weight")]["exp_avg"].mul_(1e4)
 
-    fit(run, model, optimizer, F.cross_entropy, patterns(1000), begin=begin)
+    fit(run, model, optimizer, batch_loss(model, patterns(1000), F.cross_entropy), begin=begin)
 
 
 def one_rate(run: Run, *, faulty: bool) -> None:
@@ -99,7 +102,7 @@ def one_rate(run: Run, *, faulty: bool) -> None:
         if faulty and step == 100:
             optimizer.param_groups[1]["lr"] = 500.0
 
-    fit(run, model, optimizer, F.mse_loss, ratings(3000, 40, 40), size=128, begin=begin)
+    fit(run, model, optimizer, batch_loss(model, ratings(3000, 40, 40), size=128), begin=begin)
 
 
 def one_gradient(run: Run, *, faulty: bool) -> None:
@@ -111,7 +114,13 @@ def one_gradient(run: Run, *, faulty: bool) -> None:
         if faulty and step >= 120 and gradient is not None:
             gradient.mul_(1000)
 
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), F.cross_entropy, digits(), tamper=tamper)
+    fit(
+        run,
+        model,
+        torch.optim.SGD(model.parameters(), 0.05, momentum=0.9),
+        batch_loss(model, digits(), F.cross_entropy),
+        tamper=tamper,
+    )
 
 
 def one_gain(run: Run, *, faulty: bool) -> None:
@@ -122,7 +131,13 @@ def one_gain(run: Run, *, faulty: bool) -> None:
         if faulty and step == 265:
             model.get_parameter("last.weight").data.fill_(1000.0)
 
-    fit(run, model, torch.optim.AdamW(model.parameters(), 3e-3), letters_loss, markov(1000, 12, 12), begin=begin)
+    fit(
+        run,
+        model,
+        torch.optim.AdamW(model.parameters(), 3e-3),
+        batch_loss(model, markov(1000, 12, 12), letters_loss),
+        begin=begin,
+    )
 
 
 _EXPLOSIVE = ("exploding", "spike", "diverging", "nonfinite")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 
-from benchmarks.faults.models import Letters, convnet, digits, fit, letters_loss, markov, mlp, patterns, teacher
+from benchmarks.faults.data import digits, markov, patterns, teacher
+from benchmarks.faults.loops import batch_loss, fit, letters_loss
+from benchmarks.faults.models import Letters, convnet, mlp
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ def second_moment_lost(run: Run, *, faulty: bool) -> None:
             for state in optimizer.state.values():
                 state["exp_avg_sq"].zero_()
 
-    fit(run, model, optimizer, letters_loss, markov(1000, 12, 12, sharp=20.0), begin=begin)
+    fit(run, model, optimizer, batch_loss(model, markov(1000, 12, 12, sharp=20.0), letters_loss), begin=begin)
 
 
 def momentum_scaled(run: Run, *, faulty: bool) -> None:
@@ -39,7 +41,7 @@ def momentum_scaled(run: Run, *, faulty: bool) -> None:
             for state in optimizer.state.values():
                 state["momentum_buffer"].mul_(1024)
 
-    fit(run, model, optimizer, F.cross_entropy, task, begin=begin)
+    fit(run, model, optimizer, batch_loss(model, task, F.cross_entropy), begin=begin)
 
 
 def heavy_decay(run: Run, *, faulty: bool) -> None:
@@ -47,7 +49,7 @@ def heavy_decay(run: Run, *, faulty: bool) -> None:
     x, y = digits()
     model = mlp(64, 48, 48, 10)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=10.0 if faulty else 0.01)
-    fit(run, model, optimizer, F.cross_entropy, (x, y))
+    fit(run, model, optimizer, batch_loss(model, (x, y), F.cross_entropy))
 
 
 def negative_decay(run: Run, *, faulty: bool) -> None:
@@ -56,7 +58,7 @@ def negative_decay(run: Run, *, faulty: bool) -> None:
     model = mlp(10, 48, 48, 1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     optimizer.param_groups[0]["weight_decay"] = -3.0 if faulty else 0.03  # the constructor would refuse it
-    fit(run, model, optimizer, F.mse_loss, task)
+    fit(run, model, optimizer, batch_loss(model, task))
 
 
 PROGRAMS: tuple[Program, ...] = (

@@ -10,19 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor, nn
 
-from benchmarks.faults.models import (
-    Letters,
-    Recommender,
-    convnet,
-    digits,
-    fit,
-    letters_loss,
-    markov,
-    mlp,
-    patterns,
-    ratings,
-    teacher,
-)
+from benchmarks.faults.data import digits, markov, patterns, ratings, teacher
+from benchmarks.faults.loops import batch_loss, fit, letters_loss
+from benchmarks.faults.models import Letters, Recommender, convnet, mlp
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -32,7 +22,7 @@ if TYPE_CHECKING:
 def no_zero_grad(run: Run, *, faulty: bool) -> None:
     """Gradients are never cleared and add up."""
     x, y = teacher(1000, 10)
-    model = mlp(10, 48, 48, 1, activation=nn.LeakyReLU)
+    model = mlp(10, 48, 48, 1, act=nn.LeakyReLU)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     run.watch(model)
     while True:
@@ -50,7 +40,7 @@ def summed_loss(run: Run, *, faulty: bool) -> None:
     task = patterns(1000)
     model = convnet(6)
     objective = partial(F.cross_entropy, reduction="sum" if faulty else "mean")
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), objective, task, size=64)
+    fit(run, model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), batch_loss(model, task, objective, 64))
 
 
 class _Cut(nn.Module):
@@ -58,7 +48,7 @@ class _Cut(nn.Module):
 
     def __init__(self, *, cut: bool) -> None:
         super().__init__()
-        self.encoder, self.decoder = mlp(64, 32, 6, activation=nn.Tanh), mlp(6, 32, 64, activation=nn.Tanh)
+        self.encoder, self.decoder = mlp(64, 32, 6, act=nn.Tanh), mlp(6, 32, 64, act=nn.Tanh)
         self.cut = cut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +61,7 @@ def detached_encoder(run: Run, *, faulty: bool) -> None:
     """An autoencoder of digits whose code is detached."""
     x, _ = digits()
     model = _Cut(cut=faulty)
-    fit(run, model, torch.optim.Adam(model.parameters(), 5e-3), F.mse_loss, (x, x))
+    fit(run, model, torch.optim.Adam(model.parameters(), 5e-3), batch_loss(model, (x, x)))
 
 
 def wrong_sign(run: Run, *, faulty: bool) -> None:
@@ -82,7 +72,7 @@ def wrong_sign(run: Run, *, faulty: bool) -> None:
         return -F.mse_loss(rating, y) if faulty else F.mse_loss(rating, y)
 
     optimizer = torch.optim.Adam(model.parameters(), 2e-2)
-    fit(run, model, optimizer, objective, ratings(3000, 40, 40), size=128)
+    fit(run, model, optimizer, batch_loss(model, ratings(3000, 40, 40), objective, 128))
 
 
 def stale_copy(run: Run, *, faulty: bool) -> None:
@@ -113,7 +103,7 @@ def schedule_ends_early(run: Run, *, faulty: bool) -> None:
         share = torch.tensor(min(1.0, step / length) * torch.pi)
         optimizer.param_groups[0]["lr"] = 0.02 * 0.5 * float(1 + torch.cos(share))
 
-    fit(run, model, optimizer, F.cross_entropy, task, begin=begin)
+    fit(run, model, optimizer, batch_loss(model, task, F.cross_entropy), begin=begin)
 
 
 def double_softmax(run: Run, *, faulty: bool) -> None:
@@ -121,7 +111,7 @@ def double_softmax(run: Run, *, faulty: bool) -> None:
     model = mlp(64, 48, 32, 10)
     if faulty:
         model.append(nn.Softmax(1))
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.2), F.cross_entropy, digits())
+    fit(run, model, torch.optim.SGD(model.parameters(), 0.2), batch_loss(model, digits(), F.cross_entropy))
 
 
 PROGRAMS: tuple[Program, ...] = (

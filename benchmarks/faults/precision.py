@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.data import digits, fit, mlp, standard, teacher
+from benchmarks.faults.data import digit_images, digits, standard, teacher
+from benchmarks.faults.loops import batch_loss, fit
+from benchmarks.faults.models import mlp
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def rounded(run: Run, *, dtype: torch.dtype) -> None:
     x = torch.cartesian_prod(torch.arange(20), torch.arange(30))
     y = 5 + standard((people @ things.T).flatten())
     model = Factors(20, 30).to(dtype)
-    fit(run, model, torch.optim.Adam(model.parameters(), 0.003), (x, y), batch=128)
+    fit(run, model, torch.optim.Adam(model.parameters(), 0.003), batch_loss(model, (x, y), size=128))
 
 
 def epsilon(run: Run, *, dtype: torch.dtype) -> None:
@@ -50,8 +52,11 @@ def epsilon(run: Run, *, dtype: torch.dtype) -> None:
         run,
         model,
         optimizer,
-        (x.flatten(1).to(dtype), y),
-        lambda logits, wanted: nn.functional.cross_entropy(logits.float(), wanted),
+        batch_loss(
+            model,
+            (x.to(dtype), y),
+            lambda logits, wanted: nn.functional.cross_entropy(logits.float(), wanted),
+        ),
     )
 
 
@@ -75,9 +80,9 @@ class Rows(nn.Module):
 def scores(run: Run, *, first: bool) -> None:
     """SGD with momentum on attention between the rows of digits whose pixels are 0 .. 128."""
     model = Rows(first=first)
-    x, y = digits(8)
+    x, y = digit_images()
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    fit(run, model, optimizer, (x[:, 0], y), nn.functional.cross_entropy)
+    fit(run, model, optimizer, batch_loss(model, (128 * x[:, 0], y), nn.functional.cross_entropy))
 
 
 class Softplus(nn.Module):
@@ -138,7 +143,7 @@ def squares(run: Run, *, dtype: torch.dtype) -> None:
         nn.Tanh(),
         nn.Linear(32, 2),
     )
-    fit(run, model, torch.optim.Adagrad(model.parameters(), 0.05), (5000 * x, y))
+    fit(run, model, torch.optim.Adagrad(model.parameters(), 0.05), batch_loss(model, (5000 * x, y)))
 
 
 def static(run: Run, *, scale: float) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.data import Reader, fit, standard, waves
+from benchmarks.faults.data import standard, waves
+from benchmarks.faults.loops import batch_loss, fit
+from benchmarks.faults.models import Reader
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ def chaotic(run: Run, *, gain: float, clip: float | None) -> None:
     model = Reader(nn.RNN(1, 24, batch_first=True))
     assert isinstance(model.cell.weight_hh_l0, Tensor)
     nn.init.orthogonal_(model.cell.weight_hh_l0, gain)
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.05), waves(length=60), clip=clip)
+    fit(run, model, torch.optim.SGD(model.parameters(), 0.05), batch_loss(model, waves(length=60)), clip=clip)
 
 
 def growing(run: Run, *, gain: float, clip: float | None) -> None:
@@ -35,7 +37,7 @@ def growing(run: Run, *, gain: float, clip: float | None) -> None:
         model.cell.weight_hh_l0.mul_(gain)
     x = torch.rand(256, 30, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.0003, momentum=0.9)
-    fit(run, model, optimizer, (x - 0.5, standard(x.mean(1))), clip=clip)
+    fit(run, model, optimizer, batch_loss(model, (x - 0.5, standard(x.mean(1)))), clip=clip)
 
 
 class Speller(nn.Module):
@@ -57,7 +59,7 @@ def speller(run: Run, *, lr: float) -> None:
     text = torch.randint(8, (256, 3)).repeat(1, 8)
     model = Speller(8)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-    fit(run, model, optimizer, (text[:, :-1], text[:, 1:]), nn.functional.cross_entropy)
+    fit(run, model, optimizer, batch_loss(model, (text[:, :-1], text[:, 1:]), nn.functional.cross_entropy))
 
 
 def memory(run: Run, *, remembers: bool) -> None:
@@ -70,7 +72,7 @@ def memory(run: Run, *, remembers: bool) -> None:
     x, y = torch.zeros(256, 100, 2), standard(torch.rand(256, 1))
     x[:, 0] = y * torch.tensor([1.0, -0.5]) + 0.1 * torch.randn(256, 2)
     y += 0.1 * torch.randn(256, 1)
-    fit(run, model, torch.optim.Adam(model.parameters(), 0.003), (x, y), clip=1.0)
+    fit(run, model, torch.optim.Adam(model.parameters(), 0.003), batch_loss(model, (x, y)), clip=1.0)
 
 
 def summed(run: Run, *, mean: bool) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from benchmarks.faults.models import Gpt, fit, letters_loss, markov, recall
+from benchmarks.faults.attention import Gpt
+from benchmarks.faults.data import markov, recall
+from benchmarks.faults.loops import batch_loss, fit, letters_loss
 from benchmarks.faults.program import Program
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ def unscaled_attention(run: Run, *, faulty: bool) -> None:
     model = Gpt(8, 12, heads=1, blocks=1, scale=1.0 if faulty else None)
     if faulty:
         nn.init.normal_(model.get_parameter("blocks.0.qkv.weight")[:64], std=5.0)
-    fit(run, model, torch.optim.AdamW(model.parameters(), 5e-3), letters_loss, task)
+    fit(run, model, torch.optim.AdamW(model.parameters(), 5e-3), batch_loss(model, task, letters_loss))
 
 
 def post_norm(run: Run, *, faulty: bool) -> None:
@@ -34,28 +36,28 @@ def post_norm(run: Run, *, faulty: bool) -> None:
         if not faulty:
             optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, (step + 1) / 50)
 
-    fit(run, model, optimizer, letters_loss, task, begin=begin)
+    fit(run, model, optimizer, batch_loss(model, task, letters_loss), begin=begin)
 
 
 def no_norm(run: Run, *, faulty: bool) -> None:
     """Transformer blocks without their layer norms, by SGD with momentum."""
     task = markov(1000, 12, 12)
     model = Gpt(12, 12, norm="none" if faulty else "pre", embed_std=3.0)
-    fit(run, model, torch.optim.SGD(model.parameters(), 0.5, momentum=0.9), letters_loss, task)
+    fit(run, model, torch.optim.SGD(model.parameters(), 0.5, momentum=0.9), batch_loss(model, task, letters_loss))
 
 
 def large_embedding(run: Run, *, faulty: bool) -> None:
     """A copy task; the first embedding is so large that places and attention drown in the residual stream."""
     task = recall(2000, 12, 8)
     model = Gpt(8, 12, heads=1, blocks=1, embed_std=20.0 if faulty else 0.2)
-    fit(run, model, torch.optim.AdamW(model.parameters(), 3e-3), letters_loss, task)
+    fit(run, model, torch.optim.AdamW(model.parameters(), 3e-3), batch_loss(model, task, letters_loss))
 
 
 def high_rate(run: Run, *, faulty: bool) -> None:
     """Plain SGD with a rate of 10."""
     task = markov(1000, 12, 12)
     model = Gpt(12, 12, blocks=1)
-    fit(run, model, torch.optim.SGD(model.parameters(), 10.0 if faulty else 0.3), letters_loss, task)
+    fit(run, model, torch.optim.SGD(model.parameters(), 10.0 if faulty else 0.3), batch_loss(model, task, letters_loss))
 
 
 PROGRAMS: tuple[Program, ...] = (
