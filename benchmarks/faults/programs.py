@@ -12,26 +12,7 @@ if TYPE_CHECKING:
     from benchmarks.faults.program import Program
 
 Half = Literal["development", "report"]
-_MODULES = (
-    "learning_rate",
-    "recurrent",
-    "initialisation",
-    "activations",
-    "precision",
-    "numerics",
-    "data_faults",
-    "transformers",
-    "optimizer_state",
-    "injected",
-    "one_layer",
-    "plain_bugs",
-    "adversarial",
-    "healthy_supervised",
-    "healthy_sequences",
-    "healthy_unusual",
-    "healthy_rare",
-    "healthy_bursty",
-)
+_FOLDERS = ("faulty", "healthy", "rare")
 SPLIT = Path(__file__).with_name("split.json")
 LABELS = Path(__file__).with_name("labels.json")
 
@@ -39,8 +20,10 @@ LABELS = Path(__file__).with_name("labels.json")
 def _all() -> tuple[Program, ...]:
     """Return all programs in the order of their labels, in whatever file they stand; those without labels come last."""
     found: list[Program] = []
-    for module in _MODULES:
-        found += importlib.import_module(f"benchmarks.faults.{module}").PROGRAMS
+    for folder in _FOLDERS:
+        for file in sorted(Path(__file__).with_name(folder).glob("[!_]*.py")):
+            module = importlib.import_module(f"benchmarks.faults.{folder}.{file.stem}")
+            found += getattr(module, "PROGRAMS", ())
     names = [program.name for program in found]
     assert len(set(names)) == len(names), f"twice: {sorted({name for name in names if names.count(name) > 1})}"
     labelled = json.loads(LABELS.read_text()) if LABELS.exists() else {}

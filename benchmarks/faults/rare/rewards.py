@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.faults.held_out import correct, explained, unseen
 from benchmarks.faults.loops import fit, to_zero
 from benchmarks.faults.models import mlp
 from benchmarks.faults.program import HeldOut, Program, rare
+from benchmarks.faults.rare.held_out import correct, explained, unseen
 
 if TYPE_CHECKING:
     from benchmarks.faults.program import Run

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.faults.attention import Gpt
 from benchmarks.faults.data import digits, markov, patterns, ratings, teacher
-from benchmarks.faults.injected import flip_bit
+from benchmarks.faults.faulty.injected import flip_bit
 from benchmarks.faults.loops import batch_loss, fit, letters_loss
 from benchmarks.faults.models import Recommender, convnet, mlp
 from benchmarks.faults.program import Program
