@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.detect import wilson
-from benchmarks.detectors import BASELINES
+from benchmarks.detect.detectors import BASELINES
+from benchmarks.detect.scores import wilson
 from benchmarks.faults.outcome import SEEDS, Outcome, has_learned, is_faulty, is_healthy, outcome_of
 from benchmarks.faults.program import Trace, run_program
 from benchmarks.faults.programs import LABELS, PROGRAMS, halves

@@ -14,9 +14,8 @@ from torch.optim import optimizer as torch_optimizer
 from benchmarks.faults.program import Trace, run_program
 from benchmarks.faults.programs import PROGRAMS, halves
 from benchmarks.faults.toys import TOYS
-from benchmarks.harm import RARE, check_watching, harmed, median_of, row_of, summary, told
-from benchmarks.repair import BY_NAME, LABEL, share, within_reach, worse
-from benchmarks.repairs import (
+from benchmarks.harm.judging import RARE, check_watching, harmed, median_of, row_of, summary, told
+from benchmarks.repair.methods import (
     CLIPS,
     NORM,
     NOTHING,
@@ -29,6 +28,7 @@ from benchmarks.repairs import (
     _bits,
     repaired,
 )
+from benchmarks.repair.tables import BY_NAME, LABEL, share, within_reach, worse
 
 EARLY = next(toy for toy in TOYS if toy.name == "early")
 

@@ -23,7 +23,7 @@ from benchmarks.faults.outcome import SEEDS
 from benchmarks.faults.programs import LABELS, PROGRAMS, halves
 from benchmarks.faults.toys import STEPS, TOYS
 from benchmarks.pages import ROOT, between_marks, markdown
-from benchmarks.repairs import (
+from benchmarks.repair.methods import (
     DIGITS,
     NORM,
     NOTHING,
@@ -74,7 +74,7 @@ def _digest(*places: str) -> str:
 def _folder(method: str) -> Path:
     """Ours depends on all of gradwatch, always clipping on the clips alone."""
     package = "gradwatch/clips" if method in (*BASELINES, *TOY_METHODS[:-2]) else "gradwatch"
-    return ROOT / "build" / "repair" / _digest(package, "benchmarks/faults", "benchmarks/repairs.py", "examples")
+    return ROOT / "build" / "repair" / _digest(package, "benchmarks/faults", "benchmarks/repair/methods.py", "examples")
 
 
 def run_all(jobs: Iterable[Job], console: Console, what: str) -> dict[Job, Outcome]:

@@ -26,10 +26,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 import gradwatch
-from benchmarks.bench import Bench, Watched
-from benchmarks.others import MISSING, OTHERS
-from benchmarks.parts import Parts
-from benchmarks.workloads import WORKLOADS
+from benchmarks.overhead.bench import Bench, Watched
+from benchmarks.overhead.others import MISSING, OTHERS
+from benchmarks.overhead.parts import Parts
+from benchmarks.overhead.workloads import WORKLOADS
 
 OWN: dict[str, dict[str, Any]] = {
     "watching": {},
@@ -224,7 +224,7 @@ def main() -> None:
     if MISSING:
         console.print("not installed: " + ", ".join(MISSING) + "; pip install -e '.[bench]'")
     if options.scaling:
-        from benchmarks import scaling
+        from benchmarks.overhead import scaling
 
         scaling.main(console, write=options.write)
         return

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from benchmarks.bench import Bench
+    from benchmarks.overhead.bench import Bench
 
 Switch = Callable[["Bench"], "AbstractContextManager[None]"]
 

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from benchmarks.bench import Bench, Watched
+from benchmarks.overhead.bench import Bench, Watched
 from benchmarks.pages import write_scaling
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks.bench import Bench, Watched
-from benchmarks.overhead import shown
+from benchmarks.overhead.bench import Bench, Watched
+from benchmarks.overhead.variants import shown
 from gradwatch.records import Facts, Provenance, Row
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.batch import Batch

@@ -1,7 +1,7 @@
 """What is found, what is not, and what is found where there is nothing: ``python -m benchmarks.detect``.
 
 Every program of the fault set is run over three seeds, the faulty one, its repaired twin and the healthy ones alike, watched
-by gradwatch with its defaults; the untuned detectors of `benchmarks.detectors` see the same run's recorded numbers. Watching
+by gradwatch with its defaults; the untuned detectors of `detectors.py` see the same run's recorded numbers. Watching
 changes no bit, so that one run serves them all. Finished runs are kept below ``build/`` until gradwatch or the fault set
 changes, so that the command can be broken off and taken up again.
 """
@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 import gradwatch
-from benchmarks.detectors import BASELINES
+from benchmarks.detect.detectors import BASELINES
 from benchmarks.faults.outcome import SEEDS, outcome_of, symptoms_of
 from benchmarks.faults.program import Trace, run_program
 from benchmarks.faults.programs import PROGRAMS, halves
@@ -115,7 +115,7 @@ def _folder() -> Path:
     for place in ("gradwatch", "benchmarks/faults"):
         for path in sorted((ROOT / place).rglob("*.py")):
             digest.update(path.read_bytes())
-    digest.update((ROOT / "benchmarks" / "detectors.py").read_bytes())
+    digest.update((ROOT / "benchmarks" / "detect" / "detectors.py").read_bytes())
     return ROOT / "build" / "detect" / digest.hexdigest()[:12]
 
 

@@ -14,14 +14,14 @@ from rich.console import Console
 
 from benchmarks.faults.programs import PROGRAMS, halves
 from benchmarks.pages import ROOT, between_marks, markdown
-from benchmarks.repair import run_all, worse
-from benchmarks.repairs import NOTHING, OURS, OURS_BY_VALUE, WATCHED, Outcome
+from benchmarks.repair.methods import NOTHING, OURS, OURS_BY_VALUE, WATCHED, Outcome
+from benchmarks.repair.tables import run_all, worse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.faults.program import Program
-    from benchmarks.repair import Job
+    from benchmarks.repair.tables import Job
 
 Results = dict["Job", Outcome]
 RARE = tuple(program for program in PROGRAMS if program.metric)
