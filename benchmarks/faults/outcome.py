@@ -121,7 +121,10 @@ def _label(index: int, seed: int) -> tuple[str, int, dict[str, object]]:
 
 def main() -> None:
     """Run all and write the labels."""
-    argparse.ArgumentParser(description="Label the programs that have no labels, by what becomes of them.").parse_args()
+    argparse.ArgumentParser(
+        "python -m benchmarks.faults.outcome",
+        description="Label the programs that have no labels, by what becomes of them.",
+    ).parse_args()
     known = json.loads(LABELS.read_text()) if LABELS.exists() else {}
     labels: dict[str, dict[str, object]] = {program.name: known.get(program.name, {}) for program in PROGRAMS}
     missing = [index for index, program in enumerate(PROGRAMS) if program.name not in known]

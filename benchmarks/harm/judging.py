@@ -1,32 +1,30 @@
-"""What auto-clip does to healthy programs whose signal is rare or bursty: ``python -m benchmarks.harm``.
-
-Each is run over five seeds: unwatched, only watched, and with auto-clip by norm and by value; judged by data held out. Finished
-runs are kept below ``build/``, as those of `benchmarks.repair` are, which counts the same programs as healthy ones.
-"""
+"""What is harm to a signal that is rare, and the rows of its table."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from benchmarks.faults.programs import PROGRAMS, halves
-from benchmarks.pages import ROOT, between_marks, markdown
-from benchmarks.repair.methods import NOTHING, OURS, OURS_BY_VALUE, WATCHED, Outcome
-from benchmarks.repair.tables import run_all, worse
+from benchmarks.repair.judging import worse
+from benchmarks.repair.methods import NOTHING, OURS, OURS_BY_VALUE, WATCHED
+from benchmarks.repair.outcome import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.faults.program import Program
-    from benchmarks.repair.tables import Job
+    from benchmarks.repair.runs import Job
 
 Results = dict["Job", Outcome]
 RARE = tuple(program for program in PROGRAMS if program.metric)
 ARMED = {"norm": OURS, "value": OURS_BY_VALUE}
 _WORSE = 0.05
+
+
+def methods(clips: Sequence[str]) -> list[str]:
+    """Return the armed methods of these clips."""
+    return [ARMED[clip] for clip in clips]
 
 
 def runs_of(results: Results, name: str, method: str, seeds: int) -> list[Outcome]:
@@ -125,58 +123,3 @@ def told(results: Results, programs: Sequence[Program], seeds: int) -> list[str]
             more = f", and {len(first[1]) - 1} more" if len(first[1]) > 1 else ""
             lines.append(f"{program.name}, seed {first[0]}: {first[1][0]}{more}")
     return lines
-
-
-def methods(clips: Sequence[str]) -> list[str]:
-    """Return the armed methods of these clips."""
-    return [ARMED[clip] for clip in clips]
-
-
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description="What auto-clip does to healthy programs whose signal is rare.")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/repair.md")
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help="programs with this in their name; can be repeated"
-    )
-    parser.add_argument("--half", choices=("development", "report", "both"), default="both")
-    parser.add_argument("--clip", choices=("norm", "value", "both"), default="both")
-    parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args()
-    if options.write and (options.only, options.half, options.clip, options.seeds) != (None, "both", "both", 5):
-        parser.error("--write needs all programs, both halves, both clips and five seeds")
-    clips = ("norm", "value") if options.clip == "both" else (options.clip,)
-    programs = [
-        program
-        for program in RARE
-        if options.half in ("both", halves()[program.name])
-        and (options.only is None or any(part in program.name for part in options.only))
-    ]
-    if not programs:
-        parser.error(f"no program is called {options.only} in this half; there are: {', '.join(p.name for p in RARE)}")
-    console = Console()
-    seeds = range(options.seeds)
-    jobs: list[Job] = [
-        ("fault", program.name, method, seed)
-        for program in programs
-        for method in (NOTHING, WATCHED, *methods(clips))
-        for seed in seeds
-    ]
-    results = run_all(jobs, console, "rare signals")
-    check_watching(results, programs, options.seeds)
-    head = ["", "half", "alarms", f"steps touched by {', '.join(clips)}", f"loss: unwatched, {', '.join(clips)}"]
-    head += [f"metric: unwatched, {', '.join(clips)}", *(f"worse by {clip}" for clip in clips)]
-    table = markdown(head, [row_of(results, program, clips, options.seeds) for program in programs])
-    lines = summary(results, programs, clips, options.seeds)
-    first = told(results, programs, options.seeds)
-    for text in (table, *lines, *first):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if options.write:
-        text = "\n".join(f"* {line}" for line in lines)
-        text += f"\n\n{table}\n\nThe first alarm of each program that has one:\n\n"
-        text += "\n".join(f"* {line}" for line in first or ["none"])
-        between_marks(ROOT / "docs" / "repair.md", "rare", text)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import statistics
 import tempfile
 import time
 from contextlib import contextmanager
@@ -102,3 +103,9 @@ class Watched:
             yield
         finally:
             self.off()
+
+
+def shown(values: list[float]) -> str:
+    """Return the median with its quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.3f} ({low:.3f}-{high:.3f})"

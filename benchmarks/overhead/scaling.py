@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.overhead.bench import Bench, Watched
-from benchmarks.pages import write_scaling
+from benchmarks.overhead.pages import write_scaling
 
 if TYPE_CHECKING:
     from rich.console import Console

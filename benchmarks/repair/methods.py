@@ -1,88 +1,60 @@
-"""What is done to a training to repair it, and what came of it: auto-clip, other ways to clip, and doing something at random."""
+"""What is done to a training to repair it: auto-clip, other ways to clip, and doing something at random."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections import deque
 from collections.abc import Callable  # noqa: TC003  in the type of a table
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import gradwatch
 from benchmarks.faults.program import run_program
-from examples import digits_classifier, regression_mlp, rnn_long_sequence
+from benchmarks.repair.outcome import Outcome, bits_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 OURS, OURS_BY_VALUE = "auto-clip", "auto-clip by value"
 NORM, VALUE = "always norm 1.0", "always value 5.0"
 WATCHED = "watched only"
-
-
-def _always(clip: gradwatch.Clip) -> gradwatch.AutoClip:
-    return gradwatch.AutoClip(clip, when="always", on_nonfinite="ignore")
-
-
-def _always_norm(bound: float) -> gradwatch.AutoClip:
-    return _always(gradwatch.ClipNorm(bound))
-
-
-def _always_value(bound: float) -> gradwatch.AutoClip:
-    return _always(gradwatch.ClipValue(bound))
-
-
-CLIPS: dict[str, Callable[[], gradwatch.AutoClip]] = {
-    OURS: lambda: gradwatch.AutoClip("norm"),
-    OURS_BY_VALUE: lambda: gradwatch.AutoClip("value"),
-    NORM: lambda: _always(gradwatch.ClipNorm(1.0)),
-    VALUE: lambda: _always(gradwatch.ClipValue(5.0)),
-    "always value 1.0": lambda: _always(gradwatch.ClipValue(1.0)),
-    "ZClip": lambda: _always(gradwatch.ClipZScore()),
-    "AutoClip 90": lambda: _always(gradwatch.ClipPercentile(90.0)),
-    "AGC 0.01": lambda: _always(gradwatch.ClipAGC()),
-    "AdaGC": lambda: _always(gradwatch.ClipAdaGC()),
-}
 NOTHING = "none"
 RANDOM = "random repair"
 OLMO = "OLMo skip"
 
 
-@dataclass
-class Outcome:
-    """What came of a run. ``errors`` are a training's own measures: train and test error, or accuracy, or the last loss.
+def always(clip: gradwatch.Clip) -> gradwatch.AutoClip:
+    """Return the policy that applies a clip to each step and leaves NaN alone."""
+    return gradwatch.AutoClip(clip, when="always", on_nonfinite="ignore")
 
-    ``final`` is the median of the last tenth of the losses (of those that are finite, where all parameters are), ``touched``
-    the number of steps that were changed, ``stopped`` the step of a `TrainingUnstableError`, ``finite`` whether all
-    parameters were at the end, ``alarms`` the incidents of warning or worse, ``bits`` a digest of all losses and of the
-    weights and buffers at the end. A program that holds data out is judged by them: ``final`` is the loss on them,
-    ``unlearned`` that of before they were learned from, ``metric`` the program's own measure.
-    """
 
-    steps: int
-    final: float
-    nonfinite: int | None
-    stopped: int | None
-    finite: bool
-    touched: int = 0
-    told: tuple[str, ...] = ()
-    errors: tuple[float, ...] = ()
-    alarms: tuple[str, ...] = ()
-    bits: str = ""
-    unlearned: float | None = None
-    metric: float | None = None
+def always_norm(bound: float) -> gradwatch.AutoClip:
+    """Return the policy that clips the norm of each step."""
+    return always(gradwatch.ClipNorm(bound))
 
-    @property
-    def ended_well(self) -> bool:
-        """True when it ended finite, or in the stop with finite parameters."""
-        return self.finite and (self.stopped is not None or math.isfinite(self.final))
+
+def always_value(bound: float) -> gradwatch.AutoClip:
+    """Return the policy that clips each element of each step."""
+    return always(gradwatch.ClipValue(bound))
+
+
+CLIPS: dict[str, Callable[[], gradwatch.AutoClip]] = {
+    OURS: lambda: gradwatch.AutoClip("norm"),
+    OURS_BY_VALUE: lambda: gradwatch.AutoClip("value"),
+    NORM: lambda: always(gradwatch.ClipNorm(1.0)),
+    VALUE: lambda: always(gradwatch.ClipValue(5.0)),
+    "always value 1.0": lambda: always(gradwatch.ClipValue(1.0)),
+    "ZClip": lambda: always(gradwatch.ClipZScore()),
+    "AutoClip 90": lambda: always(gradwatch.ClipPercentile(90.0)),
+    "AGC 0.01": lambda: always(gradwatch.ClipAGC()),
+    "AdaGC": lambda: always(gradwatch.ClipAdaGC()),
+}
 
 
 class Repaired:
@@ -123,8 +95,8 @@ class Repaired:
         actions: list[Callable[[torch.optim.Optimizer], None]] = [
             lambda optimizer: _rate(optimizer, 0.1),
             lambda optimizer: _rate(optimizer, 10.0),
-            lambda _: _clip(self._model, lambda p: nn_utils.clip_grad_norm_(p, 1.0)),
-            lambda _: _clip(self._model, lambda p: nn_utils.clip_grad_value_(p, 0.5)),
+            lambda _: _clip(self._model, lambda p: nn.utils.clip_grad_norm_(p, 1.0)),
+            lambda _: _clip(self._model, lambda p: nn.utils.clip_grad_value_(p, 0.5)),
             lambda optimizer: _decay(optimizer, 1e-3),
             lambda _: None,
         ]
@@ -149,7 +121,7 @@ class Repaired:
 
         def before(*_: Any) -> None:
             gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-            norm = float(nn_utils.get_total_norm(gradients))
+            norm = float(nn.utils.get_total_norm(gradients))
             past = np.array(norms)
             if len(past) >= 64 and not norm <= past.mean() + 6 * past.std():
                 for parameter in self._model.parameters():
@@ -164,9 +136,6 @@ class Repaired:
                 parameter.grad = gradient
 
         self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-
-
-nn_utils = torch.nn.utils
 
 
 def _rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -208,7 +177,7 @@ def repaired(method: str, train: Any, seed: int, steps: int, lot: str = "") -> d
         nonfinite=int(bad[0]) if bad.size else None,
         stopped=stopped,
         finite=finite,
-        bits=_bits(losses, run._model),
+        bits=bits_of(losses, run._model),
     )
     held_out = None if made is None else made.held_out()
     if made is not None and made.before is not None and held_out is not None:
@@ -219,70 +188,3 @@ def repaired(method: str, train: Any, seed: int, steps: int, lot: str = "") -> d
         outcome.told = tuple(f"{i}: {i.clip}" for i in run.monitor.incidents if i.clip is not None)
         outcome.alarms = tuple(str(i) for i in run.monitor.incidents if i.severity != "notice")
     return asdict(outcome)
-
-
-def _bits(losses: Any, model: nn.Module) -> str:
-    """A digest of losses, weights and buffers, in which no bit can differ unseen."""
-    digest = hashlib.sha256(losses.tobytes())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-# The trainings of the examples.
-
-Policy = gradwatch.AutoClip | str | None
-_ON_SEQUENCES: dict[str, Callable[[], Policy]] = {
-    "none": lambda: None,
-    "always norm 1": partial(_always_norm, 1.0),
-    "always norm 5": partial(_always_norm, 5.0),
-    "auto-clip": lambda: "norm",
-}
-REGRESSION: dict[str, Callable[[], Policy]] = {
-    NOTHING: lambda: None,
-    "auto-clip norm": lambda: "norm",
-    "auto-clip value": lambda: "value",
-    **{f"always norm {bound:g}": partial(_always_norm, bound) for bound in (0.5, 1.0, 2.0, 5.0, 10.0)},
-    "always norm 1 of each tensor": lambda: _always(gradwatch.ClipLayerNorm(1.0)),
-    **{f"always value {bound:g}": partial(_always_value, bound) for bound in (0.5, 1.0, 5.0, 10.0)},
-    "always norm 1, then value 0.5": lambda: _always(gradwatch.ClipNormThenValue(1.0, 0.5)),
-    "always norm 5, then value 1": lambda: _always(gradwatch.ClipNormThenValue(5.0, 1.0)),
-    "always scaled to norm 10": lambda: _always(gradwatch.ScaleToNorm(10.0)),
-}
-DIGITS: dict[str, tuple[float, Callable[[], Policy]]] = {
-    "digits, rate 0.1, none": (digits_classifier.HEALTHY_RATE, lambda: None),
-    "digits, rate 0.1, always norm 1": (digits_classifier.HEALTHY_RATE, partial(_always_norm, 1.0)),
-    "digits, rate 0.1, auto-clip": (digits_classifier.HEALTHY_RATE, lambda: "norm"),
-    "digits, rate 3, none": (digits_classifier.WRECKING_RATE, lambda: None),
-    "digits, rate 3, always norm 1": (digits_classifier.WRECKING_RATE, partial(_always_norm, 1.0)),
-    "digits, rate 3, auto-clip": (digits_classifier.WRECKING_RATE, lambda: "norm"),
-    "digits, rate 3, auto-clip that may lower the rate": (
-        digits_classifier.WRECKING_RATE,
-        lambda: gradwatch.AutoClip("norm", escalate=("rate",)),
-    ),
-}
-SEQUENCES: dict[str, tuple[str, Callable[[], Policy]]] = {
-    f"{cell}, {name}": (cell, policy) for cell in ("rnn", "lstm") for name, policy in _ON_SEQUENCES.items()
-}
-
-
-def trained(name: str, seed: int) -> dict[str, Any]:
-    """Run one of the examples' trainings; return its `Outcome` as a dict."""
-    torch.set_num_threads(1)
-    errors: tuple[float, ...]
-    if name in REGRESSION:
-        result, monitor = regression_mlp.watched(seed, REGRESSION[name]())
-        errors, losses = (result.train_error, result.test_error), result.losses
-    elif name in DIGITS:
-        rate, policy = DIGITS[name]
-        accuracy, monitor = digits_classifier.train(rate, policy(), seed)
-        errors, losses = (accuracy,), [0.0]
-    else:
-        cell, policy = SEQUENCES[name]
-        sequence = rnn_long_sequence.train(cell, policy(), steps=200, seed=seed)
-        losses, monitor = sequence.losses, sequence.monitor
-        errors = (float(np.mean(losses[-20:])),)
-    bad = [step for step, loss in enumerate(losses) if not math.isfinite(loss)]
-    told = tuple(f"{i}: {i.clip}" for i in monitor.incidents if i.clip is not None)
-    return asdict(Outcome(len(losses), errors[-1], bad[0] if bad else None, None, not bad, told=told, errors=errors))

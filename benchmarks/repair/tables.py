@@ -1,119 +1,27 @@
-"""What repairs a training, and what harms a healthy one: ``python -m benchmarks.repair``.
-
-Five tables: the regression of the examples, the faults that clipping can repair, harm to healthy programs, the peers' toys, and
-two trainings of the examples. Finished runs are kept below ``build/`` until what they ran on changes, so that the command can
-be broken off and taken up again.
-"""
+"""The rows of the tables: runs repaired, runs harmed, and trainings under several policies."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import math
 import statistics
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from benchmarks.faults.outcome import SEEDS
-from benchmarks.faults.programs import LABELS, PROGRAMS, halves
-from benchmarks.faults.toys import STEPS, TOYS
-from benchmarks.pages import ROOT, between_marks, markdown
-from benchmarks.repair.methods import (
-    DIGITS,
-    NORM,
-    NOTHING,
-    OLMO,
-    OURS,
-    OURS_BY_VALUE,
-    RANDOM,
-    REGRESSION,
-    SEQUENCES,
-    VALUE,
-    Outcome,
-    repaired,
-    trained,
-)
+from benchmarks.faults.programs import PROGRAMS, halves
+from benchmarks.faults.toys import TOYS
+from benchmarks.repair.examples import DIGITS, REGRESSION, SEQUENCES
+from benchmarks.repair.judging import LABEL, share, unwatched, within_reach, worse
+from benchmarks.repair.methods import NORM, NOTHING, OURS, OURS_BY_VALUE, VALUE
+from benchmarks.repair.runs import BASELINES, TOY_METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from benchmarks.repair.outcome import Outcome
+    from benchmarks.repair.runs import Job
 
 Row = list[str]
-Job = tuple[str, str, str, int]  # what kind of training, which, with which method, seed
-BASELINES = (NORM, VALUE, "ZClip", "AutoClip 90", "AGC 0.01", "AdaGC", RANDOM)
-TOY_METHODS = (NOTHING, NORM, "always value 1.0", "ZClip", "AutoClip 90", "AGC 0.01", OLMO, OURS, OURS_BY_VALUE)
-LABEL: dict[str, dict[str, dict[str, Any]]] = json.loads(LABELS.read_text())
-BY_NAME = {program.name: program for program in PROGRAMS}
-
-
-def _do(job: Job) -> dict[str, Any]:
-    kind, name, method, seed = job
-    if kind == "training":
-        return trained(name, seed)
-    if kind == "toy":
-        toy = next(toy for toy in TOYS if toy.name == name)
-        return repaired(method, toy.train, seed, STEPS, name)
-    program = BY_NAME[name]
-    return repaired(method, program.faulty, seed, program.steps, name)
-
-
-def _digest(*places: str) -> str:
-    digest = hashlib.sha256()
-    for place in places:
-        path = ROOT / place
-        for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(source.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _folder(method: str) -> Path:
-    """Ours depends on all of gradwatch, always clipping on the clips alone."""
-    package = "gradwatch/clips" if method in (*BASELINES, *TOY_METHODS[:-2]) else "gradwatch"
-    return ROOT / "build" / "repair" / _digest(package, "benchmarks/faults", "benchmarks/repair/methods.py", "examples")
-
-
-def run_all(jobs: Iterable[Job], console: Console, what: str) -> dict[Job, Outcome]:
-    """Run what is not there yet, on two processes; return what came of each."""
-    results: dict[Job, Outcome] = {}
-    missing: dict[Job, Path] = {}
-    folders: dict[str, Path] = {}
-    for job in dict.fromkeys(jobs):
-        folder = folders.setdefault(job[2], _folder(job[2]))
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / (hashlib.sha256("/".join(map(str, job)).encode()).hexdigest()[:16] + ".json")
-        if path.exists():
-            results[job] = Outcome(**json.loads(path.read_text()))
-        else:
-            missing[job] = path
-    failed: dict[Job, Exception] = {}
-    with ProcessPoolExecutor(2) as pool:
-        running = {pool.submit(_do, job): job for job in missing}
-        for done in track(as_completed(running), total=len(running), description=what, console=console):
-            job = running[done]
-            try:
-                found = done.result()
-            except Exception as error:  # the others' results shall be kept before this one ends the command
-                failed[job] = error
-                continue
-            missing[job].write_text(json.dumps(found))
-            results[job] = Outcome(**found)
-    for job, cause in failed.items():
-        raise RuntimeError(f"{job} failed: {cause!r}") from cause
-    return results
 
 
 # Faults that clipping can repair.
-
-
-def within_reach(name: str, seed: int, final: float) -> bool:
-    """True when a run ends as near to the repaired twin as the fault set asks of a program that is not faulty."""
-    twin = LABEL[name][str(seed)]["twin"]
-    return bool(final - twin["final"] <= 0.5 * max(abs(twin["final"]), 0.02 * abs(twin["first"])))
 
 
 def repairable(results: dict[Job, Outcome]) -> list[str]:
@@ -122,7 +30,7 @@ def repairable(results: dict[Job, Outcome]) -> list[str]:
     for program in PROGRAMS:
         if program.twin is None:
             continue
-        broken = [seed for seed in SEEDS if not within_reach(program.name, seed, _unwatched(program.name, seed))]
+        broken = [seed for seed in SEEDS if not within_reach(program.name, seed, unwatched(program.name, seed))]
         best = max(
             sum(within_reach(program.name, seed, results["fault", program.name, method, seed].final) for seed in broken)
             for method in (NORM, VALUE)
@@ -132,11 +40,6 @@ def repairable(results: dict[Job, Outcome]) -> list[str]:
     return found
 
 
-def _unwatched(name: str, seed: int) -> float:
-    final: float = LABEL[name][str(seed)]["faulty" if BY_NAME[name].twin else "healthy"]["final"]
-    return final
-
-
 def fault_rows(results: dict[Job, Outcome], names: list[str]) -> list[Row]:
     """Return a row for each method: the runs that it repairs, by half."""
     half = halves()
@@ -144,9 +47,7 @@ def fault_rows(results: dict[Job, Outcome], names: list[str]) -> list[Row]:
     for method in (OURS, OURS_BY_VALUE, *BASELINES):
         row = [method]
         for which in ("development", "report"):
-            runs = [
-                (n, s) for n in names if half[n] == which for s in SEEDS if not within_reach(n, s, _unwatched(n, s))
-            ]
+            runs = [(n, s) for n in names if half[n] == which for s in SEEDS if not within_reach(n, s, unwatched(n, s))]
             row.append(share(within_reach(n, s, results["fault", n, method, s].final) for n, s in runs))
         rows.append(row)
     return rows
@@ -178,25 +79,14 @@ def nonfinite_rows(results: dict[Job, Outcome]) -> tuple[list[Row], list[str]]:
             for p in PROGRAMS
             if p.twin is not None and half[p.name] == which
             for seed in SEEDS
-            if not math.isfinite(_unwatched(p.name, seed))
+            if not math.isfinite(unwatched(p.name, seed))
         ]
         row.append(share(results["fault", n, OURS, s].ended_well for n, s in runs))
         lines += [f"{n} ({which}), seed {s}" for n, s in runs if not results["fault", n, OURS, s].ended_well]
     return [row], lines
 
 
-def share(hits: Iterable[bool]) -> str:
-    """Return a share as text."""
-    found = list(hits)
-    return f"{100 * sum(found) / len(found):.0f} % ({sum(found)}/{len(found)})" if found else "none to judge"
-
-
 # Harm.
-
-
-def worse(run: Outcome, unclipped: Outcome, first: float, by: float) -> bool:
-    """True when a healthy run ends worse than unclipped by this share of its loss, or of 2 % of its first one."""
-    return not run.final - unclipped.final <= by * max(abs(unclipped.final), 0.02 * abs(first))
 
 
 def _harms(results: dict[Job, Outcome], name: str, seed: int, method: str, by: float) -> bool:
@@ -265,84 +155,3 @@ def training_rows(results: dict[Job, Outcome]) -> list[Row]:
         what = "accuracy" if name in DIGITS else "loss"
         rows.append([name, what, ", ".join(f"{run.errors[0]:.3g}" for run in runs)])
     return rows
-
-
-# All of it.
-
-
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description="Repair and harm, beside other ways to clip.")
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/repair.md")
-    options = parser.parse_args()
-    console = Console()
-    faulty = [program.name for program in PROGRAMS if program.twin is not None]
-    healthy = [program.name for program in PROGRAMS if program.twin is None]
-    results = run_all(
-        [("fault", n, m, s) for n in faulty for m in (NORM, VALUE, OURS, OURS_BY_VALUE) for s in SEEDS],
-        console,
-        "faults",
-    )
-    names = repairable(results)
-    others = [m for m in BASELINES if m not in (NORM, VALUE)]
-    jobs: list[Job] = [("fault", n, m, s) for n in names for m in others for s in SEEDS]
-    jobs += [("fault", n, m, s) for n in healthy for m in (NOTHING, OURS, NORM) for s in SEEDS]
-    jobs += [("toy", toy.name, m, s) for toy in TOYS for m in TOY_METHODS for s in range(toy.seeds)]
-    jobs += [("training", name, OURS, s) for name in REGRESSION for s in range(5)]
-    jobs += [("training", name, OURS, s) for name in (*DIGITS, *SEQUENCES) for s in SEEDS]
-    results |= run_all(jobs, console, "the rest")
-    harmed, touched = harm_rows(results, healthy)
-    ended, lost = nonfinite_rows(results)
-    halves_ = ["development half", "report half"]
-    tables = {
-        "1. The regression, medians of 5 seeds": (
-            ["", "train error", "test error", "worst test error", "runs with NaN"],
-            regression_rows(results),
-        ),
-        f"2. Runs repaired, of the {len(names)} programs that always clipping repairs": (
-            ["", *halves_],
-            fault_rows(results, names),
-        ),
-        "Runs that end non-finite unwatched, and end finite or in the stop with finite parameters": (
-            ["", *halves_],
-            ended,
-        ),
-        f"3. Harm to the {len(healthy)} healthy programs": (
-            ["", "programs worse by 5 %", "by 25 %", "steps touched", "runs touched"],
-            harmed,
-        ),
-        "4. The peers' toys: runs that end non-finite, median final loss": (
-            ["", *(f"{toy.name} ({toy.seeds})" for toy in TOYS)],
-            toy_rows(results),
-        ),
-        "5. Digits (accuracy) and sequences (last loss), three seeds": (
-            ["", "", "seeds 0, 1, 2"],
-            training_rows(results),
-        ),
-    }
-    lists = {
-        "Repairable, and not repaired by auto-clip:": unrepaired(results, names),
-        "Not ended well:": lost,
-        "Healthy runs that auto-clip touched:": touched,
-    }
-    for title, (head, rows) in tables.items():
-        table = Table(title=title, title_justify="left")
-        for column in head:
-            table.add_column(column)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for title, lines in lists.items():
-        console.print(title, *(lines or ["none"]), sep="\n", markup=False, highlight=False, soft_wrap=True)
-    if options.write:
-        parts = [f"## {title}\n\n{markdown(head, rows)}" for title, (head, rows) in tables.items()]
-        parts += [
-            f"## {title[:-1]}\n\n" + "\n".join(f"* {line}" for line in lines or ["none"])
-            for title, lines in lists.items()
-        ]
-        between_marks(ROOT / "docs" / "repair.md", "repair", "\n\n".join(parts))
-        between_marks(ROOT / "README.md", "repair", markdown(["", *halves_], fault_rows(results, names)))
-
-
-if __name__ == "__main__":
-    main()

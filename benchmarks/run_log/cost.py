@@ -1,33 +1,24 @@
-"""What a run log costs: ``python -m benchmarks.run_log``.
-
-The time of a step with and without it, at 150 layers and about 20 ms, and the size of a log of 300 layers and a million
-steps. Times are those of the whole process, so that the thread that writes is in them.
-"""
+"""The time that a run log adds to a step, and its size."""
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import nn
 
 from benchmarks.overhead.bench import Bench, Watched
-from benchmarks.overhead.variants import shown
 from gradwatch.records import Facts, Provenance, Row
-from gradwatch.runlog import RunLog
 from gradwatch.runlog.batch import Batch
 from gradwatch.runlog.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 _WIDTH = 160
 
@@ -135,34 +126,3 @@ def size(folder: Path, layers: int, rows: int) -> float:
         store.write([batch])
     store.close(ended=True)
     return time.perf_counter() - started
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="What a run log costs, in time and on the disk.")
-    parser.add_argument("--rounds", type=int, default=15, help="pairs of blocks")
-    parser.add_argument("--block", type=int, default=60, help="steps of a block")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the log whose size is taken")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    console = Console()
-    ratios, noise, step = overhead(options.rounds, options.block)
-    console.print(
-        f"150 layers, armed step {step:.2f} ms: with a log {shown(ratios)} of it, without one again {shown(noise)}"
-    )
-    mine, writers = own(options.block * options.rounds)
-    console.print(
-        f"the log's own time for a step: {mine:.0f} us in the training's thread, {writers:.0f} us in the one that writes"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = size(Path(folder), 300, options.rows)
-        megabytes = (Path(folder) / "run.sqlite").stat().st_size / 1e6
-        with RunLog(folder) as log:
-            kept = len(log.norms()[0])
-    console.print(
-        f"300 layers, {options.rows:,} steps: {megabytes:,.0f} MB, {kept:,} rows with layers; written in {seconds:.0f} s"
-    )
-
-
-if __name__ == "__main__":
-    main()
