@@ -74,9 +74,9 @@ def test_every_command_that_a_page_names_tells_how_it_is_used(
 
 
 def test_the_pages_name_all_commands() -> None:
-    """Each folder with a `__main__` is one; a label is made by another."""
+    """Each folder with a `__main__` is one; halves and labels are made by two others."""
     mains = {name.removesuffix(".__main__") for name in FILES if name.endswith(".__main__")}
-    assert mains | {"benchmarks.faults.outcome"} == set(COMMANDS)
+    assert mains | {"benchmarks.faults.programs", "benchmarks.faults.outcome"} == set(COMMANDS)
 
 
 def made(job: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import random
@@ -60,5 +61,13 @@ def halves() -> dict[str, Half]:
     return found
 
 
-if __name__ == "__main__":  # a program that has a half keeps it
+def main() -> None:
+    """Draw the halves that are missing and write them down; a program that has a half keeps it."""
+    argparse.ArgumentParser(
+        "python -m benchmarks.faults.programs", description="Draw the halves of the programs that have none."
+    ).parse_args()
     SPLIT.write_text(json.dumps(draw(halves() if SPLIT.exists() else {}), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
