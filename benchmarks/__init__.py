@@ -1,1 +1,1 @@
-"""Benchmarks: they print the tables that the README and the docs show."""
+"""Benchmarks, a folder for each command: they print the tables that the README and the docs show."""

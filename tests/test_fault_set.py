@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.detect import wilson
-from benchmarks.detectors import BASELINES
-from benchmarks.faults.outcome import LABELS, SEEDS, Outcome, has_learned, is_faulty, is_healthy, outcome_of
+from benchmarks.detect.detectors import BASELINES
+from benchmarks.detect.scores import wilson
+from benchmarks.faults.outcome import SEEDS, Outcome, has_learned, is_faulty, is_healthy, outcome_of
 from benchmarks.faults.program import Trace, run_program
-from benchmarks.faults.programs import PROGRAMS, halves
+from benchmarks.faults.programs import LABELS, PROGRAMS, halves
 
 FOUND = json.loads(LABELS.read_text())
 BY_NAME = {program.name: program for program in PROGRAMS}
@@ -42,6 +42,11 @@ def test_every_program_was_drawn_into_a_half() -> None:
     drawn = halves()
     assert set(drawn) == set(BY_NAME)
     assert abs(2 * sum(half == "development" for half in drawn.values()) - len(drawn)) <= 2
+
+
+def test_programs_stand_in_the_order_of_their_labels() -> None:
+    """Whatever file a program stands in: a new one comes last, and no table is shuffled by a move."""
+    assert [program.name for program in PROGRAMS] == list(FOUND)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)

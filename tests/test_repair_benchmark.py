@@ -14,21 +14,10 @@ from torch.optim import optimizer as torch_optimizer
 from benchmarks.faults.program import Trace, run_program
 from benchmarks.faults.programs import PROGRAMS, halves
 from benchmarks.faults.toys import TOYS
-from benchmarks.harm import RARE, check_watching, harmed, median_of, row_of, summary, told
-from benchmarks.repair import BY_NAME, LABEL, share, within_reach, worse
-from benchmarks.repairs import (
-    CLIPS,
-    NORM,
-    NOTHING,
-    OLMO,
-    OURS,
-    OURS_BY_VALUE,
-    RANDOM,
-    WATCHED,
-    Outcome,
-    _bits,
-    repaired,
-)
+from benchmarks.harm.judging import RARE, check_watching, harmed, median_of, row_of, summary, told
+from benchmarks.repair.judging import BY_NAME, LABEL, share, within_reach, worse
+from benchmarks.repair.methods import CLIPS, NORM, NOTHING, OLMO, OURS, OURS_BY_VALUE, RANDOM, WATCHED, repaired
+from benchmarks.repair.outcome import Outcome, bits_of
 
 EARLY = next(toy for toy in TOYS if toy.name == "early")
 
@@ -171,12 +160,12 @@ def test_the_digest_of_a_run_tells_a_single_bit() -> None:
     """In a loss, in a weight and in a buffer."""
     model = nn.BatchNorm1d(3)
     losses = np.array([0.5, 0.25])
-    before = _bits(losses, model)
-    assert before == _bits(losses.copy(), model)
-    assert before != _bits(np.nextafter(losses, 1), model)
+    before = bits_of(losses, model)
+    assert before == bits_of(losses.copy(), model)
+    assert before != bits_of(np.nextafter(losses, 1), model)
     model.running_mean[0] = torch.finfo(torch.float32).tiny  # type: ignore[index]
-    changed = _bits(losses, model)
+    changed = bits_of(losses, model)
     assert changed != before
     with torch.no_grad():
         model.weight[0] = torch.nextafter(model.weight[0], torch.tensor(2.0))
-    assert _bits(losses, model) != changed
+    assert bits_of(losses, model) != changed

@@ -6,23 +6,24 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from benchmarks.faults.program import Trace, run_program
+from benchmarks.faults.programs import LABELS, PROGRAMS
 
 if TYPE_CHECKING:
     from benchmarks.faults.program import Program
 
 SEEDS = (0, 1, 2)
-LABELS = Path(__file__).with_name("labels.json")
 _GROWN = 10.0  # times the first weight norm: exploded, in the pilot study of the project's notes on detection
 _ALWAYS = ("nonfinite", "diverged")  # written down also where there is none
 _FAR = 10.0  # times the level before the cause: diverged
@@ -103,8 +104,6 @@ def has_learned(run: Outcome, chance: float) -> bool:
 
 
 def _label(index: int, seed: int) -> tuple[str, int, dict[str, object]]:
-    from benchmarks.faults.programs import PROGRAMS
-
     torch.set_num_threads(1)
     program = PROGRAMS[index]
     found: dict[str, object] = {}
@@ -122,10 +121,10 @@ def _label(index: int, seed: int) -> tuple[str, int, dict[str, object]]:
 
 def main() -> None:
     """Run all and write the labels."""
-    from rich.progress import track
-
-    from benchmarks.faults.programs import PROGRAMS
-
+    argparse.ArgumentParser(
+        "python -m benchmarks.faults.outcome",
+        description="Label the programs that have no labels, by what becomes of them.",
+    ).parse_args()
     known = json.loads(LABELS.read_text()) if LABELS.exists() else {}
     labels: dict[str, dict[str, object]] = {program.name: known.get(program.name, {}) for program in PROGRAMS}
     missing = [index for index, program in enumerate(PROGRAMS) if program.name not in known]

@@ -124,6 +124,18 @@ class Program:
     chance: float = 0.0
 
 
+def healthy(name: str, train: Callable[[Run], None], why: str, steps: int = 300) -> Program:
+    """A program of the family that has nothing wrong."""
+    return Program(f"healthy: {name}", "healthy", train, None, why, steps)
+
+
+def rare(
+    name: str, train: Callable[[Run], None], why: str, metric: str, chance: float = 0.0, steps: int = 2000
+) -> Program:
+    """A healthy program whose rare part is measured on data held out."""
+    return Program(f"healthy: {name}", "healthy", train, None, why, steps, metric=metric, chance=chance)
+
+
 def run_program(train: Callable[[Run], None], seed: int, steps: int, watcher: Watcher) -> Run:
     """Run one program to its end and return the run; errors that its own fault raises end it early."""
     torch.manual_seed(seed)

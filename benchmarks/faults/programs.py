@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import random
@@ -12,36 +13,23 @@ if TYPE_CHECKING:
     from benchmarks.faults.program import Program
 
 Half = Literal["development", "report"]
-_MODULES = (
-    "learning_rate",
-    "recurrent",
-    "initialisation",
-    "activations",
-    "precision",
-    "numerics",
-    "data_faults",
-    "transformers",
-    "optimizer_state",
-    "injected",
-    "one_layer",
-    "plain_bugs",
-    "adversarial",
-    "healthy_supervised",
-    "healthy_sequences",
-    "healthy_unusual",
-    "healthy_rare",
-    "healthy_bursty",
-)
+_FOLDERS = ("faulty", "healthy", "rare")
 SPLIT = Path(__file__).with_name("split.json")
+LABELS = Path(__file__).with_name("labels.json")
 
 
 def _all() -> tuple[Program, ...]:
+    """Return all programs in the order of their labels, in whatever file they stand; those without labels come last."""
     found: list[Program] = []
-    for module in _MODULES:
-        found += importlib.import_module(f"benchmarks.faults.{module}").PROGRAMS
+    for folder in _FOLDERS:
+        for file in sorted(Path(__file__).with_name(folder).glob("[!_]*.py")):
+            module = importlib.import_module(f"benchmarks.faults.{folder}.{file.stem}")
+            found += getattr(module, "PROGRAMS", ())
     names = [program.name for program in found]
     assert len(set(names)) == len(names), f"twice: {sorted({name for name in names if names.count(name) > 1})}"
-    return tuple(found)
+    labelled = json.loads(LABELS.read_text()) if LABELS.exists() else {}
+    place = {name: index for index, name in enumerate(labelled)}
+    return tuple(sorted(found, key=lambda program: place.get(program.name, len(place))))
 
 
 PROGRAMS = _all()
@@ -73,5 +61,13 @@ def halves() -> dict[str, Half]:
     return found
 
 
-if __name__ == "__main__":  # a program that has a half keeps it
+def main() -> None:
+    """Draw the halves that are missing and write them down; a program that has a half keeps it."""
+    argparse.ArgumentParser(
+        "python -m benchmarks.faults.programs", description="Draw the halves of the programs that have none."
+    ).parse_args()
     SPLIT.write_text(json.dumps(draw(halves() if SPLIT.exists() else {}), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from benchmarks.faults.loops import batch_loss, batches, fit, letters_loss, over
+from benchmarks.faults.models import mlp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,55 +18,34 @@ if TYPE_CHECKING:
     from benchmarks.faults.program import Run
 
 
-def _teacher(seed: int, inputs: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def _teacher(seed: int, inputs: int = 16) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 + seed)
     x = torch.randn(2048, inputs, generator=generator)
     hidden = torch.tanh(x @ torch.randn(inputs, 32, generator=generator) / inputs**0.5)
     return x, hidden @ torch.randn(32, 1, generator=generator) / 32**0.5
 
 
-def _mlp(activation: type[nn.Module]) -> nn.Sequential:
-    parts: list[nn.Module] = [nn.Linear(16, 64), activation()]
-    for _ in range(4):
-        parts += [nn.Linear(64, 64), activation()]
-    return nn.Sequential(*parts, nn.Linear(64, 1))
+_SIZES = (16, 64, 64, 64, 64, 64, 1)
 
 
 def _healthy(run: Run) -> None:
     """6-layer tanh MLP, AdamW."""
-    model = _mlp(nn.Tanh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    x, y = _teacher(run.seed)
-    run.watch(model)
-    while True:
-        rows = torch.randint(0, len(x), (32,))
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x[rows]), y[rows])
-        loss.backward()
-        optimizer.step()
-        run.step(loss)
+    model = mlp(*_SIZES, act=nn.Tanh)
+    fit(run, model, torch.optim.AdamW(model.parameters(), lr=1e-3), batch_loss(model, _teacher(run.seed)))
 
 
 def _relu(run: Run, rate: Callable[[int], float], *, bad_batch: int = -1, plateau: bool = False) -> None:
-    model = _mlp(nn.ReLU)
+    model = mlp(*_SIZES)
     if plateau:  # small weights: learning begins only after some hundred steps
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.85)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate(0), momentum=0.9)
-    x, y = _teacher(run.seed)
-    run.watch(model)
-    step = 0
-    while True:
-        optimizer.param_groups[0]["lr"] = rate(step)
-        rows = torch.randint(0, len(x), (32,))
-        targets = y[rows] * (200 if step == bad_batch else 1)
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x[rows]), targets)
-        loss.backward()
-        optimizer.step()
-        run.step(loss)
-        step += 1
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(model(x), y * (200 if run.made == bad_batch else 1))
+
+    fit(run, model, optimizer, over(batches(32, *_teacher(run.seed)), loss), rate=rate)
 
 
 def _gpt(run: Run) -> None:
@@ -81,10 +63,10 @@ def _gpt(run: Run) -> None:
             )
             self.head = nn.Linear(48, words)
 
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        def forward(self, tokens: Tensor) -> Tensor:
             mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
             hidden = self.blocks(self.words(tokens) + self.places(torch.arange(tokens.shape[1])), mask=mask)
-            logits: torch.Tensor = self.head(hidden)
+            logits: Tensor = self.head(hidden)
             return logits
 
     model = Model()
@@ -93,18 +75,15 @@ def _gpt(run: Run) -> None:
         optimizer, lambda step: min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * min(1, step / 400)))
     )
     chain = torch.softmax(3 * torch.randn(words, words), dim=1)
-    run.watch(model)
-    while True:
+
+    def loss() -> Tensor:
         tokens = [torch.randint(0, words, (16,))]
         for _ in range(length):
             tokens.append(torch.multinomial(chain[tokens[-1]], 1)[:, 0])
         batch = torch.stack(tokens, dim=1)
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        run.step(loss)
+        return letters_loss(model(batch[:, :-1]), batch[:, 1:])
+
+    fit(run, model, optimizer, loss, schedule=schedule)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What is found, what is not, and what is found where there is nothing."""

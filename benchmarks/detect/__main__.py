@@ -1,0 +1,93 @@
+"""What is found, what is not, and what is found where there is nothing: ``python -m benchmarks.detect``.
+
+Every program of the fault set is run over three seeds, the faulty one, its repaired twin and the healthy ones alike, watched
+by gradwatch with its defaults; the untuned detectors of `detectors.py` see the same run's recorded numbers. Watching
+changes no bit, so that one run serves them all. Finished runs are kept below ``build/`` until gradwatch or the fault set
+changes, so that the command can be broken off and taken up again.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.detect.detectors import BASELINES
+from benchmarks.detect.runs import run_all
+from benchmarks.detect.scores import OURS, misses, scores, toy_rows
+from benchmarks.faults.programs import PROGRAMS, halves
+from benchmarks.pages import ROOT, between_marks, markdown
+
+GOALS = {
+    "recall, all faulty runs": "97 %",
+    "healthy runs with a false alarm": "at most 1 %",
+    "paired recall": "95 %",
+    "alarm before divergence": "80 %",
+    "first incident's kind is a measured symptom": "95 %",
+    "prime suspect is the faulty layer": "90 %",
+    "incidents in one faulty run": "median 1, at most 3",
+}
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.detect", description="Detection on the fault set, beside untuned detectors."
+    )
+    parser.add_argument("--half", choices=("development", "report", "both"), default="both")
+    parser.add_argument("--misses", action="store_true", help="name what gradwatch got wrong")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/detection.md")
+    options = parser.parse_args()
+    console = Console()
+    half_of = halves()
+    chosen = ("development", "report") if options.half == "both" else (options.half,)
+    programs = {half: [p for p in PROGRAMS if half_of[p.name] == half] for half in chosen}
+    results = run_all({program.name for half in programs.values() for program in half}, console)
+    texts = []
+    for half, those in programs.items():
+        faulty = sum(program.twin is not None for program in those)
+        title = f"{half} half: {faulty} faulty programs with their twins, {len(those) - faulty} healthy ones, 3 seeds"
+        ours = scores(those, results, OURS)
+        table = Table(title=title, title_justify="left")
+        for column in ("", OURS, *BASELINES):
+            table.add_column(column)
+        others = {name: scores(those, results, name) for name in BASELINES}
+        for row, value in ours.items():
+            table.add_row(row, value, *(others[name].get(row, "") for name in BASELINES))
+        console.print(table)
+        texts.append((half, title, ours, others))
+        if options.misses:
+            for line in misses(those, results):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    toys = toy_rows(results)
+    for name, told in toys:
+        console.print(f"{name}: {told}")
+    if options.write:
+        _write(texts, toys, misses([p for half in programs.values() for p in half], results))
+
+
+def _write(
+    texts: list[tuple[str, str, dict[str, str], dict[str, dict[str, str]]]], toys: list[list[str]], wrong: list[str]
+) -> None:
+    rows = [[row, GOALS[row], *(ours[row] for _, _, ours, _ in texts)] for row in texts[0][2]]
+    first = markdown(["", "goal", *(f"{half} half" for half, *_ in texts)], rows)
+    half, _, ours, others = texts[-1]
+    four = [row for row in ours if row in next(iter(others.values()))]
+    beside = [
+        [name, *(found[row].partition(" (")[0] for row in four)] for name, found in ((OURS, ours), *others.items())
+    ]
+    second = f"Beside untuned detectors on the same runs, {half} half:\n\n" + markdown(["", *four], beside)
+    third = "On the toy trainings on which other tools were tried:\n\n" + markdown(["", OURS], toys)
+    between_marks(ROOT / "README.md", "detection", "\n\n".join((first, second, third)))
+    parts = []
+    for _, title, ours, others in texts:
+        lines = [[name, *(found[row] for row in four)] for name, found in ((OURS, ours), *others.items())]
+        parts.append(f"{title}:\n\n" + markdown(["", *four], lines))
+    parts.append("The peers' toys:\n\n" + markdown(["", "gradwatch"], toys))
+    parts.append("What gradwatch got wrong, by program:\n\n" + "\n".join(f"* {line}" for line in wrong))
+    between_marks(ROOT / "docs" / "detection.md", "detection", "\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

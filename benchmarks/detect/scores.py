@@ -1,0 +1,149 @@
+"""What the runs come to: shares with their intervals, what was got wrong, and the toys."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING
+
+from benchmarks.faults.outcome import SEEDS, symptoms_of
+from benchmarks.faults.toys import TOYS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from benchmarks.detect.runs import Result
+    from benchmarks.faults.program import Program
+
+OURS = "gradwatch"
+_EARLY = 5  # steps between cause and divergence from which a warning before it can be asked for
+
+
+def wilson(hits: int, of: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson 1927)."""
+    if not of:
+        return math.nan, math.nan
+    z = 1.96
+    share = hits / of
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _share(hits: Iterable[bool]) -> str:
+    found = list(hits)
+    low, high = wilson(sum(found), len(found))
+    if not found:
+        return "none to judge"
+    return f"{100 * sum(found) / len(found):.0f} % ({sum(found)}/{len(found)}; {100 * low:.0f}-{100 * high:.0f})"
+
+
+def _alarm(result: Result, detector: str) -> int | None:
+    if detector != OURS:
+        found: int | None = result["baselines"][detector]
+        return found
+    return None if result["alarm"] is None else int(result["alarm"]["step"])
+
+
+def scores(programs: Sequence[Program], results: dict[str, Result], detector: str) -> dict[str, str]:
+    """Return the rows of the table for one detector."""
+    faulty = [(p, s, results[f"{p.name}/faulty/{s}"]) for p in programs if p.twin is not None for s in SEEDS]
+    healthy = [results[f"{p.name}/{'twin' if p.twin else 'healthy'}/{s}"] for p in programs for s in SEEDS]
+    found = [(p, result) for p, _, result in faulty if _found(p, result, detector)]
+    early = [(p, r) for p, _, r in faulty if r["diverged"] is not None and r["diverged"] - p.onset >= _EARLY]
+    rows = {
+        "recall, all faulty runs": _share(_found(p, r, detector) for p, _, r in faulty),
+        "healthy runs with a false alarm": _share(_alarm(r, detector) is not None for r in healthy),
+        "paired recall": _share(
+            _found(p, r, detector) and _alarm(results[f"{p.name}/twin/{s}"], detector) is None for p, s, r in faulty
+        ),
+        "alarm before divergence": _share(_found(p, r, detector) and _before(p, r, detector) for p, r in early),
+    }
+    if detector == OURS:
+        grave = [len(r["grave"]) for _, _, r in faulty]
+        rows |= {
+            "first incident's kind is a measured symptom": _share(
+                r["alarm"]["kind"] in symptoms_of(p, r["growth"]) for p, r in found
+            ),
+            "prime suspect is the faulty layer": _share(
+                (r["alarm"]["suspect"] or "").startswith(p.suspect) for p, r in found if p.suspect is not None
+            ),
+            "incidents in one faulty run": f"median {statistics.median(grave):g}, at most {max(grave)}",
+        }
+    return rows
+
+
+def _found(program: Program, result: Result, detector: str) -> bool:
+    alarm = _alarm(result, detector)
+    return alarm is not None and alarm >= program.onset
+
+
+def _before(program: Program, result: Result, detector: str) -> bool:
+    alarm = _alarm(result, detector)
+    return alarm is not None and program.onset <= alarm < result["diverged"]
+
+
+def misses(programs: Sequence[Program], results: dict[str, Result]) -> list[str]:
+    """Return what gradwatch got wrong, a line for each program and kind of error, with the seeds."""
+    found: dict[tuple[str, str], tuple[list[int], str]] = {}
+    for program in programs:
+        for seed in SEEDS:
+            for which in ("faulty", "twin") if program.twin is not None else ("healthy",):
+                where = f"{program.name} ({program.family}{', the twin' if which == 'twin' else ''})"
+                for what, detail in _errors(program, which, results[f"{program.name}/{which}/{seed}"]):
+                    found.setdefault((where, what), ([], detail))[0].append(seed)
+    lines = []
+    for (where, what), (seeds, detail) in found.items():
+        of = "each seed" if len(seeds) == len(SEEDS) else f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        lines.append(f"{where}, {of}: {what}{detail}")
+    return lines
+
+
+def _errors(program: Program, which: str, result: Result) -> Iterator[tuple[str, str]]:
+    """Yield what was wrong with one run, and the detail of it."""
+    alarm = _alarm(result, OURS)
+    told = (
+        f" ({', '.join(f'{kind} at step {step}' for kind, step in result['notices'][:2])})" if result["notices"] else ""
+    )
+    if which != "faulty":
+        if alarm is not None:
+            yield "false alarm", f": {result['alarm']['kind']} at step {alarm}, by {', '.join(result['codes'])}"
+        return
+    if alarm is None:
+        yield ("told as a notice only" if told else "missed"), told
+        return
+    kind, suspect = result["alarm"]["kind"], result["alarm"]["suspect"]
+    if alarm < program.onset:
+        yield "an alarm before the cause", f", at step {alarm} of {program.onset}"
+    symptoms = symptoms_of(program, result["growth"])
+    if kind not in symptoms:
+        yield f"called {kind}", f", expected {' or '.join(symptoms)}"
+    if program.suspect and not (suspect or "").startswith(program.suspect):
+        yield "another suspect", f": {suspect}, expected {program.suspect}"
+    diverged = result["diverged"]
+    if diverged is not None and diverged - program.onset >= _EARLY and alarm >= diverged:
+        yield "late", f": alarm at step {alarm}, diverged at {diverged}"
+
+
+def toy_rows(results: dict[str, Result]) -> list[list[str]]:
+    """Return the peers' toys, a row each: false alarms, or lead before NaN."""
+    rows = []
+    for toy in TOYS:
+        runs = [results[f"toy {toy.name}/toy/{seed}"] for seed in range(toy.seeds)]
+        alarms = [_alarm(run, OURS) for run in runs]
+        if toy.onset is None:
+            rows.append([toy.name, f"{sum(alarm is not None for alarm in alarms)} of {toy.seeds} with a false alarm"])
+            continue
+        leads = [
+            run["nonfinite"] - alarm
+            for run, alarm in zip(runs, alarms, strict=True)
+            if alarm is not None and run["nonfinite"] is not None
+        ]
+        early = sum(alarm is not None and alarm < toy.onset for alarm in alarms)
+        told = (
+            f"lead before NaN {', '.join(map(str, leads))}" if leads else f"{sum(a is not None for a in alarms)} told"
+        )
+        if leads:
+            told += f" (median {statistics.median(leads):g})"
+        rows.append([toy.name, told + (f"; {early} before the cause" if early else "")])
+    return rows

@@ -1,0 +1,1 @@
+"""What auto-clip does to healthy programs whose signal is rare."""

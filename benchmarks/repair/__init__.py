@@ -1,0 +1,1 @@
+"""What repairs a training, and what that costs a healthy one."""

@@ -1,0 +1,128 @@
+"""What repairs a training, and what harms a healthy one: ``python -m benchmarks.repair``.
+
+Five tables: the regression of the examples, the faults that clipping can repair, harm to healthy programs, the peers' toys, and
+two trainings of the examples. Finished runs are kept below ``build/`` until what they ran on changes, so that the command can
+be broken off and taken up again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table as DrawnTable
+
+from benchmarks.faults.outcome import SEEDS
+from benchmarks.faults.programs import PROGRAMS
+from benchmarks.faults.toys import TOYS
+from benchmarks.pages import ROOT, between_marks, markdown
+from benchmarks.repair.examples import DIGITS, REGRESSION, SEQUENCES
+from benchmarks.repair.methods import NORM, NOTHING, OURS, OURS_BY_VALUE, VALUE
+from benchmarks.repair.runs import BASELINES, TOY_METHODS, Job, run_all
+from benchmarks.repair.tables import (
+    Row,
+    fault_rows,
+    harm_rows,
+    nonfinite_rows,
+    regression_rows,
+    repairable,
+    toy_rows,
+    training_rows,
+    unrepaired,
+)
+
+if TYPE_CHECKING:
+    from benchmarks.repair.outcome import Outcome
+
+_HALVES = ["development half", "report half"]
+Table = tuple[list[str], list[Row]]
+
+
+def _run(console: Console, healthy: list[str]) -> tuple[dict[Job, Outcome], list[str]]:
+    """Return what came of all runs, and the programs that can be repaired by clipping, which the first runs show."""
+    faulty = [program.name for program in PROGRAMS if program.twin is not None]
+    first = (NORM, VALUE, OURS, OURS_BY_VALUE)
+    results = run_all([("fault", n, m, s) for n in faulty for m in first for s in SEEDS], console, "faults")
+    names = repairable(results)
+    others = [m for m in BASELINES if m not in (NORM, VALUE)]
+    jobs: list[Job] = [("fault", n, m, s) for n in names for m in others for s in SEEDS]
+    jobs += [("fault", n, m, s) for n in healthy for m in (NOTHING, OURS, NORM) for s in SEEDS]
+    jobs += [("toy", toy.name, m, s) for toy in TOYS for m in TOY_METHODS for s in range(toy.seeds)]
+    jobs += [("training", name, OURS, s) for name in REGRESSION for s in range(5)]
+    jobs += [("training", name, OURS, s) for name in (*DIGITS, *SEQUENCES) for s in SEEDS]
+    return results | run_all(jobs, console, "the rest"), names
+
+
+def _told(
+    results: dict[Job, Outcome], names: list[str], healthy: list[str]
+) -> tuple[dict[str, Table], dict[str, list[str]]]:
+    """Return the tables and the lists by their titles."""
+    harmed, touched = harm_rows(results, healthy)
+    ended, lost = nonfinite_rows(results)
+    errors = ["", "train error", "test error", "worst test error", "runs with NaN"]
+    harms = ["", "programs worse by 5 %", "by 25 %", "steps touched", "runs touched"]
+    toys = ["", *(f"{toy.name} ({toy.seeds})" for toy in TOYS)]
+    tables: dict[str, Table] = {
+        "1. The regression, medians of 5 seeds": (errors, regression_rows(results)),
+        f"2. Runs repaired, of the {len(names)} programs that always clipping repairs": (
+            ["", *_HALVES],
+            fault_rows(results, names),
+        ),
+        "Runs that end non-finite unwatched, and end finite or in the stop with finite parameters": (
+            ["", *_HALVES],
+            ended,
+        ),
+        f"3. Harm to the {len(healthy)} healthy programs": (harms, harmed),
+        "4. The peers' toys: runs that end non-finite, median final loss": (toys, toy_rows(results)),
+        "5. Digits (accuracy) and sequences (last loss), three seeds": (
+            ["", "", "seeds 0, 1, 2"],
+            training_rows(results),
+        ),
+    }
+    lists = {
+        "Repairable, and not repaired by auto-clip:": unrepaired(results, names),
+        "Not ended well:": lost,
+        "Healthy runs that auto-clip touched:": touched,
+    }
+    return tables, lists
+
+
+def _print(console: Console, tables: dict[str, Table], lists: dict[str, list[str]]) -> None:
+    for title, (head, rows) in tables.items():
+        table = DrawnTable(title=title, title_justify="left")
+        for column in head:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for title, lines in lists.items():
+        console.print(title, *(lines or ["none"]), sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write(tables: dict[str, Table], lists: dict[str, list[str]], repaired: list[Row]) -> None:
+    parts = [f"## {title}\n\n{markdown(head, rows)}" for title, (head, rows) in tables.items()]
+    for title, lines in lists.items():
+        parts.append(f"## {title[:-1]}\n\n" + "\n".join(f"* {line}" for line in lines or ["none"]))
+    between_marks(ROOT / "docs" / "repair.md", "repair", "\n\n".join(parts))
+    between_marks(ROOT / "README.md", "repair", markdown(["", *_HALVES], repaired))
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.repair", description="Repair and harm, beside other ways to clip."
+    )
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/repair.md")
+    options = parser.parse_args()
+    console = Console()
+    healthy = [program.name for program in PROGRAMS if program.twin is None]
+    results, names = _run(console, healthy)
+    tables, lists = _told(results, names, healthy)
+    _print(console, tables, lists)
+    if options.write:
+        _write(tables, lists, fault_rows(results, names))
+
+
+if __name__ == "__main__":
+    main()

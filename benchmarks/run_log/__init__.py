@@ -1,0 +1,1 @@
+"""What a run log costs, in time and on the disk."""
