@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -265,6 +266,31 @@ def test_nobody_writes_into_another_objects_attributes() -> None:
     assert written_from_outside({name: path.read_text() for name, path in FILES.items()}) == set()
     sources = {"a": "class A:\n    def __init__(self):\n        self.step = 0", "b": "def go(a):\n    a.step = 1"}
     assert written_from_outside(sources) == {("b", "a.step")}
+
+
+# what is computed when it is first asked for, and kept
+CACHES = {"history/losses.stuck", "history/ring.row", "measure/layers.home"}
+QUESTION = re.compile(
+    r"_?(is|has|was|are|may|can|needs|fits|holds|knows|keeps|stays|falls|waits|goes|rests|owns|writes|clips|acts|relapses)(_|$)"
+)
+
+
+def answers_that_change(sources: dict[str, str]) -> set[str]:
+    """Return the properties, and the functions named like a question, that assign to an attribute."""
+    return {
+        f"{name}.{function.name}"
+        for name, source in sources.items()
+        for function in ast.walk(ast.parse(source))
+        if isinstance(function, ast.FunctionDef)
+        and (any("property" in ast.unparse(one) for one in function.decorator_list) or QUESTION.match(function.name))
+        and any(_assigned(node) for node in ast.walk(function))
+    }
+
+
+def test_a_question_changes_nothing() -> None:
+    """Nor does a property, but for what it keeps so as not to compute it again."""
+    assert answers_that_change({name: path.read_text() for name, path in FILES.items()}) == CACHES
+    assert answers_that_change({"a": "def is_due(self):\n    self.step += 1"}) == {"a.is_due"}
 
 
 def on_devices() -> list[ast.FunctionDef]:

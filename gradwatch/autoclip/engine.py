@@ -158,7 +158,7 @@ class AutoClipEngine:
             return Decision(skip=True)
         self._skips_in_a_row[row.optimizer] = 0
         # an average of norms must not miss what the ring forgets
-        clip = self.clip(self.history.rows - 1) if self.on or self._falls_behind() else None
+        clip = self.clip(self.history.rows - 1) if self.on or self._begin_to_catch_up() else None
         if not self.acts:
             return NOTHING
         guard = None
@@ -166,7 +166,7 @@ class AutoClipEngine:
             guard = Guard.of(row, self.history, self._usual, self._looseness)
         return Decision(clip if self.on else None, rate=self.further.rate, guard=guard)
 
-    def _falls_behind(self) -> bool:
+    def _begin_to_catch_up(self) -> bool:
         behind = self._baseline is not None and self.history.rows - self._looked >= self.history.window // 2
         if behind:
             self._looked = self.history.rows

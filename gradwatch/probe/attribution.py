@@ -67,32 +67,32 @@ class Attribution:
             if any(owner.coming.roots for owner in owners):
                 self._forget_cleared(before)
 
-    def ended(self, run: Run, *, fused: bool) -> bool:
+    def end(self, run: Run, *, fused: bool) -> bool:
         """A backward is over; return whether it was of this model. ``fused``: it was, by other signs."""
         note = run.notes.pop(id(self), None)
         if type(note) is not tuple or note[0] is not self._owners.sole or len(taps.CALLERS) > 1:
-            return self._ended(run, note, fused=fused)
-        owner, before = note  # from here on as `_ended`, on the hot path
+            return self._end(run, note, fused=fused)
+        owner, before = note  # from here on as `_end`, on the hot path
         taps.READERS.append(run.thread)
         try:
             reached = has_changed(owner, before, None)
         finally:
             taps.READERS.remove(run.thread)
         if not reached:
-            return self._ended(run, note, fused=fused)
+            return self._end(run, note, fused=fused)
         self.backwards += 1
         self._threads.add(run.thread)
         owner.coming.add(losses_of(run.roots))
         return True
 
-    def _ended(self, run: Run, note: Any, *, fused: bool) -> bool:
+    def _end(self, run: Run, note: Any, *, fused: bool) -> bool:
         with taps.reading(run.thread):
             if note is None or (len(taps.CALLERS) > 1 and not self._may_read(run)):
                 return False
             before = note if isinstance(note, Backward) else Backward.of(*note)
             reached = before.reached()
         if not (reached or fused):
-            return self._was_overlooked(run)
+            return self._look_for_overlooked(run)
         self.backwards += 1
         self._threads.add(run.thread)
         losses = losses_of(run.roots)
@@ -139,7 +139,7 @@ class Attribution:
         if rest.coming.roots:  # it may be several optimizers' that have not stepped yet
             rest.coming.lost(before.gone(rest, by_value=self.backwards < _YOUNG))
 
-    def _was_overlooked(self, run: Run) -> bool:
+    def _look_for_overlooked(self, run: Run) -> bool:
         """Look for layers that were frozen when owners were looked at; remember a backward of parameters not known yet."""
         parameter = next(parameters_behind(run.roots), None)
         if parameter is None:

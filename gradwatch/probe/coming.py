@@ -69,7 +69,7 @@ class BeforeClip:
         """True while the gradients are the tensors that were measured."""
         return all(ref() is parameter.grad for parameter, ref in self._marks)
 
-    def goes_on(self) -> bool:
+    def next_begins(self) -> bool:
         """Another clip begins: return True if nothing but clips has changed the gradients, so that it is of the same step."""
         most = _BY_VALUE if self._open else 0
         before = self._versions

@@ -171,7 +171,7 @@ class DeferredRows:
                 self._confirm()
         self._ring.send(None)
 
-    def failure_is_known(self) -> bool:
+    def look_for_failure(self) -> bool:
         """True from the step on in which all processes read the first row that tells of a failure."""
         return any(UnpackedRow.of(table).failed for _, table in self._ring.arrived())
 

@@ -151,9 +151,9 @@ class DeviceRecorder:
 
     # When gradwatch itself fails.
 
-    def failure_is_known(self) -> bool:
+    def look_for_failure(self) -> bool:
         """Return whether all processes have read a row that tells of a failure."""
-        return self._rows is not None and self._rows.failure_is_known()
+        return self._rows is not None and self._rows.look_for_failure()
 
     def tell_failure(self) -> None:
         """Take part in one exchange only to say that gradwatch failed here."""

@@ -101,7 +101,7 @@ class FastPath:
     def share(self, tensors: list[Tensor]) -> Tensor | None:
         """The user is about to clip these gradients: return their norm as one vector; None where torch shall take it."""
         before, plan = self.mine.coming.before_clip, self._plan
-        if before is not None and before.goes_on():  # another clip in the same step
+        if before is not None and before.next_begins():  # another clip in the same step
             return None
         self.mine.coming.forget_clip()
         self._before = None

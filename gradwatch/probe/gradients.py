@@ -99,8 +99,8 @@ class Gradients:
         """Take note of a step of this optimizer."""
         self.steps += 1
 
-    def waits_for(self, inner: Gradients | None) -> bool:
-        """Return whether the step is left to ``inner``, the optimizer that this one is around; not if it never steps."""
+    def leave_step_to(self, inner: Gradients | None) -> bool:
+        """Leave the step to ``inner``, the optimizer that this one is around, unless it never steps; return whether it is."""
         if inner is None:
             self.around = None
         elif inner.steps != self.steps:

@@ -130,7 +130,7 @@ class HostRecorder:
             raise
         except Exception as failure:
             error = failure
-        if self._peers.clip_failed_anywhere(well=error is None):
+        if self._peers.confirm_clip(well=error is None):
             # whoever has clipped has gone another way: nobody makes this step
             self._skipping.leave_out(row, Decision(skip=True), mine, source)
             error = error or PeerError(

@@ -120,11 +120,11 @@ class Owners:
         for optimizer in filter(None, [ref() for ref in self._refs.values()]):
             self._make(optimizer, self._known[id(optimizer)].around)
 
-    def waits_for_another(self, mine: Gradients) -> bool:
-        """True for an optimizer around another one over the same parameters: the step is that one's, if it ever steps."""
+    def leave_to_another(self, mine: Gradients) -> bool:
+        """Leave the step of an optimizer around another one to that one, if it ever steps; return whether it is."""
         inner = mine.around() if mine.around is not None else None
         its = self._known.get(id(inner)) if inner is not None else None
-        waits = mine.waits_for(its)
+        waits = mine.leave_step_to(its)
         if not waits:
             self._list = self.sole = None
         return waits

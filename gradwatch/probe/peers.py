@@ -197,7 +197,7 @@ class Peers:
             self._clipped_by_value = None
             self._judge.done(row, decision, min(1.0, after_norm / before) if before > 0 else 1.0)
 
-    def clip_failed_anywhere(self, *, well: bool) -> bool:
+    def confirm_clip(self, *, well: bool) -> bool:
         """Ask all processes whether a clip of the user's own failed in one of them; if so all leave at the next step."""
         if self.ranks is None or not self._judge.may_clip or self.ranks.all_well(well=well):
             return False

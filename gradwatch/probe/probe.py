@@ -166,7 +166,7 @@ class Probe:
     def backward_ended(self, run: Run) -> None:
         """A backward ended: take its losses, and the row where there is no optimizer to wait for."""
         started = perf_counter()
-        if self.attribution.ended(run, fused=bool(self._inside)):
+        if self.attribution.end(run, fused=bool(self._inside)):
             if self.gradient_hooks.came and not run.inside:
                 self.gradient_hooks.end()
             if self.losses.given:
@@ -181,12 +181,12 @@ class Probe:
         """In a loop without a torch optimizer, the end of backward is the last moment before the update."""
         if self._loop == "explicit" or self._has_optimizer:
             return
-        if self._loop == "unknown" and not self._updates_without_optimizer():
+        if self._loop == "unknown" and not self._look_for_updates():
             return
         self._loop = "backward"
         self._take(self.owners.everything(), "end of backward")
 
-    def _updates_without_optimizer(self) -> bool:
+    def _look_for_updates(self) -> bool:
         """True when the weights moved although there is no optimizer of theirs, or another one keeps stepping in vain."""
         parameters = [parameter for _, parameter in self._layers.measured()]
         if all(device.reading_is_free(parameter.device) for parameter in parameters):
@@ -256,7 +256,7 @@ class Probe:
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
             if self._left_out >= PATIENCE or self._guarded(
-                self.recorder.together
+                self.recorder.meet_peers
             ):  # others may make this step, and wait for the row
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)
@@ -328,7 +328,7 @@ class Probe:
         if mine is None or self._is_inside_another(optimizer):
             return None
         mine.restore(late=True)
-        if self.owners.waits_for_another(mine):
+        if self.owners.leave_to_another(mine):
             return None
         self._stepping = weakref.ref(optimizer)
         if torch._C._current_graph_task_id() != -1:  # fused into backward: one step for each parameter

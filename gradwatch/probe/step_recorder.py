@@ -118,7 +118,7 @@ class StepRecorder:
         self._device.forget()
         self._fast_path = None
 
-    def together(self) -> bool:
+    def meet_peers(self) -> bool:
         """Return whether rows are exchanged with other processes, who are met at the first step."""
         return self.peers.ranks is not None if self.peers.met else self.peers.meet()
 
@@ -169,7 +169,7 @@ class StepRecorder:
     def measure_before_clip(self, mine: Gradients) -> None:
         """Measure what the user is about to clip, unless it has been clipped already."""
         before, home = mine.coming.before_clip, self._layers.home
-        if before is None or before.measured is None or not before.goes_on():
+        if before is None or before.measured is None or not before.next_begins():
             before = None
         elif len(before.measured.columns) == len(mine.with_gradient()):
             return
@@ -214,7 +214,7 @@ class StepRecorder:
         Raises:
             TrainingUnstableError: a row that has come over from the device says that the run is to stop.
         """
-        if self._rests(steps):
+        if self._choose_pace(steps):
             self.step += 1
             return False
         if not self.peers.met:
@@ -236,8 +236,8 @@ class StepRecorder:
             raise stop
         return True
 
-    def _rests(self, steps: int) -> bool:
-        """Choose ``every``, and return whether the optimizer's step of this number leaves no row."""
+    def _choose_pace(self, steps: int) -> bool:
+        """Choose ``every``; return True if the optimizer's step of this number leaves no row."""
         alert, self._alert = self._alert, False
         if self.peers.ranks is not None:  # only what all of them know may decide: an alert is this one's alone
             self._every, unusual = self.peers.every or self._every, self.peers.closely
@@ -376,7 +376,7 @@ class StepRecorder:
         elif device.reading_is_free(self._layers.home):
             ranks.tell_failure()
             self.over = True
-        elif self._device.failure_is_known():
+        elif self._device.look_for_failure():
             self.over = True
         else:
             self._device.tell_failure()

@@ -238,7 +238,7 @@ class Store:
         scalars = (batch.loss, batch.global_norm, batch.coefficient, batch.skipped.astype(np.int64))
         numbers = zip(ids, *(values.tolist() for values in scalars), provenances, strict=True)
         db.executemany("INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?)", numbers)
-        keep = [done.thinning.keeps(step) for step in steps]
+        keep = [done.thinning.take(step) for step in steps]
         raw, width = batch.gradient.astype("<f4", copy=False).tobytes(), 4 * batch.gradient.shape[1]
         places = range(len(steps)) if batch.places is None else batch.places
         norms = (

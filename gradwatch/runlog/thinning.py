@@ -29,7 +29,7 @@ class Thinning:
         other._rows, other._until, other._seen = self._rows, self._until, set(self._seen)
         return other
 
-    def keeps(self, step: int) -> bool:
+    def take(self, step: int) -> bool:
         """Take note of a row and say whether it stays once it is older than the last 5,000."""
         self._rows += 1
         # the number of the row counts from 1: rules judge, and weights are sampled, at multiples of 16 and 32

@@ -173,7 +173,7 @@ class Incidents:
                 story.young = self._history.losses < EARLY and story.of_the_batch
         may_last = not story.lasting and (story.harmed or not story.young)
         if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
-            story.lasting = self._stays_up(story)
+            story.lasting = self._compare_level(story)
             story.look_at *= 2
             touched |= story.lasting
         if not active and self._over(name, step, calm=step - story.last_fired):
@@ -182,7 +182,7 @@ class Incidents:
             return None
         return self._tell(story, step)
 
-    def _stays_up(self, story: _Story) -> bool:
+    def _compare_level(self, story: _Story) -> bool:
         """Look 12, 24, 48 ... steps after the opening: True when the loss is up and no longer comes down.
 
         Up is twice what was usual. A loss that comes down is a change of the task. At first half of the way back is enough,
