@@ -12,6 +12,7 @@ import pytest
 
 import gradwatch
 from gradwatch import clips, reports
+from tests.where import WHERE
 
 PACKAGE = Path(gradwatch.__file__).parent
 HOST = (
@@ -225,6 +226,21 @@ def test_two_files_register_hooks() -> None:
 def test_one_file_replaces_torchs_attributes() -> None:
     """`setattr` on torch stands in one file."""
     assert [n for n, path in FILES.items() if "setattr(self._owner" in path.read_text()] == ["probe/patches"]
+
+
+def place_of(name: str) -> str | None:
+    """Return the line of the table that says where a module is tested: its own, or that of its folder."""
+    return next((place for place in (name, f"{room_of(name)}/") if place in WHERE), None)
+
+
+def test_each_module_is_tested_under_its_name_or_a_line_says_where() -> None:
+    """Those of more than 40 lines; no line without a module that needs it, and every test file that a line names is there."""
+    tests = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    long = {name for name, path in FILES.items() if len(path.read_text().splitlines()) > 40}
+    strays = {name for name in long if f"test_{name.rpartition('/')[2]}" not in tests}
+    assert {name for name in strays if place_of(name) is None} == set()
+    assert WHERE.keys() == {place_of(name) for name in strays}
+    assert {name for names, _ in WHERE.values() for name in names} <= tests
 
 
 def _assigned(node: ast.AST) -> list[ast.Attribute]:
