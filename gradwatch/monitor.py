@@ -123,7 +123,7 @@ class Monitor:
             raise
 
     def detach(self) -> None:
-        """Remove every hook and tap, end the reports; the model is as it was before. Safe to call twice."""
+        """Remove every hook and patch, end the reports; the model is as it was before. Safe to call twice."""
         self._raise_first(self.end())
 
     def end(self) -> list[Failure]:

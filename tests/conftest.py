@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad as torch_clip
 from torch.optim import optimizer as torch_optimizer
 
 from gradwatch import monitor
-from gradwatch.probe import optimizer_hooks as hooks
+from gradwatch.probe import optimizer_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,10 +38,14 @@ def left_behind() -> list[str]:
     """Name everything of gradwatch that is still in torch or in this process."""
     found = []
     if torch.autograd.backward is not _BACKWARD:
-        found.append("tap on torch.autograd.backward")
+        found.append("patch of torch.autograd.backward")
     if getattr(torch_clip, _GROUP) is not _GROUPING:
-        found.append(f"tap on {_GROUP}")
-    if hooks._handles or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+        found.append(f"patch of {_GROUP}")
+    if (
+        optimizer_hooks._handles
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    ):
         found.append("optimizer hooks")
     if len(monitor.attached):
         found.append("an attached monitor")
@@ -50,7 +54,7 @@ def left_behind() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """After each test no hook, tap or thread remains."""
+    """After each test no hook, patch or thread remains."""
     yield
     gc.collect()
     found = left_behind()

@@ -15,8 +15,7 @@ from rich.console import Console
 from torch import nn
 
 import gradwatch
-from gradwatch.probe import optimizer_hooks as hooks
-from gradwatch.probe import patches as taps
+from gradwatch.probe import optimizer_hooks, patches
 from gradwatch.reports.live import LiveReport
 from gradwatch.reports.log import LogReport
 from gradwatch.runlog import lock
@@ -163,11 +162,11 @@ def _left(model: nn.Module) -> list[str]:
     """Name what is left in torch and on the model, and take it away so that the next training begins clean."""
     hooked = [p for p in model.parameters() if p._post_accumulate_grad_hooks]
     found = left_behind() + (["hooks on parameters"] if hooked else []) + ["the lock of a run log"] * len(lock._mine)
-    for tap in taps.ALL:
-        for listener in tap.listeners:
-            tap.remove(listener)
-    for probe in [ref() for ref in hooks._probes]:
+    for patch in patches.ALL:
+        for listener in patch.listeners:
+            patch.remove(listener)
+    for probe in [ref() for ref in optimizer_hooks._probes]:
         if probe is not None:
-            hooks.unlisten(probe)
+            optimizer_hooks.unlisten(probe)
     lock._mine.clear()
     return found

@@ -15,10 +15,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.probe import gradient_hooks as arrivals
-from gradwatch.probe import gradients, step_recorder
-from gradwatch.probe import optimizer_hooks as hooks
-from gradwatch.probe import patches as taps
+from gradwatch.probe import gradient_hooks, gradients, optimizer_hooks, patches, step_recorder
 from gradwatch.reports.desk import ReportDesk
 from gradwatch.reports.log import LogReport, write_line
 from gradwatch.reports.summary import Summary
@@ -31,10 +28,10 @@ from tests.conftest import left_behind
 PARTS: list[tuple[Any, str, set[str]]] = [
     (step_recorder.StepRecorder, "catch_up", set()),
     (step_recorder.StepRecorder, "close", set()),
-    (arrivals.GradientHooks, "stop", {"hooks on parameters"}),
+    (gradient_hooks.GradientHooks, "stop", {"hooks on parameters"}),
     (gradients.Gradients, "restore", set()),
-    (taps.Patch, "remove", {"tap on torch.autograd.backward", "tap on _group_tensors_by_device_and_dtype"}),
-    (hooks, "unlisten", {"optimizer hooks"}),
+    (patches.Patch, "remove", {"patch of torch.autograd.backward", "patch of _group_tensors_by_device_and_dtype"}),
+    (optimizer_hooks, "unlisten", {"optimizer hooks"}),
     (Alarms, "closeness", set()),  # without it there is no snapshot
     (LogReport, "close", set()),
     (Summary, "__str__", set()),
@@ -103,9 +100,9 @@ def test_a_part_that_fails_leaves_the_others_done(
         stale = "this is the run as it was at step 0" if name == "closeness" else "3 steps of Linear"
         assert stale in stream.getvalue()
     if not done:  # end by hand what was kept from ending
-        for tap in taps.ALL:
-            tap.remove(monitor._probe)
-        hooks.unlisten(monitor._probe)
+        for one in patches.ALL:
+            one.remove(monitor._probe)
+        optimizer_hooks.unlisten(monitor._probe)
         monitor._probe.gradient_hooks.stop()
         log = monitor._pipeline.desk.log
         if isinstance(log, Recording):

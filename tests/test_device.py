@@ -385,7 +385,7 @@ def test_the_default_device_is_nothing_to_the_monitor(clip: gradwatch.Clip | Non
 
 @pytest.mark.usefixtures("as_on_a_device")
 def test_nothing_is_done_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No row, no operation, no question to the device in hooks and taps; it is said once, and steps after it are watched."""
+    """No row, no operation, no question to the device in hooks and patches; it is said once, and steps after it are watched."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
     x, y = data()

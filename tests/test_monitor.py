@@ -63,7 +63,7 @@ def test_the_check_for_things_left_behind_can_fail() -> None:
 
 
 def test_detach_leaves_the_model_as_it_was() -> None:
-    """No hook, no attribute, no tap; training goes on without rows."""
+    """No hook, no attribute, no patch; training goes on without rows."""
     model = mlp()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     monitor = gradwatch.attach(model, report=None)

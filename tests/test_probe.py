@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.probe import patches as taps
+from gradwatch.probe import patches
 from tests.trainings import data, mlp, train, true_norms
 
 if TYPE_CHECKING:
@@ -256,17 +256,17 @@ def test_the_order_of_arrival_is_learned_and_then_no_hook_is_left() -> None:
     model = mlp(depth=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with watch(model) as monitor:
-        arrivals = monitor._probe.gradient_hooks
-        assert len(arrivals) == 8
+        hooks = monitor._probe.gradient_hooks
+        assert len(hooks) == 8
         train(model, optimizer, 3)
-        assert len(arrivals) == 0
-        assert arrivals.order is not None
-        last_layer, first_layer = arrivals.order[6:], arrivals.order[:2]
+        assert len(hooks) == 0
+        assert hooks.order is not None
+        last_layer, first_layer = hooks.order[6:], hooks.order[:2]
         assert max(last_layer) < min(first_layer)
-        arrivals.follow(closely=True)
-        assert len(arrivals) == 8
-        arrivals.follow(closely=False)
-        assert len(arrivals) == 0
+        hooks.follow(closely=True)
+        assert len(hooks) == 8
+        hooks.follow(closely=False)
+        assert len(hooks) == 0
 
 
 def test_tied_parameters_are_one_layer_with_two_names() -> None:
@@ -318,13 +318,13 @@ def test_a_subclass_that_calls_super_step_is_measured_once() -> None:
 
 
 def test_two_monitors_on_two_models_keep_apart() -> None:
-    """Each sees its own steps; the taps stay until the last one leaves."""
+    """Each sees its own steps; the patches stay until the last one leaves."""
     one, other = mlp(), mlp(seed=1)
     first, second = watch(one), watch(other)
     train(one, torch.optim.SGD(one.parameters(), lr=0.01), 3)
     assert (first.history.rows, second.history.rows) == (3, 0)
     first.detach()
-    assert taps.BACKWARD.installed
+    assert patches.BACKWARD.installed
     train(other, torch.optim.SGD(other.parameters(), lr=0.01), 2)
     assert (first.history.rows, second.history.rows) == (3, 2)
     second.detach()

@@ -15,8 +15,7 @@ from rich.console import Console
 from torch import nn
 
 import gradwatch
-from gradwatch.probe import optimizer_hooks as hooks
-from gradwatch.probe import patches as taps
+from gradwatch.probe import optimizer_hooks, patches
 from gradwatch.reports.live import LiveReport
 
 if TYPE_CHECKING:
@@ -78,19 +77,19 @@ class Watched:
         self.off()
 
     def off(self) -> None:
-        """Take every hook and tap away."""
-        hooks.unlisten(self.probe)
-        for tap in taps.ALL:
-            tap.remove(self.probe)
+        """Take every hook and patch away."""
+        optimizer_hooks.unlisten(self.probe)
+        for patch in patches.ALL:
+            patch.remove(self.probe)
         hooked = self.probe.gradient_hooks
         self.hooked = [(column, hooked._layers.parameter(column)) for column in hooked._hooks]
         hooked.stop()
 
     def on(self) -> None:
         """Put them back."""
-        hooks.listen(self.probe)
-        for tap in taps.ALL:
-            tap.add(self.probe)
+        optimizer_hooks.listen(self.probe)
+        for patch in patches.ALL:
+            patch.add(self.probe)
         for column, parameter in self.hooked:
             if parameter is not None:
                 self.probe.gradient_hooks._hooks[column] = self.probe.gradient_hooks._hook(column, parameter)

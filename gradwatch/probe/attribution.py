@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradwatch.probe import patches as taps
+from gradwatch.probe import patches
 from gradwatch.probe.backwards import Backward, has_changed, losses_of, parameters_behind
 
 if TYPE_CHECKING:
@@ -32,15 +32,15 @@ class Attribution:
     Args:
         layers: the watched parameters.
         owners: who owns them.
-        arrivals: says whether the model is sharded by FSDP.
+        gradient_hooks: says whether the model is sharded by FSDP.
 
     Attributes: ``backwards`` counts those of the watched model.
     """
 
-    def __init__(self, layers: Layers, owners: Owners, arrivals: GradientHooks) -> None:
+    def __init__(self, layers: Layers, owners: Owners, gradient_hooks: GradientHooks) -> None:
         self._layers = layers
         self._owners = owners
-        self._arrivals = arrivals
+        self._hooks = gradient_hooks
         self._strays: deque[tuple[list[Loss], weakref.ref[nn.Parameter]]] = deque(maxlen=_STRAYS)
         self._threads: set[int] = set()  # those that a backward of this model ran on
         self.backwards = 0
@@ -48,36 +48,36 @@ class Attribution:
     def begins(self, run: Run) -> None:
         """A backward is about to run: note the gradients that there are, forget the losses of those that are no more."""
         sole = self._owners.sole
-        if sole is None or sole.coming.roots or len(taps.CALLERS) > 1:
+        if sole is None or sole.coming.roots or len(patches.CALLERS) > 1:
             self._begins(run)
             return
-        taps.READERS.append(run.thread)  # from here on as `_begins`, on the hot path
+        patches.READERS.append(run.thread)  # from here on as `_begins`, on the hot path
         try:
             before = [None if (g := one.grad) is None else (g, g._version) for one in sole.parameters]
             run.notes[id(self)] = sole, before
         finally:
-            taps.READERS.remove(run.thread)
+            patches.READERS.remove(run.thread)
 
     def _begins(self, run: Run) -> None:
-        with taps.reading(run.thread):
-            if len(taps.CALLERS) > 1 and not self._may_read(run):
+        with patches.reading(run.thread):
+            if len(patches.CALLERS) > 1 and not self._may_read(run):
                 return
             owners = self._owners.current()
-            run.notes[id(self)] = before = Backward(owners, self._layers.model if self._arrivals.hookless else None)
+            run.notes[id(self)] = before = Backward(owners, self._layers.model if self._hooks.hookless else None)
             if any(owner.coming.roots for owner in owners):
                 self._forget_cleared(before)
 
     def end(self, run: Run, *, fused: bool) -> bool:
         """A backward is over; return whether it was of this model. ``fused``: it was, by other signs."""
         note = run.notes.pop(id(self), None)
-        if type(note) is not tuple or note[0] is not self._owners.sole or len(taps.CALLERS) > 1:
+        if type(note) is not tuple or note[0] is not self._owners.sole or len(patches.CALLERS) > 1:
             return self._end(run, note, fused=fused)
         owner, before = note  # from here on as `_end`, on the hot path
-        taps.READERS.append(run.thread)
+        patches.READERS.append(run.thread)
         try:
             reached = has_changed(owner, before, None)
         finally:
-            taps.READERS.remove(run.thread)
+            patches.READERS.remove(run.thread)
         if not reached:
             return self._end(run, note, fused=fused)
         self.backwards += 1
@@ -86,8 +86,8 @@ class Attribution:
         return True
 
     def _end(self, run: Run, note: Any, *, fused: bool) -> bool:
-        with taps.reading(run.thread):
-            if note is None or (len(taps.CALLERS) > 1 and not self._may_read(run)):
+        with patches.reading(run.thread):
+            if note is None or (len(patches.CALLERS) > 1 and not self._may_read(run)):
                 return False
             before = note if isinstance(note, Backward) else Backward.of(*note)
             reached = before.reached()
@@ -101,14 +101,14 @@ class Attribution:
         return True
 
     def passed_by(self) -> None:
-        """A backward of this model has passed by the tap."""
+        """A backward of this model has passed by the patch."""
         self.backwards += 1
 
     def found(self) -> list[Root]:
         """Parameters were added or replaced: return the losses of the backwards that had reached them."""
         strays = list(self._strays)
         self._strays.clear()
-        if self._arrivals.hookless:  # a graph leads to whole parameters, of which FSDP2 shows the model only pieces
+        if self._hooks.hookless:  # a graph leads to whole parameters, of which FSDP2 shows the model only pieces
             everything = frozenset(range(len(self._layers)))
             return [(loss, everything) for losses, _ in strays[-1:] for loss in losses]
         known = [(losses, self._layers.column(one)) for losses, ref in strays if (one := ref()) is not None]
@@ -116,7 +116,7 @@ class Attribution:
 
     def is_elsewhere(self) -> bool:
         """True where the model is trained on other threads than this one, so that its gradients must not be read here."""
-        return len(taps.CALLERS) > 1 and get_ident() not in self._threads
+        return len(patches.CALLERS) > 1 and get_ident() not in self._threads
 
     def _may_read(self, run: Run) -> bool:
         """True if a backward is of this model, so that no other thread is computing its gradients."""

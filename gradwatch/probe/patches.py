@@ -1,6 +1,6 @@
-"""The few places where torch has no hook. Each tap is named, counted and restorable.
+"""The few places where torch has no hook. Each patch is named, counted and restorable.
 
-A tap replaces one attribute of torch while at least one listener wants it, and puts the original back when the last one
+A patch replaces one attribute of torch while at least one listener wants it, and puts the original back when the last one
 leaves. If somebody else has patched the same place on top of it, it stays as a plain pass-through.
 
 * `BACKWARD` (`torch.autograd.backward`): the loss, and the end of a backward.
@@ -40,7 +40,7 @@ _log = logging.getLogger("gradwatch")
 
 
 class Listener(Protocol):
-    """What a tap tells, by way of `tell`."""
+    """What a patch tells, by way of `tell`."""
 
     def failed(self, error: Exception) -> None:
         """A call of this listener raised an error; raises it again only if it is meant to reach the training loop."""
@@ -143,7 +143,7 @@ def _called_by(thread: int) -> None:
 
 
 class Patch:
-    """One replaceable attribute of torch. ``wrap(original, tap)`` makes the replacement."""
+    """One replaceable attribute of torch. ``wrap(original, patch)`` makes the replacement."""
 
     def __init__(self, name: str, owner: Any, attribute: str, wrap: Callable[[Function, Patch], Function]) -> None:
         self.name = name
@@ -189,7 +189,7 @@ class Patch:
                 self._replacement = self._original = None
 
 
-def _wrap_backward(original: Function, tap: Patch) -> Function:
+def _wrap_backward(original: Function, patch: Patch) -> Function:
     @functools.wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         # reentrant checkpointing calls backward from inside a backward, on a device from a thread of autograd's
@@ -197,7 +197,7 @@ def _wrap_backward(original: Function, tap: Patch) -> Function:
             return original(tensors, *args, **kwargs)
         if (me := threading.get_ident()) not in CALLERS or len(CALLERS) > 1:
             _called_by(me)
-        listeners, run = tap.listeners, Run(tensors, me)
+        listeners, run = patch.listeners, Run(tensors, me)
         tell(listeners, "backward_begins", run)
         _under_way.append(run)
         try:
@@ -214,20 +214,20 @@ def _wrap_backward(original: Function, tap: Patch) -> Function:
     return backward
 
 
-def _wrap_grouping(original: Function, tap: Patch) -> Function:
+def _wrap_grouping(original: Function, patch: Patch) -> Function:
     @functools.wraps(original)
     def grouping(lists: Sequence[Sequence[Tensor]], *args: Any, **kwargs: Any) -> Any:
-        tell(tap.listeners, "user_clips", lists[0])
+        tell(patch.listeners, "user_clips", lists[0])
         return original(lists, *args, **kwargs)
 
     return grouping
 
 
-def _wrap_total_norm(original: Function, tap: Patch) -> Function:
+def _wrap_total_norm(original: Function, patch: Patch) -> Function:
     @functools.wraps(original)
     def total_norm(tensors: Any, norm_type: float = 2.0, strict: Any = False, foreach: bool | None = None) -> Any:  # noqa: FBT001, FBT002
         if norm_type == 2.0 and not strict and foreach is not False and isinstance(tensors, list):
-            total = next((one for one in tell(tap.listeners, "user_norms", tensors) if one is not None), None)
+            total = next((one for one in tell(patch.listeners, "user_norms", tensors) if one is not None), None)
             if total is not None:
                 return total
         return original(tensors, norm_type, strict, foreach)
@@ -235,20 +235,20 @@ def _wrap_total_norm(original: Function, tap: Patch) -> Function:
     return total_norm
 
 
-def _wrap_scaling(original: Function, tap: Patch) -> Function:
+def _wrap_scaling(original: Function, patch: Patch) -> Function:
     @functools.wraps(original)
     def scaling(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(parameters, max_norm, total_norm, *args, **kwargs)
-        tell(tap.listeners, "user_scales", total_norm, max_norm)
+        tell(patch.listeners, "user_scales", total_norm, max_norm)
         return result
 
     return scaling
 
 
-def _wrap_scaler_step(original: Function, tap: Patch) -> Function:
+def _wrap_scaler_step(original: Function, patch: Patch) -> Function:
     @functools.wraps(original)
     def step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        listeners = tap.listeners
+        listeners = patch.listeners
         tell(listeners, "scaler_steps", scaler, optimizer)
         result = original(scaler, optimizer, *args, **kwargs)
         tell(listeners, "scaler_stepped", optimizer)
