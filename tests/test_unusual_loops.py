@@ -459,7 +459,7 @@ def test_a_backward_on_another_thread_inside_a_backward_is_part_of_it() -> None:
 
 
 LISTENING = [
-    ("attribution", "ended"),
+    ("attribution", "end"),
     ("gradient_hooks", "failed"),
     ("gradient_hooks", "end"),
     ("owners", "get"),

@@ -6,28 +6,27 @@ One process-wide pair of optimizer hooks serves all probes. With the post-accumu
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradwatch import device
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
 from gradwatch.measure.layers import facts_of, family_of
-from gradwatch.measure.norms import norm_of
 from gradwatch.measure.readback import PATIENCE
-from gradwatch.measure.wrappers import local_of, optimizers_alive, unmeasurable
+from gradwatch.measure.wrappers import unmeasurable
 from gradwatch.probe import optimizer_hooks, patches
 from gradwatch.probe.attribution import Attribution
 from gradwatch.probe.backwards import losses_of
+from gradwatch.probe.fused_steps import FusedSteps
 from gradwatch.probe.gradient_hooks import GradientHooks
 from gradwatch.probe.loss_source import LossReader
 from gradwatch.probe.owners import Owners
 from gradwatch.probe.peers import Peers
 from gradwatch.probe.step_recorder import StepRecorder
+from gradwatch.probe.update_loop import UpdateLoop
 from gradwatch.shutdown import Failure, all_done
 
 if TYPE_CHECKING:
@@ -39,17 +38,14 @@ if TYPE_CHECKING:
 
     from gradwatch.history.schedule import OwnTime
     from gradwatch.measure.layers import Layers
-    from gradwatch.measure.measured_gradients import Measured
-    from gradwatch.measure.readback import Unread
     from gradwatch.probe.budget import Budget
     from gradwatch.probe.coming import Loss, Root
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.judge import Judge
     from gradwatch.probe.patches import Run
-    from gradwatch.records import Family, Floats, Source
+    from gradwatch.records import Source
 
 _STEPS = torch.optim.Optimizer.profile_hook_step.__code__.co_filename  # where torch wraps each step
-_UNDECIDED = 16  # steps of optimizers that own no watched layer after which a loop is taken to have none of its own
 
 
 class Probe:
@@ -76,16 +72,10 @@ class Probe:
         self._layers = layers
         self._judge = judge
         self._own_time = own_time
-        self._has_optimizer = False
         self._backwards_then = 0
-        self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
-        self._vain_steps = self._vain_at = self._moves = 0
-        self._awaited = False
+        self._loop = UpdateLoop(layers)
+        self._fused = FusedSteps()
         self._left_out = self._left_out_before = 0
-        self._weights_then = math.nan
-        self._inside: list[tuple[Measured | Unread, Floats]] = []
-        self._inside_seen: set[int] = set()
-        self._inside_family: Family = "other"
         self._strange = 0  # gradients in the user's clip that are none of the model's
         self._stepping: weakref.ref[Optimizer] | None = None
         self.owners = Owners(layers, self._grow, self._find)
@@ -144,7 +134,7 @@ class Probe:
 
     def owns_any(self, optimizer: Optimizer) -> bool:
         """True when the optimizer holds at least one watched parameter."""
-        return any(self._layers.column(p) is not None for group in optimizer.param_groups for p in group["params"])
+        return self._loop.owns_any(optimizer)
 
     def catch_up(self, *, all_of_them: bool = False) -> None:
         """Wait for the rows that are still under way; of several processes only at the end, because they decide in step."""
@@ -166,42 +156,20 @@ class Probe:
     def backward_ended(self, run: Run) -> None:
         """A backward ended: take its losses, and the row where there is no optimizer to wait for."""
         started = perf_counter()
-        if self.attribution.end(run, fused=bool(self._inside)):
+        if self.attribution.end(run, fused=bool(self._fused.parts)):
             if self.gradient_hooks.came and not run.inside:
                 self.gradient_hooks.end()
             if self.losses.given:
                 self.losses.backward_came()
-            if self._inside:
+            if self._fused.parts:
                 self._guarded(self._end_of_fused_backward, losses_of(run.roots))
-            elif self._loop != "optimizer":
+            elif self._loop.kind != "optimizer":
                 self._guarded(self._end_of_backward)
         self._own_time.seconds += perf_counter() - started
 
     def _end_of_backward(self) -> None:
-        """In a loop without a torch optimizer, the end of backward is the last moment before the update."""
-        if self._loop == "explicit" or self._has_optimizer:
-            return
-        if self._loop == "unknown" and not self._look_for_updates():
-            return
-        self._loop = "backward"
-        self._take(self.owners.everything(), "end of backward")
-
-    def _look_for_updates(self) -> bool:
-        """True when the weights moved although there is no optimizer of theirs, or another one keeps stepping in vain."""
-        parameters = [parameter for _, parameter in self._layers.measured()]
-        if all(device.reading_is_free(parameter.device) for parameter in parameters):
-            now = sum(norm_of(parameter) for parameter in parameters)
-        else:  # torch counts the changes in place of each tensor
-            now = float(sum(local_of(parameter)._version for parameter in parameters))
-        then, self._weights_then = self._weights_then, now
-        if self._vain_steps >= _UNDECIDED:
-            return True
-        if math.isnan(then) or now == then:
-            return False
-        self._moves += 1
-        if self._moves == 1 and any(self.owns_any(optimizer) for optimizer in optimizers_alive()):
-            self._awaited = True  # SAM moves the weights before its first step
-        return not self._awaited or self._moves > _UNDECIDED
+        if self._loop.backward_ended():
+            self._take(self.owners.everything(), "end of backward")
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
         """Measure what the user is about to clip: the first clip of a step is the last moment to see the gradients whole."""
@@ -278,7 +246,7 @@ class Probe:
         """Record a step the short way; return False where it is unusual in any way and has to go the long one."""
         if (
             self._stepping is not None
-            or self._loop != "optimizer"
+            or self._loop.kind != "optimizer"
             or self.gradient_hooks.came
             or torch._C._current_graph_task_id() != -1
         ):
@@ -323,8 +291,8 @@ class Probe:
     def _prepare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         mine = self.owners.get(optimizer)
         # another optimizer steps after a backward of this model
-        if mine is None and self.attribution.backwards > self._vain_at:
-            self._vain_steps, self._vain_at = self._vain_steps + 1, self.attribution.backwards
+        if mine is None:
+            self._loop.stepped_in_vain(self.attribution.backwards)
         if mine is None or self._is_inside_another(optimizer):
             return None
         mine.restore(late=True)
@@ -338,11 +306,10 @@ class Probe:
             self.gradient_hooks.end()
             self.attribution.passed_by()
         self._note_backwards()
-        if self._loop != "explicit":
-            self._loop = "optimizer"
+        self._loop.optimizer_steps()
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
-            if self._loop == "optimizer":
+            if self._loop.kind == "optimizer":
                 self._take(mine, "optimizer step", optimizer)
             return None
         self.recorder.skipping.expect_closure(mine)
@@ -356,23 +323,17 @@ class Probe:
         return outer is not None and _steps_under_way(outer) > (outer is optimizer)
 
     def _step_inside_backward(self, mine: Gradients, optimizer: Optimizer) -> None:
-        self._loop = "optimizer"
-        home = self._layers.home
-        part = mine.measure() if device.reading_is_free(home) else mine.measure_unread(home)
-        columns = part.columns.tolist()
-        if not self._inside_seen.isdisjoint(columns):  # the end of that backward passed by the patch
+        self._loop.optimizer_steps()
+        part = self._fused.measure(mine, self._layers.home)
+        if self._fused.has_seen(part):  # the end of that backward passed by the patch
             self._end_of_fused_backward()
-        self._inside_seen.update(columns)
-        self._inside.append((part, mine.rate(optimizer)))
+        self._fused.add(part, mine, optimizer)
         self.recorder.say_what_is_left_out(mine)
-        self._inside_family = mine.family
 
     def _end_of_fused_backward(self, losses: list[Loss] | None = None) -> None:
-        parts, self._inside = self._inside, []
-        self._inside_seen.clear()
         everything = self.owners.everything()
         everything.coming.add(losses or [])
-        self.recorder.take_parts(parts, self._inside_family, everything)
+        self.recorder.take_parts(self._fused.end(), self._fused.family, everything)
         self._used(everything)
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -395,7 +356,7 @@ class Probe:
                 self._guarded(self._evaluates, optimizer)
             with torch.enable_grad():
                 loss = closure()
-            if self._loop == "optimizer":
+            if self._loop.kind == "optimizer":
                 self._guarded(self._evaluated, optimizer, loss, evaluations)
             return loss
 
@@ -418,7 +379,7 @@ class Probe:
 
     def explicit_step(self) -> None:
         """The user says that the update is about to happen."""
-        self._loop = "explicit"
+        self._loop.user_steps()
         self._guarded(self._take_everything)
 
     def _take_everything(self) -> None:
@@ -426,7 +387,7 @@ class Probe:
 
     def _find(self, optimizer: Optimizer) -> None:
         """An optimizer has been found that owns watched layers."""
-        self._has_optimizer = True
+        self._loop.optimizer_found()
         self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer))
         if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
             self._judge.note("auto-clip does not act inside a line search: LBFGS is watched only.")

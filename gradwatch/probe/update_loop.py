@@ -1,0 +1,83 @@
+"""How a training makes its updates: by a torch optimizer, by itself after each backward, or where the user says so."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from gradwatch import device
+from gradwatch.measure.norms import norm_of
+from gradwatch.measure.wrappers import optimizers_alive, version_of
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from gradwatch.measure.layers import Layers
+
+_UNDECIDED = 16  # steps of optimizers that own no watched layer after which a loop is taken to have none of its own
+
+
+class UpdateLoop:
+    """What is known of one training's updates.
+
+    Args:
+        layers: the watched parameters.
+
+    Attributes: ``kind`` is where its rows are made.
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
+        self.kind: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
+        self._has_optimizer = False
+        self._vain_steps = self._vain_at = self._moves = 0
+        self._awaited = False
+        self._weights_then = math.nan
+
+    def owns_any(self, optimizer: Optimizer) -> bool:
+        """True when the optimizer holds at least one watched parameter."""
+        return any(self._layers.column(p) is not None for group in optimizer.param_groups for p in group["params"])
+
+    def optimizer_found(self) -> None:
+        """Take note that there is a torch optimizer of watched parameters."""
+        self._has_optimizer = True
+
+    def optimizer_steps(self) -> None:
+        """Make rows at the steps of torch optimizers, unless the user has said where the updates are."""
+        if self.kind != "explicit":
+            self.kind = "optimizer"
+
+    def user_steps(self) -> None:
+        """Make rows where the user says that the update is about to happen."""
+        self.kind = "explicit"
+
+    def stepped_in_vain(self, backwards: int) -> None:
+        """Count the step of an optimizer that owns no watched parameter; ``backwards`` of this model have come so far."""
+        if backwards > self._vain_at:
+            self._vain_steps, self._vain_at = self._vain_steps + 1, backwards
+
+    def backward_ended(self) -> bool:
+        """Return whether the end of this backward is the last moment before an update that no torch optimizer makes."""
+        if self.kind in ("explicit", "optimizer") or self._has_optimizer:
+            return False
+        if self.kind == "unknown" and not self._look_for_updates():
+            return False
+        self.kind = "backward"
+        return True
+
+    def _look_for_updates(self) -> bool:
+        """Return whether the weights moved although there is no optimizer of theirs, or another one keeps stepping in vain."""
+        parameters = [parameter for _, parameter in self._layers.measured()]
+        if all(device.reading_is_free(parameter.device) for parameter in parameters):
+            now = sum(norm_of(parameter) for parameter in parameters)
+        else:  # torch counts the changes in place of each tensor
+            now = float(sum(version_of(parameter) for parameter in parameters))
+        then, self._weights_then = self._weights_then, now
+        if self._vain_steps >= _UNDECIDED:
+            return True
+        if math.isnan(then) or now == then:
+            return False
+        self._moves += 1
+        if self._moves == 1 and any(self.owns_any(optimizer) for optimizer in optimizers_alive()):
+            self._awaited = True  # SAM moves the weights before its first step
+        return not self._awaited or self._moves > _UNDECIDED
