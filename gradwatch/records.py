@@ -114,10 +114,10 @@ class Row(NamedTuple):
     dead_share: Floats | None = None
     unchanged: Floats | None = None
     arrived: NDArray[np.bool_] | None = None
-    order: NDArray[np.intp] | None = None
     culprits: Culprits | None = None
     provenance: Provenance = Provenance()
     optimizer: int = -1
+    order: NDArray[np.intp] | None = None
 
     @property
     def has_loss(self) -> bool:
