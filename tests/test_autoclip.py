@@ -365,7 +365,7 @@ def test_under_adam_the_record_says_that_clipping_cannot_help() -> None:
     record = ClipRecord("ClipNorm(max_norm=1.0)", 5, released_step=9, helped=False, family="adam")
     assert str(record).endswith("likelier cause: such an optimizer divides gradients by their own size")
     advice = " ".join(too_fast((), name="AdamW", steps=80)["monitor"].incidents[0].advice)
-    assert "clipping does not repair this, AdamW divides" in advice
+    assert "clipping does not repair this, because AdamW divides" in advice
 
 
 def test_the_record_tells_what_was_done_and_what_came_of_it() -> None:
