@@ -264,7 +264,7 @@ def test_an_automatic_threshold_goes_down_where_steps_are_too_long() -> None:
         ({"threshold": 0.1}, r"AutoClip\(threshold.*0.5 to 10 times"),
         ({"threshold": 20}, "0.5 to 10 times"),
         ({"clip": "percentile", "threshold": 2.0}, "has no bound that a threshold could set"),
-        ({"threshold": 2.0, "when": "always"}, "taken when an incident opens"),
+        ({"threshold": 2.0, "when": "always"}, "applied when an incident opens"),
         ({"escalate": ("stop", "rate")}, "'stop' as the last"),
         ({"escalate": ("rate", "rate")}, "each measure once"),
         ({"escalate": ("rewind",)}, "rewind"),
