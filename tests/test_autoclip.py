@@ -264,7 +264,7 @@ def test_an_automatic_threshold_goes_down_where_steps_are_too_long() -> None:
         ({"threshold": 0.1}, r"AutoClip\(threshold.*0.5 to 10 times"),
         ({"threshold": 20}, "0.5 to 10 times"),
         ({"clip": "percentile", "threshold": 2.0}, "has no bound that a threshold could set"),
-        ({"threshold": 2.0, "when": "always"}, "taken when an incident opens"),
+        ({"threshold": 2.0, "when": "always"}, "applied when an incident opens"),
         ({"escalate": ("stop", "rate")}, "'stop' as the last"),
         ({"escalate": ("rate", "rate")}, "each measure once"),
         ({"escalate": ("rewind",)}, "rewind"),
@@ -365,7 +365,7 @@ def test_under_adam_the_record_says_that_clipping_cannot_help() -> None:
     record = ClipRecord("ClipNorm(max_norm=1.0)", 5, released_step=9, helped=False, family="adam")
     assert str(record).endswith("likelier cause: such an optimizer divides gradients by their own size")
     advice = " ".join(too_fast((), name="AdamW", steps=80)["monitor"].incidents[0].advice)
-    assert "clipping does not repair this, AdamW divides" in advice
+    assert "clipping does not repair this, because AdamW divides" in advice
 
 
 def test_the_record_tells_what_was_done_and_what_came_of_it() -> None:

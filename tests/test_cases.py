@@ -28,5 +28,5 @@ def test_a_series_reads_as_written(text: str, values: list[float]) -> None:
 
 def test_a_word_that_is_no_series_is_named() -> None:
     """The error shows the word and the notation."""
-    with pytest.raises(ValueError, match="'1y3' is no series"):
+    with pytest.raises(ValueError, match="'1y3' is not a series"):
         series("1 1y3")

@@ -349,7 +349,7 @@ def test_the_guard_says_its_reason() -> None:
     with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
         assert monitor.checkpoint_guard()
         _open(model, optimizer, lambda step: 1e4 if step >= 40 else 1.0, 45)
-        assert monitor.checkpoint_guard().reason.startswith("an incident is open since step 4")
+        assert monitor.checkpoint_guard().reason.startswith("an incident has been open since step 4")
     with gradwatch.attach(model, report=None, rules=[]) as monitor:
         _open(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda step: math.nan if step == 2 else 1.0, 3)
         assert monitor.checkpoint_guard().reason == "the loss of step 2 was nan"
@@ -385,4 +385,4 @@ def test_all_processes_get_the_guards_same_answer(later: bool, seen: list[Both])
     assert [one["finite"], other["finite"]] == [[True] * 3, [False, True, True]]
     assert one["guards"] == other["guards"]
     assert one["guards"][:8] == [""] * 8
-    assert one["guards"][-1] == "a buffer of a process was not finite when it was last looked at"
+    assert one["guards"][-1] == "a buffer of a process was not finite when it was last checked"

@@ -242,7 +242,7 @@ def test_a_pattern_without_a_layer_is_refused_at_attach() -> None:
     """It is a slip, and nothing stays attached."""
     model = mlp()
     clip = gradwatch.ClipValue(5.0, layers={"0.*": 1.0, "lstm.*": 10.0})
-    with pytest.raises(gradwatch.UsageError, match=r"bounds for 'lstm.\*', and no layer has such a name"):
+    with pytest.raises(gradwatch.UsageError, match=r"bounds for 'lstm.\*', but no layer has such a name"):
         gradwatch.attach(model, clip=clip, report=None)
     assert str(clip) == "ClipValue(layers={'0.*': 1.0, 'lstm.*': 10.0}, max_value=5.0)"
     assert str(gradwatch.ClipValue(5.0)) == "ClipValue(max_value=5.0)"

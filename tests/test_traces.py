@@ -71,7 +71,7 @@ def test_a_trace_reads_as_its_lines_say() -> None:
     ("text", "message"),
     [
         ("gradients a 1", "line 1: 'gradients' is no word of a trace. Did you mean 'gradient'?"),
-        ("loss 1x3\ngradient a 1y3", "line 2: '1y3' is no series"),
+        ("loss 1x3\ngradient a 1y3", "line 2: '1y3' is not a series"),
         ("optimizer lion", "line 1: optimizer 'lion' is not one of sgd, adam, other"),
         ("gradient a", "line 1: a series of at least one value is missing"),
         ("loss 1x0\ngradient a 1", "line 1: a series of at least one value is missing"),

@@ -1,1 +1,1 @@
-"""When to clip, how tight, when to let go, and what it did."""
+"""Auto-clip: when to clip, with which bounds, when to stop, and what it achieved."""

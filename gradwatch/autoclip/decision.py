@@ -1,4 +1,4 @@
-"""What auto-clip decides: about a step that was judged, and in advance about one that is not known yet."""
+"""The decisions of auto-clip: for a step that was judged, and in advance for a step that is not known yet."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do with this step before the optimizer makes it.
+    """What to do with a step before the optimizer makes it.
 
-    ``rate`` is a factor on its learning rates, ``guard`` what goes beyond the clip.
+    Args:
+        clip: clip to apply; None: no clip.
+        skip: True to leave out the step.
+        rate: factor on the learning rates of the step.
+        guard: corrections beyond the clip; None: no corrections.
     """
 
     clip: Clip | None = None
@@ -29,11 +33,16 @@ NOTHING = Decision()
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """What to do with a step before any rule has seen it: for gradients on a device, whose rows arrive steps later.
+    """What to do with a step that no rule has judged yet. Used for gradients on a device, whose rows arrive steps later.
 
-    ``clip``: on each step, for auto-clip is on. ``reserve``: where the step surges: the global norm above ``far`` times
-    the typical one, or above ``surge`` times beside a loss above ``loss_ceiling``. ``skip``: a step that is not finite.
-    ``skip_above``: a step whose global norm is larger. ``rate``: a factor on the learning rates.
+    Args:
+        clip: clip to apply to each step while auto-clip is on; None: auto-clip is off.
+        reserve: clip to apply to a step that surges: the global norm is above ``far`` times the typical norm, or above
+            ``surge`` times while the loss is above ``loss_ceiling``.
+        skip: True to leave out a step whose gradients are not finite.
+        surge, far, loss_ceiling: limits for ``reserve``.
+        skip_above: global norm above which a step is left out.
+        rate: factor on the learning rates of the step.
     """
 
     clip: Clip | None = None

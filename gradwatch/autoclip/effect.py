@@ -1,7 +1,7 @@
-"""What a clip does to the losses of the steps that it shortens, beside those of the steps that it leaves alone.
+"""The effect of a clip on the losses of the steps that it clips, compared with the steps that it does not clip.
 
-Where a signal is rare, the clip bites on the steps that carry it: they learn less, their losses stay up or rise, and all
-other losses are well. Then the clip is the fault. In an explosion the others are not well either.
+If a signal is rare, the clip bites on the steps that carry it. They learn less and their losses stay high or rise, while all
+other losses are fine: the clip is then the fault. In an explosion the other losses are high as well.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections import deque
 
 import numpy as np
 
-_FEW = 8  # losses of each kind that are compared
-_FALLS = 0.9  # times its level before: a loss that comes down
+_FEW = 8  # losses of each kind to compare
+_FALLS = 0.9  # factor over its previous level below which a loss has come down
 
 
 class ClipEffect:
-    """The losses since one clip was switched on.
+    """The losses since a clip was switched on.
 
     Args:
-        well_below: the level below which a loss is as it was before.
+        well_below: level up to which a loss counts as recovered.
     """
 
     def __init__(self, well_below: float) -> None:
@@ -29,7 +29,10 @@ class ClipEffect:
         self._others: deque[float] = deque(maxlen=_FEW)
 
     def take(self, loss: float, norm: float, *, clipped: bool) -> None:
-        """Take one step: the loss that its gradients came from, their global norm, and whether they were clipped."""
+        """Record one step: the loss that its gradients came from, their global norm, and whether they were clipped.
+
+        A loss that is not finite is ignored.
+        """
         if not math.isfinite(loss):
             return
         if not clipped:
@@ -41,14 +44,14 @@ class ClipEffect:
 
     @property
     def largest_norm(self) -> float:
-        """The largest global norm of the last clipped steps."""
+        """The largest global norm among the last clipped steps; 0.0 if there are none."""
         return max((norm for _, norm in self._late), default=0.0)
 
     @property
     def unlearned(self) -> tuple[float, float] | None:
-        """The level of the clipped steps' losses at first and of late, where the clip keeps them from being learned; else None.
+        """The first and the latest level of the clipped steps' losses if the clip keeps them from being learned, else None.
 
-        It does where they are up and have not come down, while the steps that were not clipped are well.
+        The clip does so if these losses are high and have not come down, while those of the other steps have recovered.
         """
         if len(self._late) < _FEW or len(self._others) < _FEW or float(np.median(self._others)) > self._well_below:
             return None

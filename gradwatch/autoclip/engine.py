@@ -1,6 +1,6 @@
-"""Auto-clip in one run: on, how tight, what next, off again, and what it did about the incident.
+"""The state of auto-clip in one run: when it is on, its bounds, its further measures, and the record of what it did.
 
-It never guesses for itself: it acts on the incident that the rules opened, in the very step in which it opened.
+Auto-clip does not detect trouble by itself. It acts on the incident that the verdict opened, in the step in which it opened.
 """
 
 from __future__ import annotations
@@ -28,31 +28,35 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Incident, Row
 
-_LOOSEN = 1.03  # by step, while letting go: twice the bounds after 24 steps
-_LONG = 4  # times the hold after which it lets go although the loss has not come down: the task may be another one now
-_LEVEL = 16  # losses whose median must not rise meanwhile
-_IDLE = 10  # steps without a bite after which a loosened clip is let go
-_RELAPSE = 10  # times the hold after a release in which an explosion is the same one come back
-_NARROWEST = 1 / 4  # of where it began: how low it goes
-_FALLS = 0.9  # times its level before: a loss that comes down
-_BITES = 0.5  # share of clipped steps from which the clip sets the length of the steps
-_KEPT = 1 / 4  # of what steps promised: with less, they are too long
+_LOOSEN = 1.03  # factor on the bounds per step during release: they double in 24 steps
+_LONG = 4  # multiple of the hold after which it is released although the loss is still high: the task may have changed
+_LEVEL = 16  # losses whose median must not rise during release
+_IDLE = 10  # steps without a bite after which a loosened clip is released
+_RELAPSE = 10  # multiple of the hold after a release within which an explosion is a relapse
+_NARROWEST = 1 / 4  # smallest factor on the first bounds
+_FALLS = 0.9  # factor over its previous level below which a loss has come down
+_BITES = 0.5  # share of clipped steps from which the clip determines the step length
+_KEPT = 1 / 4  # share of the predicted decrease below which steps are too long
 
 
 class AutoClipEngine:
-    """Auto-clip's state in one run.
+    """The state of auto-clip in one run.
 
-    On, it clips with its bounds until the run has been calm for ``hold`` steps. If the clip no longer bites then, it lets go;
-    if it does, it lets go by degrees, loosening the bounds step by step until it bites no more. When the loss gets worse
-    meanwhile, it goes back to its bounds and holds twice as long; so it does when the explosion comes back soon after, and
-    then its first sign is enough to switch it on. Where clipping does not help it goes on to the measures that the policy allows.
+    While on, it clips with its bounds until the run has been calm for ``hold`` steps. If the clip does not bite any more, it is
+    released; otherwise its bounds are loosened step by step until it does not bite. If the loss gets worse meanwhile, the
+    bounds are restored and the hold is doubled. The same happens if the explosion comes back soon after the release; then the
+    first sign is enough to switch the clip on. Where clipping does not help, the measures that the policy allows follow.
 
     Args:
-        policy: the user's.
+        policy: what the user asked for.
         history: read for norms and losses.
-        damage: returns what of the model is not finite, in words; empty where all of it is.
+        damage: returns what in the model is not finite, in words; empty if nothing is.
 
-    Attributes: ``clipped`` and ``skipped`` count steps, ``further`` is what is done beyond clipping.
+    Attributes:
+        clipped: number of steps that were clipped.
+        skipped: number of steps that were left out.
+        further: the state of the measures beyond clipping.
+        record: what was done since an incident switched auto-clip on; None if no incident did.
     """
 
     def __init__(self, policy: AutoClip, history: History, damage: Callable[[], str] = str) -> None:
@@ -67,13 +71,13 @@ class AutoClipEngine:
         self._baseline = policy.clip.baseline()
         self._looked = 0
         self._bounds: Clip = policy.clip
-        self._reserve = -LEAST_NORMS  # the row at which the bounds for a surge on a device were taken
+        self._reserve = -LEAST_NORMS  # row at which the bounds for a surge on a device were set
         self._typical = math.nan
         self._usual = np.full(0, np.nan)
         self._narrowed = 1.0
         self._skips_in_a_row: dict[
             int, int
-        ] = {}  # by optimizer: what one of two leaves out the other does not make good
+        ] = {}  # by optimizer, since a step of another optimizer does not end a series of skips
         self._hold = policy.hold
         self._held_since = 0
         self._released = -math.inf
@@ -82,7 +86,7 @@ class AutoClipEngine:
         self._well_below = math.inf
         self._idle = 0
         self._effect = ClipEffect(math.inf)
-        self._spared = -math.inf  # a norm up to which clipping was found to do harm
+        self._spared = -math.inf  # norm up to which clipping was found to do harm
         self._judged = ClipRecord("", 0)
         self._judged_at = 0
         self._judged_level = math.inf
@@ -90,23 +94,23 @@ class AutoClipEngine:
 
     @property
     def on(self) -> bool:
-        """True while it clips."""
+        """True while auto-clip clips."""
         return self.record is not None or self.policy.when == "always"
 
     @property
     def acts(self) -> bool:
-        """True while no step may pass unseen."""
+        """True while every step must be passed to `decide`."""
         return self.on or self.further.rate != 1.0
 
     # Which clip.
 
     def clip(self, rows: int) -> Clip | None:
-        """Return the clip with the bounds of this moment, from the run's first ``rows`` rows; None: nothing to go by yet."""
+        """Return the clip with its current bounds, given the first ``rows`` rows of the run; None if they are not known yet."""
         clip = self._bounds if self._baseline is None else self._baseline.clip(self.history, rows)
         return clip if self._looseness == 1.0 or clip is None else clip.loosened(self._looseness)
 
     def _set_bounds(self, but: int) -> None:
-        """Take the policy's clip at its threshold, by the norms that came before the last ``but``."""
+        """Set the bounds of the policy's clip by its threshold and the norms before the newest ``but``."""
         norms = self.history.global_norm(last=self.history.task_rows)
         self._typical = typical_norm(norms[: len(norms) - but])
         self._narrowed = 1.0
@@ -117,7 +121,7 @@ class AutoClipEngine:
         self._bounds = self.policy.clip if math.isnan(bound) else self.policy.clip.at_norm(bound, self.history)
 
     def plan(self, surge: float, far: float) -> DevicePlan:
-        """Return what to do with the coming step before its numbers are known; ``surge`` and ``far`` are the rules' limits."""
+        """Return what to do with the coming step, in advance; ``surge`` and ``far`` are the limits of the rules."""
         explosive = self.policy.when != "always" and "exploding" in self.policy.when
         if explosive and not self.on and self.history.rows - self._reserve >= LEAST_NORMS:
             self._set_bounds(0)
@@ -137,12 +141,15 @@ class AutoClipEngine:
     # What to do.
 
     def decide(self, row: Row, incident: Incident | None) -> Decision:
-        """Return what to do with the gradients of ``row``, before the optimizer sees them.
+        """Return what to do with the gradients of ``row`` before the optimizer uses them.
 
-        ``incident`` is the open explosion, if there is one.
+        Args:
+            row: the row of the coming step, which is the last of the history.
+            incident: the open explosion that auto-clip may treat; None: there is none.
 
         Raises:
-            TrainingUnstableError: too many steps in a row had to be skipped, or all measures failed and the last is to stop.
+            TrainingUnstableError: too many steps in a row had to be skipped, ``on_nonfinite`` is ``"stop"`` and gradients are
+                not finite, or the last measure of the policy is ``"stop"`` and it is due.
         """
         if self.record is None and incident is not None and self._switches_on(incident, row):
             self._begin(row, incident.clip)
@@ -157,7 +164,7 @@ class AutoClipEngine:
             self._skips_in_a_row[row.optimizer] = skips + 1
             return Decision(skip=True)
         self._skips_in_a_row[row.optimizer] = 0
-        # an average of norms must not miss what the ring forgets
+        # a baseline must see all norms before the ring overwrites them
         clip = self.clip(self.history.rows - 1) if self.on or self._begin_to_catch_up() else None
         if not self.acts:
             return NOTHING
@@ -178,13 +185,13 @@ class AutoClipEngine:
         return enough and self.policy.when != "always" and incident.kind in self.policy.when
 
     def relapses(self, step: int) -> bool:
-        """True where an explosion at ``step`` is the last one come back: then the signs alone are enough."""
+        """Return True if an explosion at ``step`` is a return of the previous one; the signs are then enough."""
         return step - self._released <= _RELAPSE * self.policy.hold
 
     def _begin(self, row: Row, earlier: ClipRecord | None) -> None:
         before, scatter = self.history.loss_level()
         before = before if math.isfinite(before) else row.loss
-        # a run that began with the explosion is well only when it has learned something since
+        # a run that began with the explosion has recovered only once it has learned something since
         young = self.history.losses < _LEVEL
         self._well_below = before - abs(before) / 10 if young else before + max(scatter, abs(before) / 20)
         if self.relapses(row.step):
@@ -194,7 +201,7 @@ class AutoClipEngine:
             self._set_bounds(1)
             typical = self.history.typical_grad
             self._usual = np.where(typical.seen >= SETTLED, typical.value, np.nan)
-        told = (str(earlier),) if earlier is not None else ()  # it was let go in this same incident
+        told = (str(earlier),) if earlier is not None else ()  # it was released during this same incident
         self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family, measures=told)
         self._held_since, self._idle = row.step, 0
         self._effect = ClipEffect(self._well_below)
@@ -203,7 +210,13 @@ class AutoClipEngine:
         self.further.begin()
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
-        """Take note of what was done to ``row``'s gradients; ``coefficient`` is norm after over norm before."""
+        """Record what was done to the gradients of ``row``.
+
+        Args:
+            row: the row of the step.
+            decision: the decision that was carried out.
+            coefficient: global norm after clipping over the norm before.
+        """
         clipped = decision.clip is not None and coefficient < 1.0
         self.clipped += clipped
         self.skipped += decision.skip
@@ -227,7 +240,7 @@ class AutoClipEngine:
         self.record = self._changed = record
 
     def take_changed(self) -> ClipRecord | None:
-        """Return the record that belongs to the open explosion, once after each change; else None."""
+        """Return the record of the open explosion if it changed since the last call, else None."""
         changed, self._changed = self._changed, None
         return changed
 
@@ -240,7 +253,7 @@ class AutoClipEngine:
             self.record = None
 
     def _spare(self, step: int) -> None:
-        """Let go at once: clipping does harm to the very steps that it clips."""
+        """Release the clip at once, because it harms the steps that it clips."""
         assert self.record is not None
         unlearned, self._spared = self._effect.unlearned, max(self._spared, self._effect.largest_norm)
         record = replace(self.record, unlearned=unlearned, released_step=step, helped=False)
@@ -248,7 +261,7 @@ class AutoClipEngine:
         self.record, self._changed, self._looseness = None, record, 1.0
 
     def try_to_let_go(self, step: int, calm: int) -> bool:
-        """Loosen a clip that still bites after ``calm`` calm steps; True when the run needs it no more."""
+        """Loosen the clip if it still bites after ``calm`` calm steps; return True when the run no longer needs it."""
         if self.record is None:
             return calm >= self.policy.hold
         if min(calm, step - self._held_since) < self._hold:
@@ -256,9 +269,9 @@ class AutoClipEngine:
                 self._tighten(step)
             return False
         level, scatter = self.history.loss_level(_LEVEL)
-        # under Adam and its kin a clip that stays is of no use anyway
+        # under Adam and similar optimizers a constant clip has no effect anyway
         if level > self._well_below and calm < _LONG * self._hold and self.record.family != "adam":
-            return False  # calm, but the harm is still there: letting go now would add to it
+            return False  # calm, but the loss has not recovered: a release might raise it further
         if self._idle >= (self._hold if self._looseness == 1.0 else _IDLE):
             return True
         if level > self._loss_ceiling:
@@ -270,16 +283,16 @@ class AutoClipEngine:
         return False
 
     def _tighten(self, step: int) -> None:
-        """Go back to the bounds, for twice as long: letting go did harm."""
+        """Restore the bounds and double the hold, because loosening did harm."""
         self._looseness, self._loss_ceiling = 1.0, math.inf
         self._hold, self._held_since = 2 * self._hold, step
 
     def let_go(self, step: int) -> ClipRecord | None:
-        """Switch off because the incident closes; return the finished record."""
+        """Switch auto-clip off because the incident closes; return the finished record, or None if it was not on."""
         if self.record is None:
             return None
         after, _ = self.history.loss_level(_LEVEL)
-        # where no loss was seen nothing speaks against it: the run became calm
+        # if no loss was seen, it helped because the run became calm
         damage = self._damage()
         helped = not damage and (not math.isfinite(self.record.loss_before) or after <= self._well_below)
         record = replace(
@@ -294,26 +307,30 @@ class AutoClipEngine:
         return record
 
     def _recovery(self, start: int) -> int | None:
-        """Return the steps from ``start`` to the last loss above its level before the incident, and one more."""
+        """Return the number of steps from ``start`` until the loss stayed at its level before the incident.
+
+        None if the history holds no loss since then.
+        """
         losses, steps = self.history.loss(), self.history.steps()
         losses = losses[steps >= start]
         above = np.flatnonzero(~(losses <= self._well_below))
         return None if not losses.size else int(above[-1]) + 1 if above.size else 0
 
-    # Going further.
+    # Further measures.
 
     @property
     def _skip_above(self) -> float:
-        """The norm above which a step is left out, once that is allowed; a young run has no such norm."""
+        """The norm above which a step is left out; infinite unless ``"skip"`` is in force and a typical norm is known."""
         if self.record is None or not self.further.skips or math.isnan(self._typical):
             return math.inf
         return SURGE * self._typical
 
     def _go_further(self, row: Row, incident: Incident | None) -> None:
-        """Where the loss has not come down for ``patience`` steps: a lower threshold, then what else the policy allows.
+        """Lower the threshold or take the next measure if the loss has not come down for ``patience`` steps.
 
-        A clip that bites on most steps gives them all one length. Where they promised to lower the loss by more than all of
-        it, and kept less than a quarter, that length is too long; where they promised little it is not, however slow.
+        A clip that bites on most steps gives them all the same length. This length is too long if the predicted decrease
+        exceeds the loss and less than a quarter of it was achieved. It is not too long if the predicted decrease is small,
+        however slow the progress.
         """
         assert self.record is not None
         if row.step - self._judged_at < self.policy.patience or self._looseness > 1.0:
@@ -327,7 +344,7 @@ class AutoClipEngine:
         if falls or (well and clipped < _BITES * steps):
             return
         too_long = not well if math.isnan(promised) else promised >= level and fell <= _KEPT * promised
-        # an optimizer of Adam's kind moves as far by a small gradient as by a large one
+        # under Adam and similar optimizers the step length does not depend on the gradient norm
         narrows = self.policy.threshold == "auto" and self._narrowed > _NARROWEST and row.family != "adam"
         if narrows and too_long:
             self._narrowed /= 2

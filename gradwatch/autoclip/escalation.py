@@ -1,4 +1,4 @@
-"""What is done after clipping has not helped, one measure after the other, as far as the policy allows."""
+"""The measures that follow when clipping has not helped, in the order of the policy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.records import Row
 
-SURGE = 10.0  # times the typical norm: a step that "skip" leaves out
-_HALVINGS = 6  # of the learning rate
+SURGE = 10.0  # multiple of the typical norm above which "skip" leaves out a step
+_HALVINGS = 6  # times that "rate" halves the learning rate
 
 
 class Escalation:
-    """How far one run has gone.
+    """The measures taken in one run.
 
-    Attributes: ``rate`` is the factor on the learning rates, which stays lowered to the end of the run.
+    Attributes:
+        rate: factor on the learning rates, which stays lowered until the end of the run.
     """
 
     def __init__(self, policy: AutoClip) -> None:
@@ -34,33 +35,35 @@ class Escalation:
         return news
 
     def begin(self) -> None:
-        """A new incident: clipping comes first again."""
+        """Start again with the first measure, for a new incident."""
         self._next = 0
 
     @property
     def left(self) -> bool:
-        """True while there is a measure to take."""
+        """True while there are measures left to take."""
         return self._next < len(self._measures)
 
     @property
     def skips(self) -> bool:
-        """True once steps that surge are left out."""
+        """True if steps that surge are left out."""
         return "skip" in self._measures[: self._next]
 
     def go_on(self, row: Row, began: int, before: float, level: float) -> str:
-        """Take the next measure; return it in words.
+        """Take the next measure and return its description.
 
         Args:
-            row: of the step that comes.
-            began: the step at which the incident opened.
-            before: what the loss stayed below before it.
-            level: its level now.
+            row: the row of the coming step.
+            began: step at which the incident opened.
+            before: level that the loss did not exceed before the incident.
+            level: current level of the loss.
 
         Raises:
-            TrainingUnstableError: the next measure is to stop.
+            TrainingUnstableError: the next measure is ``"stop"``.
         """
         measure = self._measures[self._next]
-        if measure == "skip" and row.family == "adam" and "rate" in self._measures:  # shorter steps do not help there
+        if (
+            measure == "skip" and row.family == "adam" and "rate" in self._measures
+        ):  # the norm does not set the step length there
             self._next += 1
             measure = self._measures[self._next]
         told = f"Clipping has not helped for {self._patience} steps: "

@@ -1,7 +1,7 @@
-"""What auto-clip with an automatic threshold does beyond its clip: layers that stand out, and steps that overshoot.
+"""The corrections of auto-clip with an automatic threshold beyond its clip, for outlier layers and for steps that overshoot.
 
-Both follow from numbers of whole layers that all processes share, so that all do alike. That a step of SGD should ask for no
-more than the loss holds is Polyak's rule (Loizou et al. 2021, "Stochastic Polyak step-size for SGD"), with a floor.
+Both are computed from the norms of whole layers, which all processes share, so all processes act alike. The limit on the
+predicted decrease of an SGD step is Polyak's rule (Loizou et al. 2021, "Stochastic Polyak step-size for SGD") with a floor.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Floats, Row
 
-_APART = 8.0  # times the median layer's surge: a layer that stands out alone
-WIDE = 2.0  # times the usual norm: where an automatic threshold begins, and what is left of such a layer
-_SHORTEST = 1 / 4  # of what the clip left: a gradient that is far off says little of how long a step may be
-_NOTHING = 1e-3  # of the reference loss: a loss that nobody need divide by
+_APART = 8.0  # multiple of the median surge above which a layer is an outlier
+WIDE = 2.0  # multiple of the usual norm at which an automatic threshold starts, and to which an outlier layer is scaled
+_SHORTEST = 1 / 4  # smallest factor on the clipped gradient, which says little of the step length far from the minimum
+_NOTHING = 1e-3  # smallest loss to divide by, as a share of the reference loss
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """One step's. ``L`` layers; all arrays have shape (L,).
+    """The corrections of one step for ``L`` layers. All arrays have shape (L,).
 
-    ``norms``: gradient norms of whole layers. ``factors``: what is left of each layer before the clip. ``promise``: by how
-    much each layer's step would lower the loss to first order, ``rates``: at which learning rate. ``held``: the loss.
+    Args:
+        norms: gradient norms of whole layers.
+        factors: factor on the gradient of each layer before the clip.
+        promise: predicted decrease of the loss, to first order, by the step of each layer.
+        rates: learning rate of each layer.
+        held: the loss; infinite if it is not positive.
     """
 
     norms: Floats
@@ -42,7 +46,14 @@ class Guard:
 
     @classmethod
     def of(cls, row: Row, history: History, usual: Floats, looseness: float) -> Guard | None:
-        """Return the guard for ``row``; None where no layer stands out from ``usual`` norms and no step overshoots."""
+        """Return the guard for ``row``; None if no layer is an outlier and the step does not overshoot.
+
+        Args:
+            row: the row of the coming step.
+            history: the history of the run.
+            usual: usual gradient norms of the layers, shape (L,); NaN where unknown.
+            looseness: factor by which the bounds are loosened.
+        """
         norms = row.grad_norm
         factors = np.ones(len(norms))
         if len(usual) == len(norms):
@@ -58,10 +69,11 @@ class Guard:
         return cls(norms, factors, promise, history.rate, held if held > 0 else math.inf)
 
     def around(self, clip: Clip, step: Step) -> float:
-        """Apply the clip and what goes beyond it; return the global norm left over the one before.
+        """Apply ``clip`` and the corrections; return the global norm after over the norm before.
 
-        It is exact where the clip keeps directions, and else nearly so: what the clip leaves of each layer is not asked.
-        Steps come last, but before a clip that looks inside gradients: what it leaves may differ between processes.
+        The ratio is exact if the clip keeps the direction. Otherwise it is approximate, because the effect of the clip on each
+        layer is not measured. Overshooting steps are scaled after the clip, except if the clip looks inside gradients: its
+        effect may then differ between processes, so they are scaled before it.
         """
         before = _together(self.norms)
         if not before > 0 or not math.isfinite(before) or not math.isfinite(step.global_norm):
@@ -78,7 +90,10 @@ class Guard:
         return _together(factors * within * self.norms) / before * by_clip
 
     def _within(self, left: float) -> Floats:
-        """Return the factors by which layers of one learning rate together ask for no more than the loss holds."""
+        """Return factors that limit the predicted decrease to the loss, for each group of layers with one learning rate.
+
+        ``left`` is the factor on the gradients so far. No factor is below a quarter.
+        """
         factors = np.ones(len(self.promise))
         for rate in np.unique(self.rates[np.isfinite(self.rates)]):
             group = self.rates == rate
@@ -95,5 +110,5 @@ class Guard:
 
 
 def _together(norms: Floats) -> float:
-    """Return the L2 norm of all layers as one vector; those without a gradient are NaN."""
+    """Return the L2 norm of all layers as one vector, ignoring NaN, which marks layers without a gradient."""
     return float(np.sqrt(np.nansum(np.square(norms))))

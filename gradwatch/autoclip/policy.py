@@ -1,4 +1,4 @@
-"""When to clip, when to let go, when to go further: the policy, frozen. `gradwatch.autoclip.engine` follows one run by it."""
+"""The policy of auto-clip as frozen settings. `gradwatch.autoclip.engine` applies it to one run."""
 
 from __future__ import annotations
 
@@ -18,28 +18,31 @@ Measure = Literal["skip", "rate", "stop"]
 
 
 class AutoClip(Settings):
-    """The policy: which incidents switch which clip on, when it lets go, and what is done where clipping is not enough.
+    """The policy of auto-clip: which incidents switch on which clip, when it is released, and what follows if it does not help.
 
     Args:
-        clip: a `Clip`, or the name of one (``"norm"``, ``"value"``, ...) with its defaults.
-        when: the incident kinds that switch it on, or ``"always"`` for ordinary clipping with telemetry.
-        severity: the least severity that switches it on: ``"warning"``, or ``"notice"`` where ``when`` names spikes.
-        threshold: where the clip's bounds come from. A number between 0.5 and 10 is that many times the run's own typical
-            global norm before the incident: the band in which clipping still converges (Pascanu et al. 2013). Where larger
-            norms come again and again, as those of a rare class do, typical is half of what they reach
-            (`gradwatch.history.recurrence`). ``"auto"`` begins at 2 and goes down to 0.5 where steps are too long. A run that
-            has no 16 norms yet starts with the clip's own bounds, a norm of 1.0 by default, and goes down to a quarter. With
-            ``"auto"`` and gradients on the CPU, a layer that stands out alone comes first, and steps of SGD are held to what the
-            loss holds (`gradwatch.autoclip.guard`). None: always the clip's own. Given by name, a clip that takes a threshold is
-            ``"auto"``.
-        hold: optimizer steps without a firing alarm after which it lets go and the incident closes.
-        escalate: what to do next, in this order, each time clipping has not helped for ``patience`` steps: ``"skip"``
-            steps that surge, lower the learning ``"rate"`` by half (as often as six times), ``"stop"`` with a
-            `TrainingUnstableError`. Nothing by default: it clips, and says that it does not help.
-        patience: optimizer steps that each of these measures, and the clip before them, is given to help.
-        on_nonfinite: what to do with a step whose gradients hold NaN or Inf: ``"skip"`` it (parameters, optimizer
-            state and the model's buffers stay as they were), ``"stop"`` with a `TrainingUnstableError`, or ``"ignore"``.
-        max_skips: such steps of one optimizer in a row before `TrainingUnstableError`.
+        clip: a `Clip`, or the name of a clip (``"norm"``, ``"value"``, ...), which is used with its defaults.
+        when: incident kinds that switch the clip on, or ``"always"`` for ordinary clipping with telemetry.
+        severity: lowest severity that switches the clip on. Default: ``"warning"``, or ``"notice"`` if ``when`` contains
+            ``"spike"``.
+        threshold: how the bounds of the clip are chosen. A number between 0.5 and 10 is a multiple of the run's own typical
+            global norm before the incident; in this range clipping still converges (Pascanu et al. 2013). If larger norms
+            recur, such as those of a rare class, the typical norm is half of the size that they usually reach (see
+            `gradwatch.history.recurrence`). ``"auto"`` starts at 2 and goes down to 0.5 while steps are too long. A run with
+            fewer than 16 norms starts with the clip's own bounds, a norm of 1.0 by default, and goes down to a quarter of
+            them. With ``"auto"`` and gradients on the CPU, outlier layers are scaled first. With SGD, each group of layers that
+            share a learning rate is also scaled so that its predicted decrease does not exceed the loss, and never below a
+            quarter of the clipped gradient (see `gradwatch.autoclip.guard`). None: the clip's own bounds. The default is
+            ``"auto"`` for a clip that is given by name and takes a threshold, unless ``when="always"``; otherwise None.
+        hold: number of optimizer steps without a firing alarm after which the clip may be released and the incident closed.
+        escalate: measures to take, in this order, each time that clipping has not helped for ``patience`` steps: ``"skip"``
+            leaves out steps that surge, ``"rate"`` halves the learning rate (up to six times), ``"stop"`` raises a
+            `TrainingUnstableError`. By default there are none: auto-clip clips, and reports if it does not help.
+        patience: number of optimizer steps for which the clip, and each of these measures, is given the chance to help.
+        on_nonfinite: what to do with a step whose gradients hold NaN or Inf: ``"skip"`` leaves it out (parameters, optimizer
+            state and the buffers of the model stay as they were), ``"stop"`` raises a `TrainingUnstableError`, ``"ignore"``
+            applies it unchanged.
+        max_skips: number of such steps of one optimizer in a row that are skipped before a `TrainingUnstableError` is raised.
 
     Raises:
         UsageError: a setting is unknown or out of its range.
@@ -57,9 +60,7 @@ class AutoClip(Settings):
 
     def __init__(self, clip: Clip | str, **settings: Any) -> None:
         when = settings.get("when")
-        if (
-            isinstance(when, (str, tuple, list)) and "spike" in when
-        ):  # asked for by name: a spike is never worse than a notice
+        if isinstance(when, (str, tuple, list)) and "spike" in when:  # the severity of a spike is never above notice
             settings.setdefault("severity", "notice")
         if isinstance(clip, str):
             clip = clip_by_name(clip)
@@ -68,16 +69,17 @@ class AutoClip(Settings):
         super().__init__(clip=clip, **settings)
         if self.threshold is not None and not self.clip.takes_threshold:
             raise UsageError(
-                f"{self.clip} has no bound that a threshold could set: leave out threshold={self.threshold!r}."
+                f"{self.clip} has no bound that a threshold could set. Leave out threshold={self.threshold!r}."
             )
         if self.threshold is not None and self.when == "always":
             raise UsageError(
-                f'threshold={self.threshold!r} is taken when an incident opens; with when="always" none does.'
+                f'threshold={self.threshold!r} is applied when an incident opens, but with when="always" auto-clip does not '
+                "wait for one. Leave out the threshold."
             )
 
     @property
     def skips(self) -> bool:
-        """True when it may leave out a step."""
+        """True if the policy may leave out a step."""
         return self.on_nonfinite == "skip" or "skip" in self.escalate
 
     @field_validator("when", mode="before")

@@ -1,6 +1,6 @@
-"""What threshold a run's own norms suggest: first observe common norms, then choose.
+"""Suggest a clip threshold from a run's own norms, whether they come from a history, a run log or a written series.
 
-Imports no torch: norms from a history, a run log or a written series are all the same here.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
 if TYPE_CHECKING:
     from gradwatch.records import Floats
 
-_TIMES = (0.5, 1.0, 2.0, 5.0, 10.0)  # the band in which clipping still converges, Pascanu et al. 2013
+_TIMES = (0.5, 1.0, 2.0, 5.0, 10.0)  # multiples of the typical norm for which clipping converges, Pascanu et al. 2013
 _CUSTOMARY = 1.0
-_RARE = 0.01  # the share of steps that a clip for outliers may touch
+_RARE = 0.01  # largest share of steps that a clip for outliers may clip
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One threshold: ``clipped`` of the observed steps had a norm above it."""
+    """A candidate threshold, where it comes from, and the number of observed steps whose norm was above it."""
 
     threshold: float
     why: str
@@ -32,10 +32,15 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """What threshold for the global norm a run's own norms suggest.
+    """The suggested threshold for the global norm, and the norms that it is based on.
 
-    ``typical`` is the run's typical norm (`gradwatch.history.typical_norm`), ``largest`` the largest of the ``steps`` whose norm
-    is finite, beside ``nonfinite`` ones. ``threshold`` is the suggestion, one of ``choices``, which are sorted by threshold.
+    Attributes:
+        threshold: the suggested threshold, which is one of ``choices``.
+        typical: the typical norm of the run (`gradwatch.history.typical_norm`).
+        largest: the largest finite norm.
+        steps: number of norms that are finite and positive.
+        nonfinite: number of norms that were not finite.
+        choices: all candidates, sorted by threshold.
     """
 
     threshold: float
@@ -61,10 +66,13 @@ class Suggestion:
 
 
 def suggest(norms: Floats) -> Suggestion:
-    """Return what threshold these global norms suggest, shape (n,), of steps before any clip.
+    """Return the threshold that these global norms suggest.
 
-    The suggestion is the smallest choice of at least the typical norm that would have clipped at most one step in a hundred;
-    where none would, ten times the typical norm. NaN and Inf are counted and left out, zeros are left out.
+    It is the smallest candidate between one and ten times the typical norm that would have clipped at most one step in a
+    hundred; if there is none, ten times the typical norm.
+
+    Args:
+        norms: global norms before any clip, shape (n,). NaN and Inf are counted but not used; zeros are not used.
 
     Raises:
         UsageError: fewer than 16 norms are finite and larger than zero.
@@ -76,7 +84,7 @@ def suggest(norms: Floats) -> Suggestion:
     finite = norms[np.isfinite(norms) & (norms > 0)]
     if finite.size < LEAST_NORMS:
         raise UsageError(
-            f"A threshold was asked for after {finite.size} steps with a finite norm; expected {LEAST_NORMS} at least. "
+            f"A threshold was requested after {finite.size} steps with a finite norm; expected {LEAST_NORMS} at least. "
             "Train on without a clip, then ask again."
         )
     typical = typical_norm(finite)

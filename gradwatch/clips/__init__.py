@@ -1,6 +1,6 @@
-"""One way to clip a file, in place and without a host read beyond the norms already measured.
+"""The clips, one per file. They change gradients in place, and on a device without reading a value on the host.
 
-A new clip is one new file and one line here.
+To add a clip, add one file and one line here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ CLIPS: dict[str, type[Clip]] = {
 
 
 def clip_by_name(name: str) -> Clip:
-    """Return the clip of this name with its defaults; a `UsageError` names the nearest one otherwise."""
+    """Return the clip of this name with default bounds.
+
+    Raises:
+        UsageError: there is no such clip; the message names the nearest one.
+    """
     if name not in CLIPS:
         raise UsageError(
             f"There is no clip {name!r}.{did_you_mean(name, CLIPS)} "

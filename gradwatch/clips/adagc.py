@@ -1,4 +1,4 @@
-"""Clip each layer by an average of its own past norms."""
+"""Clip each layer relative to an average of its own past norms."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class ClipAdaGC(FromHistory):
-    """Scale each layer's gradient so that its norm is at most ``ratio`` times the average of its norms before.
+    """Scale the gradient of each layer so that its norm is at most ``ratio`` times the average of its past norms.
 
-    ``g_i <- g_i * min(1, ratio * a_i / ||g_i||)``, where ``a_i`` is an exponential average of layer i's norms after clipping
-    (``decay`` is the weight of the past). In the first ``warm_up`` steps the global norm is clipped to ``max_norm`` and
-    ``a_i`` is the smallest norm so far. Norms that are not finite are left out. Source: Wang et al., "AdaGC: improving
-    training stability for large language model pretraining" (2025), arXiv:2502.11034.
+    ``g_i <- g_i * min(1, ratio * a_i / ||g_i||)``, where ``a_i`` is an exponential average of the norms of layer i after
+    clipping; ``decay`` is the weight of the past. During the first ``warm_up`` steps the global norm is clipped to
+    ``max_norm``, and ``a_i`` is the smallest norm so far. Norms that are not finite are ignored. Source: Wang et al.,
+    "AdaGC: improving training stability for large language model pretraining" (2025), arXiv:2502.11034.
     """
 
     ratio: float = Field(default=1.04, gt=0)
@@ -36,12 +36,11 @@ class ClipAdaGC(FromHistory):
         super().__init__(ratio=ratio, **settings)
 
     def baseline(self) -> Baseline:
-        """See `Clip.baseline`."""
         return _Averages(self)
 
 
 class _Averages:
-    """The average of each layer's norms so far, shape (L,); NaN before its first."""
+    """The average of the past norms of each layer, shape (L,); NaN before its first norm."""
 
     def __init__(self, settings: ClipAdaGC) -> None:
         self._settings = settings
@@ -49,7 +48,6 @@ class _Averages:
         self._rows = 0
 
     def clip(self, history: History, rows: int) -> Clip | None:
-        """See `Baseline`."""
         if len(self._average) < len(history.layers):
             self._average = widened(self._average, len(history.layers), np.nan)
         where = news(history, self._rows, rows)
@@ -63,7 +61,7 @@ class _Averages:
         return LayerBounds(bounds=self._settings.ratio * self._average)
 
     def _follow(self, norms: Floats, total: float, number: int) -> None:
-        """Take a row's norms, NaN where a layer got no gradient."""
+        """Update the averages with the norms of row ``number``; NaN where a layer had no gradient."""
         if number < self._settings.warm_up:
             left = norms * min(1.0, self._settings.max_norm / total) if total > 0 else norms
             self._average = np.fmin(self._average, left)

@@ -1,4 +1,4 @@
-"""Clip each unit by the size of its weights."""
+"""Clip the gradient of each unit relative to the norm of its weights."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gradwatch.clips.value import norm_left, share_left
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LEAST = 1e-3  # what the norm of a unit's weights counts for at least, so that units that start at zero can learn
+_LEAST = 1e-3  # lower bound of the norm of a unit's weights, so that units that start at zero can learn
 
 
 class ClipAGC(PerLayer):
-    """Adaptive gradient clipping: no unit's gradient is larger than ``clipping`` times its weights.
+    """Adaptive gradient clipping: limit the gradient norm of each unit to ``clipping`` times the norm of its weights.
 
-    ``g_i <- g_i * min(1, clipping * max(||w_i||, 1e-3) / ||g_i||)`` for each unit i: a row of the first dimension of a
-    weight, or a bias as a whole. ``layers`` gives other bounds to layers by name; the paper leaves the last linear layer
-    unclipped. It needs whole layers, so that sharded trainings refuse it. Source: Brock et al., "High-performance large-scale
+    ``g_i <- g_i * min(1, clipping * max(||w_i||, 1e-3) / ||g_i||)`` for each unit i, which is a row along the first dimension
+    of a weight, or a whole bias. ``layers`` sets other bounds for layers by name; the paper does not clip the last linear
+    layer. It needs whole layers, so it is refused in sharded training. Source: Brock et al., "High-performance large-scale
     image recognition without normalization" (2021), arXiv:2102.06171.
     """
 
@@ -35,20 +35,18 @@ class ClipAGC(PerLayer):
         super().__init__(clipping=clipping, **settings)
 
     def apply(self, step: Step) -> float:
-        """See `Clip.apply`."""
         if not math.isfinite(step.global_norm):
             return 1.0
         bounds = self.bounds(self.clipping, step.layers, step.columns).tolist()
         bit = False
         for gradient, weight, bound in zip(step.gradients, step.parameters, bounds, strict=True):
             factor = _factor(gradient, weight, bound, step.scale)
-            if (factor < 1).any():  # read where reading is free
+            if (factor < 1).any():  # a host read, free on the CPU
                 _multiply(gradient, factor)
                 bit = True
         return min(1.0, norm_left(step) / step.global_norm) if bit and step.global_norm > 0 else 1.0
 
     def apply_unread(self, step: UnreadStep) -> Tensor:
-        """See `Clip.apply_unread`."""
         acts = torch.isfinite(step.global_norm)
         acts = acts if step.fires is None else acts & step.fires
         bounds = self.bounds(self.clipping, step.layers, step.columns).tolist()
@@ -58,12 +56,11 @@ class ClipAGC(PerLayer):
         return share_left(step, acts)
 
     def loosened(self, factor: float) -> ClipAGC:
-        """See `Clip.loosened`."""
         return ClipAGC(self.clipping * factor, layers=self.wider(factor))
 
 
 def _factor(gradient: Tensor, weight: Tensor, bound: float, scale: Any) -> Tensor:
-    """Return each unit's factor, of a shape that multiplies the gradient (a sparse one's values)."""
+    """Return the factor of each unit, in a shape that broadcasts with the gradient or, if sparse, with its values."""
     weight = weight.detach()
     if gradient.layout is not torch.strided:
         gradient = gradient.coalesce()
@@ -76,7 +73,7 @@ def _factor(gradient: Tensor, weight: Tensor, bound: float, scale: Any) -> Tenso
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:
-    """Return the norm of each unit, one for the whole of a vector; summed so wide that squares do not overflow."""
+    """Return the norm of each unit, or one norm for a vector; computed in the widest float, so squares do not overflow."""
     dims = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else None
     norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=dims is not None, dtype=_wide(tensor))
     return norms

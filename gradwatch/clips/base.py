@@ -1,4 +1,4 @@
-"""What a clip is: frozen bounds and one function that changes gradients in place."""
+"""The base classes of clips: frozen bounds and a method that changes gradients in place."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Floats
 
-_EXTREME = 1e-30  # a factor beyond which float32 runs out of digits, so that it is put on in two halves
+_EXTREME = 1e-30  # factors below it, or above its inverse, leave float32's range: they are applied in two halves
 
 
 @dataclass(slots=True)
 class Step:
-    """One step's gradients, and what is known of them already: nothing of it is measured again.
+    """The gradients of one step and their norms, so that a clip need not measure them again.
 
     Args:
-        layers: the names of all L columns.
-        gradients: n tensors, of sharded ones the part that this process holds; a clip changes them in place.
-        parameters: theirs.
+        layers: names of all L columns.
+        gradients: n tensors, which a clip changes in place; of sharded tensors, the part that this process holds.
+        parameters: the n parameters that the gradients belong to.
         columns: their columns, shape (n,).
-        norms: their L2 norms, of the whole layers, without a loss scale, shape (n,).
-        global_norm: the L2 norm of all as one vector, without it.
-        scale: the loss scale that is still on them.
+        norms: L2 norms of the whole layers, without the loss scale, shape (n,).
+        global_norm: L2 norm of all gradients as one vector, without the loss scale.
+        scale: loss scale that the gradients still carry.
     """
 
     layers: Sequence[str]
@@ -53,14 +53,14 @@ class Step:
 
 @dataclass(slots=True)
 class UnreadStep:
-    """The same on a device, where nothing is read.
+    """The gradients of one step whose norms are on a device and are not read on the host.
 
     Args:
         layers, gradients, parameters, columns: as in `Step`.
-        norms: float64, shape (n,).
-        global_norm: float64, no dimensions.
-        scale: a number or a tensor without dimensions.
-        fires: whether to act, bool, no dimensions; None: yes.
+        norms: as in `Step`, a float64 tensor of shape (n,).
+        global_norm: as in `Step`, a float64 tensor of shape ().
+        scale: as in `Step`, a number or a tensor of shape ().
+        fires: bool tensor of shape (), True if the clip acts; None: it acts.
     """
 
     layers: Sequence[str]
@@ -74,21 +74,21 @@ class UnreadStep:
 
 
 class Baseline(Protocol):
-    """What a clip whose bound follows from the run itself knows of the run so far."""
+    """The state of a clip whose bound is computed from the run so far."""
 
     def clip(self, history: History, rows: int) -> Clip | None:
-        """Return the clip of this moment, from the first ``rows`` rows ever of a run; None: it cannot be told yet."""
+        """Return the clip with the bound that follows from the first ``rows`` rows of the run; None if it is not known yet."""
 
 
 class Clip(Settings):
-    """A way to change gradients. One of your own has `apply` and `loosened`, and `apply_unread` for devices.
+    """The base class of clips. Your own clip implements `apply` and `loosened`, and `apply_unread` for devices.
 
     Class variables:
-        keeps_direction: it multiplies all gradients by one factor.
-        looks_inside: at single elements or units, so that only measuring again tells what is left of the norm.
-        by_layer: it treats layers by their own norms.
-        takes_threshold: its bounds can be set by `at_norm`.
-        needs_whole_layers: it cannot work on parts of layers, as sharded trainings hold them.
+        keeps_direction: True if it multiplies all gradients by one factor.
+        looks_inside: True if it works on single elements or units, so that the norm has to be measured again afterwards.
+        by_layer: True if it scales each layer by the layer's own norm.
+        takes_threshold: True if `at_norm` can set its bounds.
+        needs_whole_layers: True if it cannot work on shards of layers.
     """
 
     keeps_direction: ClassVar[bool] = False
@@ -105,38 +105,41 @@ class Clip(Settings):
 
     @property
     def own(self) -> bool:
-        """True for a clip of the user's own, which may fail in one of several processes alone."""
+        """True for a clip that is defined outside gradwatch and may therefore fail in a single process."""
         return not type(self).__module__.startswith("gradwatch.clips.")
 
     def apply(self, step: Step) -> float:
-        """Change the step's gradients in place; return their global norm after over the one before.
+        """Clip the step's gradients in place and return their global norm after clipping over the norm before.
 
-        Where that norm is not finite nothing is changed: what is not finite would spread.
+        If the norm is not finite, nothing is changed, because the factor would make all gradients non-finite.
         """
         raise NotImplementedError
 
     def apply_unread(self, step: UnreadStep) -> Tensor:
-        """Do the same on a device, and only where ``step.fires``; return the norm after over before, no dimensions."""
+        """Clip the gradients on their device if ``step.fires``; return the norm after over the norm before, shape ().
+
+        Nothing is read on the host.
+        """
         raise NotImplementedError
 
     def loosened(self, factor: float) -> Self:
-        """Return the same clip with its bounds ``factor`` times as wide."""
+        """Return the same clip with bounds ``factor`` times as wide."""
         raise NotImplementedError
 
     def baseline(self) -> Baseline | None:
-        """Return a fresh memory of the run, for a clip whose bound follows from it; None: its bounds are its own."""
+        """Return a new `Baseline`, which computes the bound from the run; None for a clip with bounds of its own."""
         return None
 
     def at_norm(self, norm: float, history: History) -> Clip:
-        """Return the same clip with its bounds where they stop a gradient whose global norm is above ``norm``."""
+        """Return the same clip with bounds that limit gradients whose global norm exceeds ``norm``."""
         raise NotImplementedError
 
     def check(self, layers: Sequence[str]) -> None:
-        """Raise a `UsageError` where the clip cannot work on layers of these names."""
+        """Raise a `UsageError` if the clip cannot work on layers with these names."""
 
 
 class OneFactor(Clip):
-    """A clip that multiplies all gradients by one factor: their direction is kept."""
+    """A clip that multiplies all gradients by one factor and so keeps their direction."""
 
     keeps_direction: ClassVar[bool] = True
 
@@ -144,51 +147,52 @@ class OneFactor(Clip):
         super().__init__(**bounds)
 
     def factor(self, global_norm: float) -> float:
-        """Return the factor for gradients of a finite norm."""
+        """Return the factor for gradients whose global norm is finite."""
         raise NotImplementedError
 
     def factor_of(self, global_norm: Tensor) -> Tensor:
-        """Return the same on a device; any value where the norm is not finite."""
+        """Return the factor as a tensor on the norm's device; the value is arbitrary if the norm is not finite."""
         raise NotImplementedError
 
     def factor_unread(self, step: UnreadStep) -> Tensor:
-        """Return the factor on the device; 1 where the norm is not finite or the clip does not act."""
+        """Return the factor on the device; 1 if the norm is not finite or the clip does not act."""
         acts = torch.isfinite(step.global_norm)
         return torch.where(acts if step.fires is None else acts & step.fires, self.factor_of(step.global_norm), 1.0)
 
     def apply(self, step: Step) -> float:
-        """See `Clip.apply`."""
+        """Multiply all gradients by `factor` and return it; return 1.0 and change nothing if the norm is not finite."""
         factor = self.factor(step.global_norm) if math.isfinite(step.global_norm) else 1.0
         if factor != 1.0:
             scale_by(step.gradients, factor)
         return factor
 
     def apply_unread(self, step: UnreadStep) -> Tensor:
-        """See `Clip.apply_unread`."""
+        """Multiply all gradients by `factor_unread` on their devices and return it."""
         factor = self.factor_unread(step)
         scale_by(step.gradients, factor)
         return factor
 
 
 class FromHistory(Clip):
-    """A clip whose bound follows from the run's own norms. What it knows of them is its `baseline`'s, so that it stays frozen."""
+    """A clip whose bound is computed from the run's own norms. The clip stays frozen; its `baseline` keeps the state."""
 
     def __init__(self, **bounds: Any) -> None:
         super().__init__(**bounds)
 
     def apply(self, step: Step) -> float:  # noqa: ARG002
-        """See `Clip.apply`: of its own it has no bound."""
+        """Raise a `UsageError`, because only the clips that the `baseline` returns have a bound."""
         raise UsageError(f"{self} has no bound without a history: use what its baseline().clip(history, rows) returns.")
 
     def baseline(self) -> Baseline:
-        """See `Clip.baseline`."""
+        """Return a new `Baseline`, which computes the bound from the run."""
         raise NotImplementedError
 
 
 class PerLayer(Clip):
-    """A clip with a bound that may differ from layer to layer, by patterns of their names.
+    """A clip whose bound may differ from layer to layer.
 
-    ``layers`` maps patterns as in a shell (``"lstm.*"``) to bounds; the first that matches counts, elsewhere the clip's own.
+    ``layers`` maps shell patterns of layer names (``"lstm.*"``) to bounds. The first pattern that matches a layer's name sets
+    its bound; other layers get the clip's own bound.
     """
 
     layers: dict[str, float] = Field(default_factory=dict)
@@ -202,28 +206,28 @@ class PerLayer(Clip):
                 )
 
     def check(self, layers: Sequence[str]) -> None:
-        """See `Clip.check`: a pattern that matches no layer is a slip."""
+        """Raise a `UsageError` if a pattern in ``layers`` matches no layer name."""
         for pattern in self.layers:
             if not any(fnmatchcase(name, pattern) for name in layers):
                 raise UsageError(
-                    f"{type(self).__name__} has bounds for {pattern!r}, and no layer has such a name."
+                    f"{type(self).__name__} has bounds for {pattern!r}, but no layer has such a name."
                     f"{did_you_mean(pattern, layers)}"
                 )
 
     def bounds(self, default: float, layers: Sequence[str], columns: NDArray[np.intp]) -> Floats:
-        """Return the bound of each of these columns, shape (n,)."""
+        """Return the bound of each column in ``columns``, shape (n,)."""
         if not self.layers:
             return np.full(len(columns), default)
         bounds: Floats = _by_name(default, tuple(self.layers.items()), tuple(layers))[columns]
         return bounds
 
     def wider(self, factor: float) -> dict[str, float]:
-        """Return ``layers`` with bounds ``factor`` times as wide."""
+        """Return ``layers`` with all bounds multiplied by ``factor``."""
         return {pattern: factor * bound for pattern, bound in self.layers.items()}
 
 
 def news(history: History, seen: int, rows: int) -> slice:
-    """Return where, in arrays over all rows that ``history`` keeps, those from number ``seen`` up to ``rows`` stand."""
+    """Return the slice of the rows numbered ``seen`` to ``rows - 1`` in arrays over all rows that ``history`` keeps."""
     kept = min(history.rows, history.window)
     first = history.rows - kept
     return slice(max(seen - first, 0), max(rows - first, 0))
@@ -237,7 +241,7 @@ def _by_name(default: float, patterns: tuple[tuple[str, float], ...], layers: tu
 
 
 def scale_by(gradients: Sequence[Tensor], coefficient: float | Tensor) -> None:
-    """Multiply every gradient by ``coefficient``, in place; sparse ones too, on whatever devices they are."""
+    """Multiply every gradient by ``coefficient`` in place; gradients may be sparse and on several devices."""
     if isinstance(coefficient, float) and not _EXTREME < coefficient < 1 / _EXTREME:
         scale_by(gradients, math.sqrt(coefficient))
         scale_by(gradients, coefficient / math.sqrt(coefficient))
@@ -249,7 +253,7 @@ def scale_by(gradients: Sequence[Tensor], coefficient: float | Tensor) -> None:
         else:
             gradient.mul_(coefficient)
     for device, together in dense.items():
-        # a 0-dim tensor of float32 leaves the gradients' own dtype as it is
+        # a 0-dim float32 tensor does not change the dtype of the gradients
         there = (
             coefficient.to(device, torch.float32, non_blocking=True)
             if isinstance(coefficient, torch.Tensor)

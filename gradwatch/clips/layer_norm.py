@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class ClipLayerNorm(PerLayer):
-    """Scale each layer's gradient so that its own norm is at most ``max_norm``: what Keras calls ``clipnorm``.
+    """Scale the gradient of each layer so that its norm is at most ``max_norm``, which Keras calls ``clipnorm``.
 
-    ``g_i <- g_i * min(1, max_norm / (||g_i|| + 1e-6))`` for each layer i, as `torch.nn.utils.clip_grad_norm_` on each
-    parameter alone. Within a layer the direction is kept, from layer to layer it is not. ``layers`` gives other bounds to
-    layers by name. Source: Keras, ``keras.optimizers.Optimizer(clipnorm=...)``.
+    ``g_i <- g_i * min(1, max_norm / (||g_i|| + 1e-6))`` for each layer i, as `torch.nn.utils.clip_grad_norm_` applied to each
+    parameter separately. The direction is kept within a layer, but not across layers. ``layers`` sets other bounds for layers
+    by name. Source: Keras, ``keras.optimizers.Optimizer(clipnorm=...)``.
     """
 
     by_layer: ClassVar[bool] = True
@@ -34,26 +34,23 @@ class ClipLayerNorm(PerLayer):
         super().__init__(max_norm=max_norm, **settings)
 
     def apply(self, step: Step) -> float:
-        """See `Clip.apply`."""
         return clip_layers(step, self.bounds(self.max_norm, step.layers, step.columns))
 
     def apply_unread(self, step: UnreadStep) -> Tensor:
-        """See `Clip.apply_unread`."""
         return clip_layers_unread(step, self.bounds(self.max_norm, step.layers, step.columns))
 
     def loosened(self, factor: float) -> ClipLayerNorm:
-        """See `Clip.loosened`."""
         return ClipLayerNorm(self.max_norm * factor, layers=self.wider(factor))
 
     def at_norm(self, norm: float, history: History) -> LayerBounds:
-        """See `Clip.at_norm`: each layer gets its usual share of the norm."""
+        """Return bounds that split ``norm`` among the layers in proportion to their typical gradient norms."""
         typical = history.typical_grad.value
         share = typical / np.sqrt(np.nansum(np.square(typical)))
         return LayerBounds(bounds=np.where(share > 0, share * norm, norm))
 
 
 class LayerBounds(Clip):
-    """A bound for the norm of each layer, shape (L,): what the clips by layer come to in one step. NaN: no bound."""
+    """The clip that clips by layer apply in one step: a bound for the norm of each layer, shape (L,); NaN means no bound."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
     by_layer: ClassVar[bool] = True
@@ -63,20 +60,20 @@ class LayerBounds(Clip):
         return f"ClipLayerNorm at {np.nanmin(self.bounds):.3g} to {np.nanmax(self.bounds):.3g}"
 
     def apply(self, step: Step) -> float:
-        """See `Clip.apply`."""
         return clip_layers(step, self.bounds[step.columns])
 
     def apply_unread(self, step: UnreadStep) -> Tensor:
-        """See `Clip.apply_unread`."""
         return clip_layers_unread(step, self.bounds[step.columns])
 
     def loosened(self, factor: float) -> LayerBounds:
-        """See `Clip.loosened`."""
         return LayerBounds(bounds=self.bounds * factor)
 
 
 def clip_layers(step: Step, bounds: Floats) -> float:
-    """Scale each gradient to a norm of at most its bound, shape (n,); return the global norm left over the one before."""
+    """Scale each gradient to a norm of at most its bound; return the global norm after over the norm before.
+
+    ``bounds`` has shape (n,). If the global norm is zero or not finite, nothing is changed and 1.0 is returned.
+    """
     if not step.global_norm > 0 or not np.isfinite(step.global_norm):
         return 1.0
     factors = np.minimum(np.nan_to_num(bounds / (step.norms + 1e-6), nan=1.0), 1.0)
@@ -89,7 +86,7 @@ def clip_layers(step: Step, bounds: Floats) -> float:
 
 
 def clip_layers_unread(step: UnreadStep, bounds: Floats) -> Tensor:
-    """Do the same on a device."""
+    """Scale each gradient as `clip_layers` does, without reading a value on the host; return the ratio, shape ()."""
     acts = torch.isfinite(step.norms).all()
     acts = acts if step.fires is None else acts & step.fires
     home = step.norms.device

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class ClipNorm(OneFactor):
-    """Scale all gradients by one factor so that their global norm is at most ``max_norm``: the direction is kept.
+    """Scale all gradients by one factor so that their global norm is at most ``max_norm``; this keeps their direction.
 
-    ``g <- g * min(1, max_norm / (||g|| + 1e-6))``, as `torch.nn.utils.clip_grad_norm_`, with the norm that was measured
-    anyway. Source: Pascanu et al., "On the difficulty of training recurrent neural networks" (2013), arXiv:1211.5063.
+    ``g <- g * min(1, max_norm / (||g|| + 1e-6))``, as in `torch.nn.utils.clip_grad_norm_`, with the norm that gradwatch has
+    measured already. Source: Pascanu et al., "On the difficulty of training recurrent neural networks" (2013), arXiv:1211.5063.
     """
 
     takes_threshold: ClassVar[bool] = True
@@ -29,17 +29,13 @@ class ClipNorm(OneFactor):
         super().__init__(max_norm=max_norm, **settings)
 
     def factor(self, global_norm: float) -> float:
-        """See `OneFactor.factor`."""
         return min(1.0, self.max_norm / (global_norm + 1e-6))
 
     def factor_of(self, global_norm: Tensor) -> Tensor:
-        """See `OneFactor.factor_of`."""
         return torch.clamp(self.max_norm / (global_norm + 1e-6), max=1.0)
 
     def loosened(self, factor: float) -> ClipNorm:
-        """See `Clip.loosened`."""
         return ClipNorm(self.max_norm * factor)
 
     def at_norm(self, norm: float, history: History) -> ClipNorm:  # noqa: ARG002
-        """See `Clip.at_norm`."""
-        return ClipNorm(float(f"{norm:.4g}"))  # it is read in reports
+        return ClipNorm(float(f"{norm:.4g}"))  # four digits, as reports show it

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class ClipNormThenValue(Clip):
-    """First the global norm to ``max_norm``, then every element of what is left to ``[-max_value, max_value]``.
+    """Scale the gradients to a global norm of at most ``max_norm``, then limit each element to ``[-max_value, max_value]``.
 
-    As `torch.nn.utils.clip_grad_norm_` followed by `clip_grad_value_`. Source: both together are what Brownlee, "How to
-    avoid exploding gradients with gradient clipping" (2019), proposes to try.
+    Equivalent to `torch.nn.utils.clip_grad_norm_` followed by `torch.nn.utils.clip_grad_value_`. Source: Brownlee, "How to
+    avoid exploding gradients with gradient clipping" (2019), suggests trying both together.
     """
 
     looks_inside: ClassVar[bool] = True
@@ -32,7 +32,6 @@ class ClipNormThenValue(Clip):
         super().__init__(max_norm=max_norm, max_value=max_value, **settings)
 
     def apply(self, step: Step) -> float:
-        """See `Clip.apply`."""
         if not math.isfinite(step.global_norm):
             return 1.0
         first = ClipNorm(self.max_norm).apply(step)
@@ -40,11 +39,9 @@ class ClipNormThenValue(Clip):
         return first * ClipValue(self.max_value).apply(left)
 
     def apply_unread(self, step: UnreadStep) -> Tensor:
-        """See `Clip.apply_unread`."""
         first = ClipNorm(self.max_norm).apply_unread(step)
         left = replace(step, norms=step.norms * first, global_norm=step.global_norm * first)
         return torch.where(torch.isfinite(first), first, 1.0) * ClipValue(self.max_value).apply_unread(left)
 
     def loosened(self, factor: float) -> ClipNormThenValue:
-        """See `Clip.loosened`."""
         return ClipNormThenValue(self.max_norm * factor, self.max_value * factor)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class ClipPercentile(FromHistory):
-    """Clip by global norm, to a percentile of the run's own norms: AutoClip's way.
+    """Clip by global norm to a percentile of the run's own norms, as AutoClip does.
 
-    ``max_norm = percentile(||g_1|| ... ||g_t||)``, over the norms before clipping that the history keeps (the last 1,024;
-    fewer in models of thousands of layers). Norms that are not finite are left out. Source: Seetharaman et al., "AutoClip:
+    ``max_norm = percentile(||g_1|| ... ||g_t||)`` over the norms before clipping that the history keeps (the last 1,024, or
+    fewer in models with over a thousand layers). Norms that are not finite are ignored. Source: Seetharaman et al., "AutoClip:
     adaptive gradient clipping for source separation networks" (2020), arXiv:2007.14469.
     """
 
@@ -28,18 +28,16 @@ class ClipPercentile(FromHistory):
         super().__init__(percentile=percentile, **settings)
 
     def baseline(self) -> Baseline:
-        """See `Clip.baseline`."""
         return _Percentile(self.percentile)
 
 
 class _Percentile:
-    """The history is memory enough."""
+    """A baseline without state of its own, since the history keeps the norms."""
 
     def __init__(self, percentile: float) -> None:
         self._percentile = percentile
 
-    def clip(self, history: History, rows: int) -> ClipNorm | None:  # noqa: ARG002  this row's norm is one of them
-        """See `Baseline`."""
+    def clip(self, history: History, rows: int) -> ClipNorm | None:  # noqa: ARG002  the current row counts too
         norms = history.global_norm()
         norms = norms[np.isfinite(norms)]
         bound = float(np.percentile(norms, self._percentile)) if norms.size else 0.0

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
     from gradwatch.history.history import History
 
-_MOST = 1e30  # a larger factor than this would overflow float32
+_MOST = 1e30  # largest factor; float32 would overflow soon beyond it
 
 
 class ScaleToNorm(OneFactor):
-    """Scale all gradients by one factor so that their global norm *is* ``norm``, be it larger or smaller before.
+    """Scale all gradients by one factor so that their global norm equals ``norm``, whether it was larger or smaller.
 
-    ``g <- g * norm / ||g||``: only the direction is left to the gradient, the length of the step to the learning rate. A
-    gradient of zero stays zero. Source: the "gradient scaling" of the tutorials, such as Brownlee, "How to avoid exploding
-    gradients with gradient clipping" (2019); normalised gradient descent, Nesterov (1984).
+    ``g <- g * norm / ||g||``. The gradient determines only the direction of the step, the learning rate its length. A
+    gradient of zero stays zero. Source: "gradient scaling" in tutorials such as Brownlee, "How to avoid exploding gradients
+    with gradient clipping" (2019); normalised gradient descent, Nesterov (1984).
     """
 
     takes_threshold: ClassVar[bool] = True
@@ -32,17 +32,13 @@ class ScaleToNorm(OneFactor):
         super().__init__(norm=norm, **settings)
 
     def factor(self, global_norm: float) -> float:
-        """See `OneFactor.factor`."""
         return min(self.norm / global_norm, _MOST) if global_norm > 0 else 1.0
 
     def factor_of(self, global_norm: Tensor) -> Tensor:
-        """See `OneFactor.factor_of`."""
         return torch.where(global_norm > 0, torch.clamp(self.norm / global_norm, max=_MOST), 1.0)
 
     def loosened(self, factor: float) -> ScaleToNorm:
-        """See `Clip.loosened`."""
         return ScaleToNorm(self.norm * factor)
 
     def at_norm(self, norm: float, history: History) -> ScaleToNorm:  # noqa: ARG002
-        """See `Clip.at_norm`."""
         return ScaleToNorm(float(f"{norm:.4g}"))

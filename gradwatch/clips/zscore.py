@@ -1,4 +1,4 @@
-"""Clip norms that are outliers by their z-score."""
+"""Clip by global norm where the norm is an outlier by its z-score."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _EPS = 1e-6
 
 
 class ClipZScore(FromHistory):
-    """Clip by global norm where the norm is an outlier among those before it: ZClip's way.
+    """Clip by global norm where the norm is an outlier among the norms before it, as ZClip does.
 
-    ``z = (||g|| - m) / s``; where ``z > threshold`` the norm becomes ``m + threshold**2 / z * s``: the farther out, the
-    less is left. ``m`` and ``s**2`` are exponential averages of the norms after clipping and of their squared distance from
-    ``m`` (``decay`` is the weight of the past), started with the mean and variance of the first ``warm_up`` norms, in which
-    nothing is clipped. Norms that are not finite are left out. Source: Kumar et al., "ZClip: adaptive spike mitigation for
-    LLM pre-training" (2025), arXiv:2504.02507.
+    ``z = (||g|| - m) / s``. If ``z > threshold``, the norm is scaled to ``m + threshold**2 / z * s``: the larger the outlier,
+    the smaller the result. ``m`` and ``s**2`` are exponential averages of the norms after clipping and of their squared
+    distance from ``m``; ``decay`` is the weight of the past. They start at the mean and variance of the first ``warm_up``
+    norms, during which nothing is clipped. Norms that are not finite are ignored. Source: Kumar et al.,
+    "ZClip: adaptive spike mitigation for LLM pre-training" (2025), arXiv:2504.02507.
     """
 
     threshold: float = Field(default=2.5, gt=0)
@@ -36,12 +36,14 @@ class ClipZScore(FromHistory):
         super().__init__(threshold=threshold, **settings)
 
     def baseline(self) -> Baseline:
-        """See `Clip.baseline`."""
         return _Moments(self)
 
 
 class ZBound(OneFactor):
-    """A bound for norms around ``mean`` with this ``deviation``: what `ClipZScore` comes to in one step."""
+    """The clip that `ClipZScore` applies in one step: a bound for norms with this ``mean`` and standard ``deviation``.
+
+    Norms are divided by ``width`` before they are compared, and the bound is multiplied by it.
+    """
 
     mean: float = Field(ge=0)
     deviation: float = Field(ge=0)
@@ -49,25 +51,23 @@ class ZBound(OneFactor):
     width: float = Field(default=1.0, gt=0)
 
     def factor(self, global_norm: float) -> float:
-        """See `OneFactor.factor`."""
         z = (global_norm / self.width - self.mean) / (self.deviation + _EPS)
         if not z > self.threshold:
             return 1.0
         return min(1.0, self.width * (self.mean + self.threshold**2 / z * self.deviation) / (global_norm + 1e-6))
 
     def factor_of(self, global_norm: Tensor) -> Tensor:
-        """See `OneFactor.factor_of`."""
         z = (global_norm / self.width - self.mean) / (self.deviation + _EPS)
         limit = self.width * (self.mean + self.threshold**2 / z * self.deviation)
         return torch.where(z > self.threshold, torch.clamp(limit / (global_norm + 1e-6), max=1.0), 1.0)
 
     def loosened(self, factor: float) -> ZBound:
-        """See `Clip.loosened`: as if the norm were ``factor`` times smaller."""
+        """Return the same clip for norms that are ``factor`` times as large."""
         return self.model_copy(update={"width": self.width * factor})
 
 
 class _Moments:
-    """Mean and variance of the norms so far."""
+    """Exponential averages of the norms so far and of their variance."""
 
     def __init__(self, settings: ClipZScore) -> None:
         self._settings = settings
@@ -76,7 +76,6 @@ class _Moments:
         self._rows = 0
 
     def clip(self, history: History, rows: int) -> ZBound | None:
-        """See `Baseline`."""
         where = news(history, self._rows, rows)
         self._rows = rows
         left = history.global_norm()[where] * history.clip_coefficient()[where]

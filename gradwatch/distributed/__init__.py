@@ -1,1 +1,1 @@
-"""Of several processes, one row: settings are compared, numbers exchanged, decisions made together."""
+"""Distributed training: compares the settings of all processes and exchanges their numbers, so that all decide alike."""

@@ -1,4 +1,4 @@
-"""What processes that train together must have alike, as text, and how to say where they differ."""
+"""The settings that all processes of a training must share, as text, and a description of their differences."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.rules import Rule
 
-PACE = ("gradwatch", "every", "budget")  # where these differ, rows of one process have no counterpart in another
-_NAMED = 3  # ranks that are named for one value, and differences that are told
+PACE = ("gradwatch", "every", "budget")  # if these differ, rows of one process have no counterpart in another
+_NAMED = 3  # most ranks to name for one value, and most differences to describe
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def settings_of(rules: Iterable[Rule], policy: AutoClip | None, pace: dict[str, Any]) -> dict[str, str]:
-    """Return all that decides what is measured, judged and done, by name: equal texts in each process, equal decisions."""
+    """Return the settings that determine what is measured, judged and done, as text by name.
+
+    Processes with equal texts reach equal decisions.
+
+    Args:
+        rules: the rules to judge with.
+        policy: the policy of auto-clip; None: no auto-clip.
+        pace: further settings, such as those named in ``PACE``.
+    """
     found = {name: text(value) for name, value in pace.items()}
     found |= {f"rule {rule.code}": text(rule) for rule in rules}
     if policy is None:
@@ -30,9 +38,9 @@ def settings_of(rules: Iterable[Rule], policy: AutoClip | None, pace: dict[str, 
 
 
 def text(value: Any) -> str:
-    """Return a value as text that is the same in each process: without addresses, sets and dicts in order.
+    """Return a value as text that is the same in each process: without addresses, and with sets and dicts sorted.
 
-    Of what has no such text, such as a function or an object of a class of the user's own, only the name of its kind.
+    Functions and classes are represented by their name, objects of other classes by the name of the class.
     """
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, enum.Enum)):
         return _ADDRESS.sub("", repr(value))
@@ -53,7 +61,12 @@ def text(value: Any) -> str:
 
 
 def differences(settings: Sequence[dict[str, str]], ranks: Sequence[int]) -> dict[str, str]:
-    """Return what differs between processes, by name, as "rank 0 20, rank 1 5"; ``ranks`` are their numbers."""
+    """Return the settings that differ between processes, by name, as ``"rank 0 20, rank 1 5"``.
+
+    Args:
+        settings: the settings of each process, as returned by `settings_of`.
+        ranks: the ranks of these processes.
+    """
     found = {}
     for name in dict.fromkeys(name for one in settings for name in one):
         values: dict[str, list[int]] = {}
@@ -61,7 +74,7 @@ def differences(settings: Sequence[dict[str, str]], ranks: Sequence[int]) -> dic
             values.setdefault(one.get(name, "none"), []).append(rank)
         if len(values) > 1:
             found[name] = ", ".join(f"{_named(who)} {value}" for value, who in values.items())
-    if any(one["clip"] == "none" for one in settings):  # how others' auto-clip is set tells nothing more
+    if any(one["clip"] == "none" for one in settings):  # the other settings are missing there, not different
         policy = {
             name for one in settings for name in one if name not in PACE and not name.startswith(("rule ", "weights "))
         }
@@ -70,7 +83,7 @@ def differences(settings: Sequence[dict[str, str]], ranks: Sequence[int]) -> dic
 
 
 def told(found: dict[str, str]) -> str:
-    """Return the first few differences in words."""
+    """Return a description of the first three differences, and the number of the others."""
     more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return "; ".join(f"{name}: {values}" for name, values in list(found.items())[:_NAMED]) + more
 

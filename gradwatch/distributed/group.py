@@ -1,8 +1,8 @@
-"""The processes that train one model together: who they are, what each holds, and the one exchange of a step.
+"""The group of processes that train one model, the part of each layer that a process holds, and the exchange of a step.
 
-Each process measures its own part. Squares are shared out (one over the number of processes that hold the same), so that
-a single sum over all processes gives the norms of the whole in DDP, FSDP2, tensor parallelism and their mixtures. All
-processes then hold the same row and come to the same decision.
+Each process measures its own part. Squares are multiplied by a share (one over the number of processes that hold the same
+part), so that a single sum over all processes gives the norms of the whole in DDP, FSDP2, tensor parallelism and their
+combinations. All processes then have the same row and reach the same decision.
 """
 
 from __future__ import annotations
@@ -54,19 +54,23 @@ if TYPE_CHECKING:
     from gradwatch.measure.measured_gradients import Measured
     from gradwatch.measure.sampling import Sample
 
-_PATIENCE = 30.0  # seconds that the first step waits for the other processes to watch as well
+_PATIENCE = 30.0  # seconds that the first step waits for the other processes to attach
 
 
-class Unsupported(Exception):  # noqa: N818  it is a finding, told in a note
-    """A kind of parallel training that cannot be measured as a whole; the message says why."""
+class Unsupported(Exception):  # noqa: N818  it is a finding, reported in a note
+    """Raised for a kind of parallel training that cannot be measured as a whole; the message says why."""
 
 
 @dataclass(slots=True)
 class Local:
-    """What this process alone knows of a step, beside norms.
+    """What a single process knows of a step, besides norms.
 
-    ``backward_bad``: its own backward gave gradients that are not finite. ``after``: its part of the squared norm that
-    was left by a clip by value at the step before. ``word``: what it says of itself.
+    Args:
+        loss: loss of this process; None: no loss was seen.
+        word: statement of this process about itself.
+        backward_bad: whether its own backward gave gradients that are not finite.
+        after: its part of the squared global norm after a clip by value at the previous step.
+        buffer_bad: whether a buffer of this process is not finite.
     """
 
     loss: float | None
@@ -78,14 +82,16 @@ class Local:
 
 @dataclass(slots=True)
 class Word:
-    """What a process says of itself with each row, for nothing that it alone knows may decide what is exchanged or done.
+    """What a process states about itself with each row.
+
+    Nothing that only one process knows may decide what is exchanged or done, so all such facts are exchanged.
 
     Args:
-        every: the optimizer steps that it wants between rows; 0: it has no wish.
-        closely: it would watch closely.
-        failed: the rules that failed in it, a bit for each.
-        decided: a number of what auto-clip has decided in it so far.
-        leaves_out: its gradient scaler leaves this step out.
+        every: number of optimizer steps that it requests between rows; 0: no request.
+        closely: whether it requests close watching, with the weights sampled at each row.
+        failed: rules that failed in it, one bit each.
+        decided: number that identifies what auto-clip has decided in it so far.
+        leaves_out: whether its gradient scaler leaves out this step.
     """
 
     every: int = 0
@@ -97,10 +103,14 @@ class Word:
 
 @dataclass(slots=True)
 class Agreed:
-    """What follows from the words of all processes, in each of them.
+    """What all processes conclude from the words of all processes.
 
-    ``every`` is the largest wish, ``closely`` is true where one of them is, ``failed`` holds the rules that failed in any;
-    ``parted`` are the ranks whose auto-clip has decided otherwise than the first's, ``left_out``: all leave the step out.
+    Args:
+        every: largest number of steps that a process requests between rows.
+        closely: whether any process requests close watching.
+        failed: rules that failed in any process, one bit each.
+        parted: ranks whose auto-clip has decided differently from the first process.
+        left_out: whether the gradient scalers of all processes leave out the step.
     """
 
     every: int
@@ -112,7 +122,15 @@ class Agreed:
 
 @dataclass(slots=True)
 class United:
-    """What all processes know of it: the mean loss, where trouble came from, the norm after the last clip by value."""
+    """What all processes know of a step after the exchange.
+
+    Args:
+        loss: mean loss of the processes that saw one; None: no process did.
+        culprits: processes that non-finite values came from, if only some did.
+        after_norm: global norm after a clip by value at the previous step.
+        buffer_bad: whether a buffer of any process is not finite.
+        agreed: conclusions from the words of all processes.
+    """
 
     loss: float | None
     culprits: Culprits | None
@@ -122,15 +140,22 @@ class United:
 
 
 class Ranks:
-    """The group of processes, and each layer's part in this one.
+    """The group of processes that train a model together, and the part of each layer that this process holds.
 
-    Attributes: ``share`` (L,) is one over the number of processes that hold the same part of a layer; ``part`` (L,) is
-    the share of the whole layer's elements that this process answers for. ``sharded``: processes hold parts of layers.
+    Attributes:
+        share: one over the number of processes that hold the same part of a layer, shape (L,).
+        part: share of the elements of the whole layer that this process accounts for, shape (L,).
+        sharded: whether processes hold parts of layers.
+        averages: whether DistributedDataParallel averages the gradients.
+        exchanged: whether there has been an exchange.
+        size, rank: number of processes in the group, and the rank of this process in it.
+        world: global ranks of the processes in the group.
+        home: device on which numbers are exchanged.
     """
 
     def __init__(self, layers: Layers, group: Any, replica: Any = None, pieces: int = 1) -> None:
         self._layers = layers
-        self._group = None if group is dist.group.WORLD else group  # destroyed at exit, it shall not be held here
+        self._group = None if group is dist.group.WORLD else group  # no reference: it is destroyed at exit
         self._pieces = pieces
         self._replica = weakref.ref(replica) if replica is not None else None
         self.averages = replica is not None
@@ -142,7 +167,7 @@ class Ranks:
         self.ours()
 
     def ours(self) -> None:
-        """Look up which part of each layer this process holds."""
+        """Determine which part of each layer this process holds, and set `share`, `part` and `sharded`."""
         self.share, self.part = np.zeros((2, len(self._layers)))
         self.sharded = False
         parameter: Any
@@ -167,18 +192,22 @@ class Ranks:
 
     @property
     def apart(self) -> bool:
-        """True from the first `model.join()` on: some processes may have no more batches, so nothing may be exchanged.
+        """True once `model.join()` has been entered. Some processes may have no more batches, so nothing may be exchanged.
 
-        Torch does not tell when the context ends.
+        It stays True, because torch does not signal the end of the context.
         """
         replica = self._replica() if self._replica is not None else None
         return replica is not None and bool(replica._join_config.enable)
 
     def agree(self, settings: dict[str, str]) -> list[dict[str, str]] | None:
-        """Find out whether every process of the group watches this model, and how: exchanging alone would hang the training.
+        """Find out whether every process of the group watches this model with the same settings.
 
-        Returns the ``settings`` of each where they differ, nothing where all are the same, None where some do not watch.
-        Goes through the store that the processes met at, not through a collective. The first to decide decides for all.
+        An exchange in which only some processes take part would hang the training. The processes communicate through the store
+        of the default group, not through a collective, and wait at most 30 seconds for each other.
+
+        Returns:
+            An empty list if all settings are the same, the ``settings`` of each process if they differ, None if some
+            processes do not watch. All processes get the same answer.
         """
         store = dist.distributed_c10d._get_default_store()
         names = zlib.crc32("\n".join([*self._layers.names, *map(str, self.world)]).encode())
@@ -206,10 +235,16 @@ class Ranks:
         self.exchanged = False
 
     def unite(self, mine: Local, whole: Measured, now: Measured, sampled: Sample) -> United:
-        """Make the numbers of this process those of all; ``whole``, ``now`` and ``sampled`` are changed in place.
+        """Exchange the numbers of a step, and replace those of this process by those of all processes.
+
+        Args:
+            mine: what this process alone knows of the step.
+            whole: gradients that the row describes; modified in place.
+            now: gradients at this moment; its global norm is modified in place.
+            sampled: sampled statistics; modified in place.
 
         Raises:
-            ExchangeError: a process is gone.
+            ExchangeError: the exchange failed, probably because a process has ended.
             PeerError: gradwatch failed in another process.
         """
         table = PackedRow(len(self._layers), self.size)
@@ -252,7 +287,7 @@ class Ranks:
         return United(numbers.loss, self.culprits(numbers), numbers.after_norm, bad, self.agreed(numbers))
 
     def agreed(self, numbers: UnpackedRow) -> Agreed:
-        """Return what follows from the words of all processes."""
+        """Return the conclusions from the words of all processes."""
         flags, every, failed, decided = numbers.ranks
         others = np.flatnonzero(decided != decided[0]).tolist()
         return Agreed(
@@ -264,18 +299,21 @@ class Ranks:
         )
 
     def all_well(self, *, well: bool) -> bool:
-        """Ask whether what was just done went well in every process: one number more, for what may fail in one alone."""
+        """Exchange one number and return True if an operation that may fail in a single process succeeded in all of them.
+
+        ``well`` says whether it succeeded in this process.
+        """
         failures = torch.tensor([float(not well)], dtype=torch.float64, device=self.home)
         self.exchange(failures)
         return not failures.item()
 
     def part_of_square(self, measured: Measured) -> float:
-        """Return this process's part of the squared global norm."""
+        """Return the part of this process in the squared global norm."""
         there = measured.columns
         return float(np.dot(measured.norms[there] ** 2, self.share[there]))
 
     def tell_failure(self) -> None:
-        """Take part in one exchange only to say that gradwatch failed here, so that nobody waits for its rows."""
+        """Announce in one exchange that gradwatch failed in this process, so that the others do not wait for its rows."""
         table = PackedRow(len(self._layers), self.size)
         table.singles[FAILED] = 1
         self._exchange(table)
@@ -288,7 +326,11 @@ class Ranks:
             flat.copy_(there)
 
     def exchange(self, flat: Tensor) -> None:
-        """Sum a table over all processes, in place: the one collective of a step."""
+        """Sum a tensor over all processes in place.
+
+        Raises:
+            ExchangeError: the collective failed, probably because a process has ended.
+        """
         self.exchanged = True
         try:
             dist.all_reduce(flat, group=self._group)
@@ -299,7 +341,7 @@ class Ranks:
             ) from error
 
     def culprits(self, numbers: UnpackedRow) -> Culprits | None:
-        """Return the processes that a non-finite step came from, None where there is none or that cannot be told."""
+        """Return the processes that non-finite values came from; None if no kind of them is confined to some."""
         for bit, sign in _SIGNS:
             found = np.flatnonzero(numbers.ranks[FLAGS] & bit)
             if 0 < found.size < self.size:
@@ -316,17 +358,17 @@ _turns: dict[int, int] = {}
 
 
 def is_first() -> bool:
-    """True in the process that may draw: rank 0, or the only one."""
+    """Return True in the process that may draw a live view: rank 0, or the only process."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
 
 
 def find_ranks(model: nn.Module, layers: Layers) -> Ranks | None:
-    """Return the processes that train ``model``; None when it is this one alone.
+    """Return the processes that train ``model``, or None if this process trains it alone.
 
     Raises:
-        Unsupported: several processes run, and how they share the work is not known.
+        Unsupported: several processes run, and it is not known how they share the work.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
@@ -350,11 +392,11 @@ def find_ranks(model: nn.Module, layers: Layers) -> Ranks | None:
         return Ranks(layers, None if whole_world else flat[0].process_group, pieces=split)
     if replica is not None:
         return Ranks(layers, replica.process_group, replica)
-    raise Unsupported(f"{world} processes run, and this model is none of DistributedDataParallel, FSDP and DTensors")
+    raise Unsupported(f"{world} processes run, but this model uses none of DistributedDataParallel, FSDP, DTensor")
 
 
 def _home(group: Any) -> torch.device:
-    """Return the device that the group's collectives run on, the CPU where that is possible."""
+    """Return the device on which the collectives of the group run, preferably the CPU."""
     every: Any = dist.group.WORLD
     devices = (group or every)._device_types
     cpu = torch.device("cpu")

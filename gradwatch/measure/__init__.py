@@ -1,1 +1,1 @@
-"""Numbers out of tensors: norms of gradients and weights, samples of weights, statistics of a batch."""
+"""Measurement of tensors: norms of gradients and weights, samples of weights, statistics of a batch."""

@@ -1,4 +1,4 @@
-"""What a batch looks like in numbers, for the moment in which it may be the culprit."""
+"""Statistics of the tensors in a batch, for the report on a batch that may have caused an incident."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ _MOST = 32  # tensors
 
 
 def numbers_of(batch: Any) -> list[dict[str, Any]]:
-    """Return name, shape, type, smallest, largest, mean and deviation, NaN and Inf of each tensor in a batch.
+    """Return the name, shape, dtype and statistics of each tensor in a batch, up to 32 tensors.
 
-    ``batch`` is a tensor, or tensors in lists, tuples and dicts; of anything else nothing is said. Statistics are those of
-    the finite elements, None where there are none. Reads the tensors' values: not for each step.
+    The statistics are the smallest and largest value, mean and standard deviation of the finite elements (None if there are
+    none), and the numbers of NaN and infinite elements. For complex tensors they are those of the magnitudes. Reads the tensors
+    on the host, so it is too slow for every step.
+
+    Args:
+        batch: a tensor, or tensors in lists, tuples and dicts. Other objects and tensors that are not strided are ignored.
     """
     told: list[dict[str, Any]] = []
     for name, tensor in _tensors(batch, ""):

@@ -1,4 +1,4 @@
-"""Whether a model is worth a checkpoint, so that a broken one never overwrites a good one."""
+"""Check whether a model is fit for a checkpoint, so that a broken model never overwrites a good one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """True where nothing speaks against a checkpoint; ``reason`` says what does, and is empty where nothing does."""
+    """The result of a checkpoint guard: true if ``reason``, which says what is wrong with the model, is empty."""
 
     reason: str = ""
 
@@ -35,37 +35,45 @@ class Checkpoint:
 def worth_of(
     model: nn.Module, history: History, incidents: Sequence[Incident], *, buffers_are_well: bool = True
 ) -> Checkpoint:
-    """See `gradwatch.Monitor.checkpoint_guard`; ``incidents`` are the open ones.
+    """Return whether the model is fit for a checkpoint, as in `gradwatch.Monitor.checkpoint_guard`.
 
-    ``buffers_are_well`` is what several processes last told each other of their buffers.
+    Args:
+        model: model whose parameters and buffers are checked. With several processes they are not read; the answer then
+            follows from what all processes know.
+        history: history of the run.
+        incidents: open incidents.
+        buffers_are_well: with several processes, whether all buffers were finite at the last exchange.
     """
     for one in incidents:
         if one.kind in EXPLOSION and one.severity != "notice":
-            return Checkpoint(f"an incident is open since step {one.opened_step}: {one.kind}, {one.severity}")
+            return Checkpoint(f"an incident has been open since step {one.opened_step}: {one.kind}, {one.severity}")
     if history.loss_nonfinite:
         return Checkpoint(f"the loss of step {history.row.step} was {history.row.loss}")
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return Checkpoint(damage_of(model))
-    # by what is known to all: were the answers not the same, a shared save would hang
+    # use only what all processes know: if their answers differed, a collective save would hang
     bad = [name for name, hit in zip(history.layers, history.nonfinite_weight, strict=True) if hit]
     if bad:
-        return Checkpoint(f"parameter {bad[0]} was not finite when it was last looked at")
-    return Checkpoint("" if buffers_are_well else "a buffer of a process was not finite when it was last looked at")
+        return Checkpoint(f"parameter {bad[0]} was not finite when it was last checked")
+    return Checkpoint("" if buffers_are_well else "a buffer of a process was not finite when it was last checked")
 
 
 def damage_of(model: nn.Module) -> str:
-    """Name the first parameter or buffer that holds NaN or Inf; nothing where all are finite. Reads the tensors."""
+    """Return a description of the first parameter or buffer that holds NaN or Inf; empty if all are finite.
+
+    Reads the tensors on the host.
+    """
     for kind, name, tensor in _tensors(model):
         if math.isfinite(norm_of(tensor)):
             continue
         nans, infs, _ = look_closer(tensor)
-        if nans or infs:  # a norm may overflow by itself
+        if nans or infs:  # the norm of finite elements may overflow
             return f"{kind} {plain_name(name)} holds {nans} NaN and {infs} infinite of {tensor.numel()} elements"
     return ""
 
 
 def buffers_are_bad(model: nn.Module, home: torch.device) -> Tensor:
-    """Return whether a buffer that this process holds is not finite, as a tensor without dimensions; nothing is read."""
+    """Return whether a buffer in this process is not finite, as a bool tensor of shape (); nothing is read on the host."""
     largest = [
         torch.linalg.vector_norm(local_of(tensor).to(torch.float32), torch.inf).to(home, non_blocking=True)
         for kind, _, tensor in _tensors(model)
@@ -79,5 +87,5 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
         ("buffer", *one) for one in model.named_buffers()
     ]
     numbers = ((kind, name, one.detach()) for kind, name, one in named if one.is_floating_point() or one.is_complex())
-    # of the others nothing is known, and a guard that raises would cost the checkpoint
+    # other tensors cannot be measured; raising for them would cost the user the checkpoint
     return (one for one in numbers if not one[2].is_meta and unfit(one[2]) is None)

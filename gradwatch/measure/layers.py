@@ -1,4 +1,4 @@
-"""The layers of a model: its named parameter tensors, held weakly, each with a column in the history."""
+"""The layers of a model: its named parameters, held by weak references, each with a column in the history."""
 
 from __future__ import annotations
 
@@ -23,21 +23,26 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Family
 
-_NAMED = 3  # layers that a sentence names
+_NAMED = 3  # most layers that a sentence names
 _SELF_SCALING = ("adam", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "muon", "adafactor", "lamb")
 
 
 class Layers:
-    """Named parameters of ``model``. Tied parameters are one layer; their other names stand in ``aliases``.
+    """The named parameters of ``model``. Tied parameters are one layer.
 
-    Those whose weights cannot be measured (nested, float8, classes that have no norm) are left out of what is looked at
-    (`measured`); ``untold`` says so, for whoever reads it next.
+    The number of columns never shrinks. A layer keeps its column when its parameter is replaced under the same name, and a
+    layer that is added later gets the next column (see `look_again`). Names are those inside DistributedDataParallel and
+    `torch.compile`. Parameters whose weights cannot be measured (nested, float8, classes without a norm) have a column, but
+    `measured` does not yield them.
 
-    The columns only ever grow: a layer keeps its own when its parameter is replaced under the same name, and one that
-    comes later gets the next (`look_again`). Names are those inside DistributedDataParallel and `torch.compile`.
+    Attributes:
+        names, sizes, matrices, fan_in, with_units: per column, the name, the number of elements, whether it has two or more
+            dimensions, the inputs of each unit, and whether its rows are units.
+        aliases: other names of tied parameters, by name.
+        untold: sentences about parameters that cannot be measured, which have not been reported yet.
 
     Raises:
-        UsageError: the model has no trainable parameter, or one whose shape is not known yet.
+        UsageError: the model has no trainable parameter, or a parameter whose shape is not known yet.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,7 +54,7 @@ class Layers:
         self.fan_in: list[int] = []
         self.with_units: list[bool] = []
         self.untold: list[str] = []
-        self._unfit: dict[int, str] = {}  # columns whose weights cannot be measured, and why
+        self._unfit: dict[int, str] = {}  # why weights cannot be measured, by column
         self._refs: list[weakref.ref[nn.Parameter]] = []
         self._first_device: torch.device | None = None
         self._home = torch.device("cpu")
@@ -63,29 +68,33 @@ class Layers:
 
     @property
     def model(self) -> nn.Module | None:
-        """The model, None when it is gone."""
+        """The model, or None if it no longer exists."""
         return self._model()
 
     @property
     def home(self) -> torch.device:
-        """The device on which the numbers of all layers come together: the first that is not the CPU, if there is any."""
+        """The device on which the numbers of all layers are gathered: the first that is not the CPU, or else the CPU."""
         first = self._refs[0]()
-        if first is not None and first.device != self._first_device:  # at first, or the model has moved
+        if first is not None and first.device != self._first_device:  # the first call, or the model has moved
             self._first_device = first.device
             devices = [parameter.device for _, parameter in self.measured()]
             self._home = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         return self._home
 
     def look_again(self) -> set[int]:
-        """Follow parameters that were replaced, take in those that were added; return the columns of both."""
+        """Update the columns for parameters that were replaced or added, and return these columns.
+
+        Raises:
+            UsageError: the shape of a parameter is not known yet.
+        """
         model = self._model()
         if model is None:
             return set()
         self._first_device = None
         inner = unwrapped(model)
-        # rows of these weights are units, each fed by every input
+        # rows of these weights are units, each of which receives every input
         united = _weights_of(inner, (nn.Linear, _ConvNd))
-        # a table is looked up, one row at a time; tied to an output it is a matrix as any other
+        # embeddings are lookups of single rows; tied to an output layer they are ordinary matrices
         tables = _weights_of(inner, (nn.Embedding, nn.EmbeddingBag)) - united
         shapes = whole_shapes(inner)
         news = set()
@@ -98,7 +107,7 @@ class Layers:
                     "Run one batch through the model, then attach."
                 )
             if not parameter.is_floating_point() and not parameter.is_complex():
-                continue  # quantised: it has no gradient
+                continue  # quantised parameters have no gradient
             first = seen.setdefault(id(parameter), name)
             if first != name:
                 aliases = self.aliases.setdefault(first, [])
@@ -114,10 +123,10 @@ class Layers:
         return news
 
     def leave_out(self) -> bool:
-        """Leave out the weights that cannot be measured from now on; True when there are more of them than before."""
+        """Find the weights that cannot be measured and leave them out from now on; return True if there are new ones."""
         reasons = {column: reason for column, one in self.parameters() if (reason := unfit(one)) is not None}
         devices = {one.device.type for column, one in self.parameters() if column not in reasons}
-        if len(devices) > 1 and "meta" in devices:  # those beside it have values
+        if len(devices) > 1 and "meta" in devices:  # if all are on meta, they are measured as usual
             meta = [column for column, one in self.parameters() if one.device.type == "meta"]
             reasons = dict.fromkeys(meta, "on the meta device") | reasons
         more = {column: reason for column, reason in reasons.items() if self._unfit.get(column) != reason}
@@ -158,7 +167,7 @@ class Layers:
         self.with_units[column] = False
 
     def parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
-        """Yield column and parameter of those still alive."""
+        """Yield the column and the parameter of each layer whose parameter still exists."""
         for column, ref in enumerate(self._refs):
             parameter = ref()
             if parameter is not None:
@@ -170,21 +179,26 @@ class Layers:
         return [self.names[column] for column in sorted(self._unfit)]
 
     def measured(self) -> Iterator[tuple[int, nn.Parameter]]:
-        """Yield column and parameter of those still alive whose weights can be measured."""
+        """Yield the column and the parameter of each layer whose parameter exists and can be measured."""
         return ((column, parameter) for column, parameter in self.parameters() if column not in self._unfit)
 
     def parameter(self, column: int | None) -> nn.Parameter | None:
-        """Return the parameter of a column, None when it is gone."""
+        """Return the parameter of a column, or None if it no longer exists."""
         return None if column is None else self._refs[column]()
 
     def column(self, parameter: torch.Tensor) -> int | None:
-        """Return the column of a watched parameter, None for any other."""
+        """Return the column of a parameter, or None if it is not watched."""
         column = self._columns.get(id(parameter))
         return column if column is not None and self._refs[column]() is parameter else None
 
 
 def left_out(layers: Iterable[tuple[str, str]], what: str) -> list[str]:
-    """Return a sentence for each reason for which ``what`` of layers, given by name and reason, cannot be measured."""
+    """Return one sentence per reason for which ``what`` cannot be measured.
+
+    Args:
+        layers: names of layers, each with the reason.
+        what: what cannot be measured, such as ``"weights"``.
+    """
     by_reason: dict[str, list[str]] = {}
     for name, reason in layers:
         by_reason.setdefault(reason, []).append(name)
@@ -199,12 +213,12 @@ def left_out(layers: Iterable[tuple[str, str]], what: str) -> list[str]:
 
 
 def _shape_of(parameter: nn.Parameter) -> torch.Size:
-    """Return a parameter's shape; of a nested one, which has none, its elements in a row."""
+    """Return the shape of a parameter; for a nested one, which has none, that of its elements as one vector."""
     return torch.Size([parameter.numel()]) if parameter.is_nested else parameter.shape
 
 
 def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
-    """Return what can be told of the model before its optimizer is known."""
+    """Return the facts about the model that are known before its optimizer is."""
     model = unwrapped(model)
     modules = list(model.modules())
     gated = any(isinstance(m, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)) for m in modules)
@@ -221,7 +235,10 @@ def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
 
 
 def family_of(optimizer: Optimizer) -> Family:
-    """Return whether an optimizer steps by rate times gradient, by gradients divided by their own size, or otherwise."""
+    """Return the family of an optimizer, by the names of its classes.
+
+    ``"sgd"`` steps by learning rate times gradient, ``"adam"`` divides gradients by their own size, ``"other"`` is unknown.
+    """
     names = " ".join(kind.__name__.lower() for kind in type(optimizer).__mro__)
     if any(word in names for word in _SELF_SCALING):
         return "adam"
@@ -229,14 +246,14 @@ def family_of(optimizer: Optimizer) -> Family:
 
 
 def optimizer_facts(facts: Facts, optimizer: Optimizer) -> Facts:
-    """Return ``facts`` with those of the optimizer."""
+    """Return ``facts`` with the name and the family of the optimizer."""
     return replace(facts, optimizer=type(optimizer).__name__, family=family_of(optimizer))
 
 
 def _weights_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
-    """Return the identities of the weights of modules of these kinds.
+    """Return the ids of the weights of modules of these kinds.
 
-    Not asked for by attribute: a parametrised weight would be computed, and spectral_norm would go on with its iteration.
+    ``module.weight`` is not accessed: it would compute a parametrised weight, and `spectral_norm` would advance its iteration.
     """
     modules = (module for module in model.modules() if isinstance(module, kinds))
     return {id(one) for module in modules for name, one in module.named_parameters(recurse=False) if name == "weight"}

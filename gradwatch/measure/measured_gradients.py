@@ -1,4 +1,4 @@
-"""The norms of one moment's gradients."""
+"""Gradient norms measured at one moment, on the host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Measured:
-    """Gradients of one moment. ``norms`` has shape (L,), NaN where there is no gradient; so has ``nonfinite``."""
+    """Gradients and their norms at one moment.
+
+    Attributes:
+        gradients: n tensors; empty if only their norms were kept.
+        columns: columns of the layers with a gradient, shape (n,).
+        norms: L2 norms, shape (L,); NaN where a layer has no gradient.
+        global_norm: L2 norm of all gradients as one vector.
+        nonfinite: `NonFinite` codes, shape (L,); None if all gradients are finite.
+        counts: numbers of NaN and infinite elements by column; None if all gradients are finite.
+    """
 
     gradients: list[Tensor]
     columns: NDArray[np.intp]
@@ -30,16 +39,14 @@ class Measured:
     counts: dict[int, tuple[int, int]] | None = None
 
     def only(self, columns: NDArray[np.intp]) -> Measured:
-        """Return what was measured of these layers."""
+        """Return the measurements of the layers in ``columns`` alone."""
         there = np.isin(self.columns, columns)
         if there.all():
             return self
         norms = np.full(len(self.norms), np.nan)
         kept = self.columns[there]
         norms[kept] = self.norms[kept]
-        gradients = [
-            g for g, mine in zip(self.gradients, there, strict=False) if mine
-        ]  # none, where only norms are kept
+        gradients = [g for g, mine in zip(self.gradients, there, strict=False) if mine]  # empty if only norms are kept
         measured = Measured(gradients, kept, norms, global_norm_of(norms[kept]))
         counts = {column: count for column, count in (self.counts or {}).items() if column in kept}
         if counts and self.nonfinite is not None:
@@ -51,7 +58,7 @@ class Measured:
 
 
 def assembled(parts: Sequence[Measured], layers: int) -> Measured:
-    """Return the gradients of one backward as one, from parts that no longer exist as tensors."""
+    """Return the measurements of one backward, merged from parts whose tensors no longer exist."""
     columns = np.concatenate([part.columns for part in parts])
     norms = np.full(layers, np.nan)
     for part in parts:

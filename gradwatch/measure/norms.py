@@ -1,9 +1,9 @@
-"""Per-layer L2 norms in one batched call, and a closer look at what is not finite.
+"""Per-layer L2 norms in one batched call, and a closer look at layers whose norm is not finite.
 
-L2 accumulates in float32 (float64 for double): a float16 norm of a healthy tensor overflows. On CPU, float32 sums over
-many elements lose digits (9e-6 at 16 thousand equal numbers, 2.9e-3 at 40 million), so large tensors are summed in pieces of
-at most 512: 5e-7 at worst, whatever the numbers. NaN and Inf propagate through the norm, so that finding them costs
-nothing; telling them apart is done only for layers that have them.
+Squares are accumulated in float32 (float64 for double), because a float16 norm of a healthy tensor overflows. On the CPU,
+float32 sums over many elements lose digits (9e-6 at 16 thousand equal numbers, 2.9e-3 at 40 million), so large tensors are
+summed in pieces of at most 512 elements; the error is then at most 5e-7. NaN and Inf propagate through the norm, so finding
+them costs nothing; only layers that have them are examined further.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 _LARGE = 1 << 15  # elements from which CPU tensors are summed in pieces
-_LONGEST, _SHORTEST = 1 << 9, 1 << 7  # elements of a piece: with 1,024 equal ones a float32 sum is off by 1e-6
-_FEW = 16  # tensors up to which reading one by one beats stacking, on CPU
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)  # others may answer in ways of their own, and are measured one by one
+_LONGEST, _SHORTEST = 1 << 9, 1 << 7  # elements of a piece; a float32 sum of 1,024 equal elements is off by 1e-6
+_FEW = 16  # tensors below which reading one by one is faster than stacking, on the CPU
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)  # subclasses may override operations, so they are measured one by one
 _DTYPES = frozenset(
     (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
 )
@@ -38,13 +38,13 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class NormPlan:
-    """How to measure one fixed list of tensors: which go together in one batched call, which in pieces, which alone."""
+    """A plan for measuring one list of tensors: which are batched, which are summed in pieces, which are measured alone."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         self._pieces: list[
             tuple[int, int]
-        ] = []  # large ones: their place, and the length of a piece; one more may be left
+        ] = []  # large tensors: index and length of a piece; the last piece may be shorter
         self._alone: list[int] = []
         for index, tensor in enumerate(tensors):
             if _is_large(tensor):
@@ -65,7 +65,7 @@ class NormPlan:
         self._order: Tensor | None = None
 
     def norms(self, tensors: list[Tensor]) -> Floats:
-        """Return the L2 norm of each tensor, float64 of shape (n,), on the host: only where reading is free."""
+        """Return the L2 norm of each tensor on the host, float64 of shape (n,). Use it only where reading is free."""
         if self._simple:
             return _read(_batched(tensors, self._groups[0][2]))
         norms = np.empty(self._count)
@@ -79,12 +79,12 @@ class NormPlan:
 
     @property
     def shareable(self) -> bool:
-        """True where torch's own `clip_grad_norm_` takes the same norms: on CPU, of float32 tensors in one group."""
+        """True if `torch.nn.utils.clip_grad_norm_` computes the same norms: float32 tensors on the CPU in one group."""
         dtypes = {wide for _, _, wide in self._groups}
         return len(self._groups) <= 1 and not self._alone and dtypes <= {torch.float32} and self.device.type == "cpu"
 
     def shared(self, tensors: list[Tensor]) -> tuple[Floats, Tensor]:
-        """Return the L2 norm of each tensor as `norms` does, and that of all as `clip_grad_norm_` has it, to the bit."""
+        """Return the L2 norm of each tensor as `norms` does, and the global norm bit-identical to `clip_grad_norm_`'s."""
         together = torch.stack(torch._foreach_norm(tensors, 2.0))
         norms = together.numpy().astype(np.float64)
         if self._pieces:
@@ -92,7 +92,7 @@ class NormPlan:
         return norms, torch.linalg.vector_norm(together, 2.0)
 
     def _in_pieces(self, tensors: list[Tensor]) -> Floats:
-        """Return the norms of the large tensors: those of pieces in float32, their squares added in float64."""
+        """Return the norms of the large tensors: the pieces in float32, their squares added in float64."""
         parts = []
         for index, piece in self._pieces:
             parts += _piecewise(tensors[index], piece, torch.float32)
@@ -102,7 +102,7 @@ class NormPlan:
         return summed
 
     def norms_on(self, home: torch.device, tensors: list[Tensor]) -> Tensor:
-        """Return the L2 norm of each tensor, shape (n,), on ``home``, in its widest float; nothing is read on the host."""
+        """Return the L2 norm of each tensor, shape (n,), on ``home`` in its widest float. Nothing is read on the host."""
         parts = [
             torch.stack(_batched([tensors[index] for index in indices], wide)) for _, indices, wide in self._groups
         ]
@@ -117,7 +117,7 @@ class NormPlan:
 
 
 def unfit(tensor: Tensor) -> str | None:
-    """Say why a tensor's norm cannot be taken; None where it can. One of a class of its own is tried."""
+    """Return why the norm of a tensor cannot be computed, or None if it can. For a subclass it is tried out."""
     if tensor.is_nested:
         return "nested"
     if tensor.layout not in (torch.strided, torch.sparse_coo):
@@ -145,24 +145,27 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _is_large(tensor: Tensor) -> bool:
-    """True for tensors that are summed in pieces of float32."""
+    """Return True for tensors that are summed in pieces of float32."""
     plain = tensor.layout is torch.strided and tensor.dtype is torch.float32 and type(tensor) in _ORDINARY
     return plain and tensor.is_cpu and tensor.numel() >= _LARGE
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """True where elements lie side by side, in whatever order: over others torch sums one by one, and loses digits."""
+    """Return True if the elements fill the memory without gaps, in any order.
+
+    Torch sums other tensors element by element and loses digits.
+    """
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return reach + 1 == tensor.numel()
 
 
 def _piece(elements: int) -> int:
-    """Return the length of a large tensor's pieces: equal ones where it can be cut so, else one of them is shorter."""
+    """Return the length of the pieces of a large tensor: a divisor of its size if possible, else the last is shorter."""
     return next((piece for piece in range(_LONGEST, _SHORTEST - 1, -1) if elements % piece == 0), _LONGEST)
 
 
 def _piecewise(tensor: Tensor, piece: int, wide: torch.dtype) -> list[Tensor]:
-    """Return the norms of a tensor's pieces, and of what is left after them."""
+    """Return the norms of the pieces of a tensor, and of the remainder if there is one."""
     flat = tensor if tensor.is_contiguous() else tensor.contiguous()
     left = flat.numel() % piece
     if not left:
@@ -173,14 +176,14 @@ def _piecewise(tensor: Tensor, piece: int, wide: torch.dtype) -> list[Tensor]:
 
 
 def _picker(indices: list[int]) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
-    """Return what picks these places of a list, in one call."""
+    """Return a function that returns the elements of a list at these indices as a tuple."""
     if len(indices) > 1:
         return operator.itemgetter(*indices)
     return lambda tensors: tuple(tensors[index] for index in indices)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """What to sum in. Where reading is not free nobody can look again when squares overflow, so that they must not."""
+    """Return the dtype to accumulate in. On a device, overflowing squares cannot be measured again, so it is the widest."""
     if tensor.dtype is torch.float64 or not device.reading_is_free(tensor.device):
         return device.precise(tensor.device)
     return torch.float32
@@ -189,7 +192,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 def _batched(tensors: list[Tensor] | tuple[Tensor, ...], wide: torch.dtype) -> list[Tensor]:
     try:
         return list(torch._foreach_norm(tensors, 2, dtype=wide))
-    except (RuntimeError, NotImplementedError):  # a gradient that is sparse although its parameter is dense
+    except (RuntimeError, NotImplementedError):  # a sparse gradient of a dense parameter
         return [norm_tensor(tensor) for tensor in tensors]
 
 
@@ -201,12 +204,12 @@ def _read(norms: list[Tensor]) -> Floats:
 
 
 def norm_of(tensor: Tensor) -> float:
-    """Return the L2 norm of one tensor of any layout, dtype and size; 0.0 when it is empty."""
+    """Return the L2 norm of one tensor of any supported layout and dtype; 0.0 if it is empty. Reads it on the host."""
     return float(norm_tensor(tensor).item())
 
 
 def norm_tensor(tensor: Tensor) -> Tensor:
-    """Return the same as a tensor without dimensions on its device; nothing is read on the host, unless it is sparse."""
+    """Return the L2 norm of one tensor as a tensor of shape () on its device. Only sparse tensors cause a host read."""
     values = _values(tensor)
     wide = _wide(values)
     if not values.numel():
@@ -224,7 +227,7 @@ def _l2(values: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def on_device(array: NDArray[Any], home: torch.device) -> Tensor:
-    """Return ``array`` as a tensor on ``home``, without waiting for it."""
+    """Return ``array`` as a tensor on ``home``, without waiting for the copy."""
     tensor = torch.from_numpy(array)
     if home.type == "cuda":
         tensor = tensor.pin_memory()
@@ -232,7 +235,7 @@ def on_device(array: NDArray[Any], home: torch.device) -> Tensor:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """The real elements that this process holds: coalesced values of a sparse tensor, both parts of a complex one."""
+    """Return the real elements that this process holds: coalesced values if sparse, real and imaginary parts if complex."""
     tensor = local_of(tensor.detach())
     if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce().values()
@@ -240,15 +243,14 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 def global_norm_of(norms: Floats) -> float:
-    """Return the L2 norm of all gradients as one vector from their norms; not finite where one of them is not."""
+    """Return the L2 norm of all gradients as one vector, given their norms; not finite if one of them is not."""
     return math.sqrt(np.dot(norms, norms))
 
 
 def look_closer(tensor: Tensor) -> tuple[int, int, float]:
-    """Return the counts of NaN and of infinite elements, and the norm in float64.
+    """Return the numbers of NaN and infinite elements, and the norm in float64; the norm is NaN if one is not finite.
 
-    The norm is taken after dividing by the largest magnitude, so that neither overflow nor underflow of the squares can
-    make it infinite or zero; it is NaN when an element is not finite.
+    The elements are divided by the largest magnitude first, so that squares neither overflow nor underflow.
     """
     values = _values(tensor)
     if not values.numel():
@@ -260,7 +262,7 @@ def look_closer(tensor: Tensor) -> tuple[int, int, float]:
 
 
 def scaled_norm(values: Tensor) -> float:
-    """Return the L2 norm of finite values in float64, safe from overflow and underflow of the squares."""
+    """Return the L2 norm of finite values in float64, without overflow or underflow of the squares."""
     values = _values(values)
     low, high = torch.aminmax(values)
     largest = max(-low.item(), high.item())
@@ -270,22 +272,25 @@ def scaled_norm(values: Tensor) -> float:
 
 
 def code_of(nans: int, infs: int) -> NonFinite:
-    """Return which kinds of non-finite elements there are."""
+    """Return the code for the kinds of non-finite elements that were counted."""
     return (NonFinite.NAN if nans else NonFinite.NONE) | (NonFinite.INF if infs else NonFinite.NONE)
 
 
 def has_units(gradient: Tensor) -> bool:
-    """True for gradients whose rows can be looked at."""
+    """Return True for gradients whose rows can be inspected: strided, of an ordinary class and not empty."""
     return gradient.layout is torch.strided and type(gradient) in _ORDINARY and gradient.numel() > 0
 
 
 def live_units(gradient: Tensor) -> Tensor:
-    """Return which units (rows along the first dimension) have a gradient other than zero, bool of shape (units,)."""
-    # the sum of magnitudes, not of squares: tiny values must not underflow; five times as fast as torch's L1 norm
+    """Return which units (rows along the first dimension) have a nonzero gradient, bool of shape (units,)."""
+    # magnitudes instead of squares, so that tiny values do not underflow; five times as fast as torch's L1 norm
     return gradient.detach().flatten(1).abs().sum(dim=1).bool()
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Return the sum of the tensor's bits read as integers: a change of one element changes it, of many almost surely."""
+    """Return the sum of the tensor's elements with their bits read as integers.
+
+    A change of one element always changes it, a change of several almost surely.
+    """
     values = _values(tensor)
     return values.view(_BITS[values.element_size()]).sum(dtype=torch.int64)

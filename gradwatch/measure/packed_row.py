@@ -1,7 +1,7 @@
-"""One row's numbers as one flat float64 vector, to be exchanged between processes or to come over from a device.
+"""The numbers of one row as one flat float64 vector, to be exchanged between processes or copied from a device.
 
-Squares, counts and flags add up, so that one sum over all processes makes the numbers of the whole from those of the
-parts. What several processes hold alike goes in with a share of one over their number.
+Squares, counts and flags are additive, so one sum over all processes turns the numbers of the parts into those of the whole.
+Numbers that several processes hold alike are multiplied by a share of one over the number of these processes.
 """
 
 from __future__ import annotations
@@ -18,26 +18,31 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Floats
 
-# rows of one number for each layer
+# rows with one number per layer
 SQUARE, PRESENT, NANS, INFS, WEIGHT, DEAD, CHANGED = range(7)
 _ROWS = 7
-# single numbers after them
+# followed by single numbers
 NOW, LOSS, LOSSES, FAILED, AFTER, COEFFICIENT, SKIPPED, LEFT_OUT = range(8)
 _SINGLES = 8
-# rows of one number for each process after them: what it says of itself, so that all decide alike
+# followed by rows with one number per process, by which all processes reach the same decision
 FLAGS, EVERY, FAILED_RULES, DECIDED = range(4)
 _OF_EACH = 4
-# the flags: which of its own numbers are not finite, whether it watches closely, whether its scaler leaves the step out
+# flags: which numbers of a process are not finite, whether it watches closely, whether its scaler leaves out the step
 LOSS_BAD, BACKWARD_BAD, GRADIENT_BAD, BUFFER_BAD, CLOSELY, LEAVES_OUT = 1, 2, 4, 8, 16, 32
 
 
 class PackedRow:
-    """The numbers of one row: ``rows`` (7, L), ``singles`` (8,), ``ranks`` (4, W), all views of ``flat``.
+    """The numbers of one row as a flat vector with three views.
 
     Args:
-        layers: ``L``.
-        processes: ``W``.
-        flat: numbers that have come over; None: zeros to be filled.
+        layers: number ``L`` of layers.
+        processes: number ``W`` of processes.
+        flat: vector of `size_of` numbers; None: zeros, to be filled in.
+
+    Attributes:
+        rows: numbers per layer, shape (7, L).
+        singles: single numbers, shape (8,).
+        ranks: numbers per process, shape (4, W).
     """
 
     def __init__(self, layers: int, processes: int = 1, flat: Floats | None = None) -> None:
@@ -48,13 +53,13 @@ class PackedRow:
 
 
 def size_of(layers: int, processes: int) -> int:
-    """Return how many numbers a table holds."""
+    """Return the number of numbers in a `PackedRow`."""
     return _ROWS * layers + _SINGLES + _OF_EACH * processes
 
 
 @dataclass(slots=True)
 class UnpackedRow:
-    """What a table says once it has come to the host. Arrays have shape (L,); missing is NaN."""
+    """The numbers of a `PackedRow` on the host, by name. Arrays have shape (L,), except ``ranks`` (4, W); missing is NaN."""
 
     grad_norm: Floats
     global_norm: float
@@ -74,7 +79,7 @@ class UnpackedRow:
 
     @classmethod
     def of(cls, table: PackedRow) -> UnpackedRow:
-        """Read a table."""
+        """Unpack ``table``."""
         rows, singles = table.rows, table.singles
         present = rows[PRESENT] > 0
         norms = np.where(present, np.sqrt(rows[SQUARE]), np.nan)

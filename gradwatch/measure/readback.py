@@ -1,7 +1,7 @@
-"""Rows of gradients that live on a device, on their way to the host.
+"""Asynchronous copies of rows from a device to the host.
 
-A row is written into a ring on the device and copied to pinned memory; an event tells when it has arrived, a few steps
-later. The host waits for one only where the ring is full, where several processes must read alike, and at the end.
+A row is written into a ring on the device and copied to pinned memory. An event signals its arrival a few steps later. The
+host waits for a row only if the ring is full, if several processes must read it at the same step, and at the end.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-RING = 64  # rows under way at most: a host that is further ahead waits for the oldest
-LAG = 8  # steps after which each of several processes reads a row, so that all decide alike
-PATIENCE = 10  # steps in a row that a gradient scaler may leave out before one is judged
+RING = 64  # most rows under way; a host that is further ahead waits for the oldest
+LAG = 8  # steps after which each of several processes reads a row, so that all reach the same decision
+PATIENCE = 10  # steps in a row that a gradient scaler may leave out before one of them is judged
 
 
 @dataclass(slots=True)
 class Unread:
-    """Gradients of one moment on a device. ``norms`` (n,) belong to ``columns``."""
+    """Gradients and their norms at one moment, on a device. ``norms`` and ``columns`` have shape (n,)."""
 
     gradients: list[Tensor]
     columns: NDArray[Any]
@@ -38,12 +38,12 @@ class Unread:
 
 
 def joined(parts: list[Unread]) -> Unread:
-    """Return the gradients of one backward as one, from parts that no longer exist as tensors."""
+    """Return the norms of one backward, merged from parts whose gradients no longer exist."""
     return Unread([], np.concatenate([part.columns for part in parts]), torch.cat([part.norms for part in parts]))
 
 
 class Slot:
-    """One row on the device: the views of a `gradwatch.measure.packed_row.PackedRow`, as tensors."""
+    """One row on the device, with the views of a `gradwatch.measure.packed_row.PackedRow` as tensors."""
 
     def __init__(self, flat: Tensor, layers: int, processes: int) -> None:
         ends, last = size_of(layers, 0) - size_of(0, 0), size_of(layers, 0)
@@ -54,20 +54,20 @@ class Slot:
 
 
 class Ring:
-    """The rows that are under way from ``home`` to the host, oldest first.
+    """The rows under way from ``home`` to the host, oldest first.
 
     Args:
-        layers: ``L``.
-        processes: ``W``.
-        home: where rows are made.
-        lag: steps after which a row is read, waiting for it if need be; None: as soon as it has arrived.
+        layers: number ``L`` of layers.
+        processes: number ``W`` of processes.
+        home: device on which rows are computed.
+        lag: number of steps after which a row is read, waiting for it if necessary; None: it is read once it has arrived.
     """
 
     def __init__(self, layers: int, processes: int, home: torch.device, lag: int | None = None) -> None:
         size = size_of(layers, processes)
         self._layers, self._processes, self._lag = layers, processes, lag
         self._device = torch.zeros(RING, size, dtype=precise(home), device=home)
-        # on the CPU whatever the default device is: only there can memory be pinned
+        # explicitly on the CPU, whatever the default device is: only CPU memory can be pinned
         self._host = torch.zeros(RING, size, dtype=precise(home), device="cpu", pin_memory=home.type == "cuda")
         self._slots = [Slot(row, layers, processes) for row in self._device]
         self._under_way: deque[tuple[int, int, Any, Any]] = deque()
@@ -75,16 +75,16 @@ class Ring:
         self.home = home
 
     def next(self) -> Slot:
-        """Return the slot for the coming row, full of zeros."""
+        """Return the slot for the coming row, filled with zeros."""
         slot = self._slots[self._sent % RING]
         slot.flat.zero_()
         return slot
 
     def send(self, facts: Any) -> None:
-        """Start the way of the row that was written into `next`; ``facts`` is what the host knows of it already."""
+        """Start copying the row that was written into the slot from `next`; `arrived` yields ``facts`` along with it."""
         place = self._sent % RING
         event = None
-        if self.home.type != "meta":  # which holds no numbers that could come over
+        if self.home.type != "meta":  # meta tensors have no values to copy
             self._host[place].copy_(self._device[place], non_blocking=True)
             if self.home.type != "cpu":
                 event = torch.Event(self.home)
@@ -93,7 +93,10 @@ class Ring:
         self._sent += 1
 
     def arrived(self, *, wait: bool = False) -> Iterator[tuple[Any, PackedRow]]:
-        """Yield the rows that can be read now; with ``wait``, all that are under way."""
+        """Yield the facts and numbers of the rows that can be read now; with ``wait``, of all rows under way.
+
+        Waits for the device if ``wait`` is set, if the ring is full, or if a row is ``lag`` steps old.
+        """
         while self._under_way:
             number, place, event, facts = self._under_way[0]
             age = self._sent - number

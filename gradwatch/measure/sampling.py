@@ -1,4 +1,4 @@
-"""What is looked at now and then, not on each step: weight norms, dead units, weights that never change."""
+"""Statistics that are sampled, not measured at each step: weight norms, dead units, weights that never change."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from gradwatch.measure.readback import Slot, Unread
     from gradwatch.records import Floats
 
-_FIRST_ROWS = 32  # weights are sampled on each of them
-_WATCHED_ROWS = 45  # the last of the first censuses is among them
-_CENSUS_EVERY = 61  # odd, as the first censuses are even and odd: parts of a model that take turns are all seen
-_FIRST_CENSUSES = frozenset((5, 10, 17, 24, 33, 44))
-_ROUND = 4  # censuses of a layer after which a unit without any gradient is called dead
+_FIRST_ROWS = 32  # first rows, with each of which the weights are sampled
+_WATCHED_ROWS = 45  # first rows, which include all of the first censuses
+_CENSUS_EVERY = 61  # odd, so that branches used on alternating steps are both checked
+_FIRST_CENSUSES = frozenset((5, 10, 17, 24, 33, 44))  # even and odd, for the same reason
+_ROUND = 4  # censuses of a layer after which a unit without any gradient counts as dead
 
 
 @dataclass(slots=True)
 class Parts:
-    """`Ranks.share` and `Ranks.part` on the device."""
+    """Copies of `Ranks.share` and `Ranks.part` on the device."""
 
     share: Tensor
     part: Tensor
@@ -43,9 +43,15 @@ class Parts:
 
 @dataclass(slots=True)
 class Sample:
-    """What was looked at with one row; None where it was not its turn. Arrays have shape (L,).
+    """The statistics that were sampled with one row; None for those that were not due. Arrays have shape (L,).
 
-    ``row`` counts the rows since attach; ``gone`` are layers whose parameter is no more, or cannot be measured.
+    Args:
+        row: number of the row since attach.
+        gone: layers whose parameter no longer exists or cannot be measured.
+        weight_norm: weight norms.
+        nonfinite_weight: whether the weights are not finite.
+        dead_share: share of dead units.
+        unchanged: number of rows for which the weights have not changed.
     """
 
     row: int
@@ -56,7 +62,7 @@ class Sample:
     unchanged: Floats | None = None
 
     def fill(self, numbers: UnpackedRow) -> None:
-        """Take the numbers of all processes, or those that have come over from a device, for what was looked at."""
+        """Replace what was sampled by the numbers of all processes, or by those that arrived from a device."""
         if self.weight_norm is not None:
             known = ~self.gone
             self.weight_norm = np.where(known, numbers.weight_norm, np.nan)
@@ -70,7 +76,7 @@ _NOT_DUE = Sample(-1, np.zeros(0, dtype=bool))
 
 
 class Sampling:
-    """The sampled statistics of one model, by rows since it was attached."""
+    """The sampled statistics of one model. ``rows`` is the number of rows since attach."""
 
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
@@ -86,7 +92,7 @@ class Sampling:
         self._unchanged = np.zeros(len(layers))
 
     def grow(self, news: set[int]) -> None:
-        """Take the columns of layers that were added or whose parameter is another now."""
+        """Extend the state to layers that were added and reset it for those whose parameter was replaced (``news``)."""
         self._alive.clear()
         for known in (self._prints, self._prints_on, self._dead_on):
             for column in news & known.keys():
@@ -96,7 +102,7 @@ class Sampling:
         self._plan = None
 
     def take(self, now: Measured, *, closely: bool) -> Sample:
-        """Look at what is due with this row; ``closely``: the weights are. Runs without autograd."""
+        """Return the sample that is due with the row ``now``; ``closely`` makes the weights due. Call it without autograd."""
         row, weights, census = self._due(closely=closely)
         if not (weights or census):
             return _NOT_DUE
@@ -110,13 +116,13 @@ class Sampling:
         return sample
 
     def weights(self) -> Sample:
-        """Look at the weights out of turn."""
+        """Return a sample of the weights although they are not due, for the last row."""
         sample = Sample(self.rows - 1, self._gone())
         self._able(self._weights, sample)
         return sample
 
     def _able(self, look: Callable[..., Any], *arguments: Any) -> Any:
-        """Look at weights; where some can no longer be measured, look again without them."""
+        """Call ``look``; if it raises because weights can no longer be measured, call it again without them."""
         try:
             return look(*arguments)
         except Exception:
@@ -131,23 +137,26 @@ class Sampling:
         return gone
 
     def _due(self, *, closely: bool) -> tuple[int, bool, bool]:
-        """Return the row's number, whether the weights are looked at, and whether units and changes are."""
+        """Return the number of the row, whether the weights are due, and whether the census of units and changes is."""
         row, self.rows = self.rows, self.rows + 1
         weights = closely or row < _FIRST_ROWS or (row + 1) % cadence(row + 1) == 0  # as the rules judge
         return row, weights, row == 0 or row in _FIRST_CENSUSES or row % _CENSUS_EVERY == 0
 
     @property
     def rest(self) -> int:
-        """The number of coming rows with which nothing is due."""
+        """The number of coming rows for which nothing is due."""
         row = self.rows
         return 0 if row < _WATCHED_ROWS else min(-(row + 1) % cadence(row + 1), -row % _CENSUS_EVERY)
 
     def count(self) -> None:
-        """A row with which nothing was due."""
+        """Count a row for which nothing was due."""
         self.rows += 1
 
     def take_unread(self, now: Unread, slot: Slot, share: Parts | None, *, closely: bool) -> Sample:
-        """Do the same on a device, into ``slot``; the sample says only what was looked at (see `Sample.fill`)."""
+        """Write the statistics that are due into ``slot`` on the device, and return a sample that says which they are.
+
+        `Sample.fill` adds the numbers once they have arrived on the host.
+        """
         row, weights, census = self._due(closely=closely)
         sample = Sample(row, self._gone())
         home = slot.flat.device
@@ -169,7 +178,7 @@ class Sampling:
         return self._columns, plan.norms_on(home, parameters)
 
     def _planned_for(self, home: torch.device | None) -> tuple[list[int], list[Tensor], NormPlan]:
-        """Return the columns and the weights that can be measured, and their plan, made anew where it no longer fits."""
+        """Return the columns and the weights that can be measured, and a plan for them, which is renewed if it is stale."""
         measured = list(self._layers.measured())
         parameters = [local_of(parameter) for _, parameter in measured]
         plan = self._plan
@@ -190,7 +199,7 @@ class Sampling:
             if parameter.requires_grad and local_of(parameter).numel() and (first or column in self._prints_on):
                 now = fingerprint(parameter)
                 changed[column].copy_(now != self._prints_on.setdefault(column, now))
-            elif local_of(parameter).numel():  # not known from the beginning
+            elif local_of(parameter).numel():  # has no fingerprint from the first row
                 changed[column].fill_(1)
 
     def _weights(self, sample: Sample) -> None:
@@ -208,8 +217,8 @@ class Sampling:
             self._dead_share[column] = share.item()
 
     def _finished_rounds(self, now: Measured | Unread) -> Iterator[tuple[int, Tensor]]:
-        """Look for units with a gradient; yield the dead share, no dimensions, of layers looked at often enough."""
-        if not now.gradients:  # they no longer exist as tensors
+        """Record which units have a gradient; yield the column and dead share, shape (), of layers that finished a round."""
+        if not now.gradients:  # their tensors no longer exist
             return
         for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
             if not self._layers.with_units[column] or not has_units(gradient):
@@ -223,9 +232,9 @@ class Sampling:
                 del self._alive[column]
 
     def _compare(self, row: int) -> None:
-        """Compare the weights with those of the first row, exactly."""
+        """Compare the exact fingerprints of the weights with those of the first row."""
         for column, parameter in self._layers.measured():
-            if row and column not in self._prints:  # it has changed: it is not frozen, for good
+            if row and column not in self._prints:  # it has changed before, so it is never frozen
                 continue
             if not parameter.requires_grad or not parameter.numel():
                 continue

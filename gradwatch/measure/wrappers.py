@@ -1,6 +1,6 @@
-"""What torch puts around a model and its tensors: DistributedDataParallel, FSDP, DTensor, compile.
+"""Access to models and tensors inside torch's wrappers: DistributedDataParallel, FSDP, DTensor, `torch.compile`.
 
-Modules of torch that the user has not imported are not imported here either: what they make cannot be there.
+Modules of torch that the user has not imported are not imported here either, since no object of theirs can exist.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ def own_name(model: nn.Module) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's name without what wrappers put into it."""
+    """Return the name of a parameter without the parts that wrappers insert."""
     for part in _IN_NAMES:
         name = name.replace(part, "")
     return name
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """True for a part of a distributed tensor."""
+    """Return True if ``tensor`` is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a tensor that this process holds; call it without autograd."""
+    """Return the part of a tensor that this process holds. Call it with autograd disabled."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def summed(gradient: torch.Tensor) -> torch.Tensor:
-    """Return a distributed gradient whose parts are pieces of the sum, not summands of it (`Partial`)."""
+    """Return a distributed gradient with pending sums (`Partial` placements) reduced; other gradients are returned as is."""
     if not is_dtensor(gradient) or not any(placement.is_partial() for placement in gradient.placements):  # type: ignore[attr-defined]
         return gradient
     replicate = sys.modules["torch.distributed.tensor"].Replicate()
@@ -64,31 +64,31 @@ def summed(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def replica_of(model: nn.Module) -> Any:
-    """Return the DistributedDataParallel around the model: itself, a part of it, or one built around it; else None."""
+    """Return the DistributedDataParallel that is the model, a part of it, or a wrapper around it; None if there is none."""
     kind = nn.parallel.DistributedDataParallel
     for module in model.modules():
         if isinstance(module, kind):
             return module
     inner = unwrapped(model)
-    # one that was built after attach: nothing in torch leads from a module to it
-    # by type, for some objects mind being asked for their class
+    # a wrapper that was built after attach; torch keeps no reference from a module to its wrapper
+    # issubclass of the type, because some objects raise when they are asked for __class__
     return next((o for o in gc.get_objects() if issubclass(type(o), kind) and o.module is inner), None)
 
 
 def optimizers_alive() -> list[Optimizer]:
-    """Return every optimizer of torch's in this process: nothing in torch leads from a parameter to its optimizer."""
+    """Return every torch optimizer in this process, since torch keeps no reference from a parameter to its optimizer."""
     return [one for one in gc.get_objects() if issubclass(type(one), Optimizer) and hasattr(one, "param_groups")]
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """True under FSDP2's `fully_shard` and under FSDP1: there hooks on parameters fire not at all, or do harm."""
+    """Return True under FSDP2's `fully_shard` and FSDP1, where hooks on parameters do not fire or do harm."""
     module = sys.modules.get("torch.distributed.fsdp")
     kinds = (module.FSDPModule, module.FullyShardedDataParallel) if module is not None else ()
     return any(isinstance(part, kinds) for part in model.modules())
 
 
 def unreduced(model: nn.Module | None) -> list[torch.Tensor | None]:
-    """Return the gradients that FSDP2 holds back while it accumulates without reducing."""
+    """Return the gradients that FSDP2 keeps while it accumulates without reducing."""
     found: list[torch.Tensor | None] = []
     module = sys.modules.get("torch.distributed.fsdp")
     if model is None or module is None:
@@ -110,7 +110,7 @@ def flat_modules(model: nn.Module) -> list[Any]:
 
 
 def whole_shapes(model: nn.Module) -> dict[int, torch.Size]:
-    """Return the shape of each whole parameter of which FSDP1 keeps a piece, by the id of the piece."""
+    """Return the full shape of each parameter that FSDP1 shards, by the id of the local piece."""
     shapes = {}
     for module in flat_modules(model):
         flat = getattr(module._handle, "flat_param", None)
@@ -123,7 +123,10 @@ def whole_shapes(model: nn.Module) -> dict[int, torch.Size]:
 
 
 def unmeasurable(model: nn.Module | None = None, optimizer: Optimizer | None = None) -> str | None:
-    """Say why the gradients of this model cannot be seen, None when they can: zeros are never reported."""
+    """Return why the gradients of this model cannot be seen, or None if they can.
+
+    Without this check gradwatch would report zeros.
+    """
     for thing in (model, optimizer):
         for kind in type(thing).__mro__:
             reason = _ELSEWHERE.get(kind.__module__.split(".")[0])
@@ -138,8 +141,8 @@ def unmeasurable(model: nn.Module | None = None, optimizer: Optimizer | None = N
 
 
 def version_of(gradient: Tensor) -> int:
-    """Return how often a tensor was changed in place; one made under `torch.inference_mode` does not count."""
+    """Return the number of in-place changes of a tensor; 0 for inference tensors, which do not count them."""
     if type(gradient) is torch.Tensor:
         return 0 if gradient.is_inference() else gradient._version
-    part = getattr(gradient, "_local_tensor", None)  # which FSDP2 changes behind the back of the whole
+    part = getattr(gradient, "_local_tensor", None)  # FSDP2 changes it without changing the version of the DTensor
     return sum(one._version for one in (gradient, part) if one is not None and not one.is_inference())

@@ -1,6 +1,6 @@
-"""One sign a file: its code, its documentation, its validated thresholds and its own cases.
+"""The rules, one per file: each with its measure, its documentation, its validated thresholds and its cases.
 
-A new rule is one new file and one line here.
+To add a rule, add one file and one line here.
 """
 
 from __future__ import annotations
@@ -51,12 +51,16 @@ RULES: tuple[type[Rule], ...] = (
 
 
 def default_rules() -> list[Rule]:
-    """Return one instance of each rule, with its default thresholds."""
+    """Return one instance of each rule with default thresholds."""
     return [rule() for rule in RULES]
 
 
 def rule_by_code(code: str) -> type[Rule]:
-    """Return the rule with this code or name; a `UsageError` names the nearest one otherwise."""
+    """Return the rule class with this code or class name, in any case.
+
+    Raises:
+        UsageError: there is no such rule; the message names the nearest one.
+    """
     known = {rule.code: rule for rule in RULES} | {rule.__name__: rule for rule in RULES}
     found = {name.lower(): rule for name, rule in known.items()}.get(code.lower())
     if found is None:

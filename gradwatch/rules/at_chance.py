@@ -23,21 +23,22 @@ class AtChance(Rule):
     """The loss stays at chance level.
 
     ## What it means
-    The loss is that of a model which gives each class the same probability, and has been since the beginning.
+    Since the beginning of the run, the loss has been that of a model that gives each class the same probability.
 
     ## Formula
-    `value` is the gain that would be worth the word over the gain there is, as in GW101, from `min_steps` (200) losses
-    on, where the median of the last `window` (50) losses lies within 3 per cent of `ln(C)` with `C` the units of the last
-    matrix, and the run's first losses within 6; else `0`, also while the rate still rises. It fires where `value > limit`
-    (1.0) for `for_steps` (50) steps. One output unit (a binary loss) has no such level.
+    `value` is the smallest improvement that counts, divided by the improvement so far, as in GW101. It is `0` unless the
+    median of the last `window` (50) losses is within 3 per cent of `ln(C)`, where `C` is the number of units of the last
+    matrix, and the reference loss (median of the first 16) is within 6 per cent. It is also `0` before `min_steps` (200)
+    losses and while the learning rate reached its highest value within the last 50 rows. It fires where `value > limit`
+    (1.0) for `for_steps` (50) steps. A single output unit (a binary loss) has no such level.
 
     ## Why it is bad
     GW101 alone may be a plateau, or a loss that does not measure progress, as in reinforcement learning. A cross-entropy
-    at `ln(C)` says that nothing at all is learned.
+    of `ln(C)` means that nothing at all has been learned.
 
     ## What to do
-    Check that inputs and labels belong together (shuffled apart, sorted, off by one); overfit one batch; look for a
-    `softmax` before a loss that has its own, for a `detach()`, and for inputs that are all alike.
+    Check that inputs and labels match (shuffled separately, sorted, off by one). Overfit one batch. Look for a `softmax`
+    before a loss that applies its own, for a `detach()`, and for inputs that are all the same.
 
     ## When it is harmless
     Tasks with a long plateau before anything is learned, such as parity.
@@ -50,9 +51,7 @@ class AtChance(Rule):
     name: ClassVar[str] = "loss at chance level"
     sign: ClassVar[Sign] = "silent"
     kind: ClassVar[Kind] = "stalled"
-    remedy: ClassVar[str] = (
-        "Check that inputs and labels belong together, and that the loss gets logits, not probabilities."
-    )
+    remedy: ClassVar[str] = "Check that inputs and labels match, and that the loss receives logits, not probabilities."
     per_layer: ClassVar[bool] = False
     urgent: ClassVar[bool] = False
     cases: ClassVar[tuple[Case, ...]] = (
@@ -67,12 +66,12 @@ class AtChance(Rule):
     for_steps: int = Field(default=50, ge=1)
 
     def measure(self, history: History) -> Floats:
-        """Return the gain worth the word over the gain, shape (1,); 0 away from chance level."""
+        """Return the required improvement over the actual one, shape (1,); 0 away from chance level."""
         if history.losses < self.min_steps or history.warming_up or not history.matrices.any():
             return np.zeros(1)
         last = int(np.argmin(np.where(history.matrices, history.order, np.inf)))
         chance = math.log(max(history.sizes[last] / history.fan_in[last], 1.0))
-        # nothing was gained, so the beginning lies there as well: most runs end here
+        # a run that has learned nothing also began there; this test rejects most runs
         if not abs(history.reference_loss - chance) <= 2 * _NEAR * chance:
             return np.zeros(1)
         level, _ = history.loss_level(self.window)

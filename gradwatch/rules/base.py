@@ -1,4 +1,7 @@
-"""What a rule is: frozen thresholds and one measured quantity. Time is not its business (see `gradwatch.verdict.alarms`)."""
+"""The base class of rules: frozen thresholds and one measured quantity.
+
+How long a condition must hold is decided by `gradwatch.verdict.alarms`, not by the rule.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,26 @@ if TYPE_CHECKING:
 
 
 class Rule(Settings):
-    """One sign of instability: it fires where ``measure(history) > limit`` for ``for_steps`` steps in a row.
+    """One sign of instability, which fires where ``measure(history) > limit`` for ``for_steps`` steps in a row.
 
-    It resolves after more than ``keep_steps`` steps at or below ``release * limit``.
+    The alarm resolves after more than ``keep_steps`` steps at or below ``release * limit``.
 
-    A rule of your own is a subclass with the class variables below, a `measure`, and a docstring under the fixed
-    headings; pass an instance in ``attach(model, rules=[*gradwatch.default_rules(), MyRule()])``.
+    To write your own rule, subclass `Rule`, set the class variables below, implement `measure` and document the rule under
+    the fixed headings. Pass an instance: ``attach(model, rules=[*gradwatch.default_rules(), MyRule()])``.
 
     Class variables:
-        code, name: ``"GW203"`` and a short name in words.
-        sign: what an alarm counts as in the verdict: subtle, confirming, growth, numeric or silent.
-        kind: the incident kind that the alarm points to.
-        per_layer: `measure` returns shape (L,) if True, else (1,).
-        urgent: measured on each step once it stirs; one of the whole model that is not may wait up to 32 steps.
-        opens: an alarm opens an incident. A confirming sign alone does not: it is a note.
-        role: what the verdict takes an alarm for, beside its sign: a gradient far above its usual norm (surge), a loss that
-            jumps (jump), an update that is known to be too long before it is made, for the weights (update) or for the loss
-            (overshoot), weights that have been harmed (damage); empty: nothing more.
-        remedy: advice that an alarm adds to its incident, with ``{suspect}`` for the prime suspect; empty: none.
-        cases: written runs on which the rule must fire or stay quiet.
+        code, name: identifier such as ``"GW203"``, and a short name in words.
+        sign: category of the alarm in the verdict: subtle, confirming, growth, numeric, silent or clip.
+        kind: the incident kind that the alarm indicates.
+        per_layer: True if `measure` returns shape (L,), False if it returns shape (1,).
+        urgent: True if every step is judged while the rule is pending or firing. A whole-model rule that is not urgent may
+            be measured as rarely as every 32 steps.
+        opens: True if an alarm may open an incident. If False, an alarm by itself is only a note.
+        role: additional meaning of an alarm in the verdict. ``"surge"``: the gradient norm is far above its usual value;
+            ``"jump"``: the loss jumped; ``"update"``: the coming update is too long for the weights; ``"overshoot"``: the
+            coming update is too long for the loss; ``"damage"``: the weights have been harmed; ``""``: none.
+        remedy: advice that an alarm adds to its incident, with ``{suspect}`` in place of the prime suspect; ``""``: none.
+        cases: written runs on which the rule must fire or must stay quiet.
     """
 
     code: ClassVar[str]
@@ -54,11 +58,11 @@ class Rule(Settings):
     keep_steps: int = Field(default=5, ge=0)
 
     def measure(self, history: History) -> Floats:
-        """Return the quantity, shape (L,) or (1,); NaN where it cannot be told. Must not change the history."""
+        """Return the measured quantity, shape (L,) or (1,), with NaN where it is unknown. Must not modify ``history``."""
         raise NotImplementedError
 
     @classmethod
     def documentation(cls) -> str:
-        """The rule's page, in Markdown: what `gradwatch explain` prints."""
+        """Return the rule's page in Markdown, as printed by ``gradwatch explain``."""
         summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
         return f"# {cls.code} {cls.name}\n\n{summary}\n{rest}"

@@ -18,22 +18,22 @@ _LAST = 100
 
 
 class ClipBites(Rule):
-    """The clip bites on most steps: it has become a learning rate.
+    """The clip bites on most steps: it acts as a learning rate.
 
     ## What it means
-    On more than four in five of the last 100 steps a clip made the gradients smaller, be it your own or auto-clip's.
+    A clip, your own or auto-clip's, made the gradients smaller on more than four in five of the last 100 steps.
 
     ## Formula
-    `value = steps with a clip coefficient below 1 / 100`, over the last 100 rows. It fires where `value > limit` (0.8), at
-    the earliest in row 100. It opens no incident and is told in a note.
+    `value = (number of steps with a clip coefficient below 1) / 100`, over the last 100 rows. It fires where
+    `value > limit` (0.8), in row 100 at the earliest. It opens no incident; it is reported as a note.
 
     ## Why it is bad
-    A clip is meant for the odd step. One that always bites makes every update the same length, so that the learning rate
-    no longer means what it says, and it can hide a fault: norms that grow behind it go unseen in the loss.
+    A clip is meant for rare steps. A clip that always bites gives every update the same length, so the learning rate no
+    longer has its usual meaning. It can also hide a fault, because norms that keep growing do not show in the loss.
 
     ## What to do
-    Look at the norms before the clip (`monitor.history.global_norm()`) and raise the threshold to where it catches
-    outliers only: `monitor.suggest_clip()` counts what each choice would have clipped. Where the norms themselves keep
+    Look at the norms before the clip (`monitor.history.global_norm()`) and raise the threshold until it catches only
+    outliers; `monitor.suggest_clip()` counts the steps that each choice would have clipped. If the norms themselves keep
     growing, look for the cause: the learning rate, the scale of the targets, the initialisation.
 
     ## When it is harmless

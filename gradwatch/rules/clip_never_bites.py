@@ -16,25 +16,26 @@ if TYPE_CHECKING:
 
 
 class ClipNeverBites(Rule):
-    """The clip never bites: its threshold is above anything that comes.
+    """The clip never bites: its threshold is above all gradient norms.
 
     ## What it means
     You clip on each step, or auto-clip does with `when="always"`, and for hundreds of steps no gradient was large enough to
-    be touched.
+    be clipped.
 
     ## Formula
-    `value = rows since a clip coefficient was below 1`, of those that the history keeps, where a clip is in force on each
-    step; else `0`. It fires where `value > limit` (500). It opens no incident and is told in a note.
+    `value` is the number of rows since a clip coefficient was last below 1, among those that the history keeps, if a clip is
+    applied on each step; else `0`. It fires where `value > limit` (500). It opens no incident; it is reported as a note.
 
     ## Why it is bad
-    It is not, as long as all goes well. But a clip that has never bitten will not do much about the first spike either: a
-    threshold a hundred times above the usual norm lets a step through that is a hundred times too long.
+    It does no harm as long as training goes well. But a clip that has never bitten will do little about the first spike: a
+    threshold a hundred times above the usual norm admits a step that is a hundred times too long.
 
     ## What to do
-    Lower it to a few times the run's own typical norm, `monitor.suggest_clip()` names one, or leave it out.
+    Lower the threshold to a few times the run's own typical norm, as suggested by `monitor.suggest_clip()`, or remove the
+    clip.
 
     ## When it is harmless
-    In runs whose early phase needed it, and where it stands as a last resort on purpose.
+    In runs whose early phase needed the clip, and where it is meant as a last resort.
 
     ## Source
     Pascanu et al. (2013), arXiv:1211.5063: first observe common norms, then choose.
@@ -56,7 +57,7 @@ class ClipNeverBites(Rule):
     limit: float = Field(default=500.0, gt=0)
 
     def measure(self, history: History) -> Floats:
-        """Return the rows since the last bite, shape (1,)."""
+        """Return the number of rows since a clip last bit, shape (1,); 0 while that is at most ``limit``."""
         if not history.clips_each_step or history.rows <= self.limit:
             return np.zeros(1)
         bites = np.flatnonzero(history.clip_coefficient() < 1)

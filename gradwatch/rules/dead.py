@@ -15,33 +15,33 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Kind, Sign
 
 
-_REST = 49  # rows after which a layer without a gradient no longer only rests
+_REST = 49  # rows after which a layer without a gradient no longer counts as idle
 
 
 class Dead(Rule):
     """Units or whole layers are dead: their gradient is exactly zero.
 
     ## What it means
-    A unit is a row of a weight matrix (an output of a linear layer, a channel of a convolution). It is dead when its
-    gradient was exactly zero at each of the last four samples, each from another batch.
+    A unit is a row of a weight matrix (an output of a linear layer, a channel of a convolution). It is dead if its
+    gradient was exactly zero at each of the last four samples, each from a different batch.
 
     ## Formula
-    `value = dead units / units` of the layer, from the four samples, less `1 / sqrt(units)` but for the first layer: deep
-    in a network at its start all inputs look alike to a unit, and it is on or off for all of them as a coin falls, so that
-    two deviations of the share of heads are chance (told is the share less that); `1` where the layer's whole gradient norm is
-    exactly zero on this step and was on each of the 48 before (a head that is used now and then rests; a layer without
-    elements has none that could die). It fires where
-    `value > limit` (0.5) for `for_steps` (16) steps. Only the weights of linear and convolutional layers have units; words
-    that do not occur in an embedding are not dead. Nothing is, where the whole model's gradient is zero: the loss is at its
-    floor. Where the loss has fallen to half of what it was, the incident is a notice.
+    `value = dead units / units` of the layer, over the four samples, minus `1 / sqrt(units)` except in the first layer: at
+    initialisation a deep unit is on or off for all inputs alike, so two standard deviations of that chance share are
+    subtracted (the value reported is the difference). `value = 1` where the gradient norm of the whole layer is exactly zero
+    at this step and was not above zero in any of the 48 rows before: a head that is used now and then is only idle. A layer
+    without elements cannot die. It fires where `value > limit` (0.5) for `for_steps` (16) steps. Only the weights of linear
+    and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead while
+    the gradient of the whole model is zero, because the loss is then at its floor. Once the loss has fallen to half of the
+    reference loss, the incident is only a notice.
 
     ## Why it is bad
-    A dead unit never learns again: no data reach it, so nothing can bring it back.
+    A dead unit never learns again: no gradient reaches it, so nothing can bring it back.
 
     ## What to do
-    Lower the learning rate (one large step is what usually kills ReLU units), use LeakyReLU or GELU, start biases at
-    zero or slightly above, scale the inputs. If a whole layer is dead, look for a `detach()`, an `argmax`, or an output
-    that the loss does not use.
+    Lower the learning rate (ReLU units usually die from a single large step). Use LeakyReLU or GELU. Initialise biases at
+    zero or slightly above. Scale the inputs. If a whole layer is dead, look for a `detach()`, an `argmax`, or an output that
+    the loss does not use.
 
     ## When it is harmless
     Experts that the router did not choose; a branch that is used later in training.
@@ -68,19 +68,19 @@ class Dead(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the share of dead units of each layer, shape (L,)."""
-        if history.row.global_norm == 0:  # the loss has no slope at all: it is at its floor
+        if history.row.global_norm == 0:  # the loss is at its floor
             return np.zeros(len(history.layers))
         by_chance = self._by_chance(history)
         if not (history.row.grad_norm == 0).any():
             return history.dead_share - by_chance
         silent = ~(history.grad_norm(last=_REST) > 0).any(axis=0) & (
             history.sizes > 0
-        )  # without elements: nothing to die
+        )  # a layer without elements cannot die
         return np.where(history.row.grad_norm == 0, np.where(silent, 1.0, 0.0), history.dead_share - by_chance)
 
     @staticmethod
     def _by_chance(history: History) -> Floats:
-        """Return the share above a half that chance alone makes dead, shape (L,); none in the first layer."""
+        """Return two standard deviations of the share of units that chance alone makes dead, shape (L,); 0 in the first layer."""
         units = np.maximum(history.sizes / history.fan_in, 1)
         known = np.isfinite(history.dead_share)
         first = known & (history.order == np.max(history.order, where=known, initial=-1))

@@ -1,4 +1,4 @@
-"""GW403: weights that never change."""
+"""GW403: the weights never change."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ class Frozen(Rule):
     """The weights never change although gradients arrive.
 
     ## What it means
-    Not one bit of the layer has changed since watching began, though it is trainable and its gradient is not zero.
+    Not one bit of the layer has changed since watching began, although it is trainable and its gradient is not zero.
 
     ## Formula
-    `value = steps since watching began`, those without a gradient, or with one of exactly zero, not counted, where an exact
-    fingerprint of the layer's bits was the same at every sample, or where the loss is stuck (100 steps and less than a tenth
-    gained) and the update is, in each layer, too small for float32 to hold: `u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and
-    `lr sqrt(n)` for Adam; else `0`. It fires where `value > limit` (48). Left out are biases and gains (the gradient of a
-    critic's last bias cancels), layers whose gradient is exactly zero or that got none, and parameter groups at rate zero
-    beside others that are not: they wait to be unfrozen.
+    `value` is the number of steps since watching began if an exact fingerprint of the layer's bits was the same at every
+    sample; steps at which the layer had no gradient, or one of exactly zero, do not count. If instead the loss is stuck (at
+    least 100 losses, improved by less than a tenth) and the update of every layer is too small for float32
+    (`u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and `u = lr sqrt(n)` for Adam), `value` is the number of losses.
+    Otherwise it is `0`. It fires where `value > limit` (48). Not considered are biases and gains (the gradient of a critic's
+    last bias cancels), layers whose gradient is missing or exactly zero, and parameter groups at learning rate zero beside
+    others that are not, because they wait to be unfrozen.
 
     ## Why it is bad
-    The layer is not being trained, and nothing says so: the optimizer holds another copy of the parameters or was built
-    before they were replaced, its learning rate is zero, or its updates are smaller than the rounding of a
+    The layer is not being trained, and nothing reports it: the optimizer holds another copy of the parameters or was built
+    before they were replaced, its learning rate is zero, or its updates are smaller than the rounding error of a
     half-precision weight.
 
     ## What to do
-    Build the optimizer after the model is final, from `model.parameters()`; look at the learning rate of each group and
-    at its schedule; keep a float32 master copy of half-precision weights.
+    Build the optimizer from `model.parameters()` after the model is final. Check the learning rate of each parameter group
+    and its schedule. Keep a float32 master copy of half-precision weights.
 
     ## When it is harmless
-    A warm-up that starts with a long stretch at rate zero; a layer that you left out of the optimizer on purpose: say
-    so with `requires_grad_(False)`.
+    A warm-up that starts with many steps at learning rate zero; a layer that you left out of the optimizer on purpose: set
+    `requires_grad_(False)` on it.
 
     ## Source
     Updates lost to rounding: Micikevicius et al., "Mixed precision training" (2018), arXiv:1710.03740.
@@ -65,12 +66,12 @@ class Frozen(Rule):
     limit: float = Field(default=48.0, gt=0)
 
     def measure(self, history: History) -> Floats:
-        """Return for how many steps each layer has not changed since the start, shape (L,)."""
+        """Return the number of steps for which each layer has not changed since the start, shape (L,); else 0."""
         meant = (history.rate == 0) & (history.rate > 0).any()
         value = np.where(history.arriving & ~meant & history.matrices, history.unchanged, 0.0)
-        if (value > self.limit).any():  # a reward may be long in coming: until then there is nothing to learn from
+        if (value > self.limit).any():  # count steps with a gradient only: a sparse reward gives none for a long time
             norms = history.grad_norm()
-            unowned = np.isnan(norms).all(axis=0)  # no optimizer steps it, so that its gradients are not measured
+            unowned = np.isnan(norms).all(axis=0)  # in no optimizer, so its gradients are never measured
             value = np.where(unowned, value, np.minimum(value, np.count_nonzero(norms[:-1] > 0, axis=0)))
         if history.row.family != "other" and history.stuck:
             told = history.matrices & (history.row.grad_norm > 0)

@@ -16,23 +16,23 @@ class GradientNonFinite(Rule):
     """Gradients hold NaN or infinite values.
 
     ## What it means
-    At least one gradient element of the layer is NaN or infinite. Finite gradients whose norm overflows are not meant:
-    gradwatch measures those again in float64.
+    At least one gradient element of the layer is NaN or infinite. Finite gradients whose norm overflows do not count:
+    gradwatch measures their norm again in float64.
 
     ## Formula
-    `value = 1` where the layer's gradient holds NaN, `2` for infinite, `3` for both, else `0`. It fires where
-    `value > limit` (0).
+    `value = 1` where the layer's gradient holds NaN, `2` where it holds infinite values, `3` for both, else `0`. It fires
+    where `value > limit` (0).
 
     ## Why it is bad
     An optimizer step with such a gradient writes NaN into the weights and into the optimizer's moments.
 
     ## What to do
     The incident names the first layer in backward order and counts the elements. Do not apply the step: `clip="norm"`
-    skips it. Then look for the operation that made it: log, sqrt, division, exp, norm of a zero vector, a mask of -inf
-    over a whole row of attention.
+    skips it. Then look for the operation that produced the value: log, sqrt, division, exp, the norm of a zero vector, an
+    attention row masked entirely with -inf.
 
     ## When it is harmless
-    Now and then under float16 with a GradScaler, which finds its scale by overflowing and skips such steps itself.
+    Occasionally under float16 with a GradScaler, which finds its scale by overflowing and skips such steps itself.
 
     ## Source
     IEEE 754 arithmetic; `torch.amp.GradScaler`.
@@ -49,5 +49,5 @@ class GradientNonFinite(Rule):
     )
 
     def measure(self, history: History) -> Floats:
-        """Return the code of what each layer's gradient held, shape (L,)."""
+        """Return the non-finite code of each layer's gradient, shape (L,)."""
         return history.nonfinite.astype(float)

@@ -1,4 +1,4 @@
-"""GW301: the gradient norm surges against the run's own history."""
+"""GW301: the gradient norm surges relative to the run's own history."""
 
 from __future__ import annotations
 
@@ -17,33 +17,32 @@ if TYPE_CHECKING:
 
 
 class GradientSurge(Rule):
-    """The gradient norm surges against the run's own history.
+    """The gradient norm surges relative to the run's own history.
 
     ## What it means
-    A layer's gradient norm is many times what it usually is in this run: for two steps in a row, or once by far.
+    A layer's gradient norm is many times its usual value in this run, for two steps in a row or by a very large factor once.
 
     ## Formula
     `value = max(min(q_t, q_{t-1}), q_t / 10) / max(1, exp(4 s) / 10) / max(1, p / 2t)`, with `q = ||g|| / t`, `t` the
     layer's typical gradient norm (an exponential average of log norms, half-life 64 steps, finite values only, winsorised),
     `s` the usual distance of a log norm from it, and `p` the third-highest peak of the excursions above `2t` that came back.
-    It fires where `value > limit` (10): two steps above 10 times, or one above 100 times, and more in runs whose norms
-    scatter widely from step to step, such as those with a batch of one, or whose large norms come again and again, such as
-    those of a rare class. It is silent in a layer's first 8 steps.
+    It fires where `value > limit` (10): two steps above 10 times the typical norm, or one above 100 times. Larger factors
+    are needed in runs whose norms vary widely from step to step, such as those with a batch size of one, and in runs whose
+    large norms recur, such as those with a rare class. It is silent during a layer's first 8 steps.
 
     ## Why it is bad
-    The run's own history is the best yardstick there is for its gradients: explosions show as growth long before they
-    show as NaN.
+    Gradients are best compared with the run's own history: explosions show as growth long before they show as NaN.
 
     ## What to do
-    Clip by norm; lower the learning rate; for recurrent models shorten the sequences or use gated units.
+    Clip by norm. Lower the learning rate. For recurrent models, shorten the sequences or use gated units.
 
     ## When it is harmless
-    At the end of a plateau, when learning starts; at a change of the task or of the loss. While the loss keeps falling
-    the incident is only a notice.
+    At the end of a plateau, when learning starts; after a change of the task or of the loss. While the loss keeps falling,
+    a surge by itself opens no incident unless it is far beyond the limit.
 
     ## Source
-    Growth against the run's own median beats absolute limits and z-scores in the pilot study of the project's notes on
-    detection: 24 of 25 explosions at 2 of 70 healthy runs for two steps above 10 times.
+    In the pilot study of the project's notes on detection, growth relative to the run's own median was a better criterion
+    than absolute limits and z-scores: two steps above 10 times detected 24 of 25 explosions and fired in 2 of 70 healthy runs.
     """
 
     code: ClassVar[str] = "GW301"
@@ -63,7 +62,7 @@ class GradientSurge(Rule):
     limit: float = Field(default=10.0, gt=1)
 
     def measure(self, history: History) -> Floats:
-        """Return the surge of each layer, shape (L,); NaN in a layer's first eight steps."""
+        """Return the surge of each layer, shape (L,); NaN during a layer's first eight steps."""
         now = history.surge()
         if history.task_rows < 2:
             return now
@@ -71,6 +70,6 @@ class GradientSurge(Rule):
         wide = np.maximum(1.0, np.exp(4 * history.typical_grad.scatter) / 10)
         value: Floats = np.fmax(np.minimum(now, before), now / 10) / wide
         high = np.flatnonzero(value > self.limit)
-        if high.size:  # looked up only where the rule would fire
+        if high.size:  # the lookup is expensive, so only where the rule would fire
             value[high] *= history.typical_grad.value[high] / usual_norms(history, high.tolist())
         return value

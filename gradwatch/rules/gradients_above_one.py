@@ -19,24 +19,25 @@ class GradientsAboveOne(Rule):
     """The gradients are consistently above 1.0 for each layer during training.
 
     ## What it means
-    The gradient norm of every layer that got a gradient was above the limit, step after step.
+    The gradient norm of every layer that received a gradient was above the limit, several steps in a row.
 
     ## Formula
     `value = min over layers of ||g_l||`, where `g_l` is the gradient of layer `l`; a norm that is not finite counts as
-    infinitely large. It fires where `value > limit` (1.0) for `for_steps` (3) steps in a row.
+    infinite. It fires where `value > limit` (1.0) for `for_steps` (3) steps in a row.
 
     ## Why it is bad
-    Beside a loss that jumps or a norm that surges it confirms that the whole model is driven, not one odd layer.
+    Together with a jump of the loss or a surge of the norm, it confirms that the whole model is affected and not a single
+    layer.
 
     ## What to do
-    What the incident says that it confirms. Alone it needs nothing.
+    Follow the advice of the incident that it confirms. By itself it requires no action.
 
     ## When it is harmless
-    Alone: summed losses, unscaled targets and wide layers give large, stable gradients in healthy runs. This is why it
+    By itself: summed losses, unscaled targets and wide layers give large, stable gradients in healthy runs. It therefore
     never opens an incident by itself.
 
     ## Source
-    The third of the practitioners' confirming signs (Brownlee 2019). Alone it fires in 22 of 70 healthy runs of the
+    The third of the practitioners' confirming signs (Brownlee 2019). By itself it fires in 22 of 70 healthy runs of the
     pilot study in the project's notes on detection.
     """
 
@@ -58,7 +59,7 @@ class GradientsAboveOne(Rule):
     for_steps: int = Field(default=3, ge=1)
 
     def measure(self, history: History) -> Floats:
-        """Return the smallest gradient norm of all layers with a gradient, shape (1,)."""
+        """Return the smallest gradient norm among layers with a gradient, shape (1,)."""
         norms = np.where(history.nonfinite > 0, np.inf, history.row.grad_norm)
         norms[history.sizes == 0] = np.nan  # a layer without elements has a norm of zero whatever happens
         smallest = np.fmin.reduce(norms, initial=np.nan)

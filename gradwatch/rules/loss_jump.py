@@ -1,4 +1,4 @@
-"""GW102: the loss changes largely from update to update."""
+"""GW102: the loss changes greatly from update to update."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 
 
 class LossJump(Rule):
-    """The loss changes largely from update to update: it jumped up.
+    """The loss changes greatly from update to update: it jumped up.
 
     ## What it means
-    The last loss stands far above the losses just before it, measured by how much they usually vary.
+    The last loss is far above the losses just before it, relative to how much they usually vary.
 
     ## Formula
-    `value = (x - m) / s`, with `x` the last loss, `m` and `d` median and scaled MAD of up to 32 losses before it, and
-    `s = max(d, |m| / 10, |r| / 20, (h - m) / 5)`, where `r` is the reference loss (median of the first 16) and `h` the
-    highest of the losses before it, or the third-highest peak of all excursions of the loss that came back, where that is
-    more. It fires where `value > limit` (10): the loss then at least doubled, rose by at least half of the level it began
-    with, and twice as far as at any of the 32 steps before and as it does again and again, so that the ordinary noise of a
-    converged run stays below, and batches with a rare class. Falls never count.
+    `value = (x - m) / s`, where `x` is the last loss, and `m` and `d` are the median and the scaled MAD of up to 32 losses
+    before it. The scale is `s = max(d, |m| / 10, |r| / 20, (h - m) / 5)`, where `r` is the reference loss (median of the
+    first 16) and `h` the highest of the losses before, or the third-highest peak of all excursions of the loss that came
+    back, if that is higher. It fires where `value > limit` (10). The loss has then at least doubled, has risen by at least
+    half of the reference loss, and has risen twice as far as at any of the 32 steps before and as it repeatedly does. The
+    ordinary noise of a converged run and batches with a rare class therefore stay below. Falls never count.
 
     ## Why it is bad
-    One update did more harm than many updates did good: the step was too long for the curvature it met, or the batch
-    was wrong. It is often the last sign before the loss turns NaN.
+    One update did more harm than many updates did good: the step was too long for the local curvature, or the batch was
+    faulty. It is often the last sign before the loss turns NaN.
 
     ## What to do
-    A single jump with a return: look at that batch. Jumps that come again or grow: lower the learning rate, add warm-up,
+    After a single jump that came back, look at that batch. If jumps recur or grow, lower the learning rate, add warm-up,
     scale the targets, or clip by norm.
 
     ## When it is harmless
     One hard batch; a warm restart of the learning rate; a new stage of a curriculum.
 
     ## Source
-    The second of the practitioners' signs (Brownlee 2019); the scale by median and MAD after Leys et al. (2013).
+    The second of the practitioners' signs (Brownlee 2019); scaling by median and MAD follows Leys et al. (2013).
     """
 
     code: ClassVar[str] = "GW102"
@@ -63,14 +63,14 @@ class LossJump(Rule):
     window: int = Field(default=32, ge=4)
 
     def measure(self, history: History) -> Floats:
-        """Return the jump of the last loss in units of the usual change, shape (1,); NaN before the fourth loss."""
+        """Return the last loss's distance from the median in units of ``s``, shape (1,); NaN before the fourth loss."""
         middle, spread = history.loss_level(self.window)
         if history.losses < 4 or math.isnan(middle) or not math.isfinite(history.row.loss):
             return np.array([np.nan])
         before = history.task_loss(last=self.window + 1)[:-1]
         highest = float(before[np.isfinite(before)].max())
         scale = max(spread, abs(middle) / 10, abs(history.reference_loss) / 20, (highest - middle) / 5)
-        if history.row.loss - middle > self.limit * scale:  # looked up only where the rule would fire
+        if history.row.loss - middle > self.limit * scale:  # the lookup is expensive, so only where the rule would fire
             at_rest = middle + 3 * max(spread, abs(middle) / 10)
-            scale = max(scale, (usual_peak(history.task_loss()[:-1], at_rest) - middle) / 5)  # as the highest before it
+            scale = max(scale, (usual_peak(history.task_loss()[:-1], at_rest) - middle) / 5)
         return np.array([(history.row.loss - middle) / scale if scale else np.nan])

@@ -1,4 +1,4 @@
-"""GW103: the loss goes NaN."""
+"""GW103: the loss becomes NaN or infinite."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class LossNonFinite(Rule):
     """The loss goes NaN (or infinite) during training.
 
     ## What it means
-    The loss of this step is not a finite number, so its gradients teach nothing.
+    The loss of this step is not a finite number, so its gradients are meaningless.
 
     ## Formula
-    `value = 1` where the loss is seen and is NaN or infinite, else `0`. It fires where `value > limit` (0).
+    `value = 1` if a loss was seen and is NaN or infinite, else `0`. It fires where `value > limit` (0).
 
     ## Why it is bad
     The next update writes NaN into the weights, and from then on the run is lost.
 
     ## What to do
-    Read the incident's evidence: it tells whether the weights, the gradients or the loss went first. Loss first: look
-    for the logarithm or root of zero, a division by zero, exp of a large number, or NaN in the data. Gradients first:
-    clip, lower the learning rate. `clip="norm"` skips such steps.
+    The incident says whether the weights, the gradients or the loss became non-finite first. If the loss did, look for the
+    logarithm or square root of zero, a division by zero, exp of a large number, or NaN in the data. If the gradients did,
+    clip or lower the learning rate. `clip="norm"` skips such steps.
 
     ## When it is harmless
-    Now and then under float16 with a GradScaler, which finds its scale by overflowing.
+    Occasionally under float16 with a GradScaler, which finds its scale by overflowing.
 
     ## Source
     The third of the practitioners' signs (Brownlee 2019).
@@ -50,5 +50,5 @@ class LossNonFinite(Rule):
     )
 
     def measure(self, history: History) -> Floats:
-        """Return 1.0 where the loss is not finite, shape (1,)."""
+        """Return 1.0 if the loss is not finite, else 0.0, shape (1,)."""
         return np.array([float(history.loss_nonfinite)])

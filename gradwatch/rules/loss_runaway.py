@@ -16,32 +16,32 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Kind, Sign
 
 
-_ON_ITS_WAY = 1.5  # times the level before
-_DOWNWARDS = 40.0  # times as far must a loss run downwards
+_ON_ITS_WAY = 1.5  # factor over the level before above which the loss is still running away
+_DOWNWARDS = 40.0  # a downward run counts this many times less
 
 
 class LossRunaway(Rule):
     """The loss runs away: it has become many times as large as it was, upwards or downwards.
 
     ## What it means
-    The loss lies far beyond everything of the run's beginning, and came there without a jump that would tell.
+    The loss is far beyond all losses at the beginning of the run, and it got there without a single conspicuous jump.
 
     ## Formula
-    `value = m / max |x_k|` upwards, `-m / max |x_k| / 40` downwards, with `m` the median of the last 8 losses and `x_k` the
-    first 16 finite ones, and those of jumps that the last update cannot have made (the task became harder); `0` where it is
-    no longer on its way: `|m|` below 1.5 times the median of the 32 losses before. It fires where `value > limit` (2.5) for
-    `for_steps` (3) steps: at 2.5 times upwards, and at 100 times downwards, for a loss that may be negative has no natural
-    floor.
+    `value = m / max |x_k|` upwards and `value = -m / max |x_k| / 40` downwards, where `m` is the median of the last 8 losses.
+    `x_k` are the first 16 finite losses, and losses after jumps that the last update cannot have caused (the task became
+    harder). `value = 0` when the loss no longer moves away: `|m|` is below 1.5 times the absolute median of the 32 losses
+    before. It fires where `value > limit` (2.5) for `for_steps` (3) steps: at 2.5 times the beginning upwards, and at 100
+    times downwards, because a loss that may be negative has no natural floor.
 
     ## Why it is bad
-    Slow divergence raises the run's own level along with it, so that no single step stands out. Downwards it is a loss
-    without a floor: a wrong sign, or a likelihood whose variance goes to zero.
+    Slow divergence raises the run's own level too, so no single step stands out. A loss that runs downwards has no floor:
+    its sign is wrong, or it is a likelihood whose variance goes to zero.
 
     ## What to do
-    Look at the sign of the loss and of its parts; give the variance a floor; lower the learning rate; clip by norm.
+    Check the sign of the loss and of its terms. Give the variance a floor. Lower the learning rate. Clip by norm.
 
     ## When it is harmless
-    A loss that begins at almost nothing and whose level has no meaning, as that of an adversary; a harder task.
+    A loss that starts near zero and whose level has no meaning, such as an adversarial loss; a harder task.
 
     ## Source
     Megatron-LM calls ten times the largest of the first 100 losses a spike.
@@ -64,7 +64,7 @@ class LossRunaway(Rule):
     for_steps: int = Field(default=3, ge=1)
 
     def measure(self, history: History) -> Floats:
-        """Return the loss's size over its largest of the beginning, shape (1,); NaN before 16 finite losses."""
+        """Return the loss over the largest loss at the beginning, shape (1,); NaN or 0 before 16 finite losses."""
         beginning = history.largest_first_loss
         now, _ = median_and_mad(history.task_loss(last=8))
         before, _ = median_and_mad(history.task_loss(last=40)[:-8])

@@ -21,22 +21,22 @@ class NoTraction(Rule):
     """The model gets no traction on the training data: the loss stays poor.
 
     ## What it means
-    After `min_steps` optimizer steps the loss is still about where it began.
+    After `min_steps` (200) losses the loss is still close to where it began.
 
     ## Formula
-    `value = max(s, |r| / 50) / (r - m)`, infinite where `m >= r`: the gain that would be worth the word over the gain
-    there is. `r` is the reference loss (median of the run's first 16 finite losses), `m` and `s` are median and scaled
-    MAD of the last `window` (50) losses. It fires where `value > limit` (1.0) for `for_steps` (50) steps: the loss has
-    gained less than two per cent, or less than it scatters from batch to batch.
+    `value = max(s, |r| / 50) / (r - m)`, infinite where `m >= r`: the smallest improvement that counts, divided by the
+    improvement so far. `r` is the reference loss (median of the run's first 16 finite losses); `m` and `s` are the median
+    and the scaled MAD of the last `window` (50) losses. It fires where `value > limit` (1.0) for `for_steps` (50) steps:
+    the loss has improved by less than two per cent, or by less than it varies from batch to batch.
 
     ## Why it is bad
-    Steps are spent and nothing is learned. Behind it may stand a learning rate that is zero, far too small or so large
-    that the weights were thrown to a flat place; gradients that vanish; a part of the model cut off from the loss;
-    an optimizer that holds other parameters; labels that do not belong to their inputs.
+    Steps are spent and nothing is learned. Possible causes are a learning rate that is zero, far too small, or so large
+    that the weights ended up in a flat region; vanishing gradients; a part of the model that is cut off from the loss; an
+    optimizer that holds other parameters; labels that do not match their inputs.
 
     ## What to do
-    Look at GW401, GW402 and GW403 first: they name layers. Overfit one batch: if that fails too, the fault is in the
-    program, not in the data. Then change the learning rate by factors of three, both ways, and scale the inputs.
+    Look at GW401, GW402 and GW403 first, because they name layers. Overfit one batch: if that fails too, the fault is in
+    the program, not in the data. Then change the learning rate by factors of three in both directions, and scale the inputs.
 
     ## When it is harmless
     A plateau before learning starts; a resumed or pretrained model that was good from the first step; adversarial and
@@ -65,14 +65,14 @@ class NoTraction(Rule):
     for_steps: int = Field(default=50, ge=1)
 
     def measure(self, history: History) -> Floats:
-        """Return the gain worth the word over the gain, shape (1,); NaN before ``min_steps`` losses."""
+        """Return the required improvement over the actual one, shape (1,); NaN before ``min_steps`` losses."""
         if history.losses < self.min_steps:
             return np.array([np.nan])
         return np.array([gain_missing(history, self.window)])
 
 
 def gain_missing(history: History, window: int) -> float:
-    """Return the gain that would be worth the word over the gain there is; infinite where there is none."""
+    """Return the smallest improvement that counts, divided by the improvement so far; infinite if there is none."""
     middle, scatter = median_and_mad(history.task_loss(last=window))
     gain = history.reference_loss - middle
     worth = max(scatter, abs(history.reference_loss) / 50)

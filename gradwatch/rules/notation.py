@@ -1,7 +1,7 @@
-"""A notation for runs, so that one line shows why a rule fires or does not.
+"""A notation for runs that shows in one line why a rule fires or stays quiet.
 
-A series is words parted by blanks: ``0.1`` is one value, ``0.1x20`` the same value 20 times, ``1*2x5`` five values that
-start at 1 and double, ``1+0.5x4`` four values that start at 1 and grow by 0.5; ``nan`` and ``inf`` are themselves.
+A series consists of words separated by blanks. ``0.1`` is one value, ``0.1x20`` the same value 20 times, ``1*2x5`` five
+values that start at 1 and double, ``1+0.5x4`` four values that start at 1 and grow by 0.5. ``nan`` and ``inf`` are values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ _OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "other": "another"}
 
 
 def series(text: str) -> list[float]:
-    """Read a written series.
+    """Return the values of a written series.
+
+    Raises:
+        ValueError: a word does not follow the notation.
 
     >>> series("0.5x2 1*10x3 nan")
     [0.5, 0.5, 1.0, 10.0, 100.0, nan]
@@ -39,10 +42,10 @@ def series(text: str) -> list[float]:
     for word in text.split():
         match = _WORD.fullmatch(word)
         if match is None:
-            raise ValueError(f"{word!r} is no series: write 0.1, 0.1x20, 1*2x5 or 1+0.5x4.")
+            raise ValueError(f"{word!r} is not a series: write 0.1, 0.1x20, 1*2x5 or 1+0.5x4.")
         start, by = float(match["start"]), float(match["by"] or 0)
         steps = range(int(match["count"] or 1))
-        with quiet_numpy():  # what grows beyond all numbers is infinite
+        with quiet_numpy():  # growth may overflow to infinity
             values.extend(
                 start * float(np.float64(by) ** n) if match["way"] == "*" else start + by * n if match["way"] else start
                 for n in steps
@@ -52,11 +55,18 @@ def series(text: str) -> list[float]:
 
 @dataclass(frozen=True)
 class Case:
-    """A written run and the step at which a rule must fire on it (``None``: never).
+    """A written run and the step at which a rule must fire on it.
 
-    ``grad`` and ``weight`` are one series for all layers, or one for each named layer; a short series repeats its last
-    value. ``clip`` is what the user's own clip left of the norm, as a series; none by default. ``family`` is the
-    optimizer's, ``rate`` its learning rate, ``size`` the elements of each layer.
+    Args:
+        name: what the run shows, in words.
+        fires: step at which the rule fires first; None: it never fires.
+        grad, weight, dead, unchanged: gradient norms, weight norms, shares of dead units and numbers of unchanged steps;
+            one series for all layers, or a mapping from layer names to series. A short series repeats its last value.
+        loss: series of losses.
+        clip: series of the factors that the user's own clip put on the norm; empty: no clip.
+        rate: learning rate.
+        family: optimizer family.
+        size: number of elements of each layer.
     """
 
     name: str
@@ -72,7 +82,7 @@ class Case:
     size: int = 100
 
     def rows(self) -> tuple[History, Iterator[Row]]:
-        """Return an empty history and the rows to push into it."""
+        """Return an empty history and an iterator over the rows to push into it."""
         named = [text for text in (self.grad, self.weight, self.dead, self.unchanged) if not isinstance(text, str)]
         layers = tuple(named[0]) if named else ("layer",)
         columns = {

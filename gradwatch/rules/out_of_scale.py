@@ -1,4 +1,4 @@
-"""GW404: one layer's weights are out of scale, and the loss is stuck."""
+"""GW404: the weights of one layer are out of scale, and the loss is stuck."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ if TYPE_CHECKING:
 
 
 class OutOfScale(Rule):
-    """One layer's weights are out of scale beside the others', and the loss is stuck.
+    """The weights of one layer are far larger than those of the others, and the loss is stuck.
 
     ## What it means
-    What passes this layer is multiplied by many times as much as in the others, so that it drowns them, and training
-    gets nowhere.
+    This layer multiplies its input by a much larger factor than the others do, so its output dominates theirs, and training
+    makes no progress.
 
     ## Formula
     `value = a / max(median(a), 0.5)` with the gain `a = ||w|| sqrt(f / n)` of a matrix with `n >= 16` elements and `f`
-    inputs (1 for an embedding, which is looked up), over at least three matrices; `0` while the loss is not stuck (100
-    steps and less than a tenth gained) or the rate still rises. It fires where `value > limit` (10).
+    inputs (1 for an embedding, which is a lookup), over at least three matrices. `value = 0` while the loss is not stuck
+    (stuck: at least 100 losses, improved by less than a tenth) or the learning rate reached its highest value within the
+    last 50 rows. It fires where `value > limit` (10).
 
     ## Why it is bad
-    Optimizers move all layers by similar amounts: a layer that begins a hundred times too large stays so for thousands
-    of steps.
+    Optimizers move all layers by similar amounts, so a layer that starts a hundred times too large stays too large for
+    thousands of steps.
 
     ## What to do
-    Look at the initialisation of this layer (embeddings most of all), at a checkpoint loaded into it, and at a factor in
-    the forward pass that was meant to go with it; put a normalisation behind it.
+    Check the initialisation of this layer (embeddings in particular), a checkpoint loaded into it, and a factor in the
+    forward pass that was meant to go with it. Add a normalisation after it.
 
     ## When it is harmless
     Where the next operation divides by the size again, as a normalisation does.
@@ -46,7 +47,9 @@ class OutOfScale(Rule):
     name: ClassVar[str] = "weights out of scale"
     sign: ClassVar[Sign] = "silent"
     kind: ClassVar[Kind] = "stalled"
-    remedy: ClassVar[str] = "Look at how {suspect} begins: its weights are far larger than the other layers'."
+    remedy: ClassVar[str] = (
+        "Check the initialisation of {suspect}: its weights are far larger than those of other layers."
+    )
     urgent: ClassVar[bool] = False
     cases: ClassVar[tuple[Case, ...]] = (
         Case("one of three", fires=99, weight={"a": "300x120", "b": "3x120", "c": "3x120"}),
@@ -57,5 +60,5 @@ class OutOfScale(Rule):
     limit: float = Field(default=10.0, gt=1)
 
     def measure(self, history: History) -> Floats:
-        """Return each matrix's gain over the others', shape (L,)."""
+        """Return the gain of each matrix relative to the median gain, shape (L,); NaN for layers that have none."""
         return history.relative_gain() if history.stuck and not history.warming_up else np.zeros(len(history.layers))

@@ -1,4 +1,4 @@
-"""GW305: the step overshoots: it asks for more than the loss holds."""
+"""GW305: the step overshoots: its predicted decrease is larger than the loss."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 
 
 class StepOvershoots(Rule):
-    """The step overshoots: it asks for more than the loss holds.
+    """The step overshoots: its predicted decrease of the loss is larger than the loss itself.
 
     ## What it means
-    To first order an SGD step lowers the loss by `lr ||g||^2`. Where that is several times the whole loss, the step leaves
-    the region in which the gradient tells anything. It needs no history, so it works before the first update.
+    To first order, an SGD step lowers the loss by `lr ||g||^2`. If that is several times the whole loss, the step leaves the
+    region in which the gradient is informative. The rule needs no history, so it works before the first update.
 
     ## Formula
     `value = sum_l lr_l (c ||g_l||)^2 / max(L, |r| / 10)` over the layers `l`, with learning rate `lr`, the factor `c` of the
-    user's own clipping, the loss `L` that the gradients came from and the reference loss `r` (median of the first 16): what is
-    nearly learned may be overshot. It is told of the layer with the largest part.
-    It fires where `value > limit` (8.0): for a quadratic loss whose minimum is zero or higher, `||g||^2 <= 2 h L` with its
-    largest curvature `h`, so that a value above 8 proves `lr h > 4`. Gradient descent diverges beyond 2, with momentum `m`
-    beyond `2 (1 + m)`, so beyond 4 whatever the momentum. It rests for other optimizers, where no loss was seen, where it was
-    handed over by `monitor.loss()` and need not be what was differentiated, and where one of the losses kept was below zero,
-    for then zero is no floor.
+    user's own clipping, the loss `L` that the gradients came from and the reference loss `r` (median of the first 16), which
+    bounds the denominator because a task that is nearly learned may be overshot. The alarm names the layer with the largest
+    term. It fires where `value > limit` (8.0). For a quadratic loss whose minimum is zero or higher, `||g||^2 <= 2 h L` with
+    the largest curvature `h`, so a value above 8 proves `lr h > 4`. Gradient descent diverges beyond 2, with momentum `m`
+    beyond `2 (1 + m)`, hence beyond 4 for any momentum. The rule does not apply to other optimizers, nor if no loss was seen,
+    if the loss was passed to `monitor.loss()` and may not be what was differentiated, or if one of the losses kept was below
+    zero, because zero is then no lower bound.
 
     ## Why it is bad
-    A step that goes this far past the minimum ends higher than it began, and the next gradient is larger still.
+    A step that goes this far past the minimum ends higher than it began, and the next gradient is even larger.
 
     ## What to do
-    Clip by norm, or lower the learning rate by the value over 2; look at the scale of the loss (a sum instead of a mean), of
-    the targets and of the initial weights.
+    Clip by norm, or divide the learning rate by half of the value. Check the scale of the loss (a sum instead of a mean),
+    of the targets and of the initial weights.
 
     ## When it is harmless
-    A batch of a single odd example; a loss with kinks, such as a hinge, near its end. The incident opens only in the first
-    12 steps or while the loss rises.
+    A batch of a single unusual example; a loss with kinks, such as a hinge, near its end. The incident opens only in the
+    first 12 steps or while the loss rises.
 
     ## Source
     The largest step that Polyak's rule allows is `lr = (L - L*) / (c ||g||^2)` with c = 1/2, a value of 2 (Loizou et al.
@@ -61,13 +61,13 @@ class StepOvershoots(Rule):
         Case("the user's clip leaves little", fires=None, grad="50x3", loss="2x3", clip="0.1", rate=0.01),
         Case("nearly learned", fires=None, grad="1x60", loss="2*0.9x60", rate=0.1),
         Case("a loss below zero has no floor", fires=None, grad="50x3", loss="-2x3", rate=0.01),
-        Case("Adam goes its own way", fires=None, grad="50x3", loss="2x3", rate=0.01, family="adam"),
+        Case("Adam normalises its gradients", fires=None, grad="50x3", loss="2x3", rate=0.01, family="adam"),
     )
 
     limit: float = Field(default=8.0, gt=0)
 
     def measure(self, history: History) -> Floats:
-        """Return the value for the layer with the largest part, shape (L,); NaN for all others."""
+        """Return the value in the column of the layer with the largest term, shape (L,); NaN in all others."""
         value = np.full(len(history.layers), np.nan)
         promise = history.promise
         held = max(history.row.loss, abs(history.reference_loss) / 10)

@@ -15,38 +15,39 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Floats, Kind, Role, Sign
 
-_RATE_SIZED = {"Adam", "AdamW", "NAdam", "Adamax", "RMSprop"}  # each element moves by about the rate
+_RATE_SIZED = {"Adam", "AdamW", "NAdam", "Adamax", "RMSprop"}  # each element moves by about the learning rate
 
 
 class UpdateTooLarge(Rule):
     """The update is too large for the weights.
 
     ## What it means
-    One optimizer step moves a layer by more than its own size. It needs no history, so it works from the first step.
+    One optimizer step changes a layer by more than the size of its weights. The rule needs no history, so it works from the
+    first step.
 
     ## Formula
-    `value = ||dw|| / max(||w||, 0.5 * sqrt(n / f))` for matrices of `n >= 16` elements and `f` inputs: the floor is half
-    of a usual initialisation, for layers that start at zero. For SGD the update is known before it happens:
-    `||dw|| = lr * c * ||g||`, with learning rate `lr` and the factor `c` of the user's own clipping (momentum adds to it
-    and is left out). Adam, AdamW, NAdam, Adamax and RMSprop move each element by the rate or more in their first steps:
-    there `lr sqrt(n)` counts by half, for healthy runs bear such an update as large as the weights. All but SGD are
-    measured as well, from below: `||dw|| >= | ||w_t|| - ||w_{t-k}|| | / k` over the `k` steps between two samples of the
-    weight norm. It fires where `value > limit` (1.0) and resolves below `release * limit` (0.1): healthy is 1e-4 to 1e-1.
-    Biases, gains and optimizers with a line search are left out.
+    `value = ||dw|| / max(||w||, 0.5 * sqrt(n / f))` for matrices with `n >= 16` elements and `f` inputs; the floor is half
+    of a usual initialisation, for layers that start at zero. For SGD the update is known in advance: `||dw|| = lr * c * ||g||`,
+    with learning rate `lr` and the factor `c` of the user's own clipping (momentum adds to it and is not considered). Adam,
+    AdamW, NAdam, Adamax and RMSprop change each element by about the learning rate or more in their first steps. There half
+    of `lr sqrt(n)` is used, because healthy runs tolerate such an update as large as the weights. For all optimizers but SGD
+    a lower bound is measured: `||dw|| >= | ||w_t|| - ||w_{t-k}|| | / k` over the `k` steps between two samples of the weight
+    norm. It fires where `value > limit` (1.0) and resolves below `release * limit` (0.1); healthy values are 1e-4 to 1e-1.
+    Biases, gains and optimizers with a line search are not considered.
 
     ## Why it is bad
-    What the layer had learned is overwritten by a single batch.
+    A single batch overwrites what the layer had learned.
 
     ## What to do
-    SGD: clip by norm, or lower the learning rate until the value is below 0.1. Adam and its kin: lower the rate or warm
-    up; clipping does not help, because they divide the gradient by its own size.
+    SGD: clip by norm, or lower the learning rate until the value is below 0.1. Adam and similar optimizers: lower the
+    learning rate or warm it up; clipping does not help, because they divide the gradient by its own size.
 
     ## When it is harmless
     Layers that were initialised almost at zero, in their first steps.
 
     ## Source
     The ratio of updates to weights: Karpathy, CS231n notes, "Ratio of weights:updates". Mean update over mean weight
-    above 1 marks 13 of 13 explosions at no healthy run in the pilot study of the project's notes on detection.
+    above 1 detects 13 of 13 explosions and fires in no healthy run of the pilot study in the project's notes on detection.
     """
 
     code: ClassVar[str] = "GW303"
@@ -68,9 +69,9 @@ class UpdateTooLarge(Rule):
     release: float = Field(default=0.1, gt=0, le=1)
 
     def measure(self, history: History) -> Floats:
-        """Return update over weights for each matrix, shape (L,); NaN elsewhere."""
+        """Return the norm of the update over the norm of the weights for each matrix, shape (L,); NaN for other layers."""
         floor = history.half_usual
-        if history.row.family == "other":  # a line search goes as far as the loss bears
+        if history.row.family == "other":  # the step length of a line search is unknown
             return np.full(len(history.layers), np.nan)
         if history.row.family == "sgd":
             ratio = history.rate * history.row.applied * history.row.grad_norm / np.maximum(history.weight, floor)

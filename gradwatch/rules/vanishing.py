@@ -1,4 +1,4 @@
-"""GW401: gradients vanish on their way back."""
+"""GW401: gradients vanish on their way back through the layers."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Kind, Sign
 
 
-_STUCK = 1e4 / 3  # times as much does a ratio count where the loss is stuck
+_STUCK = 1e4 / 3  # factor on the ratio while the loss is stuck
 
 
 class Vanishing(Rule):
     """Gradients vanish on their way back through the layers.
 
     ## What it means
-    A layer's gradient elements are many orders of magnitude smaller than those of the layer with the largest ones.
+    A layer's gradient elements are orders of magnitude smaller than those of the layer with the largest ones.
 
     ## Formula
     `value = max_k(rms_k) / rms_l`, with `rms_l = t_l / sqrt(n_l)`, `t_l` the typical gradient norm of layer `l` and
-    `n_l` its number of elements. It fires where `value > limit` (1e6) for `for_steps` (32) steps. Layers whose
-    gradient is exactly zero belong to GW402; where the loss is stuck (100 steps and less than a tenth gained) a factor of
-    300 is enough: `value` then counts 3,333-fold; biases and gains are left out, because the gradient of a bias before a
-    normalisation is zero by mathematics.
+    `n_l` its number of elements. It fires where `value > limit` (1e6) for `for_steps` (32) steps. While the loss is stuck
+    (at least 100 losses, improved by less than a tenth), `value` is multiplied by 3,333, so that a ratio of 300 is enough.
+    Layers whose gradient is exactly zero belong to GW402. Biases and gains are not considered, because the gradient of a
+    bias before a normalisation is mathematically zero.
 
     ## Why it is bad
-    The layer hardly learns, while the layers behind it fit to what it happens to give them.
+    The layer hardly learns, while the layers after it adapt to its nearly unchanged output.
 
     ## What to do
     Use ReLU-like activations instead of sigmoid or tanh, He or Xavier initialisation, residual connections,
-    normalisation, fewer layers; for recurrent models gated units.
+    normalisation, fewer layers; for recurrent models, use gated units.
 
     ## When it is harmless
-    Layers that are hardly used by design, and a layer whose rate was set much higher on purpose.
+    Layers that are hardly used by design, and a layer whose learning rate was set much higher on purpose.
 
     ## Source
     Hochreiter (1991); Bengio et al., "Learning long-term dependencies with gradient descent is difficult" (1994).
@@ -60,7 +60,7 @@ class Vanishing(Rule):
     for_steps: int = Field(default=32, ge=1)
 
     def measure(self, history: History) -> Floats:
-        """Return how much smaller each layer's typical gradient element is than the largest, shape (L,)."""
+        """Return the largest typical gradient element of all layers over that of each layer, shape (L,)."""
         seen = history.typical_grad.seen >= 8
         told = seen & history.matrices & (history.row.grad_norm > 0)
         rms = np.where(told, history.typical_grad.value / np.sqrt(history.sizes), np.nan)

@@ -22,13 +22,13 @@ class WeightGrowth(Rule):
     A layer's weight norm is several times the norm it had a short while ago.
 
     ## Formula
-    `value = ||w|| / max(t, f)`, with `t` the layer's typical weight norm (an exponential average of log norms over some
-    16 samples that starts at the first norm) and a floor `f = c * sqrt(n)` for `n` elements: `c = 0.01` for matrices,
-    `c = 1` for biases and gains, which may well grow from zero. It fires where `value > limit` (5).
+    `value = ||w|| / max(t, f)`, where `t` is the layer's typical weight norm (an exponential average of log norms with a
+    half-life of 16 samples, starting at the first norm) and `f = c * sqrt(n)` a floor for `n` elements: `c = 0.01` for
+    matrices, `c = 1` for biases and gains, which may grow from zero. It fires where `value > limit` (5).
 
     ## Why it is bad
-    Healthy weights grow by percents. Large weights make larger activations and larger gradients, which make larger
-    weights: the loop that ends in overflow.
+    Healthy weights grow by a few per cent. Large weights produce larger activations and larger gradients, which produce
+    larger weights, until they overflow.
 
     ## What to do
     Clip by norm, lower the learning rate, scale the targets, or put an L2 penalty on the weights.
@@ -56,7 +56,7 @@ class WeightGrowth(Rule):
     limit: float = Field(default=5.0, gt=1)
 
     def measure(self, history: History) -> Floats:
-        """Return each layer's weight norm over its typical norm, shape (L,); NaN before the second sample."""
+        """Return the weight norm of each layer over its typical norm, shape (L,); NaN before the second sample."""
         floor = np.sqrt(history.sizes) * np.where(history.matrices, 0.01, 1.0)
         value: Floats = history.weight / np.maximum(history.typical_weight.value, floor)
         return value

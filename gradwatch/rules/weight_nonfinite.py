@@ -1,4 +1,4 @@
-"""GW202: the weights go NaN."""
+"""GW202: the weights become NaN or infinite."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class WeightNonFinite(Rule):
 
     ## Formula
     `value = 1` where the layer's weight norm is not finite, else `0`. It fires where `value > limit` (0). Weights are
-    looked at on each of the first steps, on each step of an open incident, and every 16 steps otherwise (every 32 after 512).
+    measured at each of the first steps, at each step of an open incident, and every 16 steps otherwise (every 32 after 512).
 
     ## Why it is bad
-    Every later result of this layer is NaN, and no update can repair it.
+    Every later output of this layer is NaN, and no update can repair it.
 
     ## What to do
-    Go back to the last checkpoint with finite weights, with a lower learning rate or with clipping. If it happens at
-    step 0, the checkpoint or the initialisation is broken.
+    Go back to the last checkpoint with finite weights, and lower the learning rate or clip. If it happens at step 0, the
+    checkpoint or the initialisation is broken.
 
     ## When it is harmless
     Never.
@@ -47,5 +47,5 @@ class WeightNonFinite(Rule):
     )
 
     def measure(self, history: History) -> Floats:
-        """Return 1.0 where a layer's weights are not finite, shape (L,)."""
+        """Return 1.0 where the weights of a layer are not finite, else 0.0, shape (L,)."""
         return history.nonfinite_weight.astype(float)

@@ -14,37 +14,37 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Floats, Kind, Sign
 
-_PROGRESS = 0.2  # of the reference loss, gained
-_SHARE = 0.4  # of the growth counts where there is progress
+_PROGRESS = 0.2  # improvement that counts as progress, as a share of the reference loss
+_SHARE = 0.4  # share of the growth that counts while there is progress
 
 
 class WeightsRunAway(Rule):
     """Weights grow while the loss does not fall.
 
     ## What it means
-    A layer's weight norm is several times what it was at most a hundred rows ago, and the training has nothing to show
-    for it.
+    Within the last hundred rows a layer's weight norm has become several times as large, and the loss has not improved
+    to match.
 
     ## Formula
-    `value = ||w|| / max(min ||w_k||, 0.5 * sqrt(n / f))`, with the least weight norm of the last 100 rows (steps, where
-    each is measured), for matrices of `n >= 16` elements and `f` inputs (half of a usual initialisation, for layers that
-    start near zero). Where the median of the last 16 losses lies a fifth of the reference loss below it, there is
-    progress, and only 0.4 of the value counts. It fires where `value > limit` (4): growth by 4 without progress, by 10
-    with it.
+    `value = ||w|| / max(min ||w_k||, 0.5 * sqrt(n / f))`, where `min ||w_k||` is the smallest weight norm of the last 100
+    rows (one row per measured step), for matrices with `n >= 16` elements and `f` inputs. The second term is half of a usual
+    initialisation, for layers that start near zero. If the median of the last 16 losses is at least a fifth of the reference
+    loss below it, the run makes progress and only 0.4 of the growth counts. It fires where `value > limit` (4): growth by
+    a factor of 4 without progress, of 10 with progress.
 
     ## Why it is bad
-    It is an explosion in slow motion: steps are too large to settle, so the weights walk away instead.
+    It is a slow explosion: the steps are too large for the weights to settle, so the weights keep growing.
 
     ## What to do
-    Lower the learning rate or warm it up, look for a `zero_grad()` that is missing and for a weight decay of the wrong
-    sign; add weight decay.
+    Lower the learning rate or warm it up. Look for a missing `zero_grad()` and for a weight decay of the wrong sign. Add
+    weight decay.
 
     ## When it is harmless
     A last layer that starts at zero and has to become large, as in a regression on large targets.
 
     ## Source
-    Weight norms above ten times the first told 25 of 25 explosions and no healthy run of 70 in the pilot study of the
-    project's notes on detection.
+    Weight norms above ten times the first norm detected 25 of 25 explosions, and none of 70 healthy runs, in the pilot
+    study of the project's notes on detection.
     """
 
     code: ClassVar[str] = "GW304"
@@ -62,7 +62,7 @@ class WeightsRunAway(Rule):
     limit: float = Field(default=4.0, gt=1)
 
     def measure(self, history: History) -> Floats:
-        """Return each matrix's growth within 100 rows, shape (L,); NaN for biases and before the sixteenth loss."""
+        """Return the growth of each matrix within 100 rows, shape (L,); NaN for biases and before the sixteenth loss."""
         growth = history.weight / np.maximum(history.least_weight, history.half_usual)
         if history.losses < 16:
             return np.full(len(growth), np.nan)

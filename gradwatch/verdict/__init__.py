@@ -1,1 +1,1 @@
-"""Signs become alarms, alarms become incidents, incidents get a suspect and an advice. No torch is loaded here."""
+"""Alarms from the values of rules, and incidents from alarms, with a prime suspect and advice. Does not import torch."""

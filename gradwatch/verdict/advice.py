@@ -1,6 +1,6 @@
-"""What to do about an incident, given the model, the optimizer and the evidence.
+"""Advice on an incident, given the model, the optimizer and the evidence.
 
-Remedies from the literature: Pascanu et al. 2013 (clipping by norm), Brownlee 2019 (the practitioners' list),
+The remedies come from the literature: Pascanu et al. 2013 (clipping by norm), Brownlee 2019 (the practitioners' list),
 Zhang & Sennrich 2019, Wortsman et al. 2023, arXiv:2309.14322 (rates and warm-up for Adam).
 """
 
@@ -19,7 +19,13 @@ _MOST = 4
 
 
 def advise(incident: Incident, history: History, remedies: Mapping[str, str]) -> tuple[str, ...]:
-    """Return at most four things to do, the likeliest to help first; ``remedies`` are those of rules, by code."""
+    """Return at most four pieces of advice, the most likely to help first.
+
+    Args:
+        incident: the incident to advise on.
+        history: the history of the run, whose facts describe the model and the optimizer.
+        remedies: the remedies of rules, by code.
+    """
     lines: list[str] = []
     codes = dict.fromkeys(sign.code for sign in incident.signs)
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
@@ -37,13 +43,13 @@ def _lines(incident: Incident, history: History, told: Sequence[str]) -> Iterato
     elif incident.kind == "nonfinite":
         yield from _nonfinite(incident, facts)
     elif incident.kind == "spike":
-        yield "Look at the batch of this step: one jump with a return is usually one odd batch."
+        yield "Look at the batch of this step: a single jump that comes back is usually caused by one unusual batch."
         if facts.family != "adam":
-            yield 'If it comes again, clip by norm when it happens: attach(model, clip="norm").'
+            yield 'If it happens again, clip by norm when it does: attach(model, clip="norm").'
     elif incident.kind == "stalled":
         yield from told
-        yield "Overfit one batch first: if the loss stays up there too, the fault is in the program, not in the data."
-        yield f"Change the learning rate ({_rate(facts)}) by factors of three, both ways."
+        yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
+        yield f"Change the learning rate ({_rate(facts)}) by factors of three in both directions."
         yield "Scale the inputs to zero mean and unit variance."
     elif incident.kind == "vanishing":
         if facts.recurrent and not facts.gated:
@@ -51,22 +57,22 @@ def _lines(incident: Incident, history: History, told: Sequence[str]) -> Iterato
         yield "Use ReLU-like activations instead of sigmoid or tanh, with He initialisation."
         yield "Add residual connections or normalisation, or use fewer layers."
     elif incident.kind == "dead":
-        yield f"Lower the learning rate ({_rate(facts)}): one large step is what usually kills ReLU units."
+        yield f"Lower the learning rate ({_rate(facts)}): ReLU units usually die from a single large step."
         yield "Use LeakyReLU or GELU, and scale the inputs."
         yield "If a whole layer is dead, look for a detach() or an output that the loss does not use."
     elif incident.kind == "frozen":
         yield "Build the optimizer from model.parameters() after the model is final."
-        yield "Look at the learning rate of this layer's parameter group and at its schedule."
+        yield "Check the learning rate of this layer's parameter group and its schedule."
         yield "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
 
 
 def _explosion(history: History, facts: Facts) -> Iterator[str]:
     if math.isfinite(history.reference_loss) and history.reference_loss > 1e3:
-        yield f"Scale the targets: the loss began at {history.reference_loss:.3g}, so the gradients are as large."
+        yield f"Scale the targets: the loss began at {history.reference_loss:.3g}, so the gradients are large too."
     if facts.family == "adam":
         yield (
             f"Lower the learning rate ({_rate(facts)}) or warm it up over the first few hundred steps; clipping does not "
-            f"repair this, {facts.optimizer} divides gradients by their own size."
+            f"repair this, because {facts.optimizer} divides gradients by their own size."
         )
     elif facts.clip is None:
         yield 'Clip by norm when it happens: attach(model, clip="norm").'
@@ -77,7 +83,7 @@ def _explosion(history: History, facts: Facts) -> Iterator[str]:
     if facts.family != "adam":
         yield f"Lower the learning rate ({_rate(facts)}), or warm it up."
     if not facts.normalised and facts.depth > 10:
-        yield f"Add normalisation or residual connections: {facts.depth} weight matrices in a row and neither."
+        yield f"Add normalisation or residual connections: the model has {facts.depth} weight matrices and no normalisation."
 
 
 def _nonfinite(incident: Incident, facts: Facts) -> Iterator[str]:
@@ -87,8 +93,8 @@ def _nonfinite(incident: Incident, facts: Facts) -> Iterator[str]:
         yield "Go back to the last checkpoint with finite weights: no update repairs a NaN weight."
     else:
         yield (
-            f"Look at what feeds {incident.suspect or 'the first layer named'}: sqrt, norm or division at zero, "
-            "log, a fully masked row of attention."
+            f"Look at the operations around {incident.suspect or 'the first layer named'}: sqrt, norm or division at zero, "
+            "log, a fully masked attention row."
         )
     if facts.clip is None:
         yield 'Skip such steps: attach(model, clip="norm") leaves parameters and optimizer state untouched.'

@@ -1,8 +1,8 @@
-"""The only file where time enters: pending -> firing -> resolved, as arrays of counters.
+"""The state of alarms: pending -> firing -> resolved, as arrays of counters.
 
-A rule's condition must hold for ``for_steps`` steps before its alarm fires; the alarm resolves after the value was at
-or below ``release * limit`` for more than ``keep_steps`` steps. Everything is one (rules, layers) update; an `Alarm` is
-made only when a state changes.
+A rule's condition must hold for ``for_steps`` steps before its alarm fires. The alarm resolves after the value was at
+or below ``release * limit`` for more than ``keep_steps`` steps. Each step is one update of (rules, layers) arrays; an `Alarm`
+is created only when a state changes.
 """
 
 from __future__ import annotations
@@ -27,26 +27,34 @@ if TYPE_CHECKING:
     from gradwatch.rules.base import Rule
 
 
-_BITS = 52  # of a whole number in float64
+_BITS = 52  # bits of an integer that float64 holds exactly
 
 
 def _bit(index: int) -> int:
-    """Return the bit of a rule; more than a float64 can tell apart share the last one."""
+    """Return the bit of a rule. Rules beyond the number of bits share the last one."""
     return 1 << min(index, _BITS - 1)
 
 
 class Alarms:
-    """State of ``R`` rules on ``L`` layers. ``values`` and ``firing`` have shape (R, L).
+    """The state of ``R`` rules on ``L`` layers. A whole-model rule uses column 0.
 
-    ``stirring`` is True while a rule is pending or an urgent one fires: then no step may go unjudged. A rule about the
-    whole model that is not urgent may pend unseen: the loss's medians do not change from step to step. One about single
-    layers may not, or parts of a model that take turns would be seen only at rest.
+    In distributed training, a rule of the user's own may fail in a single process. Its values are therefore used ``lag`` rows
+    later, when all processes know whether it failed anywhere.
 
-    A rule about the whole model uses column 0. ``on_error`` is told of a rule that raised; the rule is switched off.
+    Args:
+        rules: the R rules.
+        layers: names of the L layers.
+        on_error: called with the name of a rule that raised and the exception; the rule is then switched off. If None, the
+            exception is raised.
 
-    Of several processes, ``lag`` is the number of rows after which each knows what failed in the others. A rule of the user's
-    own may fail in one of them alone, so that its values count that many rows later, once all know that it has not.
-    ``failed`` holds the rules that failed here, a bit for each.
+    Attributes:
+        values: last value of each rule, shape (R, L).
+        firing: whether each alarm fires, shape (R, L).
+        stirring: True while every step must be judged, because an urgent or per-layer rule is pending or an urgent one fires.
+            A pending, non-urgent whole-model rule does not force every step to be judged. A per-layer rule does: otherwise
+            branches that alternate would be sampled only while idle.
+        lag: number of rows after which each process knows which rules failed in the others; 0: there are no others.
+        failed: the rules that failed in this process, one bit each.
     """
 
     def __init__(
@@ -83,11 +91,15 @@ class Alarms:
 
     @property
     def waiting(self) -> bool:
-        """True while values wait for what other processes say: then each row is judged, in all of them alike."""
+        """True while values wait for other processes, so that every process must judge every row."""
         return self.lag > 0 and any(map(operator.and_, self._own, self._alive))
 
     def switch_off(self, failed: int) -> list[str]:
-        """Switch off the rules that failed in any process, given as bits; return those that did not fail here."""
+        """Switch off the rules that failed in any process, given as bits.
+
+        Returns:
+            The code and name of each rule that is switched off now and did not fail in this process.
+        """
         off = [index for index in range(len(self.rules)) if failed & _bit(index)]
         news = [index for index in off if self._alive[index] and not self.failed & _bit(index)]
         for index in off:
@@ -96,7 +108,7 @@ class Alarms:
         return [f"{self.rules[index].code} {self.rules[index].name}" for index in news]
 
     def grow(self, layers: Sequence[str]) -> None:
-        """Take the columns of layers that were added."""
+        """Extend the state to ``layers``, to which columns were added."""
         self._waiting.clear()
         self.layers = tuple(layers)
         self.values = widened(self.values, len(self.layers), np.nan)
@@ -104,7 +116,7 @@ class Alarms:
             setattr(self, name, widened(getattr(self, name), len(self.layers), 0))
 
     def update(self, history: History, step: int) -> list[Alarm]:
-        """Measure every rule on the last row and return the alarms that changed state, in rule order."""
+        """Measure every rule on the last row of ``history`` and return the alarms that changed state, in rule order."""
         for index, rule in enumerate(self.rules):
             if self._alive[index]:
                 self._measure(index, rule, history)
@@ -114,7 +126,7 @@ class Alarms:
         if not over.any() and not self._held.any() and not self.firing.any():
             self.stirring = False
             return []
-        # a condition seen now is known to hold for this step only; one seen before, for the steps between as well
+        # a new condition counts for this step only; one that held before counts for the steps since then too
         self._held = np.where(over, np.where(self._held > 0, self._held + elapsed, 1), 0)
         self._calm = np.where(self.values > self._release, 0, self._calm + elapsed)
         firing = (self.firing & (self._calm <= self._keep_steps)) | (self._held >= self._for_steps)
@@ -137,7 +149,7 @@ class Alarms:
             if self._on_error is None:
                 raise
             self.failed |= _bit(index)
-            if self.lag and self._own[index]:  # what was measured before counts in all other processes
+            if self.lag and self._own[index]:  # earlier values still count in the other processes
                 self.values[index] = self._in_turn(index, np.full(self.values.shape[1], np.nan))
             else:
                 self._alive[index] = False
@@ -154,7 +166,7 @@ class Alarms:
         return self._in_turn(index, nothing)
 
     def _in_turn(self, index: int, value: Floats) -> Floats:
-        """Return the value of ``lag`` rows ago."""
+        """Store ``value`` and return the value of ``lag`` rows ago."""
         queue = self._waiting.setdefault(index, deque([np.full_like(value, np.nan)] * self.lag))
         queue.append(value)
         past: Floats = queue.popleft()
@@ -175,13 +187,14 @@ class Alarms:
         )
 
     def firing_rules(self) -> tuple[str, ...]:
-        """The rules that fire now, as ``"GW203 gradients above 1.0 in each layer"``."""
+        """Return the rules that fire now, such as ``"GW203 gradients above 1.0 in each layer"``."""
         return tuple(f"{self.rules[i].code} {self.rules[i].name}" for i in np.flatnonzero(self.firing.any(axis=1)))
 
     def closeness(self) -> tuple[Floats, NDArray[np.intp]]:
-        """Each layer's largest value / limit, shape (L,), and the index of the rule it belongs to, shape (L,).
+        """Return the largest ratio of value to limit of each layer, and the index of its rule, both of shape (L,).
 
-        A rule with limit 0 either fires (infinitely close) or has nothing to say. Minus infinity: no rule can tell.
+        The ratio of a rule with limit 0 is infinite if its value is positive, and minus infinity otherwise. The ratio of a
+        layer for which no per-layer rule has a value is minus infinity.
         """
         if not self.rules:
             return np.full(len(self.layers), -np.inf), np.zeros(len(self.layers), dtype=np.intp)

@@ -1,8 +1,9 @@
-"""Signs -> verdict. Alarms of one story become one incident: what happened, where it began, how sure that is.
+"""Incidents: alarms that belong together, with the kind, the severity, the verdict and the prime suspect.
 
-Four kinds (exploding, spike, nonfinite, diverging) are chapters of one story, the explosion; each of the silent kinds
-is a story of its own. An incident opens with the first sign that may open one, is confirmed when a confirming sign
-stands beside a subtle, growth or numeric one, and closes when the run has been calm.
+Four kinds (exploding, spike, nonfinite, diverging) are stages of one story, the explosion; each silent kind is a story of its
+own. An incident opens with the first sign that may open one; growth signs also need a loss that suffers, or a value far
+beyond their limit. It is confirmed when a confirming sign occurs together with a subtle, growth or numeric one, and it
+closes when the run has been calm.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
     from gradwatch.rules import Rule
     from gradwatch.verdict.settings import VerdictSettings
 
-_KEPT = 1000  # incidents of a run
-_TREND = 8  # steps of which growth is told
-_QUICK = 50.0  # steps within which gradients double, for growth to be worth a forecast
+_KEPT = 1000  # most incidents to keep
+_TREND = 8  # steps over which growth is measured
+_QUICK = 50.0  # longest doubling time, in steps, for which a forecast is given
 
 
 @dataclass
 class _Story:
-    """Working state of one open (or not yet opened) incident."""
+    """The working state of an incident that is open or not yet opened."""
 
     firing: dict[tuple[str, str | None], Alarm] = field(default_factory=dict)
     signs: dict[tuple[str, str | None], Alarm] = field(default_factory=dict)
@@ -46,8 +47,8 @@ class _Story:
     ceiling: float = math.nan
     peak: float = math.nan
     jumped: bool = False
-    of_the_batch: bool = False  # opened by a jump that the last update cannot have made
-    young: bool = False  # and when the run had no level yet that a loss could stay above
+    of_the_batch: bool = False  # opened by a jump that the last update cannot have caused
+    young: bool = False  # of_the_batch, and opened before the run had a usual loss level
     look_at: int = 0
     level: float = math.nan
     lasting: bool = False
@@ -58,26 +59,26 @@ class _Story:
 
 
 class Treatment(Protocol):
-    """What is done about an explosion, and keeps its incident open."""
+    """What is done about an explosion. It keeps the incident open until the treatment ends."""
 
     def relapses(self, step: int) -> bool:
-        """True where an explosion at ``step`` is the last one come back."""
+        """Return True if an explosion at ``step`` is a return of the previous one."""
 
     def try_to_let_go(self, step: int, calm: int) -> bool:
-        """Do less, after ``calm`` calm steps; True when the run needs nothing more."""
+        """Reduce the treatment after ``calm`` calm steps; return True when the run needs no more of it."""
 
     def let_go(self, step: int) -> ClipRecord | None:
-        """The incident closes: end, and return what was done."""
+        """End the treatment because the incident closes, and return the record of what was done, if anything."""
 
 
 class Incidents:
-    """The incidents of a run, in opening order (`all`: the last 1,000), and the state behind the open ones.
+    """The incidents of a run in opening order, of which `all` holds the last 1,000, and the state of the open ones.
 
     Args:
-        history: read for the order of layers, the loss and the model's facts.
-        rules: those whose alarms come; read for what they are to the verdict.
-        settings: the verdict's own limits.
-        treatment: what is done about an explosion, which keeps it open until it has let go; None: nothing is.
+        history: the history of the run, which is only read.
+        rules: the rules whose alarms `update` receives.
+        settings: the limits of the verdict.
+        treatment: the treatment of explosions, which keeps them open until it has ended; None: there is none.
     """
 
     def __init__(
@@ -100,21 +101,24 @@ class Incidents:
         self.all: list[Incident] = []
 
     def grow(self) -> None:
-        """Take the columns of layers that were added."""
+        """Extend the state to the layers of the history, to which columns were added."""
         self._suspects.grow()
 
     @property
     def open(self) -> list[Incident]:
-        """The incidents that are not closed."""
+        """The open incidents."""
         return [story.incident for story in self._stories.values() if story.incident is not None]
 
     def open_explosion(self) -> Incident | None:
-        """The open incident of the explosion story, if there is one."""
+        """Return the open incident of the explosion story, or None."""
         story = self._stories.get("explosion")
         return story.incident if story else None
 
     def treatable_explosion(self) -> Incident | None:
-        """The same, unless the data or the task made it: no clip brings down a loss that gradients have not raised."""
+        """Return the open explosion, or None if there is none or if the data or the task caused it.
+
+        No clip lowers a loss that an update has not raised.
+        """
         story = self._stories.get("explosion")
         return None if story is None or (story.of_the_batch and not story.harmed) else story.incident
 
@@ -124,7 +128,11 @@ class Incidents:
         return self.open_explosion() is not None
 
     def update(self, changes: Iterable[Alarm], step: int) -> list[Incident]:
-        """Take the alarms that changed; return what is new."""
+        """Update the incidents with the alarms that changed state at ``step``.
+
+        Returns:
+            The incidents that opened or closed, or whose kind, severity or verdict changed.
+        """
         self._suspects.follow(step)
         touched = set()
         for alarm in changes:
@@ -145,14 +153,14 @@ class Incidents:
         return news
 
     def record_clip(self, record: ClipRecord) -> None:
-        """Attach what auto-clip did to the open explosion."""
+        """Attach ``record``, which says what auto-clip did, to the open explosion."""
         story = self._stories.get("explosion")
         if story is not None and story.incident is not None:
             self._replace(story, replace(story.incident, clip=record))
 
     def _judge(self, name: str, story: _Story, step: int, *, touched: bool) -> Incident | None:
         active = any(code in self._opening for code, _ in story.firing)
-        aftermath = name != "explosion" and self.open_explosion() is not None  # part of the explosion's own story
+        aftermath = name != "explosion" and self.open_explosion() is not None  # a consequence of the explosion
         if story.incident is None and (aftermath or not active):
             story.signs, story.fired_steps = dict(story.firing), 0
             return None
@@ -164,7 +172,7 @@ class Incidents:
             if story.incident is None:
                 jumped = any(sign.kind == "spike" for sign in story.firing.values())
                 if name == "explosion" and not (story.harmed or jumped):
-                    return None  # growth while the loss is well: a sign to keep, not a story to tell
+                    return None  # growth while the loss is fine is kept as a sign, but opens no incident
                 touched = True
                 story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
                 story.jumped = self._has("jump", story.firing.values())
@@ -183,14 +191,15 @@ class Incidents:
         return self._tell(story, step)
 
     def _compare_level(self, story: _Story) -> bool:
-        """Look 12, 24, 48 ... steps after the opening: True when the loss is up and no longer comes down.
+        """Return True if the loss is still high and no longer decreases; called 12, 24, 48 ... steps after the opening.
 
-        Up is twice what was usual. A loss that comes down is a change of the task. At first half of the way back is enough,
-        counted in logarithms, later two thirds of it; farther up, a fifth less than at the look before.
+        The loss is high if it is more than twice its usual ceiling. It decreases, as after a change of the task, if it has come
+        back half of the way at the first check (two thirds at later ones), measured in logarithms, or if it is a fifth lower
+        than at the check before.
         """
         level, _ = self._history.loss_level(story.look_at - 2)
         before, story.level = story.level, level
-        if not level > max(story.ceiling, 2 * story.ceiling):  # of a negative loss, the ceiling itself
+        if not level > max(story.ceiling, 2 * story.ceiling):  # for a negative loss, the ceiling itself
             return False
         first = self._settings.lasting_steps
         if story.look_at == first:
@@ -202,10 +211,10 @@ class Incidents:
         return not (level < back or before - level > abs(before) / 5)
 
     def _harm(self, story: _Story) -> bool:
-        """Growth alone may be learning that begins; beside a loss that suffers, or far beyond its limit, it is not.
+        """Return True if the firing signs show harm: the loss suffers, or a sign of growth is far beyond its limit.
 
-        A loss that jumped farther than the last update can have thrown it says nothing of the training: it is the batch's, and
-        so is what surged in the same step, unless the update that is about to be made from it is too long.
+        Growth alone may be the start of learning. A loss that jumped farther than the last update can explain is caused by the
+        batch, and so is a surge in the same step, unless the update about to be made is too long.
         """
         signs, now = story.firing.values(), self._history.row.step
         too_long = self._has("update", signs) or self._has("overshoot", signs)
@@ -218,8 +227,8 @@ class Incidents:
             or any(sign.kind == "spike" and sign.step == now for sign in told)
             or (now not in story.odd_steps and self._history.loss_is_rising())
             or self._far_beyond(told)
-            # early on, only the update that is about to be made can be told, and only before it is made; one layer alone
-            # does not multiply
+            # early on only the coming update can be judged, and only before it is made; a single layer does not
+            # amplify gradients
             or (
                 self._history.losses < EARLY
                 and self._history.row.family != "other"
@@ -240,13 +249,13 @@ class Incidents:
         return self._treatment is not None and self._treatment.relapses(step)
 
     def _far_beyond(self, signs: Iterable[Alarm]) -> bool:
-        """A surge so large that it speaks for itself: in some layers only, or while the loss is up.
+        """Return True if a surge is far beyond its limit, and either most layers do not surge so far or the loss is high.
 
-        Where a plateau ends, most layers surge together while the loss is at its level or falls.
+        At the end of a plateau, most layers surge together while the loss is at its level or falls.
         """
         times = self._settings.far * (
             1 if self._history.task_rows >= 2 * EARLY else 2
-        )  # a few norms make no typical one
+        )  # a typical norm from a few rows is unreliable
         far = [sign for sign in signs if self._role[sign.code] == "surge" and sign.value > times * sign.limit]
         if not far:
             return False
@@ -254,7 +263,10 @@ class Incidents:
         return 2 * len(far) <= len(self._history.layers) or not self._history.row.loss <= middle + scatter
 
     def _falls(self, story: _Story) -> bool:
-        """True when the loss, after it jumped, stays near where it jumped to or falls: the task may have changed."""
+        """Return True if the loss, after it jumped, stays near its peak or falls and gradients settle.
+
+        The task may then have changed.
+        """
         history, confirmed = self._history, self._has("damage", story.firing.values())
         if not story.jumped or story.lasting or confirmed or history.row.loss > story.peak + abs(story.peak) / 4:
             return False
@@ -268,14 +280,14 @@ class Incidents:
         return self._treatment.try_to_let_go(step, calm)
 
     def _tell(self, story: _Story, step: int) -> Incident | None:
-        """Bring the incident up to date with its signs; return it when its headline is another one."""
+        """Open the incident or update it with its signs; return it if it is new or its kind, severity or verdict changed."""
         before = story.incident
         signs = tuple(story.signs.values())
         kind = _kind([s for s in signs if story.harmed or s.sign != "growth"], lasting=story.lasting)
         if kind in ("exploding", "diverging") and before is not None and before.kind == "spike" and self._falls(story):
             kind = "spike"
         severity, verdict = _severity(signs, kind)
-        if kind == "dead" and self._history.half_won:  # what learns all the same may do without them
+        if kind == "dead" and self._history.half_won:  # the model learns without the dead units
             severity = "notice"
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)
@@ -319,7 +331,7 @@ class Incidents:
         self.all[story.place] = incident
 
     def _make_room(self) -> None:
-        """Forget the oldest closed incident where there are too many: a run of a million steps must not fill memory."""
+        """Forget the oldest closed incident if there are too many, so that long runs do not fill the memory."""
         if len(self.all) < _KEPT:
             return
         oldest = next(index for index, incident in enumerate(self.all) if not incident.open)
@@ -356,7 +368,7 @@ class Incidents:
         return (*lines, *story.findings)
 
     def _find(self, story: _Story) -> None:
-        """Keep what the first non-finite row says of its place: elements, and processes of a distributed training."""
+        """Record the layer, the elements and the processes at which the first non-finite values were found."""
         row = self._history.row
         if not story.findings and row.counts:
             layer = self._history.first_nonfinite()
@@ -373,9 +385,10 @@ class Incidents:
 
 
 def forecast(norms: Floats) -> list[str]:
-    """Say when gradients that go on growing as they do will leave float16 and float32; nothing where they do not grow.
+    """Return a sentence that says when growing gradients will exceed float16 and float32; no sentence if they do not grow.
 
-    ``norms`` (n,) are the last global norms, oldest first.
+    Args:
+        norms: the last global norms, shape (n,), oldest first.
     """
     steps = doubling(norms)
     if not steps <= _QUICK or not 4 * norms[0] < norms[-1] < math.inf:
@@ -384,7 +397,7 @@ def forecast(norms: Floats) -> list[str]:
     until = [f"{name} in about {max(steps * math.log2(times), 1):.0f}" for name, times in room.items() if times > 1]
     if not until:
         return []
-    return [f"gradients double every {steps:.1f} steps: at this growth they leave {' and '.join(until)} steps"]
+    return [f"gradients double every {steps:.1f} steps: at this rate they exceed {' and '.join(until)} steps"]
 
 
 def _kind(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
@@ -409,7 +422,7 @@ def _severity(signs: Sequence[Alarm], kind: Kind) -> tuple[Severity, Verdict]:
 
 
 def _phase(history: History) -> Phase | None:
-    """Where values that are not finite were seen first: weight before loss before gradient, as data flow."""
+    """Return where non-finite values are seen: weight before loss before gradient, in the order of the data flow."""
     if history.nonfinite_weight.any():
         return "weight"
     if history.loss_nonfinite:

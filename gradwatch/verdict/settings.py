@@ -1,4 +1,4 @@
-"""The limits of the verdict itself."""
+"""The limits by which the verdict opens, classifies and closes incidents."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from gradwatch.settings import Settings
 
 
 class VerdictSettings(Settings):
-    """When signs become an incident, what kind it has, and when it closes.
+    """The limits that decide when signs become an incident, which kind it has, and when it closes.
 
     ## What it means
-    Rules say what is out of the ordinary. The verdict says whether that is a story to tell.
+    Rules detect what is unusual. The verdict decides whether that is an incident.
 
     ## Settings
-    * `calm_steps`: steps without a firing alarm after which an incident closes. With auto-clip armed its `hold` stands instead.
-    * `far`: how many times beyond its limit a surge speaks for itself; twice as many while the run is young. Elsewhere growth
-      opens an incident only beside a loss that suffers.
-    * `lasting_steps`: steps after which a loss that is still up is no longer a spike; looked at then, and each time when
-      twice as many have passed.
-    * `brief_steps`: steps of firing up to which an explosion without a confirming sign was only a spike.
-    * `settled`: how many times its typical gradient norm a layer may have, for a loss that jumped to count as settled.
-    * `band`: how many times its typical gradient norm a layer may have without being a suspect.
+    * `calm_steps`: number of steps without a firing alarm after which an incident closes. With auto-clip, its `hold` is used
+      instead for an explosion.
+    * `far`: factor beyond its limit at which a surge opens an incident by itself; doubled during the first 24 rows. Otherwise
+      growth opens an incident only if the loss suffers too.
+    * `lasting_steps`: number of steps after which a loss that is still high no longer counts as a spike. It is checked then,
+      and each time the number of steps has doubled.
+    * `brief_steps`: number of firing steps up to which an explosion without a confirming sign is closed as a spike.
+    * `settled`: largest factor over its typical gradient norm that a layer may have for the loss to count as settled after a
+      jump.
+    * `band`: largest factor over its typical gradient norm that a layer may have without being a suspect.
 
-    ## How it is changed
+    ## How to change it
     `gradwatch replay RUN --rule verdict.far=4` judges a run log with other limits.
     """
 
@@ -38,7 +40,7 @@ class VerdictSettings(Settings):
 
     @classmethod
     def documentation(cls) -> str:
-        """The page that `gradwatch explain verdict` prints, in Markdown."""
+        """Return the page of the verdict in Markdown, as printed by ``gradwatch explain verdict``."""
         summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
         values = "\n".join(f"* `{name}` = {field.default}" for name, field in cls.model_fields.items())
         return f"# The verdict\n\n{summary}\n{rest}\n\n## Defaults\n{values}\n"

@@ -1,4 +1,4 @@
-"""Where it began: the layers in the order in which they left their band, and the prime suspect."""
+"""The layers of an incident in the order in which they left their band, and the prime suspect."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from gradwatch.records import Alarm, Floats, Phase
 
 _BACK_IN_BAND = 2.0
-_FIRST = 12  # steps in which an explosion is one of the initialisation
-_MOVED = 1.5  # times by which a layer's weights change at once only if something was done to them
-_ALONE = 4.0  # times the logarithm of any other layer's change
+_FIRST = 12  # first steps, in which an explosion is attributed to the initialisation
+_MOVED = 1.5  # factor by which weights change within one sample only if something modified them
+_ALONE = 4.0  # factor over the change of any other layer, in logarithms
 
 
 class Suspects:
-    """Follows the bands of all layers of a history: ``band`` times their typical gradient norm."""
+    """Keeps track of which layers are out of their band, which reaches up to ``band`` times their typical gradient norm."""
 
     def __init__(self, history: History, band: float) -> None:
         self._history = history
@@ -32,22 +32,22 @@ class Suspects:
         self._left = np.full(len(history.layers), -1, dtype=np.int64)
 
     def grow(self) -> None:
-        """Take the columns of layers that were added."""
+        """Extend the state to the layers of the history, to which columns were added."""
         self._left = widened(self._left, len(self._history.layers), -1)
 
     def follow(self, step: int) -> None:
-        """Take note of the layers that leave their band in this row, or come back."""
+        """Record the layers that leave their band, or return to it, in the last row."""
         surge = self._history.surge()
         self._left[(surge < _BACK_IN_BAND)] = -1
         out = (surge > self._band) | (self._history.nonfinite > 0)
         self._left[out & (self._left < 0)] = step
 
     def layers(self, signs: Sequence[Alarm]) -> tuple[str, ...]:
-        """The layers with a sign or out of their band, in the order in which they left it."""
+        """Return the layers that have a sign or are out of their band, in the order in which they left it."""
         history = self._history
         column = {layer: index for index, layer in enumerate(history.layers)}
         first: dict[str, tuple[int, float, int]] = {}
-        grows = signs[0].kind in EXPLOSION  # what is silent leaves no band
+        grows = signs[0].kind in EXPLOSION  # silent signs do not take a layer out of its band
         for alarm in signs:
             if alarm.layer is None:
                 continue
@@ -55,7 +55,7 @@ class Suspects:
             step = int(self._left[index]) if grows and 0 <= self._left[index] < alarm.step else alarm.step
             # within one step: non-finite ones in backward order, others by how far they are beyond the limit
             beyond = -alarm.value / alarm.limit if alarm.limit > 0 and np.isfinite(alarm.value) else 0.0
-            # what is dead starves all layers behind it: the first in forward order is the cause
+            # a dead layer starves all layers behind it, so the first in forward order is the cause
             place = -int(history.order[index]) if alarm.kind == "dead" else int(history.order[index])
             key = (step, beyond, place)
             first[alarm.layer] = min(first.get(alarm.layer, key), key)
@@ -67,7 +67,14 @@ class Suspects:
     def prime(
         self, signs: Sequence[Alarm], layers: Sequence[str], phase: Phase | None, moved: str | None
     ) -> str | None:
-        """Return the prime suspect; ``layers`` in the order of `layers`, ``moved`` as found by `moved`."""
+        """Return the prime suspect, or None if there is none.
+
+        Args:
+            signs: the signs of the incident.
+            layers: the layers of the incident, as returned by `layers`.
+            phase: where non-finite values were seen first.
+            moved: the layer returned by `moved`.
+        """
         odd = _odd_scale(self._history) if signs[0].step < _FIRST and signs[0].kind in EXPLOSION else None
         if odd or moved:
             return odd or moved
@@ -78,9 +85,9 @@ class Suspects:
         return layers[0] if layers else None
 
     def moved(self) -> tuple[str | None, str | None]:
-        """Return the one layer whose weights changed at once while the others' did not, and the finding; None where none did.
+        """Return the only layer whose weights changed suddenly, and a sentence about it; (None, None) if there is none.
 
-        Weights come before gradients: where one layer was damaged, all gradients leave their band in the same step.
+        Weights are checked before gradients, because damage to one layer takes all gradients out of their band in one step.
         """
         history = self._history
         if history.row.weight_norm is None:
@@ -105,12 +112,15 @@ class Suspects:
 
 
 def _floor(history: History) -> Floats:
-    """Weight norms below which a change says little: half of a usual initialisation; a tenth for biases and gains."""
+    """Return the weight norms below which changes are ignored, shape (L,).
+
+    This is half of the norm after a usual initialisation, and an RMS of 0.1 for biases and gains.
+    """
     return np.where(history.matrices, history.half_usual, 0.1 * np.sqrt(history.sizes))
 
 
 def _odd_scale(history: History) -> str | None:
-    """The layer whose weights multiply what passes by more than ten times as much as its neighbours' do, if one does."""
+    """Return the layer with the largest gain if that is more than ten times the median gain, else None."""
     gain = history.relative_gain()
     if not np.isfinite(gain).any() or not np.nanmax(gain) > 10:
         return None
