@@ -20,6 +20,7 @@ from gradwatch.autoclip.suggest import Suggestion, suggest
 from gradwatch.distributed.agreement import settings_of
 from gradwatch.errors import TrainingUnstableError, UsageError, words_of
 from gradwatch.history.ring import History
+from gradwatch.history.saved import entries, refuse, whole_number
 from gradwatch.measure.batch_statistics import numbers_of
 from gradwatch.measure.checkpoints import Checkpoint, damage_of, worth_of
 from gradwatch.measure.layers import Layers, facts_of, optimizer_facts
@@ -327,17 +328,18 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the run's baselines, in plain lists, so that a resumed run need not learn them again."""
         self._probe.catch_up()
-        return {"step": self._probe.rows.step, "history": self.history.state_dict()}
+        return {"version": 1, "step": self._probe.rows.step, "history": self.history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; raises `UsageError` when it belongs to other layers."""
-        if not isinstance(state, dict) or not {"step", "history"} <= state.keys():
-            raise UsageError(
-                f"load_state_dict() got {type(state).__name__}; expected what monitor.state_dict() returned."
-            )
+        """Restore what `state_dict` returned; raises `UsageError`, and takes nothing, where it is damaged or of other layers."""
+        kept = entries(state, ("step", "history"), "state")
+        version = whole_number(kept.get("version", 1), 'state["version"]')
+        if version != 1:
+            refuse('state["version"]', str(version), "1: another gradwatch has made it")
+        step = whole_number(kept["step"], 'state["step"]')
         self._probe.catch_up()  # rows under way are those of steps that were made
-        self.history.load_state_dict(state["history"])
-        self._probe.rows.step = int(state["step"])
+        self.history.load_state_dict(kept["history"])
+        self._probe.rows.step = step
         self._pipeline.went_back()
 
     # What the probe reports.

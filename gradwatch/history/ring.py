@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gradwatch.errors import UsageError
 from gradwatch.history.columns import widened
+from gradwatch.history.saved import FIRST_LOSSES, read_state
 from gradwatch.history.statistics import Typical, median, median_and_mad, quiet_numpy
 from gradwatch.records import Facts, NonFinite, Provenance, Row
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 _BUDGET = 16 * 2**20  # bytes of ring; 1,024 rows of 300 layers take 5 MB
-_FIRST_LOSSES = 16
 _SMALLEST = 16  # elements of a matrix that can be told by its norm
 _WARM = 50  # rows after which a rate that was not raised is taken for settled
 _RECENT = 100  # rows in which weights may have grown quickly
@@ -132,7 +131,7 @@ class History:
             self._push_weight(slot, row)
         if row.has_loss:
             self.losses += 1
-            if len(self._first_losses) < _FIRST_LOSSES and math.isfinite(row.loss):
+            if len(self._first_losses) < FIRST_LOSSES and math.isfinite(row.loss):
                 self._first_losses.append(row.loss)
                 self.reference_loss = median(np.array(self._first_losses))
 
@@ -390,7 +389,7 @@ class History:
 
         NaN before the sixteenth.
         """
-        enough = len(self._first_losses) == _FIRST_LOSSES
+        enough = len(self._first_losses) == FIRST_LOSSES
         return max(self._harder, *map(abs, self._first_losses)) if enough else math.nan
 
     @property
@@ -495,17 +494,9 @@ class History:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        wanted = self.state_dict().keys()
-        if not isinstance(state, dict) or not wanted <= state.keys():
-            raise UsageError(f"This is no state of a history: expected a dict with {', '.join(sorted(wanted))}.")
-        if tuple(state["layers"]) != self.layers:
-            raise UsageError(
-                f"This state belongs to other layers: {len(state['layers'])} saved, {len(self.layers)} watched. "
-                "Load it into a monitor of the same model, or go on without it."
-            )
-        self.losses = int(state["losses"])
-        self._first_losses = list(state["first_losses"])
+        """Restore what `state_dict` returned; raises `UsageError`, and takes nothing, where it is damaged or of other layers."""
+        saved = read_state(state, self.layers)
+        self.losses, self._first_losses = saved.losses, saved.first_losses
         self.reference_loss = median(np.array(self._first_losses))
-        self.typical_grad.load_state_dict(state["typical_grad"])
-        self.typical_weight.load_state_dict(state["typical_weight"])
+        self.typical_grad.load_state_dict(saved.typical_grad)
+        self.typical_weight.load_state_dict(saved.typical_weight)
