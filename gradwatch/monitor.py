@@ -348,7 +348,7 @@ class Monitor:
         """See `gradwatch.probe.judge.Judge`."""
         self.history.facts = optimizer_facts(self.history.facts, optimizer)
         if self.history.facts.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
-            self.note("auto-clip does not act inside a line search: LBFGS is watched only.")
+            self.note("auto-clip does not clip inside a line search, as that of LBFGS.")
 
     def grown(self, layers: Layers) -> None:
         """See `gradwatch.probe.judge.Judge`."""
