@@ -105,7 +105,7 @@ def attach(
         _check_optimizer(optimizer, monitor, model)
     if policy is not None:
         _check_clip(policy.clip, monitor, model)
-    _replace(before, monitor, folder)
+    _replace(before, monitor, model, folder)
     monitor.start(optimizer)
     return monitor
 
@@ -119,7 +119,7 @@ def _of_a_cell_run_again(folder: Path | None, model: nn.Module) -> Monitor | Non
     return next(found, None)
 
 
-def _replace(before: Monitor | None, monitor: Monitor, folder: Path | None) -> None:
+def _replace(before: Monitor | None, monitor: Monitor, model: nn.Module, folder: Path | None) -> None:
     """Open the run log and end the monitor that there was before, which goes on when the log is refused."""
     if not is_first():  # of the processes that train together, one writes
         folder = None
@@ -129,7 +129,7 @@ def _replace(before: Monitor | None, monitor: Monitor, folder: Path | None) -> N
     if before is not None:
         if same:
             _check_same_log(before, monitor, folder)
-        monitor.note(before.replaced())
+        monitor.note(before.replaced(model))
     if folder is not None and same:
         monitor.record(folder)
 

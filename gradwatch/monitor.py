@@ -167,12 +167,14 @@ class Monitor:
             if self._strict or not isinstance(error, Exception):
                 raise error
 
-    def replaced(self) -> str:
-        """End, because the model is attached anew; return what the new monitor has to say of that."""
-        steps, log = self.history.row.step + 1, self._pipeline.log
+    def replaced(self, model: nn.Module) -> str:
+        """End, because ``model`` is attached; return what the new monitor has to say of that."""
+        steps, log, mine = self.history.row.step + 1, self._pipeline.log, self._model()
+        same = mine is not None and unwrapped(mine) is unwrapped(model)
         self._raise_first([failure for failure in self.end() if not isinstance(failure.error, Exception)])
+        told = "this {} was watched already" if same else "an earlier {} with the same layers and run log was still watched"
         return (
-            f"this {self.history.facts.model} was watched already, for {steps:,} steps: that monitor is detached"
+            f"{told.format(self.history.facts.model)}, for {steps:,} steps: that monitor is detached"
             f"{f', its run log {log.folder} ended' if log is not None else ''}."
         )
 
