@@ -67,7 +67,6 @@ class Probe:
         self._layers = layers
         self._judge = weakref.ref(judge)
         self._has_optimizer = False
-        self._backwards_then = 0
         self._loop: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
         self._vain_steps = self._vain_at = self._moves = 0
         self._awaited = False
@@ -285,7 +284,7 @@ class Probe:
         try:
             if not self.rows.pass_quietly(optimizer):
                 return False
-            self._note_backwards()
+            self.rows.skipping.comes(optimizer, self.attribution.backwards)
             self.rows.skipping.made()
         except Exception:
             return False  # the long way fails in the same place, and tells
@@ -295,11 +294,6 @@ class Probe:
         self._stepping = quiet.optimizer
         self._left_out = 0
         return True
-
-    def _note_backwards(self) -> None:
-        """Several optimizers may step after one backward: its forwards belong to the first of them."""
-        self.rows.skipping.fresh = self.attribution.backwards != self._backwards_then
-        self._backwards_then = self.attribution.backwards
 
     def _prepare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.rows.expect()
@@ -335,7 +329,7 @@ class Probe:
         if self.arrivals.came:  # a backward that passed by the tap
             self.arrivals.end()
             self.attribution.passed_by()
-        self._note_backwards()
+        self.rows.skipping.comes(optimizer, self.attribution.backwards)
         if self._loop != "explicit":
             self._loop = "optimizer"
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
@@ -408,6 +402,7 @@ class Probe:
         mine = self.owners.get(optimizer)
         if mine is None:
             return
+        self.rows.skipping.backwards = self.attribution.backwards
         if evaluations == 1:
             self._take(mine, "closure", optimizer, loss)
         else:  # a line search evaluates several times for one step

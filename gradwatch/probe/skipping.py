@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from gradwatch.autoclip.decision import Decision
     from gradwatch.measure.layers import Layers
@@ -26,8 +27,8 @@ _FAILED = "the model's buffers could not be kept"
 class Skipping:
     """What is kept for the case that a step is left out, and how it is left out, in one run.
 
-    Attributes: ``armed`` is True where a step may be left out at all, ``fresh`` when there has been a backward since
-    the last step: several optimizers may step after one.
+    Attributes: ``armed`` is True where a step may be left out at all, ``backwards`` is the number of the model's so far,
+    ``fresh`` is True when there has been one since the last step: several optimizers may step after one.
     """
 
     def __init__(self, layers: Layers, judge: Judge) -> None:
@@ -36,6 +37,7 @@ class Skipping:
         self._lost = ""
         self.armed = judge.may_skip()
         self.fresh = True
+        self.backwards = self._whose = 0
         if self.armed:
             self._guarded(lambda: self._watch(layers))
 
@@ -57,11 +59,16 @@ class Skipping:
         if judge is not None:
             judge.failed("keeping the model's buffers", error)
 
+    def comes(self, optimizer: Optimizer, backwards: int) -> None:
+        """A step of this optimizer comes: its forwards are those since the last step, if there was a backward."""
+        self.fresh = backwards != self.backwards
+        self.backwards, self._whose = backwards, id(optimizer)
+
     def _begin(self) -> Buffers | None:
         fresh, self.fresh = self.fresh, True
         buffers = self._buffers
         if buffers is not None:
-            buffers.begin(fresh=fresh)
+            buffers.begin(self._whose, self.backwards, fresh=fresh)
         return buffers
 
     def made(self) -> None:
@@ -69,7 +76,7 @@ class Skipping:
         fresh, self.fresh = self.fresh, True
         if self._buffers is not None:
             try:  # as `_guarded`, on the hot path
-                self._buffers.made(fresh=fresh)
+                self._buffers.made(self._whose, self.backwards, fresh=fresh)
             except Exception as error:
                 self._lose(error)
 
@@ -77,7 +84,7 @@ class Skipping:
         """The optimizer has made its step, or what was left of it."""
         if self._buffers is not None:
             try:
-                self._buffers.stepped()
+                self._buffers.stepped(self.backwards)
             except Exception as error:
                 self._lose(error)
 
@@ -129,6 +136,7 @@ class Skipping:
     def expect_closure(self, mine: Gradients) -> None:
         """The optimizer is about to step with a closure, in which the backward comes."""
         self.fresh = True
+        self.backwards = self._whose = 0
         if self.armed and mine.skip is not None:
             mine.skip.expect_closure()
 
