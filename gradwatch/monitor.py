@@ -172,7 +172,11 @@ class Monitor:
         steps, log, mine = self.history.row.step + 1, self._pipeline.log, self._model()
         same = mine is not None and unwrapped(mine) is unwrapped(model)
         self._raise_first([failure for failure in self.end() if not isinstance(failure.error, Exception)])
-        told = "this {} was watched already" if same else "an earlier {} with the same layers and run log was still watched"
+        told = (
+            "this {} was watched already"
+            if same
+            else "an earlier {} with the same layers and run log was still watched"
+        )
         return (
             f"{told.format(self.history.facts.model)}, for {steps:,} steps: that monitor is detached"
             f"{f', its run log {log.folder} ended' if log is not None else ''}."
