@@ -306,6 +306,8 @@ class Probe:
             self.rows.wish = self._budget.every(self.seconds, self.rows.step, self.rows.made)
         if self.rows.take(mine, source, optimizer, returned) and source != "left out by the scaler":
             self._left_out = 0
+        if mine.outer is not None:
+            self.rows.skipping.inner_comes(mine.outer)
         self._used(mine)
 
     def _used(self, mine: Gradients) -> None:
@@ -321,6 +323,7 @@ class Probe:
             return None
         mine.restore(late=True)
         if self.owners.waits_for_another(mine):
+            self.rows.skipping.expect(mine)
             return None
         self._stepping = weakref.ref(optimizer)
         if torch._C._current_graph_task_id() != -1:  # fused into backward: one step for each parameter

@@ -98,7 +98,7 @@ class Skipping:
         if source == "left out by the scaler":
             told("")
         elif mine.outer is not None and mine.outer.skip is not None:
-            mine.outer.skip.leave_out_rest(told)
+            mine.outer.skip.leave_out_inside(told)
         elif mine.skip is None:
             mine.zero()
             told("no optimizer of torch makes the update, so that its gradients were set to zero")
@@ -136,9 +136,17 @@ class Skipping:
     def expect_closure(self, mine: Gradients) -> None:
         """The optimizer is about to step with a closure, in which the backward comes."""
         self.fresh = True
-        self.backwards = self._whose = 0
+        self.expect(mine)
+
+    def expect(self, mine: Gradients) -> None:
+        """The optimizer is about to step, and may have to be left out in the middle of it."""
         if self.armed and mine.skip is not None:
-            mine.skip.expect_closure()
+            mine.skip.expect()
+
+    def inner_comes(self, outer: Gradients) -> None:
+        """The optimizer that another one is around is about to step for it."""
+        if self.armed and outer.skip is not None:
+            outer.skip.evaluated(first=True)
 
     def closure_evaluated(self, mine: Gradients, evaluations: int) -> None:
         """It was evaluated, so many times in this step; after the first, the row was made already."""

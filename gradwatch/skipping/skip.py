@@ -5,10 +5,10 @@ enough, and tests hold that for each of them; LBFGS counts its evaluations all t
 gradient for granted, take None for zero, evaluate a closure again, or keep gradients elsewhere. Their step runs with zeros
 instead, and all that it moved is put back.
 
-A step with a closure can only be left out once that has been evaluated. What a class of optimizers changes before is learned
-from its first step, and kept from then on before each step: copies of its tensors where it moves them, the numbers that
-it counts, or nothing. A class that begins later to change anything is found out in the step that must be left out; that one
-is not called skipped.
+A step with a closure can only be left out once that has been evaluated, and one that leaves the work to another optimizer
+when that is about to step. What a class of optimizers changes before is learned from its first step, and kept from then on
+before each step: copies of its tensors where it moves them, the numbers that it counts, or nothing. A class that begins later to
+change anything is found out in the step that must be left out; that one is not called skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # what the steps of a class change before they evaluate their closure: tensors, as sharpness-aware ones do, or what they count
 _changes_first: weakref.WeakKeyDictionary[type, Changes] = weakref.WeakKeyDictionary()
 _NUMBERS = (int, float, bool)
-_CHANGED_FIRST = "its step had changed what it holds before it evaluated its closure"
+_CHANGED_FIRST = "its step had changed what it holds before its gradients were seen"
 
 
 class Zeroed(Protocol):
@@ -48,9 +48,8 @@ class Zeroed(Protocol):
 class Skip:
     """What leaves out the steps of one optimizer.
 
-    `leave_out` before a step, or `leave_out_inside` after the first evaluation of its closure, of which `expect_closure` was
-    told before the step. ``told`` is called when it is known whether the step was left out: with nothing, or with
-    why not. Nothing here raises.
+    `leave_out` before a step, or `leave_out_inside` in the middle of one, of which `expect` was told before. ``told`` is called
+    when it is known whether the step was left out: with nothing, or with why not. Nothing here raises.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
@@ -80,22 +79,22 @@ class Skip:
         if self._around is None:  # `end` comes with the hook after the step
             begin()
 
-    def leave_out_rest(self, told: Told) -> None:
-        """Leave out the rest of a step that has begun, in which another optimizer is about to step for it."""
-        self._told, self._reason = told, ""
-        self._begin()
+    def expect(self) -> None:
+        """A step is about to be made that may have to be left out in the middle of it.
 
-    def expect_closure(self) -> None:
-        """A step with a closure is about to be made, and may have to be left out in the middle of it."""
+        That is where its closure has been evaluated, or where another optimizer is about to step for it.
+        """
         optimizer = self._optimizer()
         assert optimizer is not None
         if is_torchs(optimizer) and not isinstance(optimizer, torch.optim.LBFGS):
             return
-        self._around = around(optimizer, self._before_closure, self.end)
+        if self._around is not None and self._around.under_way:  # the step of its base class
+            return
+        self._around = around(optimizer, self._before, self.end)
         if self._around is None:
-            self._before_closure()
+            self._before()
 
-    def _before_closure(self) -> None:
+    def _before(self) -> None:
         optimizer = self._optimizer()
         if optimizer is None:
             return
@@ -107,7 +106,7 @@ class Skip:
             self._keep(optimizer, tensors=changes == "tensors")
 
     def leave_out_inside(self, told: Told) -> None:
-        """Leave out the rest of a step whose closure has just been evaluated first, and undo what it did before."""
+        """Leave out the rest of a step that was expected and has begun, and undo what it did before."""
         optimizer = self._optimizer()
         assert optimizer is not None
         self._told = told
@@ -134,7 +133,7 @@ class Skip:
             self._reason = f"what it holds cannot be copied: {words_of(error)}"
 
     def evaluated(self, *, first: bool) -> None:
-        """The closure was evaluated: in a step that is being left out, later gradients are not for use either."""
+        """The middle of an expected step is over: in one that is being left out, later gradients are not for use either."""
         optimizer = self._optimizer()
         if optimizer is None:
             return
