@@ -126,7 +126,7 @@ that finite gradients near 1e20 get their true norm and are clipped in the right
 * `ClipAGC` where processes hold parts of layers (FSDP, tensor parallelism), and the clips by layer there after a clip of your
   own.
 * Auto-clip inside backward, where each parameter is updated before the global norm is known, and inside LBFGS's line
-  search: both are watched only.
+  search: both are watched; of LBFGS, steps that are not finite are left out.
 * CUDA graphs: a captured step runs no Python, so that only what is outside of the graph is seen.
 """
 

@@ -15,7 +15,7 @@ from torch import nn
 from gradwatch.autoclip.policy import AutoClip
 from gradwatch.clips import CLIPS, Clip
 from gradwatch.distributed.group import is_first
-from gradwatch.errors import RunLogError, UsageError, did_you_mean
+from gradwatch.errors import RunLogError, UsageError, did_you_mean, shown
 from gradwatch.measure.wrappers import is_dtensor, is_fully_sharded, unmeasurable
 from gradwatch.monitor import Monitor, attached, monitor_of
 from gradwatch.probe.budget import Budget
@@ -69,7 +69,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"attach() got {_shown(model)} as model; expected a torch.nn.Module. Pass the module whose parameters you train."
+            f"attach() got {shown(model)} as model; expected a torch.nn.Module. Pass the module whose parameters you train."
         )
     reason = unmeasurable(model, optimizer)
     if reason is not None:
@@ -78,7 +78,7 @@ def attach(
         raise UsageError(f"attach() got every={every!r}; expected a whole number of at least 1 (optimizer steps).")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise UsageError(
-            f"attach() got {_shown(scaler)} as scaler; expected a torch.amp.GradScaler, or None to find it."
+            f"attach() got {shown(scaler)} as scaler; expected a torch.amp.GradScaler, or None to find it."
         )
     if budget is not None and not (_is_number(budget) and 0 < budget < 1):
         raise UsageError(f"attach() got budget={budget!r}; expected a share between 0 and 1, such as 0.01.")
@@ -90,11 +90,11 @@ def attach(
     if policy is not None and (every > 1 or budget is not None):
         given = f"every={every}" if budget is None else f"budget={budget}"
         raise UsageError(
-            f"attach() got {given} together with clip={_shown(clip)}: auto-clip decides about each step, so each has "
+            f"attach() got {given} together with clip={shown(clip)}: auto-clip decides about each step, so each has "
             "to be measured. Leave out one of the two."
         )
     if not isinstance(strict, bool):
-        raise UsageError(f"attach() got strict={_shown(strict)}; expected True or False.")
+        raise UsageError(f"attach() got strict={shown(strict)}; expected True or False.")
     folder = _folder(log)
     before = monitor_of(model) or _of_a_cell_run_again(folder, model)
     if policy is not None:
@@ -105,7 +105,7 @@ def attach(
         _check_optimizer(optimizer, monitor, model)
     if policy is not None:
         _check_clip(policy.clip, monitor, model)
-    _replace(before, monitor, folder)
+    _replace(before, monitor, model, folder)
     monitor.start(optimizer)
     return monitor
 
@@ -119,7 +119,7 @@ def _of_a_cell_run_again(folder: Path | None, model: nn.Module) -> Monitor | Non
     return next(found, None)
 
 
-def _replace(before: Monitor | None, monitor: Monitor, folder: Path | None) -> None:
+def _replace(before: Monitor | None, monitor: Monitor, model: nn.Module, folder: Path | None) -> None:
     """Open the run log and end the monitor that there was before, which goes on when the log is refused."""
     if not is_first():  # of the processes that train together, one writes
         folder = None
@@ -129,7 +129,7 @@ def _replace(before: Monitor | None, monitor: Monitor, folder: Path | None) -> N
     if before is not None:
         if same:
             _check_same_log(before, monitor, folder)
-        monitor.note(before.replaced())
+        monitor.note(before.replaced(model))
     if folder is not None and same:
         monitor.record(folder)
 
@@ -159,7 +159,7 @@ def _folder(log: Any) -> Path | None:
         return None
     if not isinstance(log, (str, os.PathLike)) or not str(log):
         raise UsageError(
-            f'attach() got log={_shown(log)}; expected the path of a folder, such as "runs/today", or None.'
+            f'attach() got log={shown(log)}; expected the path of a folder, such as "runs/today", or None.'
         )
     return Path(log)
 
@@ -173,7 +173,7 @@ def _rules(rules: Sequence[Rule] | None) -> list[Rule]:
         return default_rules()
     if isinstance(rules, (str, bytes)) or not isinstance(rules, Sequence):
         raise UsageError(
-            f"attach() got rules={_shown(rules)}; expected a list of Rule instances, or None for the default set."
+            f"attach() got rules={shown(rules)}; expected a list of Rule instances, or None for the default set."
         )
     for rule in rules:
         if isinstance(rule, type) and issubclass(rule, Rule):
@@ -182,7 +182,7 @@ def _rules(rules: Sequence[Rule] | None) -> list[Rule]:
             )
         if not isinstance(rule, Rule):
             raise UsageError(
-                f"attach() got {_shown(rule)} among rules; expected instances of gradwatch.Rule, "
+                f"attach() got {shown(rule)} among rules; expected instances of gradwatch.Rule, "
                 "such as gradwatch.rules.LossJump(limit=20)."
             )
     for rule in rules:
@@ -210,7 +210,7 @@ def _policy(clip: Any) -> AutoClip | None:
     if isinstance(clip, (str, Clip)):
         return AutoClip(clip)
     raise UsageError(
-        f"attach() got clip={_shown(clip)}; expected None, {', '.join(map(repr, CLIPS))}, "
+        f"attach() got clip={shown(clip)}; expected None, {', '.join(map(repr, CLIPS))}, "
         "a clip such as gradwatch.ClipNorm(max_norm=1.0), or an AutoClip."
     )
 
@@ -224,7 +224,7 @@ def _reports(report: Any) -> list[Report]:
             raise UsageError(f"There is no report {one!r}.{did_you_mean(one, (*REPORTS, 'auto'))}")
         if not isinstance(one, (str, Report)):
             raise UsageError(
-                f"attach() got {_shown(one)} as report; expected 'auto', {', '.join(map(repr, REPORTS))}, None, "
+                f"attach() got {shown(one)} as report; expected 'auto', {', '.join(map(repr, REPORTS))}, None, "
                 "or an instance of gradwatch.Report."
             )
     # of the processes that train together, one draws
@@ -235,7 +235,7 @@ def _reports(report: Any) -> list[Report]:
 
 def _check_optimizer(optimizer: Any, monitor: Monitor, model: nn.Module) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UsageError(f"attach() got {_shown(optimizer)} as optimizer; expected a torch.optim.Optimizer.")
+        raise UsageError(f"attach() got {shown(optimizer)} as optimizer; expected a torch.optim.Optimizer.")
     if not monitor.owns_any(optimizer):
         raise UsageError(
             f"The {type(optimizer).__name__} owns none of the {len(monitor.history.layers)} parameters of this "
@@ -250,8 +250,3 @@ def _check_clip(clip: Clip, monitor: Monitor, model: nn.Module) -> None:
             f"{clip} needs whole layers, and each process holds parts of those of this {type(model).__name__}. "
             "Clip by global norm instead, such as clip='norm' or clip='zscore'."
         )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"a {type(value).__name__}"

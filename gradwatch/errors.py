@@ -51,6 +51,15 @@ def words_of(error: BaseException) -> str:
         return f"{type(error).__name__}, whose text cannot be made: {type(of_its_own).__name__}"
 
 
+def shown(value: object) -> str:
+    """Return a value as an error shows it: its kind where its text is long or cannot be made."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = ""
+    return text if 0 < len(text) <= 80 else f"a {type(value).__name__}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'norm'?"`` for a near miss, else the list of what is known."""
     known = sorted(known)

@@ -17,6 +17,7 @@ from gradwatch.autoclip.engine import AutoClipEngine
 from gradwatch.autoclip.suggest import Suggestion, suggest
 from gradwatch.errors import UsageError, words_of
 from gradwatch.history.history import History
+from gradwatch.history.saved import entries, refuse, whole_number
 from gradwatch.history.schedule import OwnTime
 from gradwatch.measure.batch_statistics import numbers_of
 from gradwatch.measure.checkpoints import Checkpoint, damage_of, worth_of
@@ -157,12 +158,18 @@ class Monitor:
             if self._notes.strict or not isinstance(error, Exception):
                 raise error
 
-    def replaced(self) -> str:
-        """End, because the model is attached anew; return what the new monitor has to say of that."""
-        steps, log = self.history.row.step + 1, self._log
+    def replaced(self, model: nn.Module) -> str:
+        """End, because ``model`` is attached; return what the new monitor has to say of that."""
+        steps, log, mine = self.history.row.step + 1, self._log, self._model()
+        same = mine is not None and unwrapped(mine) is unwrapped(model)
         self._raise_first([failure for failure in self.end() if not isinstance(failure.error, Exception)])
+        told = (
+            "this {} was watched already"
+            if same
+            else "an earlier {} with the same layers and run log was still watched"
+        )
         return (
-            f"this {self.history.facts.model} was watched already, for {steps:,} steps: that monitor is detached"
+            f"{told.format(self.history.facts.model)}, for {steps:,} steps: that monitor is detached"
             f"{f', its run log {log.folder} ended' if log is not None else ''}."
         )
 
@@ -319,17 +326,18 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the run's baselines, in plain lists, so that a resumed run need not learn them again."""
         self._probe.catch_up()
-        return {"step": self._probe.recorder.step, "history": self.history.state_dict()}
+        return {"version": 1, "step": self._probe.recorder.step, "history": self.history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; raises `UsageError` when it belongs to other layers."""
-        if not isinstance(state, dict) or not {"step", "history"} <= state.keys():
-            raise UsageError(
-                f"load_state_dict() got {type(state).__name__}; expected what monitor.state_dict() returned."
-            )
+        """Restore what `state_dict` returned; raises `UsageError`, and takes nothing, where it is damaged or of other layers."""
+        kept = entries(state, ("step", "history"), "state")
+        version = whole_number(kept.get("version", 1), 'state["version"]')
+        if version != 1:
+            refuse('state["version"]', str(version), "1: another gradwatch has made it")
+        step = whole_number(kept["step"], 'state["step"]')
         self._probe.catch_up()  # rows under way are those of steps that were made
-        self.history.load_state_dict(state["history"])
-        self._probe.recorder.go_on_from(int(state["step"]))
+        self.history.load_state_dict(kept["history"])
+        self._probe.recorder.go_on_from(step)
         self._pipeline.desk.went_back()
 
 

@@ -386,3 +386,130 @@ def test_all_processes_get_the_guards_same_answer(later: bool, seen: list[Both])
     assert one["guards"] == other["guards"]
     assert one["guards"][:8] == [""] * 8
     assert one["guards"][-1] == "a buffer of a process was not finite when it was last checked"
+
+
+def normalised_training(
+    optimizer_of: Any, steps: Any, *, armed: bool, closure: bool = False
+) -> tuple[dict[str, Tensor], gradwatch.Monitor | None]:
+    """Train a net with batch norm. A step is made of ``"forward"``, ``"backward"`` (with its forward) and ``"bad"``, one of NaN.
+
+    Unarmed, nobody watches, and the user leaves out the forwards of bad steps that go with their backward, and the step.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    optimizers = optimizer_of(model)
+    monitor = gradwatch.attach(model, clip="norm", report=None, strict=True) if armed else None
+    draw = torch.Generator().manual_seed(1)
+
+    def evaluate(parts: tuple[str, ...]) -> Tensor:
+        loss = torch.zeros(())
+        for part in parts:
+            x = torch.randn(16, 6, generator=draw) * (math.nan if part == "bad" else 1.0)
+            if armed or "bad" not in parts or part == "forward":
+                loss = model(x).pow(2).mean()
+                if part != "forward":
+                    loss.backward()
+        return loss
+
+    for number, parts in enumerate(steps):
+        optimizer = optimizers[number % len(optimizers)]
+        if "bad" in parts and not armed:
+            evaluate(parts)
+            continue
+        optimizer.zero_grad()
+        if closure:
+            optimizer.step(lambda parts=parts: evaluate(parts))
+        else:
+            evaluate(parts)
+            optimizer.step()
+    if monitor is not None:
+        monitor.detach()
+    return dict(model.state_dict()), monitor
+
+
+def sgd(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """One optimizer."""
+    return [torch.optim.SGD(model.parameters(), lr=0.05)]
+
+
+PLAIN = [("backward",)] * 20
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["cpu", "as on a device"])
+@pytest.mark.parametrize("before", [[], [10], [5, 10, 15]], ids=str)
+def test_forwards_that_are_not_the_steps_are_not_taken_back_unsaid(
+    later: bool, before: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation that forgot `eval()` just before a bad batch: no skip is claimed, it is said, and no NaN stays."""
+    if later:
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+    steps = [("forward", "backward") if step in before else ("backward",) for step in range(20)]
+    fused: Any = lambda model: [torch.optim.SGD(model.parameters(), lr=0.05, fused=True)]  # noqa: E731
+    state, monitor = normalised_training(fused, [*steps, ("forward", "bad"), *PLAIN], armed=True)
+    assert monitor is not None
+    assert not monitor.history.skipped().any()
+    (note,) = monitor.notes
+    assert note.startswith("a step could not be left out, and is not counted as skipped: ")
+    assert ("forwards than usual" in note) is not later
+    assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize(
+    ("optimizer_of", "steps"),
+    [
+        (sgd, [*PLAIN, ("forward", "backward"), ("backward",), ("bad",), *PLAIN]),  # long over
+        (sgd, [("backward",) * (1 + step % 3) for step in range(20)] + [("backward", "bad"), *PLAIN]),  # accumulated
+        (sgd, [("bad",), *PLAIN]),
+        (lambda model: sgd(model) + sgd(model), [("backward",), ("backward", "backward")] * 9 + [("bad",)] + PLAIN),
+    ],
+    ids=["a forward some steps before", "uneven accumulation", "the first step", "two optimizers by turns"],
+)
+def test_usual_forwards_go_back_with_their_step(optimizer_of: Any, steps: Any) -> None:
+    """The end is that of a training in which nobody ran the bad batch."""
+    state, monitor = normalised_training(optimizer_of, steps, armed=True)
+    plain, _ = normalised_training(optimizer_of, steps, armed=False)
+    assert monitor is not None
+    assert monitor.notes == []
+    assert monitor.history.skipped().sum() == 1
+    torch.testing.assert_close(state, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "LBFGS"])
+def test_evaluations_of_a_closure_do_not_count_as_forwards_of_the_next_step(kind: str) -> None:
+    """Whether it is evaluated once or as often as a line search likes."""
+    optimizer_of: Any = lambda model: [getattr(torch.optim, kind)(model.parameters(), lr=1e-3)]  # noqa: E731
+    steps = [*PLAIN, ("bad",), *PLAIN[:3]]
+    state, monitor = normalised_training(optimizer_of, steps, armed=True, closure=True)
+    assert monitor is not None
+    assert not [note for note in monitor.notes if "left out" in note]
+    assert monitor.history.skipped().sum() == 1
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_forwards_without_a_backward_are_no_part_of_a_steps_row() -> None:
+    """Losses and norms are those of a run without them: looked at, thrown away, or of a batch of NaN."""
+    rows = []
+    for extra in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        draw = torch.Generator().manual_seed(1)
+        with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+            for step in range(40):
+                x = torch.randn(16, 6, generator=draw)
+                if extra:
+                    model(x * 100).pow(2).mean().item()
+                    model(x * math.nan).mean()
+                    torch.autograd.grad(model(x * 10).sum(), list(model.parameters()))
+                    model(x * 30).mean().backward()
+                optimizer.zero_grad()
+                model(x).pow(2).mean().backward()
+                if extra:
+                    model(x * (step + 1)).sum()
+                optimizer.step()
+        rows.append(
+            (monitor.history.loss().copy(), monitor.history.grad_norm().copy(), monitor.incidents, monitor.notes)
+        )
+    np.testing.assert_array_equal(rows[0][0], rows[1][0])
+    np.testing.assert_array_equal(rows[0][1], rows[1][1])
+    assert rows[0][2:] == rows[1][2:] == ([], [])

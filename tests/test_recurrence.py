@@ -14,7 +14,7 @@ from torch import nn
 import gradwatch
 from gradwatch.history.recurrence import explained_rise, is_of_the_batch, usual_peak, usual_size
 from gradwatch.offline.replay import replay
-from gradwatch.rules import GradientSurge
+from gradwatch.rules import GradientSurge, StepOvershoots
 from gradwatch.rules.notation import Case
 
 
@@ -114,3 +114,81 @@ def test_without_a_known_update_every_jump_may_be_its_doing() -> None:
         for _ in range(2):
             optimizer.step(closure)
         assert math.isinf(explained_rise(monitor.history))
+
+
+def test_a_step_that_overshoots_the_loss_of_one_batch_is_measured_by_what_recurs() -> None:
+    """A norm of 30 beside a loss of 1 at a rate of 0.01 asks for 9 times the loss: a sign, unless such batches come again."""
+    rare = "0.1x20 {0} 0.1x9 {0} 0.1x9 {0} 0.1x9"
+    for usual, last, fires in ((0.2, 30, True), (2, 30, False), (2, 3000, True), (15, 30, False), (15, 3000, True)):
+        series = f"{rare.format(usual)} {last} 0.1x5"
+        alarms = replay(*Case("rare", None, grad=series, loss="1x56", rate=0.01).rows(), [StepOvershoots()]).alarms
+        assert [alarm.step for alarm in alarms if alarm.state == "firing"] == ([50] if fires else []), (usual, last)
+
+
+RARE: list[tuple[str, float, str, float, int, int]] = [  # what is learned, share, optimizer, rate, batch size, seed
+    ("weighted", 0.03, "SGD", 0.03, 4, 0),
+    ("weighted", 0.03, "SGD", 0.01, 4, 1),
+    ("weighted", 0.05, "SGD", 0.03, 2, 0),
+    ("weighted", 0.05, "SGD", 0.1, 8, 0),
+    ("weighted", 0.002, "SGD", 0.01, 32, 1),
+    ("weighted", 0.03, "momentum", 0.003, 4, 0),
+    ("weighted", 0.03, "Adam", 0.001, 4, 0),
+    ("summed", 0.01, "SGD", 0.02, 8, 1),
+    ("amounts", 0.02, "SGD", 0.01, 8, 0),
+    ("amounts", 0.05, "SGD", 0.01, 4, 0),
+    ("amounts", 0.01, "momentum", 0.002, 8, 1),
+]
+
+
+def rare_training(
+    what: str, share: float, kind: str, rate: float, batch: int, seed: int, jump: int = 1000
+) -> gradwatch.Monitor:
+    """Learn 900 steps from rows of which few matter; return the monitor. From step ``jump`` on the rate is 100 times as high."""
+    torch.manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed + 1)
+    x, y = torch.randn(4000, 10, generator=draw), (torch.rand(4000, generator=draw) < share).float()
+    x[y == 1] += torch.randn(10, generator=draw) * 0.8
+    weight = torch.tensor((1 - share) / share)
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        told, wanted = model(x[rows]).squeeze(1), y[rows]
+        if what == "amounts":
+            return nn.functional.mse_loss(told, wanted * 10)
+        if what == "summed":
+            both = torch.stack([-told / 2, told / 2], 1)
+            weights = torch.stack([torch.tensor(1.0), weight])
+            return nn.functional.cross_entropy(both, wanted.long(), weights, reduction="sum") / len(rows)
+        return nn.functional.binary_cross_entropy_with_logits(told, wanted, pos_weight=weight)
+
+    optimizer: torch.optim.Optimizer
+    if kind == "Adam":
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9 * (kind == "momentum"))
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(900):
+            optimizer.param_groups[0]["lr"] = 100 * rate if step >= jump else rate
+            optimizer.zero_grad()
+            loss_of(torch.randint(4000, (batch,), generator=draw)).backward()
+            optimizer.step()
+    return monitor
+
+
+@pytest.mark.parametrize("training", RARE)
+def test_a_training_whose_signal_is_rare_is_not_called_exploding(
+    training: tuple[str, float, str, float, int, int],
+) -> None:
+    """A batch with a rare class asks for many times its own loss, again and again; the run bears it."""
+    monitor = rare_training(*training)
+    assert [str(incident) for incident in monitor.incidents if incident.severity != "notice"] == []
+
+
+@pytest.mark.parametrize("training", [RARE[0], RARE[5], RARE[8], RARE[9]])
+def test_a_training_whose_signal_is_rare_explodes_all_the_same(
+    training: tuple[str, float, str, float, int, int],
+) -> None:
+    """At 100 times the rate it is told within 100 steps."""
+    monitor = rare_training(*training, jump=600)
+    worst = [incident for incident in monitor.incidents if incident.severity == "critical"]
+    assert 600 <= worst[0].opened_step < 700

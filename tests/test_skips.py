@@ -153,6 +153,24 @@ class Lookahead(Plain):
         return loss
 
 
+class CountsAndLooksAhead(Lookahead):
+    """The same, and counts before it lets the other one step."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.begun = 1000  # equal numbers of that size are different objects
+        self.steps = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """See torch."""
+        self.begun += 1
+        self.steps += 1
+        for group in self.param_groups:
+            group["begun"] = self.begun
+        return super().step(closure)
+
+
 class Sharp(Plain):
     """Looks for the worst point nearby, evaluates there, comes back and steps (Foret et al. 2021)."""
 
@@ -220,8 +238,64 @@ class Clears(torch.optim.SGD):
         return loss
 
 
+class Counts(Plain):
+    """Counts its steps before it evaluates its closure, in one of the places where optimizers do; from step ``since`` on."""
+
+    def __init__(self, params: Any, place: str, since: int = 0) -> None:
+        super().__init__(params)
+        self.place, self.since, self.made = place, since, 0
+        self.k = 1000  # equal numbers of that size are different objects
+        self.moments = Moments(torch.zeros(1))
+        self.array = np.zeros(3)
+        self.seen: list[float] = []
+
+    def count(self) -> None:
+        """Count."""
+        for group in self.param_groups:
+            group.setdefault("k", 0)
+            group["k"] += self.place == "group"
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state.setdefault("k", 0)
+                state.setdefault("step", torch.zeros(()))
+                state["k"] += self.place == "state"
+                if self.place == "tensor":
+                    state["step"] += 1
+        self.k += self.place == "attribute"
+        self.moments.count += self.place == "object"
+        self.array += self.place == "array"
+        if self.place == "list":
+            self.seen.append(1.0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """See torch."""
+        if self.made >= self.since:
+            self.count()
+        loss = super().step(closure)
+        self.made += 1
+        return loss
+
+
+class CountsAround(torch.optim.SGD):
+    """One of torch's, made one's own: counts, then leaves the rest to torch."""
+
+    k = 0
+
+    def step(self, closure: Any = None) -> Any:
+        """See torch."""
+        self.k += 1
+        return super().step(closure)
+
+
+class SearchesLines(torch.optim.LBFGS):
+    """One's own of torch's that searches along lines."""
+
+
+PLACES = ["attribute", "group", "state", "tensor", "object", "array", "list"]
+
 OWN: dict[str, Callable[[Any], Optimizer]] = {
-    kind.__name__: kind for kind in (Plain, NoneIsZero, Flat, Master, Lookahead, Noisy)
+    kind.__name__: kind for kind in (Plain, NoneIsZero, Flat, Master, Lookahead, CountsAndLooksAhead, Noisy)
 }
 OWN["Clears"] = lambda params: Clears(params, lr=0.01, momentum=0.9)
 
@@ -337,6 +411,65 @@ def test_a_skip_leaves_every_optimizer_of_torch_as_if_nobody_had_stepped(
 def test_a_skip_is_real_under_optimizers_of_other_kinds(name: str, closure: bool) -> None:
     """That want gradients, take None for zero, keep flat buffers, masters or other optimizers; to the bit."""
     check(OWN[name], closure=closure)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("closure", [False, True])
+def test_what_an_optimizer_counts_before_it_evaluates_is_undone(place: str, closure: bool) -> None:
+    """In attributes, groups, state, objects, arrays and lists; whether its class is known already or not."""
+    kind = type("Own", (Counts,), {})
+    for _ in range(2):
+        check(lambda params: kind(params, place), closure=closure)
+
+
+@pytest.mark.parametrize("first", [0, 1, BAD])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (CountsAround, {"momentum": 0.9}),
+        (SearchesLines, {}),
+        (torch.optim.LBFGS, {}),
+        (torch.optim.LBFGS, {"max_iter": 1}),
+        (torch.optim.LBFGS, {"line_search_fn": "strong_wolfe"}),
+        (torch.optim.LBFGS, {"max_iter": 3, "max_eval": 2}),
+        (torch.optim.LBFGS, {"tolerance_grad": -1.0}),
+    ],
+)
+def test_evaluations_of_a_step_that_is_left_out_are_not_counted(
+    kind: Any, settings: dict[str, Any], first: int
+) -> None:
+    """Also in the first step of all, which makes the state; or the step is not called skipped."""
+    run = Run(lambda params: kind(params, lr=0.01, **settings), closure=True)
+    step_with: Any = run.optimizer.step
+    with gradwatch.attach(run.model, clip="norm", report=None, strict=True) as monitor:
+        for step in range(first):
+            step_with(lambda step=step: run._evaluate(step if step != BAD else 0))
+        before = kept(run.model, run.optimizer)
+        step_with(lambda: run._evaluate(BAD))
+        if monitor.history.skipped()[-1]:
+            assert same(before, kept(run.model, run.optimizer))
+        else:
+            assert settings == {"tolerance_grad": -1.0}  # which goes on from a gradient of zero
+            assert any("could not be left out" in note for note in monitor.notes)
+        assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+
+
+@pytest.mark.parametrize("place", PLACES[:4])
+def test_a_class_that_begins_late_to_count_is_called_skipped_only_where_it_is(place: str) -> None:
+    """It counts from the very step on that must be left out: what it does is learned from the steps that could not be."""
+    kind = type("Late", (Counts,), {})
+    run = Run(lambda params: kind(params, place, since=BAD), closure=True)
+    step_with: Any = run.optimizer.step
+    with gradwatch.attach(run.model, clip="norm", report=None, strict=True) as monitor:
+        for _ in range(BAD):
+            step_with(lambda: run._evaluate(0))
+        for _ in range(3):
+            before = kept(run.model, run.optimizer)
+            step_with(lambda: run._evaluate(BAD))
+            assert same(before, kept(run.model, run.optimizer)) or not monitor.history.skipped()[-1]
+        assert monitor.history.skipped()[-1]
+        (note,) = monitor.notes
+        assert "its step had changed what it holds before its gradients were seen" in note
 
 
 @pytest.mark.parametrize("kind", [Twice, Sharp])

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.errors import UsageError
 from gradwatch.history.columns import widened
 from gradwatch.history.losses import LossLevels
+from gradwatch.history.saved import read_state
 from gradwatch.history.statistics import Typical, quiet_numpy
 from gradwatch.records import Facts, NonFinite, Row
 
@@ -258,16 +258,9 @@ class History(LossLevels):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        wanted = self.state_dict().keys()
-        if not isinstance(state, dict) or not wanted <= state.keys():
-            raise UsageError(f"This is no state of a history: expected a dict with {', '.join(sorted(wanted))}.")
-        if tuple(state["layers"]) != self.layers:
-            raise UsageError(
-                f"This state belongs to other layers: {len(state['layers'])} saved, {len(self.layers)} watched. "
-                "Load it into a monitor of the same model, or go on without it."
-            )
-        self.losses = int(state["losses"])
-        self._know_first_losses(state["first_losses"])
-        self.typical_grad.load_state_dict(state["typical_grad"])
-        self.typical_weight.load_state_dict(state["typical_weight"])
+        """Restore what `state_dict` returned; raises `UsageError`, and takes nothing, where it is damaged or of other layers."""
+        saved = read_state(state, self.layers)
+        self.losses = saved.losses
+        self._know_first_losses(saved.first_losses)
+        self.typical_grad.load_state_dict(saved.typical_grad)
+        self.typical_weight.load_state_dict(saved.typical_weight)

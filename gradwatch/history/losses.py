@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.ring import Ring
+from gradwatch.history.saved import FIRST_LOSSES
 from gradwatch.history.statistics import median, median_and_mad
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Row
 
-_FIRST_LOSSES = 16
 EARLY = 12  # losses before which there is no usual scatter yet
 
 
@@ -37,7 +37,7 @@ class LossLevels(Ring):
     def _take_loss(self, row: Row) -> None:
         if row.has_loss:
             self.losses += 1
-            if len(self._first_losses) < _FIRST_LOSSES and math.isfinite(row.loss):
+            if len(self._first_losses) < FIRST_LOSSES and math.isfinite(row.loss):
                 self._know_first_losses([*self._first_losses, row.loss])
 
     def _know_first_losses(self, losses: Sequence[float]) -> None:
@@ -69,7 +69,7 @@ class LossLevels(Ring):
 
         NaN before the sixteenth.
         """
-        enough = len(self._first_losses) == _FIRST_LOSSES
+        enough = len(self._first_losses) == FIRST_LOSSES
         return max(self._harder, *map(abs, self._first_losses)) if enough else math.nan
 
     @property

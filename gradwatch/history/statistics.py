@@ -14,6 +14,8 @@ import numpy as np
 from gradwatch.history.columns import widened
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from gradwatch.records import Floats
@@ -163,9 +165,9 @@ class Typical:
         """Plain lists, fit for any file."""
         return {"log": self._log.tolist(), "scatter": self.scatter.tolist(), "seen": self.seen.tolist()}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Restore what `state_dict` returned."""
-        self._log = np.asarray(state["log"], dtype=np.float64)
-        self.scatter = np.asarray(state["scatter"], dtype=np.float64)
-        self.seen = np.asarray(state["seen"], dtype=np.int64)
+    def load_state_dict(self, state: Mapping[str, Floats | list[float]]) -> None:
+        """Restore what `state_dict` returned, perhaps as arrays; `gradwatch.history.saved` checks what comes from outside."""
+        self._log = np.array(state["log"], dtype=np.float64)
+        self.scatter = np.array(state["scatter"], dtype=np.float64)
+        self.seen = np.array(state["seen"], dtype=np.int64)
         self.value = np.exp(self._log)

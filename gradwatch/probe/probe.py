@@ -72,7 +72,6 @@ class Probe:
         self._layers = layers
         self._judge = judge
         self._own_time = own_time
-        self._backwards_then = 0
         self._loop = UpdateLoop(layers)
         self._fused = FusedSteps()
         self._left_out = self._left_out_before = 0
@@ -257,7 +256,7 @@ class Probe:
         try:
             if not self.recorder.take_fast_path(optimizer):
                 return False
-            self._note_backwards()
+            self.recorder.skipping.comes(optimizer, self.attribution.backwards)
             self.recorder.skipping.made()
         except Exception:
             return False  # the long way fails in the same place, and tells
@@ -268,11 +267,6 @@ class Probe:
         self._left_out = 0
         return True
 
-    def _note_backwards(self) -> None:
-        """Several optimizers may step after one backward: its forwards belong to the first of them."""
-        self.recorder.skipping.expect_step(fresh=self.attribution.backwards != self._backwards_then)
-        self._backwards_then = self.attribution.backwards
-
     def _prepare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.recorder.peers.expect_row()
         changed = self._prepare_step(optimizer, args, kwargs)
@@ -282,6 +276,8 @@ class Probe:
     def _take(self, mine: Gradients, source: Source, optimizer: Optimizer | None = None, returned: Any = None) -> None:
         if self.recorder.take(mine, source, optimizer, returned) and source != "left out by the scaler":
             self._left_out = 0
+        if mine.outer is not None:
+            self.recorder.skipping.inner_comes(mine.outer)
         self._used(mine)
 
     def _used(self, mine: Gradients) -> None:
@@ -297,6 +293,7 @@ class Probe:
             return None
         mine.restore(late=True)
         if self.owners.leave_to_another(mine):
+            self.recorder.skipping.expect(mine)
             return None
         self._stepping = weakref.ref(optimizer)
         if torch._C._current_graph_task_id() != -1:  # fused into backward: one step for each parameter
@@ -305,7 +302,7 @@ class Probe:
         if self.gradient_hooks.came:  # a backward that passed by the patch
             self.gradient_hooks.end()
             self.attribution.passed_by()
-        self._note_backwards()
+        self.recorder.skipping.comes(optimizer, self.attribution.backwards)
         self._loop.optimizer_steps()
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
@@ -371,6 +368,7 @@ class Probe:
         mine = self.owners.get(optimizer)
         if mine is None:
             return
+        self.recorder.skipping.count_backwards(self.attribution.backwards)
         if evaluations == 1:
             self._take(mine, "closure", optimizer, loss)
         else:  # a line search evaluates several times for one step
@@ -390,7 +388,7 @@ class Probe:
         self._loop.optimizer_found()
         self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer))
         if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
-            self._judge.note("auto-clip does not act inside a line search: LBFGS is watched only.")
+            self._judge.note("auto-clip does not clip inside a line search, as that of LBFGS.")
         reason = unmeasurable(optimizer=optimizer)
         if reason is not None:
             raise UsageError(f"{type(optimizer).__name__} cannot be watched: {reason}.")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from gradwatch.autoclip.decision import Decision
     from gradwatch.measure.layers import Layers
@@ -25,8 +26,8 @@ _FAILED = "the model's buffers could not be kept"
 class Skipping:
     """What is kept for the case that a step is left out, and how it is left out, in one run.
 
-    Attributes: ``armed`` is True where a step may be left out at all, ``fresh`` when there has been a backward since
-    the last step: several optimizers may step after one.
+    Attributes: ``armed`` is True where a step may be left out at all, ``backwards`` is the number of the model's so far,
+    ``fresh`` is True when there has been one since the last step: several optimizers may step after one.
     """
 
     def __init__(self, layers: Layers, judge: Judge) -> None:
@@ -35,6 +36,7 @@ class Skipping:
         self._lost = ""
         self.armed = judge.may_skip
         self.fresh = True
+        self.backwards = self._whose = 0
         if self.armed:
             self._guarded(lambda: self._watch(layers))
 
@@ -54,23 +56,28 @@ class Skipping:
         self._buffers, self._lost = None, _FAILED
         self._judge.part_failed("keeping the model's buffers", error)
 
+    def comes(self, optimizer: Optimizer, backwards: int) -> None:
+        """A step of this optimizer comes: its forwards are those since the last step, if there was a backward."""
+        self.fresh = backwards != self.backwards
+        self.backwards, self._whose = backwards, id(optimizer)
+
+    def count_backwards(self, backwards: int) -> None:
+        """Take note of how many backwards of the model there have been, some of them inside a closure."""
+        self.backwards = backwards
+
     def _begin(self) -> Buffers | None:
         fresh, self.fresh = self.fresh, True
         buffers = self._buffers
         if buffers is not None:
-            buffers.begin(fresh=fresh)
+            buffers.begin(self._whose, self.backwards, fresh=fresh)
         return buffers
-
-    def expect_step(self, *, fresh: bool) -> None:
-        """Take note of whether there has been a backward since the last step."""
-        self.fresh = fresh
 
     def made(self) -> None:
         """The step is made: what its forwards did to the buffers stays."""
         fresh, self.fresh = self.fresh, True
         if self._buffers is not None:
             try:  # as `_guarded`, on the hot path
-                self._buffers.made(fresh=fresh)
+                self._buffers.made(self._whose, self.backwards, fresh=fresh)
             except Exception as error:
                 self._lose(error)
 
@@ -78,7 +85,7 @@ class Skipping:
         """The optimizer has made its step, or what was left of it."""
         if self._buffers is not None:
             try:
-                self._buffers.stepped()
+                self._buffers.stepped(self.backwards)
             except Exception as error:
                 self._lose(error)
 
@@ -92,7 +99,7 @@ class Skipping:
         if source == "left out by the scaler":
             told("")
         elif mine.outer is not None and mine.outer.skip is not None:
-            mine.outer.skip.leave_out_rest(told)
+            mine.outer.skip.leave_out_inside(told)
         elif mine.skip is None:
             mine.zero()
             told("no optimizer of torch makes the update, so that its gradients were set to zero")
@@ -127,8 +134,17 @@ class Skipping:
     def expect_closure(self, mine: Gradients) -> None:
         """The optimizer is about to step with a closure, in which the backward comes."""
         self.fresh = True
+        self.expect(mine)
+
+    def expect(self, mine: Gradients) -> None:
+        """The optimizer is about to step, and may have to be left out in the middle of it."""
         if self.armed and mine.skip is not None:
-            mine.skip.expect_closure()
+            mine.skip.expect()
+
+    def inner_comes(self, outer: Gradients) -> None:
+        """The optimizer that another one is around is about to step for it."""
+        if self.armed and outer.skip is not None:
+            outer.skip.evaluated(first=True)
 
     def closure_evaluated(self, mine: Gradients, evaluations: int) -> None:
         """It was evaluated, so many times in this step; after the first, the row was made already."""

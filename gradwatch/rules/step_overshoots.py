@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from gradwatch.history.recurrence import usual_norms
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
 
@@ -23,10 +24,13 @@ class StepOvershoots(Rule):
     region in which the gradient is informative. The rule needs no history, so it works before the first update.
 
     ## Formula
-    `value = sum_l lr_l (c ||g_l||)^2 / max(L, |r| / 10)` over the layers `l`, with learning rate `lr`, the factor `c` of the
-    user's own clipping, the loss `L` that the gradients came from and the reference loss `r` (median of the first 16), which
-    bounds the denominator because a task that is nearly learned may be overshot. The alarm names the layer with the largest
-    term. It fires where `value > limit` (8.0). For a quadratic loss whose minimum is zero or higher, `||g||^2 <= 2 h L` with
+    `value = sum_l lr_l (c ||g_l|| / max(1, p_l / 2t_l))^2 / max(L, |r| / 10)` over the layers `l`, with learning rate `lr`,
+    the factor `c` of the user's own clipping, the loss `L` that the gradients came from and the reference loss `r` (median of
+    the first 16), which bounds the denominator because a task that is nearly learned may be overshot. `t` is a layer's typical
+    gradient norm and `p` the third-highest peak of the excursions above `2t` that came back, as in GW301: a step that overshoots
+    the loss of one batch of a rare class does not overshoot that of the run, so once such batches recur, a gradient of their
+    size counts as a usual one. The alarm names the layer with the largest term.
+    It fires where `value > limit` (8.0). For a quadratic loss whose minimum is zero or higher, `||g||^2 <= 2 h L` with
     the largest curvature `h`, so a value above 8 proves `lr h > 4`. Gradient descent diverges beyond 2, with momentum `m`
     beyond `2 (1 + m)`, hence beyond 4 for any momentum. The rule does not apply to other optimizers, nor if no loss was seen,
     if the loss was passed to `monitor.loss()` and may not be what was differentiated, or if one of the losses kept was below
@@ -72,5 +76,13 @@ class StepOvershoots(Rule):
         promise = history.promise
         held = max(history.row.loss, abs(history.reference_loss) / 10)
         if held > 0 and np.isfinite(promise).any():
+            if np.nansum(promise) > self.limit * held:  # looked up only where the rule would fire
+                promise = promise * _share_that_is_unusual(history)
             value[np.nanargmax(promise)] = np.nansum(promise) / held
         return value
+
+
+def _share_that_is_unusual(history: History) -> Floats:
+    """Return by how much the square of each layer's typical norm lies below that of its usual one, shape (L,)."""
+    share = np.square(history.typical_grad.value / usual_norms(history, range(len(history.layers))))
+    return np.where(np.isfinite(share), share, 1.0)

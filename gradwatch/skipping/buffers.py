@@ -6,9 +6,9 @@ normalisation changes its buffers without counting the change, and so does writi
 holds, and what was ever seen to differ, is copied each time; the rest when torch counts a change or it was replaced.
 
 Between the copy and the forwards the program may write too, as it does to a moving average or a target network, and nothing
-tells whose a change is. Those of torch's batch and spectral normalisation are written by forwards alone; to statistics the
-program wrote where torch has counted a change. Other buffers are given back where their module holds numbers that are not
-finite, and else left as they are, which is said.
+tells whose a change is; nor which of several forwards are the step's (`gradwatch.skipping.forwards`). Those of torch's batch
+and spectral normalisation are written by forwards alone; to statistics the program wrote where torch has counted a change.
+Other buffers are given back where their module holds numbers that are not finite, and else left as they are, which is said.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations
 
 from gradwatch import device
+from gradwatch.skipping.forwards import Forwards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -81,6 +82,9 @@ class Buffers:
         self._others: list[_Group] = []  # others that change
         self._constant: list[_Group] = []
         self._statistics: list[Tensor] = []  # of normalisations, which torch does not count changes of
+        self._counters: list[Tensor] = []  # what each forward writes, and torch counts
+        self._forwards = Forwards()
+        self._usual = True
         self._uncounted = self._versions_then = 0
         self._versions = 0
         self._loose: set[tuple[int, str]] = set()  # places where the tensor is another one each time, or no plain one
@@ -91,6 +95,7 @@ class Buffers:
         self._mark = -1
         self._habit = self._written = False
         self._plan()
+        self._forwards.begin(_versions(self._counters), 0)
 
     # Finding them.
 
@@ -132,6 +137,9 @@ class Buffers:
                     self._changing.add(id(one))
         self._groups = _grouped([one for one in plain.values() if id(one) in own], known)
         self._others = _grouped([one for one in plain.values() if id(one) in self._changing - own], known)
+        self._counters = [
+            one for one in plain.values() if id(one) in own and id(one) not in set(map(id, self._statistics))
+        ]
         self._uncounted = _versions(self._statistics)
         self._constant = _grouped([one for one in plain.values() if id(one) not in self._changing], known)
         self._fixed = [(d, name) for d, name, _ in self._places if (id(d), name) not in self._loose]
@@ -153,10 +161,15 @@ class Buffers:
 
     # Each step.
 
-    def begin(self, *, fresh: bool) -> None:
-        """A step is about to be made or left out; ``fresh``: there has been a backward since the last one."""
+    def begin(self, optimizer: int, backwards: int, *, fresh: bool) -> None:
+        """A step of this optimizer is about to be made or left out.
+
+        ``backwards`` is their number so far; ``fresh``: there has been one since the last step.
+        """
         if not self._places or not fresh:
             return
+        if self._counters:
+            self._usual = self._forwards.took(optimizer, _versions(self._counters), backwards)
         for group in (*self._groups, *self._others):
             group.before, group.last = group.last, group.before
         if self._loose:
@@ -167,15 +180,17 @@ class Buffers:
             marker is not None and marker._version != self._mark and self._mark >= 0,
         )
 
-    def stepped(self) -> None:
-        """The step is over: who writes to the parameters from here on is the user."""
+    def stepped(self, backwards: int) -> None:
+        """The step is over, after so many backwards: who writes to the parameters from here on is the user."""
+        if self._counters:
+            self._forwards.begin(_versions(self._counters), backwards)
         marker = self._marker() if self._marker is not None else None
         self._mark = marker._version if marker is not None else -1
 
-    def made(self, *, fresh: bool) -> None:
+    def made(self, optimizer: int, backwards: int, *, fresh: bool) -> None:
         """A step is made: `begin` and `keep`; a model without buffers is only looked at now and then."""
         if self._places:
-            self.begin(fresh=fresh)
+            self.begin(optimizer, backwards, fresh=fresh)
             self.keep()
             return
         if self._kept % _SELDOM == 0:
@@ -262,6 +277,9 @@ class Buffers:
         if _versions(self._statistics) != self._uncounted:
             problem = "the program wrote to the running statistics of a normalisation, perhaps since the last step"
             doubtful += self._groups
+        elif not self._usual:
+            problem = "more or fewer forwards than usual went through running statistics since the last step"
+            doubtful += self._groups
         else:
             for group in self._groups:
                 group.give_back()
@@ -331,7 +349,7 @@ class Buffers:
         for d, name, full in self._places if self._loose else ():
             if (id(d), name) in self._loose:
                 problem = self._give_back_loose_where(others, d, name, full) or problem
-        doubt = doubt or _versions(self._statistics) != self._uncounted
+        doubt = doubt or not self._usual or _versions(self._statistics) != self._uncounted
         self._uncounted = _versions(self._statistics)
         self._versions_then = _versions(self._tensors_of_others())
         said = "buffers have changed since the last step, by this step's forwards or by the program"

@@ -1,14 +1,20 @@
 """How one optimizer's step is left out, so that parameters and state stay as they were to the bit.
 
 The classes of `torch.optim` take a parameter that has no gradient for one that is not part of the step: hiding the gradients is
-enough, and tests hold that for each of them. Others may take a gradient for granted, take None for zero, evaluate a
-closure again, or keep gradients elsewhere. Their step runs with zeros instead, and all that it moved is put back.
+enough, and tests hold that for each of them; LBFGS counts its evaluations all the same, which is undone. Others may take a
+gradient for granted, take None for zero, evaluate a closure again, or keep gradients elsewhere. Their step runs with zeros
+instead, and all that it moved is put back.
+
+A step with a closure can only be left out once that has been evaluated, and one that leaves the work to another optimizer
+when that is about to step. What a class of optimizers changes before is learned from its first step, and kept from then on
+before each step: copies of its tensors where it moves them, the numbers that it counts, or nothing. A class that begins later to
+change anything is found out in the step that must be left out; that one is not called skipped.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -24,9 +30,12 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     Told = Callable[[str], None]
+    Changes = Literal["tensors", "counts", "nothing"]
 
-# classes, and whether their step moves parameters before it evaluates its closure, as sharpness-aware ones do
-_moves_first: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+# what the steps of a class change before they evaluate their closure: tensors, as sharpness-aware ones do, or what they count
+_changes_first: weakref.WeakKeyDictionary[type, Changes] = weakref.WeakKeyDictionary()
+_NUMBERS = (int, float, bool)
+_CHANGED_FIRST = "its step had changed what it holds before its gradients were seen"
 
 
 class Zeroed(Protocol):
@@ -39,9 +48,8 @@ class Zeroed(Protocol):
 class Skip:
     """What leaves out the steps of one optimizer.
 
-    `leave_out` before a step, or `leave_out_inside` after the first evaluation of its closure, of which `expect_closure` was
-    told before the step. ``told`` is called when it is known whether the step was left out: with nothing, or with
-    why not. Nothing here raises.
+    `leave_out` before a step, or `leave_out_inside` in the middle of one, of which `expect` was told before. ``told`` is called
+    when it is known whether the step was left out: with nothing, or with why not. Nothing here raises.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
@@ -54,6 +62,7 @@ class Skip:
         self._zeroed: list[Zeroed] = []
         self._reason = ""
         self._versions = -1
+        self._counts: list[Any] = []
 
     @property
     def busy(self) -> bool:
@@ -70,32 +79,34 @@ class Skip:
         if self._around is None:  # `end` comes with the hook after the step
             begin()
 
-    def leave_out_rest(self, told: Told) -> None:
-        """Leave out the rest of a step that has begun, in which another optimizer is about to step for it."""
-        self._told, self._reason = told, ""
-        self._begin()
+    def expect(self) -> None:
+        """A step is about to be made that may have to be left out in the middle of it.
 
-    def expect_closure(self) -> None:
-        """A step with a closure is about to be made, and may have to be left out in the middle of it."""
+        That is where its closure has been evaluated, or where another optimizer is about to step for it.
+        """
         optimizer = self._optimizer()
         assert optimizer is not None
-        if is_torchs(optimizer):
+        if is_torchs(optimizer) and not isinstance(optimizer, torch.optim.LBFGS):
             return
-        self._around = around(optimizer, self._before_closure, self.end)
+        if self._around is not None and self._around.under_way:  # the step of its base class
+            return
+        self._around = around(optimizer, self._before, self.end)
         if self._around is None:
-            self._before_closure()
+            self._before()
 
-    def _before_closure(self) -> None:
+    def _before(self) -> None:
         optimizer = self._optimizer()
         if optimizer is None:
             return
         self._reason = ""
         self._versions = _versions(optimizer)
-        if _moves_first.get(type(optimizer), True):  # the first step tells of which kind it is
-            self._keep(optimizer)
+        changes: Changes = "counts" if is_torchs(optimizer) else _changes_first.get(type(optimizer), "tensors")
+        self._counts = _counts(optimizer) if changes == "nothing" else []
+        if changes != "nothing":
+            self._keep(optimizer, tensors=changes == "tensors")
 
     def leave_out_inside(self, told: Told) -> None:
-        """Leave out the rest of a step whose closure has just been evaluated first, and undo what it did before."""
+        """Leave out the rest of a step that was expected and has begun, and undo what it did before."""
         optimizer = self._optimizer()
         assert optimizer is not None
         self._told = told
@@ -103,19 +114,32 @@ class Skip:
             self._hide()
             return
         self._learn(optimizer)
-        if self._snapshot is None:
-            if _moves_first[type(optimizer)]:
-                self._reason = "its step had moved parameters before it evaluated its closure"
+        if self._snapshot is not None:
+            self._complete(optimizer, self._snapshot)
+        else:
+            if _changes_first[type(optimizer)] != "nothing":
+                self._reason = _CHANGED_FIRST
             self._keep(optimizer)
         self._zero()
 
+    @torch.no_grad()
+    def _complete(self, optimizer: Optimizer, snapshot: Snapshot) -> None:
+        """Copy the tensors that were not copied before the step."""
+        try:
+            if not snapshot.keep_tensors():
+                _changes_first[type(optimizer)] = "tensors"
+                self._reason = _CHANGED_FIRST
+        except Exception as error:
+            self._reason = f"what it holds cannot be copied: {words_of(error)}"
+
     def evaluated(self, *, first: bool) -> None:
-        """The closure was evaluated: in a step that is being left out, later gradients are not for use either."""
+        """The middle of an expected step is over: in one that is being left out, later gradients are not for use either."""
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        if self._told is None and first and not is_torchs(optimizer):
-            self._learn(optimizer)
+        if self._told is None and first:
+            if not is_torchs(optimizer):
+                self._learn(optimizer)
             self._snapshot = None
         elif self._told is not None and not first:
             if is_torchs(optimizer):
@@ -124,12 +148,16 @@ class Skip:
                 self._zero()
 
     def _learn(self, optimizer: Optimizer) -> None:
-        kind = type(optimizer)
-        moved = _versions(optimizer) != self._versions
-        if kind not in _moves_first:
-            _moves_first[kind] = moved or (self._snapshot is not None and self._snapshot.moved())
-        elif moved:
-            _moves_first[kind] = True
+        kind, snapshot = type(optimizer), self._snapshot
+        known = _changes_first.get(kind)
+        if known == "tensors":
+            return
+        if _versions(optimizer) != self._versions or (snapshot is not None and snapshot.moved()):
+            _changes_first[kind] = "tensors"
+        elif known != "counts":
+            counted = known is not None and _counts(optimizer) != self._counts
+            counted = snapshot.counted() if snapshot is not None else counted
+            _changes_first[kind] = "counts" if counted else "nothing"
 
     def _begin(self) -> None:
         optimizer = self._optimizer()
@@ -138,9 +166,9 @@ class Skip:
             self._zero()
 
     @torch.no_grad()
-    def _keep(self, optimizer: Optimizer) -> None:
+    def _keep(self, optimizer: Optimizer, *, tensors: bool = True) -> None:
         try:
-            self._snapshot = Snapshot(optimizer, self._model())
+            self._snapshot = Snapshot(optimizer, self._model(), tensors=tensors)
         except Unreadable as finding:
             self._reason = str(finding)
         except Exception as error:  # what a user's class holds may do anything when it is looked at
@@ -249,6 +277,12 @@ def _zeroed(parameter: nn.Parameter) -> Zeroed:
 
 def _versions(optimizer: Optimizer) -> int:
     return sum(parameter._version for parameter in _parameters(optimizer) if not parameter.is_inference())
+
+
+def _counts(optimizer: Optimizer) -> list[Any]:
+    """Return the numbers that an optimizer counts in: among its attributes, its groups and the state of each parameter."""
+    held = [vars(optimizer), *optimizer.param_groups, *optimizer.state.values()]
+    return [value for one in held if isinstance(one, dict) for value in one.values() if type(value) in _NUMBERS]
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -37,16 +37,19 @@ class Snapshot:
     Args:
         optimizer: the one that is about to step.
         model: its other parameters must stay where they are.
+        tensors: False leaves out the copies of tensors, of which it is then only known whether they were written to. They can
+            be made later (`keep_tensors`); without them a tensor that was written to cannot be put back.
 
     Raises:
         Unreadable: there is something that cannot be kept.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module | None, *, tensors: bool = True) -> None:
         self._package = type(optimizer).__module__.partition(".")[0]
         self._own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._seen: dict[int, Any] = {}
         self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []  # each, what it lies in, and a copy
+        self._marked: list[tuple[Tensor, tuple[int, int]]] = []  # those without a copy
         self._gradients: list[tuple[Tensor, Tensor | None]] = []  # of tensors that the optimizer made itself
         self._containers: list[tuple[Any, Any]] = []
         self._slots: list[tuple[Any, str, Any]] = []
@@ -54,6 +57,8 @@ class Snapshot:
         self._generators: list[tuple[torch.Generator, Tensor]] = []
         try:
             self._keep(optimizer)
+            if tensors:
+                self.keep_tensors()
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise Unreadable(f"what it holds cannot be copied: {words_of(error)}") from error
         named = model.named_parameters() if model is not None else ()
@@ -97,7 +102,7 @@ class Snapshot:
         return ()
 
     def _look_at_tensor(self, tensor: Tensor) -> Iterable[Any]:
-        self._tensors.append((tensor, tensor.detach(), tensor.detach().clone()))
+        self._marked.append((tensor, _mark(tensor)))
         inside: list[Any] = [vars(tensor)] if type(tensor) in (Tensor, nn.Parameter) and vars(tensor) else []
         if tensor.is_leaf and id(tensor) not in self._own:
             self._gradients.append((tensor, tensor.grad))
@@ -119,9 +124,27 @@ class Snapshot:
             return [*(inside[name] for name in inside if not name.startswith(_HOOKS)), *(one[2] for one in slots)]
         return list(inside.values())
 
+    def keep_tensors(self) -> bool:
+        """Copy the tensors that have no copy yet; False when one was written to before that."""
+        as_found = not any(_mark(tensor) != mark for tensor, mark in self._marked)
+        self._tensors += [(tensor, tensor.detach(), tensor.detach().clone()) for tensor, _ in self._marked]
+        self._marked.clear()
+        return as_found
+
     def moved(self) -> bool:
-        """True when a tensor is not what it was."""
-        return any(not _same(tensor, held) or not torch.equal(held, copy) for tensor, held, copy in self._tensors)
+        """True when a tensor is not what it was, or was written to where there is no copy."""
+        return any(_mark(tensor) != mark for tensor, mark in self._marked) or any(
+            not _same(tensor, held) or not torch.equal(held, copy) for tensor, held, copy in self._tensors
+        )
+
+    def counted(self) -> bool:
+        """True when anything else than a tensor is not what it was."""
+        return (
+            any(not _holds(container, kept) for container, kept in self._containers)
+            or any(getattr(thing, name, None) is not value for thing, name, value in self._slots)
+            or any(not np.array_equal(array, kept) for array, kept in self._arrays)
+            or any(not torch.equal(generator.get_state(), state) for generator, state in self._generators)
+        )
 
     def put_back(self) -> str:
         """Put everything back; return what could not be, nothing where all was."""
@@ -146,6 +169,8 @@ class Snapshot:
             array[...] = kept
         for generator, state in self._generators:
             generator.set_state(state)
+        if any(_mark(tensor) != mark for tensor, mark in self._marked):
+            problem = "its step has written to what it holds"
         moved = next((name for name, one, mark in self._others if _mark(one) != mark), None)
         return problem or (f"its step moves {moved}, which it does not hold" if moved else "")
 
@@ -163,17 +188,25 @@ def _slots(kind: type) -> Iterator[str]:
                 yield name
 
 
-def _refill(container: Any, kept: Any) -> None:
+def _holds(container: Any, kept: Any) -> bool:
+    """True when the very things that were kept of a container are in it, in their order."""
+    if len(container) != len(kept):
+        return False
+    if isinstance(container, set):
+        return bool(container == kept)
+    pairs = zip(container, kept, strict=True)
     if isinstance(container, dict):
-        now, then = list(container.items()), list(kept.items())
-        if len(now) != len(then) or any(a is not c or b is not d for (a, b), (c, d) in zip(now, then, strict=True)):
-            container.clear()
-            container.update(kept)
-    elif isinstance(container, set):
-        container.clear()
+        return all(one is other and container[one] is kept[other] for one, other in pairs)
+    return all(one is other for one, other in pairs)
+
+
+def _refill(container: Any, kept: Any) -> None:
+    if _holds(container, kept):
+        return
+    container.clear()
+    if isinstance(container, (dict, set)):
         container.update(kept)
-    elif len(container) != len(kept) or any(one is not other for one, other in zip(container, kept, strict=True)):
-        container.clear()
+    else:
         container.extend(kept)
 
 
