@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Floats, Kind, Sign
 
-_NEAR = 0.03  # of the chance level
-
 
 class AtChance(Rule):
     """The loss stays at chance level.
@@ -27,10 +25,10 @@ class AtChance(Rule):
 
     ## Formula
     `value` is the smallest improvement that counts, divided by the improvement so far, as in GW101. It is `0` unless the
-    median of the last `window` (50) losses is within 3 per cent of `ln(C)`, where `C` is the number of units of the last
-    matrix, and the reference loss (median of the first 16) is within 6 per cent. It is also `0` before `min_steps` (200)
-    losses and while the learning rate reached its highest value within the last 50 rows. It fires where `value > limit`
-    (1.0) for `for_steps` (50) steps. A single output unit (a binary loss) has no such level.
+    median of the last `window` (50) losses is within `near` (0.03) of `ln(C)`, as a share of it, where `C` is the number of
+    units of the last matrix, and the reference loss (median of the first 16) within twice as much. It is also `0` before
+    `min_steps` (200) losses and while the learning rate reached its highest value within the last 50 rows. It fires where
+    `value > limit` (1.0) for `for_steps` (50) steps. A single output unit (a binary loss) has no such level.
 
     ## Why it is bad
     GW101 alone may be a plateau, or a loss that does not measure progress, as in reinforcement learning. A cross-entropy
@@ -63,6 +61,7 @@ class AtChance(Rule):
     limit: float = Field(default=1.0, gt=0)
     min_steps: int = Field(default=200, ge=20)
     window: int = Field(default=50, ge=5)
+    near: float = Field(default=0.03, gt=0, lt=1)
     for_steps: int = Field(default=50, ge=1)
 
     def measure(self, history: History) -> Floats:
@@ -72,7 +71,7 @@ class AtChance(Rule):
         last = int(np.argmin(np.where(history.matrices, history.order, np.inf)))
         chance = math.log(max(history.sizes[last] / history.fan_in[last], 1.0))
         # a run that has learned nothing also began there; this test rejects most runs
-        if not abs(history.reference_loss - chance) <= 2 * _NEAR * chance:
+        if not abs(history.reference_loss - chance) <= 2 * self.near * chance:
             return np.zeros(1)
         level, _ = history.loss_level(self.window)
-        return np.array([gain_missing(history, self.window) if abs(level - chance) <= _NEAR * chance else 0.0])
+        return np.array([gain_missing(history, self.window) if abs(level - chance) <= self.near * chance else 0.0])

@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Kind, Sign
 
 
-_ON_ITS_WAY = 1.5  # factor over the level before above which the loss is still running away
-_DOWNWARDS = 40.0  # a downward run counts this many times less
-
-
 class LossRunaway(Rule):
     """The loss runs away: it has become many times as large as it was, upwards or downwards.
 
@@ -27,11 +23,11 @@ class LossRunaway(Rule):
     The loss is far beyond all losses at the beginning of the run, and it got there without a single conspicuous jump.
 
     ## Formula
-    `value = m / max |x_k|` upwards and `value = -m / max |x_k| / 40` downwards, where `m` is the median of the last 8 losses.
-    `x_k` are the first 16 finite losses, and losses after jumps that the last update cannot have caused (the task became
-    harder). `value = 0` when the loss no longer moves away: `|m|` is below 1.5 times the absolute median of the 32 losses
-    before. It fires where `value > limit` (2.5) for `for_steps` (3) steps: at 2.5 times the beginning upwards, and at 100
-    times downwards, because a loss that may be negative has no natural floor.
+    `value = m / max |x_k|` upwards and `value = -m / max |x_k| / downwards` (40) downwards, where `m` is the median of the
+    last 8 losses. `x_k` are the first 16 finite losses, and losses after jumps that the last update cannot have caused (the
+    task became harder). `value = 0` when the loss no longer moves away: `|m|` is below `moving` (1.5) times the absolute
+    median of the 32 losses before. It fires where `value > limit` (2.5) for `for_steps` (3) steps: at 2.5 times the
+    beginning upwards, and at 100 times downwards, because a loss that may be negative has no natural floor.
 
     ## Why it is bad
     Slow divergence raises the run's own level too, so no single step stands out. A loss that runs downwards has no floor:
@@ -61,6 +57,8 @@ class LossRunaway(Rule):
     )
 
     limit: float = Field(default=2.5, gt=1)
+    moving: float = Field(default=1.5, ge=1)
+    downwards: float = Field(default=40.0, ge=1)
     for_steps: int = Field(default=3, ge=1)
 
     def measure(self, history: History) -> Floats:
@@ -68,6 +66,6 @@ class LossRunaway(Rule):
         beginning = history.largest_first_loss
         now, _ = median_and_mad(history.task_loss(last=8))
         before, _ = median_and_mad(history.task_loss(last=40)[:-8])
-        if abs(now) < _ON_ITS_WAY * abs(before):
+        if abs(now) < self.moving * abs(before):
             return np.zeros(1)
-        return np.array([max(now, -now / _DOWNWARDS) / beginning if beginning > 0 else np.nan])
+        return np.array([max(now, -now / self.downwards) / beginning if beginning > 0 else np.nan])

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Kind, Sign
 
 
-_STUCK = 1e4 / 3  # factor on the ratio while the loss is stuck
-
-
 class Vanishing(Rule):
     """Gradients vanish on their way back through the layers.
 
@@ -25,11 +22,11 @@ class Vanishing(Rule):
     A layer's gradient elements are orders of magnitude smaller than those of the layer with the largest ones.
 
     ## Formula
-    `value = max_k(rms_k) / rms_l`, with `rms_l = t_l / sqrt(n_l)`, `t_l` the typical gradient norm of layer `l` and
-    `n_l` its number of elements. It fires where `value > limit` (1e6) for `for_steps` (32) steps. While the loss is stuck
-    (at least 100 losses, improved by less than a tenth), `value` is multiplied by 3,333, so that a ratio of 300 is enough.
-    Layers whose gradient is exactly zero belong to GW402. Biases and gains are not considered, because the gradient of a
-    bias before a normalisation is mathematically zero.
+    `value = max_k(rms_k) / rms_l`, with `rms_l = t_l / sqrt(n_l)`, `t_l` the typical gradient norm of layer `l` and `n_l`
+    its number of elements. It fires where `value > limit` (1e6) for `for_steps` (32) steps. While the loss is stuck (at
+    least 100 losses, improved by less than a tenth), `value` is multiplied by `stuck` (3,333), so that a ratio of 300 is
+    enough. Layers whose gradient is exactly zero belong to GW402. Biases and gains are not considered, because the gradient
+    of a bias before a normalisation is mathematically zero.
 
     ## Why it is bad
     The layer hardly learns, while the layers after it adapt to its nearly unchanged output.
@@ -57,6 +54,7 @@ class Vanishing(Rule):
     )
 
     limit: float = Field(default=1e6, gt=1)
+    stuck: float = Field(default=1e4 / 3, ge=1)
     for_steps: int = Field(default=32, ge=1)
 
     def measure(self, history: History) -> Floats:
@@ -65,4 +63,4 @@ class Vanishing(Rule):
         told = seen & history.matrices & (history.row.grad_norm > 0)
         rms = np.where(told, history.typical_grad.value / np.sqrt(history.sizes), np.nan)
         value: Floats = np.fmax.reduce(rms, initial=np.nan) / rms
-        return value * _STUCK if history.stuck else value
+        return value * self.stuck if history.stuck else value

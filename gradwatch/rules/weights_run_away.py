@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Floats, Kind, Sign
 
-_PROGRESS = 0.2  # improvement that counts as progress, as a share of the reference loss
-_SHARE = 0.4  # share of the growth that counts while there is progress
-
 
 class WeightsRunAway(Rule):
     """Weights grow while the loss does not fall.
@@ -27,10 +24,10 @@ class WeightsRunAway(Rule):
 
     ## Formula
     `value = ||w|| / max(min ||w_k||, 0.5 * sqrt(n / f))`, where `min ||w_k||` is the smallest weight norm of the last 100
-    rows (one row per measured step), for matrices with `n >= 16` elements and `f` inputs. The second term is half of a usual
-    initialisation, for layers that start near zero. If the median of the last 16 losses is at least a fifth of the reference
-    loss below it, the run makes progress and only 0.4 of the growth counts. It fires where `value > limit` (4): growth by
-    a factor of 4 without progress, of 10 with progress.
+    rows (one row per measured step), for matrices with `n >= 16` elements and `f` inputs. The second term is half of a
+    usual initialisation, for layers that start near zero. If the median of the last 16 losses is at least `progress` (0.2)
+    of the reference loss below it, the run makes progress and only `share` (0.4) of the growth counts. It fires where
+    `value > limit` (4): growth by a factor of 4 without progress, of 10 with progress.
 
     ## Why it is bad
     It is a slow explosion: the steps are too large for the weights to settle, so the weights keep growing.
@@ -60,10 +57,12 @@ class WeightsRunAway(Rule):
     )
 
     limit: float = Field(default=4.0, gt=1)
+    progress: float = Field(default=0.2, gt=0)
+    share: float = Field(default=0.4, gt=0, le=1)
 
     def measure(self, history: History) -> Floats:
         """Return the growth of each matrix within 100 rows, shape (L,); NaN for biases and before the sixteenth loss."""
         growth = history.weight / np.maximum(history.least_weight, history.half_usual)
         if history.losses < 16:
             return np.full(len(growth), np.nan)
-        return np.where(history.telling, growth * _SHARE if history.gained(_PROGRESS) else growth, np.nan)
+        return np.where(history.telling, growth * self.share if history.gained(self.progress) else growth, np.nan)

@@ -9,53 +9,29 @@ closes when the run has been calm.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import is_of_the_batch
-from gradwatch.history.statistics import doubling, median_and_mad
-from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident, Kind, Phase, Severity, Verdict
+from gradwatch.history.statistics import median_and_mad
+from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
+from gradwatch.verdict.evidence import Evidence
+from gradwatch.verdict.story import Story, kind_of, phase_of, severity_of
 from gradwatch.verdict.suspects import Suspects
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Role
+    from gradwatch.records import Role
     from gradwatch.rules import Rule
     from gradwatch.verdict.settings import VerdictSettings
 
 _KEPT = 1000  # most incidents to keep
-_TREND = 8  # steps over which growth is measured
-_QUICK = 50.0  # longest doubling time, in steps, for which a forecast is given
-
-
-@dataclass
-class _Story:
-    """The working state of an incident that is open or not yet opened."""
-
-    firing: dict[tuple[str, str | None], Alarm] = field(default_factory=dict)
-    signs: dict[tuple[str, str | None], Alarm] = field(default_factory=dict)
-    incident: Incident | None = None
-    place: int = -1
-    fired_steps: int = 0
-    last_fired: int = -1
-    ceiling: float = math.nan
-    peak: float = math.nan
-    jumped: bool = False
-    of_the_batch: bool = False  # opened by a jump that the last update cannot have caused
-    young: bool = False  # of_the_batch, and opened before the run had a usual loss level
-    look_at: int = 0
-    level: float = math.nan
-    lasting: bool = False
-    harmed: bool = False
-    odd_steps: set[int] = field(default_factory=set)
-    ranks: tuple[int, ...] = ()
-    findings: list[str] = field(default_factory=list)
 
 
 class Treatment(Protocol):
@@ -94,8 +70,9 @@ class Incidents:
         self._role = {rule.code: rule.role for rule in rules}
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
-        self._suspects = Suspects(history, settings.band)
-        self._stories: dict[str, _Story] = {}
+        self._suspects = Suspects(history, settings)
+        self._evidence = Evidence(history)
+        self._stories: dict[str, Story] = {}
         self._order: list[str] = []
         self._told = 0
         self.all: list[Incident] = []
@@ -137,7 +114,7 @@ class Incidents:
         touched = set()
         for alarm in changes:
             name: str = "explosion" if alarm.kind in EXPLOSION else alarm.kind
-            story = self._stories.setdefault(name, _Story())
+            story = self._stories.setdefault(name, Story())
             key = (alarm.code, alarm.layer)
             if alarm.state == "firing":
                 story.firing[key] = alarm
@@ -158,7 +135,7 @@ class Incidents:
         if story is not None and story.incident is not None:
             self._replace(story, replace(story.incident, clip=record))
 
-    def _judge(self, name: str, story: _Story, step: int, *, touched: bool) -> Incident | None:
+    def _judge(self, name: str, story: Story, step: int, *, touched: bool) -> Incident | None:
         active = any(code in self._opening for code, _ in story.firing)
         aftermath = name != "explosion" and self.open_explosion() is not None  # a consequence of the explosion
         if story.incident is None and (aftermath or not active):
@@ -190,7 +167,7 @@ class Incidents:
             return None
         return self._tell(story, step)
 
-    def _compare_level(self, story: _Story) -> bool:
+    def _compare_level(self, story: Story) -> bool:
         """Return True if the loss is still high and no longer decreases; called 12, 24, 48 ... steps after the opening.
 
         The loss is high if it is more than twice its usual ceiling. It decreases, as after a change of the task, if it has come
@@ -210,7 +187,7 @@ class Incidents:
         back = story.ceiling * (story.peak / story.ceiling) ** way if 0 < story.ceiling < story.peak else -math.inf
         return not (level < back or before - level > abs(before) / 5)
 
-    def _harm(self, story: _Story) -> bool:
+    def _harm(self, story: Story) -> bool:
         """Return True if the firing signs show harm: the loss suffers, or a sign of growth is far beyond its limit.
 
         Growth alone may be the start of learning. A loss that jumped farther than the last update can explain is caused by the
@@ -262,7 +239,7 @@ class Incidents:
         middle, scatter = self._history.loss_level()
         return 2 * len(far) <= len(self._history.layers) or not self._history.row.loss <= middle + scatter
 
-    def _falls(self, story: _Story) -> bool:
+    def _falls(self, story: Story) -> bool:
         """Return True if the loss, after it jumped, stays near its peak or falls and gradients settle.
 
         The task may then have changed.
@@ -279,14 +256,14 @@ class Incidents:
             return calm >= self._settings.calm_steps
         return self._treatment.try_to_let_go(step, calm)
 
-    def _tell(self, story: _Story, step: int) -> Incident | None:
+    def _tell(self, story: Story, step: int) -> Incident | None:
         """Open the incident or update it with its signs; return it if it is new or its kind, severity or verdict changed."""
         before = story.incident
         signs = tuple(story.signs.values())
-        kind = _kind([s for s in signs if story.harmed or s.sign != "growth"], lasting=story.lasting)
+        kind = kind_of([s for s in signs if story.harmed or s.sign != "growth"], lasting=story.lasting)
         if kind in ("exploding", "diverging") and before is not None and before.kind == "spike" and self._falls(story):
             kind = "spike"
-        severity, verdict = _severity(signs, kind)
+        severity, verdict = severity_of(signs, kind)
         if kind == "dead" and self._history.half_won:  # the model learns without the dead units
             severity = "notice"
         if before is not None:
@@ -295,13 +272,13 @@ class Incidents:
         if confirmed is None and verdict == "confirmed":
             confirmed = step
         layers = self._suspects.layers(signs)
-        phase = before.phase if before is not None and before.phase else _phase(self._history)
+        phase = before.phase if before is not None and before.phase else phase_of(self._history)
         moved, finding = self._suspects.moved() if before is None else (None, None)
         story.findings += [finding] if finding else []
         suspect = self._suspects.prime(signs, layers, phase, moved)
         if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
             suspect = before.suspect
-        evidence = self._evidence(signs, story)
+        evidence = self._evidence.lines(signs, story)
         after = replace(
             before or Incident(kind, severity, verdict, opened_step=step, number=self._told),
             kind=kind,
@@ -326,7 +303,7 @@ class Incidents:
             return None
         return after
 
-    def _replace(self, story: _Story, incident: Incident) -> None:
+    def _replace(self, story: Story, incident: Incident) -> None:
         story.incident = incident
         self.all[story.place] = incident
 
@@ -339,7 +316,7 @@ class Incidents:
         for story in self._stories.values():
             story.place -= story.place > oldest
 
-    def _close(self, name: str, story: _Story, step: int) -> Incident:
+    def _close(self, name: str, story: Story, step: int) -> Incident:
         assert story.incident is not None
         kind = story.incident.kind
         if (
@@ -353,80 +330,5 @@ class Incidents:
             story.incident, kind=kind, verdict="resolved", closed_step=step, clip=clip or story.incident.clip
         )
         self._replace(story, closed)
-        self._stories[name] = _Story(firing=story.firing)
+        self._stories[name] = Story(firing=story.firing)
         return closed
-
-    def _evidence(self, signs: Sequence[Alarm], story: _Story) -> tuple[str, ...]:
-        lines = []
-        for code in dict.fromkeys(sign.code for sign in signs):
-            same = [sign for sign in signs if sign.code == code]
-            more = f" (and {len(same) - 1} more layers)" if len(same) > 1 else ""
-            lines.append(f"{same[0]}{more}")
-        self._find(story)
-        if any(sign.sign == "growth" for sign in signs):
-            lines += forecast(self._history.global_norm(last=_TREND))
-        return (*lines, *story.findings)
-
-    def _find(self, story: _Story) -> None:
-        """Record the layer, the elements and the processes at which the first non-finite values were found."""
-        row = self._history.row
-        if not story.findings and row.counts:
-            layer = self._history.first_nonfinite()
-            index = self._history.layers.index(layer) if layer else -1
-            if index in row.counts:
-                nans, infs = row.counts[index]
-                story.findings.append(
-                    f"first in backward order: {layer} with {nans} NaN and {infs} infinite "
-                    f"of {int(self._history.sizes[index])} gradient elements at step {row.step}"
-                )
-        if not story.ranks and row.culprits is not None:
-            story.ranks = row.culprits.ranks
-            story.findings.append(f"{row.culprits} at step {row.step}")
-
-
-def forecast(norms: Floats) -> list[str]:
-    """Return a sentence that says when growing gradients will exceed float16 and float32; no sentence if they do not grow.
-
-    Args:
-        norms: the last global norms, shape (n,), oldest first.
-    """
-    steps = doubling(norms)
-    if not steps <= _QUICK or not 4 * norms[0] < norms[-1] < math.inf:
-        return []
-    room = {np.dtype(kind).name: float(np.finfo(kind).max / norms[-1]) for kind in (np.float16, np.float32)}
-    until = [f"{name} in about {max(steps * math.log2(times), 1):.0f}" for name, times in room.items() if times > 1]
-    if not until:
-        return []
-    return [f"gradients double every {steps:.1f} steps: at this rate they exceed {' and '.join(until)} steps"]
-
-
-def _kind(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
-    if signs[0].kind not in EXPLOSION:
-        return signs[0].kind
-    if any(sign.sign == "growth" for sign in signs):
-        return "exploding"
-    if any(sign.kind == "nonfinite" for sign in signs):
-        return "nonfinite"
-    return "diverging" if lasting or any(sign.kind == "diverging" for sign in signs) else "spike"
-
-
-def _severity(signs: Sequence[Alarm], kind: Kind) -> tuple[Severity, Verdict]:
-    found = {sign.sign for sign in signs}
-    confirmed = "confirming" in found and bool(found & {"subtle", "growth", "numeric"})
-    verdict: Verdict = "confirmed" if confirmed else "suspected"
-    if any(sign.kind == "nonfinite" for sign in signs):
-        return "critical", verdict
-    if kind == "spike" or (kind == "stalled" and "silent" not in found):
-        return "notice", verdict
-    return ("critical" if confirmed else "warning"), verdict
-
-
-def _phase(history: History) -> Phase | None:
-    """Return where non-finite values are seen: weight before loss before gradient, in the order of the data flow."""
-    if history.nonfinite_weight.any():
-        return "weight"
-    if history.loss_nonfinite:
-        return "loss"
-    if (history.nonfinite > 0).any():
-        return "gradient"
-    return None

@@ -26,6 +26,10 @@ class VerdictSettings(Settings):
     * `settled`: largest factor over its typical gradient norm that a layer may have for the loss to count as settled after a
       jump.
     * `band`: largest factor over its typical gradient norm that a layer may have without being a suspect.
+    * `back_in_band`: how many times its typical gradient norm a suspect may have to be none any more.
+    * `first_steps`: the first steps of a run, in which an explosion is attributed to the initialisation.
+    * `moved`: the factor by which the weights of one layer change within one sample only if something modified them.
+    * `alone`: how many times as much as any other layer's they must have changed, in logarithms, to be the suspect.
 
     ## How to change it
     `gradwatch replay RUN --rule verdict.far=4` judges a run log with other limits.
@@ -37,6 +41,10 @@ class VerdictSettings(Settings):
     brief_steps: int = Field(default=3, ge=0)
     settled: float = Field(default=10.0, gt=1)
     band: float = Field(default=4.0, gt=2)
+    back_in_band: float = Field(default=2.0, ge=1)
+    first_steps: int = Field(default=12, ge=0)
+    moved: float = Field(default=1.5, gt=1)
+    alone: float = Field(default=4.0, ge=1)
 
     @classmethod
     def documentation(cls) -> str:

@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Phase
-
-_BACK_IN_BAND = 2.0
-_FIRST = 12  # first steps, in which an explosion is attributed to the initialisation
-_MOVED = 1.5  # factor by which weights change within one sample only if something modified them
-_ALONE = 4.0  # factor over the change of any other layer, in logarithms
+    from gradwatch.verdict.settings import VerdictSettings
 
 
 class Suspects:
-    """Keeps track of which layers are out of their band, which reaches up to ``band`` times their typical gradient norm."""
+    """Keeps track of which layers are out of their band (`VerdictSettings.band`).
 
-    def __init__(self, history: History, band: float) -> None:
+    Args:
+        history: the history of the run, which is only read.
+        settings: the limits of the verdict.
+    """
+
+    def __init__(self, history: History, settings: VerdictSettings) -> None:
         self._history = history
-        self._band = band
+        self._settings = settings
         self._left = np.full(len(history.layers), -1, dtype=np.int64)
 
     def grow(self) -> None:
@@ -38,8 +39,8 @@ class Suspects:
     def follow(self, step: int) -> None:
         """Record the layers that leave their band, or return to it, in the last row."""
         surge = self._history.surge()
-        self._left[(surge < _BACK_IN_BAND)] = -1
-        out = (surge > self._band) | (self._history.nonfinite > 0)
+        self._left[(surge < self._settings.back_in_band)] = -1
+        out = (surge > self._settings.band) | (self._history.nonfinite > 0)
         self._left[out & (self._left < 0)] = step
 
     def layers(self, signs: Sequence[Alarm]) -> tuple[str, ...]:
@@ -59,7 +60,7 @@ class Suspects:
             place = -int(history.order[index]) if alarm.kind == "dead" else int(history.order[index])
             key = (step, beyond, place)
             first[alarm.layer] = min(first.get(alarm.layer, key), key)
-        out = (self._left >= 0) & ((history.surge() > self._band) | (history.nonfinite > 0))
+        out = (self._left >= 0) & ((history.surge() > self._settings.band) | (history.nonfinite > 0))
         for index in np.flatnonzero(out).tolist() if grows else ():
             first.setdefault(history.layers[index], (int(self._left[index]), 0.0, int(history.order[index])))
         return tuple(sorted(first, key=first.__getitem__))
@@ -75,7 +76,11 @@ class Suspects:
             phase: where non-finite values were seen first.
             moved: the layer returned by `moved`.
         """
-        odd = _odd_scale(self._history) if signs[0].step < _FIRST and signs[0].kind in EXPLOSION else None
+        odd = (
+            _odd_scale(self._history)
+            if signs[0].step < self._settings.first_steps and signs[0].kind in EXPLOSION
+            else None
+        )
         if odd or moved:
             return odd or moved
         if phase == "gradient" and not any(sign.sign == "growth" for sign in signs):
@@ -101,7 +106,7 @@ class Suspects:
             return None, None
         order = np.argsort(np.nan_to_num(change, nan=-1.0, posinf=np.inf))
         first, second = change[order[-1]], change[order[-2]]
-        if not (first > math.log(_MOVED) and first > _ALONE * second):
+        if not (first > math.log(self._settings.moved) and first > self._settings.alone * second):
             return None, None
         name = history.layers[int(order[-1])]
         told = "became not finite" if math.isinf(first) else f"changed by a factor of {math.exp(first):.3g}"

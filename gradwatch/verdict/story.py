@@ -1,0 +1,72 @@
+"""The story behind an incident: what has been seen of it so far, and what its signs make of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gradwatch.records import EXPLOSION, Alarm, Incident, Kind, Phase, Severity, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradwatch.history.history import History
+
+
+@dataclass
+class Story:
+    """The working state of an incident that is open or not yet opened."""
+
+    firing: dict[tuple[str, str | None], Alarm] = field(default_factory=dict)
+    signs: dict[tuple[str, str | None], Alarm] = field(default_factory=dict)
+    incident: Incident | None = None
+    place: int = -1
+    fired_steps: int = 0
+    last_fired: int = -1
+    ceiling: float = math.nan
+    peak: float = math.nan
+    jumped: bool = False
+    of_the_batch: bool = False  # opened by a jump that the last update cannot have caused
+    young: bool = False  # of_the_batch, and opened before the run had a usual loss level
+    look_at: int = 0
+    level: float = math.nan
+    lasting: bool = False
+    harmed: bool = False
+    odd_steps: set[int] = field(default_factory=set)
+    ranks: tuple[int, ...] = ()
+    findings: list[str] = field(default_factory=list)
+
+
+def kind_of(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
+    """Return the kind of an incident with these signs; ``lasting``: its loss stays up."""
+    if signs[0].kind not in EXPLOSION:
+        return signs[0].kind
+    if any(sign.sign == "growth" for sign in signs):
+        return "exploding"
+    if any(sign.kind == "nonfinite" for sign in signs):
+        return "nonfinite"
+    return "diverging" if lasting or any(sign.kind == "diverging" for sign in signs) else "spike"
+
+
+def severity_of(signs: Sequence[Alarm], kind: Kind) -> tuple[Severity, Verdict]:
+    """Return how grave and how sure an incident with these signs is."""
+    found = {sign.sign for sign in signs}
+    confirmed = "confirming" in found and bool(found & {"subtle", "growth", "numeric"})
+    verdict: Verdict = "confirmed" if confirmed else "suspected"
+    if any(sign.kind == "nonfinite" for sign in signs):
+        return "critical", verdict
+    if kind == "spike" or (kind == "stalled" and "silent" not in found):
+        return "notice", verdict
+    return ("critical" if confirmed else "warning"), verdict
+
+
+def phase_of(history: History) -> Phase | None:
+    """Return where non-finite values are seen: weight before loss before gradient, in the order of the data flow."""
+    if history.nonfinite_weight.any():
+        return "weight"
+    if history.loss_nonfinite:
+        return "loss"
+    if (history.nonfinite > 0).any():
+        return "gradient"
+    return None
