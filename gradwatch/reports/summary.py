@@ -1,4 +1,4 @@
-"""The run in a few lines, for its end."""
+"""The summary of a run in a few lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST = 8
 
 
 class Summary:
-    """A rich renderable; ``str()`` of it is plain text."""
+    """A summary of the run as a rich renderable. ``str()`` returns it as plain text."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
