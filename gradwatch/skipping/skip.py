@@ -1,8 +1,8 @@
-"""How one optimizer's step is left out, so that parameters and state stay as they were to the bit.
+"""Leaving out the step of one optimizer, so that parameters and optimizer state stay bit-identical.
 
-The classes of `torch.optim` take a parameter that has no gradient for one that is not part of the step: hiding the gradients is
-enough, and tests hold that for each of them. Others may take a gradient for granted, take None for zero, evaluate a
-closure again, or keep gradients elsewhere. Their step runs with zeros instead, and all that it moved is put back.
+The classes of `torch.optim` ignore parameters without a gradient, so hiding the gradients is enough; tests verify this for each
+of them. Other classes may require a gradient, treat None as zero, evaluate a closure again, or keep gradients elsewhere. Their
+step runs with gradients of zero, and everything that it changed is restored.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
     Told = Callable[[str], None]
 
-# classes, and whether their step moves parameters before it evaluates its closure, as sharpness-aware ones do
+# whether the step of a class moves parameters before it evaluates its closure, as sharpness-aware optimizers do
 _moves_first: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 class Zeroed(Protocol):
-    """A gradient that is zero for a while."""
+    """A gradient that is temporarily zero."""
 
     def put_back(self) -> None:
-        """End that."""
+        """Restore the gradient."""
 
 
 class Skip:
-    """What leaves out the steps of one optimizer.
+    """Leaves out steps of one optimizer.
 
-    `leave_out` before a step, or `leave_out_inside` after the first evaluation of its closure, of which `expect_closure` was
-    told before the step. ``told`` is called when it is known whether the step was left out: with nothing, or with
-    why not. Nothing here raises.
+    Call `leave_out` before a step. For a step with a closure, call `expect_closure` before the step and `leave_out_inside`
+    after the first evaluation of the closure. ``told`` is called when it is known whether the step was left out: with an
+    empty string, or with the reason why it was not. Only `end` may raise, where it does not reach the training.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
@@ -67,16 +67,16 @@ class Skip:
         self._told, self._reason = told, ""
         begin = self._hide if is_torchs(optimizer) else self._begin
         self._around = around(optimizer, begin, self.end)
-        if self._around is None:  # `end` comes with the hook after the step
+        if self._around is None:  # the hook after the step calls `end`
             begin()
 
     def leave_out_rest(self, told: Told) -> None:
-        """Leave out the rest of a step that has begun, in which another optimizer is about to step for it."""
+        """Leave out the rest of a step that has begun, inside which another optimizer is about to step."""
         self._told, self._reason = told, ""
         self._begin()
 
     def expect_closure(self) -> None:
-        """A step with a closure is about to be made, and may have to be left out in the middle of it."""
+        """Prepare for a step with a closure, which may have to be left out once its closure has been evaluated."""
         optimizer = self._optimizer()
         assert optimizer is not None
         if is_torchs(optimizer):
@@ -91,15 +91,15 @@ class Skip:
             return
         self._reason = ""
         self._versions = _versions(optimizer)
-        if _moves_first.get(type(optimizer), True):  # the first step tells of which kind it is
+        if _moves_first.get(type(optimizer), True):  # unknown before the first step
             self._keep(optimizer)
 
     def leave_out_inside(self, told: Told) -> None:
-        """Leave out the rest of a step whose closure has just been evaluated first, and undo what it did before."""
+        """Leave out the rest of a step whose closure was evaluated for the first time, and undo what it did before."""
         optimizer = self._optimizer()
         assert optimizer is not None
         self._told = told
-        if is_torchs(optimizer):  # which evaluate first, and once; LBFGS ends where the gradient is zero
+        if is_torchs(optimizer):  # they evaluate the closure first and once; LBFGS stops if the gradient is zero
             self._hide()
             return
         self._learn(optimizer)
@@ -110,7 +110,7 @@ class Skip:
         self._zero()
 
     def evaluated(self, *, first: bool) -> None:
-        """The closure was evaluated: in a step that is being left out, later gradients are not for use either."""
+        """Handle an evaluation of the closure: in a step that is being left out, later gradients are not used either."""
         optimizer = self._optimizer()
         if optimizer is None:
             return
@@ -143,7 +143,7 @@ class Skip:
             self._snapshot = Snapshot(optimizer, self._model())
         except Unreadable as finding:
             self._reason = str(finding)
-        except Exception as error:  # what a user's class holds may do anything when it is looked at
+        except Exception as error:  # objects of a user's class may raise anything when they are inspected
             self._reason = f"what it holds cannot be kept: {words_of(error)}"
 
     def _hide(self) -> None:
@@ -161,14 +161,15 @@ class Skip:
             try:
                 if parameter.grad is not None:
                     self._zeroed.append(_zeroed(parameter))
-            except (RuntimeError, NotImplementedError) as error:  # it keeps what it has
+            except (RuntimeError, NotImplementedError) as error:  # this gradient keeps its value
                 self._reason = f"a gradient could not be made zero: {words_of(error)}"
 
     def end(self, *, late: bool = False) -> None:
-        """Put everything back; ``late``: the step raised some time ago, so that its user may have gone on already.
+        """Restore everything after the step, and raise the exception that restoring raised during the step, if any.
 
-        The hook after a step comes too early where a step calls that of its base class. What failed at the end of a step
-        is raised here, where it does not reach the training.
+        Nothing is done while the step is still running, since the hook after a step is called too early if the step calls that
+        of its base class. If ``late``, the step raised some time ago and the program may have changed gradients and state
+        since, so only gradients that were set to zero are restored.
         """
         around = self._around
         if around is not None and around.under_way:
@@ -199,15 +200,15 @@ class Skip:
             self._reason = f"what it held could not be put back: {words_of(error)}"
         if told is not None:
             told("its step raised" if late else self._reason)
-        if around is not None:  # last: while it is there, a failure on the way here can be found on it
+        if around is not None:  # last, because its `end_error` is needed if something above raises
             around.remove()
             self._around = None
 
 
 class _InPlace:
-    """A gradient that is zeros itself: whoever keeps another view of its memory sees them too.
+    """A gradient that is set to zero in place, so that other views of its memory are zero too.
 
-    They are negative zeros, so that those of an optimizer that clears its gradients can be told from them.
+    Negative zeros are used, to distinguish them from those of an optimizer that clears its gradients.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
@@ -226,7 +227,7 @@ class _InPlace:
 
 
 class _StoodIn:
-    """A gradient in whose place zeros stand."""
+    """A gradient that is replaced by a tensor of zeros."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
@@ -242,7 +243,7 @@ def _zeroed(parameter: nn.Parameter) -> Zeroed:
     gradient = parameter.grad
     assert gradient is not None
     strided = gradient.layout is torch.strided and not is_dtensor(gradient) and not gradient.requires_grad
-    # one whose elements share memory cannot be written to
+    # tensors whose elements share memory cannot be written to
     plain = strided and (gradient.is_contiguous() or torch.empty_like(gradient).stride() == gradient.stride())
     return _InPlace(parameter) if plain else _StoodIn(parameter)
 
@@ -260,7 +261,7 @@ def _parameters(optimizer: Optimizer) -> Iterator[Any]:
 
 
 def is_torchs(optimizer: Optimizer) -> bool:
-    """True for a class of `torch.optim` whose step is still torch's own."""
+    """Return True for an optimizer of a class in `torch.optim` whose step has not been replaced."""
     kind = type(optimizer)
     if not kind.__module__.startswith("torch.optim."):
         return False
