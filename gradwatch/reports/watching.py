@@ -22,7 +22,7 @@ Order = Literal["limit", "norm", "growth"]
 _HEADINGS: dict[Order, str] = {
     "limit": "closest to their limits",
     "norm": "largest gradient norm",
-    "growth": "grown most since 64 rows",
+    "growth": "largest growth in 64 rows",
 }
 _KEYS = "↑↓ move · l limit · n norm · g growth · i incidents · space pause · q quit"
 _PAGE = 10

@@ -248,7 +248,7 @@ class Buffers:
         if not any(module._buffers for module in self._modules()):
             return ""
         if self._written and not self._habit:
-            return "the model was written to since the last step, so that what its buffers were before is not known"
+            return "the model was written to since the last step, so the earlier values of its buffers are not known"
         if any(group.strayed for group in (*self._groups, *self._others, *self._constant)):
             return "buffers of the model have moved to other memory"
         return ""
@@ -303,7 +303,7 @@ class Buffers:
                 if id(d) not in poisoned:
                     problem = _doubt(full)
                 elif d.get(name) is one and id(one) in constant and unseen:
-                    problem = f"the buffer {full} is not finite, and what it was before is not known"
+                    problem = f"the buffer {full} is not finite, and its earlier value is not known"
                 else:
                     d[name] = one
                     view.copy_(part)
@@ -316,7 +316,7 @@ class Buffers:
         if not poisoned:
             return _doubt(full)
         if one is not None and copy is None:
-            return f"what the buffer {full} was before is not known"
+            return f"the earlier value of the buffer {full} is not known"
         d[name] = one
         if one is not None and copy is not None:
             one.data.copy_(copy)
@@ -336,7 +336,7 @@ class Buffers:
         everywhere = [*self._groups, *self._others]
         groups = [group for group in everywhere if group.last.device.type == bad.device.type]
         if len(groups) < len(everywhere):
-            problem = problem or "buffers of the model lie on the CPU, where they cannot be given back without waiting"
+            problem = problem or "buffers of the model are on the CPU, where they cannot be restored without waiting"
         others = bad & self._is_poisoned(bad) if doubt else bad
         for group in groups:
             if problem:

@@ -105,7 +105,7 @@ class Skip:
         self._learn(optimizer)
         if self._snapshot is None:
             if _moves_first[type(optimizer)]:
-                self._reason = "its step had moved parameters before it evaluated its closure"
+                self._reason = "the optimizer had changed parameters before it evaluated its closure"
             self._keep(optimizer)
         self._zero()
 
@@ -144,7 +144,7 @@ class Skip:
         except Unreadable as finding:
             self._reason = str(finding)
         except Exception as error:  # objects of a user's class may raise anything when they are inspected
-            self._reason = f"what it holds cannot be kept: {words_of(error)}"
+            self._reason = f"the contents of the optimizer cannot be copied: {words_of(error)}"
 
     def _hide(self) -> None:
         optimizer = self._optimizer()
@@ -162,7 +162,7 @@ class Skip:
                 if parameter.grad is not None:
                     self._zeroed.append(_zeroed(parameter))
             except (RuntimeError, NotImplementedError) as error:  # this gradient keeps its value
-                self._reason = f"a gradient could not be made zero: {words_of(error)}"
+                self._reason = f"a gradient could not be set to zero: {words_of(error)}"
 
     def end(self, *, late: bool = False) -> None:
         """Restore everything after the step, and raise the exception that restoring raised during the step, if any.
@@ -197,7 +197,7 @@ class Skip:
             for one in zeroed:
                 one.put_back()
         except Exception as error:
-            self._reason = f"what it held could not be put back: {words_of(error)}"
+            self._reason = f"the contents of the optimizer could not be restored: {words_of(error)}"
         if told is not None:
             told("its step raised" if late else self._reason)
         if around is not None:  # last, because its `end_error` is needed if something above raises

@@ -55,7 +55,7 @@ class Snapshot:
         try:
             self._keep(optimizer)
         except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise Unreadable(f"what it holds cannot be copied: {words_of(error)}") from error
+            raise Unreadable(f"the contents of the optimizer cannot be copied: {words_of(error)}") from error
         named = model.named_parameters() if model is not None else ()
         self._others = [(name, one, _mark(one)) for name, one in named if id(one) not in self._seen]
 
@@ -67,7 +67,7 @@ class Snapshot:
                 continue
             self._seen[id(thing)] = thing
             if len(self._seen) > _MOST:
-                raise Unreadable(f"it holds more than {_MOST:,} things")
+                raise Unreadable(f"the optimizer holds more than {_MOST:,} objects")
             owned = owned or self._belongs(thing)
             waiting += [(inner, owned) for inner in self._look(thing, owned=owned)]
 
@@ -140,7 +140,7 @@ class Snapshot:
                 held.copy_(copy)
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 if not torch.equal(held, copy):  # an expanded tensor, whose elements share memory, cannot be written to
-                    problem = f"a tensor of shape {tuple(tensor.shape)} could not be put back: {words_of(error)}"
+                    problem = f"a tensor of shape {tuple(tensor.shape)} could not be restored: {words_of(error)}"
         for tensor, gradient in self._gradients:
             tensor.grad = gradient
         for array, kept in self._arrays:
@@ -148,7 +148,7 @@ class Snapshot:
         for generator, state in self._generators:
             generator.set_state(state)
         moved = next((name for name, one, mark in self._others if _mark(one) != mark), None)
-        return problem or (f"its step moves {moved}, which it does not hold" if moved else "")
+        return problem or (f"the step changes {moved}, which is not a parameter of the optimizer" if moved else "")
 
 
 def type_of(container: Any) -> type:
