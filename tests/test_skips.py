@@ -469,7 +469,7 @@ def test_a_class_that_begins_late_to_count_is_called_skipped_only_where_it_is(pl
             assert same(before, kept(run.model, run.optimizer)) or not monitor.history.skipped()[-1]
         assert monitor.history.skipped()[-1]
         (note,) = monitor.notes
-        assert "its step had changed what it holds before its gradients were seen" in note
+        assert "the step had changed the optimizer before its gradients were measured" in note
 
 
 @pytest.mark.parametrize("kind", [Twice, Sharp])

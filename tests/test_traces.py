@@ -70,17 +70,17 @@ def test_a_trace_reads_as_its_lines_say() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gradients a 1", "line 1: 'gradients' is no word of a trace. Did you mean 'gradient'?"),
+        ("gradients a 1", "line 1: 'gradients' is not a word of a trace. Did you mean 'gradient'?"),
         ("loss 1x3\ngradient a 1y3", "line 2: '1y3' is not a series"),
         ("optimizer lion", "line 1: optimizer 'lion' is not one of sgd, adam, other"),
         ("gradient a", "line 1: a series of at least one value is missing"),
         ("loss 1x0\ngradient a 1", "line 1: a series of at least one value is missing"),
-        ("gradient a 1\ngradient\ta 2", "line 2: the gradient of 'a' stands there twice"),
-        ("elements 0", "line 1: a layer of 0 elements is none"),
-        ("rate nan", "line 1: a rate of nan is none"),
+        ("gradient a 1\ngradient\ta 2", "line 2: the gradient of 'a' is given twice"),
+        ("elements 0", "line 1: a layer of 0 elements is not valid"),
+        ("rate nan", "line 1: a rate of nan is not valid"),
         ("rate fast", "line 1: could not convert string to float"),
         ("loss 1 2 3", "nothing to replay"),
-        ("gradient a 1\nweight b 1", "weights of 'b' and no gradients of it"),
+        ("gradient a 1\nweight b 1", "weights of 'b' but no gradients of it"),
     ],
 )
 def test_a_line_that_is_none_is_named_with_its_number(text: str, message: str) -> None:

@@ -69,7 +69,7 @@ def test_keys_move_sort_pause_and_show_incidents(exploded: Path) -> None:
     person.type("n")
     person.until("largest gradient norm")
     person.type("g")
-    person.until("grown most since 64 rows")
+    person.until("largest growth in 64 rows")
     person.type("jj\x1b[B")
     person.type("l")
     person.until("closest to their limits")

@@ -365,12 +365,12 @@ class AutoClipEngine:
             if self.policy.on_nonfinite == "stop":
                 raise TrainingUnstableError(f'{what}, and on_nonfinite="stop". They were not applied.')
             cause = (
-                "the weights themselves are not finite, so no later step can be better; go back to a checkpoint"
+                "the weights themselves are not finite, so no later step can succeed; go back to a checkpoint"
                 if weights
                 else "no batch since then gave finite gradients; look at the loss and the data of this step"
             )
             raise TrainingUnstableError(
-                f"{what}, after {skips - 1} steps in a row whose gradients were kept from this optimizer, of at most "
-                f"{self.policy.max_skips}: {cause}. No gradient that is not finite was applied meanwhile."
+                f"{what}, after {skips - 1} steps in a row whose gradients were withheld from this optimizer, of at most "
+                f"{self.policy.max_skips}: {cause}. No non-finite gradient was applied."
             )
         return Decision(skip=True)

@@ -129,7 +129,7 @@ def unfit(tensor: Tensor) -> str | None:
     try:
         norm_of(tensor)
     except Exception as error:
-        return f"of class {type(tensor).__name__}, which answers {type(error).__name__}"
+        return f"of class {type(tensor).__name__}, whose norm raises {type(error).__name__}"
     return None
 
 

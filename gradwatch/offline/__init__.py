@@ -1,1 +1,1 @@
-"""Rules over rows that are written down: traces and run logs."""
+"""Analysis of recorded runs: rules over traces and run logs, and the comparison of two runs."""

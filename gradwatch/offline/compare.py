@@ -1,4 +1,4 @@
-"""Where two runs part: their losses, the layers whose gradient norm leaves the other's band, their incidents."""
+"""Comparison of two runs: where their losses and the gradient norms of their layers diverge."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
     from gradwatch.runlog import RunLog
 
-_LASTING = 3  # common rows in a row: one batch may be another's fault
+_LASTING = 3  # consecutive common rows, since a single batch may differ
 
 
 @dataclass(frozen=True)
 class Parting:
-    """Where two runs part; ``None``: nowhere.
+    """The steps at which two runs diverge. Three rows in a row are fewer at the end of the run.
 
-    ``steps`` is how many steps both have. ``first_difference`` is the first step whose losses are not the same number,
-    ``losses`` the first of those at which they lie more than a factor of 1.1 apart for three rows in a row. ``layers`` holds
-    step, layer and both gradient norms where one is more than four times the other (or only one is finite) for three
-    rows in a row, the first to part first. ``only_left`` and ``only_right`` name layers that the other run lacks.
+    Attributes:
+        steps: number of steps that both runs have.
+        first_difference: first step at which the losses are not equal; None if they always are.
+        losses: first of three rows in a row in which the losses differ by more than a factor of 1.1; None if there are none.
+        layers: step, name and both gradient norms of each layer at the first of three rows in a row in which one norm is more
+            than four times the other, or only one is finite; sorted by step.
+        only_left, only_right: layers that the other run does not have.
     """
 
     steps: int
@@ -39,16 +42,16 @@ class Parting:
 
 
 def parting(left: RunLog, right: RunLog) -> Parting:
-    """Compare two runs step by step.
+    """Compare two runs step by step and return where they diverge.
 
     Raises:
-        UsageError: they have no layer or no step in common.
+        UsageError: the runs have no layer or no step in common.
     """
     common = [name for name in left.layers if name in set(right.layers)]
     if not common:
         raise UsageError(
-            f"{left.folder} and {right.folder} have no layer in common ({left.layers[0]!r} and so on against "
-            f"{right.layers[0]!r} and so on): compare two runs of one model."
+            f"{left.folder} and {right.folder} have no layer in common ({left.layers[0]!r}, ... and "
+            f"{right.layers[0]!r}, ...). Compare two runs of the same model."
         )
     a, b = left.series(), right.series()
     steps, at_a, at_b = np.intersect1d(a.step, b.step, return_indices=True)
@@ -81,14 +84,17 @@ def _layers(left: RunLog, right: RunLog, common: list[str]) -> tuple[tuple[int, 
 
 
 def _apart(a: Floats, b: Floats, factor: float) -> NDArray[np.bool_]:
-    """True where one is more than ``factor`` times the other, or only one is finite; missing in both is the same."""
+    """Return where one value is more than ``factor`` times the other, or of the other sign, or only one is finite.
+
+    Values that are not finite in both runs count as equal.
+    """
     with quiet_numpy():
         far = (np.abs(a) > factor * np.abs(b)) | (np.abs(b) > factor * np.abs(a)) | (np.sign(a) * np.sign(b) < 0)
     return np.where(np.isfinite(a) & np.isfinite(b), far, np.isfinite(a) != np.isfinite(b))
 
 
 def _lasting(apart: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """True (n, L) at the first of three rows in a row, or of the rows that are left at the end."""
+    """Return where ``apart``, shape (n, L), holds for three rows in a row, or for all rows that are left at the end."""
     lasting = apart.copy()
     for later in range(1, _LASTING):
         lasting[:-later] &= apart[later:]

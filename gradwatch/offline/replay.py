@@ -1,4 +1,4 @@
-"""Rules over rows that were recorded or written: what would have fired with other thresholds."""
+"""Replay of recorded or written rows, to see what would have fired with other thresholds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What the rules said: ``rows`` is how many they were given, ``alarms`` are all their changes of state."""
+    """The result of a replay: the number of rows, all alarms that changed state, and the incidents."""
 
     rows: int
     alarms: tuple[Alarm, ...]
@@ -31,13 +31,13 @@ class Replayed:
 def replay(
     history: History, rows: Iterable[Row], rules: Sequence[Rule], verdict: VerdictSettings | None = None
 ) -> Replayed:
-    """Run the whole pipeline over rows, without auto-clip and reports.
+    """Judge rows by the whole pipeline, without auto-clip and reports, and return the alarms and incidents.
 
     Args:
-        history: empty, with the columns of the rows; it holds the last of them afterwards.
-        rows: as a training would hand them over, oldest first.
-        rules: the rules to judge with.
-        verdict: the verdict's own limits; None: its defaults.
+        history: empty history with the columns of the rows; it holds the last rows afterwards.
+        rows: rows as a training would produce them, oldest first.
+        rules: rules to judge with.
+        verdict: limits of the verdict; None: the defaults.
     """
     pipeline = Pipeline(history, rules, None, [], Notes(strict=True), verdict=verdict, keep=None)
     count = 0
@@ -48,11 +48,12 @@ def replay(
 
 
 def with_settings(rules: Sequence[Rule], settings: Sequence[str]) -> tuple[list[Rule], VerdictSettings]:
-    """Return the rules, and the verdict's limits, with some of their settings changed.
+    """Return the rules and the limits of the verdict with some of their settings changed.
 
     Args:
-        rules: the rules as they are.
-        settings: such as ``"GW203.limit=2"``: a rule's code or class name, or ``verdict``, a setting of it, its new value.
+        rules: rules to change.
+        settings: changes such as ``"GW203.limit=2"``, each with the code or class name of a rule (or ``verdict``), the name of
+            a setting and its new value.
 
     Raises:
         UsageError: there is no such rule or setting, or the value is out of its range.
@@ -63,7 +64,7 @@ def with_settings(rules: Sequence[Rule], settings: Sequence[str]) -> tuple[list[
         code, dot, name = place.partition(".")
         if not (equals and dot and name and value):
             raise UsageError(
-                f"{setting!r} is no setting of a rule: expected CODE.SETTING=VALUE, such as GW203.limit=2, "
+                f"{setting!r} is not a setting of a rule: expected CODE.SETTING=VALUE, such as GW203.limit=2, "
                 "or verdict.SETTING=VALUE."
             )
         if code == "verdict":

@@ -1,6 +1,6 @@
-"""A written run as a text file, so that a published trace or one written by hand can be replayed without a training.
+"""Traces: runs as text files, so that a published or hand-written trace can be replayed without a training.
 
-One line for each series, in the notation of `gradwatch.rules.notation`; `#` begins a comment::
+Each line is one series in the notation of `gradwatch.rules.notation`; ``#`` starts a comment::
 
     # loss and global gradient norm, as published
     optimizer adam
@@ -9,8 +9,8 @@ One line for each series, in the notation of `gradwatch.rules.notation`; `#` beg
     gradient fc1.weight 0.242x20 0.242 0.947 2.39
     weight fc1.weight 30
 
-``gradient`` and ``weight`` lines name their layer; a short series repeats its last value. ``optimizer`` is ``sgd``,
-``adam`` or ``other``, ``elements`` the size of each layer.
+``gradient`` and ``weight`` lines name their layer. A short series repeats its last value. ``optimizer`` is ``sgd``,
+``adam`` or ``other``; ``elements`` is the number of elements of each layer.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _WORDS = ("loss", "gradient", "weight", "optimizer", "rate", "elements")
 
 
 def is_trace(path: Path) -> bool:
-    """True for a text file; a run log is a folder, or a file of SQLite."""
+    """Return True for a text file. A run log is a folder or an SQLite file."""
     try:
         if not path.is_file():
             return False
         with path.open("rb") as file:
             return b"\0" not in file.read(16)
     except OSError:
-        return False  # whoever opens it as a run log says why it cannot be read
+        return False  # opening it as a run log raises with the reason
 
 
 def read_trace(path: str | PathLike[str]) -> Case:
     """Return the run that a trace file holds.
 
     Raises:
-        UsageError: the file cannot be read, or a line of it is no line of a trace.
+        UsageError: the file cannot be read, or it is not a valid trace.
     """
     path = Path(path)
     try:
@@ -57,7 +57,11 @@ def read_trace(path: str | PathLike[str]) -> Case:
 
 
 def parse_trace(text: str, name: str = "trace") -> Case:
-    """Return the run that the text of a trace describes; ``name`` stands in errors."""
+    """Return the run that the text of a trace describes; ``name`` is used in error messages.
+
+    Raises:
+        UsageError: the text is not a valid trace.
+    """
     layers: dict[str, dict[str, str]] = {"gradient": {}, "weight": {}}
     given: dict[str, Any] = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -75,16 +79,16 @@ def parse_trace(text: str, name: str = "trace") -> Case:
         raise UsageError(f"{name} has no line such as 'gradient fc1.weight 0.1x20 50': there is nothing to replay.")
     stray = sorted(set(layers["weight"]) - set(layers["gradient"]))
     if stray:
-        raise UsageError(f"{name} has weights of {stray[0]!r} and no gradients of it.")
+        raise UsageError(f"{name} has weights of {stray[0]!r} but no gradients of it.")
     weights = {layer: layers["weight"].get(layer, "1") for layer in layers["gradient"]}
     return Case(name, None, grad=layers["gradient"], weight=weights, **given)
 
 
 def _take(known: dict[str, str], word: str, text: str) -> None:
-    """Add a layer's series."""
+    """Add the series of a layer to ``known``."""
     layer, *values = text.split(None, 1) or [""]
     if layer in known:
-        raise ValueError(f"the {word} of {layer!r} stands there twice.")
+        raise ValueError(f"the {word} of {layer!r} is given twice.")
     known[layer] = _series("".join(values))
 
 
@@ -102,14 +106,14 @@ def _setting(word: str, value: str) -> dict[str, Any]:
         return {"loss": _series(value)}
     if word == "rate":
         if not 0 <= float(value) < math.inf:
-            raise ValueError(f"a rate of {value} is none: expected a number of at least 0.")
+            raise ValueError(f"a rate of {value} is not valid: expected a finite number of at least 0.")
         return {"rate": float(value)}
     if word == "elements":
         if int(value) < 1:
-            raise ValueError(f"a layer of {value} elements is none: expected 1 at least.")
+            raise ValueError(f"a layer of {value} elements is not valid: expected at least 1.")
         return {"size": int(value)}
     if word == "optimizer":
         if value not in _FAMILIES:
             raise ValueError(f"optimizer {value!r} is not one of {', '.join(_FAMILIES)}.")
         return {"family": value}
-    raise ValueError(f"{word!r} is no word of a trace.{did_you_mean(word, _WORDS)}")
+    raise ValueError(f"{word!r} is not a word of a trace.{did_you_mean(word, _WORDS)}")

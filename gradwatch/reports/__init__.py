@@ -1,6 +1,6 @@
-"""One way to tell a file. A report sees snapshots and nothing else.
+"""The reports, one per file. A report receives snapshots and nothing else.
 
-A new report is one new file and one line here. They are named, not imported: rich is loaded only when one is used.
+To add a report, add one file and one line here. Reports are listed by name and not imported, so rich is loaded only on use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPORTS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Give out a report's class: `gradwatch.reports.TensorBoard` and so on."""
+    """Import a report class on access, such as `gradwatch.reports.TensorBoard`."""
     for path in REPORTS.values():
         if path.endswith(f":{name}"):
             return pkgutil.resolve_name(path)
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
 
 
 def report_by_name(name: str) -> Report:
-    """Return the report of this name; ``"auto"`` is live in a terminal and log lines elsewhere."""
+    """Return the report of this name. ``"auto"`` is the live view in a terminal and log lines elsewhere."""
     if name == "auto":
         drawable = is_terminal(sys.stderr) and os.environ.get("TERM") not in (None, "dumb", "unknown")
         name = "live" if drawable else "log"

@@ -1,4 +1,4 @@
-"""What a report is."""
+"""The base class of reports."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ if TYPE_CHECKING:
 
 
 class Report:
-    """Tells of a run. A report that raises is switched off; training goes on.
+    """The base class of reports. A report that raises is switched off, and training goes on.
 
-    `step` is called when an incident changed (then ``snapshot.news`` holds it), and otherwise every ``period`` seconds
-    at most.
+    `step` is called at the first step, at once when an incident changed or there is a new note, and otherwise when ``period``
+    seconds have passed since the last call.
+
+    Class variables:
+        period: time in seconds between two calls of `step` if there is no news; infinite by default.
     """
 
     period: ClassVar[float] = math.inf
 
     def start(self) -> None:
-        """Make ready: the monitor is attached, no step has been made yet."""
+        """Prepare for a run. Called when the monitor is attached, before the first step."""
 
     def step(self, snapshot: Snapshot) -> None:
-        """Tell of this moment."""
+        """Report the current step; ``snapshot.news`` holds the incidents that changed since the last call."""
         raise NotImplementedError
 
     def close(self, snapshot: Snapshot) -> None:
-        """Tell of the whole run; nothing follows."""
+        """Report the whole run. Nothing follows, unless it raises."""
         raise NotImplementedError
 
     def abandon(self) -> None:
-        """It raised and is told nothing more: let go of threads, files and streams."""
+        """Release threads, files and streams. Called after the report raised; nothing follows."""
 
 
 class RunLog(Report):

@@ -1,8 +1,8 @@
 r"""The foot of a terminal: a picture below everything that is written there.
 
-The cursor stays where the program has it, above the picture. So what is written goes where it would go without one: by
-``print``, by a logger that holds the stream, by a progress bar that returns with ``\r``. What passes by the streams, as output
-of C code and of other processes does, loses nothing either; several lines of it at once run into rows of the old picture.
+The cursor stays where the program left it, above the picture, so text appears where it would without the picture: from
+``print``, from a logger that holds the stream, from a progress bar that returns with ``\r``. Output that bypasses the streams,
+such as that of C code and of other processes, is not lost either; several lines of it at once mix with the old picture.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from gradwatch.reports.tail import Tail, finished, is_plain
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_SETTLING = 0.1  # seconds that a prompt waits for a picture under way
+_SETTLING = 0.1  # longest time, in seconds, that a prompt waits for a picture to be drawn
 
 
 _feet: weakref.WeakSet[Foot] = weakref.WeakSet()
 
 
 def is_drawn_on(stream: Any) -> bool:
-    """True when this process draws a picture on the terminal of ``stream`` already."""
+    """Return True if this process already draws a picture on the terminal of ``stream``."""
     return any(foot.draws_on(stream) for foot in list(_feet))
 
 
@@ -45,14 +45,16 @@ class _Shared(StreamTap):
 
 
 class Foot:
-    """Draws at the foot of the terminal that ``stream`` writes to, until `end`.
+    """Draws a picture at the foot of the terminal that ``stream`` writes to, until `end` is called.
 
     Args:
-        stream: where to draw.
-        size: returns columns and rows of the terminal.
+        stream: stream to draw on.
+        size: function that returns the columns and rows of the terminal.
 
-    Attributes: ``over`` is True when nothing is drawn any more, and ``reason`` says why if it was not ended; ``settled`` is
-    clear while a picture is awaited.
+    Attributes:
+        over: True if nothing is drawn any more.
+        reason: why drawing stopped, if not by `end`.
+        settled: event that is clear while a picture is about to be drawn.
     """
 
     def __init__(self, stream: TextIO, size: Callable[[], tuple[int, int]]) -> None:
@@ -72,7 +74,11 @@ class Foot:
         self.settled.set()
 
     def share(self) -> None:
-        """Take heed of what is written to this terminal from now on; raises when a stream does not bear that."""
+        """Intercept what is written to this terminal from now on.
+
+        Raises:
+            AttributeError: the methods of a stream cannot be replaced.
+        """
         try:
             for stream in (self.stream, sys.stdout, sys.stderr):
                 if same_terminal(stream, self.stream) and all(tap.stream is not stream for tap in self._taps):
@@ -83,11 +89,11 @@ class Foot:
             raise
 
     def draws_on(self, stream: Any) -> bool:
-        """True when this picture stands on the terminal of ``stream``."""
+        """Return True if this picture is drawn on the terminal of ``stream``."""
         return not self.over and os.getpid() == self._process and same_terminal(stream, self.stream)
 
     def draw(self, picture: Sequence[str]) -> None:
-        """Show these rows."""
+        """Draw the rows of ``picture`` in place of the last picture."""
         with self._lock:
             if not self.over:
                 self._picture = picture
@@ -96,23 +102,23 @@ class Foot:
 
     @property
     def resized(self) -> bool:
-        """True when the terminal has another size than when it was drawn on."""
+        """True if the size of the terminal has changed since the last picture."""
         return self._drawn_size is not None and self._size() != self._drawn_size
 
     def room(self) -> int:
-        """Return how many rows a picture may have."""
+        """Return the largest number of rows that a picture may have."""
         return max(0, self._size()[1] - 1 - self._tail.below)
 
     def give_way(self, reason: str) -> None:
-        """Take the picture away for good."""
+        """Remove the picture and stop drawing, for ``reason``."""
         with self._lock:
             if not self.over:
                 self._clear(self._clearing(self._tail.below + 1))
                 self.leave(reason)
 
     def end(self, text: str = "") -> None:
-        """Take the picture away and write a text in its place."""
-        if os.getpid() != self._process:  # a copy in a child: the lock may be held for ever
+        """Remove the picture, write ``text`` in its place and stop drawing."""
+        if os.getpid() != self._process:  # a copy in a forked child, where the lock may be held forever
             self.leave()
             return
         with self._lock:
@@ -126,7 +132,7 @@ class Foot:
             self.leave()
 
     def leave(self, reason: str = "") -> None:
-        """Draw nothing more and give the streams back."""
+        """Stop drawing and restore the streams."""
         self.over, self.reason = True, self.reason or reason
         self.settled.set()
         for tap in self._taps:
@@ -153,11 +159,11 @@ class Foot:
         before, gap = self._clearing(self._tail.below + 1), self._tail.below
         at_end = self._drawn > 0 and self._tail.at_end(self._size()[0])
         self._tail.feed(first, self._size()[0])
-        if self._tail.moved or self._tail.another:  # it wraps, or goes up
+        if self._tail.moved or self._tail.another:  # it wraps or moves up
             self._clear(before)
             self._write_moving(tap, first, newline + rest)
             return
-        # the row goes out as it is: what others wrote on it stays, what is right of it was the picture's
+        # the row is not redrawn: text of others on it stays, and what is to the right belonged to the picture
         if at_end:
             self._emit("\x1b[K")
         tap.write(first + newline)
@@ -169,7 +175,7 @@ class Foot:
             self._write_moving(tap, "", rest)
 
     def _write_moving(self, tap: _Shared, fed: str, rest: str) -> None:
-        """Write what leaves its row, of which the first part is fed, and the picture below it."""
+        """Write text that moves to other rows, and draw the picture below it; ``fed`` has been fed to the tail already."""
         self._tail.feed(rest, self._size()[0])
         try:
             if fed or rest:
@@ -185,7 +191,7 @@ class Foot:
         return bool(text.strip("\n")) and not self._tail.blank and is_plain(text) and bars_of_tqdm()
 
     def _write_above(self, tap: _Shared, text: str) -> int:
-        """Write whole lines above a bar, which goes on below them."""
+        """Write whole lines above a bar, which is drawn again below them."""
         lines, newline, tap.partial = (tap.partial + text).rpartition("\n")
         if newline:
             bars = self._tail.rows()
@@ -199,7 +205,7 @@ class Foot:
         return len(text)
 
     def _flushed(self, tap: _Shared) -> None:
-        """Wait for a picture under way when nothing was written: so `input` flushes before the prompt of which we know not."""
+        """Wait for a pending picture if nothing was written, as when `input` flushes before a prompt that is not intercepted."""
         if tap.idle and not self.over and os.getpid() == self._process:
             self.settled.wait(_SETTLING)
         tap.idle = True
@@ -216,7 +222,7 @@ class Foot:
         changed, self._drawn_size = self._drawn_size not in (None, size), size
         erased = max(0, self._drawn - len(rows))
         self._drawn = len(rows)
-        # no wrapping: a row may be too long for a terminal that has just become narrower
+        # wrapping is off, because a row may be too long for a terminal that has just become narrower
         return (
             "\x1b[?7l\x1b[0m\x1b[K" + "\r\n" * (below + 1) + ("\x1b[J" if changed else "")
             + "\r\n".join(f"\x1b[2K{row}\x1b[0m" for row in rows) + "\r\n\x1b[2K" * erased
@@ -224,7 +230,7 @@ class Foot:
         )  # fmt: skip
 
     def _clearing(self, gap: int) -> str:
-        """Return what erases the picture, whose first row is ``gap`` rows below the cursor."""
+        """Return text that erases the picture, whose first row is ``gap`` rows below the cursor."""
         if not self._drawn:
             return ""
         return (
@@ -237,7 +243,7 @@ class Foot:
         self._emit(clearing)
 
     def _emit(self, text: str) -> None:
-        """Write to the terminal; when it is gone, there is nothing to draw on."""
+        """Write to the terminal, and stop drawing if that fails."""
         if not text:
             return
         try:
@@ -255,4 +261,4 @@ def _quietly(do: Callable[[], object]) -> None:
     try:
         do()
     except Exception:
-        return  # the program did not ask for this flush
+        return  # the program did not request this flush

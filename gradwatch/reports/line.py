@@ -1,4 +1,4 @@
-"""The text that reports and commands draw: `rich.text.Text`, but whatever it is made of is fit to be printed."""
+"""A `rich.text.Text` for reports and commands that contains only printable characters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Line(Text):
-    """One line: control characters, line ends and the like stand in it as Python writes them. See `gradwatch.printable`."""
+    """One line of text, in which control characters and line ends are escaped as by `gradwatch.printable`."""
 
     def __init__(self, text: object = "", style: str | Style = "", **settings: Any) -> None:
         super().__init__(printable(text), style, **settings)
 
     def append(self, text: Text | str, style: str | Style | None = None) -> Line:
-        """See `rich.text.Text.append`."""
+        """Append text like `rich.text.Text.append`, with a string escaped; return the line."""
         super().append(text if isinstance(text, Text) else printable(text), style)
         return self

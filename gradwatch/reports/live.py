@@ -1,4 +1,4 @@
-"""The live picture in a terminal, drawn by another thread."""
+"""The live view in a terminal, drawn by a separate thread."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from gradwatch.reports.view import View
 if TYPE_CHECKING:
     from gradwatch.records import Snapshot
 
-_LOOK = 0.1  # seconds between two looks for a new snapshot, another size, another display
+_LOOK = 0.1  # seconds between checks for a new snapshot, another terminal size or another display
 _ANOTHER = "another live display is running"
 
 
 class LiveReport(Report):
-    """Draws `View` at the foot of the terminal; ``print``, loggers and progress bars go on working above it.
+    """Draws a `View` at the foot of the terminal, while ``print``, loggers and progress bars keep working above it.
 
-    The training thread only leaves a snapshot; a thread draws it. At the end the picture makes way for the summary. Where it
-    cannot be drawn, or another live display begins, there are log lines instead, and that is said.
+    The training thread only stores a snapshot, which a separate thread draws. At the end the summary replaces the picture. If
+    the picture cannot be drawn, or another live display starts, the report says so and writes log lines instead.
 
     Args:
-        console: where to draw; None is the standard error stream.
+        console: console to draw on; None: the standard error stream.
     """
 
     period: ClassVar[float] = 0.2
@@ -52,7 +52,7 @@ class LiveReport(Report):
         self._instead: LogReport | None = None
 
     def start(self) -> None:
-        """Begin to follow what is written to the terminal."""
+        """Start to intercept what is written to the terminal, or fall back to log lines."""
         self._begin()
         reason = self._hindrance()
         if reason is None:
@@ -66,7 +66,7 @@ class LiveReport(Report):
             self._fall_back(reason)
 
     def step(self, snapshot: Snapshot) -> None:
-        """Leave the snapshot for the drawing thread."""
+        """Store the snapshot for the drawing thread."""
         if self._instead is None and self._foot is not None and self._foot.reason:
             self._fall_back(self._foot.reason)
             snapshot = replace(snapshot, news=tuple(incident for incident in snapshot.incidents if incident.open))
@@ -81,7 +81,7 @@ class LiveReport(Report):
             self._thread.start()
 
     def close(self, snapshot: Snapshot) -> None:
-        """Clear the picture and print the summary in its place."""
+        """Replace the picture by the summary."""
         self._over.set()
         if self._foot is not None and self._foot.reason and self._instead is None:
             self._fall_back(self._foot.reason)
@@ -96,7 +96,7 @@ class LiveReport(Report):
         self._join()
 
     def abandon(self) -> None:
-        """Take the picture away, give the streams back and end the thread."""
+        """Remove the picture, restore the streams and end the thread."""
         self._over.set()
         try:
             if self._foot is not None:
@@ -115,16 +115,16 @@ class LiveReport(Report):
         write_line(f"gradwatch | {reason}: log lines instead of the live picture")
 
     def _hindrance(self) -> str | None:
-        """Say why no picture can be drawn; None when one can."""
+        """Return why no picture can be drawn, or None if it can."""
         if self._console is None:
             if not is_terminal(sys.stderr):
-                return "the standard error stream is no terminal"
+                return "the standard error stream is not a terminal"
             if is_stand_in(sys.stderr):
                 return _ANOTHER
-            # the stream itself, not the name: whoever stands in for sys.stderr later must not be drawn into
+            # the stream itself, so that nothing is drawn on an object that replaces sys.stderr later
             self._console = Console(file=sys.stderr)
         if not self._console.is_terminal:
-            return "the standard error stream is no terminal"
+            return "the standard error stream is not a terminal"
         if self._console.is_dumb_terminal or self._console.legacy_windows:
             return "this terminal cannot move its cursor"
         file = self._console.file
@@ -133,7 +133,7 @@ class LiveReport(Report):
         return "a progress bar is running" if bars_of_tqdm() else None
 
     def _size(self) -> tuple[int, int]:
-        """Return the terminal's own size, whatever ``COLUMNS`` says: it may be changed while the training runs."""
+        """Return the actual size of the terminal, ignoring ``COLUMNS``, since it may change while the training runs."""
         assert self._console is not None
         try:
             size = os.get_terminal_size(self._console.file.fileno())
@@ -142,7 +142,7 @@ class LiveReport(Report):
         return size if min(size) > 0 else self._console.size
 
     def _watch(self) -> None:
-        """Draw whenever there is something new, and let prompts be while there is not."""
+        """Draw when there is a new snapshot or the size has changed. Otherwise do not draw, so that prompts are left alone."""
         foot, drawn = self._foot, None
         assert foot is not None
         try:
@@ -167,7 +167,7 @@ class LiveReport(Report):
             return [f"gradwatch cannot draw this step: {type(error).__name__}"]
 
     def _rendered(self, shown: Any) -> str:
-        """Return it as text with the colours of the console, in the terminal's width."""
+        """Return a renderable as text, with the colours of the console and the width of the terminal."""
         assert self._console is not None
         columns, rows = self._size()
         colours: Any = self._console.color_system

@@ -1,4 +1,4 @@
-"""Plain log lines, only on change."""
+"""Plain log lines, written only when there is news."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class LogReport(Report):
-    """One line when an incident opens, changes or closes, with its evidence and advice; the summary at the end.
+    """Writes lines when an incident opens, changes or closes, with its evidence and advice, and the summary at the end.
 
     Args:
-        stream: where to write; None is the standard error stream of that moment.
+        stream: stream to write to; None: the standard error stream at the time of writing.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -25,11 +25,11 @@ class LogReport(Report):
         self._said: dict[int, set[str]] = {}
 
     def start(self) -> None:
-        """Begin anew."""
+        """Forget what was written in an earlier run."""
         self._notes, self._said = 0, {}
 
     def step(self, snapshot: Snapshot) -> None:
-        """Write what is new."""
+        """Write the notes and the lines of changed incidents that have not been written yet."""
         lines = [f"note: {note}" for note in snapshot.notes[self._notes :]]
         self._notes = len(snapshot.notes)
         for incident in snapshot.news:
@@ -41,7 +41,7 @@ class LogReport(Report):
             self._write(f"gradwatch | step {snapshot.step} | {line}")
 
     def close(self, snapshot: Snapshot) -> None:
-        """Write the summary, if there is anything to tell."""
+        """Write the summary, unless no step was made."""
         if snapshot.step < 0:
             return
         from gradwatch.reports.summary import Summary  # rich is loaded only when something is shown
@@ -54,20 +54,20 @@ class LogReport(Report):
 
 
 def write_line(text: str, stream: TextIO | None = None) -> None:
-    """Write a line to ``stream``; None is the standard error stream of this moment, above a tqdm bar if there is one.
+    """Write one line to ``stream``, or to the current standard error stream (above a tqdm bar, if there is one) if None.
 
-    Whatever it is made of, it is one line of characters that the stream can take. The standard error stream may be closed, a
-    pipe that nobody reads any more, or an object with ``write`` alone: what it does not take is lost, and the next line is
-    tried anew. A stream that was named raises.
+    Characters that are not printable, or that the stream cannot encode, are escaped. Errors of the standard error stream, which
+    may be closed, a broken pipe or an object that has only ``write``, are ignored: the line is lost. Errors of a given
+    ``stream`` are raised.
     """
     if stream is not None:
         _write(text, stream)
         return
     try:
-        if sys.stderr is not None:  # it is in a program without a console
+        if sys.stderr is not None:  # None in a program without a console
             _write(text, sys.stderr, tqdm=sys.modules.get("tqdm"))
     except Exception:
-        return  # there is no place left to say so
+        return  # there is nowhere to report this
 
 
 def _write(text: str, stream: Any, tqdm: Any = None) -> None:
@@ -82,7 +82,7 @@ def _write(text: str, stream: Any, tqdm: Any = None) -> None:
 
 
 def incident_lines(incident: Incident) -> list[str]:
-    """Return the incident as lines fit to be printed: headline, evidence, what auto-clip did, what to do."""
+    """Return the incident as printable lines: headline, evidence and advice if it is open, and what auto-clip did."""
     lines = [str(incident)]
     if incident.open:
         lines += [f"  {line}" for line in incident.evidence]

@@ -20,15 +20,15 @@ _FORBIDDEN = re.compile(r"[^\w\-. /]")
 
 
 class MLflow(Report):
-    """Every five seconds: global norm, clip coefficient and the layers closest to their limits; incidents as an artifact.
+    """Logs the global norm, the clip coefficient and the layers closest to their limits, and incidents as an artifact.
 
-    Metrics are sent by a thread of MLflow's, which is waited for when an incident changes: then the artifact
-    ``gradwatch/incidents.md`` is written.
+    Metrics are logged at most every five seconds by a thread of MLflow. When an incident changes, that thread is waited for
+    and the artifact ``gradwatch/incidents.md`` is written.
 
     Args:
-        run_id: the run's id; None takes the active run when the first step is made.
-        worst: layers to show.
-        client: an `mlflow.MlflowClient`; None makes one for the tracking server in use.
+        run_id: id of the run; None: the run that is active at the first step.
+        worst: number of layers to log.
+        client: an `mlflow.MlflowClient`; None: a new one for the current tracking server.
     """
 
     period: ClassVar[float] = 5.0
@@ -37,10 +37,10 @@ class MLflow(Report):
         self._run_id = run_id
         self._worst = worst
         self._client = client
-        self._sent: deque[Any] = deque(maxlen=32)  # those before them have long been sent
+        self._sent: deque[Any] = deque(maxlen=32)  # earlier ones have been sent long ago
 
     def step(self, snapshot: Snapshot) -> None:
-        """Log this moment's numbers, and the incidents where one changed."""
+        """Log the numbers of the current step, and all incidents if one changed."""
         client = self._connected()
         from mlflow.entities import Metric
 
@@ -51,11 +51,11 @@ class MLflow(Report):
         ]
         self._sent.append(client.log_batch(self._run_id, metrics=metrics, synchronous=False))
         if snapshot.news:
-            self._wait()  # a store of files cannot be read while it is written
+            self._wait()  # a file store cannot be read while it is written
             client.log_text(self._run_id, text_of(snapshot.incidents), "gradwatch/incidents.md")
 
     def close(self, snapshot: Snapshot) -> None:
-        """Log the last moment and the verdict, and wait for what is under way."""
+        """Log the last step and the verdict, and wait until everything is sent."""
         if snapshot.step < 0:
             return
         self.step(snapshot)
@@ -74,7 +74,7 @@ class MLflow(Report):
         if self._run_id is None:
             run = mlflow.active_run()
             if run is None:
-                raise UsageError("There is no active run of MLflow: call mlflow.start_run() before the first step.")
+                raise UsageError("There is no active MLflow run: call mlflow.start_run() before the first step.")
             self._run_id = run.info.run_id
         if self._client is None:
             self._client = mlflow.MlflowClient()

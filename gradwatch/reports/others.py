@@ -1,4 +1,4 @@
-"""What else draws on this terminal: bars of tqdm, live displays of rich."""
+"""Detection of other programs that draw on the terminal: tqdm bars and live displays of rich."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from gradwatch.reports.streams import same_terminal
 
 
 def bars_of_tqdm() -> bool:
-    """True while a bar of tqdm is drawn."""
+    """Return True while a tqdm bar is shown."""
     tqdm = sys.modules.get("tqdm")
     return bool(tqdm and len(getattr(getattr(tqdm, "tqdm", None), "_instances", ())))
 
 
 def is_stand_in(stream: Any) -> bool:
-    """True for what a live display of rich puts in place of a standard stream."""
+    """Return True for the object by which a live display of rich replaces a standard stream."""
     return hasattr(type(stream), "rich_proxied_file")
 
 
 def another_live(stream: Any) -> bool:
-    """True while a live display of rich (Progress, Status, Live) is drawn on the terminal of ``stream``."""
+    """Return True while a live display of rich (Progress, Status, Live) is shown on the terminal of ``stream``."""
     rich = sys.modules.get("rich")
     consoles = [getattr(rich, "_console", None)]
     drawn = [

@@ -1,4 +1,4 @@
-"""A snapshot as named numbers and an incident as text, for the loggers that users already have."""
+"""Snapshots as named numbers and incidents as text, for experiment loggers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def scalars_of(snapshot: Snapshot, worst: int) -> dict[str, float]:
-    """Return global norm, clip coefficient, open incidents, and the norms of the ``worst`` layers closest to their limits."""
+    """Return the numbers to log for a snapshot, by name.
+
+    These are the global norm, the clip coefficient, the number of open incidents, and the gradient norms of the ``worst``
+    layers closest to their limits.
+    """
     told = {
         "gradwatch/global_norm": float(snapshot.global_norm[-1]) if len(snapshot.global_norm) else float("nan"),
         "gradwatch/clip_coefficient": snapshot.clip_coefficient,
@@ -27,5 +31,5 @@ def scalars_of(snapshot: Snapshot, worst: int) -> dict[str, float]:
 
 
 def text_of(incidents: Sequence[Incident]) -> str:
-    """Return incidents as Markdown: headline, evidence, what auto-clip did, what to do."""
+    """Return incidents as Markdown, with the lines of `incident_lines`."""
     return "\n\n".join("    " + "\n    ".join(incident_lines(incident)) for incident in incidents)

@@ -1,4 +1,4 @@
-"""The standard streams, whatever a program has made of them: a tee, a closed file, None."""
+"""Access to the standard streams, which a program may have replaced by a tee, a closed file or None."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def is_terminal(stream: Any) -> bool:
-    """True when a stream writes to a terminal; one that cannot tell does not."""
+    """Return True if a stream writes to a terminal, and False if that is unknown."""
     try:
         return bool(stream.isatty())
     except Exception:  # None, closed, or an object with `write` alone
@@ -18,30 +18,31 @@ def is_terminal(stream: Any) -> bool:
 
 
 def same_terminal(one: Any, other: Any) -> bool:
-    """True when two streams write to one terminal."""
+    """Return True if two streams write to the same terminal."""
     if not (is_terminal(one) and is_terminal(other)):
         return False
     try:
         return os.fstat(one.fileno()).st_rdev == os.fstat(other.fileno()).st_rdev
-    except Exception:  # no descriptor: a stand-in for a terminal
+    except Exception:  # an object without a file descriptor
         return one is other
 
 
 class StreamTap:
-    """Stands before ``write`` and ``flush`` of a stream until it is removed.
+    """Intercepts ``write`` and ``flush`` of a stream until it is removed.
 
-    It sits on the object and not in its place in `sys`: a logging handler, a logger or a console that took hold of the
-    stream long before writes through it all the same.
+    The methods of the stream object are replaced, not the stream in `sys`. Text from a logging handler, a logger or a console
+    that obtained the stream earlier is therefore intercepted too.
 
     Args:
-        stream: the stream.
-        write: called with the tap and the text in place of ``stream.write``.
+        stream: stream to intercept.
+        write: called with the tap and the text instead of ``stream.write``.
         flush: called with the tap before ``stream.flush``.
 
-    Attributes: ``write`` and ``flush`` are the stream's own.
+    Attributes:
+        write, flush: the stream's own methods.
 
     Raises:
-        AttributeError: the stream does not bear it.
+        AttributeError: the methods of the stream cannot be replaced.
     """
 
     def __init__(self, stream: TextIO, write: Callable[[Any, str], int], flush: Callable[[Any], None]) -> None:
@@ -62,7 +63,7 @@ class StreamTap:
             setattr(stream, name, function)
 
     def remove(self) -> None:
-        """Leave the stream as it was; where another tap has come on top, this one passes everything on."""
+        """Restore the stream. If its methods were replaced again since then, they are left as they are."""
         for name, function in self._ours.items():
             if vars(self.stream).get(name) is not function:
                 continue

@@ -1,4 +1,4 @@
-"""The run in a few lines, for its end."""
+"""The summary of a run in a few lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST = 8
 
 
 class Summary:
-    """A rich renderable; ``str()`` of it is plain text."""
+    """A summary of the run as a rich renderable. ``str()`` returns it as plain text."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
@@ -58,7 +58,7 @@ class Summary:
         for incident in notices[:_MOST]:
             yield _indented(headline(incident, options.max_width - 2), 2)
         stable = () if any(i.open for i in snapshot.incidents) else snapshot.firing
-        for note in (*(f"{sign}, and nothing else beside it" for sign in stable), *snapshot.notes):
+        for note in (*(f"{sign}, and no incident is open" for sign in stable), *snapshot.notes):
             yield _indented(Line(f"note: {note}", "dim"), 2)
         yield Line(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
 

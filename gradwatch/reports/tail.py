@@ -1,4 +1,4 @@
-"""The last rows of a terminal, as they are after what a program wrote."""
+"""The last rows of a terminal, emulated from what a program writes."""
 
 from __future__ import annotations
 
@@ -8,37 +8,39 @@ from rich.cells import cell_len
 
 _PIECES = re.compile(
     r"\x1b\[(?P<parameters>[\d;:<=>?]*)[ -/]*(?P<final>[@-~])"  # a control sequence
-    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # a title, a link
+    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # a title or a link
     r"|\x1b[^\[\]]"
     r"|[\r\n\b\t]"
     r"|[^\x00-\x1f\x7f]+"
 )
 _UNFINISHED = re.compile(r"\x1b(\[[\d;:<=>?]*[ -/]*|\][^\x07\x1b]*\x1b?)?\Z")
 _PLAIN = re.compile(r"(?:[^\x00-\x1f\x7f]|\x1b\[[\d;:]*m|[\n\t])*\Z")
-_MOST = 24  # rows above the cursor that are kept, for bars that go up again
-_LONG = 20_000  # characters
-# they show that another program draws: absolute places, scrolling regions, inserted and deleted lines, a place kept
+_MOST = 24  # rows to keep above the cursor, for bars that move up again
+_LONG = 20_000  # most characters to process of one text
+# sequences of programs that draw: absolute positions, scrolling regions, inserted and deleted lines, saved positions
 _OTHERS = frozenset("rSTLMdsu")
 
-_Cell = tuple[str, str]  # colours, character; an empty character is the right half of the one before
+_Cell = tuple[str, str]  # colours and character; an empty character is the right half of a wide one
 
 
 def finished(text: str) -> tuple[str, str]:
-    """Split off an escape sequence of which the end has not been written yet."""
+    """Split ``text`` into its finished part and an escape sequence at its end that is not finished yet."""
     match = _UNFINISHED.search(text)
     return (text[: match.start()], match[0]) if match else (text, "")
 
 
 def is_plain(text: str) -> bool:
-    """True for text that moves the cursor by its newlines alone."""
+    """Return True for text without control sequences, except newlines, tabs and colours."""
     return _PLAIN.match(text) is not None
 
 
 class Tail:
-    """Follows a program's output as a terminal does, as far as it must be known where the cursor is and what is there.
+    """Emulates a terminal to the extent needed to know where the cursor is and what the rows around it contain.
 
-    Attributes: ``column`` of the cursor, at most the terminal's width; ``moved``: the last text left its row; ``another``: it
-    shows that another program draws on this terminal.
+    Attributes:
+        column: column of the cursor, at most the width of the terminal.
+        moved: whether the last text moved the cursor to another row.
+        another: whether the output shows that another program draws on this terminal.
     """
 
     def __init__(self) -> None:
@@ -50,9 +52,9 @@ class Tail:
         self._colours = ""
 
     def feed(self, text: str, width: int) -> None:
-        """Take what was written on a terminal of this width."""
+        """Process text that was written to a terminal of this width."""
         self.moved = False
-        if len(text) > _LONG:  # a large print: only its end stays in sight
+        if len(text) > _LONG:  # only the end of a long text stays visible
             text = "\n" * _MOST + text[-_LONG:]
         for piece in _PIECES.finditer(text):
             if piece["final"]:
@@ -64,25 +66,25 @@ class Tail:
 
     @property
     def blank(self) -> bool:
-        """True when nothing stands on the cursor's row."""
+        """True if the row of the cursor is blank."""
         return not any(character.strip() for _, character in self._rows[self._row])
 
     def at_end(self, width: int) -> bool:
-        """True when nothing stands right of the cursor; not in the last column, where the cursor stands on a character."""
+        """Return True if there is nothing to the right of the cursor, and the cursor is not past the last column."""
         return len(self._rows[self._row]) <= self.column < width
 
     @property
     def below(self) -> int:
-        """The number of rows below the cursor down to the last on which something stands."""
+        """The number of rows from the cursor down to the last row that is not blank."""
         filled = [place for place, row in enumerate(self._rows) if any(c.strip() for _, c in row)]
         return max(0, filled[-1] - self._row) if filled else 0
 
     def rows(self) -> list[str]:
-        """Return the cursor's row and those below it."""
+        """Return the row of the cursor and the rows below it, with their colours."""
         return [_text(row) for row in self._rows[self._row : self._row + 1 + self.below]]
 
     def place(self) -> str:
-        """Return what brings the cursor from anywhere on its row to its column, and leaves the row as it is."""
+        """Return text that moves the cursor from any column of its row to its column, without changing the row."""
         row = self._rows[self._row]
         text = "\r" + _text(row)
         if self.column < len(row):
@@ -108,7 +110,7 @@ class Tail:
         for character in text:
             size = 1 if character.isascii() else cell_len(character)
             row = self._rows[self._row]
-            if size == 0 and self.column and self.column <= len(row):  # an accent
+            if size == 0 and self.column and self.column <= len(row):  # a combining character
                 colours, before = row[self.column - 1]
                 row[self.column - 1] = colours, before + character
                 continue
@@ -129,7 +131,7 @@ class Tail:
 
     def _up(self, rows: int) -> None:
         self.moved = True
-        self.another |= rows > self._row  # to what was drawn before
+        self.another |= rows > self._row  # beyond the rows that are known
         self._row = max(0, self._row - rows)
 
     def _control(self, piece: str, parameters: str, final: str, width: int) -> None:
@@ -149,10 +151,10 @@ class Tail:
             self.column = max(0, min(width - 1, place))
         elif final in "KJ":
             self._erase(final, first)
-        elif final in "Hf":  # home is where a program that clears the screen begins anew
+        elif final in "Hf":  # a program that clears the screen starts again at home
             self.another |= parameters not in ("", "1;1")
             self._rows, self._row, self.column, self.moved = [[]], 0, 0, True
-        elif final in "lh":  # a hidden cursor, the other screen
+        elif final in "lh":  # a hidden cursor or the alternate screen
             self.another |= (final, parameters) in (("l", "?25"), ("h", "?1049"), ("h", "?1047"), ("h", "?47"))
         else:
             self.another |= final in _OTHERS
@@ -169,7 +171,7 @@ class Tail:
 
 
 def _text(row: list[_Cell]) -> str:
-    """Return a row with its colours, as it would be written."""
+    """Return a row as text with control sequences for its colours."""
     text, before = "", ""
     for colours, character in row:
         if colours != before:

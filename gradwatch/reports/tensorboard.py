@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 
 class TensorBoard(Report):
-    """Once a second: global norm, clip coefficient and the layers closest to their limits; each change of an incident as text.
+    """Writes the global norm, the clip coefficient and the layers closest to their limits, and incident changes as text.
+
+    Numbers are written at most once a second.
 
     Args:
-        writer: a `torch.utils.tensorboard.SummaryWriter` (or one of tensorboardX), which stays the user's to close; None
-            opens one with its defaults, which write below ``runs``, and closes it at the end.
-        worst: layers to show.
+        writer: a `torch.utils.tensorboard.SummaryWriter` (or one of tensorboardX), which the user closes; None: a new one with
+            default arguments, which writes below ``runs`` and is closed at the end.
+        worst: number of layers to write.
 
     Raises:
         UsageError: there is no writer, and tensorboard is not installed.
@@ -40,14 +42,14 @@ class TensorBoard(Report):
         self._worst = worst
 
     def step(self, snapshot: Snapshot) -> None:
-        """Write this moment's numbers, and what is new as text."""
+        """Write the numbers of the current step, and the incidents that changed as text."""
         for name, value in scalars_of(snapshot, self._worst).items():
             self._writer.add_scalar(name, value, snapshot.step)
         if snapshot.news:
             self._writer.add_text("gradwatch/incidents", text_of(snapshot.news), snapshot.step)
 
     def close(self, snapshot: Snapshot) -> None:
-        """Write the last moment."""
+        """Write the last step and the verdict, and flush the writer."""
         if snapshot.step >= 0:
             self.step(snapshot)
             self._writer.add_text("gradwatch/verdict", snapshot.verdict, snapshot.step)

@@ -1,4 +1,4 @@
-"""The live picture of a run, as rich draws it: verdict, curves, the layers closest to their limits, incidents."""
+"""The live view of a run as a rich renderable: verdict, curves, the layers closest to their limits, incidents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BAR = 8
 
 
 def number(value: float) -> str:
-    """Return a number in at most nine characters, ``NaN`` and ``Inf`` spelled out."""
+    """Return a number as text of at most nine characters, with ``NaN`` and ``Inf`` spelled out."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
@@ -38,7 +38,7 @@ def number(value: float) -> str:
 
 
 def shorten(name: str, width: int) -> str:
-    """Return the name, fit to be printed, in ``width`` cells: its beginning and, more telling, its end.
+    """Return a printable name in at most ``width`` cells, shortened in the middle so that more of the end is kept.
 
     >>> shorten("blocks.11.mlp.up.weight", 15)
     'bloc….up.weight'
@@ -52,15 +52,15 @@ def shorten(name: str, width: int) -> str:
 
 
 class View:
-    """A snapshot drawn to fit the console, whatever its size.
+    """A snapshot as a renderable that fits a console of any size.
 
     Args:
-        snapshot: what to draw.
-        status: lines of other programs (progress bars) to keep below.
-        order: the columns of the layers to list, in this order; None: those closest to their limits first.
-        heading: says what they are ordered by.
-        selected: the place in this order to mark and to keep in sight.
-        most: lines to take at most.
+        snapshot: snapshot to show.
+        status: lines to show below, such as progress bars.
+        order: columns of the layers to list, in this order; None: those closest to their limits first.
+        heading: heading of the list, which says how it is ordered.
+        selected: index into ``order`` of the layer to mark and to keep visible; None: no layer is marked.
+        most: largest number of lines.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class View:
         yield from self.lines(options.max_width, console.size.height)
 
     def lines(self, width: int, height: int) -> Iterator[RenderableType]:
-        """Yield what fits a terminal of this size, with one line to spare."""
+        """Yield renderables that fit a terminal of this size, with one line to spare."""
         height = min(height - 1, self.most)
         head = [self._headline(width), *self._curves(width)]
         foot = [
@@ -182,7 +182,7 @@ class View:
 
 
 def headline(incident: Incident, width: int) -> Text:
-    """Return one line: mark, kind, verdict, steps, prime suspect."""
+    """Return an incident as one line of at most ``width`` cells: mark, kind, verdict, severity, steps, prime suspect."""
     mark = {"notice": "·", "warning": "▲", "critical": "■"}[incident.severity]
     if not incident.open:
         mark = "✓"

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 
 class WeightsAndBiases(Report):
-    """Once a second: global norm, clip coefficient and the layers closest to their limits; incidents in the run's summary.
+    """Logs the global norm, the clip coefficient and the layers closest to their limits, and incidents in the run's summary.
 
-    They are added to the row that your own next ``run.log`` commits, or the end of the run: the run's steps stay yours.
+    Numbers are logged at most once a second, without committing them. They are added to the row that your next ``run.log``, or
+    the end of the run, commits, so the steps of the run are not affected.
 
     Args:
-        run: a run of `wandb.init`; None takes the active one when the first step is made.
-        worst: layers to show.
-        alert: also send `run.alert` when an incident changes that is more than a notice.
+        run: a run of `wandb.init`; None: the run that is active at the first step.
+        worst: number of layers to log.
+        alert: whether to also send `run.alert` when an incident changes that is more than a notice.
     """
 
     period: ClassVar[float] = 1.0
@@ -35,7 +36,7 @@ class WeightsAndBiases(Report):
         self._defined = False
 
     def step(self, snapshot: Snapshot) -> None:
-        """Log this moment's numbers, and the incidents where one changed."""
+        """Log the numbers of the current step, and all incidents if one changed."""
         run = self._active()
         if not self._defined:
             run.define_metric("gradwatch/step", hidden=True)
@@ -49,7 +50,7 @@ class WeightsAndBiases(Report):
                 run.alert(title=printable(f"gradwatch: {grave[0]}"), text=text_of(grave))
 
     def close(self, snapshot: Snapshot) -> None:
-        """Log the last moment and the verdict."""
+        """Log the last step and the verdict."""
         if snapshot.step >= 0:
             self.step(snapshot)
             self._active().summary["gradwatch/verdict"] = snapshot.verdict
@@ -62,5 +63,5 @@ class WeightsAndBiases(Report):
                 raise UsageError("wandb is not installed: pip install 'gradwatch[wandb]'") from None
             self._run = wandb.run
             if self._run is None:
-                raise UsageError("There is no active run of Weights & Biases: call wandb.init() before the first step.")
+                raise UsageError("There is no active Weights & Biases run: call wandb.init() before the first step.")
         return self._run

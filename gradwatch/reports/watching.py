@@ -1,4 +1,4 @@
-"""The live view as a person steers it: which layers in which order, which incident, paused or not."""
+"""The interactive live view: order of the layers, selection, incidents and pause, controlled by keys."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ Order = Literal["limit", "norm", "growth"]
 _HEADINGS: dict[Order, str] = {
     "limit": "closest to their limits",
     "norm": "largest gradient norm",
-    "growth": "grown most since 64 rows",
+    "growth": "largest growth in 64 rows",
 }
 _KEYS = "↑↓ move · l limit · n norm · g growth · i incidents · space pause · q quit"
 _PAGE = 10
 
 
 class Watching:
-    """What is shown of a run, and how keys change it.
+    """The state of the interactive view of a run.
 
-    Attributes: ``over`` is True when the person has seen enough, ``paused`` while the picture stands still.
+    Attributes:
+        over: True once the user has quit.
+        paused: True while the view is paused.
     """
 
     def __init__(self) -> None:
@@ -45,20 +47,26 @@ class Watching:
         self._state = ""
 
     def show(self, snapshot: Snapshot, growth: Floats, state: str) -> None:
-        """Take a new moment, unless paused: ``growth`` (L,) is norm over what it was, ``state`` whether the run goes on."""
+        """Show a new snapshot, unless the view is paused.
+
+        Args:
+            snapshot: snapshot to show.
+            growth: gradient norm over its earlier value, shape (L,).
+            state: text that says whether the run goes on; it is shown even while the view is paused.
+        """
         self._state = state
         if not self.paused or self._snapshot is None:
             self._snapshot, self._growth = snapshot, growth
 
     def wait_for(self, reason: str) -> None:
-        """Say why there is nothing to show."""
+        """Show ``reason``, which says why there is no new snapshot."""
         if self._snapshot is None:
             self._state = reason
         else:
             self._state = f"nothing new: {reason}"
 
     def key(self, key: str) -> None:
-        """Do what a key asks for; one without a meaning does nothing."""
+        """Handle a key. Keys without a meaning are ignored."""
         moves = {"down": 1, "j": 1, "up": -1, "k": -1, "page down": _PAGE, "page up": -_PAGE}
         orders: dict[str, Order] = {"l": "limit", "n": "norm", "g": "growth"}
         if key in ("q", "escape"):
@@ -82,7 +90,7 @@ class Watching:
         return len(snapshot.incidents) if self._incidents else len(snapshot.layers)
 
     def picture(self, width: int, height: int) -> RenderableType:
-        """Return what fills a terminal of this size."""
+        """Return a renderable that fits a terminal of this size."""
         paused = Line(" paused ", "black on yellow") if self.paused else Line("")
         foot = [Line.assemble(paused, (self._state, "dim"), no_wrap=True, overflow="ellipsis")]
         if height >= 12:
@@ -104,11 +112,11 @@ class Watching:
 
     def _columns(self, snapshot: Snapshot) -> NDArray[np.intp]:
         values = {"limit": snapshot.closeness, "norm": snapshot.grad_norm, "growth": self._growth}[self._order]
-        broken = snapshot.nonfinite > 0  # what is not finite comes first, what is missing last
+        broken = snapshot.nonfinite > 0  # non-finite gradients first, missing ones last
         return np.argsort(-np.where(broken, np.inf, np.nan_to_num(values, nan=-np.inf)), kind="stable")
 
     def _stories(self, snapshot: Snapshot, width: int, room: int) -> list[RenderableType]:
-        """Return the incidents as a list, with the whole story of the one that is selected below."""
+        """Return the list of incidents, followed by the details of the selected one."""
         incidents = snapshot.incidents
         if not incidents:
             return [Line("no incident so far", "green")]
@@ -123,7 +131,7 @@ class Watching:
             lines.append(line)
         lines.append(Line(""))
         one = incidents[place]
-        # a low terminal cuts the end: what to do comes before the evidence
+        # advice before evidence, because a small terminal cuts off the end
         story = [(f"do: {line}", "cyan") for line in one.advice]
         story += [(f"auto-clip: {one.clip}", "")] if one.clip is not None else []
         story += [(f"left their band in this order: {', '.join(one.layers)}", "")] if len(one.layers) > 1 else []

@@ -60,7 +60,7 @@ class ClipBites(Rule):
     limit: float = Field(default=0.8, gt=0, lt=1)
 
     def measure(self, history: History) -> Floats:
-        """Return the share of steps that were clipped, shape (1,)."""
+        """Return the share of the last 100 steps that were clipped, shape (1,); 0 before row 100."""
         if history.rows < _LAST:
             return np.zeros(1)
         return np.array([np.count_nonzero(history.clip_coefficient(last=_LAST) < 1) / _LAST])

@@ -67,7 +67,7 @@ class Dead(Rule):
     for_steps: int = Field(default=16, ge=1)
 
     def measure(self, history: History) -> Floats:
-        """Return the share of dead units of each layer, shape (L,)."""
+        """Return the share of dead units of each layer beyond chance, shape (L,); 1 where a whole layer is dead."""
         if history.row.global_norm == 0:  # the loss is at its floor
             return np.zeros(len(history.layers))
         by_chance = self._by_chance(history)

@@ -1,1 +1,1 @@
-"""A step that is left out, for real: parameters, optimizer state and buffers stay as they were, to the bit."""
+"""Leaving out optimizer steps, so that parameters, optimizer state and buffers stay bit-identical."""

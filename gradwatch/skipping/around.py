@@ -1,4 +1,4 @@
-"""What torch has no hook for: something done around one step of an optimizer, also when the step raises."""
+"""Functions called before and after one optimizer step, even if it raises, for which torch has no hook."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import CellType
 
-# torch's function around the step of every class of optimizers: it calls the hooks, and between them ``func``
+# torch's wrapper around the step of every optimizer class: it calls the hooks, and ``func`` between them
 _STEP: Any = Optimizer.profile_hook_step(lambda _: None).__code__
 
 _FUNC: int = _STEP.co_freevars.index("func") if "func" in _STEP.co_freevars else -1
 
 
 class Around:
-    """Something to be done around one call of an optimizer's step; see `around`.
+    """Two functions that are called before and after one call of an optimizer's step; created by `around`.
 
-    Attributes: ``under_way`` is True during that call; ``begin_error`` and ``end_error`` are what was raised, which never
-    reaches the training.
+    Attributes:
+        under_way: True during that call.
+        begin_error, end_error: exception that a function raised, which does not reach the training; None: it raised none.
     """
 
     def __init__(self, cell: CellType, optimizer: Optimizer, begin: Callable[[], Any], end: Callable[[], Any]) -> None:
         self._cell, self._step = cell, cell.cell_contents
         self._optimizer, self._thread = weakref.ref(optimizer), get_ident()
-        # in a step that is compiled Dynamo would trace them too
+        # otherwise Dynamo would trace them too in a compiled step
         disable: Any = torch.compiler.disable
         self._do: tuple[Callable[[], Any], Callable[[], Any]] | None = (disable(begin), disable(end))
         self.under_way = False
@@ -39,7 +40,7 @@ class Around:
         cell.cell_contents = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Be the step, for once."""
+        """Run the step, with the functions around it if it is the call that they are meant for."""
         step, do = self._step, self._do
         if do is None or not args or args[0] is not self._optimizer() or get_ident() != self._thread:
             return step(*args, **kwargs)
@@ -52,14 +53,14 @@ class Around:
             self.end_error = _error_of(do[1])
 
     def remove(self) -> None:
-        """Do nothing from now on, and give torch its function back, unless somebody else has put theirs on top."""
+        """Do nothing from now on, and restore torch's function unless something else has replaced it since."""
         self._do = None
         while isinstance(top := self._cell.cell_contents, Around) and top._do is None:
             self._cell.cell_contents = top._step
 
 
 def _error_of(do: Callable[[], Any]) -> Exception | None:
-    """Do it, and return what it raised."""
+    """Call ``do`` and return the exception that it raised, or None."""
     try:
         do()
     except Exception as error:
@@ -68,11 +69,11 @@ def _error_of(do: Callable[[], Any]) -> Exception | None:
 
 
 def around(optimizer: Optimizer, begin: Callable[[], Any], end: Callable[[], Any]) -> Around | None:
-    """Call ``begin`` and ``end`` around the step that is about to be made, ``end`` also when it raises.
+    """Have ``begin`` and ``end`` called before and after the step that is about to be made, ``end`` even if it raises.
 
-    To be called from the hook before it. Torch's own hook after a step is not called when the step raises, and between the two
-    come the user's hooks, which shall see their gradients and parameters. So, for one call, the function that torch's
-    wrapper of the step calls is another. Returns None where that cannot be found, as in a step that is compiled.
+    Call this from a hook before the step. Torch's hook after a step is not called if the step raises, and the user's hooks,
+    which should see their own gradients and parameters, run between the two hooks. Therefore the function that torch's
+    wrapper of the step calls is replaced for one call. Returns None if that function is not found, as in a compiled step.
     """
     frame: Any = sys._getframe()
     while frame is not None and frame.f_code is not _STEP:

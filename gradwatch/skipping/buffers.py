@@ -1,14 +1,16 @@
-"""The model's buffers before the forwards of a step, so that a step that is left out can give them back.
+"""Copies of the model's buffers before the forwards of a step, to restore them if the step is left out.
 
-A batch that is not finite goes through the running statistics of normalisation before its gradients are seen. So after each
-step that is made, the buffers that change are copied side by side into one tensor: one call for all of a kind. Torch's batch
-normalisation changes its buffers without counting the change, and so does writing through ``.data``: what a normalisation
-holds, and what was ever seen to differ, is copied each time; the rest when torch counts a change or it was replaced.
+A batch that is not finite enters the running statistics of normalisation layers before its gradients are seen. Therefore the
+buffers that change are copied after each step, in one call for all buffers of one device and dtype. Torch's batch
+normalisation changes its buffers without incrementing their version, as does writing through ``.data``. The buffers of
+normalisation layers, those that were ever found to differ, and all floating-point buffers on a device are therefore copied
+after each step, the others when their version has changed or they were replaced.
 
-Between the copy and the forwards the program may write too, as it does to a moving average or a target network, and nothing
-tells whose a change is; nor which of several forwards are the step's (`gradwatch.skipping.forwards`). Those of torch's batch
-and spectral normalisation are written by forwards alone; to statistics the program wrote where torch has counted a change.
-Other buffers are given back where their module holds numbers that are not finite, and else left as they are, which is said.
+Between the copy and the forwards the program may write to buffers too, as to those of a moving average or a target network,
+and it is not known who made a change, nor which of several forwards belong to the step (`gradwatch.skipping.forwards`). The
+buffers of torch's batch and spectral normalisation are only written by forwards, unless the version of the running statistics
+has changed. Other buffers are restored if their module holds values that are not finite; otherwise they are left as they are,
+and this is reported.
 """
 
 from __future__ import annotations
@@ -29,19 +31,26 @@ if TYPE_CHECKING:
 
     from gradwatch.measure.layers import Layers
 
-_LOOKED = 16  # first steps after which every buffer is compared with what it was, and every so many after them
-_SELDOM = 64
-_WRITTEN_BY_FORWARDS = (nn.modules.batchnorm._NormBase, parametrizations._SpectralNorm)  # and by nobody else
+_LOOKED = 16  # first steps, after each of which every buffer is compared with its copy
+_SELDOM = 64  # steps between comparisons after that
+_WRITTEN_BY_FORWARDS = (nn.modules.batchnorm._NormBase, parametrizations._SpectralNorm)  # and by nothing else
 
 
 class _Group:
-    """Buffers of one device and dtype: ``now`` are views of them, ``last`` and ``before`` their values, side by side."""
+    """Buffers of one device and dtype.
+
+    Attributes:
+        tensors: the buffers.
+        now: flat views of the buffers.
+        last: their values after the last step, concatenated.
+        before: their values before the forwards of the current step, concatenated.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
         self.now = [
             tensor.data.view(-1) for tensor in tensors
-        ]  # what is written through ``.data`` is no change to autograd
+        ]  # writing through ``.data`` is not a change for autograd
         self.last = torch.cat(self.now)
         self.before = self.last.clone()
         self._sizes = [view.numel() for view in self.now]
@@ -65,12 +74,16 @@ class _Group:
 
     @property
     def strayed(self) -> bool:
-        """True when one of them lies elsewhere by now."""
+        """True if the memory of a buffer has been replaced."""
         return any(one.data_ptr() != view.data_ptr() for one, view in zip(self.tensors, self.now, strict=True))
 
 
 class Buffers:
-    """The buffers of one model. Call `begin` before each step, then `keep`, `give_back` or `give_back_where`, then `stepped`."""
+    """Copies of the buffers of one model.
+
+    Call `begin` before each step, then `keep` if it is made, `give_back` if it is left out, or `give_back_where` if that is
+    decided on a device, and then `stepped`.
+    """
 
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
@@ -78,16 +91,16 @@ class Buffers:
         self._objects: list[Tensor | None] = []
         self._ids: list[int] = []
         self._changing: set[int] = set()
-        self._groups: list[_Group] = []  # of what forwards alone write
-        self._others: list[_Group] = []  # others that change
+        self._groups: list[_Group] = []  # buffers that only forwards write
+        self._others: list[_Group] = []  # other buffers that change
         self._constant: list[_Group] = []
-        self._statistics: list[Tensor] = []  # of normalisations, which torch does not count changes of
-        self._counters: list[Tensor] = []  # what each forward writes, and torch counts
+        self._statistics: list[Tensor] = []  # running statistics, whose version forwards do not increment
+        self._counters: list[Tensor] = []  # buffers whose version each forward increments
         self._forwards = Forwards()
         self._usual = True
         self._uncounted = self._versions_then = 0
         self._versions = 0
-        self._loose: set[tuple[int, str]] = set()  # places where the tensor is another one each time, or no plain one
+        self._loose: set[tuple[int, str]] = set()  # buffers that are replaced, or are not plain tensors
         self._now: dict[tuple[int, str], tuple[Tensor | None, Tensor | None]] = {}
         self._before: dict[tuple[int, str], tuple[Tensor | None, Tensor | None]] = {}
         self._kept = 0
@@ -106,7 +119,7 @@ class Buffers:
                 yield module, name, f"{prefix}.{name}" if prefix else name
 
     def _plan(self) -> None:
-        """Group the buffers as they are now; what is known of them from before this step stays known."""
+        """Group the current buffers, and keep the values that are known from before this step."""
         known: dict[int, Tensor] = {}
         for group in (*self._groups, *self._others, *self._constant):
             known.update(zip(map(id, group.tensors), group.parts(), strict=True))
@@ -150,7 +163,7 @@ class Buffers:
         self._marker = weakref.ref(parameter) if parameter is not None else None
 
     def _unread(self, buffer: Tensor) -> bool:
-        """True for one of numbers that cannot be compared without waiting for its device."""
+        """Return True for a floating-point buffer that cannot be compared without waiting for its device."""
         return buffer.is_floating_point() and not device.reading_is_free(buffer.device)
 
     def _count(self) -> int:
@@ -162,9 +175,12 @@ class Buffers:
     # Each step.
 
     def begin(self, optimizer: int, backwards: int, *, fresh: bool) -> None:
-        """A step of this optimizer is about to be made or left out.
+        """Prepare for a step, which is made or left out.
 
-        ``backwards`` is their number so far; ``fresh``: there has been one since the last step.
+        Args:
+            optimizer: the identity of the optimizer.
+            backwards: number of backwards of the model so far.
+            fresh: there was a backward since the last step.
         """
         if not self._places or not fresh:
             return
@@ -181,14 +197,14 @@ class Buffers:
         )
 
     def stepped(self, backwards: int) -> None:
-        """The step is over, after so many backwards: who writes to the parameters from here on is the user."""
+        """Record that the step has ended, so that later changes of the parameters are known to be the program's."""
         if self._counters:
             self._forwards.begin(_versions(self._counters), backwards)
         marker = self._marker() if self._marker is not None else None
         self._mark = marker._version if marker is not None else -1
 
     def made(self, optimizer: int, backwards: int, *, fresh: bool) -> None:
-        """A step is made: `begin` and `keep`; a model without buffers is only looked at now and then."""
+        """Call `begin` and `keep` for a step that is made; a model without buffers is only checked every 64 steps."""
         if self._places:
             self.begin(optimizer, backwards, fresh=fresh)
             self.keep()
@@ -198,7 +214,7 @@ class Buffers:
         self._kept += 1
 
     def keep(self) -> None:
-        """The step is made: take the buffers as they are."""
+        """Copy the buffers as they are, because the step is made."""
         if [id(d.get(name)) for d, name in self._fixed] != self._ids:
             self._plan()
         for group in (*self._groups, *self._others):
@@ -215,7 +231,7 @@ class Buffers:
             self._look_again()
 
     def _look_again(self) -> None:
-        """Take in buffers that were added; find those that change without being counted."""
+        """Include buffers that were added, and find those that change without a new version."""
         if [full for _, _, full in self._found()] != [full for _, _, full in self._places]:
             self._plan()
         self._uncounted = _versions(self._statistics)
@@ -232,7 +248,7 @@ class Buffers:
                 group.keep()
 
     def _promote(self) -> None:
-        """Copy from now on what was taken for constant and has changed."""
+        """Move buffers that were assumed to be constant but have changed to those that are copied."""
         moved = {
             id(tensor)
             for group in self._constant
@@ -247,11 +263,11 @@ class Buffers:
     # A step that is left out.
 
     def _unknown(self) -> str:
-        """Say why what the buffers were before is not known; nothing where it is."""
+        """Return why the earlier values of the buffers are not known; empty if they are."""
         if not any(module._buffers for module in self._modules()):
             return ""
         if self._written and not self._habit:
-            return "the model was written to since the last step, so that what its buffers were before is not known"
+            return "the model was written to since the last step, so the earlier values of its buffers are not known"
         if any(group.strayed for group in (*self._groups, *self._others, *self._constant)):
             return "buffers of the model have moved to other memory"
         return ""
@@ -261,12 +277,12 @@ class Buffers:
         return model.modules() if model is not None else iter(())
 
     def give_back(self) -> str:
-        """Put every buffer back as it was before the forwards of this step; return why that cannot be, or nothing."""
+        """Restore every buffer to its value before the forwards of this step; return why that was not possible, or ""."""
         problem = self._unknown()
         if problem:
             return problem
         known = {(id(d), name) for d, name, _ in self._places}
-        poisoned = set()  # the tables of buffers that hold numbers that are not finite
+        poisoned = set()  # ids of the buffer tables that hold values that are not finite
         for module, name, full in self._found():
             one = module._buffers[name]
             if one is not None and not is_lazy(one) and not is_finite(one):
@@ -289,7 +305,7 @@ class Buffers:
         return problem
 
     def _give_back_doubtful(self, groups: Sequence[_Group], poisoned: set[int]) -> str:
-        """Give back what poisoned modules hold of these; return why the rest may not be as it was, or nothing."""
+        """Restore the buffers in these groups whose module is poisoned; return why the others may have changed, or ""."""
         problem, unseen = "", self._count() == self._versions
         constant = {id(tensor) for group in self._constant for tensor in group.tensors}
         parts = {
@@ -300,7 +316,7 @@ class Buffers:
         for (d, name, full), one in zip(self._places, self._objects, strict=True):
             if (id(d), name) in self._loose:
                 problem = self._give_back_loose(d, name, full, poisoned=id(d) in poisoned) or problem
-            elif one is None or id(one) not in parts:  # a normalisation's
+            elif one is None or id(one) not in parts:  # a buffer of a normalisation layer
                 d[name] = one
             else:
                 view, part = parts[id(one)]
@@ -309,7 +325,7 @@ class Buffers:
                 if id(d) not in poisoned:
                     problem = _doubt(full)
                 elif d.get(name) is one and id(one) in constant and unseen:
-                    problem = f"the buffer {full} is not finite, and what it was before is not known"
+                    problem = f"the buffer {full} is not finite, and its earlier value is not known"
                 else:
                     d[name] = one
                     view.copy_(part)
@@ -322,14 +338,17 @@ class Buffers:
         if not poisoned:
             return _doubt(full)
         if one is not None and copy is None:
-            return f"what the buffer {full} was before is not known"
+            return f"the earlier value of the buffer {full} is not known"
         d[name] = one
         if one is not None and copy is not None:
             one.data.copy_(copy)
         return ""
 
     def give_back_where(self, bad: Tensor) -> str:
-        """Do the same on devices, where ``bad`` (bool, no dimensions); nothing is read. Then `keep` is done too."""
+        """Restore the buffers on devices where ``bad``, a bool tensor of shape (), is True, and copy them as `keep` does.
+
+        Nothing is read on the host. Returns why buffers may not have been restored, or "".
+        """
         problem = self._unknown()
         doubt = bool(self._loose) or _versions(self._tensors_of_others()) != self._versions_then
         if [id(d.get(name)) for d, name in self._fixed] != self._ids or self._count() != self._versions:
@@ -339,7 +358,7 @@ class Buffers:
         everywhere = [*self._groups, *self._others]
         groups = [group for group in everywhere if group.last.device.type == bad.device.type]
         if len(groups) < len(everywhere):
-            problem = problem or "buffers of the model lie on the CPU, where they cannot be given back without waiting"
+            problem = problem or "buffers of the model are on the CPU, where they cannot be restored without waiting"
         others = bad & self._is_poisoned(bad) if doubt else bad
         for group in groups:
             if problem:
@@ -356,7 +375,7 @@ class Buffers:
         return problem or (said if doubt else "")
 
     def _is_poisoned(self, bad: Tensor) -> Tensor:
-        """Return whether any buffer that the program may write holds a number that is not finite, without waiting."""
+        """Return whether any buffer that the program may write is not finite, as a bool tensor; nothing is read."""
         held = [torch.cat(group.now) for group in self._others]
         held += [one for d, name in self._loose_places() if isinstance(one := d.get(name), Tensor) and not is_lazy(one)]
         found = [~torch.isfinite(one).all() for one in held if one.device == bad.device]
@@ -379,7 +398,7 @@ class Buffers:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """True when no element is NaN or infinite; reads the tensor."""
+    """Return True if no element is NaN or infinite. Reads the tensor on the host."""
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all())
 
 
@@ -388,14 +407,14 @@ def _doubt(full: str) -> str:
 
 
 def _versions(tensors: Sequence[Tensor]) -> int:
-    """Return how often torch has counted a change of any of them."""
+    """Return the sum of the versions of these tensors, which changes whenever torch counts a change of one of them."""
     return sum(tensor._version for tensor in tensors)
 
 
 def _same(one: Tensor, copy: Tensor) -> bool:
     try:
         return torch.equal(one, copy)
-    except (RuntimeError, NotImplementedError):  # of a kind that cannot be compared
+    except (RuntimeError, NotImplementedError):  # tensors of a kind that cannot be compared
         return False
 
 

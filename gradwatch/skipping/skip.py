@@ -1,14 +1,14 @@
-"""How one optimizer's step is left out, so that parameters and state stay as they were to the bit.
+"""Leaving out the step of one optimizer, so that parameters and optimizer state stay bit-identical.
 
-The classes of `torch.optim` take a parameter that has no gradient for one that is not part of the step: hiding the gradients is
-enough, and tests hold that for each of them; LBFGS counts its evaluations all the same, which is undone. Others may take a
-gradient for granted, take None for zero, evaluate a closure again, or keep gradients elsewhere. Their step runs with zeros
-instead, and all that it moved is put back.
+The classes of `torch.optim` ignore parameters without a gradient, so hiding the gradients is enough; tests verify this for each
+of them. LBFGS counts its evaluations nevertheless, which is undone. Other classes may require a gradient, treat None as zero,
+evaluate a closure again, or keep gradients elsewhere. Their step runs with gradients of zero, and everything that it changed is
+restored.
 
-A step with a closure can only be left out once that has been evaluated, and one that leaves the work to another optimizer
-when that is about to step. What a class of optimizers changes before is learned from its first step, and kept from then on
-before each step: copies of its tensors where it moves them, the numbers that it counts, or nothing. A class that begins later to
-change anything is found out in the step that must be left out; that one is not called skipped.
+A step with a closure can only be left out after the closure was evaluated, and a step that delegates to another optimizer when
+that one is about to step. What a class of optimizers changes before that is learned from its first step, and copied from then
+on before each step: its tensors, the numbers that it counts, or nothing. A class that begins later to change something is
+detected in the step that should be left out; that step is not counted as skipped.
 """
 
 from __future__ import annotations
@@ -32,24 +32,26 @@ if TYPE_CHECKING:
     Told = Callable[[str], None]
     Changes = Literal["tensors", "counts", "nothing"]
 
-# what the steps of a class change before they evaluate their closure: tensors, as sharpness-aware ones do, or what they count
+# what the step of a class changes before it evaluates its closure: tensors, as sharpness-aware optimizers do, or counters
 _changes_first: weakref.WeakKeyDictionary[type, Changes] = weakref.WeakKeyDictionary()
 _NUMBERS = (int, float, bool)
-_CHANGED_FIRST = "its step had changed what it holds before its gradients were seen"
+_CHANGED_FIRST = "the step had changed the optimizer before its gradients were measured"
 
 
 class Zeroed(Protocol):
-    """A gradient that is zero for a while."""
+    """A gradient that is temporarily zero."""
 
     def put_back(self) -> None:
-        """End that."""
+        """Restore the gradient."""
 
 
 class Skip:
-    """What leaves out the steps of one optimizer.
+    """Leaves out steps of one optimizer.
 
-    `leave_out` before a step, or `leave_out_inside` in the middle of one, of which `expect` was told before. ``told`` is called
-    when it is known whether the step was left out: with nothing, or with why not. Nothing here raises.
+    Call `leave_out` before a step. For a step that can only be left out in the middle, call `expect` before the step and
+    `leave_out_inside` after the first evaluation of its closure, or before the step of the optimizer that it delegates to.
+    ``told`` is called when it is known whether the step was left out: with an empty string, or with the reason why it was not.
+    Only `end` may raise, where it does not reach the training.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
@@ -76,13 +78,13 @@ class Skip:
         self._told, self._reason = told, ""
         begin = self._hide if is_torchs(optimizer) else self._begin
         self._around = around(optimizer, begin, self.end)
-        if self._around is None:  # `end` comes with the hook after the step
+        if self._around is None:  # the hook after the step calls `end`
             begin()
 
     def expect(self) -> None:
-        """A step is about to be made that may have to be left out in the middle of it.
+        """Prepare for a step that may have to be left out in the middle.
 
-        That is where its closure has been evaluated, or where another optimizer is about to step for it.
+        That is after its closure was evaluated, or when another optimizer is about to step for it.
         """
         optimizer = self._optimizer()
         assert optimizer is not None
@@ -106,11 +108,11 @@ class Skip:
             self._keep(optimizer, tensors=changes == "tensors")
 
     def leave_out_inside(self, told: Told) -> None:
-        """Leave out the rest of a step that was expected and has begun, and undo what it did before."""
+        """Leave out the rest of an expected step that has begun, and undo what it did before."""
         optimizer = self._optimizer()
         assert optimizer is not None
         self._told = told
-        if is_torchs(optimizer):  # which evaluate first, and once; LBFGS ends where the gradient is zero
+        if is_torchs(optimizer):  # they evaluate the closure first and once; LBFGS stops if the gradient is zero
             self._hide()
             return
         self._learn(optimizer)
@@ -133,7 +135,7 @@ class Skip:
             self._reason = f"what it holds cannot be copied: {words_of(error)}"
 
     def evaluated(self, *, first: bool) -> None:
-        """The middle of an expected step is over: in one that is being left out, later gradients are not for use either."""
+        """Handle the middle of an expected step: in one that is being left out, later gradients are not used either."""
         optimizer = self._optimizer()
         if optimizer is None:
             return
@@ -171,8 +173,8 @@ class Skip:
             self._snapshot = Snapshot(optimizer, self._model(), tensors=tensors)
         except Unreadable as finding:
             self._reason = str(finding)
-        except Exception as error:  # what a user's class holds may do anything when it is looked at
-            self._reason = f"what it holds cannot be kept: {words_of(error)}"
+        except Exception as error:  # objects of a user's class may raise anything when they are inspected
+            self._reason = f"the contents of the optimizer cannot be copied: {words_of(error)}"
 
     def _hide(self) -> None:
         optimizer = self._optimizer()
@@ -189,14 +191,15 @@ class Skip:
             try:
                 if parameter.grad is not None:
                     self._zeroed.append(_zeroed(parameter))
-            except (RuntimeError, NotImplementedError) as error:  # it keeps what it has
-                self._reason = f"a gradient could not be made zero: {words_of(error)}"
+            except (RuntimeError, NotImplementedError) as error:  # this gradient keeps its value
+                self._reason = f"a gradient could not be set to zero: {words_of(error)}"
 
     def end(self, *, late: bool = False) -> None:
-        """Put everything back; ``late``: the step raised some time ago, so that its user may have gone on already.
+        """Restore everything after the step, and raise the exception that restoring raised during the step, if any.
 
-        The hook after a step comes too early where a step calls that of its base class. What failed at the end of a step
-        is raised here, where it does not reach the training.
+        Nothing is done while the step is still running, since the hook after a step is called too early if the step calls that
+        of its base class. If ``late``, the step raised some time ago and the program may have changed gradients and state
+        since, so only gradients that were set to zero are restored.
         """
         around = self._around
         if around is not None and around.under_way:
@@ -224,18 +227,18 @@ class Skip:
             for one in zeroed:
                 one.put_back()
         except Exception as error:
-            self._reason = f"what it held could not be put back: {words_of(error)}"
+            self._reason = f"the contents of the optimizer could not be restored: {words_of(error)}"
         if told is not None:
             told("its step raised" if late else self._reason)
-        if around is not None:  # last: while it is there, a failure on the way here can be found on it
+        if around is not None:  # last, because its `end_error` is needed if something above raises
             around.remove()
             self._around = None
 
 
 class _InPlace:
-    """A gradient that is zeros itself: whoever keeps another view of its memory sees them too.
+    """A gradient that is set to zero in place, so that other views of its memory are zero too.
 
-    They are negative zeros, so that those of an optimizer that clears its gradients can be told from them.
+    Negative zeros are used, to distinguish them from those of an optimizer that clears its gradients.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
@@ -254,7 +257,7 @@ class _InPlace:
 
 
 class _StoodIn:
-    """A gradient in whose place zeros stand."""
+    """A gradient that is replaced by a tensor of zeros."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
@@ -270,7 +273,7 @@ def _zeroed(parameter: nn.Parameter) -> Zeroed:
     gradient = parameter.grad
     assert gradient is not None
     strided = gradient.layout is torch.strided and not is_dtensor(gradient) and not gradient.requires_grad
-    # one whose elements share memory cannot be written to
+    # tensors whose elements share memory cannot be written to
     plain = strided and (gradient.is_contiguous() or torch.empty_like(gradient).stride() == gradient.stride())
     return _InPlace(parameter) if plain else _StoodIn(parameter)
 
@@ -294,7 +297,7 @@ def _parameters(optimizer: Optimizer) -> Iterator[Any]:
 
 
 def is_torchs(optimizer: Optimizer) -> bool:
-    """True for a class of `torch.optim` whose step is still torch's own."""
+    """Return True for an optimizer of a class in `torch.optim` whose step has not been replaced."""
     kind = type(optimizer)
     if not kind.__module__.startswith("torch.optim."):
         return False

@@ -1,4 +1,4 @@
-"""All that an optimizer's step may move, kept so that it can be put back: bit for bit, in place."""
+"""Copies of everything that an optimizer's step may change, to restore it in place and bit-identical."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from gradwatch.measure.wrappers import local_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_MOST = 50_000  # things that one optimizer holds: with more it holds the world
-_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "gradwatch"}  # whose objects are not looked into
-_HOOKS = "_optimizer_"  # what torch keeps of the user's hooks in an optimizer's attributes
+_MOST = 50_000  # most objects reachable from one optimizer
+_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "gradwatch"}  # packages whose objects are not inspected
+_HOOKS = "_optimizer_"  # prefix of the attributes in which torch keeps the user's hooks
 
 
-class Unreadable(Exception):  # noqa: N818  it is a finding, told in a note
-    """What an optimizer holds cannot be kept; the message says why."""
+class Unreadable(Exception):  # noqa: N818  it is a finding, reported in a note
+    """Raised if the contents of an optimizer cannot be copied; the message says why."""
 
 
 class Snapshot:
-    """What one optimizer holds at one moment: parameters, state and every other attribute, of optimizers inside it too.
+    """The contents of one optimizer: parameters, state and all other attributes, including optimizers inside it.
 
-    Tensors, arrays and generators are kept as copies; dicts, lists and sets, and the attributes of objects that belong to
-    the optimizer, as the list of what is in them. Call all of it without autograd.
+    Tensors, arrays and generators are copied. Of dicts, lists, sets and the attributes of objects that belong to the
+    optimizer, the references are kept. Call all methods with autograd disabled.
 
     Args:
-        optimizer: the one that is about to step.
-        model: its other parameters must stay where they are.
-        tensors: False leaves out the copies of tensors, of which it is then only known whether they were written to. They can
-            be made later (`keep_tensors`); without them a tensor that was written to cannot be put back.
+        optimizer: optimizer that is about to step.
+        model: model whose other parameters the step must not change; None: there are none to check.
+        tensors: False to copy no tensors, only to record whether they are written to. They can be copied later (`keep_tensors`);
+            until then a tensor that was written to cannot be restored.
 
     Raises:
-        Unreadable: there is something that cannot be kept.
+        Unreadable: something cannot be copied.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module | None, *, tensors: bool = True) -> None:
         self._package = type(optimizer).__module__.partition(".")[0]
         self._own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._seen: dict[int, Any] = {}
-        self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []  # each, what it lies in, and a copy
-        self._marked: list[tuple[Tensor, tuple[int, int]]] = []  # those without a copy
-        self._gradients: list[tuple[Tensor, Tensor | None]] = []  # of tensors that the optimizer made itself
+        self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []  # each with its memory and a copy
+        self._marked: list[tuple[Tensor, tuple[int, int]]] = []  # tensors without a copy
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []  # of leaf tensors other than its parameters
         self._containers: list[tuple[Any, Any]] = []
         self._slots: list[tuple[Any, str, Any]] = []
         self._arrays: list[tuple[Any, Any]] = []
@@ -60,7 +60,7 @@ class Snapshot:
             if tensors:
                 self.keep_tensors()
         except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise Unreadable(f"what it holds cannot be copied: {words_of(error)}") from error
+            raise Unreadable(f"the contents of the optimizer cannot be copied: {words_of(error)}") from error
         named = model.named_parameters() if model is not None else ()
         self._others = [(name, one, _mark(one)) for name, one in named if id(one) not in self._seen]
 
@@ -72,7 +72,7 @@ class Snapshot:
                 continue
             self._seen[id(thing)] = thing
             if len(self._seen) > _MOST:
-                raise Unreadable(f"it holds more than {_MOST:,} things")
+                raise Unreadable(f"the optimizer holds more than {_MOST:,} objects")
             owned = owned or self._belongs(thing)
             waiting += [(inner, owned) for inner in self._look(thing, owned=owned)]
 
@@ -80,7 +80,7 @@ class Snapshot:
         return isinstance(thing, Optimizer) or "param_groups" in getattr(thing, "__dict__", ())
 
     def _look(self, thing: Any, *, owned: bool) -> Iterable[Any]:
-        """Keep one thing; return what is in it."""
+        """Copy one object, and return the objects that it contains."""
         if isinstance(thing, Tensor):
             return self._look_at_tensor(thing)
         if isinstance(thing, nn.Module):
@@ -110,7 +110,10 @@ class Snapshot:
         return inside
 
     def _look_at_object(self, thing: Any, *, owned: bool) -> Iterable[Any]:
-        """Look into an object; only what belongs to the optimizer gets its attributes back, not a logger or a trainer."""
+        """Return the objects that an object contains; its attributes are kept only if it belongs to the optimizer.
+
+        The attributes of a logger or a trainer, for example, are not restored.
+        """
         kind = type(thing)
         package = kind.__module__.partition(".")[0]
         its = isinstance(thing, Optimizer) or dataclasses.is_dataclass(kind) or package == self._package != "torch"
@@ -125,20 +128,20 @@ class Snapshot:
         return list(inside.values())
 
     def keep_tensors(self) -> bool:
-        """Copy the tensors that have no copy yet; False when one was written to before that."""
+        """Copy the tensors that were not copied yet; return False if one was written to before that."""
         as_found = not any(_mark(tensor) != mark for tensor, mark in self._marked)
         self._tensors += [(tensor, tensor.detach(), tensor.detach().clone()) for tensor, _ in self._marked]
         self._marked.clear()
         return as_found
 
     def moved(self) -> bool:
-        """True when a tensor is not what it was, or was written to where there is no copy."""
+        """Return True if a tensor has changed or was replaced, or was written to before it was copied."""
         return any(_mark(tensor) != mark for tensor, mark in self._marked) or any(
             not _same(tensor, held) or not torch.equal(held, copy) for tensor, held, copy in self._tensors
         )
 
     def counted(self) -> bool:
-        """True when anything else than a tensor is not what it was."""
+        """Return True if anything but a tensor has changed."""
         return (
             any(not _holds(container, kept) for container, kept in self._containers)
             or any(getattr(thing, name, None) is not value for thing, name, value in self._slots)
@@ -147,7 +150,7 @@ class Snapshot:
         )
 
     def put_back(self) -> str:
-        """Put everything back; return what could not be, nothing where all was."""
+        """Restore everything; return why something could not be restored, or ""."""
         problem = ""
         for container, kept in self._containers:
             _refill(container, kept)
@@ -159,10 +162,8 @@ class Snapshot:
                     tensor.data = held
                 held.copy_(copy)
             except (RuntimeError, TypeError, NotImplementedError) as error:
-                if not torch.equal(
-                    held, copy
-                ):  # one that lies in less memory than it has elements cannot be written to
-                    problem = f"a tensor of shape {tuple(tensor.shape)} could not be put back: {words_of(error)}"
+                if not torch.equal(held, copy):  # an expanded tensor, whose elements share memory, cannot be written to
+                    problem = f"a tensor of shape {tuple(tensor.shape)} could not be restored: {words_of(error)}"
         for tensor, gradient in self._gradients:
             tensor.grad = gradient
         for array, kept in self._arrays:
@@ -170,13 +171,13 @@ class Snapshot:
         for generator, state in self._generators:
             generator.set_state(state)
         if any(_mark(tensor) != mark for tensor, mark in self._marked):
-            problem = "its step has written to what it holds"
+            problem = "the step has written to a tensor that was not copied"
         moved = next((name for name, one, mark in self._others if _mark(one) != mark), None)
-        return problem or (f"its step moves {moved}, which it does not hold" if moved else "")
+        return problem or (f"the step changes {moved}, which is not a parameter of the optimizer" if moved else "")
 
 
 def type_of(container: Any) -> type:
-    """Return the plain type that keeps what is in a container."""
+    """Return the built-in type (dict, list or set) of which a container is an instance."""
     return next(kind for kind in (dict, list, set) if isinstance(container, kind))
 
 
@@ -211,13 +212,13 @@ def _refill(container: Any, kept: Any) -> None:
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
-    """Return what tells that a tensor was written to, or lies elsewhere, without looking at its values."""
+    """Return the version and the memory address of a tensor, which show whether it was written to or replaced."""
     local = local_of(tensor.detach())
     return local._version, local.data_ptr() if local.layout is torch.strided else 0
 
 
 def _same(tensor: Tensor, held: Tensor) -> bool:
-    """True when a tensor lies where it lay."""
+    """Return True if a tensor has the same memory, shape and strides as ``held``."""
     one, other = local_of(tensor.detach()), local_of(held)
     if one.layout is not torch.strided or other.layout is not torch.strided:
         return False

@@ -109,10 +109,10 @@ class Suspects:
         if not (first > math.log(self._settings.moved) and first > self._settings.alone * second):
             return None, None
         name = history.layers[int(order[-1])]
-        told = "became not finite" if math.isinf(first) else f"changed by a factor of {math.exp(first):.3g}"
+        told = "became non-finite" if math.isinf(first) else f"changed by a factor of {math.exp(first):.3g}"
         return name, (
-            f"the weights of {name} {told} within {history.weight_gap} steps, those of each other layer by at most "
-            f"{math.exp(second):.3g}"
+            f"the weights of {name} {told} within {history.weight_gap} steps, those of every other layer by a factor of at "
+            f"most {math.exp(second):.3g}"
         )
 
 
