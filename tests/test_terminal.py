@@ -294,7 +294,7 @@ def test_ctrl_c_leaves_the_terminal_clean_with_the_summary(script: str) -> None:
     assert screen.count("gradwatch healthy:") == 1
     if "except" not in script:
         assert sat.process.returncode == -2
-        assert any(line.endswith("Traceback (most recent call last):") for line in sat.lines)
+        assert "KeyboardInterrupt" in sat.lines  # the end of its traceback, whose beginning may have left the screen
 
 
 def test_a_prompt_is_left_alone_while_it_waits() -> None:
