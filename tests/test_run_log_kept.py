@@ -188,7 +188,7 @@ def test_a_folder_of_any_name_holds_a_log(tmp_path: Path, capsys: pytest.Capture
     with RunLog(folder) as log:
         assert len(log.series().step) == 5
     assert main(["report", str(folder)]) == 0
-    assert "\\udcff: ended" in "".join(capsys.readouterr().out.split("\n"))
+    assert "\\udcff:ended" in "".join(capsys.readouterr().out.split())
 
 
 def batch_of(start: int, **more: Any) -> Batch:
