@@ -17,7 +17,6 @@ import gradwatch
 from gradwatch.__main__ import main
 from gradwatch.commands.watch import _look
 from gradwatch.reports.watching import Watching
-from gradwatch.runlog import RunLog
 from gradwatch.runlog.schema import FILE
 from tests.test_foreign_text import drawn
 from tests.test_run_log import watched
@@ -262,27 +261,6 @@ def test_a_layer_may_be_called_as_a_column_is(tmp_path: Path, capsys: pytest.Cap
     rows = (tmp_path / "run" / "csv" / "gradient_norms.csv").read_text().splitlines()
     assert rows[0] == "step,step"
     assert [int(row.split(",")[0]) for row in rows[1:]] == list(range(10))
-
-
-@pytest.mark.parametrize("command", ["--html", "csv"])
-def test_a_file_of_another_program_is_not_replaced(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By a page or an export; an earlier one of its own is."""
-    watched(tmp_path / "run", steps=5)
-    own = tmp_path / "out" / ("page.html" if command == "--html" else "steps.csv")
-    words = [command, str(own)] if command == "--html" else ["--to", command, "--out", str(own.parent)]
-    typed = ["report" if command == "--html" else "export", str(tmp_path / "run"), *words]
-    own.parent.mkdir()
-    assert main(typed) == main(typed) == 0
-    own.write_text("my thesis")
-    assert main(typed) == 2
-    assert "is there already, and no" in capsys.readouterr().err
-    assert own.read_text() == "my thesis"
-    run = ["report", str(tmp_path / "run"), "--html", str(tmp_path / "run" / FILE)]
-    assert main(run) == 2
-    with RunLog(tmp_path / "run") as log:
-        assert len(log.series().step) == 5
 
 
 def test_a_log_of_a_model_that_has_changed_since_is_read(tmp_path: Path) -> None:
