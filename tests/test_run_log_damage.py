@@ -16,7 +16,9 @@ from torch import nn
 import gradwatch
 from gradwatch.__main__ import main
 from gradwatch.commands.watch import _look
+from gradwatch.page.content import content_of
 from gradwatch.reports.watching import Watching
+from gradwatch.runlog import RunLog
 from gradwatch.runlog.schema import FILE
 from tests.test_foreign_text import drawn
 from tests.test_run_log import watched
@@ -164,6 +166,12 @@ def test_whatever_stands_in_a_column_is_answered_in_words(bench: Bench, whole: P
     "statement",
     [
         "DELETE FROM steps",
+        "UPDATE steps SET id = -id; UPDATE norms SET id = -id",
+        "UPDATE steps SET id = id + 999999999000 WHERE id % 1000000000000 > 20",
+        "UPDATE layers SET name = 'same'",
+        "UPDATE incidents SET incident = replace(incident, '.weight', '.nothing')",
+        "UPDATE incidents SET incident = replace(incident, 'opened_step\": ', 'opened_step\": -9')",
+        "UPDATE incidents SET incident = replace(incident, 'opened_step\": ', 'opened_step\": 9999999999999')",
         "DELETE FROM layers",
         "DELETE FROM sessions",
         "DELETE FROM norms",
@@ -195,6 +203,33 @@ def test_what_is_missing_or_made_up_is_answered_in_words(statement: str, bench: 
     assert bench.damage(statement)
     codes = bench.try_all()
     assert 0 in codes  # `list`, which shows the others
+
+
+SESSIONS = (
+    "INSERT INTO sessions SELECT n, pid, host, started, ended, 0, NULL, environment, facts, backward_order "
+    "FROM sessions, (SELECT 2 AS n UNION SELECT 3 UNION SELECT 4); "
+)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE {} SET id = 1000000000000 * (4 - id % 1000000000000 / 10) + id % 1000000000000; ",
+        "INSERT INTO {0} SELECT * FROM (SELECT id + 1000000000000, {1} FROM {0}); ",
+    ],
+    ids=["backwards", "again"],
+)
+def test_steps_that_do_not_ascend_are_reported_all_the_same(statement: str, bench: Bench) -> None:
+    """By each command; the page draws each row at its step."""
+    rest = {"steps": "loss, global_norm, clip_coefficient, skipped, provenance", "norms": "keep, gradient, weight"}
+    assert bench.damage(SESSIONS + "".join(statement.format(table, rest[table]) for table in rest))
+    with RunLog(bench.file) as log:
+        assert (np.diff(log.series().step) < 0).any()
+        page = content_of(log)
+    assert page["global_norm"]["x"] == sorted(page["global_norm"]["x"])
+    assert set(page["global_norm"]["x"]) == set(range(40))
+    assert page["step"] == 39
+    assert set(bench.try_all()) <= {0, 1}
 
 
 def test_bytes_of_chance_are_answered_in_words(bench: Bench, whole: Path) -> None:
