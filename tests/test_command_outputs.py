@@ -209,7 +209,6 @@ def test_a_page_may_go_into_a_pipe(run: Path, tmp_path: Path) -> None:
 
 
 ODD: dict[str, Callable[[Path], str]] = {
-    "empty": lambda _: "",
     "folder": str,
     "300 characters": lambda folder: f"{folder}/{'x' * 300}",
     "below a file": lambda folder: f"{folder}/file/page.html",
@@ -221,7 +220,7 @@ ODD: dict[str, Callable[[Path], str]] = {
 
 @pytest.mark.parametrize(
     ("option", "kind"),
-    [*(("--html", kind) for kind in ODD), *(("--out", kind) for kind in ODD if kind not in ("empty", "folder"))],
+    [*(("--html", kind) for kind in ODD), *(("--out", kind) for kind in ODD if kind != "folder")],
 )
 def test_an_odd_place_is_told_in_one_line(
     option: str, kind: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -7,12 +7,12 @@ import io
 import shutil
 import threading
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from gradwatch.commands.outputs import Output, check_outputs, write_outputs
+from gradwatch.commands.values import a_path
 from gradwatch.errors import UsageError
 from gradwatch.printable import printable
 from gradwatch.runlog import RunLog
@@ -21,6 +21,7 @@ from gradwatch.runlog.plain import to_json
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
     from rich.console import Console
     from torch.utils.tensorboard import SummaryWriter
@@ -43,9 +44,9 @@ _MOST_STEPS, _MOST_LAYER_STEPS = 10_000, 1_000
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
-    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
+    parser.add_argument("run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today")
     parser.add_argument("--to", required=True, choices=("csv", "parquet", "tensorboard"), help="the format")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where to (default: a folder in RUN)")
+    parser.add_argument("--out", metavar="DIR", type=a_path, help="where to (default: a folder in RUN)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files also where they are no exports of gradwatch's"
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.commands.outputs import Output, check_outputs, write_outputs
+from gradwatch.commands.values import a_path
 from gradwatch.records import SEVERITIES
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of
@@ -17,6 +17,7 @@ from gradwatch.runlog.state import state_of
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
     from rich.console import Console
 
@@ -33,8 +34,8 @@ EXAMPLES = """\
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
-    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write one page that opens offline")
+    parser.add_argument("run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today")
+    parser.add_argument("--html", metavar="FILE", type=a_path, help="write one page that opens offline")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE also where it is no page of gradwatch's")
     parser.add_argument(
         "--check", action="store_true", help="exit code 1 after an incident of severity warning or worse"
