@@ -161,7 +161,15 @@ def _folder(log: Any) -> Path | None:
         raise UsageError(
             f'attach() got log={shown(log)}; expected the path of a folder, such as "runs/today", or None.'
         )
-    return Path(log)
+    try:
+        folder = Path(log)
+        folder.resolve()
+    except (ValueError, TypeError, OSError, RuntimeError) as error:  # a NUL, bytes, links that lead in a circle
+        raise RunLogError(
+            f"attach() got log={_shown(log)}, where no folder can be: {error}. Expected the path of a folder, such as "
+            '"runs/today". Give another path.'
+        ) from error
+    return folder
 
 
 def _is_number(value: object) -> bool:

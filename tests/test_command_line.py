@@ -56,6 +56,74 @@ def test_an_unknown_code_ends_with_two_and_the_nearest_one(capsys: pytest.Captur
     assert captured.err.startswith("gradwatch: There is no rule 'GW20'. Did you mean 'GW20")
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["demo", "--epochs", "0"], "'0' is no whole number from 1 to 1000000"),
+        (["demo", "--epochs", "1.5"], "'1.5' is no whole number"),
+        (["demo", "--seed", "99999999999999999999999"], "is no whole number from 0"),
+        (["demo", "--seed", "-1"], "'-1' is no whole number from 0"),
+        (["report", ""], "an empty text is no path"),
+        (["report", "run", "--html", ""], "an empty text is no path"),
+        (["export", "run", "--to", "csv", "--out", ""], "an empty text is no path"),
+        (["compare", "run", ""], "an empty text is no path"),
+        (["list", ""], "an empty text is no path"),
+        (["list", "x" * 300], "cannot be looked into: File name too long. Name a folder"),
+        (["report", "x" * 300], "cannot be read: [Errno 36] File name too long"),
+        (["watch", ""], "an empty text is no path"),
+        (["replay", ""], "an empty text is no path"),
+        (["suggest", ""], "an empty text is no path"),
+    ],
+)
+def test_a_value_that_is_none_is_told_as_bad_usage(
+    typed: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With exit code 2, without a traceback, before anything is done."""
+    try:
+        code = main(typed)
+    except SystemExit as end:
+        code = int(str(end.code))
+    captured = capsys.readouterr()
+    assert code == 2
+    assert said in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["report", "a", "b{}"],
+        ["report", "--unknown{}", "a"],
+        ["rules", "--{}"],
+        ["report", "a", "--h={}"],
+        ["report", "a", "--json={}"],
+        ["{}"],
+        ["export", "a", "--to", "{}"],
+        ["demo", "--epochs", "{}"],
+        ["report", "{}"],
+        ["list", "{}"],
+        ["explain", "{}"],
+        ["replay", "a{}", "--rule", "{}"],
+        ["compare", "{}", "{}"],
+        ["export", "a", "--to", "csv", "--out{}", "x"],
+    ],
+    ids=" ".join,
+)
+def test_what_was_typed_steers_no_terminal_when_it_is_repeated(
+    typed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Control characters in unknown options, choices, values and paths are spelled; the exit code is 2."""
+    try:
+        code = main([word.format("\x1b[31mx\x07\r\u202e\x9b2J\nforged") for word in typed])
+    except SystemExit as end:
+        code = int(str(end.code))
+    said = capsys.readouterr()
+    assert code == 2
+    assert "\\x1b[31mx" in said.err
+    assert not set("\x1b\x07\r\u202e\x9b") & set(said.out + said.err)
+    assert "\nforged" not in said.out + said.err
+
+
 def test_the_module_is_the_same_command() -> None:
     """`python -m gradwatch --help` shows the examples and exit codes."""
     done = subprocess.run(

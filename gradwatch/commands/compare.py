@@ -6,6 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from gradwatch.commands.values import a_path
 from gradwatch.offline.compare import Parting, parting
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.plain import to_json
@@ -25,8 +26,8 @@ _MOST = 12
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
-    parser.add_argument("left", metavar="RUN", help="the folder of a run log")
-    parser.add_argument("right", metavar="RUN", help="another one")
+    parser.add_argument("left", metavar="RUN", type=a_path, help="the folder of a run log")
+    parser.add_argument("right", metavar="RUN", type=a_path, help="another one")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

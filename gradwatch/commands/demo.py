@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gradwatch.commands.values import a_number
+
 if TYPE_CHECKING:
     import argparse
 
@@ -18,8 +20,10 @@ EXAMPLES = """\
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
-    parser.add_argument("--epochs", type=int, default=100, help="epochs of each training (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+    parser.add_argument("--epochs", type=a_number(1, 10**6), default=100, help="epochs of each training (default: 100)")
+    parser.add_argument(
+        "--seed", type=a_number(0, 2**63 - 1), default=0, help="seed of weights and batches (default: 0)"
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> int:

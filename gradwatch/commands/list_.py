@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gradwatch.commands.values import a_path
 from gradwatch.errors import GradwatchError, UsageError
 from gradwatch.records import SEVERITIES
 from gradwatch.runlog.schema import FILE
@@ -26,14 +27,20 @@ EXAMPLES = """\
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
-    parser.add_argument("folder", metavar="DIR", nargs="?", default=".", help="where to look (default: here)")
+    parser.add_argument(
+        "folder", metavar="DIR", nargs="?", default=".", type=a_path, help="where to look (default: here)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """See `gradwatch.commands.Command`."""
-    folder = Path(options.folder)
-    if not folder.is_dir():
+    folder: Path = options.folder
+    try:
+        there = folder.is_dir()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be looked into: {error.strerror}. Name a folder that holds runs.") from error
+    if not there:
         raise UsageError(f"There is no folder {folder}. Name one that holds runs, such as runs.")
     found = sorted((_told(path.parent) for path in folder.rglob(FILE)), key=lambda told: told["started"] or 0)
     if options.json:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradwatch.commands.values import a_path
 from gradwatch.offline.replay import Replayed, replay, with_settings
 from gradwatch.offline.traces import is_trace, read_trace
 from gradwatch.rules import default_rules
@@ -35,7 +35,9 @@ each eighth row's layers only."""
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
-    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, or a trace: a text file of series")
+    parser.add_argument(
+        "run_log", metavar="RUN", type=a_path, help="the folder of a run log, or a trace: a text file of series"
+    )
     parser.add_argument(
         "--rule",
         action="append",
@@ -48,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """See `gradwatch.commands.Command`."""
-    path = Path(options.run_log)
+    path = options.run_log
     unknown: list[str] = []
     before: list[Incident] = []
     fired: dict[str, int] = {}

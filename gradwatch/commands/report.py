@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradwatch.commands.outputs import Output, check_outputs, write_outputs
+from gradwatch.commands.values import a_path
 from gradwatch.records import SEVERITIES
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of
+from gradwatch.runlog.own import beginning_of
 from gradwatch.runlog.plain import to_json
 from gradwatch.runlog.state import state_of
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
     from rich.console import Console
 
@@ -31,8 +34,9 @@ EXAMPLES = """\
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
-    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write one page that opens offline")
+    parser.add_argument("run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today")
+    parser.add_argument("--html", metavar="FILE", type=a_path, help="write one page that opens offline")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE also where it is no page of gradwatch's")
     parser.add_argument(
         "--check", action="store_true", help="exit code 1 after an incident of severity warning or worse"
     )
@@ -44,15 +48,25 @@ def run(options: argparse.Namespace, console: Console) -> int:
     with RunLog(options.run_log) as log:
         snapshot = snapshot_of(log)
         if options.html is not None:
-            from gradwatch.page import write_page
-
-            write_page(log, options.html)
+            _write_page(log, options.html, overwrite=options.overwrite)
         if options.json:
             sys.stdout.write(json.dumps(_plain(log, snapshot), indent=2) + "\n")
         else:
             _show(log, snapshot, options.html, console)
     grave = [one for one in snapshot.incidents if SEVERITIES.index(one.severity) >= SEVERITIES.index("warning")]
     return 1 if options.check and grave else 0
+
+
+def _write_page(log: RunLog, path: Path, *, overwrite: bool) -> None:
+    from gradwatch.page import is_page, page_of
+
+    output = Output(
+        path,
+        write=lambda new: new.write_text(page_of(log), encoding="utf-8"),
+        is_own=lambda old: is_page(beginning_of(old, 200)),
+    )
+    check_outputs(log, [output], "--html", overwrite=overwrite)
+    write_outputs([output], "--html")
 
 
 def _show(log: RunLog, snapshot: Snapshot, page: Path | None, console: Console) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from gradwatch.autoclip.suggest import suggest
+from gradwatch.commands.values import a_path
 from gradwatch.runlog import RunLog
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ First observe common norms, then choose. The norms are those before any clip."""
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
-    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
+    parser.add_argument("run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gradwatch.commands.keyboard import Keys
+from gradwatch.commands.values import a_path
 from gradwatch.errors import RunLogError, UsageError
 from gradwatch.history.statistics import quiet_numpy
 from gradwatch.runlog import RunLog
@@ -19,6 +19,7 @@ from gradwatch.runlog.state import state_of
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
     from rich.console import Console, RenderableType
 
@@ -39,7 +40,7 @@ _ROWS = 64
 def arguments(parser: argparse.ArgumentParser) -> None:
     """See `gradwatch.commands.Command`."""
     parser.add_argument(
-        "run_log", metavar="RUN", help="the folder of a run log, such as runs/today; it may not exist yet"
+        "run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today; it may not exist yet"
     )
 
 
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             signal.signal(getattr(signal, name), lambda number, _: asked.append(number))
     watching = Watching()
     while not watching.over:
-        _follow(Path(options.run_log), watching, console, asked)
+        _follow(options.run_log, watching, console, asked)
         if asked and asked[0] != getattr(signal, "SIGTSTP", None):
             return 0 if asked[0] == signal.SIGINT else 128 + asked[0]
         if asked:  # Ctrl-Z: stop now that the terminal is the shell's, and go on when it says so

@@ -6,7 +6,6 @@ import html
 import json
 import re
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradwatch.errors import UsageError
@@ -17,27 +16,21 @@ from gradwatch.runlog.plain import to_json
 if TYPE_CHECKING:
     from gradwatch.runlog import RunLog
 
+_MARK = b'<meta name="generator" content="gradwatch">'  # stands at the beginning of page.html
 
-def write_page(log: RunLog, path: str | Path) -> None:
-    """Write the page; everything it needs is in it.
 
-    Raises:
-        UsageError: plotly is not installed, or the file cannot be written, or is another program's.
-        RunLogError: the run log is damaged.
-    """
-    text, path = page_of(log), Path(path)
-    try:
-        if path.is_file() and path.stat().st_size:
-            with path.open("rb") as file:
-                if not file.read(64).lstrip().lower().startswith(b"<!doctype html"):
-                    raise UsageError(f"{path} is there already, and no page. Give another file with --html.")
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error}. Give another file with --html.") from error
+def is_page(beginning: bytes) -> bool:
+    """True when a file that begins so is a page that `page_of` made."""
+    return beginning.startswith(b"<!doctype html") and _MARK in beginning
 
 
 def page_of(log: RunLog) -> str:
-    """Return the page. Names and texts of the run stand in it as JSON alone, and become text, never markup."""
+    """Return the page; everything it needs is in it. Names and texts of the run stand in it as JSON alone, and become text.
+
+    Raises:
+        UsageError: plotly is not installed.
+        RunLogError: the run log is damaged.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.history.statistics import quiet_numpy
+from gradwatch.runlog import Series
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.state import state_of
 
@@ -24,13 +25,15 @@ _COLUMNS = 600  # of the heat map; a screen has little more for it
 _WEIGHT_COLUMNS = 300
 _POINTS = 1200  # of a line; each stands for the smallest and the largest number of its rows
 _MISSING = -32768
-_NOTHING = -32.0  # the logarithm shown for a norm of zero
-_DECADES = 1000.0  # a cell is 1,000 times the decimal logarithm, in 16 bits
+_NOTHING = -46.0  # the logarithm shown for a norm of zero
+_DECADES = (
+    700.0  # a cell is 700 times the decimal logarithm, in 16 bits: each float32 has its place, the smallest is 1e-45
+)
 
 
 def content_of(log: RunLog) -> dict[str, Any]:
     """Return all that the page shows."""
-    snapshot, series, sessions = snapshot_of(log), log.series(), log.sessions
+    snapshot, series, sessions = snapshot_of(log), _ascending(log.series()), log.sessions
     steps, norms = log.norms()
     weight_steps, weights = log.norms(weight=True)
     return {
@@ -59,6 +62,12 @@ def content_of(log: RunLog) -> dict[str, Any]:
         "sessions": sessions,
         "rows": len(series.step),
     }
+
+
+def _ascending(series: Series) -> Series:
+    """Return the rows by step: a log that was damaged or put together may hold them in another order."""
+    order = np.argsort(series.step, kind="stable")
+    return Series(**{name: getattr(series, name)[order] for name in Series.__dataclass_fields__})
 
 
 def line_of(steps: NDArray[np.int64], values: Numbers) -> dict[str, list[float]]:
@@ -98,13 +107,14 @@ def cells_of(
 ) -> dict[str, Any] | None:
     """Return the heat map of ``norms`` (n, L): ``x`` (c,), cells (L, c) and which of them are not finite, packed.
 
-    A cell is 1,000 times the decimal logarithm of the largest norm of its steps, so that what lasted one step is seen;
-    -32768 stands for none.
+    Steps may stand in any order. A cell is 700 times the decimal logarithm of the largest norm of its steps, so that what
+    lasted one step is seen; -32768 stands for none.
     """
     if not len(steps):
         return None
-    gap = max(1.0, float(np.quantile(np.diff(steps), 0.95))) if len(steps) > 1 else 1.0
-    first, last = float(steps[0]), float(steps[-1])
+    there = np.unique(steps)
+    gap = max(1.0, float(np.quantile(np.diff(there), 0.95))) if len(there) > 1 else 1.0
+    first, last = float(there[0]), float(there[-1])
     columns = int(min(most, (last - first) // gap + 1))
     width = (last - first + gap) / columns
 

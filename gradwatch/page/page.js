@@ -3,7 +3,7 @@
 const run = JSON.parse(document.getElementById("content").textContent);
 const $ = (id) => document.getElementById(id);
 const SEVERITIES = ["notice", "warning", "critical"];
-const MISSING = -32768, NOTHING = -32000;
+const MISSING = -32768, NOTHING = -46, DECADES = 700; // of a cell: see content.py
 
 function element(tag, text, className) {
   const made = document.createElement(tag);
@@ -27,7 +27,7 @@ function decoded(part) {
   const columns = part.x.length, bytes = Uint8Array.from(atob(part.cells), (char) => char.charCodeAt(0));
   const cells = new Int16Array(bytes.buffer);
   const rows = run.layers.map((_, layer) =>
-    Array.from(cells.subarray(layer * columns, (layer + 1) * columns), (cell) => (cell === MISSING ? null : cell / 1000)));
+    Array.from(cells.subarray(layer * columns, (layer + 1) * columns), (cell) => (cell === MISSING ? null : cell / DECADES)));
   const packed = part.broken ? Uint8Array.from(atob(part.broken), (char) => char.charCodeAt(0)) : null;
   const stride = Math.ceil(columns / 8);
   const broken = (layer, column) => packed !== null && (packed[layer * stride + (column >> 3)] >> (7 - (column & 7)) & 1) === 1;
@@ -37,7 +37,7 @@ const gradient = run.gradient ? decoded(run.gradient) : null;
 const weight = run.weight ? decoded(run.weight) : null;
 
 function middle(row) {
-  const known = row.filter((value) => value !== null && value * 1000 > NOTHING).sort((a, b) => a - b);
+  const known = row.filter((value) => value !== null && value > NOTHING).sort((a, b) => a - b);
   return known.length ? known[known.length >> 1] : null;
 }
 function against(rows, reference) {
@@ -48,7 +48,7 @@ function against(rows, reference) {
 }
 // The colours span what most cells hold; what lies beyond takes the last colour, and its number is in the tip.
 function span(rows) {
-  const known = rows.flat().filter((value) => value !== null && value * 1000 > NOTHING).sort((a, b) => a - b);
+  const known = rows.flat().filter((value) => value !== null && value > NOTHING).sort((a, b) => a - b);
   if (!known.length) return [0, 1];
   const low = known[Math.floor(known.length * 0.01)], high = known[Math.floor((known.length - 1) * 0.995)];
   return [low, Math.min(Math.max(high, low + 1), Math.max(low + 6, known[known.length >> 1] + 4))];
@@ -139,7 +139,7 @@ function traces() {
   }
   if (run.clip_coefficient) made.push(line("clip", run.clip_coefficient, "clip coefficient"));
   if (weight) {
-    const first = (row) => row.find((value) => value !== null && value * 1000 > NOTHING) ?? null;
+    const first = (row) => row.find((value) => value !== null && value > NOTHING) ?? null;
     made.push(heat("weight", weight, against(weight.rows, first), dark ? RISING_DARK : RISING, [-1, 1], "× "));
     if (weight.any) made.push(brokenCells("weight", weight));
   }
@@ -208,7 +208,7 @@ function showTip(event) {
   const lines = [run.layers[layer], to > from ? `steps ${whole(from)} to ${whole(to)}` : `step ${whole(Math.round(part.x[column]))}`];
   const kind = part === weight ? "weight norm" : "gradient norm";
   if (part.broken(layer, column)) lines.push("not finite");
-  if (value !== null) lines.push(`${kind} ${value * 1000 <= NOTHING ? "0" : number(10 ** value)}` + (typical === null ? "" : ` · median ${number(10 ** typical)}`));
+  if (value !== null) lines.push(`${kind} ${value <= NOTHING ? "0" : number(10 ** value)}` + (typical === null ? "" : ` · median ${number(10 ** typical)}`));
   const tip = $("tip");
   tip.textContent = lines.join("\n");
   tip.hidden = false;

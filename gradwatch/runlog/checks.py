@@ -16,20 +16,16 @@ if TYPE_CHECKING:
 
 
 def told_of(path: Path, error: Exception) -> RunLogError:
-    """Return what to say of a file that SQLite cannot read.
-
-    It is opened here only when SQLite has found that it is none of its files: closing a file anywhere in a process takes away
-    the locks that SQLite holds on it.
-    """
-    if "not a database" in str(error):
-        with path.open("rb") as file:
-            beginning = file.read(16)
-        if beginning != b"SQLite format 3\0":
-            return RunLogError(
-                f"{path} is no run log: it begins with {beginning!r} and not as an SQLite file does. It was damaged, or "
-                "another program made it. Give another path, or remove it."
-            )
+    """Return what to say of a file that is an SQLite file by its beginning, and that SQLite cannot read."""
     return RunLogError(f"{path} is damaged: {error}. Give another path, or remove it.")
+
+
+def connection_to_look(database: Path) -> sqlite3.Connection:
+    """Open a database to look into it: where all of it is in one file, SQLite then puts nothing beside that."""
+    beside = (database.with_name(f"{database.name}{suffix}") for suffix in ("-wal", "-journal"))
+    waits = any(path.exists() and path.stat().st_size for path in beside)
+    name = f"{database.as_uri()}?mode=ro{'' if waits else '&immutable=1'}"
+    return sqlite3.connect(name, uri=True, timeout=5, isolation_level=None)
 
 
 def check_kind(connection: sqlite3.Connection, path: Path, *, empty: bool = False) -> None:

@@ -9,6 +9,7 @@ import socket
 import stat
 import sys
 import time
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from gradwatch.errors import RunLogError
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 
 FILE = "writer.lock"
 _PATIENCE = 0.3  # seconds: a reader that asks who writes holds the lock for a moment
-_MOST = 1000  # bytes of the file that are looked at
+_MOST = 1000  # bytes; a lock's file is smaller
+_TRIES = 100  # times to open a file that others make and remove
 
 # a process may lock a file twice, and loses the lock when it closes the file anywhere: so its own are known here
 _mine: set[Path] = set()
 
 
 class WriterLock:
-    """Held from the beginning to `release`.
+    """Held from the beginning to `release` or `undo`.
 
     Args:
         folder: the run log's folder; it exists.
@@ -46,14 +48,41 @@ class WriterLock:
             raise RunLogError(
                 f"The run log {folder} is being written by another monitor of this process. Give each model its own path."
             )
-        file = _opened(self._path, os.O_RDWR | os.O_CREAT)
-        try:
-            self._take(file, folder)
-        except BaseException:
-            file.close()
-            raise
-        self._file = file
+        self._before: tuple[bytes, tuple[int, int]] | None = None
+        while self._file is None:
+            file, before = self._open()
+            try:
+                self._take(file, folder)
+                if _is_at(file, self._path):  # else a process that was refused has removed it meanwhile
+                    if before is not None:
+                        file.seek(0)
+                        self._before = file.read(_MOST), (before.st_atime_ns, before.st_mtime_ns)
+                    self._file = file
+            finally:
+                if self._file is None:
+                    file.close()
         _mine.add(self._path)
+        try:
+            self._write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        except BaseException:
+            self.undo()
+            raise
+
+    def _write(self, content: bytes) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        self._file.truncate(0)
+        self._file.write(content)
+
+    def _open(self) -> tuple[IO[bytes], os.stat_result | None]:
+        """Open the lock's file; return also what it was like before, None where it was made."""
+        for _ in range(_TRIES):
+            with suppress(FileExistsError):
+                return _opened(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL), None
+            with suppress(FileNotFoundError):  # removed meanwhile
+                file = _opened(self._path, os.O_RDWR)
+                return file, os.fstat(file.fileno())
+        raise OSError(f"{self._path} comes and goes")
 
     def _take(self, file: IO[bytes], folder: Path) -> None:
         status = os.fstat(file.fileno())
@@ -69,9 +98,6 @@ class WriterLock:
                     "end the other one, or give this run its own path."
                 )
             time.sleep(0.01)
-        file.seek(0)
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
     def release(self) -> None:
         """Let go; safe to call twice."""
@@ -79,6 +105,21 @@ class WriterLock:
             _mine.discard(self._path)
             self._file.close()
             self._file = None
+
+    def undo(self) -> None:
+        """Let go, with the file as it was found, or removed where there was none; safe to call twice."""
+        if self._file is not None:
+            with suppress(OSError):
+                if self._before is not None:
+                    content, times = self._before
+                    self._write(content)
+                    os.utime(self._path, ns=times)
+                elif sys.platform != "win32":  # there, what is open cannot be removed
+                    self._path.unlink()
+            self.release()
+            if self._before is None and sys.platform == "win32":
+                with suppress(OSError):
+                    self._path.unlink()
 
 
 def is_written(folder: Path) -> bool:
@@ -110,11 +151,20 @@ def _opened(path: Path, how: int) -> IO[bytes]:
     return file
 
 
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """True when an open file is the one at this path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except OSError:
+        return False
+
+
 def _holder(file: IO[bytes]) -> dict[str, Any] | None:
     """Return what a lock's file says of its holder; None where it is no lock's file."""
     file.seek(0)
     try:
-        told = json.loads(file.read(_MOST))
+        text = file.read(_MOST)
+        told = json.loads(text) if not file.read(1) else None
     except (ValueError, RecursionError, OSError):
         return None
     ours = isinstance(told, dict) and told.keys() == {"pid", "host"} and isinstance(told["pid"], int)

@@ -6,7 +6,7 @@ Nothing is written, and nothing that the file holds is run. Whatever is wrong wi
 from __future__ import annotations
 
 import sqlite3
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,9 @@ from gradwatch.errors import RunLogError
 from gradwatch.history.history import History
 from gradwatch.records import Alarm, Facts, Incident
 from gradwatch.rules import RULES
-from gradwatch.runlog.checks import check_kind, told_of
+from gradwatch.runlog.checks import check_kind, connection_to_look, told_of
 from gradwatch.runlog.lock import is_written
-from gradwatch.runlog.own import readers
+from gradwatch.runlog.own import closed_by, opened_by
 from gradwatch.runlog.plain import checked, from_json
 from gradwatch.runlog.rows import Count, row_of
 from gradwatch.runlog.schema import FILE
@@ -45,6 +45,11 @@ _DAMAGE = (
     RuntimeError,  # nested too deeply; links that lead in a circle
     MemoryError,
 )
+# what SQLite says of files that it cannot get at
+_OF_THE_DISK = ("unable to open database file", "database is locked", "disk I/O error", "attempt to write a readonly")
+_OF_THE_DISK_TOLD = (
+    "Expected a path that can be read: look whether it is right, who may read it, and whether the disk is."
+)
 _MOST_NUMBERS = 2**31  # of norms in memory; a log that asks for more must be large itself
 
 
@@ -57,7 +62,8 @@ class RunLog:
     Raises:
         RunLogError: there is none, it is damaged, or of another format.
 
-    Attributes: ``folder``; ``layers`` names the columns; ``sessions`` are those that wrote it, in order.
+    Attributes: ``folder``; ``path`` of the file, links followed; ``layers`` names the columns; ``sessions`` are those that
+    wrote it, in order.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -69,17 +75,17 @@ class RunLog:
                 raise RunLogError(
                     f"There is no run log in {path}: expected a folder with {FILE}, as attach(log=...) makes it."
                 )
-        self._db = self._connect()
-        readers.add(self)
-        try:
+            self.path = self._path.resolve()
+            opened_by(self)
+        with ExitStack() as undo:
+            undo.callback(closed_by, self)
+            self._db = self._connect()
+            undo.callback(self._db.close)
             with self.reading():
                 self._open()
-        except BaseException:
-            self._db.close()
-            raise
+            undo.pop_all()
 
     def _open(self) -> None:
-        check_kind(self._db, self._path)
         columns = self._db.execute("SELECT name, elements, matrix, fan_in FROM layers ORDER BY place").fetchall()
         if not columns:
             raise ValueError("it names no layers")
@@ -89,7 +95,9 @@ class RunLog:
 
     def _connect(self) -> sqlite3.Connection:
         with self.reading():
-            name = f"{self._path.resolve().as_uri()}?mode=ro"
+            with closing(connection_to_look(self.path)) as db:
+                check_kind(db, self._path)  # what is refused here is left as it was
+            name = f"{self.path.as_uri()}?mode=ro"
             db = sqlite3.connect(name, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
             try:
                 db.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -112,14 +120,14 @@ class RunLog:
             if "not a database" in str(error):
                 raise told_of(self._path, error) from error
             what = " ".join(str(error).split())[:300]
-            raise RunLogError(
-                f"The run log {self._path} cannot be read: {what}. It was damaged, or written by something else."
-            ) from error
+            passing = isinstance(error, OSError) or any(words in what for words in _OF_THE_DISK)
+            cause = _OF_THE_DISK_TOLD if passing else "It was damaged, or written by something else."
+            raise RunLogError(f"The run log {self._path} cannot be read: {what}. {cause}") from error
 
     def close(self) -> None:
         """Let go of the file."""
-        readers.discard(self)
         self._db.close()
+        closed_by(self)
 
     def __enter__(self) -> RunLog:
         return self

@@ -6,17 +6,15 @@ import os
 import socket
 import sqlite3
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.errors import RunLogError
-from gradwatch.runlog.checks import check_kind, told_of
-from gradwatch.runlog.lock import WriterLock
+from gradwatch.runlog.checks import told_of
 from gradwatch.runlog.moment import Moment
-from gradwatch.runlog.own import check_files
+from gradwatch.runlog.place import Place
 from gradwatch.runlog.plain import storable, to_json
 from gradwatch.runlog.schema import APPLICATION, FILE, OF_SESSION, TABLES, VERSION, packed, packed_or_one
 from gradwatch.runlog.thinning import LAST
@@ -43,8 +41,9 @@ class Store:
         facts: what is known of the model.
 
     Raises:
-        RunLogError: the file is foreign, damaged, of another model, or another process writes it. Nothing was changed.
-        OSError: the disk does not let it be written.
+        RunLogError: no folder can have this path; or the file is foreign, damaged, of another model, or another process writes
+            it. Nothing was changed.
+        OSError: the disk does not let it be written. Nothing was changed.
     """
 
     def __init__(
@@ -54,38 +53,24 @@ class Store:
         self._path = folder / FILE
         self._db: sqlite3.Connection | None = None
         self._done = Written()
-        if folder.exists() and not folder.is_dir():
-            raise RunLogError(
-                f"The run log's path {folder} is a file; expected a folder, or a path that is still free."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = WriterLock(folder)
         try:
-            check_files(folder)
-            self._check_database()
-            self._open()
-            self._check_layers([storable(name) for name, *_ in columns])
-            self._begin(columns, environment, facts)
+            self._place = Place(folder, [storable(name) for name, *_ in columns])
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            self.close()
-            if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
-                raise OSError(str(error)) from error
-            raise told_of(self._path, error) from error
-        except BaseException:
-            self.close()
+            raise _told(self._path, error) from error
+        try:
+            self._open()
+            self._begin(columns, environment, facts)
+        except BaseException as error:
+            self._disconnect()
+            self._place.undo()
+            if isinstance(error, (sqlite3.DatabaseError, UnicodeDecodeError)):
+                raise _told(self._path, error) from error
             raise
 
     @property
     def _connection(self) -> sqlite3.Connection:
         assert self._db is not None
         return self._db
-
-    def _check_database(self) -> None:
-        """Look at a file that is there without a chance to change it."""
-        if self._path.exists() and self._path.stat().st_size:
-            name = f"{self._path.resolve().as_uri()}?mode=ro"
-            with closing(sqlite3.connect(name, uri=True, timeout=5, isolation_level=None)) as db:
-                check_kind(db, self._path, empty=True)
 
     def _open(self) -> None:
         db = self._db = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
@@ -102,15 +87,6 @@ class Store:
             db.execute("BEGIN IMMEDIATE")
         stat = self._path.stat()
         self._file = stat.st_dev, stat.st_ino
-
-    def _check_layers(self, names: list[str]) -> None:
-        known = [name for (name,) in self._connection.execute("SELECT name FROM layers ORDER BY place")]
-        for place, (before, now) in enumerate(zip(known, names, strict=False)):
-            if before != now:
-                raise RunLogError(
-                    f"The run log {self.folder} is of another model: its layer {place} is {before!r}, that of this model is "
-                    f"{now!r}. Give this run its own path."
-                )
 
     def _begin(self, columns: Sequence[tuple[str, int, int, int]], environment: dict[str, Any], facts: Facts) -> None:
         db = self._connection
@@ -178,11 +154,14 @@ class Store:
                     if ended and not self.is_removed():
                         self._of_session("ended", time.time())
         finally:
-            db, self._db = self._db, None
-            if db is not None:
-                with suppress(sqlite3.Error):
-                    db.close()
-            self._lock.release()
+            self._disconnect()
+            self._place.release()
+
+    def _disconnect(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            with suppress(sqlite3.Error):
+                db.close()
 
     def _of_session(self, column: str, value: str | bytes | float) -> None:
         statement = f"UPDATE sessions SET {column} = ? WHERE session = ?"  # noqa: S608  a name of the schema
@@ -308,3 +287,10 @@ class Store:
         if row is not None:
             db.execute("DELETE FROM norms WHERE id >= ? AND id < ? AND keep = 0", (done.horizon, row[0]))
             done.horizon = row[0]
+
+
+def _told(path: Path, error: Exception) -> Exception:
+    """Return what to raise where SQLite cannot open a file: what may pass by itself is the disk's error, all else is damage."""
+    if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+        return OSError(str(error))
+    return told_of(path, error)
