@@ -166,7 +166,7 @@ def _folder(log: Any) -> Path | None:
         folder.resolve()
     except (ValueError, TypeError, OSError, RuntimeError) as error:  # a NUL, bytes, links that lead in a circle
         raise RunLogError(
-            f"attach() got log={_shown(log)}, where no folder can be: {error}. Expected the path of a folder, such as "
+            f"attach() got log={repr(log)[:300]}, where no folder can be: {error}. Expected the path of a folder, such as "
             '"runs/today". Give another path.'
         ) from error
     return folder
