@@ -1,4 +1,4 @@
-"""Train a regression on unscaled targets, which overflows within about eight steps: watched, with auto-clip, always clipped.
+"""Train a regression on unscaled targets that explodes within about eight steps: watched, with auto-clip, always clipped.
 
 Run it with ``python examples/regression_mlp.py``. With ``--log runs/regression --epochs 5000`` it trains once, long enough to
 watch it with ``gradwatch watch runs/regression`` from another terminal. The training itself
@@ -55,7 +55,7 @@ def main() -> None:
         description="A regression that explodes: watched only, with auto-clip, and always clipped."
     )
     parser.add_argument("--log", metavar="DIR", help="train once with auto-clip and keep the run in this folder")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"number of epochs of that training (default: {EPOCHS})")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of that training (default: {EPOCHS})")
     options = parser.parse_args()
     if options.log is not None:
         logged(options.log, options.epochs)
