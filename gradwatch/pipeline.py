@@ -18,7 +18,7 @@ from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.columns import widened
 from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, OwnTime, cadence
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Alarm, Family, Incident, Row, Snapshot
 from gradwatch.reports.desk import ReportDesk
 from gradwatch.verdict.alarms import Alarms
@@ -136,7 +136,7 @@ class Pipeline:
             if self._is_quiet(row):
                 decision = self._decide(row)
             else:
-                with quiet_numpy():
+                with ignore_fp_warnings():
                     self._apply_rules(row)
                     decision = self._decide(row)
         except TrainingUnstableError:
@@ -254,7 +254,7 @@ class Pipeline:
         """Return what to do with the coming step before its values are known; None: only watch it."""
         if self.autoclip is None or not self.armed:
             return None
-        with quiet_numpy():
+        with ignore_fp_warnings():
             return self.autoclip.plan(self._surge, self.verdict_settings.far * self._surge)
 
     def disarm(self, reason: str) -> None:

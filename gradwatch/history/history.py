@@ -15,7 +15,7 @@ import numpy as np
 from gradwatch.history.columns import widened
 from gradwatch.history.losses import LossLevels
 from gradwatch.history.saved import read_state
-from gradwatch.history.statistics import Typical, quiet_numpy
+from gradwatch.history.statistics import Typical, ignore_fp_warnings
 from gradwatch.records import Facts, NonFinite, Row
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class History(LossLevels):
         self.previous_rate = self.rate
         if row.rate is not None and row.rate is not self.rate:
             self.rate = row.rate
-            with quiet_numpy():
+            with ignore_fp_warnings():
                 top = float(np.fmax.reduce(row.rate, initial=-math.inf))
                 self.facts = replace(self.facts, rate=float(np.nanmax(row.rate, initial=0.0)))
             if top > 1.0001 * self._top_rate:
@@ -165,7 +165,7 @@ class History(LossLevels):
         """
         self._to_learn = self.rows
         if self.row.weight_norm is not None:
-            with quiet_numpy():
+            with ignore_fp_warnings():
                 self.typical_weight.update(self.row.weight_norm)
         if self._to_learn - self._learned >= self.window // 2:
             self._catch_up()
@@ -180,7 +180,7 @@ class History(LossLevels):
     def _catch_up(self) -> None:
         slots = np.arange(self._learned, self._to_learn) % self.window
         self._learned = self._to_learn
-        with quiet_numpy():
+        with ignore_fp_warnings():
             self._typical_grad.update_all(self._grad[slots])
 
     # Reading.

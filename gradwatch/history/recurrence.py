@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +71,7 @@ def explained_rise(history: History) -> float:
     rate = history.previous_rate
     if row.family == "other" or not np.isfinite(rate).any():
         return np.inf
-    with quiet_numpy():
+    with ignore_fp_warnings():
         if row.family == "sgd":
             norms = history.grad_norm(last=min(_REMEMBERED + 1, history.task_rows))[:-1]
             norms = norms * history.clip_coefficient(last=len(norms) + 1)[:-1, None]

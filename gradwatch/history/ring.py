@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gradwatch.history.columns import widened
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Provenance, Row
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Ring:
         slots = numbers % self.window
         grad_norm, norm = self._grad[slots], self._norm[slots]
         missing = numbers >= self._normed
-        with quiet_numpy():
+        with ignore_fp_warnings():
             norm[missing] = np.sqrt(np.nansum(np.square(grad_norm[missing]), axis=1))
         return Copied(
             self._step[slots], self._loss[slots], norm, self._coefficient[slots], self._skipped[slots], grad_norm

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 # NaN and Inf are data here, so numpy must not warn of them. Entered once per step, because it costs a microsecond
-quiet_numpy = functools.partial(np.errstate, all="ignore")
+ignore_fp_warnings = functools.partial(np.errstate, all="ignore")
 
 _FEW = 8  # number of layers up to which plain numbers are faster than arrays
 MAD_TO_SIGMA = 1.4826  # makes the MAD of a normal sample an estimate of its standard deviation
@@ -58,7 +58,7 @@ def doubling(values: Floats) -> float:
     ``values`` has shape (n,), oldest first; values that are not finite or not positive are ignored. Infinite if the quantity
     does not grow or fewer than three values remain.
     """
-    with quiet_numpy():
+    with ignore_fp_warnings():
         logs = np.log2(values)
     use = np.flatnonzero(np.isfinite(logs))
     if use.size < 3:
@@ -106,7 +106,7 @@ class Typical:
         self.scatter = widened(self.scatter, layers, 0)
 
     def update(self, x: Floats) -> None:
-        """Update with one value per layer, shape (L,). Call it under `quiet_numpy`, since the log of zero is expected."""
+        """Update with one value per layer, shape (L,). Call it under `ignore_fp_warnings`, since the log of zero is expected."""
         log = np.log(x)
         use = np.isfinite(log)
         self.seen += use
