@@ -10,7 +10,7 @@ def reading_is_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def precise(device: torch.device) -> torch.dtype:
+def widest_float(device: torch.device) -> torch.dtype:
     """Return the widest float type of a device: float64, or float32 on Metal, where norms above 1e19 become infinite."""
     return torch.float32 if device.type == "mps" else torch.float64
 

@@ -107,7 +107,7 @@ class NormPlan:
             torch.stack(_batched([tensors[index] for index in indices], wide)) for _, indices, wide in self._groups
         ]
         parts += [norm_tensor(tensors[index]).view(1) for index in self._alone_on]
-        parts = [part.to(home, device.precise(home), non_blocking=True) for part in parts]
+        parts = [part.to(home, device.widest_float(home), non_blocking=True) for part in parts]
         if self._simple:
             return parts[0]
         if self._order is None:
@@ -185,7 +185,7 @@ def _picker(indices: list[int]) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
 def _wide(tensor: Tensor) -> torch.dtype:
     """Return the dtype to accumulate in. On a device, overflowing squares cannot be measured again, so it is the widest."""
     if tensor.dtype is torch.float64 or not device.reading_is_free(tensor.device):
-        return device.precise(tensor.device)
+        return device.widest_float(tensor.device)
     return torch.float32
 
 

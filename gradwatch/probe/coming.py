@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from gradwatch.device import precise
+from gradwatch.device import widest_float
 from gradwatch.history.columns import widened
 from gradwatch.measure.measured_gradients import Measured, assembled
 from gradwatch.measure.norms import norm_tensor, on_device
@@ -233,7 +233,7 @@ class Coming:
 
 def _where(kept: Tensor, loss: Loss) -> Tensor:
     if not isinstance(loss, torch.Tensor):
-        loss = torch.full((), loss, dtype=precise(kept.device), device=kept.device)
+        loss = torch.full((), loss, dtype=widest_float(kept.device), device=kept.device)
     return torch.where(kept.to(loss.device, non_blocking=True), loss, 0.0)
 
 

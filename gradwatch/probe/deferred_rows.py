@@ -16,7 +16,7 @@ import torch
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
-from gradwatch.device import precise
+from gradwatch.device import widest_float
 from gradwatch.errors import PeerError
 from gradwatch.measure.checkpoints import buffers_are_bad
 from gradwatch.measure.norms import on_device
@@ -330,7 +330,7 @@ class DeferredRows:
     def _confirm(self, *, well: bool = True) -> Tensor:
         """Return whether a clip written by the user raised in any process, as a bool tensor on the device."""
         assert self._ranks is not None
-        failures = torch.full((1,), float(not well), dtype=precise(self.home), device=self.home)
+        failures = torch.full((1,), float(not well), dtype=widest_float(self.home), device=self.home)
         self._ranks.exchange(failures)
         return failures[0] > 0
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gradwatch.device import precise
+from gradwatch.device import widest_float
 from gradwatch.measure.layers import family_of
 from gradwatch.measure.measured_gradients import Measured
 from gradwatch.measure.norms import NormPlan, code_of, global_norm_of, look_closer, unfit
@@ -166,7 +166,7 @@ class Gradients:
         """Measure all gradients on their device without reading a value. Wide sums make a second look unnecessary."""
         there, columns, plan = self.present()
         if plan is None:
-            return Unread([], columns, torch.zeros(0, dtype=precise(home), device=home))
+            return Unread([], columns, torch.zeros(0, dtype=widest_float(home), device=home))
         try:
             norms = plan.norms_on(home, there)
         except Exception:

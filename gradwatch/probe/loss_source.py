@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 
-from gradwatch.device import precise
+from gradwatch.device import widest_float
 from gradwatch.measure.wrappers import local_of, summed
 
 if TYPE_CHECKING:
@@ -119,9 +119,9 @@ def _number(loss: Loss) -> float:
 
 
 def _sum(losses: Sequence[Loss], home: torch.device) -> Loss:
-    """Return the sum of losses; if one of them is a tensor, as a tensor of `precise` type without dimensions on ``home``."""
+    """Return the sum of losses; if one is a tensor, as a tensor without dimensions on ``home``, in its widest float type."""
     return sum(
-        local_of(summed(loss.detach())).to(home, precise(home), non_blocking=True).reshape(())
+        local_of(summed(loss.detach())).to(home, widest_float(home), non_blocking=True).reshape(())
         if isinstance(loss, torch.Tensor)
         else loss
         for loss in losses
