@@ -247,7 +247,7 @@ def global_norm_of(norms: Floats) -> float:
     return math.sqrt(np.dot(norms, norms))
 
 
-def look_closer(tensor: Tensor) -> tuple[int, int, float]:
+def count_nonfinite(tensor: Tensor) -> tuple[int, int, float]:
     """Return the numbers of NaN and infinite elements, and the norm in float64; the norm is NaN if one is not finite.
 
     The elements are divided by the largest magnitude first, so that squares neither overflow nor underflow.

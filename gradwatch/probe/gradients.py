@@ -12,7 +12,7 @@ import torch
 from gradwatch.device import widest_float
 from gradwatch.measure.layers import family_of
 from gradwatch.measure.measured_gradients import Measured
-from gradwatch.measure.norms import NormPlan, code_of, global_norm_of, look_closer, unfit
+from gradwatch.measure.norms import NormPlan, code_of, count_nonfinite, global_norm_of, unfit
 from gradwatch.measure.readback import Unread
 from gradwatch.measure.wrappers import is_dtensor, local_of, summed
 from gradwatch.probe.surge_detector import SurgeDetector
@@ -153,7 +153,7 @@ class Gradients:
             spread[columns] = norms
         measured = Measured(there, columns, spread, global_norm_of(norms))
         if not (norms.min() > 0 and measured.global_norm < math.inf):
-            self._look_closer(measured)
+            self._look_at_doubtful(measured)
         elif self._any_zero:
             self._zero[columns] = False
             self._any_zero = bool(self._zero.any())
@@ -241,7 +241,7 @@ class Gradients:
             return True
         return not self._held.is_held_by(optimizer)
 
-    def _look_closer(self, measured: Measured) -> None:
+    def _look_at_doubtful(self, measured: Measured) -> None:
         """Distinguish NaN, Inf, overflow and underflow of the norm for the layers whose norm is zero or not finite."""
         norms = measured.norms[measured.columns]
         doubtful = np.flatnonzero(~np.isfinite(norms) | ((norms == 0) & ~self._zero[measured.columns])).tolist()
@@ -252,7 +252,7 @@ class Gradients:
         counts = {}
         for place in doubtful:
             gradient, column = measured.gradients[place], int(measured.columns[place])
-            nans, infs, norm = look_closer(gradient)
+            nans, infs, norm = count_nonfinite(gradient)
             if nans or infs:
                 codes[column] = code_of(nans, infs)
                 counts[column] = nans, infs
