@@ -1,4 +1,4 @@
-"""Where tensors lie, and what may be asked of them there."""
+"""Properties of devices: whether reading is free, the widest float, and whether a CUDA graph is being captured."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 
 
 def reading_is_free(device: torch.device) -> bool:
-    """True where a tensor's value can be had without waiting for a device."""
+    """Return whether values of tensors on ``device`` can be read without waiting."""
     return device.type == "cpu"
 
 
-def precise(device: torch.device) -> torch.dtype:
-    """Return the widest float of a device: Metal has no float64, and there norms above 1e19 read as infinite."""
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the widest float type of a device: float64, or float32 on Metal, where norms above 1e19 become infinite."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def capturing() -> bool:
-    """True while work on the current CUDA stream is not done but captured into a graph: nothing may be asked or started.
+    """Return whether the current CUDA stream is being captured into a graph, so that no value may be read or transferred.
 
-    True, too, where the device does not even answer that: its error belongs to the training, not here.
+    True as well if the query itself fails: the error of the device belongs to the training.
     """
     try:
         return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

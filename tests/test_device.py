@@ -244,7 +244,7 @@ def test_a_ring_reads_in_order_and_never_holds_more_than_its_lag() -> None:
 
 def test_the_gates_typical_norm_is_that_of_the_host() -> None:
     """The same series, NaN, zeros and spikes included, gives the same surge as `Typical`."""
-    from gradwatch.history.statistics import Typical, quiet_numpy
+    from gradwatch.history.statistics import Typical, ignore_fp_warnings
 
     gate, typical = SurgeDetector(torch.device("cpu")), Typical(1, half_life=64)
     generator = np.random.default_rng(0)
@@ -252,7 +252,7 @@ def test_the_gates_typical_norm_is_that_of_the_host() -> None:
     series[[20, 50, 51]] = [np.nan, 1e9, 0.0]
     for value in series:
         gate.learn(torch.tensor(value))
-        with quiet_numpy():
+        with ignore_fp_warnings():
             typical.update(np.array([value]))
     assert math.exp(gate._log.item()) == pytest.approx(typical.value[0], rel=1e-9)
     assert gate._seen.item() == typical.seen[0]

@@ -12,7 +12,7 @@ import numpy as np
 from gradwatch.commands.keyboard import Keys
 from gradwatch.commands.values import a_path
 from gradwatch.errors import RunLogError, UsageError
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.state import state_of
@@ -101,7 +101,7 @@ def _look(path: Path, watching: Watching) -> None:
 def _growth(log: RunLog, snapshot: Snapshot) -> Floats:
     """Return each layer's gradient norm over its median in the last 64 rows, shape (L,)."""
     _, norms = log.norms(last=_ROWS)
-    with quiet_numpy():
+    with ignore_fp_warnings():
         known = np.where(np.isfinite(norms), norms, np.nan).astype(np.float64)
         middle = np.full(len(log.layers), np.nan)
         seen = ~np.isnan(known).all(axis=0)

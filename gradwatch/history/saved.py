@@ -1,4 +1,4 @@
-"""What a saved state of a history must look like. It is read whole before any of it is taken."""
+"""Validation of a saved state of a history. The whole state is checked before any of it is used."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Floats
 
-FIRST_LOSSES = 16  # of a run, which make its reference loss
-_LARGEST = 2**62  # whole numbers up to here leave room to count on in 64 bits
+FIRST_LOSSES = 16  # losses of a run from which its reference loss is computed
+_LARGEST = 2**62  # counters below it can go on counting in 64 bits
 _LARGEST_LOG = math.log(sys.float_info.max)
 
 
 class Saved(NamedTuple):
-    """The entries of a state, checked; the two last are states of `gradwatch.history.statistics.Typical`."""
+    """The checked entries of a state; the last two are states of `gradwatch.history.statistics.Typical`."""
 
     losses: int
     first_losses: list[float]
@@ -31,14 +31,14 @@ class Saved(NamedTuple):
 
 
 def read_state(state: Any, layers: Sequence[str]) -> Saved:
-    """Return what a state of a history holds.
+    """Return the checked entries of a state of a history.
 
     Args:
-        state: what `History.state_dict` returned, perhaps by way of a file.
-        layers: the names of the layers that are watched.
+        state: what `History.state_dict` returned, possibly loaded from a file.
+        layers: names of the watched layers.
 
     Raises:
-        UsageError: an entry is missing, is of another kind or length, holds a number that no run leaves there, or the state
+        UsageError: an entry is missing, has the wrong type or length, or holds a number that no run produces; or the state
             belongs to other layers.
     """
     place = 'state["history"]'
@@ -58,7 +58,7 @@ def read_state(state: Any, layers: Sequence[str]) -> Saved:
 
 
 def entries(state: Any, names: Sequence[str], place: str) -> dict[str, Any]:
-    """Return a dict that has all these entries."""
+    """Return ``state`` if it is a dict with all of ``names`` as keys; otherwise raise `UsageError`."""
     if not isinstance(state, dict):
         refuse(place, shown(state), "a dict with " + ", ".join(sorted(names)))
     missing = sorted(set(names) - state.keys())
@@ -68,14 +68,14 @@ def entries(state: Any, names: Sequence[str], place: str) -> dict[str, Any]:
 
 
 def whole_number(value: Any, place: str) -> int:
-    """Return a number that counts something."""
+    """Return ``value`` as an int if it is a whole number that is not negative; otherwise raise `UsageError`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < _LARGEST:
         refuse(place, shown(value), "a whole number that is not negative")
     return int(value)
 
 
 def refuse(place: str, found: str, expected: str) -> NoReturn:
-    """Raise the error that says where a state is not as it must be."""
+    """Raise a `UsageError` that names the invalid entry of a state, its value, and what was expected."""
     raise UsageError(
         f"load_state_dict() found {found} as {place}; expected {expected}. Nothing of it was taken. Load what "
         "state_dict() of a monitor of the same model returned, or go on without it: the run's baselines are then learned anew."
@@ -99,7 +99,7 @@ def _check_layers(saved: Any, watched: Sequence[str], place: str) -> None:
 
 
 def _typical(state: Any, count: int, place: str) -> dict[str, Floats]:
-    """Return the state of a typical size of ``count`` layers: a layer has one as soon as a value was seen."""
+    """Return the checked state of the typical values of ``count`` layers: finite as soon as a layer has seen a value."""
     kept = entries(state, ("log", "scatter", "seen"), place)
     for name in ("log", "scatter", "seen"):
         if len(_items(kept[name], f'{place}["{name}"]')) != count:
@@ -130,7 +130,7 @@ def _number(value: Any, place: str, least: float = -math.inf, most: float = math
 
 
 def _missing(value: Any, place: str) -> float:
-    """Return NaN, which stands for what was never seen."""
+    """Return NaN if ``value`` is NaN, which stands for a layer without values; otherwise raise `UsageError`."""
     number = _real(value)
     if number is None or not math.isnan(number):
         refuse(place, shown(value), "NaN for a layer of which no value was seen")
@@ -138,7 +138,7 @@ def _missing(value: Any, place: str) -> float:
 
 
 def _real(value: Any) -> float | None:
-    """Return a number as a float; None for anything else, and for one that is too large."""
+    """Return ``value`` as a float; None if it is not a real number or too large for a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:

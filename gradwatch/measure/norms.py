@@ -107,7 +107,7 @@ class NormPlan:
             torch.stack(_batched([tensors[index] for index in indices], wide)) for _, indices, wide in self._groups
         ]
         parts += [norm_tensor(tensors[index]).view(1) for index in self._alone_on]
-        parts = [part.to(home, device.precise(home), non_blocking=True) for part in parts]
+        parts = [part.to(home, device.widest_float(home), non_blocking=True) for part in parts]
         if self._simple:
             return parts[0]
         if self._order is None:
@@ -185,7 +185,7 @@ def _picker(indices: list[int]) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
 def _wide(tensor: Tensor) -> torch.dtype:
     """Return the dtype to accumulate in. On a device, overflowing squares cannot be measured again, so it is the widest."""
     if tensor.dtype is torch.float64 or not device.reading_is_free(tensor.device):
-        return device.precise(tensor.device)
+        return device.widest_float(tensor.device)
     return torch.float32
 
 
@@ -247,7 +247,7 @@ def global_norm_of(norms: Floats) -> float:
     return math.sqrt(np.dot(norms, norms))
 
 
-def look_closer(tensor: Tensor) -> tuple[int, int, float]:
+def count_nonfinite(tensor: Tensor) -> tuple[int, int, float]:
     """Return the numbers of NaN and infinite elements, and the norm in float64; the norm is NaN if one is not finite.
 
     The elements are divided by the largest magnitude first, so that squares neither overflow nor underflow.

@@ -10,7 +10,7 @@ import torch
 
 from gradwatch.history.columns import widened
 from gradwatch.history.schedule import cadence
-from gradwatch.measure.norms import NormPlan, fingerprint, has_units, live_units, look_closer, on_device
+from gradwatch.measure.norms import NormPlan, count_nonfinite, fingerprint, has_units, live_units, on_device
 from gradwatch.measure.packed_row import CHANGED, DEAD, WEIGHT
 from gradwatch.measure.wrappers import local_of
 
@@ -208,7 +208,7 @@ class Sampling:
         norms[columns] = self._plan.norms(parameters)
         nonfinite = np.zeros(len(self._layers), dtype=bool)
         for place in np.flatnonzero(~np.isfinite(norms[columns])).tolist():
-            nans, infs, norms[columns[place]] = look_closer(parameters[place])
+            nans, infs, norms[columns[place]] = count_nonfinite(parameters[place])
             nonfinite[columns[place]] = nans + infs > 0
         sample.weight_norm, sample.nonfinite_weight = norms, nonfinite
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.runlog import Series
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.state import state_of
@@ -127,7 +127,7 @@ def cells_of(
     broken = np.zeros((columns, norms.shape[1]), dtype=bool)
     for step, mask in nonfinite:
         broken[column_of(np.float64(step))] |= mask > 0
-    with quiet_numpy():
+    with ignore_fp_warnings():
         logs = np.where(largest > 0, np.log10(largest), np.where(largest == 0, _NOTHING, np.nan))
     cells = np.where(np.isnan(logs), _MISSING, np.round(logs * _DECADES)).astype("<i2")
     return {

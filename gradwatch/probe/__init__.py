@@ -1,1 +1,1 @@
-"""What sits on the model and its optimizer, and makes one row just before each update."""
+"""The hooks on a model and its optimizers, which make one row just before each update."""

@@ -1,4 +1,4 @@
-"""What was decided is done to the gradients: they are clipped, and the learning rate is lowered."""
+"""Application of decisions: gradients are clipped, and learning rates are lowered."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Applier:
-    """Applies decisions in one run.
+    """Applies the decisions of one run.
 
     Args:
         layers: the watched parameters.
-        judge: told of what cannot be done.
-        peers: where they hold parts of layers, some clips cannot act.
+        judge: reports what cannot be done.
+        peers: the other processes. If they hold parts of layers, some clips cannot act.
     """
 
     def __init__(self, layers: Layers, judge: Judge, peers: Peers) -> None:
@@ -44,7 +44,7 @@ class Applier:
         source: Source,
         optimizer: Optimizer | None,
     ) -> float:
-        """Do what was decided to the gradients; return the norm after over the norm before."""
+        """Apply a decision to the gradients; return the global norm after over the norm before."""
         self.slow(mine, optimizer, decision.rate)
         clip = decision.clip
         if clip is None or not math.isfinite(now.global_norm) or not clippable(source, optimizer):
@@ -63,7 +63,7 @@ class Applier:
         return clip.apply(step) if decision.guard is None else decision.guard.around(clip, step)
 
     def slow(self, mine: Gradients, optimizer: Optimizer | None, rate: float) -> None:
-        """Multiply the learning rates by ``rate`` for the step that comes."""
+        """Multiply the learning rates by ``rate`` for the coming step, or report that they are not known."""
         if rate == 1.0:
             return
         if optimizer is not None:
@@ -72,7 +72,7 @@ class Applier:
         self._judge.note("the learning rate is not known where no torch optimizer makes the update: it is not lowered.")
 
     def fits(self, clip: Clip, mine: Gradients) -> bool:
-        """Return whether a clip can act here; where it asks for what no process knows of parts of layers, say so."""
+        """Return whether a clip can act here; report it if it needs more than each process knows of its parts of layers."""
         if not (mine.sharded or (self._peers.ranks is not None and self._peers.ranks.sharded)):
             return True
         if clip.needs_whole_layers:
@@ -88,5 +88,5 @@ class Applier:
 
 
 def clippable(source: Source, optimizer: Optimizer | None) -> bool:
-    """Return False inside a line search: there the gradients belong to the search, and a clip would mislead it."""
+    """Return whether gradients may be clipped: not inside the line search of LBFGS, which a clip would mislead."""
     return source != "closure" or not isinstance(optimizer, torch.optim.LBFGS)

@@ -1,4 +1,4 @@
-"""Rows whose numbers lie on a device: sent on their way with each step, and handed over once they have come."""
+"""Rows of gradients on a device: their transfer starts at each step, and they are returned once they have arrived."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 
 class DeviceRecorder:
-    """Makes the rows of one monitor where gradients lie on a device.
+    """Makes the rows of one monitor if the gradients are on a device.
 
     Args:
         layers: the watched parameters.
-        judge: asked in advance what to do with each step.
-        gradient_hooks: which gradients came, and in which order.
-        losses: what is known of the loss.
+        judge: decides in advance what to do with each step.
+        gradient_hooks: know which gradients arrived, and in which order.
+        losses: reads the loss of a step.
         peers: the other processes.
-        sampling: what is looked at now and then.
+        sampling: measures weights and units on some rows.
         skipping: leaves steps out.
         applier: lowers learning rates, and knows which clips can act.
     """
@@ -68,11 +68,11 @@ class DeviceRecorder:
 
     @property
     def moves(self) -> bool:
-        """True where rows under way lie on another device than the coming one: they have to be read first."""
+        """True if rows under way are on another device than the next row, so that they have to be read first."""
         return self._rows is not None and self._rows.home != self._layers.home
 
     def forget(self) -> None:
-        """Drop the rows that are under way, and everything that is kept on the device."""
+        """Drop the rows under way and everything else kept on the device."""
         self._rows = None
 
     def send(
@@ -88,7 +88,7 @@ class DeviceRecorder:
         *,
         closely: bool,
     ) -> None:
-        """Send a row on its way; what must be done to its gradients at once is decided on the device."""
+        """Start the transfer of a row. What must be done to its gradients at once is decided on the device."""
         rows = self._require_rows()
         measured = mine.coming.before_clip.measured if mine.coming.before_clip is not None else None
         before = measured if isinstance(measured, Unread) else None
@@ -115,7 +115,7 @@ class DeviceRecorder:
             self._skipping.made()
 
     def _possible_plan(self, mine: Gradients, optimizer: Optimizer | None) -> DevicePlan | None:
-        """Return what of the judge's plan can be done to these gradients; what cannot is said."""
+        """Return the part of the judge's plan that is possible for these gradients; report the rest."""
         plan = self._judge.plan()
         if plan is None:
             return None
@@ -141,7 +141,7 @@ class DeviceRecorder:
         return self._rows
 
     def rows(self, *, wait: bool) -> Iterator[tuple[Row, Decision, UnpackedRow]]:
-        """Yield the rows that have come over, their step not yet numbered, with what was done to each."""
+        """Yield the rows that have arrived, not yet numbered, each with what was done and its values."""
         if self._rows is None:
             return
         for row, decision, numbers, problem in self._rows.rows(wait=wait):
@@ -152,9 +152,9 @@ class DeviceRecorder:
     # When gradwatch itself fails.
 
     def look_for_failure(self) -> bool:
-        """Return whether all processes have read a row that tells of a failure."""
+        """Return whether a row that reports a failure has arrived, which is at the same step in all processes."""
         return self._rows is not None and self._rows.look_for_failure()
 
     def tell_failure(self) -> None:
-        """Take part in one exchange only to say that gradwatch failed here."""
+        """Take part in one exchange only to report that gradwatch failed in this process."""
         self._require_rows().tell_failure()
