@@ -224,7 +224,7 @@ class Gradients:
                 parts.append(local_of(whole))
         return parts
 
-    def sentinel(self, columns: NDArray[np.intp]) -> tuple[int, nn.Parameter]:
+    def cheapest_probe(self, columns: NDArray[np.intp]) -> tuple[int, nn.Parameter]:
         """Return the cheapest parameter whose gradient reveals trouble anywhere in the backward, and its index in ``columns``.
 
         What grows or is not finite anywhere reaches the parameters that come last in a backward, so the smallest of the
