@@ -206,7 +206,7 @@ class History(LossLevels):
         return some if self.row.arrived is None else some | (self.row.arrived & np.isnan(self.row.grad_norm))
 
     @property
-    def promise(self) -> Floats:
+    def predicted_decrease(self) -> Floats:
         """The first-order decrease of the loss by this step of SGD, per layer: ``lr ||g||^2``, shape (L,).
 
         NaN for other optimizers, if the gradients may not stem from the loss that was seen, and if a loss below zero was
