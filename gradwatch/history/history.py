@@ -224,7 +224,7 @@ class History(LossLevels):
         return self.rows - self._rose_at < _WARM
 
     @property
-    def telling(self) -> NDArray[np.bool_]:
+    def large_matrices(self) -> NDArray[np.bool_]:
         """Whether each layer is a matrix of at least 16 elements, shape (L,): few weights may well change by their own size."""
         return self.matrices & (self.sizes >= _SMALLEST)
 
@@ -240,7 +240,7 @@ class History(LossLevels):
         whatever the shape. NaN for layers that are not large matrices, and for all layers if fewer than three are.
         """
         gain = self.weight * np.sqrt(self.fan_in / self.sizes)
-        gain[~self.telling] = np.nan
+        gain[~self.large_matrices] = np.nan
         if np.count_nonzero(np.isfinite(gain)) < 3:
             gain[:] = np.nan
             return gain
