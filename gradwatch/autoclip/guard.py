@@ -106,7 +106,7 @@ class Guard:
     def _scale(step: Step, factors: Floats) -> None:
         wanted = factors[step.columns]
         for factor in np.unique(wanted[wanted < 1.0]):
-            scale_by([step.gradients[place] for place in np.flatnonzero(wanted == factor)], float(factor))
+            scale_by([step.gradients[index] for index in np.flatnonzero(wanted == factor)], float(factor))
 
 
 def _together(norms: Floats) -> float:

@@ -207,9 +207,9 @@ class Sampling:
         norms = np.full(len(self._layers), np.nan)
         norms[columns] = self._plan.norms(parameters)
         nonfinite = np.zeros(len(self._layers), dtype=bool)
-        for place in np.flatnonzero(~np.isfinite(norms[columns])).tolist():
-            nans, infs, norms[columns[place]] = count_nonfinite(parameters[place])
-            nonfinite[columns[place]] = nans + infs > 0
+        for index in np.flatnonzero(~np.isfinite(norms[columns])).tolist():
+            nans, infs, norms[columns[index]] = count_nonfinite(parameters[index])
+            nonfinite[columns[index]] = nans + infs > 0
         sample.weight_norm, sample.nonfinite_weight = norms, nonfinite
 
     def _count_units(self, now: Measured) -> None:

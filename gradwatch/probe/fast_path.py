@@ -131,11 +131,11 @@ class FastPath:
 
     def _probe_is_within(self, losses: LossReader) -> bool:
         """Return whether the gradient of one layer and the loss are within bounds, at a step that makes no row."""
-        place, parameter = self._probe
+        index, parameter = self._probe
         gradient = parameter.grad
         if gradient is not None:
             plain = gradient.layout is torch.strided and gradient.dtype is torch.float32
-            if not (torch.linalg.vector_norm(gradient).item() if plain else norm_of(gradient)) <= self._band[place]:
+            if not (torch.linalg.vector_norm(gradient).item() if plain else norm_of(gradient)) <= self._band[index]:
                 return False
         loss, source = losses.read(self.mine.coming, None)
         return source == "none" or loss <= self._loss

@@ -93,8 +93,8 @@ class GradientHooks:
         if not self.came:
             return
         rank = np.full(len(self._layers), len(self._layers), dtype=np.intp)
-        for place, column in enumerate(dict.fromkeys(self.came)):
-            rank[column] = place
+        for index, column in enumerate(dict.fromkeys(self.came)):
+            rank[column] = index
         self.came.clear()
         self.order = rank
         self.arrived |= rank < len(self._layers)
