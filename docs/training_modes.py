@@ -72,8 +72,8 @@ travels with the row: four of its numbers are for that, for each process.
 * Settings (`rules` and their thresholds, `clip` and all that belongs to it, `every`, `budget`, the version) are compared at
   the first step. Where they differ each process says what differs, and only watches: auto-clip does not act. Where `every`,
   `budget` or the version differ, numbers are those of each process alone as well.
-* With `budget=` the largest `every` that a process wishes counts in all of them, from the next row on. Between rows there is no
-  sentinel in a training of several processes. An incident that calls for each step to be measured does so once the next
+* With `budget=` the largest `every` that a process wishes counts in all of them, from the next row on. Between rows nothing is
+  checked in a training of several processes. An incident that calls for each step to be measured does so once the next
   row has told of it.
 * A rule that fails in one process is switched off in all of them. One of your own may fail, or not, in the very row in which
   it would open an incident: so its values count one row later (on a device eight), when all know that it failed nowhere, and
