@@ -140,10 +140,10 @@ def _replace(before: Monitor | None, monitor: Monitor, model: nn.Module, folder:
 
 def _check_same_log(before: Monitor, monitor: Monitor, folder: Path | None) -> None:
     pairs = zip(before.history.layers, monitor.history.layers, strict=False)
-    for place, (then, now) in enumerate(pairs):
+    for index, (then, now) in enumerate(pairs):
         if then != now:
             raise RunLogError(
-                f"The run log {folder} has {then!r} as layer {place}, the model has {now!r} there now. "
+                f"The run log {folder} has {then!r} as layer {index}, the model has {now!r} there now. "
                 "Give this run its own path."
             )
 

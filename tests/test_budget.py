@@ -1,4 +1,4 @@
-"""A time budget chooses how often to measure; in between, a sentinel keeps watch."""
+"""A time budget chooses how often to measure; in between, one gradient and the loss are checked."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_an_ample_budget_measures_each_step() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"budget": 1e-9}, {"every": 7}], ids=str)
-def test_the_sentinel_has_a_wild_step_measured(settings: dict[str, Any]) -> None:
+def test_a_wild_step_in_between_is_measured(settings: dict[str, Any]) -> None:
     """The step itself, though it was not its turn."""
     calm = set(train(900, **settings).history.steps().tolist())
     wild = next(step for step in range(700, 900) if step not in calm)

@@ -206,7 +206,7 @@ class History(LossLevels):
         return some if self.row.arrived is None else some | (self.row.arrived & np.isnan(self.row.grad_norm))
 
     @property
-    def promise(self) -> Floats:
+    def predicted_decrease(self) -> Floats:
         """The first-order decrease of the loss by this step of SGD, per layer: ``lr ||g||^2``, shape (L,).
 
         NaN for other optimizers, if the gradients may not stem from the loss that was seen, and if a loss below zero was
@@ -224,7 +224,7 @@ class History(LossLevels):
         return self.rows - self._rose_at < _WARM
 
     @property
-    def telling(self) -> NDArray[np.bool_]:
+    def large_matrices(self) -> NDArray[np.bool_]:
         """Whether each layer is a matrix of at least 16 elements, shape (L,): few weights may well change by their own size."""
         return self.matrices & (self.sizes >= _SMALLEST)
 
@@ -240,7 +240,7 @@ class History(LossLevels):
         whatever the shape. NaN for layers that are not large matrices, and for all layers if fewer than three are.
         """
         gain = self.weight * np.sqrt(self.fan_in / self.sizes)
-        gain[~self.telling] = np.nan
+        gain[~self.large_matrices] = np.nan
         if np.count_nonzero(np.isfinite(gain)) < 3:
             gain[:] = np.nan
             return gain

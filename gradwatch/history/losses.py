@@ -85,7 +85,7 @@ class LossLevels(Ring):
         return bool(self.reference_loss - now >= share * abs(self.reference_loss))
 
     @property
-    def half_won(self) -> bool:
+    def loss_halved(self) -> bool:
         """True if the median of the last 32 losses is at most half of the reference loss, which is positive."""
         now, _ = median_and_mad(self.task_loss(last=32))
         return bool(self.reference_loss > 0 and now <= self.reference_loss / 2)

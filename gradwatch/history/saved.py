@@ -41,15 +41,15 @@ def read_state(state: Any, layers: Sequence[str]) -> Saved:
         UsageError: an entry is missing, has the wrong type or length, or holds a number that no run produces; or the state
             belongs to other layers.
     """
-    place = 'state["history"]'
-    kept = entries(state, ("layers", *Saved._fields), place)
-    _check_layers(kept["layers"], layers, f'{place}["layers"]')
-    first = f'{place}["first_losses"]'
+    path = 'state["history"]'
+    kept = entries(state, ("layers", *Saved._fields), path)
+    _check_layers(kept["layers"], layers, f'{path}["layers"]')
+    first = f'{path}["first_losses"]'
     saved = Saved(
-        losses=whole_number(kept["losses"], f'{place}["losses"]'),
+        losses=whole_number(kept["losses"], f'{path}["losses"]'),
         first_losses=[_number(one, first) for one in _items(kept["first_losses"], first)],
-        typical_grad=_typical(kept["typical_grad"], len(layers), f'{place}["typical_grad"]'),
-        typical_weight=_typical(kept["typical_weight"], len(layers), f'{place}["typical_weight"]'),
+        typical_grad=_typical(kept["typical_grad"], len(layers), f'{path}["typical_grad"]'),
+        typical_weight=_typical(kept["typical_weight"], len(layers), f'{path}["typical_weight"]'),
     )
     most = min(FIRST_LOSSES, saved.losses)
     if len(saved.first_losses) > most:
@@ -57,35 +57,35 @@ def read_state(state: Any, layers: Sequence[str]) -> Saved:
     return saved
 
 
-def entries(state: Any, names: Sequence[str], place: str) -> dict[str, Any]:
+def entries(state: Any, names: Sequence[str], path: str) -> dict[str, Any]:
     """Return ``state`` if it is a dict with all of ``names`` as keys; otherwise raise `UsageError`."""
     if not isinstance(state, dict):
-        refuse(place, shown(state), "a dict with " + ", ".join(sorted(names)))
+        refuse(path, shown(state), "a dict with " + ", ".join(sorted(names)))
     missing = sorted(set(names) - state.keys())
     if missing:
-        refuse(place, f"a dict without {', '.join(missing)}", "a dict with " + ", ".join(sorted(names)))
+        refuse(path, f"a dict without {', '.join(missing)}", "a dict with " + ", ".join(sorted(names)))
     return state
 
 
-def whole_number(value: Any, place: str) -> int:
+def whole_number(value: Any, path: str) -> int:
     """Return ``value`` as an int if it is a whole number that is not negative; otherwise raise `UsageError`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < _LARGEST:
-        refuse(place, shown(value), "a whole number that is not negative")
+        refuse(path, shown(value), "a whole number that is not negative")
     return int(value)
 
 
-def refuse(place: str, found: str, expected: str) -> NoReturn:
+def refuse(path: str, found: str, expected: str) -> NoReturn:
     """Raise a `UsageError` that names the invalid entry of a state, its value, and what was expected."""
     raise UsageError(
-        f"load_state_dict() found {found} as {place}; expected {expected}. Nothing of it was taken. Load what "
+        f"load_state_dict() found {found} as {path}; expected {expected}. Nothing of it was taken. Load what "
         "state_dict() of a monitor of the same model returned, or go on without it: the run's baselines are then learned anew."
     )
 
 
-def _check_layers(saved: Any, watched: Sequence[str], place: str) -> None:
-    names = list(_items(saved, place))
+def _check_layers(saved: Any, watched: Sequence[str], path: str) -> None:
+    names = list(_items(saved, path))
     if not all(isinstance(name, str) for name in names):
-        refuse(place, shown(saved), "a list of names")
+        refuse(path, shown(saved), "a list of names")
     if names == list(watched):
         return
     pairs = zip(names, watched, strict=False)
@@ -98,42 +98,42 @@ def _check_layers(saved: Any, watched: Sequence[str], place: str) -> None:
     )
 
 
-def _typical(state: Any, count: int, place: str) -> dict[str, Floats]:
+def _typical(state: Any, count: int, path: str) -> dict[str, Floats]:
     """Return the checked state of the typical values of ``count`` layers: finite as soon as a layer has seen a value."""
-    kept = entries(state, ("log", "scatter", "seen"), place)
+    kept = entries(state, ("log", "scatter", "seen"), path)
     for name in ("log", "scatter", "seen"):
-        if len(_items(kept[name], f'{place}["{name}"]')) != count:
-            refuse(f'{place}["{name}"]', f"{len(kept[name])} numbers", f"{count}, one for each layer")
-    seen = np.array([whole_number(one, f'{place}["seen"]') for one in kept["seen"]], dtype=np.int64)
+        if len(_items(kept[name], f'{path}["{name}"]')) != count:
+            refuse(f'{path}["{name}"]', f"{len(kept[name])} numbers", f"{count}, one for each layer")
+    seen = np.array([whole_number(one, f'{path}["seen"]') for one in kept["seen"]], dtype=np.int64)
     log = [
-        _number(one, f'{place}["log"]', -_LARGEST_LOG, _LARGEST_LOG) if times else _missing(one, f'{place}["log"]')
+        _number(one, f'{path}["log"]', -_LARGEST_LOG, _LARGEST_LOG) if times else _missing(one, f'{path}["log"]')
         for one, times in zip(kept["log"], seen.tolist(), strict=True)
     ]
-    scatter = [_number(one, f'{place}["scatter"]', 0.0) for one in kept["scatter"]]
+    scatter = [_number(one, f'{path}["scatter"]', 0.0) for one in kept["scatter"]]
     return {"log": np.array(log), "scatter": np.array(scatter), "seen": seen}
 
 
-def _items(value: Any, place: str) -> Sequence[Any]:
+def _items(value: Any, path: str) -> Sequence[Any]:
     plain = isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim == 1)
     if not plain:
-        refuse(place, shown(value), "a list")
+        refuse(path, shown(value), "a list")
     items: Sequence[Any] = value
     return items
 
 
-def _number(value: Any, place: str, least: float = -math.inf, most: float = math.inf) -> float:
+def _number(value: Any, path: str, least: float = -math.inf, most: float = math.inf) -> float:
     number = _real(value)
     if number is None or not math.isfinite(number) or not least <= number <= most:
         bounds = "" if math.isinf(least) else f" of at least {least:.4g}" if math.isinf(most) else f" up to {most:.4g}"
-        refuse(place, shown(value), f"a finite number{bounds}")
+        refuse(path, shown(value), f"a finite number{bounds}")
     return number
 
 
-def _missing(value: Any, place: str) -> float:
+def _missing(value: Any, path: str) -> float:
     """Return NaN if ``value`` is NaN, which stands for a layer without values; otherwise raise `UsageError`."""
     number = _real(value)
     if number is None or not math.isnan(number):
-        refuse(place, shown(value), "NaN for a layer of which no value was seen")
+        refuse(path, shown(value), "NaN for a layer of which no value was seen")
     return number
 
 

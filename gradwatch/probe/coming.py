@@ -94,7 +94,9 @@ class BeforeClip:
         assert self.measured is not None
         news = ~np.isin(measured.columns, self.measured.columns)
         if isinstance(measured, Unread):
-            part: Measured | Unread = Unread([], measured.columns[news], measured.norms[_places(news, measured.norms)])
+            part: Measured | Unread = Unread(
+                [], measured.columns[news], measured.norms[_indices_of(news, measured.norms)]
+            )
         else:
             part = measured.only(measured.columns[news])
         return _together([self.measured, part], layers)
@@ -116,7 +118,7 @@ class BeforeClip:
         part: Measured | Unread
         if isinstance(self.measured, Unread):
             norms = self.measured.norms
-            part = Unread([], kept, norms if there.all() else norms[_places(there, norms)])
+            part = Unread([], kept, norms if there.all() else norms[_indices_of(there, norms)])
         else:
             part = self.measured.only(kept)
             part.norms = widened(part.norms, layers, math.nan)
@@ -127,7 +129,7 @@ class BeforeClip:
         return mine
 
 
-def _places(chosen: NDArray[np.bool_], norms: Tensor) -> Tensor:
+def _indices_of(chosen: NDArray[np.bool_], norms: Tensor) -> Tensor:
     return on_device(np.flatnonzero(chosen), norms.device)
 
 

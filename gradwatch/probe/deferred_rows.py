@@ -170,9 +170,9 @@ class DeferredRows:
     def _say(slot: Slot, word: Word, rank: int) -> None:
         """Write what this process states about itself into a row of zeros."""
         slot.ranks[FLAGS, rank].add_(CLOSELY * word.closely)
-        for place, number in ((EVERY, word.every), (FAILED_RULES, word.failed), (DECIDED, word.decided)):
+        for index, number in ((EVERY, word.every), (FAILED_RULES, word.failed), (DECIDED, word.decided)):
             if number:
-                slot.ranks[place, rank].fill_(number)
+                slot.ranks[index, rank].fill_(number)
         if word.leaves_out:
             slot.singles[LEFT_OUT].fill_(1.0)
 
@@ -197,12 +197,12 @@ class DeferredRows:
         if not np.isin(now.columns, before.columns).all():
             return now
 
-        def places() -> NDArray[Any]:
-            where = {column: place for place, column in enumerate(before.columns.tolist())}
+        def indices() -> NDArray[Any]:
+            where = {column: index for index, column in enumerate(before.columns.tolist())}
             return np.array([where[column] for column in now.columns.tolist()])
 
         return Unread(
-            [], now.columns, before.norms[self._keep((before.columns.tobytes(), now.columns.tobytes()), places)]
+            [], now.columns, before.norms[self._keep((before.columns.tobytes(), now.columns.tobytes()), indices)]
         )
 
     def _write(

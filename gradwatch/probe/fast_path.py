@@ -81,7 +81,7 @@ class FastPath:
         self._columns = None if in_order else columns
         band = bounds.grad_norm if self._columns is None else bounds.grad_norm[columns]
         self._band = np.minimum(band, _LARGEST)  # an infinite norm is never within bounds
-        self._sentinel = mine.sentinel(columns)
+        self._probe = mine.cheapest_probe(columns)
 
     @property
     def resting(self) -> bool:
@@ -129,13 +129,13 @@ class FastPath:
         if total is self._total:
             self._coefficient = min(1.0, max_norm / (total.item() + 1e-6))
 
-    def _sentinel_is_well(self, losses: LossReader) -> bool:
+    def _probe_is_within(self, losses: LossReader) -> bool:
         """Return whether the gradient of one layer and the loss are within bounds, at a step that makes no row."""
-        place, parameter = self._sentinel
+        index, parameter = self._probe
         gradient = parameter.grad
         if gradient is not None:
             plain = gradient.layout is torch.strided and gradient.dtype is torch.float32
-            if not (torch.linalg.vector_norm(gradient).item() if plain else norm_of(gradient)) <= self._band[place]:
+            if not (torch.linalg.vector_norm(gradient).item() if plain else norm_of(gradient)) <= self._band[index]:
                 return False
         loss, source = losses.read(self.mine.coming, None)
         return source == "none" or loss <= self._loss
@@ -166,7 +166,7 @@ class FastPath:
         if optimizer is not self.optimizer() or losses.scaler is not None:
             return "not"
         if self.resting:
-            if not self._sentinel_is_well(losses):
+            if not self._probe_is_within(losses):
                 return "with alarm"
             mine.count_step()
             self._used(losses)

@@ -45,7 +45,7 @@ class GradientHooks:
         self._learning = _LEARNING
         self._closely = False
         self._own: list[Tensor] = []
-        self._sentinel: RemovableHandle | None = None
+        self._local_hook: RemovableHandle | None = None
         self.hookless = False
         self.order: NDArray[np.intp] | None = None
         self.arrived = np.zeros(len(layers), dtype=bool)
@@ -65,11 +65,11 @@ class GradientHooks:
 
     def stop(self) -> None:
         """Remove all hooks, and the empty dicts that torch made for them."""
-        for handle in (*self._hooks.values(), *filter(None, [self._sentinel])):
+        for handle in (*self._hooks.values(), *filter(None, [self._local_hook])):
             handle.remove()
         self._hooks.clear()
         self.came.clear()
-        self._sentinel = None
+        self._local_hook = None
         for _, parameter in self._layers.parameters():
             if not parameter._post_accumulate_grad_hooks:
                 parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # as torch has it
@@ -93,8 +93,8 @@ class GradientHooks:
         if not self.came:
             return
         rank = np.full(len(self._layers), len(self._layers), dtype=np.intp)
-        for place, column in enumerate(dict.fromkeys(self.came)):
-            rank[column] = place
+        for index, column in enumerate(dict.fromkeys(self.came)):
+            rank[column] = index
         self.came.clear()
         self.order = rank
         self.arrived |= rank < len(self._layers)
@@ -107,21 +107,21 @@ class GradientHooks:
         self.arrived = widened(self.arrived, len(self._layers), 0)
         if self.order is not None:
             self.order = widened(self.order, len(self._layers), len(self._layers))
-        standing = self._sentinel is not None
+        watching = self._local_hook is not None
         self.stop()
         self._learning = _LEARNING
         self.start()
-        if standing:
-            self.stand_sentinel()
+        if watching:
+            self.watch_local_gradients()
 
-    def stand_sentinel(self) -> None:
+    def watch_local_gradients(self) -> None:
         """Measure the gradients of this process's own backwards, before they are averaged over the processes.
 
         What is not finite in the middle of a backward reaches the parameters that come last in it, so only the smallest of
         the first four of the model is measured.
         """
         first = [parameter for _, parameter in self._layers.parameters() if parameter.requires_grad][:4]
-        if self._sentinel is not None or self.hookless or not first:
+        if self._local_hook is not None or self.hookless or not first:
             return
         own = self._own
 
@@ -131,7 +131,7 @@ class GradientHooks:
                     own.append(norm_tensor(parameter.grad))
 
         smallest = min(first, key=torch.Tensor.numel)
-        self._sentinel = smallest.register_post_accumulate_grad_hook(look)
+        self._local_hook = smallest.register_post_accumulate_grad_hook(look)
 
     def own_norms(self) -> list[Tensor]:
         """Return the norms of this process's own gradients since the last call, as scalar tensors that were not read."""

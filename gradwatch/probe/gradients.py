@@ -224,7 +224,7 @@ class Gradients:
                 parts.append(local_of(whole))
         return parts
 
-    def sentinel(self, columns: NDArray[np.intp]) -> tuple[int, nn.Parameter]:
+    def cheapest_probe(self, columns: NDArray[np.intp]) -> tuple[int, nn.Parameter]:
         """Return the cheapest parameter whose gradient reveals trouble anywhere in the backward, and its index in ``columns``.
 
         What grows or is not finite anywhere reaches the parameters that come last in a backward, so the smallest of the
@@ -232,8 +232,8 @@ class Gradients:
         """
         held = dict(zip(self.columns.tolist(), self.parameters, strict=True))
         first = np.argsort(columns)[:4].tolist()
-        place = min(first, key=lambda place: held[int(columns[place])].numel())
-        return place, held[int(columns[place])]
+        index = min(first, key=lambda index: held[int(columns[index])].numel())
+        return index, held[int(columns[index])]
 
     def is_stale(self, optimizer: Optimizer) -> bool:
         """Return whether this was made for another optimizer, or for other parameters than the optimizer holds now."""
@@ -250,8 +250,8 @@ class Gradients:
             return
         codes = np.zeros(self._layers, dtype=np.uint8)
         counts = {}
-        for place in doubtful:
-            gradient, column = measured.gradients[place], int(measured.columns[place])
+        for index in doubtful:
+            gradient, column = measured.gradients[index], int(measured.columns[index])
             nans, infs, norm = count_nonfinite(gradient)
             if nans or infs:
                 codes[column] = code_of(nans, infs)
@@ -362,9 +362,9 @@ class Held:
     def __init__(self, optimizer: Optimizer) -> None:
         self._groups: list[list[Tensor]] = [list(group["params"]) for group in optimizer.param_groups]
         self._single = [
-            (number, place)
+            (number, index)
             for number, group in enumerate(self._groups)
-            for place, parameter in enumerate(group)
+            for index, parameter in enumerate(group)
             if parameter.numel() == 1
         ]
 
@@ -383,7 +383,7 @@ class Held:
                     return False
         except Exception:  # of any kind: the tensors are not the same object
             return False
-        return all(groups[number]["params"][place] is self._groups[number][place] for number, place in self._single)
+        return all(groups[number]["params"][index] is self._groups[number][index] for number, index in self._single)
 
 
 def zero_where(gradients: Sequence[Tensor], bad: Tensor) -> None:

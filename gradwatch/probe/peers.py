@@ -98,7 +98,7 @@ class Peers:
         if self._alike:
             judge.follow_peers(1 if device.reading_is_free(self._layers.home) else LAG)
         if ranks.averages:
-            self._hooks.stand_sentinel()
+            self._hooks.watch_local_gradients()
         return True
 
     def _may_exchange(self, found: dict[str, str]) -> bool:

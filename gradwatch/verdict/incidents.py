@@ -264,7 +264,7 @@ class Incidents:
         if kind in ("exploding", "diverging") and before is not None and before.kind == "spike" and self._falls(story):
             kind = "spike"
         severity, verdict = severity_of(signs, kind)
-        if kind == "dead" and self._history.half_won:  # the model learns without the dead units
+        if kind == "dead" and self._history.loss_halved:  # the model learns without the dead units
             severity = "notice"
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)
