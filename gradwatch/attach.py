@@ -18,7 +18,7 @@ from gradwatch.distributed.group import is_first
 from gradwatch.errors import RunLogError, UsageError, did_you_mean, shown
 from gradwatch.measure.wrappers import is_dtensor, is_fully_sharded, unmeasurable
 from gradwatch.monitor import Monitor, attached, monitor_of
-from gradwatch.probe.budget import Budget
+from gradwatch.probe import Budget
 from gradwatch.records import Kind, Sign
 from gradwatch.reports import REPORTS, Report, report_by_name
 from gradwatch.rules import Rule, default_rules

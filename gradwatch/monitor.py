@@ -24,8 +24,7 @@ from gradwatch.measure.checkpoints import Checkpoint, damage_of, worth_of
 from gradwatch.measure.layers import Layers, facts_of
 from gradwatch.measure.wrappers import unwrapped
 from gradwatch.pipeline import Pipeline
-from gradwatch.probe.budget import Budget
-from gradwatch.probe.probe import Probe
+from gradwatch.probe import Budget, Probe
 from gradwatch.reports.notes import Notes
 from gradwatch.shutdown import Failure, all_done
 

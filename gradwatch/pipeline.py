@@ -21,9 +21,7 @@ from gradwatch.history.schedule import Bounds, OwnTime, cadence
 from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Alarm, Family, Incident, Row, Snapshot
 from gradwatch.reports.desk import ReportDesk
-from gradwatch.verdict.alarms import Alarms
-from gradwatch.verdict.incidents import Incidents
-from gradwatch.verdict.settings import VerdictSettings
+from gradwatch.verdict import Alarms, Incidents, VerdictSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

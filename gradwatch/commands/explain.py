@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradwatch.rules import rule_by_code
-from gradwatch.verdict.settings import VerdictSettings
+from gradwatch.verdict import VerdictSettings
 
 if TYPE_CHECKING:
     import argparse

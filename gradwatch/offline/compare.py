@@ -9,7 +9,7 @@ import numpy as np
 
 from gradwatch.errors import UsageError
 from gradwatch.history.statistics import ignore_fp_warnings
-from gradwatch.verdict.settings import VerdictSettings
+from gradwatch.verdict import VerdictSettings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

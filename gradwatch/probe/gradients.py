@@ -16,7 +16,7 @@ from gradwatch.measure.norms import NormPlan, code_of, count_nonfinite, global_n
 from gradwatch.measure.readback import Unread
 from gradwatch.measure.wrappers import is_dtensor, local_of, summed
 from gradwatch.probe.surge_detector import SurgeDetector
-from gradwatch.skipping.skip import Skip
+from gradwatch.skipping import Skip
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gradwatch.skipping.buffers import Buffers
+from gradwatch.skipping import Buffers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
