@@ -127,10 +127,8 @@ class Probe:
         yield "the hooks on parameters", self.gradient_hooks.stop
         for patch in patches.ALL:
             yield f"the patch of {patch.name}", lambda patch=patch: patch.remove(self)  # type: ignore[misc]
-        yield (
-            "hidden gradients",
-            self.owners.close,
-        )  # a monitor that is kept for its summary must not keep the parameters alive
+        # a monitor that is kept for its summary must not keep the parameters alive
+        yield "hidden gradients", self.owners.close
         yield "the losses", self.losses.forget
         yield "the rows", self.recorder.close
 
@@ -226,9 +224,8 @@ class Probe:
         """Record whether the scaler left the step out. Single ones are part of its search for a scale, many in a row a fault."""
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
-            if self._left_out >= PATIENCE or self._guarded(
-                self.recorder.meet_peers
-            ):  # other processes may make this step and wait for the row
+            # other processes may make this step and wait for the row
+            if self._left_out >= PATIENCE or self._guarded(self.recorder.meet_peers):
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)
         self.losses.scaled_by(None)

@@ -96,9 +96,8 @@ class StepRecorder:
         self._stop: TrainingUnstableError | None = None
         self._failed = False
         self._closely = False
-        self._alert = (
-            False  # one layer's gradient or the loss was unusual: this step is measured whatever ``every`` says
-        )
+        # True if the gradient of one layer or the loss was out of bounds: the step is measured whatever ``every`` says
+        self._alert = False
         self._fast_path: FastPath | None = None  # while rows need not be judged
         self.over = False
         self.step = 0
