@@ -156,7 +156,7 @@ class Peers:
         united = self.ranks.unite(mine, whole, now, sampled)
         if looked:
             self.buffers_are_well = not united.buffer_bad
-        self._heed(united.agreed)
+        self._apply_agreement(united.agreed)
         self._after = 0.0
         self._settle(united.after_norm)
         if united.loss is None:
@@ -167,11 +167,11 @@ class Peers:
         """Apply the agreements of a row that has arrived from a device; ``looked`` is True if its buffers were checked."""
         self._settle(numbers.after_norm)
         if self.ranks is not None:
-            self._heed(self.ranks.agreed(numbers))
+            self._apply_agreement(self.ranks.agreed(numbers))
             if looked:
                 self.buffers_are_well = not (numbers.ranks[FLAGS] & BUFFER_BAD).any()
 
-    def _heed(self, agreed: Agreed) -> None:
+    def _apply_agreement(self, agreed: Agreed) -> None:
         """Apply what all processes agreed on with a row. Each process does this at the same row."""
         self.every, self.closely = agreed.every or self.every, agreed.closely
         self.left_out = self.left_out + 1 if agreed.left_out else 0

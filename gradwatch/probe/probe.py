@@ -326,7 +326,7 @@ class Probe:
         if self._fused.has_seen(part):  # that backward did not go through the patch, so its end was not seen
             self._end_of_fused_backward()
         self._fused.add(part, mine, optimizer)
-        self.recorder.say_what_is_left_out(mine)
+        self.recorder.report_left_out(mine)
 
     def _end_of_fused_backward(self, losses: list[Loss] | None = None) -> None:
         everything = self.owners.everything()

@@ -201,7 +201,7 @@ class StepRecorder:
     def _looks_closely(self) -> bool:
         return self._closely if self.peers.ranks is None else self.peers.closely
 
-    def say_what_is_left_out(self, mine: Gradients) -> None:
+    def report_left_out(self, mine: Gradients) -> None:
         """Report the layers that cannot be measured."""
         if not (self._layers.untold or mine.left_out):
             return
@@ -262,7 +262,7 @@ class StepRecorder:
         """
         if self._budget is not None:
             self._wish = self._budget.every(self._own_time.seconds, self.step, self._sampling.rows)
-        self.say_what_is_left_out(mine)
+        self.report_left_out(mine)
         self._leave_fast_path()
         free = device.reading_is_free(self._layers.home)
         scale = _fused_scale(optimizer) if free else 1.0
