@@ -82,7 +82,7 @@ travels with the row: four of its numbers are for that, for each process.
   number, wherever it may act: on the CPU while an explosion is open (or always, for `when="always"`), on a device in
   each step. If it has failed, nobody makes that step, and gradwatch switches off in all of them.
 * A report or a run log that fails is that process's own business.
-* Should auto-clip have decided otherwise in one process all the same, as by a rule of your own that looks at what that
+* Should auto-clip have decided differently in one process all the same, as by a rule of your own that looks at what that
   process alone knows, the next row shows it: each process says so, and auto-clip acts in none of them from then on.
 
 ## Gradients on a device

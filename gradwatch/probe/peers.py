@@ -105,9 +105,9 @@ class Peers:
         """Report the settings that differ and stop auto-clip; return whether rows still come at the same steps."""
         alone = not found.keys().isdisjoint(PACE)
         self._judge.disarm(
-            f"the processes watch this model by different settings ({told(found)}), so that auto-clip does not act"
+            f"the processes watch this model with different settings ({told(found)}), so that auto-clip does not act"
             + (" and numbers are those of this process alone" if alone else ", and each judges by its own")
-            + ": give attach() the same in each of them."
+            + ": pass the same settings to attach() in each of them."
         )
         return not alone
 
@@ -180,7 +180,7 @@ class Peers:
         if agreed.parted:
             who = " and ".join(map(str, agreed.parted))
             self._judge.disarm(
-                f"auto-clip has decided otherwise on rank {who} than on the first, so that parameters may differ between "
+                f"auto-clip has decided differently on rank {who} than on the first, so that parameters may differ between "
                 "processes; from here on it does not act in any of them. Start again from a checkpoint that all of them load."
             )
 
