@@ -202,7 +202,7 @@ def _rules(rules: Sequence[Rule] | None) -> list[Rule]:
     codes = [rule.code for rule in rules]
     twice = sorted({code for code in codes if codes.count(code) > 1})
     if twice:
-        raise UsageError(f"attach() got {' and '.join(twice)} more than once among rules; each code may stand once.")
+        raise UsageError(f"attach() got {' and '.join(twice)} more than once among rules; each code may occur once.")
     return list(rules)
 
 

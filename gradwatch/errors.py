@@ -48,7 +48,7 @@ def words_of(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
     except Exception as of_its_own:
-        return f"{type(error).__name__}, whose text cannot be made: {type(of_its_own).__name__}"
+        return f"{type(error).__name__}, whose message cannot be formatted: {type(of_its_own).__name__}"
 
 
 def shown(value: object) -> str:

@@ -358,7 +358,7 @@ class Monitor:
         kept = entries(state, ("step", "history"), "state")
         version = whole_number(kept.get("version", 1), 'state["version"]')
         if version != 1:
-            refuse('state["version"]', str(version), "1: another gradwatch has made it")
+            refuse('state["version"]', str(version), "1; another version of gradwatch has made it")
         step = whole_number(kept["step"], 'state["step"]')
         self._probe.catch_up()  # rows under way are those of steps that were made
         self.history.load_state_dict(kept["history"])

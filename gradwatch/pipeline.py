@@ -217,7 +217,7 @@ class Pipeline:
         elif (
             self.history.rows == _NO_LOSS and not self.history.losses
         ):  # all of the first rows are judged, so this one is
-            self.note("no loss seen: the loss rules rest. Hand it over with monitor.loss(loss).")
+            self.note("no loss seen: the loss rules are inactive. Pass it with monitor.loss(loss).")
 
     # Auto-clip.
 
@@ -286,7 +286,7 @@ class Pipeline:
         """Switch off the rules that failed in any process, given as one bit each."""
         for rule in self.alarms.switch_off(rules):
             self.note(
-                f"rule {rule} failed in another process, whose output has the cause: it is switched off here too."
+                f"rule {rule} failed in another process, whose output shows the cause: it is switched off here too."
             )
 
     # Reports.

@@ -278,7 +278,7 @@ class Ranks:
         self._exchange(table)
         numbers = UnpackedRow.of(table)
         if numbers.failed:
-            raise PeerError("gradwatch failed in another process, whose output has the cause")
+            raise PeerError("gradwatch failed in another process, whose output shows the cause")
         whole.norms, whole.global_norm = numbers.grad_norm, numbers.global_norm
         whole.nonfinite, whole.counts = numbers.nonfinite, numbers.counts
         now.global_norm = numbers.now_norm

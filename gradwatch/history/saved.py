@@ -53,7 +53,7 @@ def read_state(state: Any, layers: Sequence[str]) -> Saved:
     )
     most = min(FIRST_LOSSES, saved.losses)
     if len(saved.first_losses) > most:
-        refuse(first, f"{len(saved.first_losses)} losses", f"at most {most}, for {saved.losses} were seen")
+        refuse(first, f"{len(saved.first_losses)} losses", f"at most {most}, since {saved.losses} were seen")
     return saved
 
 
@@ -77,8 +77,8 @@ def whole_number(value: Any, path: str) -> int:
 def refuse(path: str, found: str, expected: str) -> NoReturn:
     """Raise a `UsageError` that names the invalid entry of a state, its value, and what was expected."""
     raise UsageError(
-        f"load_state_dict() found {found} as {path}; expected {expected}. Nothing of it was taken. Load what "
-        "state_dict() of a monitor of the same model returned, or go on without it: the run's baselines are then learned anew."
+        f"load_state_dict() found {found} as {path}; expected {expected}. Nothing was restored. Load what "
+        "state_dict() of a monitor of the same model returned, or continue without it: the run's baselines are then learned anew."
     )
 
 
@@ -94,7 +94,7 @@ def _check_layers(saved: Any, watched: Sequence[str], path: str) -> None:
     )
     raise UsageError(
         f"This state belongs to other layers: {len(names)} saved, {len(watched)} watched, {other}. "
-        "Nothing of it was taken. Load it into a monitor of the same model, or go on without it."
+        "Nothing was restored. Load it into a monitor of the same model, or continue without it."
     )
 
 

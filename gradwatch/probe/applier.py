@@ -69,7 +69,9 @@ class Applier:
         if optimizer is not None:
             mine.slow(optimizer, rate)
             return
-        self._judge.note("the learning rate is not known where no torch optimizer makes the update: it is not lowered.")
+        self._judge.note(
+            "the learning rate is not lowered: without a torch optimizer that makes the update it is not known."
+        )
 
     def fits(self, clip: Clip, mine: Gradients) -> bool:
         """Return whether a clip can act here; report it if it needs more than each process knows of its parts of layers."""
@@ -80,7 +82,7 @@ class Applier:
             return False
         if clip.by_layer and mine.coming.before_clip is not None:
             self._judge.note(
-                f"{clip} does not act after a clip of your own where layers are sharded: what that left of each whole "
+                f"{clip} does not act after a clip of your own if layers are sharded: what your clip left of each whole "
                 "layer is not known."
             )
             return False

@@ -353,7 +353,7 @@ class DeferredRows:
         for facts, table in self._ring.arrived(wait=wait):
             numbers = UnpackedRow.of(table)
             if numbers.failed:
-                raise PeerError("gradwatch failed in another process, whose output has the cause")
+                raise PeerError("gradwatch failed in another process, whose output shows the cause")
             left_out = numbers.left_out >= self._processes  # if some processes make the step, it is judged
             self._left_out = self._left_out + 1 if left_out else 0
             if left_out:  # scalers leave out some steps while they search for their scale

@@ -75,9 +75,8 @@ class FastPath:
         self.mine = mine
         self.optimizer = weakref.ref(optimizer)
         _, columns, self._plan = mine.present()
-        in_order = np.array_equal(
-            columns, np.arange(len(bounds.grad_norm))
-        )  # an optimizer may hold the layers in another order
+        # an optimizer may hold the layers in another order
+        in_order = np.array_equal(columns, np.arange(len(bounds.grad_norm)))
         self._columns = None if in_order else columns
         band = bounds.grad_norm if self._columns is None else bounds.grad_norm[columns]
         self._band = np.minimum(band, _LARGEST)  # an infinite norm is never within bounds

@@ -137,7 +137,7 @@ class HostRecorder:
             # gradients may now differ between processes, so none of them makes this step
             self._skipping.leave_out(row, Decision(skip=True), mine, source)
             error = error or PeerError(
-                "auto-clip failed in another process, whose output has the cause: no step is made"
+                "auto-clip failed in another process, whose output shows the cause: no step is made"
             )
         if error is not None:
             raise error

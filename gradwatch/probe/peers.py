@@ -105,9 +105,9 @@ class Peers:
         """Report the settings that differ and stop auto-clip; return whether rows still come at the same steps."""
         alone = not found.keys().isdisjoint(PACE)
         self._judge.disarm(
-            f"the processes watch this model by different settings ({told(found)}), so that auto-clip does not act"
+            f"the processes watch this model with different settings ({told(found)}), so that auto-clip does not act"
             + (" and numbers are those of this process alone" if alone else ", and each judges by its own")
-            + ": give attach() the same in each of them."
+            + ": pass the same settings to attach() in each of them."
         )
         return not alone
 
@@ -156,7 +156,7 @@ class Peers:
         united = self.ranks.unite(mine, whole, now, sampled)
         if looked:
             self.buffers_are_well = not united.buffer_bad
-        self._heed(united.agreed)
+        self._apply_agreement(united.agreed)
         self._after = 0.0
         self._settle(united.after_norm)
         if united.loss is None:
@@ -167,11 +167,11 @@ class Peers:
         """Apply the agreements of a row that has arrived from a device; ``looked`` is True if its buffers were checked."""
         self._settle(numbers.after_norm)
         if self.ranks is not None:
-            self._heed(self.ranks.agreed(numbers))
+            self._apply_agreement(self.ranks.agreed(numbers))
             if looked:
                 self.buffers_are_well = not (numbers.ranks[FLAGS] & BUFFER_BAD).any()
 
-    def _heed(self, agreed: Agreed) -> None:
+    def _apply_agreement(self, agreed: Agreed) -> None:
         """Apply what all processes agreed on with a row. Each process does this at the same row."""
         self.every, self.closely = agreed.every or self.every, agreed.closely
         self.left_out = self.left_out + 1 if agreed.left_out else 0
@@ -180,7 +180,7 @@ class Peers:
         if agreed.parted:
             who = " and ".join(map(str, agreed.parted))
             self._judge.disarm(
-                f"auto-clip has decided otherwise on rank {who} than on the first, so that parameters may differ between "
+                f"auto-clip has decided differently on rank {who} than on the first, so that parameters may differ between "
                 "processes; from here on it does not act in any of them. Start again from a checkpoint that all of them load."
             )
 

@@ -127,10 +127,8 @@ class Probe:
         yield "the hooks on parameters", self.gradient_hooks.stop
         for patch in patches.ALL:
             yield f"the patch of {patch.name}", lambda patch=patch: patch.remove(self)  # type: ignore[misc]
-        yield (
-            "hidden gradients",
-            self.owners.close,
-        )  # a monitor that is kept for its summary must not keep the parameters alive
+        # a monitor that is kept for its summary must not keep the parameters alive
+        yield "hidden gradients", self.owners.close
         yield "the losses", self.losses.forget
         yield "the rows", self.recorder.close
 
@@ -226,9 +224,8 @@ class Probe:
         """Record whether the scaler left the step out. Single ones are part of its search for a scale, many in a row a fault."""
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
-            if self._left_out >= PATIENCE or self._guarded(
-                self.recorder.meet_peers
-            ):  # other processes may make this step and wait for the row
+            # other processes may make this step and wait for the row
+            if self._left_out >= PATIENCE or self._guarded(self.recorder.meet_peers):
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)
         self.losses.scaled_by(None)
@@ -329,7 +326,7 @@ class Probe:
         if self._fused.has_seen(part):  # that backward did not go through the patch, so its end was not seen
             self._end_of_fused_backward()
         self._fused.add(part, mine, optimizer)
-        self.recorder.say_what_is_left_out(mine)
+        self.recorder.report_left_out(mine)
 
     def _end_of_fused_backward(self, losses: list[Loss] | None = None) -> None:
         everything = self.owners.everything()
@@ -392,7 +389,7 @@ class Probe:
         self._loop.optimizer_found()
         self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer))
         if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
-            self._judge.note("auto-clip does not clip inside a line search, as that of LBFGS.")
+            self._judge.note("auto-clip does not clip inside a line search, such as that of LBFGS.")
         reason = unmeasurable(optimizer=optimizer)
         if reason is not None:
             raise UsageError(f"{type(optimizer).__name__} cannot be watched: {reason}.")

@@ -96,9 +96,8 @@ class StepRecorder:
         self._stop: TrainingUnstableError | None = None
         self._failed = False
         self._closely = False
-        self._alert = (
-            False  # one layer's gradient or the loss was unusual: this step is measured whatever ``every`` says
-        )
+        # True if the gradient of one layer or the loss was out of bounds: the step is measured whatever ``every`` says
+        self._alert = False
         self._fast_path: FastPath | None = None  # while rows need not be judged
         self.over = False
         self.step = 0
@@ -202,7 +201,7 @@ class StepRecorder:
     def _looks_closely(self) -> bool:
         return self._closely if self.peers.ranks is None else self.peers.closely
 
-    def say_what_is_left_out(self, mine: Gradients) -> None:
+    def report_left_out(self, mine: Gradients) -> None:
         """Report the layers that cannot be measured."""
         if not (self._layers.untold or mine.left_out):
             return
@@ -263,7 +262,7 @@ class StepRecorder:
         """
         if self._budget is not None:
             self._wish = self._budget.every(self._own_time.seconds, self.step, self._sampling.rows)
-        self.say_what_is_left_out(mine)
+        self.report_left_out(mine)
         self._leave_fast_path()
         free = device.reading_is_free(self._layers.home)
         scale = _fused_scale(optimizer) if free else 1.0
