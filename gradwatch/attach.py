@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
@@ -16,8 +15,9 @@ from gradwatch.autoclip.policy import AutoClip
 from gradwatch.clips import CLIPS, Clip
 from gradwatch.distributed.group import is_first
 from gradwatch.errors import RunLogError, UsageError, did_you_mean, shown
+from gradwatch.measure.layers import Layers
 from gradwatch.measure.wrappers import is_dtensor, is_fully_sharded, unmeasurable
-from gradwatch.monitor import Monitor, attached, monitor_of
+from gradwatch.monitor import Monitor, attached, is_interactive, monitor_of
 from gradwatch.probe import Budget
 from gradwatch.records import Kind, Sign
 from gradwatch.reports import REPORTS, Report, report_by_name
@@ -116,10 +116,10 @@ def _of_a_cell_run_again(folder: Path | None, model: nn.Module) -> Monitor | Non
 
     The notebook may still hold that model, for example in a traceback. None outside notebooks and prompts.
     """
-    if folder is None or not (hasattr(sys, "ps1") or "IPython" in sys.modules):
+    if folder is None or not is_interactive():
         return None
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    found = (one for one in list(attached.values()) if one.writes(folder) and list(one.history.layers) == names)
+    names = tuple(Layers(model).names)
+    found = (one for one in list(attached.values()) if one.writes(folder) and one.history.layers == names)
     return next(found, None)
 
 

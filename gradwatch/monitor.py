@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import sys
 import weakref
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from numbers import Real
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -40,10 +40,9 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.records import Alarm, Incident
     from gradwatch.reports import Report
-    from gradwatch.reports.base import RunLog
+    from gradwatch.reports.base import RunLogReport
     from gradwatch.rules import Rule
 
-_log = logging.getLogger("gradwatch")
 
 # model -> its monitor, which is kept alive exactly as long as the model
 attached: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
@@ -80,8 +79,8 @@ class Monitor:
         own_time = OwnTime()
         self._pipeline = Pipeline(self.history, rules, autoclip, reports, self._notes, own_time)
         pace = {"every": 1, "budget": every.share} if isinstance(every, Budget) else {"every": every, "budget": None}
-        version = {"gradwatch": sys.modules["gradwatch"].__version__}
-        self._probe = Probe(layers, self._pipeline, version | pace, every, scaler, own_time)
+        installed = {"gradwatch": version("gradwatch")}
+        self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time)
         self.attached = False
 
     # Life.
@@ -185,7 +184,7 @@ class Monitor:
         self._notes.add(text)
 
     @property
-    def _log(self) -> RunLog | None:
+    def _log(self) -> RunLogReport | None:
         return self._pipeline.desk.log
 
     def writes(self, folder: Path) -> bool:
@@ -217,7 +216,7 @@ class Monitor:
 
     def _at_exit(self) -> None:
         error = getattr(sys, "last_value", None)  # what ended the program, unless it is a notebook or a prompt
-        if isinstance(error, Exception) and not hasattr(sys, "ps1") and "IPython" not in sys.modules:
+        if isinstance(error, Exception) and not is_interactive():
             all_done([("the flight recorder", lambda: self._raised(error))])
         self.end()
 
@@ -364,6 +363,12 @@ class Monitor:
         self.history.load_state_dict(kept["history"])
         self._probe.recorder.go_on_from(step)
         self._pipeline.desk.went_back()
+
+
+def is_interactive() -> bool:
+    """Return whether this is a notebook or a prompt; IPython may also have been imported as a library."""
+    ipython = sys.modules.get("IPython")
+    return hasattr(sys, "ps1") or (ipython is not None and ipython.get_ipython() is not None)
 
 
 def monitor_of(model: nn.Module) -> Monitor | None:

@@ -123,7 +123,7 @@ class Pipeline:
     def judge(self, row: Row) -> Decision:
         """Judge a row and return what to do with its gradients before the optimizer uses them.
 
-        Unless the decision is `NOTHING`, `done` must be called next.
+        `done` must be called next, also if nothing is to be done: it shows the row to the reports.
 
         Raises:
             TrainingUnstableError: the policy of auto-clip is to stop the run here.
@@ -141,12 +141,10 @@ class Pipeline:
             self.desk.show()
             raise
         self.history.learn()
-        if decision is NOTHING:
-            self.desk.show()
         return decision
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
-        """Record what was done to the gradients of a row; ``coefficient`` is the norm after over the norm before."""
+        """Record what was done to the gradients of a row, and show it; ``coefficient`` is the norm after over the norm before."""
         if self.autoclip is not None and decision is not NOTHING:
             self.history.amend(coefficient=coefficient, skipped=decision.skip)
             self.autoclip.done(row, decision, coefficient)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch import device
-from gradwatch.measure.readback import Ring
+from gradwatch.measure.readback import ReadbackRing
 from gradwatch.probe.surge_detector import SurgeDetector
 from tests.trainings import data, mlp, step_in_backward, train
 
@@ -231,7 +231,7 @@ def test_incidents_carry_the_true_step_although_rows_are_read_later() -> None:
 
 def test_a_ring_reads_in_order_and_never_holds_more_than_its_lag() -> None:
     """With a lag of 3, the row sent 3 steps ago is the newest that is read; at the end all are."""
-    ring = Ring(2, 1, torch.device("cpu"), lag=3)
+    ring = ReadbackRing(2, 1, torch.device("cpu"), lag=3)
     read = []
     for step in range(100):
         ring.next().singles[0] = step

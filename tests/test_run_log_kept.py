@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import io
 import json
 import os
@@ -424,10 +426,17 @@ def test_a_schema_that_is_no_text_is_told_as_damage(tmp_path: Path) -> None:
 def test_a_notebook_that_holds_the_old_model_writes_the_log_anew(
     notebook: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after an interrupt, whose traceback is kept: the old monitor ends, and that is said. In a program it is a mistake."""
+    """As after an interrupt, whose traceback is kept: the old monitor ends, and that is said. In a program it is a mistake.
+
+    Also in one that has imported IPython as a library.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("IPython")
     if notebook:
         monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     old, new = mlp(), mlp()
+    for model in (old, new):
+        next(model.parameters()).requires_grad_(False)
     with gradwatch.attach(old, report=None, log=tmp_path) as first:
         train(old, torch.optim.SGD(old.parameters(), lr=0.05), 3)
         if notebook:

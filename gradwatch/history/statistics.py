@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.history.columns import widened
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -97,13 +95,6 @@ class Typical:
         self.seen = np.zeros(layers, dtype=np.int64)
         self.value = np.full(layers, np.nan)
         self.scatter = np.zeros(layers)
-
-    def grow(self, layers: int) -> None:
-        """Extend the arrays to ``layers`` layers; new layers have no value yet."""
-        self._log = widened(self._log, layers, np.nan)
-        self.seen = widened(self.seen, layers, 0)
-        self.value = widened(self.value, layers, np.nan)
-        self.scatter = widened(self.scatter, layers, 0)
 
     def update(self, x: Floats) -> None:
         """Update with one value per layer, shape (L,). Call it under `ignore_fp_warnings`, since the log of zero is expected."""

@@ -53,7 +53,7 @@ class Slot:
         self.ranks = flat[last:].view(-1, processes)
 
 
-class Ring:
+class ReadbackRing:
     """The rows under way from ``home`` to the host, oldest first.
 
     Args:

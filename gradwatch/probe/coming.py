@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -121,9 +122,8 @@ class BeforeClip:
             part = Unread([], kept, norms if there.all() else norms[_indices_of(there, norms)])
         else:
             part = self.measured.only(kept)
-            part.norms = widened(part.norms, layers, math.nan)
-            if part.nonfinite is not None:
-                part.nonfinite = widened(part.nonfinite, layers, 0)
+            codes = widened(part.nonfinite, layers, 0) if part.nonfinite is not None else None
+            part = replace(part, norms=widened(part.norms, layers, math.nan), nonfinite=codes)
         mine = BeforeClip(parameters, part)
         mine._open = self._open
         return mine

@@ -42,7 +42,7 @@ from gradwatch.measure.packed_row import (
     SQUARE,
     UnpackedRow,
 )
-from gradwatch.measure.readback import LAG, PATIENCE, Ring, Slot, Unread
+from gradwatch.measure.readback import LAG, PATIENCE, ReadbackRing, Slot, Unread
 from gradwatch.measure.sampling import Parts
 from gradwatch.probe.gradients import zero_where
 from gradwatch.records import Provenance, Row
@@ -105,7 +105,7 @@ class DeferredRows:
         self._sampling = sampling
         self._ranks = ranks
         self._processes = ranks.size if ranks is not None else 1
-        self._ring = Ring(len(layers), self._processes, home, LAG if ranks is not None else None)
+        self._ring = ReadbackRing(len(layers), self._processes, home, LAG if ranks is not None else None)
         self._parts = Parts(on_device(ranks.share, home), on_device(ranks.part, home)) if ranks is not None else None
         self._kept: dict[Any, Tensor] = {}
         self._after: Tensor | None = None

@@ -98,7 +98,7 @@ class HostRecorder:
         self._skipping.made()
         if self._peers.ranks is not None and decision.clip is not None and decision.clip.looks_inside:
             self._peers.clipped_by_value(row, decision, now.global_norm, mine.measure(scale))
-        elif decision is not NOTHING:
+        else:
             self._judge.done(row, decision, coefficient)
         return row, decision
 
@@ -117,7 +117,9 @@ class HostRecorder:
         now = assembled(parts, len(self._layers))
         sampled = self._sampling.take(now, closely=closely)
         row = self._row(step, "optimizer in backward", now, now, sampled, rate, mine, None, word)
-        self._judge.judge(row._replace(family=family, optimizer=-1, poisoned=False))
+        row = row._replace(family=family, optimizer=-1, poisoned=False)
+        self._judge.judge(row)
+        self._judge.done(row, NOTHING, 1.0)
 
     def _decide(
         self, row: Row, now: Measured, scale: float, mine: Gradients, source: Source, optimizer: Optimizer | None

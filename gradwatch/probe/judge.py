@@ -57,7 +57,7 @@ class Judge(Protocol):
         """Extend everything to the columns of parameters that were added to the model or replaced."""
 
     def judge(self, row: Row) -> Decision:
-        """Judge a row and return what to do with its gradients. Unless that is nothing, `done` is called next."""
+        """Judge a row and return what to do with its gradients; `done` is called next."""
 
     def is_unusual(self, row: Row) -> bool:
         """Return whether a row that has not been judged yet is out of the ordinary."""

@@ -358,8 +358,6 @@ class StepRecorder:
             self.step += 1
             self._judge.judge(row)
             self._follow()
-            if decision is NOTHING:
-                continue
             if self.peers.ranks is not None and decision.clip is not None and decision.clip.looks_inside:
                 self.peers.clipped_by_value(row, decision, numbers.now_norm)
             else:

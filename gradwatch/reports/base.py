@@ -39,7 +39,7 @@ class Report:
         """Release threads, files and streams. Called after the report raised; nothing follows."""
 
 
-class RunLog(Report):
+class RunLogReport(Report):
     """A report that keeps the run: it is told of each row too. Its file lies in ``folder``."""
 
     folder: Path

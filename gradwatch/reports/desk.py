@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from gradwatch.records import Alarm, Incident, Row, Snapshot
-    from gradwatch.reports.base import Report, RunLog
+    from gradwatch.reports.base import Report, RunLogReport
     from gradwatch.reports.notes import Notes
 
 
@@ -34,7 +34,7 @@ class ReportDesk:
     def __init__(
         self, reports: Sequence[Report], notes: Notes, snapshot: Callable[[tuple[Incident, ...]], Snapshot]
     ) -> None:
-        self.log: RunLog | None = None
+        self.log: RunLogReport | None = None
         self.news: tuple[Incident, ...] = ()
         self._reports = list(reports)
         self._notes = notes
@@ -51,7 +51,7 @@ class ReportDesk:
     def _due_at(self, report: Report) -> float:
         return self._shown_at.get(id(report), -math.inf) + report.period
 
-    def keep(self, log: RunLog) -> None:
+    def keep(self, log: RunLogReport) -> None:
         """Add a run log, as the last of the reports."""
         self.log = log
         self._reports.append(log)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from gradwatch.errors import words_of
-from gradwatch.reports.base import RunLog
+from gradwatch.reports.base import RunLogReport
 from gradwatch.reports.log import write_line
 from gradwatch.runlog.batch import Batch
 from gradwatch.runlog.flight import record_of
@@ -40,7 +40,7 @@ def columns_of(history: History) -> list[tuple[str, int, int, int]]:
     return list(zip(history.layers, *(values.astype(np.int64).tolist() for values in numbers), strict=True))
 
 
-class Recording(RunLog):
+class Recording(RunLogReport):
     """One session of a run log.
 
     Args:
@@ -67,7 +67,6 @@ class Recording(RunLog):
         self._flown: set[int] = set()
         self._history = history
         self._writer = Writer(store, tell, resting=self._resting)
-        self._store = store
         self._most = min(_ROWS, history.window // 2)  # a quiet stretch of 32 rows may follow before the next chance
         self._taken = self._seen = self._ahead = history.rows
         self._special: list[tuple[int, Row]] = []

@@ -73,7 +73,6 @@ class Incidents:
         self._suspects = Suspects(history, settings)
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
-        self._order: list[str] = []
         self._told = 0
         self.all: list[Incident] = []
 
