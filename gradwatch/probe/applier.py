@@ -49,7 +49,9 @@ class Applier:
         clip = decision.clip
         if clip is None or not math.isfinite(now.global_norm) or not clippable(source, optimizer):
             return 1.0
-        if not self.fits(clip, mine):
+        obstacle = self.obstacle(clip, mine)
+        if obstacle:
+            self._judge.note(obstacle)
             return 1.0
         step = Step(
             self._layers.names,
@@ -73,20 +75,18 @@ class Applier:
             "the learning rate is not lowered: without a torch optimizer that makes the update it is not known."
         )
 
-    def fits(self, clip: Clip, mine: Gradients) -> bool:
-        """Return whether a clip can act here; report it if it needs more than each process knows of its parts of layers."""
+    def obstacle(self, clip: Clip, mine: Gradients) -> str:
+        """Return why a clip cannot act here, because it needs more than each process knows of its parts of layers; else ""."""
         if not (mine.sharded or (self._peers.ranks is not None and self._peers.ranks.sharded)):
-            return True
+            return ""
         if clip.needs_whole_layers:
-            self._judge.note(f"{clip} needs whole layers, and here each process holds parts of them: it does not act.")
-            return False
+            return f"{clip} needs whole layers, and here each process holds parts of them: it does not act."
         if clip.by_layer and mine.coming.before_clip is not None:
-            self._judge.note(
+            return (
                 f"{clip} does not act after a clip of your own if layers are sharded: what your clip left of each whole "
                 "layer is not known."
             )
-            return False
-        return True
+        return ""
 
 
 def clippable(source: Source, optimizer: Optimizer | None) -> bool:

@@ -292,7 +292,7 @@ class DeferredRows:
             bad, skips = bad | self._confirm(well=error is None), True
         if skips:
             slot.singles[SKIPPED].copy_(bad)
-        if optimizer is not None and mine.skips(optimizer):
+        if optimizer is not None and mine.is_fused(optimizer):
             mine.leave_to(optimizer, coefficient, bad if skips else None)
         elif skips:
             zero_where(now.gradients, bad)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gradwatch.probe.gradient_hooks import GradientHooks
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.judge import Judge
-    from gradwatch.probe.loss_source import LossReader
+    from gradwatch.probe.loss_reader import LossReader
     from gradwatch.probe.peers import Peers
     from gradwatch.probe.skipping import Skipping
     from gradwatch.records import Family, Floats, Row, Source
@@ -110,7 +110,7 @@ class DeviceRecorder:
         own_norms = self._hooks.own_norms()
         bad = rows.take(mine, now, before, facts, loss, optimizer, plan, own_norms, closely=closely)
         if bad is not None:
-            facts.problem = self._skipping.leave_out_where(bad, real=mine.skips(optimizer))
+            facts.problem = self._skipping.leave_out_where(bad, real=mine.is_fused(optimizer))
         elif not inside:
             self._skipping.made()
 
@@ -119,17 +119,22 @@ class DeviceRecorder:
         plan = self._judge.plan()
         if plan is None:
             return None
-        if plan.skip and not mine.skips(optimizer):
+        if plan.skip and not mine.is_fused(optimizer):
             self._judge.note(
                 "on a device, gradients that are not finite are set to zero, and no step is counted as skipped: of torch's "
                 "optimizers only fused ones (fused=True) can leave a step out there."
             )
         clip = plan.clip or plan.reserve
-        knows = clip is not None and type(clip).apply_unread is not Clip.apply_unread
-        if clip is not None and not knows:
-            self._judge.note(f"{clip} has no apply_unread: it does not act on a device.")
-        if clip is not None and not (knows and self._applier.fits(clip, mine)):
-            plan = replace(plan, clip=None, reserve=None)
+        if clip is not None:
+            knows = type(clip).apply_unread is not Clip.apply_unread
+            obstacle = (
+                self._applier.obstacle(clip, mine)
+                if knows
+                else f"{clip} has no apply_unread: it does not act on a device."
+            )
+            if obstacle:
+                self._judge.note(obstacle)
+                plan = replace(plan, clip=None, reserve=None)
         self._applier.slow(mine, optimizer, plan.rate)
         return plan
 

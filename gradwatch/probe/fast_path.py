@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from gradwatch.history.schedule import Bounds
     from gradwatch.probe.gradients import Gradients
-    from gradwatch.probe.loss_source import LossReader
+    from gradwatch.probe.loss_reader import LossReader
     from gradwatch.records import Floats, LossSource
 
 _LARGEST = float(np.finfo(np.float64).max)

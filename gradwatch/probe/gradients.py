@@ -284,9 +284,9 @@ class Gradients:
 
     def folds(self, optimizer: Optimizer | None) -> bool:
         """Return whether the optimizer can apply a factor on all gradients: it is fused, and all its parameters are watched."""
-        return self.skips(optimizer) and self.total == len(self.parameters)
+        return self.is_fused(optimizer) and self.total == len(self.parameters)
 
-    def skips(self, optimizer: Optimizer | None) -> bool:
+    def is_fused(self, optimizer: Optimizer | None) -> bool:
         """Return whether the optimizer can leave out a step on the device, which fused optimizers can."""
         return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 

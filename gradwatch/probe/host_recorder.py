@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradwatch.probe.gradient_hooks import GradientHooks
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.judge import Judge
-    from gradwatch.probe.loss_source import LossReader
+    from gradwatch.probe.loss_reader import LossReader
     from gradwatch.probe.peers import Peers
     from gradwatch.probe.skipping import Skipping
     from gradwatch.records import Family, Floats, LossSource, Source

@@ -92,7 +92,7 @@ class Peers:
                 "and auto-clip does not act: call attach() in each of them."
             )
             return False
-        if settings and not self._may_exchange(differences(settings, ranks.world)):
+        if settings and not self._report_differences(differences(settings, ranks.world)):
             return False
         self.ranks, self._alike = ranks, not settings
         if self._alike:
@@ -101,7 +101,7 @@ class Peers:
             self._hooks.watch_local_gradients()
         return True
 
-    def _may_exchange(self, found: dict[str, str]) -> bool:
+    def _report_differences(self, found: dict[str, str]) -> bool:
         """Report the settings that differ and stop auto-clip; return whether rows still come at the same steps."""
         alone = not found.keys().isdisjoint(PACE)
         self._judge.disarm(

@@ -22,7 +22,7 @@ from gradwatch.probe.attribution import Attribution
 from gradwatch.probe.backwards import losses_of
 from gradwatch.probe.fused_steps import FusedSteps
 from gradwatch.probe.gradient_hooks import GradientHooks
-from gradwatch.probe.loss_source import LossReader
+from gradwatch.probe.loss_reader import LossReader
 from gradwatch.probe.owners import Owners
 from gradwatch.probe.peers import Peers
 from gradwatch.probe.step_recorder import StepRecorder
