@@ -18,16 +18,9 @@ if TYPE_CHECKING:
 
     from gradwatch.autoclip.decision import Decision, DevicePlan
     from gradwatch.distributed.group import Word
-    from gradwatch.measure.layers import Layers
     from gradwatch.measure.packed_row import UnpackedRow
-    from gradwatch.measure.sampling import Sampling
-    from gradwatch.probe.applier import Applier
-    from gradwatch.probe.gradient_hooks import GradientHooks
     from gradwatch.probe.gradients import Gradients
-    from gradwatch.probe.judge import Judge
-    from gradwatch.probe.loss_reader import LossReader
-    from gradwatch.probe.peers import Peers
-    from gradwatch.probe.skipping import Skipping
+    from gradwatch.probe.recorder_parts import RecorderParts
     from gradwatch.records import Family, Floats, Row, Source
 
 
@@ -35,35 +28,13 @@ class DeviceRecorder:
     """Makes the rows of one monitor if the gradients are on a device.
 
     Args:
-        layers: the watched parameters.
-        judge: decides in advance what to do with each step.
-        gradient_hooks: know which gradients arrived, and in which order.
-        losses: reads the loss of a step.
-        peers: the other processes.
-        sampling: measures weights and units on some rows.
-        skipping: leaves steps out.
-        applier: lowers learning rates, and knows which clips can act.
+        parts: what it shares with the other recorders.
     """
 
-    def __init__(
-        self,
-        layers: Layers,
-        judge: Judge,
-        gradient_hooks: GradientHooks,
-        losses: LossReader,
-        peers: Peers,
-        sampling: Sampling,
-        skipping: Skipping,
-        applier: Applier,
-    ) -> None:
-        self._layers = layers
-        self._judge = judge
-        self._hooks = gradient_hooks
-        self._losses = losses
-        self._peers = peers
-        self._sampling = sampling
-        self._skipping = skipping
-        self._applier = applier
+    def __init__(self, parts: RecorderParts) -> None:
+        self._layers, self._judge, self._hooks, self._losses = parts.layers, parts.judge, parts.hooks, parts.losses
+        self._peers, self._sampling = parts.peers, parts.sampling
+        self._skipping, self._applier = parts.skipping, parts.applier
         self._rows: DeferredRows | None = None
 
     @property

@@ -16,16 +16,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.distributed.group import Word
-    from gradwatch.measure.layers import Layers
     from gradwatch.measure.measured_gradients import Measured
-    from gradwatch.measure.sampling import Sample, Sampling
-    from gradwatch.probe.applier import Applier
-    from gradwatch.probe.gradient_hooks import GradientHooks
+    from gradwatch.measure.sampling import Sample
     from gradwatch.probe.gradients import Gradients
-    from gradwatch.probe.judge import Judge
-    from gradwatch.probe.loss_reader import LossReader
-    from gradwatch.probe.peers import Peers
-    from gradwatch.probe.skipping import Skipping
+    from gradwatch.probe.recorder_parts import RecorderParts
     from gradwatch.records import Family, Floats, LossSource, Source
 
 
@@ -33,35 +27,13 @@ class HostRecorder:
     """Makes the rows of one monitor if the gradients are on the CPU.
 
     Args:
-        layers: the watched parameters.
-        judge: judges each row and decides what to do.
-        gradient_hooks: know which gradients arrived, and in which order.
-        losses: reads the loss of a step.
-        peers: the other processes.
-        sampling: measures weights and units on some rows.
-        skipping: leaves steps out.
-        applier: applies decisions to gradients.
+        parts: what it shares with the other recorders.
     """
 
-    def __init__(
-        self,
-        layers: Layers,
-        judge: Judge,
-        gradient_hooks: GradientHooks,
-        losses: LossReader,
-        peers: Peers,
-        sampling: Sampling,
-        skipping: Skipping,
-        applier: Applier,
-    ) -> None:
-        self._layers = layers
-        self._judge = judge
-        self._hooks = gradient_hooks
-        self._losses = losses
-        self._peers = peers
-        self._sampling = sampling
-        self._skipping = skipping
-        self._applier = applier
+    def __init__(self, parts: RecorderParts) -> None:
+        self._layers, self._judge, self._hooks, self._losses = parts.layers, parts.judge, parts.hooks, parts.losses
+        self._peers, self._sampling = parts.peers, parts.sampling
+        self._skipping, self._applier = parts.skipping, parts.applier
         self._last_provenance = Provenance()
 
     def make(

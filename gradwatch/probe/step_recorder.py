@@ -24,6 +24,7 @@ from gradwatch.probe.coming import BeforeClip
 from gradwatch.probe.device_recorder import DeviceRecorder
 from gradwatch.probe.fast_path import FastPath
 from gradwatch.probe.host_recorder import HostRecorder
+from gradwatch.probe.recorder_parts import RecorderParts
 from gradwatch.probe.skipping import Skipping
 
 if TYPE_CHECKING:
@@ -81,18 +82,10 @@ class StepRecorder:
         self._wish = 0  # ``every`` as the budget of this process requests it; the largest of all processes counts
         self._sampling = Sampling(layers)
         self.skipping = Skipping(layers, judge)
-        parts = (
-            layers,
-            judge,
-            gradient_hooks,
-            losses,
-            peers,
-            self._sampling,
-            self.skipping,
-            Applier(layers, judge, peers),
-        )
-        self._host = HostRecorder(*parts)
-        self._device = DeviceRecorder(*parts)
+        applier = Applier(layers, judge, peers)
+        parts = RecorderParts(layers, judge, gradient_hooks, losses, peers, self._sampling, self.skipping, applier)
+        self._host = HostRecorder(parts)
+        self._device = DeviceRecorder(parts)
         self._stop: TrainingUnstableError | None = None
         self._failed = False
         self._closely = False
