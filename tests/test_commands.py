@@ -115,8 +115,8 @@ def test_compare_says_where_two_runs_part(runs: Path, capsys: pytest.CaptureFixt
     assert len(found["layers"]) == 6
     same = told(capsys, "compare", runs / "well", runs / "well")
     assert (same["first_difference"], same["losses"], same["layers"]) == (None, None, [])
-    assert "the losses are the same numbers throughout" in said(capsys, "compare", runs / "well", runs / "well")
-    assert "gradient norms part" in said(capsys, "compare", runs / "well", runs / "explodes")
+    assert "losses: equal at every common step" in said(capsys, "compare", runs / "well", runs / "well")
+    assert "gradient norms diverge" in said(capsys, "compare", runs / "well", runs / "explodes")
 
 
 def test_suggest_finds_a_threshold_in_the_runs_own_norms(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
