@@ -50,7 +50,7 @@ def test_list_names_every_run_below_a_folder(runs: Path, capsys: pytest.CaptureF
     assert found.keys() == {"well", "explodes", "faster", "damaged"}
     assert (found["well"]["steps"], found["well"]["state"], found["well"]["worst"]) == (120, "ended", None)
     assert (found["explodes"]["worst"], found["explodes"]["loss"]) == ("critical", None)
-    assert "is no run log" in found["damaged"]["error"]
+    assert "is not a run log" in found["damaged"]["error"]
     text = said(capsys, "list", runs)
     assert "Sequential" in text
     assert "critical" in text
