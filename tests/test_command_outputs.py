@@ -73,7 +73,7 @@ def test_a_file_of_another_program_is_replaced_only_if_that_is_said(
     for name in FILES[kind]:
         before = foreign(out / name, kind if like == "same" else "csv")
         assert main(typed(kind, run, out)) == 2
-        assert "is there already, and no such file of gradwatch's" in capsys.readouterr().err
+        assert "exists and was not written by gradwatch" in capsys.readouterr().err
         assert [path.name for path in out.iterdir()] == [name]
         assert (out / name).read_bytes() == before
         assert main(typed(kind, run, out, "--overwrite")) == 0
@@ -132,7 +132,7 @@ def test_a_folder_in_the_place_of_one_file_stops_all(
     """Before the first is written."""
     (tmp_path / "out" / FILES[kind][-1]).mkdir(parents=True)
     assert main(typed(kind, run, tmp_path / "out", "--overwrite")) == 2
-    assert "no plain file" in capsys.readouterr().err
+    assert "is not a regular file" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [FILES[kind][-1]]
 
 

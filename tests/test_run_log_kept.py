@@ -217,7 +217,7 @@ def test_what_no_file_takes_costs_itself_and_not_the_rows(tmp_path: Path) -> Non
     writer.put(batch_of(320))
     writer.close(10.0)
     assert len(told) == 1
-    assert "its rows go on: OverflowError" in told[0]
+    assert "which continues without it: OverflowError" in told[0]
     with RunLog(tmp_path) as log:
         assert log.series().step.tolist() == list(range(352))
         assert log.sessions[-1].ended is not None
@@ -372,7 +372,7 @@ def test_a_file_of_another_program_is_refused_and_left_alone(name: str, kind: st
     put(run / name, kind, precious)
     before = (run / name).lstat()
     model = mlp()
-    with pytest.raises(RunLogError, match=r"another program|plain file|hard link|no run log"):
+    with pytest.raises(RunLogError, match=r"another program|regular file|hard link|not a run log"):
         gradwatch.attach(model, report=None, log=run)
     after = (run / name).lstat()
     assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)

@@ -1,4 +1,4 @@
-"""`gradwatch export`: a run's numbers for other programs."""
+"""`gradwatch export`: writes the numbers of a run in a format that other programs read."""
 
 from __future__ import annotations
 
@@ -29,31 +29,29 @@ if TYPE_CHECKING:
 Table: TypeAlias = "list[tuple[str, Any]]"  # columns: name and values
 
 NAME = "export"
-HELP = "write a run's numbers for other programs"
+HELP = "write the numbers of a run as CSV, Parquet or TensorBoard files"
 EXAMPLES = """\
   gradwatch export runs/today --to csv                        runs/today/csv/steps.csv and so on
   gradwatch export runs/today --to parquet --out numbers      needs: pip install 'gradwatch[export]'
   gradwatch export runs/today --to tensorboard --out tb       needs: pip install 'gradwatch[tensorboard]'
 
-csv and parquet: steps (a row for each step), gradient_norms and weight_norms (a column for each layer, the rows that
-have them), incidents. tensorboard: scalars of at most 10,000 rows, layers of at most 1,000, evenly spaced, incidents as text.
-An earlier export is replaced; a file of another program only with --overwrite."""
-_MARK = "gradwatch"  # stands in the metadata of a Parquet file
+csv and parquet: steps (one row per step), gradient_norms and weight_norms (one column per layer, only rows that have
+norms), incidents. tensorboard: scalars of at most 10,000 rows and norms of at most 1,000, evenly spaced, incidents as text.
+An earlier export is replaced. A file of another program is replaced only with --overwrite."""
+_MARK = "gradwatch"  # key in the metadata of a Parquet file
 _MOST_STEPS, _MOST_LAYER_STEPS = 10_000, 1_000
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
+    """Add the arguments of the command to ``parser``."""
     parser.add_argument("run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today")
     parser.add_argument("--to", required=True, choices=("csv", "parquet", "tensorboard"), help="the format")
-    parser.add_argument("--out", metavar="DIR", type=a_path, help="where to (default: a folder in RUN)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace files also where they are no exports of gradwatch's"
-    )
+    parser.add_argument("--out", metavar="DIR", type=a_path, help="the folder to write to (default: a folder in RUN)")
+    parser.add_argument("--overwrite", action="store_true", help="also replace files that gradwatch did not write")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
+    """Export a run log; return the exit code."""
     with RunLog(options.run_log) as log:
         folder = options.out or log.folder / options.to
         outputs = {"csv": _csv, "parquet": _parquet, "tensorboard": _tensorboard}[options.to](log, folder)
@@ -66,7 +64,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def tables(log: RunLog) -> dict[str, Table]:
-    """Return the tables of a run: name -> columns, each with its values; a layer may be called as another column is."""
+    """Return the tables of a run by name, each as a list of columns, since a layer may have the name of another column."""
     series = log.series()
     scalars = ("step", "loss", "global_norm", "clip_coefficient", "skipped")
     found = {"steps": [(name, getattr(series, name)) for name in scalars]}
@@ -96,7 +94,7 @@ def _write_csv(columns: Table, path: Path) -> None:
 
 
 def _names_columns(columns: Table, path: Path) -> bool:
-    """True when the first line of a file names these columns, or the first of them: a model may have grown since."""
+    """Return True if the first line of a file names these columns, or the first of them, since a model may have grown."""
     text = io.StringIO(newline="")
     csv.writer(text).writerow([column for column, _ in columns])
     names = text.getvalue().encode()
@@ -110,7 +108,7 @@ def _parquet(log: RunLog, folder: Path) -> list[Output]:
         from pyarrow import parquet
     except ImportError:
         raise UsageError(
-            "Parquet is written with pyarrow, which is not installed: pip install 'gradwatch[export]'"
+            "Writing Parquet needs pyarrow, which is not installed. Install it with: pip install 'gradwatch[export]'"
         ) from None
 
     def write(columns: Table, path: Path) -> None:
@@ -134,12 +132,13 @@ def _tensorboard(log: RunLog, folder: Path) -> list[Output]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError(
-            "TensorBoard's files are written with tensorboard, which is not installed: pip install 'gradwatch[tensorboard]'"
+            "Writing TensorBoard files needs tensorboard, which is not installed. Install it with: "
+            "pip install 'gradwatch[tensorboard]'"
         ) from None
 
     def write(path: Path) -> None:
         parts = path.with_name(f"{path.name}-parts")
-        told, threading.excepthook = threading.excepthook, lambda _: None  # its thread's error is raised here as well
+        told, threading.excepthook = threading.excepthook, lambda _: None  # an error in its thread is raised here too
         try:
             with SummaryWriter(str(parts)) as writer:
                 _write_events(log, writer)
@@ -177,5 +176,5 @@ def _write_events(log: RunLog, writer: SummaryWriter) -> None:
 
 
 def _evenly(count: int, most: int) -> list[int]:
-    """Return at most ``most`` of ``count`` places, the first and the last among them."""
+    """Return at most ``most`` evenly spaced indices below ``count``, including the first and the last."""
     return list(dict.fromkeys(np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(int).tolist()))

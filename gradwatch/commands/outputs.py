@@ -1,4 +1,4 @@
-"""Files that a command writes: all of them or none, and none in the place of a file that gradwatch did not write."""
+"""Files that a command writes: either all or none, without replacing files that gradwatch did not write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 class Output(NamedTuple):
-    """A file to write: ``write`` fills a new one, ``is_own`` says whether a file is an earlier one of gradwatch's."""
+    """A file to write.
+
+    Args:
+        path: path of the file.
+        write: writes a new file at the given path.
+        is_own: returns whether a file is an earlier output of this kind, written by gradwatch.
+    """
 
     path: Path
     write: Callable[[Path], object]
@@ -28,32 +34,34 @@ class Output(NamedTuple):
 
 
 def check_outputs(log: RunLog, outputs: Sequence[Output], option: str, *, overwrite: bool) -> None:
-    """Raise a `UsageError` where one of the files may not be written; nothing is changed.
+    """Raise a `UsageError` if one of the files must not be written. No file is changed.
 
     Args:
-        log: its own files are never replaced.
-        outputs: what is to be written.
-        option: the one that names another place, for the error.
-        overwrite: the user has said that other programs' files may be replaced.
+        log: run log whose own files are never replaced.
+        outputs: files to write.
+        option: command-line option that sets the path, named in the error.
+        overwrite: whether files of other programs may be replaced.
     """
     for path, _, is_own in outputs:
         with _told(path, option):
             if path.resolve() in files_of(log.path) or is_open_here(path):
-                raise UsageError(f"{path} is part of a run log. Give another place with {option}.")
+                raise UsageError(f"{path} is part of a run log. Give another path with {option}.")
             status = _status(path)
             if status is None or _is_device(status):
                 continue
             if not stat.S_ISREG(status.st_mode):
-                raise UsageError(f"{path} is there already, and no plain file. Give another place with {option}.")
+                raise UsageError(f"{path} exists and is not a regular file. Give another path with {option}.")
             if status.st_size and not overwrite and not is_own(path):
                 raise UsageError(
-                    f"{path} is there already, and no such file of gradwatch's. Give another place with {option}, or "
-                    "--overwrite to replace it."
+                    f"{path} exists and was not written by gradwatch. Give another path with {option}, or replace the "
+                    "file with --overwrite."
                 )
 
 
 def write_outputs(outputs: Sequence[Output], option: str) -> None:
-    """Write the files: each beside its place at first, so that a failure leaves what was there; folders are made.
+    """Write the files, and create missing folders. If writing fails, the existing files stay unchanged.
+
+    Each file is first written under a temporary name in the same folder.
 
     Raises:
         UsageError: one of them cannot be written.
@@ -66,7 +74,7 @@ def write_outputs(outputs: Sequence[Output], option: str) -> None:
                 if status is not None and _is_device(status):
                     write(path)
                     continue
-                place = path.resolve()  # a link stays, what it leads to is replaced
+                place = path.resolve()  # a link is kept, and its target is replaced
                 for folder in made_folders(place.parent):
                     undo.callback(_removed, folder)
                 new = place.with_name(f".gradwatch-{secrets.token_hex(4)}")
@@ -82,7 +90,7 @@ def write_outputs(outputs: Sequence[Output], option: str) -> None:
 
 
 def made_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it; return those that were missing, the outermost first."""
+    """Create a folder and its parents, and return those that were missing, outermost first."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()][::-1]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
@@ -90,11 +98,11 @@ def made_folders(folder: Path) -> list[Path]:
 
 @contextmanager
 def _told(path: Path, option: str) -> Iterator[None]:
-    """Turn what the system says of a path into a `UsageError`."""
+    """Raise errors of the file system as a `UsageError`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
-        raise UsageError(f"{path} cannot be written: {error}. Give another place with {option}.") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise UsageError(f"{path} cannot be written: {error}. Give another path with {option}.") from error
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -105,7 +113,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _is_device(status: os.stat_result) -> bool:
-    """True for a terminal, a pipe and the like: what is written there replaces nothing."""
+    """Return True for a terminal, a pipe or another device, where writing does not replace anything."""
     return stat.S_ISCHR(status.st_mode) or stat.S_ISFIFO(status.st_mode)
 
 

@@ -1,4 +1,4 @@
-"""`gradwatch report`: what happened in a run."""
+"""`gradwatch report`: reports what happened in a run."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from gradwatch.records import Snapshot
 
 NAME = "report"
-HELP = "tell what happened in a run"
+HELP = "report what happened in a run"
 EXAMPLES = """\
   gradwatch report runs/today                   a summary in the terminal
-  gradwatch report runs/today --html r.html     one page with all pictures, that opens offline
+  gradwatch report runs/today --html r.html     an HTML page with all plots, which opens offline
   gradwatch report runs/today --check           for CI: exit code 1 after an incident of severity warning or worse
-  gradwatch report runs/today --json            for a script"""
+  gradwatch report runs/today --json            the same as JSON"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
+    """Add the arguments of the command to ``parser``."""
     parser.add_argument("run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today")
-    parser.add_argument("--html", metavar="FILE", type=a_path, help="write one page that opens offline")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE also where it is no page of gradwatch's")
+    parser.add_argument("--html", metavar="FILE", type=a_path, help="write an HTML page that opens offline")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if gradwatch did not write it")
     parser.add_argument(
         "--check", action="store_true", help="exit code 1 after an incident of severity warning or worse"
     )
@@ -44,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
+    """Print the report, and write the page if it is requested; return the exit code."""
     with RunLog(options.run_log) as log:
         snapshot = snapshot_of(log)
         if options.html is not None:

@@ -1,4 +1,4 @@
-"""Kinds of values on the command line, for `argparse`: what is none of them is told as bad usage."""
+"""Types of command-line values for `argparse`, which reports invalid values as bad usage."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ if TYPE_CHECKING:
 
 
 def a_path(text: str) -> Path:
-    """Return a path; an empty text, as a variable of the shell without a value leaves, is none."""
+    """Return ``text`` as a path.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is empty, for example because a shell variable is not set.
+    """
     if not text:
-        raise argparse.ArgumentTypeError("an empty text is no path")
+        raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
 
 
 def a_number(least: int, most: int) -> Callable[[str], int]:
-    """Return what reads a whole number between two others."""
+    """Return a function that parses an integer from ``least`` to ``most``."""
 
     def read(text: str) -> int:
         try:
@@ -26,7 +30,7 @@ def a_number(least: int, most: int) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, got {text!r}")
         return value
 
     return read

@@ -1,4 +1,4 @@
-"""A run as one page that opens offline: `gradwatch report RUN --html FILE`."""
+"""A run as an HTML page that opens offline: `gradwatch report RUN --html FILE`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from gradwatch.runlog.plain import to_json
 if TYPE_CHECKING:
     from gradwatch.runlog import RunLog
 
-_MARK = b'<meta name="generator" content="gradwatch">'  # stands at the beginning of page.html
+_MARK = b'<meta name="generator" content="gradwatch">'  # at the beginning of page.html
 
 
 def is_page(beginning: bytes) -> bool:
-    """True when a file that begins so is a page that `page_of` made."""
+    """Return True if ``beginning``, the first bytes of a file, is that of a page written by `page_of`."""
     return beginning.startswith(b"<!doctype html") and _MARK in beginning
 
 
 def page_of(log: RunLog) -> str:
-    """Return the page; everything it needs is in it. Names and texts of the run stand in it as JSON alone, and become text.
+    """Return the page as HTML, which needs no other file.
+
+    Names and texts of the run, except the title, are included as JSON only, and the page shows them as text, not as markup.
 
     Raises:
         UsageError: plotly is not installed.
@@ -35,16 +37,18 @@ def page_of(log: RunLog) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise UsageError(
-            "The page draws with plotly, which is not installed: pip install 'gradwatch[report]'"
+            "The page needs plotly, which is not installed. Install it with: pip install 'gradwatch[report]'"
         ) from None
     parts = resources.files(__name__)
     content = json.dumps(printable_all(json.loads(to_json(content_of(log)))))
     pieces = {
         "title": html.escape(printable(f"{log.folder.name or 'run'} · gradwatch")),
         "style": (parts / "page.css").read_text(encoding="utf-8"),
-        "content": content.replace("<", "\\u003c"),  # in a script element, only "<" could end it
+        "content": content.replace("<", "\\u003c"),  # only "<" could end the script element
         "plotly": get_plotlyjs(),
         "script": (parts / "page.js").read_text(encoding="utf-8"),
     }
     template = (parts / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda mark: pieces[mark[1]], template)  # once: a piece may hold a mark itself
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda mark: pieces[mark[1]], template
+    )  # in a single pass, since a piece may contain a mark

@@ -1,4 +1,4 @@
-"""What the page shows of a run, as plain values: as many points as a screen can show, and no more."""
+"""The content of the page as plain values, reduced to the number of points that a screen can show."""
 
 from __future__ import annotations
 
@@ -21,18 +21,16 @@ if TYPE_CHECKING:
 
     Numbers = NDArray[np.floating[Any]]
 
-_COLUMNS = 600  # of the heat map; a screen has little more for it
+_COLUMNS = 600  # of the heat map; a screen cannot show many more
 _WEIGHT_COLUMNS = 300
-_POINTS = 1200  # of a line; each stands for the smallest and the largest number of its rows
+_POINTS = 1200  # groups of rows of a line; each is drawn as its smallest and its largest value
 _MISSING = -32768
 _NOTHING = -46.0  # the logarithm shown for a norm of zero
-_DECADES = (
-    700.0  # a cell is 700 times the decimal logarithm, in 16 bits: each float32 has its place, the smallest is 1e-45
-)
+_DECADES = 700.0  # a cell is 700 times the decimal logarithm; 16 bits cover all of float32, from 1e-45
 
 
 def content_of(log: RunLog) -> dict[str, Any]:
-    """Return all that the page shows."""
+    """Return everything that the page shows."""
     snapshot, series, sessions = snapshot_of(log), _ascending(log.series()), log.sessions
     steps, norms = log.norms()
     weight_steps, weights = log.norms(weight=True)
@@ -65,16 +63,16 @@ def content_of(log: RunLog) -> dict[str, Any]:
 
 
 def _ascending(series: Series) -> Series:
-    """Return the rows by step: a log that was damaged or put together may hold them in another order."""
+    """Return the rows sorted by step, since a damaged or edited log may hold them in another order."""
     order = np.argsort(series.step, kind="stable")
     return Series(**{name: getattr(series, name)[order] for name in Series.__dataclass_fields__})
 
 
 def line_of(steps: NDArray[np.int64], values: Numbers) -> dict[str, list[float]]:
-    """Return at most 2,400 points ``x`` and ``y``, and ``bad``: where the values stop being finite.
+    """Return at most 2,400 points ``x`` and ``y``, and the steps ``bad`` at which the values stop being finite.
 
-    Where there are more rows, each stretch of them is drawn from its smallest to its largest number, so that a spike of one
-    step stays as high as it was.
+    If there are more rows, each group of them is reduced to its smallest and its largest value, so that a spike of one step
+    keeps its height.
     """
     finite = np.isfinite(values)
     begins = finite & ~np.append(finite[1:], True)
@@ -105,10 +103,10 @@ def cells_of(
     most: int,
     nonfinite: Iterable[tuple[int, NDArray[np.uint8]]] = (),
 ) -> dict[str, Any] | None:
-    """Return the heat map of ``norms`` (n, L): ``x`` (c,), cells (L, c) and which of them are not finite, packed.
+    """Return the heat map of ``norms`` (n, L): ``x`` (c,), cells (L, c), and a packed mask of the cells that are not finite.
 
-    Steps may stand in any order. A cell is 700 times the decimal logarithm of the largest norm of its steps, so that what
-    lasted one step is seen; -32768 stands for none.
+    The steps may have any order. A cell is 700 times the decimal logarithm of the largest norm of its steps, so that a single
+    high step remains visible; -32768 stands for no value.
     """
     if not len(steps):
         return None

@@ -1,9 +1,9 @@
 "use strict";
-// Texts of the run reach the page as text: textContent here, and entities where plotly would read markup.
+// Texts of the run are shown as text, not as markup: by textContent here, and by entities where plotly would parse markup.
 const run = JSON.parse(document.getElementById("content").textContent);
 const $ = (id) => document.getElementById(id);
 const SEVERITIES = ["notice", "warning", "critical"];
-const MISSING = -32768, NOTHING = -46, DECADES = 700; // of a cell: see content.py
+const MISSING = -32768, NOTHING = -46, DECADES = 700; // constants of the cells, as in content.py
 
 function element(tag, text, className) {
   const made = document.createElement(tag);
@@ -22,7 +22,7 @@ function number(value) {
 }
 const real = (values) => values.map((value) => (value === "nan" ? null : value));
 
-// Heat maps: 16 bits a cell, a layer a line.
+// Heat maps: 16 bits per cell, one line per layer.
 function decoded(part) {
   const columns = part.x.length, bytes = Uint8Array.from(atob(part.cells), (char) => char.charCodeAt(0));
   const cells = new Int16Array(bytes.buffer);
@@ -46,7 +46,7 @@ function against(rows, reference) {
     return row.map((value) => (value === null || typical === null ? null : value - typical));
   });
 }
-// The colours span what most cells hold; what lies beyond takes the last colour, and its number is in the tip.
+// The colours span the values of most cells. A value beyond has the last colour, and the tooltip shows its number.
 function span(rows) {
   const known = rows.flat().filter((value) => value !== null && value > NOTHING).sort((a, b) => a - b);
   if (!known.length) return [0, 1];
@@ -146,7 +146,7 @@ function traces() {
   return made;
 }
 
-// Incidents are shaded over all panels; above them stands for how long auto-clip was on.
+// Incidents are shaded over all panels; a bar above shows how long auto-clip was on.
 function shapes() {
   const made = [], last = run.step + 0.5;
   for (const incident of run.incidents) {

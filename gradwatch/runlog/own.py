@@ -1,4 +1,4 @@
-"""Whether the files of a run log are its own, asked before SQLite, which overwrites and removes them unasked, opens them."""
+"""Checks that the files of a run log belong to it, made before SQLite opens them, since SQLite may overwrite or remove them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-COMPANIONS = ("-wal", "-shm", "-journal")  # what SQLite puts beside a database
+COMPANIONS = ("-wal", "-shm", "-journal")  # files that SQLite creates next to a database
 _SQLITE = b"SQLite format 3\0"
 _WAL = (b"\x37\x7f\x06\x82\x00\x2d\xe2\x18", b"\x37\x7f\x06\x83\x00\x2d\xe2\x18")
 _JOURNAL = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"
 _SHARED_MEMORY = (3007000).to_bytes(4, sys.byteorder) + bytes(4)
 _HEADER = 136  # bytes: the longest of these headers
-_REGION = 32768  # bytes: shared memory is a number of these, when it has a header
+_REGION = 32768  # bytes: the size of a shared-memory file with a header is a multiple of this
 
-_users: WeakSet[Any] = WeakSet()  # what has the database at its ``path`` open in this process, to read or to write
+_users: WeakSet[Any] = WeakSet()  # objects of this process that have the database at their ``path`` open
 _looking = threading.RLock()
 
 
 def files_of(database: Path) -> Iterator[Path]:
-    """Yield the paths of all files that belong to the run log in ``database``: its own, SQLite's beside it, the lock's."""
+    """Yield the paths of all files of a run log: the database itself, SQLite's files next to it, and the lock file."""
     yield database
     yield from (database.with_name(f"{database.name}{suffix}") for suffix in COMPANIONS)
     yield database.with_name(LOCK)
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from all others, whatever it is called; None where there is none."""
+    """Return the device and inode of a file, which identify it under any name; None if there is no such file."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -46,10 +46,10 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def is_open_here(path: Path) -> bool:
-    """True when a run log that this process reads or writes has this file open.
+    """Return True if a run log that this process reads or writes has this file open.
 
-    Then it may not be opened another time: to close a file anywhere in a process takes away all locks that the process has on
-    it, those of SQLite too.
+    Such a file must not be opened again: closing any handle of a file releases all locks that the process holds on it,
+    including those of SQLite.
     """
     with _looking:
         databases = [user.path for user in _users]
@@ -58,20 +58,20 @@ def is_open_here(path: Path) -> bool:
 
 
 def opened_by(user: Any) -> None:
-    """Take note of who will open the database at its ``path``, whose files are its own; see `check_files`."""
+    """Check the files of the database at ``user.path`` (see `check_files`), and register ``user``, which will open it."""
     with _looking:
         check_files(user.path)
         _users.add(user)
 
 
 def closed_by(user: Any) -> None:
-    """Take note that it was closed."""
+    """Remove ``user`` from the register, because it has closed its database."""
     with _looking:
         _users.discard(user)
 
 
 def beginning_of(path: Path, size: int = _HEADER) -> bytes:
-    """Return the first bytes of a file, without waiting where it is a pipe."""
+    """Return the first ``size`` bytes of a file; does not block on a pipe."""
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         return os.read(number, size)
@@ -80,9 +80,9 @@ def beginning_of(path: Path, size: int = _HEADER) -> bytes:
 
 
 def check_files(database: Path) -> None:
-    """Raise a `RunLogError` where one of a run log's files is a link, no plain file, or another program's.
+    """Raise a `RunLogError` if a file of a run log is a link, is not a regular file, or belongs to another program.
 
-    Nothing is changed, and nothing is opened that this process has open already and so has found to be a run log.
+    No file is changed. A file that this process has open already, and has therefore checked, is not opened again.
     """
     kinds: dict[str, Callable[[bytes, Path, int], bool]] = {
         "": _is_ours,
@@ -98,10 +98,10 @@ def check_files(database: Path) -> None:
         except FileNotFoundError:
             continue
         if not stat.S_ISREG(status.st_mode):
-            raise RunLogError(f"{path} is a link or no plain file; a run log's are. Give another path.")
+            raise RunLogError(f"{path} is not a regular file, as each file of a run log is. Give another path.")
         if not status.st_size:
             if status.st_nlink > 1:
-                raise RunLogError(f"{path} is empty and stands elsewhere too, by a hard link. Give another path.")
+                raise RunLogError(f"{path} is empty and has another name too, by a hard link. Give another path.")
         elif not open_here:
             header = beginning_of(path)
             if not is_its_own(header, path, status.st_size):
@@ -110,27 +110,30 @@ def check_files(database: Path) -> None:
 
 def _is_ours(header: bytes, _path: Path, _size: int) -> bool:
     application = int.from_bytes(header[68:72], "big")
-    # its application and tables may still be in the write-ahead log alone: then its first page holds no table
+    # if application and tables are still only in the write-ahead log, the first page has no table
     new = application == 0 and header[100:101] == b"\x0d" and header[103:105] == b"\0\0"
     return header[:16] == _SQLITE and (application == APPLICATION or new)
 
 
 def _is_shared_memory(header: bytes, path: Path, size: int) -> bool:
-    """Its header stands there twice; one or both are blank while it is made."""
+    """Return True for a shared-memory file: it holds two copies of its header, either of which may still be blank."""
     copies = header[:8], header[48:56]
     blank = bytes(8)
     return _is_blank(header, path) or (size % _REGION == 0 and all(one in (_SHARED_MEMORY, blank) for one in copies))
 
 
 def _is_journal(header: bytes) -> bool:
-    """It has its magic number, or will get it when it is on the disk: then sizes of sector and page stand there already."""
+    """Return True for a journal: it begins with its magic number, or with zeros and valid sector and page sizes.
+
+    SQLite writes the magic number only after the rest of the journal has reached the disk.
+    """
     sector, page = (int.from_bytes(header[place : place + 4], "big") for place in (20, 24))
     sizes = all(512 <= one <= 65536 and one.bit_count() == 1 for one in (sector, page))
     return header[:8] == _JOURNAL or (not any(header[:12]) and sizes)
 
 
 def _is_blank(header: bytes, path: Path) -> bool:
-    """True when there is no byte but zero in a file, as after a power failure."""
+    """Return True if a file consists of zero bytes only, as after a power failure."""
     if any(header):
         return False
     with path.open("rb") as file:
@@ -139,10 +142,10 @@ def _is_blank(header: bytes, path: Path) -> bool:
 
 def _of_another(path: Path, header: bytes, *, is_database: bool) -> str:
     if not is_database:
-        return f"{path} is another program's: it begins with {header[:16]!r}. Give another path, or remove it."
+        return f"{path} belongs to another program: it begins with {header[:16]!r}. Give another path, or remove it."
     if header[:16] == _SQLITE:
-        return f"{path} is an SQLite file of another program, no run log of gradwatch. Give another path."
+        return f"{path} is an SQLite file of another program, not a run log of gradwatch. Give another path."
     return (
-        f"{path} is no run log: it begins with {header[:16]!r} and not as an SQLite file does. It was damaged, or "
-        "another program made it. Give another path, or remove it."
+        f"{path} is not a run log: it begins with {header[:16]!r}, unlike an SQLite file. It is damaged, or was written by "
+        "another program. Give another path, or remove it."
     )

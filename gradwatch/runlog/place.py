@@ -1,4 +1,4 @@
-"""The place of a run log that is to be written: made, locked and looked at; given back as it was where the log is refused."""
+"""The folder of a run log that is to be written: created, locked and checked, or restored if the run log is refused."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-# what no other moment changes: the path itself is at fault, and not the disk
+# errors that are due to the path itself, not to the disk, so that trying again does not help
 _IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EINVAL, errno.EILSEQ)
 _MOST_SHOWN = 80  # characters of a path
 
 
 class Place:
-    """The folder of a run log, for one writer, from here on until `release` or `undo`.
+    """The folder of a run log, reserved for one writer until `release` or `undo`.
 
     Args:
-        folder: made if it is missing.
-        layers: the names of the model's layers, in order.
+        folder: folder of the run log; it is created if it is missing.
+        layers: names of the model's layers, in order.
 
     Raises:
-        RunLogError: no folder can have this path; or what lies there is foreign, damaged, of another model, or another process
-            writes it. Nothing was changed.
-        OSError: the disk does not let it be written. Nothing was changed.
+        RunLogError: no folder can have this path; or the run log in it belongs to another program or another model, is damaged,
+            or is being written. Nothing was changed.
+        OSError: the folder cannot be written to. Nothing was changed.
 
-    Attributes: ``path`` is that of the SQLite file.
+    Attributes:
+        path: path of the SQLite file.
     """
 
     def __init__(self, folder: Path, layers: Sequence[str]) -> None:
@@ -59,15 +60,15 @@ class Place:
     def _make(self, folder: Path) -> None:
         if folder.exists() and not folder.is_dir():
             raise RunLogError(
-                f"The run log's path {folder} is a file; expected a folder, or a path that is still free."
+                f"The run log's path {folder} is a file; expected a folder, or a path that does not exist yet."
             )
         try:
             for one in reversed([one for one in (folder, *folder.parents) if not os.path.lexists(one)]):
-                with suppress(FileExistsError):  # another process was faster
+                with suppress(FileExistsError):  # another process created it first
                     one.mkdir()
                     self._made.append(one)
             folder.mkdir(exist_ok=True)
-        except ValueError as error:  # a NUL, or what the system's encoding lacks
+        except ValueError as error:  # a null character, or one that the system's encoding lacks
             raise _impossible(folder, error) from error
 
     def _check_database(self, folder: Path, layers: Sequence[str]) -> None:
@@ -79,18 +80,18 @@ class Place:
         for place, (before, now) in enumerate(zip(known, layers, strict=False)):
             if before != now:
                 raise RunLogError(
-                    f"The run log {folder} is of another model: its layer {place} is {before!r}, that of this model is "
-                    f"{now!r}. Give this run its own path."
+                    f"The run log {folder} is of another model: its layer {place} is {before!r}, but layer {place} of this "
+                    f"model is {now!r}. Give this run its own path."
                 )
 
     def release(self) -> None:
-        """Let go, and leave what was written; safe to call twice. SQLite has closed the file."""
+        """Release the folder and keep what was written. Call it after SQLite has closed the file; it can be called twice."""
         closed_by(self)
         if self._lock is not None:
             self._lock.release()
 
     def undo(self) -> None:
-        """Let go, and leave files and folders as they were found. SQLite has closed the file."""
+        """Release the folder, and restore files and folders as they were found. Call it after SQLite has closed the file."""
         closed_by(self)
         for path, size in self._sizes.items():
             with suppress(OSError):
@@ -101,7 +102,7 @@ class Place:
         if self._lock is not None:
             self._lock.undo()
         for one in reversed(self._made):
-            with suppress(OSError):  # somebody else has put something there
+            with suppress(OSError):  # another program has created a file in it
                 one.rmdir()
 
 
@@ -118,6 +119,6 @@ def _impossible(folder: Path, error: Exception) -> RunLogError:
         shown = f"{shown[: _MOST_SHOWN // 2]}...{shown[-_MOST_SHOWN // 4 :]} ({len(str(folder))} characters)"
     reason = error.strerror if isinstance(error, OSError) else error
     return RunLogError(
-        f"No run log can be kept in {shown}: {reason}. Expected the path of a folder that is there or can be made, "
+        f"No run log can be written in {shown}: {reason}. Expected the path of a folder that exists or can be created, "
         'such as "runs/today". Give another path.'
     )

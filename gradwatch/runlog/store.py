@@ -1,4 +1,4 @@
-"""The writing side of the file: one session, from its first row to its end."""
+"""Writing of a run log: one session, from its first row to its end."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _PAGE = 8192  # bytes: half-empty pages after thinning waste less than with larg
 
 
 class Store:
-    """A run log, open for writing: one session.
+    """A run log that is open for writing, for one session.
 
     Args:
-        folder: where the file lies; made if it is missing.
-        columns: of each layer: name, elements, whether it is a matrix, fan-in.
-        environment: see `gradwatch.runlog.environment`.
-        facts: what is known of the model.
+        folder: folder of the file; it is created if it is missing.
+        columns: name, number of elements, whether it is a matrix, and fan-in of each layer.
+        environment: environment of the run; see `gradwatch.runlog.environment`.
+        facts: facts about the model.
 
     Raises:
-        RunLogError: no folder can have this path; or the file is foreign, damaged, of another model, or another process writes
-            it. Nothing was changed.
-        OSError: the disk does not let it be written. Nothing was changed.
+        RunLogError: no folder can have this path; or the file belongs to another program or another model, is damaged, or is
+            being written. Nothing was changed.
+        OSError: the file cannot be written. Nothing was changed.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Store:
 
     def _open(self) -> None:
         db = self._db = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA synchronous = NORMAL")  # safe when the process dies, and commits wait for no disk
+        db.execute("PRAGMA synchronous = NORMAL")  # safe if the process is killed, and commits do not wait for the disk
         if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             db.execute(f"PRAGMA page_size = {_PAGE}")
             db.execute("PRAGMA journal_mode = WAL")
-            # the transaction ends with the first session in it: whoever is killed before leaves an empty file
+            # the transaction includes the first session, so a process that is killed before its end leaves an empty file
             db.executescript(
                 f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}; {TABLES}"
             )
@@ -99,7 +99,7 @@ class Store:
         db.execute("COMMIT")
 
     def _begin_again(self) -> None:
-        """Go on in a session of its own: rows of steps that are made again must neither replace nor follow the first ones."""
+        """Begin a new session, since rows of steps that are made again must neither replace nor follow the earlier ones."""
         now, done = time.time(), self._done
         self._of_session("ended", now)
         made = self._connection.execute(
@@ -115,7 +115,7 @@ class Store:
         self._connection.executemany("INSERT INTO layers VALUES (?, ?, ?, ?, ?)", new)
 
     def is_removed(self) -> bool:
-        """True when the file is no longer where it was: what is written would be lost."""
+        """Return True if the file is no longer at its path, so that anything written would be lost."""
         try:
             stat = self._path.stat()
         except OSError:
@@ -123,7 +123,7 @@ class Store:
         return (stat.st_dev, stat.st_ino) != self._file
 
     def write(self, batches: Sequence[Batch]) -> None:
-        """Write all of them, or nothing; raises `sqlite3.Error`."""
+        """Write either all batches or none; raises `sqlite3.Error` if writing fails."""
         db, before = self._connection, self._done
         self._done = before.copy()
         try:
@@ -141,13 +141,13 @@ class Store:
             raise
 
     def write_ahead(self, batch: Batch) -> None:
-        """Write rows that will come again in a later batch: all that is known of those written so far stays as it was."""
+        """Write rows that a later batch will contain again; the record of what was written is not advanced."""
         before = self._done
         self.write([batch])
         self._done = replace(before, provenances=self._done.provenances)
 
     def close(self, *, ended: bool = False) -> None:
-        """Let go of the file. ``ended``: the session came to its end."""
+        """Close the file; if ``ended``, record that the session has ended."""
         try:
             if self._db is not None:
                 with suppress(sqlite3.Error):
@@ -164,7 +164,7 @@ class Store:
                 db.close()
 
     def _of_session(self, column: str, value: str | bytes | float) -> None:
-        statement = f"UPDATE sessions SET {column} = ? WHERE session = ?"  # noqa: S608  a name of the schema
+        statement = f"UPDATE sessions SET {column} = ? WHERE session = ?"  # noqa: S608  the column is a name of the schema
         self._connection.execute(statement, (value, self._done.session))
 
     def _write(self, batch: Batch) -> None:
@@ -208,7 +208,7 @@ class Store:
         weights: list[bytes | None] = []
         for place, step in enumerate(steps):
             row = special.get(place)
-            if row is not None:  # the others are as the one before them
+            if row is not None:  # other rows have the provenance of the row before them
                 done.provenance = self._number_of(row.provenance)
                 self._special(base + step, row, float(batch.coefficient[place]))
             provenances.append(done.provenance)
@@ -280,7 +280,7 @@ class Store:
         self._connection.execute("INSERT OR REPLACE INTO latest VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", told)
 
     def _thin(self) -> None:
-        """Drop the numbers for each layer of rows that are older than the last 5,000 and need not stay."""
+        """Delete the norms of rows that are older than the last 5,000 and are not kept."""
         db, done = self._connection, self._done
         done.since_thinned = 0
         row = db.execute("SELECT id FROM steps ORDER BY id DESC LIMIT 1 OFFSET ?", (LAST,)).fetchone()
@@ -290,7 +290,7 @@ class Store:
 
 
 def _told(path: Path, error: Exception) -> Exception:
-    """Return what to raise where SQLite cannot open a file: what may pass by itself is the disk's error, all else is damage."""
+    """Return the error to raise if SQLite cannot open a file: an `OSError` if it may be temporary, otherwise a `RunLogError`."""
     if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
         return OSError(str(error))
     return told_of(path, error)

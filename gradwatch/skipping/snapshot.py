@@ -190,7 +190,7 @@ def _slots(kind: type) -> Iterator[str]:
 
 
 def _holds(container: Any, kept: Any) -> bool:
-    """True when the very things that were kept of a container are in it, in their order."""
+    """Return True if a container holds the same objects in the same order as when it was copied."""
     if len(container) != len(kept):
         return False
     if isinstance(container, set):
