@@ -135,7 +135,7 @@ class UnprintableError(Exception):
     ("error", "said"),
     [
         (RuntimeError("cannot decode cat\udcff.jpg"), r"cat\udcff.jpg"),
-        (UnprintableError(), "UnprintableError, whose text cannot be"),
+        (UnprintableError(), "UnprintableError, whose message cannot be"),
     ],
     ids=["no unicode", "no text"],
 )

@@ -246,7 +246,7 @@ function listOf(lines, className) {
 }
 function fillStories() {
   const home = $("stories");
-  if (!run.incidents.length) home.append(element("p", "None: no sign was seen that opens one.", "quiet"));
+  if (!run.incidents.length) home.append(element("p", "No incident was opened.", "quiet"));
   run.incidents.forEach((incident, place) => {
     const card = element("article"), head = element("header");
     card.style.setProperty("--mark", `var(--${incident.closed_step === null ? incident.severity : "resolved"})`);
