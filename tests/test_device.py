@@ -69,7 +69,7 @@ def test_the_hot_path_runs_where_every_read_raises(clip: gradwatch.Clip | None, 
     policy = None if clip is None else gradwatch.AutoClip(clip, **({"when": "always"} if when == "always" else {}))
     x, y = (part.to("meta") for part in data())
     with watch(model, clip=policy) as monitor:
-        for _ in range(70):
+        for _ in range(46):  # the last of the first unit checks is among them
             optimizer.zero_grad()
             nn.functional.mse_loss(model(x), y).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
