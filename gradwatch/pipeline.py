@@ -49,7 +49,7 @@ class Pipeline:
     Args:
         history: history of the run's layers.
         rules: rules to judge with.
-        autoclip: state of auto-clip; None: only watch.
+        clipping: state of auto-clip; None: only watch.
         reports: reports to update with every change, and at intervals in between.
         notes: receives what cannot be done, and the errors of parts that raise.
         own_time: time that watching has taken so far, which the reports show.
@@ -68,7 +68,7 @@ class Pipeline:
         self,
         history: History,
         rules: Sequence[Rule],
-        autoclip: AutoClipEngine | None,
+        clipping: AutoClipEngine | None,
         reports: Sequence[Report],
         notes: Notes,
         own_time: OwnTime | None = None,
@@ -79,9 +79,9 @@ class Pipeline:
         self.rules = tuple(rules)
         self.verdict_settings = verdict or VerdictSettings()
         self.alarms = Alarms(rules, history.layers, notes.part_failed)
-        self.autoclip = autoclip
-        self.incidents = Incidents(history, rules, self.verdict_settings, autoclip)
-        self.armed = autoclip is not None
+        self.clipping = clipping
+        self.incidents = Incidents(history, rules, self.verdict_settings, clipping)
+        self.armed = clipping is not None
         self.changes: deque[Alarm] = deque(maxlen=keep)
         self.notes = notes
         self._own_time = own_time or OwnTime()
@@ -145,22 +145,22 @@ class Pipeline:
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
         """Record what was done to the gradients of a row, and show it; ``coefficient`` is the norm after over the norm before."""
-        if self.autoclip is not None and decision is not NOTHING:
+        if self.clipping is not None and decision is not NOTHING:
             self.history.amend(coefficient=coefficient, skipped=decision.skip)
-            self.autoclip.done(row, decision, coefficient)
+            self.clipping.done(row, decision, coefficient)
             self._record_clip()
         self.desk.show()
 
     def _decide(self, row: Row) -> Decision:
-        if self.autoclip is None or not self.armed:
+        if self.clipping is None or not self.armed:
             return NOTHING
-        decision = self.autoclip.decide(row, self.incidents.treatable_explosion())
+        decision = self.clipping.decide(row, self.incidents.treatable_explosion())
         self._record_clip()
-        self.notes.extend(self.autoclip.further.take_news())
+        self.notes.extend(self.clipping.further.take_news())
         return decision
 
     def _record_clip(self) -> None:
-        record = self.autoclip.take_changed() if self.autoclip is not None else None
+        record = self.clipping.take_changed() if self.clipping is not None else None
         if record is not None:
             self.incidents.record_clip(record)
 
@@ -189,7 +189,7 @@ class Pipeline:
             self.history.task_rows < _EVERY_STEP
             or self.alarms.stirring
             or self.exploding
-            or (self.autoclip is not None and self.armed and self.autoclip.acts)
+            or (self.clipping is not None and self.armed and self.clipping.acts)
         ):
             return None
         coming = self.history.rows + 1
@@ -222,7 +222,7 @@ class Pipeline:
     @property
     def policy(self) -> AutoClip | None:
         """The policy of auto-clip; None if gradwatch only watches."""
-        return self.autoclip.policy if self.autoclip is not None else None
+        return self.clipping.policy if self.clipping is not None else None
 
     @property
     def exploding(self) -> bool:
@@ -248,17 +248,17 @@ class Pipeline:
 
     def plan(self) -> DevicePlan | None:
         """Return what to do with the coming step before its values are known; None: only watch it."""
-        if self.autoclip is None or not self.armed:
+        if self.clipping is None or not self.armed:
             return None
         with ignore_fp_warnings():
-            return self.autoclip.plan(self._surge, self.verdict_settings.far * self._surge)
+            return self.clipping.plan(self._surge, self.verdict_settings.far * self._surge)
 
     def disarm(self, reason: str) -> None:
         """Stop auto-clip for the rest of the run and report the reason."""
         self.armed = False
         self.history.know(replace(self.history.facts, clips_always=False))
-        if self.autoclip is not None:
-            self.autoclip.abandon(self.history.row.step)
+        if self.clipping is not None:
+            self.clipping.abandon(self.history.row.step)
             self._record_clip()
         self.note(reason)
 
@@ -276,9 +276,9 @@ class Pipeline:
     @property
     def decided(self) -> int:
         """A hash of the decisions of auto-clip so far, which processes that train together compare."""
-        if self.autoclip is None or not self.armed:
+        if self.clipping is None or not self.armed:
             return 0
-        return hash((self.autoclip.on, self.autoclip.clipped, self.autoclip.skipped)) % _NUMBERS
+        return hash((self.clipping.on, self.clipping.clipped, self.clipping.skipped)) % _NUMBERS
 
     def switch_off(self, rules: int) -> None:
         """Switch off the rules that failed in any process, given as one bit each."""
@@ -312,10 +312,10 @@ class Pipeline:
             firing=self.alarms.firing_rules(),
             incidents=tuple(self.incidents.all),
             verdict=self.verdict,
-            clipping=str(self.autoclip.policy.clip) if self.autoclip is not None else None,
-            clip_on=self.autoclip is not None and self.armed and self.autoclip.on,
-            clipped=self.autoclip.clipped if self.autoclip is not None else 0,
-            skipped=self.autoclip.skipped if self.autoclip is not None else 0,
+            clipping=str(self.clipping.policy.clip) if self.clipping is not None else None,
+            clip_on=self.clipping is not None and self.armed and self.clipping.on,
+            clipped=self.clipping.clipped if self.clipping is not None else 0,
+            skipped=self.clipping.skipped if self.clipping is not None else 0,
             seconds=now - self._started,
             steps_per_second=self._speed,
             cost_us=1e6 * self._own_time.seconds / max(step - (self._first_step or 0) + 1, 1),
