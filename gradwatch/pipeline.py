@@ -76,7 +76,6 @@ class Pipeline:
         keep: int | None = _KEPT,
     ) -> None:
         self.history = history
-        self.rules = tuple(rules)
         self.verdict_settings = verdict or VerdictSettings()
         self.alarms = Alarms(rules, history.layers, notes.part_failed)
         self.clipping = clipping
@@ -216,6 +215,11 @@ class Pipeline:
             self.history.rows == _NO_LOSS and not self.history.losses
         ):  # all of the first rows are judged, so this one is
             self.note("no loss seen: the loss rules are inactive. Pass it with monitor.loss(loss).")
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that it judges with."""
+        return self.alarms.rules
 
     # Auto-clip.
 

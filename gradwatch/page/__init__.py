@@ -49,6 +49,5 @@ def page_of(log: RunLog) -> str:
         "script": (parts / "page.js").read_text(encoding="utf-8"),
     }
     template = (parts / "page.html").read_text(encoding="utf-8")
-    return re.sub(
-        r"\{\{(\w+)\}\}", lambda mark: pieces[mark[1]], template
-    )  # in a single pass, since a piece may contain a mark
+    # in a single pass, since a piece may contain a mark
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: pieces[mark[1]], template)

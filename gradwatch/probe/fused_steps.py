@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradwatch import device
-
 if TYPE_CHECKING:
-    import torch
     from torch.optim import Optimizer
 
     from gradwatch.measure.measured_gradients import Measured
@@ -28,10 +25,6 @@ class FusedSteps:
         self.parts: list[tuple[Measured | Unread, Floats]] = []
         self._seen: set[int] = set()
         self.family: Family = "other"
-
-    def measure(self, mine: Gradients, home: torch.device) -> Measured | Unread:
-        """Return the measured gradients that one optimizer is about to use."""
-        return mine.measure() if device.reading_is_free(home) else mine.measure_unread(home)
 
     def has_seen(self, part: Measured | Unread) -> bool:
         """Return whether a parameter of ``part`` has had its step already, so that another backward is under way."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gradwatch import device
 from gradwatch.device import widest_float
 from gradwatch.measure.layers import family_of
 from gradwatch.measure.measured_gradients import Measured
@@ -125,6 +126,10 @@ class Gradients:
     def outer_is_over(self) -> None:
         """Record that the step of the optimizer that wraps this one is over."""
         self.outer = None
+
+    def measure_at(self, home: torch.device) -> Measured | Unread:
+        """Measure all gradients, and read their norms only if rows are made on a ``home`` where that does not wait."""
+        return self.measure() if device.reading_is_free(home) else self.measure_unread(home)
 
     def surge_detector(self, home: torch.device) -> SurgeDetector:
         """Return the surge detector of this optimizer on a device."""

@@ -322,7 +322,7 @@ class Probe:
 
     def _step_inside_backward(self, mine: Gradients, optimizer: Optimizer) -> None:
         self._loop.optimizer_steps()
-        part = self._fused.measure(mine, self._layers.home)
+        part = mine.measure_at(self._layers.home)
         if self._fused.has_seen(part):  # that backward did not go through the patch, so its end was not seen
             self._end_of_fused_backward()
         self._fused.add(part, mine, optimizer)

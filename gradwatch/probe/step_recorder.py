@@ -164,12 +164,12 @@ class StepRecorder:
 
     def measure_before_clip(self, mine: Gradients) -> None:
         """Measure the gradients that the user is about to clip, except those that have been clipped in this step already."""
-        before, home = mine.coming.before_clip, self._layers.home
+        before = mine.coming.before_clip
         if before is None or before.measured is None or not before.next_begins():
             before = None
         elif len(before.measured.columns) == len(mine.with_gradient()):
             return
-        measured = mine.measure() if device.reading_is_free(home) else mine.measure_unread(home)
+        measured = mine.measure_at(self._layers.home)
         if before is not None:
             measured = before.joined_by(measured, len(self._layers))
         mine.coming.clip_begins(BeforeClip(mine.parameters, measured))
