@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed as dist
 
+from gradwatch import device
 from gradwatch.measure.norms import look_closer, norm_of, unfit
 from gradwatch.measure.wrappers import local_of, plain_name
 from gradwatch.records import EXPLOSION
@@ -44,6 +45,8 @@ def worth_of(
         incidents: open incidents.
         buffers_are_well: with several processes, whether all buffers were finite at the last exchange.
     """
+    if device.capturing():
+        return Checkpoint("a CUDA graph is being captured, so that no value can be read")
     for one in incidents:
         if one.kind in EXPLOSION and one.severity != "notice":
             return Checkpoint(f"an incident has been open since step {one.opened_step}: {one.kind}, {one.severity}")
@@ -75,7 +78,7 @@ def damage_of(model: nn.Module) -> str:
 def buffers_are_bad(model: nn.Module, home: torch.device) -> Tensor:
     """Return whether a buffer in this process is not finite, as a bool tensor of shape (); nothing is read on the host."""
     largest = [
-        torch.linalg.vector_norm(local_of(tensor).to(torch.float32), torch.inf).to(home, non_blocking=True)
+        device.moved(torch.linalg.vector_norm(local_of(tensor).to(torch.float32), torch.inf), home)
         for kind, _, tensor in _tensors(model)
         if kind == "buffer" and local_of(tensor).numel() and tensor.layout is torch.strided
     ]

@@ -152,7 +152,8 @@ def _all_zero(gradients: Iterable[Tensor]) -> bool:
 def losses_of(roots: Any) -> list[Loss]:
     """Return the losses that a backward began from: none, unless each of its roots is a number.
 
-    A number that can be had without waiting is read now, for the user may change the tensor in place later.
+    A number that can be had without waiting is read now, others are copied on their device: the user may change the tensor in
+    place later, and a replayed CUDA graph overwrites it.
     """
     if type(roots) is torch.Tensor:
         roots = (roots,)
@@ -163,7 +164,7 @@ def losses_of(roots: Any) -> list[Loss]:
         loss: Any = root.detach()
         if loss.is_cpu and device.reading_is_free(loss.device):
             loss = loss.item()
-        losses.append(loss)
+        losses.append(loss.clone() if isinstance(loss, torch.Tensor) else loss)
         if isinstance(loss, complex):
             return []
     return losses

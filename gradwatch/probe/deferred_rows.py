@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gradwatch import device
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
-from gradwatch.device import precise
 from gradwatch.errors import PeerError
 from gradwatch.measure.checkpoints import buffers_are_bad
 from gradwatch.measure.norms import on_device
@@ -137,7 +137,7 @@ class DeferredRows:
         if self._ranks is not None and facts.sample.weight_norm is not None and model is not None:
             slot.ranks[FLAGS, self._ranks.rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
         if overflow is not None:
-            slot.singles[LEFT_OUT].copy_(overflow.reshape(()), non_blocking=True)
+            slot.singles[LEFT_OUT].copy_(device.moved(overflow, self.home).reshape(()))
         if self._ranks is not None:
             if facts.word is not None:
                 self._say(slot, facts.word, self._ranks.rank)
@@ -195,12 +195,12 @@ class DeferredRows:
     ) -> None:
         if len(whole.columns):
             index = self._index(whole.columns)
-            slot.rows[SQUARE].index_copy_(0, index, self._shared(whole))
-            slot.rows[PRESENT].index_fill_(0, index, 1.0)
+            slot.rows[SQUARE].scatter_(0, index, self._shared(whole))
+            slot.rows[PRESENT].scatter_(0, index, 1.0)
             slot.singles[NOW].copy_(self._shared(now).sum())
         if loss is not None:
             if isinstance(loss, torch.Tensor):
-                slot.singles[LOSS].copy_(loss, non_blocking=True)
+                slot.singles[LOSS].copy_(device.moved(loss, self.home))
             else:
                 slot.singles[LOSS].fill_(loss)
             slot.singles[LOSSES].fill_(1.0)
@@ -208,7 +208,7 @@ class DeferredRows:
             flags = GRADIENT_BAD * ~torch.isfinite(slot.rows[SQUARE].sum() + slot.singles[NOW])
             flags = flags + LOSS_BAD * ~torch.isfinite(slot.singles[LOSS])
             if own_norms:
-                norms = torch.stack([norm.to(self.home, non_blocking=True) for norm in own_norms])
+                norms = torch.stack([device.moved(norm, self.home, device.precise(self.home)) for norm in own_norms])
                 flags = flags + BACKWARD_BAD * ~torch.isfinite(norms).all()
             slot.ranks[FLAGS, self._ranks.rank].copy_(flags)
             if self._after is not None:
@@ -263,7 +263,7 @@ class DeferredRows:
                 now.columns,
                 self._whole_norms(now, slot, own=own),
                 norm,
-                1.0 if scale is None else scale,
+                1.0 if scale is None else device.moved(scale, self.home),
                 fires,
             )
             fold = isinstance(clip, OneFactor) and mine.folds(optimizer)
@@ -309,7 +309,7 @@ class DeferredRows:
     def _confirm(self, *, well: bool = True) -> Tensor:
         """Return whether a clip of the user's own failed in any process, on the device: it may fail in one alone."""
         assert self._ranks is not None
-        failures = torch.full((1,), float(not well), dtype=precise(self.home), device=self.home)
+        failures = torch.full((1,), float(not well), dtype=device.precise(self.home), device=self.home)
         self._ranks.exchange(failures)
         return failures[0] > 0
 

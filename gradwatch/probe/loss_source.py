@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 
-from gradwatch.device import precise
+from gradwatch import device
 from gradwatch.measure.wrappers import local_of, summed
 
 if TYPE_CHECKING:
@@ -35,9 +35,11 @@ class LossReader:
 
     def give(self, loss: Tensor | SupportsFloat) -> None:
         """Take the user's own loss; it outranks every other source. Several of one step add up."""
+        if device.capturing():
+            return
         if self._stepped:
             self.forget()
-        self.given.append(loss.detach() if isinstance(loss, torch.Tensor) else float(loss))
+        self.given.append(loss.detach().clone() if isinstance(loss, torch.Tensor) else float(loss))
 
     def scaled_by(self, scaler: torch.amp.GradScaler | None) -> None:
         """Take note of the gradient scaler of the step under way; None: it is over."""
@@ -103,7 +105,7 @@ class LossReader:
         losses = [loss for loss, _ in roots]
         scaler = self._scaler()
         scale = scaler._get_scale_async() if scaler is not None else None
-        return losses if scale is None or not losses else [_sum(losses, home) / scale.to(home, non_blocking=True)]
+        return losses if scale is None or not losses else [_sum(losses, home) / device.moved(scale, home)]
 
 
 def _is_number(returned: Any) -> bool:
@@ -117,7 +119,7 @@ def _number(loss: Loss) -> float:
 def _sum(losses: Sequence[Loss], home: torch.device) -> Loss:
     """Add up losses, as a float64 tensor without dimensions on ``home`` if one of them is a tensor."""
     return sum(
-        local_of(summed(loss.detach())).to(home, precise(home), non_blocking=True).reshape(())
+        device.moved(local_of(summed(loss.detach())), home, device.precise(home)).reshape(())
         if isinstance(loss, torch.Tensor)
         else loss
         for loss in losses

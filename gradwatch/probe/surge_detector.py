@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradwatch.device import precise
+from gradwatch import device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +26,8 @@ class SurgeDetector:
 
     def __init__(self, home: torch.device) -> None:
         self.home = home
-        self._log = torch.zeros((), dtype=precise(home), device=home)
-        self._seen = torch.zeros((), dtype=precise(home), device=home)
+        self._log = torch.zeros((), dtype=device.precise(home), device=home)
+        self._seen = torch.zeros((), dtype=device.precise(home), device=home)
 
     def fires(self, norm: Tensor, loss: Tensor, *, limit: float, far: float, loss_ceiling: float) -> Tensor:
         """Return whether this step surges, as bool without dimensions.
