@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gradwatch import device
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
 from gradwatch.measure.layers import facts_of, family_of
 from gradwatch.measure.readback import PATIENCE
@@ -231,9 +232,10 @@ class Probe:
 
     # The optimizer's hooks.
 
-    def captured(self) -> None:
+    def captured(self, optimizer: Optimizer | None = None) -> None:
         """A step is captured into a CUDA graph, which replays it without asking anybody."""
-        self._judge.note("a step that is captured into a CUDA graph is not watched, nor are its replays.")
+        if optimizer is None or self.owns_any(optimizer):
+            self._judge.note("a step that is captured into a CUDA graph is not watched, nor are its replays.")
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Measure what the optimizer is about to use; return new arguments when it has a closure."""
@@ -377,6 +379,9 @@ class Probe:
 
     def explicit_step(self) -> None:
         """The user says that the update is about to happen."""
+        if device.capturing():
+            self.captured()
+            return
         self._loop.user_steps()
         self._guarded(self._take_everything)
 
