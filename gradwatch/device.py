@@ -23,8 +23,8 @@ def precise(device: torch.device) -> torch.dtype:
     """Return the widest float of a device. Metal and some Intel GPUs have no float64: there norms above 1e19 read as infinite."""
     if device.type in ("cpu", "meta", "cuda"):
         return torch.float64
-    if device.type == "mps" or (device.type == "xpu" and not _has_float64(device)):
-        return torch.float32
+    if device.type in ("mps", "xpu"):
+        return torch.float64 if device.type == "xpu" and _has_float64(device) else torch.float32
     try:
         torch.ones(2, dtype=torch.float64, device=device).sum()
     except Exception:

@@ -78,7 +78,19 @@ MAY_KNOW: dict[str, set[str]] = {
         *("rules", "runlog", "shutdown"),
     },
     "attach": {
-        *("autoclip", "clips", "device", "distributed", "errors", "measure", "monitor", "probe", "records", "reports", "rules"),
+        *(
+            "autoclip",
+            "clips",
+            "device",
+            "distributed",
+            "errors",
+            "measure",
+            "monitor",
+            "probe",
+            "records",
+            "reports",
+            "rules",
+        ),
     },
     "__init__": {
         *("attach", "autoclip", "clips", "errors", "monitor", "records", "reports", "rules"),

@@ -280,6 +280,7 @@ class StepRecorder:
 
     def _make(self, mine: Gradients, source: Source, optimizer: Optimizer | None, returned: Any, scale: float) -> None:
         """Make the row at once, and let the next ones go the short way where they may."""
+        self._read_all_before_moving()
         step, self.step = self.step, self.step + 1
         row, decision = self._host.make(
             step, mine, source, optimizer, returned, scale, self._word(source), closely=self._looks_closely
@@ -304,6 +305,7 @@ class StepRecorder:
     def _read_all_before_moving(self) -> None:
         if self._device.moves:
             self._read(wait=True)
+            self._device.forget()
 
     def take_parts(self, parts: list[tuple[Measured | Unread, Floats]], family: Family, mine: Gradients) -> None:
         """Make one row of the steps that an optimizer made inside backward; too late to act on any of them."""
@@ -322,6 +324,7 @@ class StepRecorder:
             self._read_all_before_moving()
             self._device.send(joined(unread), source, rate, mine, None, None, family, word, closely=closely)
             return
+        self._read_all_before_moving()
         step, self.step = self.step, self.step + 1
         measured = [part for part, _ in parts if isinstance(part, Measured)]
         self._host.make_of_parts(step, measured, rate, family, mine, word, closely=closely)
