@@ -102,9 +102,24 @@ incident is open each step is clipped.
 | others | one pass | one pass | gradients set to zero: momentum and weight decay still act, and the summary says so |
 
 Sums are in float64 there, so that squares neither overflow nor lose digits. Counts of NaN and Inf elements are not taken.
-Sparse gradients are coalesced, which waits for the device. Metal (`mps`) has no float64: norms above 1e19 read as infinite
-there. Tests on meta tensors, where every read raises, and a count of reads prove it without a GPU; `pytest -m gpu` runs the
-real thing where there is one. A model on several devices is measured as one (`tests/test_gpu.py`).
+Sparse gradients are coalesced, which waits for the device. The loss is copied on its device when its backward ends, because a
+replayed CUDA graph (`mode="reduce-overhead"`) overwrites it. Watching takes at most a hundredth of the gradients' memory more.
+
+* **Several devices, or a part on the CPU**: the model is measured as one, and rows are made on its first device that is not
+  the CPU. For the gradients on the CPU auto-clip's factor has to be waited for, once it is armed; watching alone waits for
+  nothing there either. Batch statistics on the CPU cannot be restored without waiting: a step that is left out beside them is
+  not counted as skipped. A model may move between devices, as a whole or in part.
+* **CUDA graphs**: while a step is captured gradwatch does nothing, and says so once. Replays run no Python, so that only what
+  is outside of the graph is seen: of a graph of forward and backward the gradients, but not the loss (hand it over with
+  `monitor.loss`).
+* **Metal** (`mps`) has no float64, nor have some Intel GPUs (`xpu`): norms above 1e19 read as infinite there. Neither has been
+  run; the stand-in below can refuse what they lack.
+* Any other device must offer events of torch, or `attach` refuses the model.
+
+None of this has run on a real GPU yet: `pytest -m gpu` does so where there is one. Without, it is tested on meta tensors, where
+every read raises, and on a stand-in for CUDA (`tests/device/`), which is compiled by the tests where there is `g++`: two devices
+whose memory the host cannot touch, copies to pinned memory that arrive late, and waits that are counted or raise. What a
+stand-in does not have: CUDA's own kernels, streams that overtake each other, replays of graphs, sparse tensors.
 
 ## Accuracy
 
@@ -127,7 +142,7 @@ that finite gradients near 1e20 get their true norm and are clipped in the right
   own.
 * Auto-clip inside backward, where each parameter is updated before the global norm is known, and inside LBFGS's line
   search: both are watched; of LBFGS, steps that are not finite are left out.
-* CUDA graphs: a captured step runs no Python, so that only what is outside of the graph is seen.
+* Steps inside a CUDA graph: only what is outside of the graph is seen.
 """
 
 
