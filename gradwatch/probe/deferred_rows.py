@@ -101,7 +101,7 @@ class DeferredRows:
         self._confirms = confirms and ranks is not None
         self._sampling = sampling
         self._ranks = ranks
-        self._processes = ranks.size if ranks is not None else 1
+        self._processes, self._rank = (ranks.size, ranks.rank) if ranks is not None else (1, 0)
         self._ring = Ring(len(layers), self._processes, home, LAG if ranks is not None else None)
         self._parts = Parts(on_device(ranks.share, home), on_device(ranks.part, home)) if ranks is not None else None
         self._kept: dict[Any, Tensor] = {}
@@ -133,9 +133,9 @@ class DeferredRows:
         slot = self._ring.next()
         self._write(slot, now if before is None else self._same_columns(before, now), now, loss, own_norms)
         facts.sample = self._sampling.take_unread(now, slot, self._parts, closely=closely)
-        model = self._layers.model
-        if self._ranks is not None and facts.sample.weight_norm is not None and model is not None:
-            slot.ranks[FLAGS, self._ranks.rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
+        model, decides = self._layers.model, self._ranks is not None or plan is not None
+        if decides and facts.sample.weight_norm is not None and model is not None:
+            slot.ranks[FLAGS, self._rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
         if overflow is not None:
             slot.singles[LEFT_OUT].copy_(device.moved(overflow, self.home).reshape(()))
         if self._ranks is not None:

@@ -162,10 +162,10 @@ class Peers:
     def take(self, numbers: UnpackedRow, *, looked: bool) -> None:
         """Follow what a row that has come over from a device says; ``looked``: buffers were looked at with it."""
         self._settle(numbers.after_norm)
+        if looked:
+            self.buffers_are_well = not (numbers.ranks[FLAGS] & BUFFER_BAD).any()
         if self.ranks is not None:
             self._heed(self.ranks.agreed(numbers))
-            if looked:
-                self.buffers_are_well = not (numbers.ranks[FLAGS] & BUFFER_BAD).any()
 
     def _heed(self, agreed: Agreed) -> None:
         """Follow what all processes said with a row; in each of them at the same row."""

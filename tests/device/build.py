@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from filelock import FileLock
 
 SOURCE = Path(__file__).with_name("standin.cpp")
 _SECONDS = 240
+_WRITTEN_FOR = "2.13"  # other versions of torch may declare other things in their headers
+
+
+class UnfitError(Exception):
+    """The stand-in does not compile with this version of torch, for which it was not written."""
 
 
 def torch_folder() -> Path:
@@ -36,7 +42,11 @@ def why_not() -> str:
 
 
 def built() -> Path:
-    """Return the library; it is compiled where it was not yet."""
+    """Return the library; it is compiled where it was not yet.
+
+    Raises:
+        UnfitError: it does not compile with this torch.
+    """
     torch = torch_folder()
     state = hashlib.sha256(SOURCE.read_bytes() + (torch / "version.py").read_bytes()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"gradwatch-standin-{state}.so"
@@ -48,6 +58,8 @@ def built() -> Path:
             command += [f"-I{include / 'torch/csrc/api/include'}", str(SOURCE), "-o", str(unfinished)]
             command += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
+            if done.returncode and not version("torch").startswith(_WRITTEN_FOR):
+                raise UnfitError(f"the stand-in is written for torch {_WRITTEN_FOR}: {done.stderr[:300]}")
             assert done.returncode == 0, done.stderr[:2000]
             unfinished.rename(library)
     return library

@@ -469,6 +469,30 @@ def a_quiet_run_with_a_surge_is_clipped_in_that_step(s: StandIn) -> None:
 
 
 @check("clips")
+def an_incident_closes_without_a_wait(s: StandIn) -> None:
+    """Whether weights and buffers are finite then is known from the rows that have come."""
+    x, y = (part.to("cuda") for part in data(64))
+    for damaged in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(mlp(inputs=8), nn.BatchNorm1d(1)).to("cuda")
+        model.register_buffer("average", torch.zeros(3, device="cuda"))
+        optimizer = optimizer_of(model, fused=True)
+        s.begin()
+        with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+            for step in range(160):
+                optimizer.zero_grad()
+                loss = nn.functional.mse_loss(model(x), y)
+                (loss * (1e5 if 70 <= step < 74 else 1)).backward()
+                optimizer.step()
+                if damaged and step == 72:
+                    model.average.fill_(math.inf)  # type: ignore[operator]
+            assert s.waits == ""
+        record = next(one.clip for one in monitor.incidents if one.clip is not None)
+        assert record.released_step is not None
+        assert record.damage == ("a buffer was not finite when it was last checked" if damaged else "")
+
+
+@check("clips")
 def a_gradient_scaler_finds_its_optimizer_as_it_left_it(s: StandIn) -> None:
     """Armed or not, with and without `unscale_`."""
     for scaler in ("scales", "unscales"):
@@ -588,6 +612,31 @@ def a_model_that_moves_is_measured_wherever_it_is(s: StandIn) -> None:
             optimizer.step()
     np.testing.assert_allclose(monitor.history.grad_norm(), truth, rtol=1e-6)
     assert not any("switched off" in note for note in monitor.notes)
+
+
+@check("places")
+def buffers_are_left_out_with_the_step(s: StandIn) -> None:
+    """Of running statistics on another device than the norms too; where that cannot be, no step is called skipped."""
+    x, y = data(64)
+    for first, last, can in (("cuda:0", "cuda:0", True), ("cuda:0", "cuda:1", True), ("cuda:0", "cpu", False)):
+        s.begin()
+        torch.manual_seed(0)
+        halves = [nn.Linear(8, 4).to(first), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)).to(last)]
+        model = nn.ModuleList(halves)
+        optimizer = optimizer_of(model, "AdamW", fused=True)
+        with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+            for step in range(12):
+                before = [part.detach().cpu().clone() for part in (*model.parameters(), *model.buffers())]
+                optimizer.zero_grad()
+                inputs = (x * math.nan if step == 8 else x).to(first)
+                nn.functional.mse_loss(halves[1](halves[0](inputs).to(last)), y.to(last)).backward()
+                optimizer.step()
+                now = [part.detach().cpu() for part in (*model.parameters(), *model.buffers())]
+                if can:
+                    same = all(torch.equal(one, other) for one, other in zip(now, before, strict=True))
+                    assert same == (step == 8)
+        assert np.flatnonzero(monitor.history.skipped()).tolist() == ([8] if can else [])
+        assert can or any("buffers of the model are on the CPU" in note for note in monitor.notes)
 
 
 @check("places")
