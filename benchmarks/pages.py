@@ -1,4 +1,4 @@
-"""Puts measured tables between the marks of a page."""
+"""Write measured tables between the marks of a page."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def between_marks(page: Path, mark: str, text: str) -> None:
-    """Replace what stands between ``<!-- mark -->`` and ``<!-- /mark -->``."""
+    """Replace the text between ``<!-- mark -->`` and ``<!-- /mark -->`` in ``page``."""
     old = page.read_text()
     pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
     if not pattern.search(old):
-        raise SystemExit(f"{page.name} has no place for {mark}: expected <!-- {mark} --> and <!-- /{mark} -->.")
+        raise SystemExit(f"{page.name} has no marks for {mark}; expected <!-- {mark} --> and <!-- /{mark} -->.")
     page.write_text(pattern.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", old))
 
 

@@ -1,6 +1,6 @@
 """Draw docs/report.png, the report page of a real training: ``python docs/page_picture.py`` (needs Chromium, chromedriver).
 
-A network with eight residual blocks; at step 1500 the learning rate is fifty times as high for 40 steps.
+The model has eight residual blocks. From step 1500 on, the learning rate is fifty times as high for 40 steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.browser import page
 
 
 class Block(nn.Module):
-    """One residual block."""
+    """A residual block."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -29,12 +29,12 @@ class Block(nn.Module):
         self.down = nn.Linear(2 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (n, width)."""
+        """Return the output, shape (n, width), for an input ``x`` of the same shape."""
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
 def train(folder: Path) -> None:
-    """Train under auto-clip, with a run log."""
+    """Train with auto-clip and a run log."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = nn.Sequential(nn.Linear(8, 32), *(Block() for _ in range(8)), nn.Linear(32, 1))

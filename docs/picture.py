@@ -1,4 +1,4 @@
-"""Make docs/live.svg, the README's picture of the live report, from a real run of the regression case.
+"""Draw docs/live.svg, the picture of the live view in the README, from a real run of the regression.
 
 Run it with ``python docs/picture.py``.
 """
@@ -17,7 +17,7 @@ from gradwatch.reports.view import View
 
 
 class Keep(gradwatch.Report):
-    """Keeps the last snapshot, as often as the live report gets one."""
+    """Stores the last snapshot. It receives snapshots as often as the live report does."""
 
     period = 0.2
 
@@ -25,15 +25,15 @@ class Keep(gradwatch.Report):
         self.kept: gradwatch.Snapshot | None = None
 
     def step(self, snapshot: gradwatch.Snapshot) -> None:
-        """Keep the snapshot."""
+        """Store the snapshot."""
         self.kept = snapshot
 
     def close(self, snapshot: gradwatch.Snapshot) -> None:
-        """Nothing is shown at the end."""
+        """Do nothing; no report is shown at the end."""
 
 
 def main() -> None:
-    """Train with auto-clip and draw the last snapshot at 84 columns."""
+    """Train with auto-clip and draw the last snapshot, 84 columns wide."""
     torch.manual_seed(0)
     model, report = network(), Keep()
     with gradwatch.attach(model, clip="norm", report=report):

@@ -1,4 +1,4 @@
-"""scikit-learn's digits: a healthy run, on which gradwatch stays silent, and a rate that wrecks it.
+"""Train a classifier on scikit-learn's digits: a healthy run without an incident, and a learning rate that is too high.
 
 Run it with ``python examples/digits_classifier.py``.
 """
@@ -15,7 +15,7 @@ HEALTHY_RATE, WRECKING_RATE = 0.1, 3.0
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images (1797, 64) between 0 and 1 and labels (1797,)."""
+    """Return images between 0 and 1, shape (1797, 64), and labels, shape (1797,)."""
     data = load_digits()
     return torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
 
@@ -23,7 +23,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 def train(
     rate: float, clip: gradwatch.AutoClip | str | None = None, seed: int = 0, epochs: int = 10
 ) -> tuple[float, gradwatch.Monitor]:
-    """Train a small classifier; return its accuracy on the held-out digits and the monitor."""
+    """Train a small classifier; return its accuracy on held-out digits, and the monitor."""
     torch.manual_seed(seed)
     x, y = digits()
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -40,11 +40,11 @@ def train(
 
 
 def main() -> None:
-    """Train four times and print what gradwatch says."""
+    """Train four times and print the accuracy and the summary of each run."""
     variants: list[tuple[str, float, gradwatch.AutoClip | str | None]] = [
         ("healthy", HEALTHY_RATE, None),
         ("wrecked", WRECKING_RATE, None),
-        ("wrecked, auto-clip to norm 1", WRECKING_RATE, "norm"),  # too wide for these gradients: it says so itself
+        ("wrecked, auto-clip by norm", WRECKING_RATE, "norm"),  # starts at a norm of 1.0 and lowers it to 0.25
         ("wrecked, auto-clip to norm 0.05", WRECKING_RATE, gradwatch.AutoClip(gradwatch.ClipNorm(0.05))),
     ]
     for name, rate, clip in variants:

@@ -1,8 +1,8 @@
-"""A regression on unscaled targets that overflows within eight steps: unwatched, watched, and saved by auto-clip.
+"""Train a regression on unscaled targets that explodes within about eight steps: watched, with auto-clip, always clipped.
 
-Run it with ``python examples/regression_mlp.py``; with ``--log runs/regression --epochs 5000`` it trains once, long enough to
-look in with ``gradwatch watch runs/regression`` from another terminal. The training itself
-(`gradwatch.commands.demo_training.train`) is an ordinary loop that knows nothing of gradwatch; the one call is `attach`.
+Run it with ``python examples/regression_mlp.py``. With ``--log runs/regression --epochs 5000`` it trains once, long enough to
+watch it with ``gradwatch watch runs/regression`` from another terminal. The training itself
+(`gradwatch.commands.demo_training.train`) is an ordinary loop without any call of gradwatch; the only call is `attach`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def watched(
 
 
 def logged(folder: str, epochs: int) -> None:
-    """Train once under auto-clip, with a run log."""
+    """Train once with auto-clip and a run log."""
     torch.manual_seed(0)
     model = network()
     with gradwatch.attach(model, clip="norm", log=folder):
@@ -50,11 +50,11 @@ def logged(folder: str, epochs: int) -> None:
 
 
 def main() -> None:
-    """Print the errors over five seeds, with the published ones beside them."""
+    """Print the median errors of five seeds, and the published errors of single runs."""
     parser = argparse.ArgumentParser(
-        description="A regression that explodes: unwatched, watched, and saved by auto-clip."
+        description="A regression that explodes: watched only, with auto-clip, and always clipped."
     )
-    parser.add_argument("--log", metavar="DIR", help="train once under auto-clip and keep the run in this folder")
+    parser.add_argument("--log", metavar="DIR", help="train once with auto-clip and keep the run in this folder")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of that training (default: {EPOCHS})")
     options = parser.parse_args()
     if options.log is not None:

@@ -1,7 +1,7 @@
-"""The adding problem over 100 steps: a vanilla RNN that explodes, clipping by norm, and an LSTM.
+"""Train on the adding problem over 100 steps: a vanilla RNN that explodes, the same with clipping by norm, and an LSTM.
 
-Each sequence holds 100 random numbers, two of them marked; the target is the sum of the marked two. Source: Hochreiter &
-Schmidhuber, "Long short-term memory" (1997). The clips of 5 and 10 are those of the word-level language-model tutorials.
+Each sequence holds 100 random numbers, two of which are marked; the target is the sum of these two. Source: Hochreiter &
+Schmidhuber, "Long short-term memory" (1997). The thresholds 5 and 10 are those of tutorials on word-level language models.
 Run it with ``python examples/rnn_long_sequence.py``.
 """
 
@@ -28,20 +28,20 @@ class Adder(nn.Module):
             self.recurrent = nn.LSTM(2, width, batch_first=True)
         else:
             self.recurrent = nn.RNN(2, width, batch_first=True, nonlinearity="relu")
-            # a little more than the identity: the state, and its gradient, grow by the step
+            # slightly more than the identity: the state and its gradient grow with each step
             with torch.no_grad():
                 self.recurrent.get_parameter("weight_hh_l0").copy_(1.03 * torch.eye(width))
         self.output = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum, shape (n, 1), of sequences ``x``, shape (n, LENGTH, 2)."""
+        """Return the predicted sums, shape (n, 1), for sequences ``x`` of shape (n, LENGTH, 2)."""
         states: Tensor = self.recurrent(x)[0]
         result: Tensor = self.output(states[:, -1])
         return result
 
 
 def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return sequences (size, LENGTH, 2) and targets (size, 1)."""
+    """Return sequences of shape (size, LENGTH, 2) and targets of shape (size, 1)."""
     values = torch.rand(size, LENGTH, generator=generator)
     marks = torch.zeros(size, LENGTH)
     half = LENGTH // 2
@@ -53,19 +53,19 @@ def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Result:
-    """How a training ended."""
+    """The result of a training."""
 
     losses: list[float]
     monitor: gradwatch.Monitor
 
     @property
     def finite(self) -> bool:
-        """True when no loss was NaN or infinite."""
+        """True if no loss was NaN or infinite."""
         return all(map(math.isfinite, self.losses))
 
 
 def train(cell: str = "rnn", clip: gradwatch.AutoClip | str | None = None, steps: int = 100, seed: int = 0) -> Result:
-    """Train on fresh sequences with SGD."""
+    """Train with SGD on new sequences at each step."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Adder(cell)
@@ -83,10 +83,10 @@ def train(cell: str = "rnn", clip: gradwatch.AutoClip | str | None = None, steps
 
 
 def main() -> None:
-    """Train each variant and print how it ended."""
+    """Train each variant and print its first and last losses and its incidents."""
     variants: list[tuple[str, str, gradwatch.AutoClip | str | None]] = [
         ("RNN, watched only", "rnn", None),
-        ("RNN, auto-clip norm 1", "rnn", "norm"),
+        ("RNN, auto-clip by norm", "rnn", "norm"),
         ("RNN, auto-clip norm 5", "rnn", gradwatch.AutoClip(gradwatch.ClipNorm(5.0))),
         ("RNN, auto-clip norm 10", "rnn", gradwatch.AutoClip(gradwatch.ClipNorm(10.0))),
         ("LSTM, watched only", "lstm", None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from gradwatch.commands import COMMANDS
 from gradwatch.commands.streams import console_on, standard_streams
@@ -28,6 +28,14 @@ exit codes: 0 done; 1 `report --check` found an incident of severity warning or 
 2 bad usage, or a run log that cannot be read"""
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors, which repeat what was typed, are fit to be printed."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser`."""
+        super().error(printable(message))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code, which says the same whoever reads, in whatever encoding."""
     with standard_streams():
@@ -35,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gradwatch",
         description="Training-stability diagnostics for PyTorch.",
         epilog=_EXAMPLES,

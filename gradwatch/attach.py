@@ -1,9 +1,8 @@
-"""`attach`: turns names into instances, refuses bad input with a full error, and starts a monitor."""
+"""`attach`: checks its arguments, converts names to instances, and starts a monitor."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
@@ -17,9 +16,10 @@ from gradwatch.clips import CLIPS, Clip
 from gradwatch.device import unreadable
 from gradwatch.distributed.group import is_first
 from gradwatch.errors import RunLogError, UsageError, did_you_mean, shown
+from gradwatch.measure.layers import Layers
 from gradwatch.measure.wrappers import is_dtensor, is_fully_sharded, unmeasurable
-from gradwatch.monitor import Monitor, attached, monitor_of
-from gradwatch.probe.budget import Budget
+from gradwatch.monitor import Monitor, attached, is_interactive, monitor_of
+from gradwatch.probe import Budget
 from gradwatch.records import Kind, Sign
 from gradwatch.reports import REPORTS, Report, report_by_name
 from gradwatch.rules import Rule, default_rules
@@ -41,31 +41,32 @@ def attach(
     *,
     budget: float | None = None,
 ) -> Monitor:
-    """Watch ``model``: from now on every optimizer step is measured, judged and shown.
+    """Watch ``model``: from now on, optimizer steps are measured, judged and reported.
 
     Args:
         model: a module with at least one trainable parameter.
-        optimizer: found by itself at its first step; name it to have it checked now.
-        scaler: found by itself when it steps.
+        optimizer: the optimizer. It is found automatically at its first step; pass it to have it checked now.
+        scaler: the gradient scaler. It is found automatically when it steps.
         rules: the rules to judge with; None for the default set (`gradwatch.default_rules`).
-        clip: None only watches. ``"norm"`` and ``"value"`` switch auto-clip on with its defaults; a `Clip` with those
-            bounds, an `AutoClip` with that policy.
-        report: ``"auto"`` (live in a terminal, log lines elsewhere), ``"live"``, ``"log"``, None, a `Report`, or a list.
-        log: the folder of a run log, such as ``"runs/today"``, in which the run is kept for `gradwatch watch`, `report` and
-            `replay`; a run that is resumed goes on in the same. None keeps the last rows in memory only.
-        every: optimizer steps between measurements; while an incident is open each step is measured. In between, one
-            layer's gradient and the loss are looked at, once the run has 64 rows: when they leave their bounds, the step
-            is measured.
-        strict: raise errors inside gradwatch. Otherwise they are told once and training goes on.
-        budget: the share of the training's time that measuring may take, such as 0.01: ``every`` is then chosen, and
-            chosen anew as the run goes on. The first 64 steps are all measured.
+        clip: None only watches. The name of a clip, such as ``"norm"``, switches auto-clip on with its defaults; a `Clip`
+            with the bounds of that clip, an `AutoClip` with that policy.
+        report: ``"auto"`` (live in a terminal, log lines elsewhere), the name of a report such as ``"live"`` or ``"log"``,
+            a `Report`, a list of these, or None for no report.
+        log: the folder of a run log, such as ``"runs/today"``, which `gradwatch watch`, `report` and `replay` read. A resumed
+            run continues in the same folder. None keeps only the last rows, in memory.
+        every: number of optimizer steps between measurements. While an explosion is open, each step is measured. In between,
+            once the run has 64 rows, the gradient of one layer and the loss are checked, and the step is measured if they
+            leave their bounds.
+        strict: whether errors inside gradwatch are raised. Otherwise each is reported once and training goes on.
+        budget: the share of the training time that measuring may take, such as 0.01; ``every`` is then chosen, and adjusted
+            as the run goes on. The first 64 steps are all measured.
 
     Returns:
-        The monitor. It may be dropped: it lives as long as the model, and `gradwatch.monitor_of` returns it. A model that is
-        watched already is watched by the new monitor alone: the old one is detached, and that is said.
+        The monitor. It need not be kept: it lives as long as the model, and `gradwatch.monitor_of` returns it. If the model is
+        watched already, the old monitor is detached, which the new one notes.
 
     Raises:
-        UsageError: input that cannot work. Nothing is left attached, and a monitor that there was before goes on.
+        UsageError: an argument is invalid. Nothing is left attached, and a monitor that was there before goes on.
         RunLogError: the log is damaged, of another program or model, or written by another process.
     """
     if not isinstance(model, nn.Module):
@@ -117,17 +118,20 @@ def attach(
 
 
 def _of_a_cell_run_again(folder: Path | None, model: nn.Module) -> Monitor | None:
-    """Return the monitor of a model that a notebook still holds, as a traceback does, and that was to write the same log."""
-    if folder is None or not (hasattr(sys, "ps1") or "IPython" in sys.modules):
+    """Return the monitor that a cell of a notebook, run before, attached to another model with the same layers and log.
+
+    The notebook may still hold that model, for example in a traceback. None outside notebooks and prompts.
+    """
+    if folder is None or not is_interactive():
         return None
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    found = (one for one in list(attached.values()) if one.writes(folder) and list(one.history.layers) == names)
+    names = tuple(Layers(model).names)
+    found = (one for one in list(attached.values()) if one.writes(folder) and one.history.layers == names)
     return next(found, None)
 
 
 def _replace(before: Monitor | None, monitor: Monitor, model: nn.Module, folder: Path | None) -> None:
-    """Open the run log and end the monitor that there was before, which goes on when the log is refused."""
-    if not is_first():  # of the processes that train together, one writes
+    """Open the run log and end the monitor ``before``, which goes on if the log is refused."""
+    if not is_first():  # only one of the processes that train together writes
         folder = None
     same = before is not None and folder is not None and before.writes(folder)
     if folder is not None and not same:
@@ -142,16 +146,16 @@ def _replace(before: Monitor | None, monitor: Monitor, model: nn.Module, folder:
 
 def _check_same_log(before: Monitor, monitor: Monitor, folder: Path | None) -> None:
     pairs = zip(before.history.layers, monitor.history.layers, strict=False)
-    for place, (then, now) in enumerate(pairs):
+    for index, (then, now) in enumerate(pairs):
         if then != now:
             raise RunLogError(
-                f"The run log {folder} has {then!r} as layer {place}, the model has {now!r} there now. "
+                f"The run log {folder} has {then!r} as layer {index}, the model has {now!r} there now. "
                 "Give this run its own path."
             )
 
 
 def _check_others(policy: AutoClip, model: nn.Module, before: Monitor | None) -> None:
-    """Two monitors may watch one parameter; auto-clip of one alone may act on it."""
+    """Raise `UsageError` if auto-clip of another monitor acts on parameters of the model already."""
     for other in list(attached.values()):
         if other is not before and other.clips_any(model):
             raise UsageError(
@@ -167,7 +171,15 @@ def _folder(log: Any) -> Path | None:
         raise UsageError(
             f'attach() got log={shown(log)}; expected the path of a folder, such as "runs/today", or None.'
         )
-    return Path(log)
+    try:
+        folder = Path(log)
+        folder.resolve()
+    except (ValueError, TypeError, OSError, RuntimeError) as error:  # a NUL, bytes, links that lead in a circle
+        raise RunLogError(
+            f"attach() got log={repr(log)[:300]}, where no folder can be: {error}. Expected the path of a folder, such as "
+            '"runs/today". Give another path.'
+        ) from error
+    return folder
 
 
 def _is_number(value: object) -> bool:
@@ -196,7 +208,7 @@ def _rules(rules: Sequence[Rule] | None) -> list[Rule]:
     codes = [rule.code for rule in rules]
     twice = sorted({code for code in codes if codes.count(code) > 1})
     if twice:
-        raise UsageError(f"attach() got {' and '.join(twice)} more than once among rules; each code may stand once.")
+        raise UsageError(f"attach() got {' and '.join(twice)} more than once among rules; each code may occur once.")
     return list(rules)
 
 
@@ -225,7 +237,7 @@ def _reports(report: Any) -> list[Report]:
     if report is None:
         return []
     asked = report if isinstance(report, (list, tuple)) else [report]
-    for one in asked:  # all of them before the first is made: a logger opens files
+    for one in asked:  # check all of them before the first is made, since loggers open files
         if isinstance(one, str) and one not in (*REPORTS, "auto"):
             raise UsageError(f"There is no report {one!r}.{did_you_mean(one, (*REPORTS, 'auto'))}")
         if not isinstance(one, (str, Report)):
@@ -233,7 +245,7 @@ def _reports(report: Any) -> list[Report]:
                 f"attach() got {shown(one)} as report; expected 'auto', {', '.join(map(repr, REPORTS))}, None, "
                 "or an instance of gradwatch.Report."
             )
-    # of the processes that train together, one draws
+    # only one of the processes that train together makes the reports that were given by name
     return [
         report_by_name(one) if isinstance(one, str) else one for one in asked if is_first() or not isinstance(one, str)
     ]

@@ -1,4 +1,4 @@
-"""Where tensors lie, and what may be asked of them there."""
+"""Properties of devices: whether reading is free, the widest float, and whether a CUDA graph is being captured."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ _ORDINARY = ("cpu", "meta", "cuda", "mps", "xpu")
 
 
 def reading_is_free(device: torch.device) -> bool:
-    """True where a tensor's value can be had without waiting for a device."""
+    """Return whether values of tensors on ``device`` can be read without waiting."""
     return device.type == "cpu"
 
 
 @lru_cache(maxsize=64)
-def precise(device: torch.device) -> torch.dtype:
-    """Return the widest float of a device. Metal and some Intel GPUs have no float64: there norms above 1e19 read as infinite."""
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the widest float type of a device: float64, or float32 on Metal and on Intel GPUs without float64.
+
+    In float32, norms above 1e19 become infinite.
+    """
     if device.type in ("cpu", "meta", "cuda"):
         return torch.float64
     if device.type in ("mps", "xpu"):
@@ -37,10 +40,10 @@ def _has_float64(device: torch.device) -> bool:
 
 
 def moved(tensor: Tensor, home: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a tensor on another device, in another dtype if given, fit to be used at once.
+    """Return a tensor on another device, in another dtype if given, that can be used at once.
 
-    Towards CUDA nothing waits. Towards the CPU it waits, because an asynchronous copy would be read before it has arrived;
-    other devices may read memory of the host that has been freed by then.
+    Only a copy to CUDA does not wait. A copy to the CPU waits, because an asynchronous one would be read before it has
+    arrived; other devices could read memory of the host that has been freed by then.
     """
     return tensor.to(home, dtype or tensor.dtype, non_blocking=home.type == "cuda")
 
@@ -60,9 +63,9 @@ class Copies:
 
 
 def capturing() -> bool:
-    """True while work on the current stream is not done but captured into a graph: nothing may be asked or started.
+    """Return whether the current stream is being captured into a graph, so that no value may be read or transferred.
 
-    True, too, where the device does not even answer that: its error belongs to the training, not here.
+    True as well if the query itself fails: the error of the device belongs to the training.
     """
     try:
         if torch.cuda.is_initialized():

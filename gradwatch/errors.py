@@ -1,11 +1,11 @@
-"""Every error that gradwatch raises on purpose.
+"""The errors that gradwatch raises on purpose.
 
 ::
 
     GradwatchError
     ├── UsageError (ValueError)              bad input: says what happened, the value, what was expected, what to do
     │   └── RunLogError                      a run log that is damaged, foreign, of another model, or another's
-    ├── TrainingUnstableError (RuntimeError) auto-clip has done all it may; the run cannot go on
+    ├── TrainingUnstableError (RuntimeError) auto-clip stops the run: by its policy, or after all it may do
     ├── ExchangeError (RuntimeError)         another process of a distributed training is gone
     └── PeerError (RuntimeError)             gradwatch itself failed in another process
 """
@@ -20,39 +20,39 @@ if TYPE_CHECKING:
 
 
 class GradwatchError(Exception):
-    """The root of gradwatch's errors."""
+    """The base class of all errors that gradwatch raises on purpose."""
 
 
 class UsageError(GradwatchError, ValueError):
-    """Input that gradwatch cannot work with. Nothing is left attached when it is raised."""
+    """Raised for input that gradwatch cannot work with. Nothing is left attached then."""
 
 
 class RunLogError(UsageError):
-    """A run log that cannot be read or written: damaged, no run log at all, of another model, or written by another."""
+    """Raised for a run log that cannot be used: damaged, no run log at all, of another model, or written by another process."""
 
 
 class TrainingUnstableError(GradwatchError, RuntimeError):
-    """Auto-clip skipped as many optimizer steps in a row as it may; going on would not train the model."""
+    """Raised when auto-clip stops the run: by its policy, or because it has skipped as many steps in a row as it may."""
 
 
 class ExchangeError(GradwatchError, RuntimeError):
-    """Rows could not be exchanged with the other processes; a distributed training cannot go on without them either."""
+    """Raised when rows cannot be exchanged with the other processes, without which distributed training cannot go on."""
 
 
 class PeerError(GradwatchError, RuntimeError):
-    """Gradwatch failed in another process; so it is switched off in this one too, for no rows can be exchanged."""
+    """Raised inside gradwatch when it failed in another process: rows cannot be exchanged, so it is switched off here too."""
 
 
 def words_of(error: BaseException) -> str:
-    """Return kind and text of an error, also of one whose text cannot be made."""
+    """Return the class and the message of an error, even if its message cannot be formatted."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception as of_its_own:
-        return f"{type(error).__name__}, whose text cannot be made: {type(of_its_own).__name__}"
+        return f"{type(error).__name__}, whose message cannot be formatted: {type(of_its_own).__name__}"
 
 
 def shown(value: object) -> str:
-    """Return a value as an error shows it: its kind where its text is long or cannot be made."""
+    """Return ``repr(value)`` for an error message, or the name of its class if that is long or fails."""
     try:
         text = repr(value)
     except Exception:
@@ -61,7 +61,7 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'norm'?"`` for a near miss, else the list of what is known."""
+    """Return ``" Did you mean 'norm'?"`` if ``word`` is close to a known word, else the list of known words."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if near:

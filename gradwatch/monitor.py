@@ -1,13 +1,13 @@
-"""Monitor: owns the parts of one watched model, from start to detach."""
+"""`Monitor`: owns everything that watches one model, from `attach` to `detach`."""
 
 from __future__ import annotations
 
 import atexit
-import logging
 import sys
 import weakref
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from numbers import Real
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -24,8 +24,7 @@ from gradwatch.measure.checkpoints import Checkpoint, damage_without_waiting, wo
 from gradwatch.measure.layers import Layers, facts_of
 from gradwatch.measure.wrappers import unwrapped
 from gradwatch.pipeline import Pipeline
-from gradwatch.probe.budget import Budget
-from gradwatch.probe.probe import Probe
+from gradwatch.probe import Budget, Probe
 from gradwatch.reports.notes import Notes
 from gradwatch.shutdown import Failure, all_done
 
@@ -41,17 +40,21 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.records import Alarm, Incident
     from gradwatch.reports import Report
-    from gradwatch.reports.base import RunLog
+    from gradwatch.reports.base import RunLogReport
     from gradwatch.rules import Rule
 
-_log = logging.getLogger("gradwatch")
 
-# model -> its monitor: keeps the monitor alive for as long as the model lives, and no longer
+# model -> its monitor, which is kept alive exactly as long as the model
 attached: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
 
 
 class Monitor:
-    """Watches one model. Made by `gradwatch.attach`; a context manager that detaches at its end."""
+    """Watches one model. `gradwatch.attach` returns it; as a context manager it detaches at the end of the block.
+
+    Attributes:
+        history: the last rows of the run and the reference values learned from them.
+        attached: True until `detach`.
+    """
 
     def __init__(
         self,
@@ -76,8 +79,8 @@ class Monitor:
         own_time = OwnTime()
         self._pipeline = Pipeline(self.history, rules, autoclip, reports, self._notes, own_time)
         pace = {"every": 1, "budget": every.share} if isinstance(every, Budget) else {"every": every, "budget": None}
-        version = {"gradwatch": sys.modules["gradwatch"].__version__}
-        self._probe = Probe(layers, self._pipeline, version | pace, every, scaler, own_time)
+        installed = {"gradwatch": version("gradwatch")}
+        self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time)
         self.attached = False
 
     def _damage(self) -> str:
@@ -95,10 +98,10 @@ class Monitor:
     # Life.
 
     def record(self, folder: Path) -> None:
-        """Keep the run in a run log from its first row on; `gradwatch.attach` calls it.
+        """Write the run to a run log from its first row on. Called by `gradwatch.attach`.
 
         Raises:
-            RunLogError: the log is damaged, foreign, of another model, or written by another process.
+            RunLogError: the log is damaged, of another program or model, or written by another process.
         """
         from gradwatch.runlog.environment import environment_of  # SQLite is loaded only when there is a log
         from gradwatch.runlog.recording import Recording, columns_of
@@ -114,7 +117,7 @@ class Monitor:
             self._pipeline.desk.keep(recording)
 
     def start(self, optimizer: Optimizer | None = None) -> None:
-        """Put the hooks in place; `gradwatch.attach` calls it."""
+        """Install the hooks and start the reports. Called by `gradwatch.attach`."""
         try:
             self._probe.start(optimizer)
         except BaseException:
@@ -136,11 +139,14 @@ class Monitor:
             raise
 
     def detach(self) -> None:
-        """Remove every hook and patch, end the reports; the model is as it was before. Safe to call twice."""
+        """Remove all hooks and patches and end the reports, so that the model is as before. It can be called repeatedly."""
         self._raise_first(self.end())
 
     def end(self) -> list[Failure]:
-        """Do all that `detach` does, each part whatever becomes of the others; tell of what failed, and return it."""
+        """Do what `detach` does, but report and return what failed instead of raising it.
+
+        Each part ends even if another one fails.
+        """
         if not self.attached:
             return []
         self.attached = False
@@ -165,13 +171,13 @@ class Monitor:
             attached.pop(model, None)
 
     def _raise_first(self, failures: list[Failure]) -> None:
-        """Raise the user's interrupt, and what failed where strict."""
+        """Raise the first failure that is an interrupt by the user; any failure if strict."""
         for _, error in failures:
             if self._notes.strict or not isinstance(error, Exception):
                 raise error
 
     def replaced(self, model: nn.Module) -> str:
-        """End, because ``model`` is attached; return what the new monitor has to say of that."""
+        """End because ``model`` is attached anew; return the note in which the new monitor reports it."""
         steps, log, mine = self.history.row.step + 1, self._log, self._model()
         same = mine is not None and unwrapped(mine) is unwrapped(model)
         self._raise_first([failure for failure in self.end() if not isinstance(failure.error, Exception)])
@@ -186,25 +192,25 @@ class Monitor:
         )
 
     def note(self, text: str) -> None:
-        """Say once what the user should know of this run."""
+        """Report once what the user should know about this run."""
         self._notes.add(text)
 
     @property
-    def _log(self) -> RunLog | None:
+    def _log(self) -> RunLogReport | None:
         return self._pipeline.desk.log
 
     def writes(self, folder: Path) -> bool:
-        """True when the run log in this folder is this monitor's."""
+        """Return whether this monitor writes the run log in ``folder``."""
         return self._log is not None and self._log.folder.resolve() == folder.resolve()
 
     def clips_any(self, model: nn.Module) -> bool:
-        """True when auto-clip acts on at least one of the model's parameters."""
+        """Return whether auto-clip of this monitor acts on at least one parameter of ``model``."""
         return self._pipeline.policy is not None and any(
             self._layers.column(parameter) is not None for parameter in model.parameters()
         )
 
     def owns_any(self, optimizer: Optimizer) -> bool:
-        """True when the optimizer holds at least one of the watched parameters."""
+        """Return whether the optimizer holds at least one watched parameter."""
         return self._probe.owns_any(optimizer)
 
     def __enter__(self) -> Monitor:
@@ -217,12 +223,12 @@ class Monitor:
         if isinstance(error, Exception) and self.attached:
             failures += all_done([("the flight recorder", lambda: self._raised(error))])
         failures += self.end()
-        # an error of the training goes first
+        # an error of the training takes precedence
         self._raise_first([one for one in failures if error is None or not isinstance(one.error, Exception)])
 
     def _at_exit(self) -> None:
         error = getattr(sys, "last_value", None)  # what ended the program, unless it is a notebook or a prompt
-        if isinstance(error, Exception) and not hasattr(sys, "ps1") and "IPython" not in sys.modules:
+        if isinstance(error, Exception) and not is_interactive():
             all_done([("the flight recorder", lambda: self._raised(error))])
         self.end()
 
@@ -237,13 +243,18 @@ class Monitor:
             f"<gradwatch.Monitor of {self.history.facts.model}, {state}, step {self.history.row.step}: {self.verdict}>"
         )
 
-    # What the user says.
+    # What the user passes.
 
     def loss(self, loss: Tensor | SupportsFloat) -> Any:
-        """Hand over the loss of the coming step and return it unchanged. It outranks the loss found by itself.
+        """Set the loss of the coming step and return it unchanged. It takes precedence over the loss that is found automatically.
 
-        Several of one step add up, as those of accumulated backwards do.
-        ``loss`` is a number or a tensor of one element; anything else raises `UsageError`.
+        Several losses of one step are summed, like those of accumulated backwards.
+
+        Args:
+            loss: a number or a tensor with one element.
+
+        Raises:
+            UsageError: ``loss`` is anything else.
         """
         number = isinstance(loss, Real) or (isinstance(loss, torch.Tensor) and loss.numel() == 1)
         if not number:
@@ -253,10 +264,13 @@ class Monitor:
         return loss
 
     def batch(self, batch: Any) -> Any:
-        """Hand over the coming step's batch and return it unchanged, for the flight recorder of the run log.
+        """Set the batch of the coming step for the flight recorder of the run log, and return it unchanged.
 
-        When training raises or an incident becomes critical, shape, range, mean, NaN and Inf of its tensors are kept. It is
-        held until the next one, and looked at only then. ``batch``: a tensor, or tensors in lists, tuples and dicts.
+        When training raises or an incident becomes critical, the shape, range, mean and number of NaN and Inf of its tensors
+        are kept. The batch is held until the next one is set, and is not read otherwise.
+
+        Args:
+            batch: a tensor, or tensors in lists, tuples and dicts.
         """
         self._batch = batch
         return batch
@@ -264,54 +278,57 @@ class Monitor:
     def _numbers_of_batch(self) -> list[dict[str, Any]] | None:
         try:
             return None if self._batch is None else numbers_of(self._batch)
-        except Exception as error:  # a batch of a kind that cannot be read must not cost the rest of the record
+        except Exception as error:  # a batch that cannot be read must not prevent the rest of the record
             return [{"name": "batch", "error": words_of(error)}]
 
     def step(self) -> None:
-        """Say that the update is about to happen: only for loops with no torch.optim optimizer."""
+        """Record a step just before its update. Only for loops without a ``torch.optim`` optimizer."""
         self._probe.explicit_step()
 
     # What the user reads.
 
     @property
     def alarms(self) -> list[Alarm]:
-        """The last 2,000 changes of state of the rules, oldest first."""
+        """The last 2,000 alarms, which are changes of state of rules, oldest first. Waits as `incidents` does."""
         self._probe.catch_up()
         return list(self._pipeline.changes)
 
     @property
     def incidents(self) -> list[Incident]:
-        """The incidents so far, in opening order, at most the last 1,000.
+        """The last 1,000 incidents, in the order in which they were opened.
 
-        Where gradients live on a device, this waits for the rows under way.
+        If gradients are on a device, this waits for the rows under way.
         """
         self._probe.catch_up()
         return list(self._pipeline.incidents.all)
 
     @property
     def verdict(self) -> str:
-        """The run in one word: ``"healthy"``, ``"suspected"`` or ``"confirmed"``. Waits as `incidents` does."""
+        """The state of the run: ``"healthy"``, ``"suspected"`` or ``"confirmed"``. Waits as `incidents` does."""
         self._probe.catch_up()
         return self._pipeline.verdict
 
     @property
     def notes(self) -> list[str]:
-        """What gradwatch could not do, each said once."""
+        """What gradwatch reported about this run besides incidents, such as what it could not do; each once."""
         return list(self._notes.all)
 
     def flush(self, timeout: float = 10.0) -> bool:
-        """Have all rows so far written to the run log; False when that takes more than ``timeout`` seconds, or there is none."""
+        """Write all rows so far to the run log and return True.
+
+        False if this takes more than ``timeout`` seconds, or if there is no log or no row.
+        """
         self._probe.catch_up()
         return self.history.rows > 0 and self._pipeline.desk.flush(timeout)
 
     def checkpoint_guard(self) -> Checkpoint:
-        """Say whether the model is worth a checkpoint: ``if monitor.checkpoint_guard(): torch.save(...)``.
+        """Return whether the model is worth a checkpoint: ``if monitor.checkpoint_guard(): torch.save(...)``.
 
-        The answer is true or false, and its ``reason`` says why it is false. It is while an incident of an explosion that is more
-        than a notice is open, when the last loss was not finite, or when a parameter or buffer is not finite now. Reads
-        the model's values: for checkpoints, not for each step. In a distributed training all processes get the same answer, by
-        what they last shared: weights and buffers are looked at on the first 32 steps, at least on every 32nd later, and on
-        each step while an incident is open.
+        The result is true or false, and its ``reason`` says why it is false: an incident of an explosion that is more than a
+        notice is open, the last loss was not finite, or a parameter or buffer is not finite now. This reads all values of the
+        model, so it is meant for checkpoints and not for each step. In distributed training all processes get the same result,
+        from what they last exchanged: weights and buffers are checked at the first 32 steps, at least at every 32nd step
+        later, and at each step while an explosion is open.
         """
         self._probe.catch_up()
         model = self._model()
@@ -321,31 +338,38 @@ class Monitor:
         return worth_of(model, self.history, self._pipeline.incidents.open, buffers_are_well=well)
 
     def summary(self) -> RenderableType:
-        """Return the run so far as a rich renderable; ``str()`` of it is plain text."""
+        """Return a summary of the run so far as a rich renderable; ``str()`` of it is plain text."""
         from gradwatch.reports.summary import Summary  # rich is loaded only when something is shown
 
         self._probe.catch_up()
         return Summary(self._pipeline.snapshot())
 
     def suggest_clip(self) -> Suggestion:
-        """Say what threshold this run's own norms suggest, and how many steps each choice would have clipped.
+        """Return the clipping threshold that this run's norms suggest, and how many steps each choice would have clipped.
 
-        By the rows that the history keeps, norms before any clip; raises `UsageError` before there are 16 finite ones.
+        It is computed from the rows that the history keeps, by norms before any clip.
+
+        Raises:
+            UsageError: fewer than 16 norms are finite.
         """
         self._probe.catch_up()
         return suggest(self.history.global_norm())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the run's baselines, in plain lists, so that a resumed run need not learn them again."""
+        """Return the reference values of the run as plain lists, so that a resumed run need not learn them again."""
         self._probe.catch_up()
         return {"version": 1, "step": self._probe.recorder.step, "history": self.history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; raises `UsageError`, and takes nothing, where it is damaged or of other layers."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            UsageError: the state is damaged or belongs to other layers. Nothing is restored then.
+        """
         kept = entries(state, ("step", "history"), "state")
         version = whole_number(kept.get("version", 1), 'state["version"]')
         if version != 1:
-            refuse('state["version"]', str(version), "1: another gradwatch has made it")
+            refuse('state["version"]', str(version), "1; another version of gradwatch has made it")
         step = whole_number(kept["step"], 'state["step"]')
         self._probe.catch_up()  # rows under way are those of steps that were made
         self.history.load_state_dict(kept["history"])
@@ -353,11 +377,20 @@ class Monitor:
         self._pipeline.desk.went_back()
 
 
-def monitor_of(model: nn.Module) -> Monitor | None:
-    """Return the monitor that watches ``model``, None when none does.
+def is_interactive() -> bool:
+    """Return whether this is a notebook or a prompt; IPython may also have been imported as a library."""
+    ipython = sys.modules.get("IPython")
+    return hasattr(sys, "ps1") or (ipython is not None and ipython.get_ipython() is not None)
 
-    A model and what is built around it, as DistributedDataParallel and `torch.compile` are, is one. A part of a watched model
-    has no monitor of its own. Raises `UsageError` for what is no module.
+
+def monitor_of(model: nn.Module) -> Monitor | None:
+    """Return the monitor that watches ``model``; None if there is none.
+
+    A model and its wrappers, such as DistributedDataParallel and `torch.compile`, count as one model. A submodule of a watched
+    model has no monitor of its own.
+
+    Raises:
+        UsageError: ``model`` is not a module.
     """
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"monitor_of() got {type(model).__name__}; expected a torch.nn.Module.")
@@ -368,13 +401,13 @@ def monitor_of(model: nn.Module) -> Monitor | None:
 
 
 def _asked(question: weakref.WeakMethod[Callable[[], str]]) -> str:
-    """Ask an object that may be gone; return its answer, or nothing."""
+    """Return the answer of an object; empty if the object no longer exists."""
     ask = question()
     return ask() if ask is not None else ""
 
 
 def _end(monitor: weakref.ref[Monitor]) -> None:
-    """The model is gone: end its monitor too."""
+    """End the monitor of a model that no longer exists."""
     here = monitor()
     if here is not None:
         here.end()

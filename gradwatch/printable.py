@@ -1,8 +1,7 @@
-"""Text that came from outside, made fit for a person's eyes: one line, no control characters, characters that there are.
+"""Conversion of foreign text into one printable line without control characters.
 
-Names of layers and rules, texts of errors and notes, and whatever a run log of somebody else holds may contain escape
-sequences, newlines and characters that turn the writing around. Data keeps them; where text leaves for a person it goes
-through here.
+Names of layers and rules, texts of errors and notes, and the contents of run logs of others may contain escape sequences,
+newlines and characters that reverse the direction of writing. Data keeps them; text that is shown to people is converted.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ import re
 import unicodedata
 from typing import Any
 
-# printable to Python, and shown by no terminal: joiners, fillers, variation selectors
+# printable according to Python but shown by no terminal: joiners, fillers, variation selectors
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-# what gradwatch's own signs become where they cannot be written; each as wide as it was
+# replacements of gradwatch's own characters if they cannot be encoded, each of the same width
 _STAND_INS = {
     "·": "-", "×": "x", "µ": "u", "…": "~", "→": ">", "↑": "^", "↓": "v", "•": "*", "–": "-", "—": "-",
     "●": "*", "■": "#", "▲": "^", "✓": "v", "─": "-", "━": "-", "│": "|",
@@ -24,10 +23,10 @@ _STAND_INS = {
 
 
 def printable(text: object) -> str:
-    r"""Return ``str(text)`` as one line in which whatever cannot be seen stands as Python writes it.
+    r"""Return ``str(text)`` as one line in which invisible characters are written as Python's escape sequences.
 
-    Control and formatting characters, line ends, lone surrogates and characters without a shape become ``\x1b``, ``\n``,
-    ``\u202e`` and so on; blanks of all kinds stay.
+    Control and formatting characters, line ends, lone surrogates and invisible characters become ``\x1b``, ``\n``,
+    ``\u202e`` and so on. Blanks of all kinds are kept.
 
     >>> printable("fc1\x1b[2J\nweight")
     'fc1\\x1b[2J\\nweight'
@@ -45,7 +44,7 @@ def _seen(char: str) -> str:
 
 
 def printable_all(value: Any) -> Any:
-    """Return plain values (as JSON knows them) with every text in them made `printable`, keys included."""
+    """Return JSON-like values with every text in them made `printable`, including keys."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, dict):
@@ -54,9 +53,9 @@ def printable_all(value: Any) -> Any:
 
 
 def writable(text: str, encoding: str | None) -> str:
-    """Return a text that a stream of this encoding can take, as wide as it was: what cannot be written becomes ``?``.
+    """Return ``text`` with characters that ``encoding`` cannot represent replaced by others of the same width, at last ``?``.
 
-    ``encoding``: None is UTF-8; one that is not known is taken for ASCII.
+    ``encoding`` None stands for UTF-8; an unknown encoding is treated as ASCII.
     """
     encoding = encoding or "utf-8"
     try:

@@ -1,6 +1,6 @@
-"""The words of the library: Row, Alarm, Incident, ClipRecord, Facts, Snapshot.
+"""The records of the library: Row, Alarm, Incident, ClipRecord, Facts, Snapshot.
 
-Plain frozen data. Nothing here imports torch, so all of it can be kept, sent and shown anywhere.
+They are plain frozen data. This module does not import torch, so records can be kept, sent and shown anywhere.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ LossSource = Literal["monitor.loss()", "closure", "backward root", "written", "n
 Clipped = Literal["no clip before it seen", "before the user's clip", "as the optimizer sees it"]
 
 SEVERITIES: tuple[Severity, ...] = ("notice", "warning", "critical")
-EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")  # chapters of one story
+EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")  # stages of one incident
 
 
 class NonFinite(IntFlag):
-    """What a gradient held that is not a finite number."""
+    """The kinds of non-finite values in a gradient."""
 
     NONE = 0
     NAN = 1
@@ -54,10 +54,13 @@ class NonFinite(IntFlag):
 
 
 class Provenance(NamedTuple):
-    """Where a row's gradient norms come from: no number without it.
+    """The origin of the values of a row.
 
-    ``source``: the moment of measuring. ``clipped``: before or after the user's own clipping, where that is known.
-    ``processes``: those whose parts make up the numbers; losses are their mean. 1: the numbers are this process's own.
+    Attributes:
+        source: moment of the measurement.
+        clipped: whether norms are from before or after the user's own clip, as far as that is known.
+        loss: source of the loss.
+        processes: number of processes whose values are combined, with the mean of their losses; 1: only this process.
     """
 
     source: Source = "optimizer step"
@@ -71,7 +74,12 @@ class Provenance(NamedTuple):
 
 
 class Culprits(NamedTuple):
-    """The processes that a non-finite step came from: only their own loss, backward or gradients were not finite."""
+    """The processes from which a non-finite step originates, because only their own values were not finite.
+
+    Attributes:
+        ranks: the processes.
+        sign: whether it was their loss, their backward or their gradients.
+    """
 
     ranks: tuple[int, ...]
     sign: CulpritSign
@@ -87,16 +95,30 @@ class Culprits(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The numbers of one optimizer step. ``L`` is the number of layers; missing is NaN.
+    """The values of one optimizer step, for ``L`` layers. Missing values are NaN, or None for whole arrays.
 
-    ``optimizer``: the number of the optimizer that steps, in the order in which they were found; -1 where none of torch's
-    makes the update, or many do inside backward.
-    ``poisoned``: what the optimizer is about to use is not finite (``nonfinite`` may tell of before the user's clip).
-    ``family`` is the optimizer's. ``applied`` is the factor that the user's own clipping put on the gradients (1.0: none
-    was seen).
-    ``rate`` (L,) is the learning rate of each layer's parameter group. ``counts`` maps a layer's column to its number
-    of (NaN, Inf) gradient elements and exists only for steps with non-finite gradients. ``order`` (L,) is the place of each
-    layer in the order in which gradients arrived in backward; None: as in the row before.
+    Attributes:
+        step: number of the step, from 0.
+        loss: loss of the step; NaN if no loss was seen (see `has_loss`).
+        grad_norm: gradient norms before any clip that gradwatch saw or made, shape (L,).
+        global_norm: L2 norm of all gradients as one vector.
+        weight_norm: weight norms before the update, shape (L,); None if they were not sampled.
+        nonfinite: `NonFinite` flags of the gradients, shape (L,); None if all are finite.
+        nonfinite_weight: whether weights are not finite, shape (L,).
+        counts: number of (NaN, Inf) gradient elements by column, only for steps with non-finite gradients on the CPU.
+        poisoned: whether the gradients that the optimizer is about to use are not finite. ``nonfinite`` may refer to those
+            before the user's clip.
+        rate: learning rate of each layer's parameter group, shape (L,).
+        family: family of the optimizer.
+        applied: factor that the user's own clip put on the gradients; 1.0 if no clip was seen.
+        dead_share: share of dead units, shape (L,); None if it was not sampled.
+        unchanged: number of rows for which the weights have not changed, shape (L,); None if it was not sampled.
+        arrived: whether a gradient of the layer was ever seen to arrive, shape (L,).
+        culprits: processes from which non-finite values originate; None if there are none or it is not known.
+        provenance: origin of the values.
+        optimizer: index of the optimizer in the order in which they were found; -1 if no optimizer of torch makes the
+            update, or several do inside backward.
+        order: rank of each layer in the order in which gradients arrived in backward, shape (L,); None: as in the row before.
     """
 
     step: int
@@ -121,18 +143,27 @@ class Row(NamedTuple):
 
     @property
     def has_loss(self) -> bool:
-        """False when no loss was seen; then ``loss`` is NaN for "missing"."""
+        """True if a loss was seen; otherwise ``loss`` is NaN, which stands for a missing value."""
         return self.provenance.loss != "none"
 
     @property
     def loss_nonfinite(self) -> bool:
-        """True when a loss was seen and it is NaN or infinite."""
+        """True if a loss was seen and it is NaN or infinite."""
         return self.has_loss and not math.isfinite(self.loss)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Alarm:
-    """A change of state of one rule on one layer (``None``: the whole model)."""
+    """A change of state of one rule on one layer.
+
+    Attributes:
+        code, name, sign, kind: those of the rule.
+        layer: name of the layer; None: the whole model.
+        step: step of the change.
+        value: quantity that the rule computed.
+        limit: limit of the rule.
+        state: whether the rule began or ceased to fire.
+    """
 
     code: str
     name: str
@@ -154,13 +185,26 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class ClipRecord:
-    """What auto-clip did about an incident, and whether it helped (``None``: not known yet).
+    """What auto-clip did about an incident, and whether it helped.
 
-    ``norm_before`` is the largest global norm meanwhile, ``norm_after`` what was left of it. ``loss_before`` and
-    ``loss_after`` are levels. ``recovered_after``: steps after which the loss was back at its level for good. ``measures``
-    are those beyond clipping, in words. ``unlearned``: the level of the clipped steps' losses at first and at last, where
-    clipping kept them up while all others were well; the clip was let go at once.
-    ``damage``: what of the model was not finite when it let go, so that nothing helped.
+    Attributes:
+        clip: the clip, in words.
+        from_step: step at which auto-clip was switched on.
+        clipped: number of steps that were clipped.
+        skipped: number of steps that were left out.
+        steps: number of steps while it was on.
+        norm_before: largest global norm meanwhile.
+        norm_after: what the clip left of ``norm_before``.
+        loss_before: level of the loss before the incident.
+        loss_after: last loss while auto-clip is on; level of the loss at the release.
+        released_step: step at which auto-clip was switched off; None: it is still on.
+        helped: whether it helped; None: not known yet.
+        recovered_after: number of steps after which the loss was back at its level for good; None: it was not yet.
+        measures: measures beyond clipping, in words.
+        unlearned: first and last level of the losses of clipped steps, if clipping kept them high while all other losses
+            were well. The clip was then released at once.
+        family: family of the optimizer.
+        damage: which values of the model were not finite at the release, in words, so that nothing helped.
     """
 
     clip: str
@@ -182,7 +226,7 @@ class ClipRecord:
 
     @property
     def share(self) -> float:
-        """The share of the steps since ``from_step`` that were clipped; NaN before the first."""
+        """The share of clipped steps since ``from_step``; NaN before the first step."""
         return self.clipped / self.steps if self.steps else math.nan
 
     def __str__(self) -> str:
@@ -218,12 +262,26 @@ class ClipRecord:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Incident:
-    """Alarms of one story. Replaced, never changed: what a report holds stays as it was.
+    """A disturbance of the run, formed from the alarms that belong together. Steps count optimizer steps from 0.
 
-    ``layers`` stand in the order in which they left their band; ``suspect`` is the prime suspect.
-    ``phase`` says where non-finite values were seen first. Steps count optimizer steps from 0. ``ranks`` are the processes
-    of a distributed training that non-finite values came from, where that could be told. ``number`` counts the incidents of
-    a run from 0.
+    An incident is replaced and never changed, so an incident that a report holds stays as it was.
+
+    Attributes:
+        kind: kind of the disturbance.
+        severity: ``"notice"``, ``"warning"`` or ``"critical"``.
+        verdict: ``"suspected"``, ``"confirmed"`` or ``"resolved"``.
+        opened_step: step at which it was opened.
+        confirmed_step: step at which it was confirmed; None: it was not.
+        closed_step: step at which it was closed; None: it is open.
+        suspect: name of the prime suspect among the layers; None if there is none.
+        layers: affected layers, in the order in which they left their band.
+        signs: alarms that belong to it.
+        evidence: what was observed, in sentences.
+        advice: what to do, in sentences.
+        phase: where non-finite values were seen first; None if there were none.
+        clip: what auto-clip did about it; None: nothing.
+        ranks: processes from which non-finite values originate, if that is known.
+        number: index of the incident in the run, from 0.
     """
 
     kind: Kind
@@ -244,7 +302,7 @@ class Incident:
 
     @property
     def open(self) -> bool:
-        """True until the run has been calm again."""
+        """True until the incident is closed."""
         return self.closed_step is None
 
     def __repr__(self) -> str:
@@ -258,7 +316,20 @@ class Incident:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of the model and its optimizer, for advice and reports. ``clips_always``: auto-clip acts on each step."""
+    """What is known of the model and its optimizer, for advice and reports.
+
+    Attributes:
+        model: class of the model.
+        layers: number of layers.
+        parameters: number of parameter elements.
+        recurrent, gated, normalised: whether the model has recurrent, gated recurrent, and normalisation layers.
+        depth: number of layers with two or more dimensions.
+        optimizer: class of the optimizer; None if it is not known yet.
+        family: family of the optimizer.
+        rate: largest learning rate; NaN if it is not known.
+        clip: clip of auto-clip, in words; None if gradwatch only watches.
+        clips_always: whether auto-clip acts at each step.
+    """
 
     model: str = "model"
     layers: int = 0
@@ -276,11 +347,30 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that a report may know of a step. ``L`` layers; the series hold the last rows, oldest first.
+    """The state of a run at one step, which is all that a report receives. The series hold the last rows, oldest first.
 
-    ``closeness`` (L,) is each layer's largest value over limit among all rules, ``closest`` (L,) the index in
-    ``rules`` of the rule it belongs to. ``cost_us`` is gradwatch's own time per optimizer step. ``firing`` names the rules that
-    fire now; ``news`` are the incidents that changed since the snapshot before. ``clip_coefficient`` is the last row's.
+    Attributes:
+        facts: what is known of the model and its optimizer.
+        step: last step.
+        layers: names of the ``L`` layers.
+        loss, global_norm: series of losses and global norms.
+        grad_norm, nonfinite, weight_norm: last values of each layer, shape (L,).
+        closeness: largest value over limit of each layer among all rules, shape (L,).
+        closest: index in ``rules`` of the rule to which that value belongs, shape (L,).
+        rules: code and name of each rule.
+        firing: rules that fire now.
+        incidents: incidents so far.
+        verdict: ``"healthy"``, ``"suspected"`` or ``"confirmed"``.
+        clipping: clip of auto-clip, in words; None if gradwatch only watches.
+        clip_on: whether auto-clip is on.
+        clipped, skipped: number of steps that auto-clip clipped and left out.
+        seconds: time since the run began.
+        steps_per_second: speed of the training.
+        cost_us: time that gradwatch takes per optimizer step, in microseconds.
+        provenance: origin of the last row.
+        notes: what gradwatch reported about the run.
+        news: incidents that changed since the previous snapshot.
+        clip_coefficient: norm after clipping over norm before it, of the last row.
     """
 
     facts: Facts

@@ -1,6 +1,6 @@
-"""Validated, frozen settings: the base of rules, clips and policies.
+"""Validated, frozen settings: the base class of rules, clips and policies.
 
-pydantic checks at the edge; what it refuses comes out as a `UsageError` that names the value and the way out.
+pydantic checks the values; its errors are raised as a `UsageError` that names the setting, the value and what is expected.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gradwatch.errors import UsageError, did_you_mean
 
 
 class Settings(BaseModel):
-    """Frozen fields with limits; unknown names, NaN and Inf are refused."""
+    """Frozen settings with limits. Unknown names, invalid values, NaN and Inf raise `UsageError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
 

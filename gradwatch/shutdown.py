@@ -1,4 +1,4 @@
-"""An end in parts, of which each is done whatever becomes of the others."""
+"""A shutdown in parts, each of which is executed even if others fail."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
 
 
 class Failure(NamedTuple):
-    """What a part raised."""
+    """The error that a part raised."""
 
     part: str
     error: BaseException
 
 
 def all_done(parts: Iterable[tuple[str, Callable[[], object]]]) -> list[Failure]:
-    """Do every part, and return what was raised; a part that returns failures adds them.
+    """Call every part and return the failures, including those that a part returns as a list.
 
-    An interrupt by the user waits as the errors do: whoever calls raises it when all is done.
+    Nothing is raised, not even an interrupt by the user: the caller raises it when everything is done.
     """
     failures = []
     for part, do in parts:

@@ -11,8 +11,8 @@ import torch
 import gradwatch
 from gradwatch.clips import CLIPS, Clip, Step, UnreadStep
 from gradwatch.history.history import History
-from gradwatch.history.statistics import quiet_numpy
-from gradwatch.measure.norms import look_closer
+from gradwatch.history.statistics import ignore_fp_warnings
+from gradwatch.measure.norms import count_nonfinite
 from gradwatch.records import Row
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def weights(seed: int = 7) -> list[Tensor]:
 
 def norms(tensors: Iterable[Tensor]) -> list[float]:
     """Return their norms, by a second look that no overflow of float32 spoils; not finite where an element is not."""
-    return [look_closer(tensor)[2] for tensor in tensors]
+    return [count_nonfinite(tensor)[2] for tensor in tensors]
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
@@ -83,7 +83,7 @@ def lived(rows: Iterable[Sequence[float]], clip: Clip | None = None) -> tuple[Hi
         if now is not None and math.isfinite(total):
             ones = [torch.full((1,), value, dtype=torch.float64) for value in row]
             history.amend(coefficient=now.apply(step(ones, parameters=[torch.ones(1)] * 3)))
-        with quiet_numpy():
+        with ignore_fp_warnings():
             history.learn()
         found.append(now)
     return history, found

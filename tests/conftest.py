@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples are imported as a package-less folder
 torch.set_num_threads(1)
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # in the background of a shell: the programs under test shall not ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _GROUP = "_group_tensors_by_device_and_dtype"
 _BACKWARD, _GROUPING = torch.autograd.backward, getattr(torch_clip, _GROUP)

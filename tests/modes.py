@@ -228,7 +228,7 @@ class SAM(torch.optim.Optimizer):
 SHARP = "the gradient that moves the weights: the one at the perturbed weights, with its loss"
 
 
-@mode("SAM by `first_step` and `second_step`", SHARP, "at the step of the optimizer inside")
+@mode("SAM by `first_step` and `second_step`", SHARP, "at the step of the inner optimizer")
 def _sam(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model = mlp()
     optimizer = SAM(model.parameters())
@@ -242,7 +242,7 @@ def _sam(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
         optimizer.second_step()
 
 
-@mode("SAM by `step(closure)`", SHARP, "at the step of the optimizer inside")
+@mode("SAM by `step(closure)`", SHARP, "at the step of the inner optimizer")
 def _sam_closure(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model = mlp()
     optimizer = SAM(model.parameters())
@@ -313,7 +313,7 @@ def _scaler_grows(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[T
     yield from _scaled(watch, fused=False, unscale=False, growth=2)
 
 
-@mode("GradScaler that leaves steps out", "steps that happen; ten left out in a row are an incident")
+@mode("GradScaler that leaves steps out", "the steps that are made; ten left out in a row are an incident")
 def _scaler_overflows(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model = mlp()
     optimizer = sgd(model)
@@ -388,7 +388,7 @@ def _clipped(watch: Callable[[nn.Module], gradwatch.Monitor], clip: Callable[[nn
         optimizer.step()
 
 
-BEFORE = "the gradient before your clip; beside it, as clip coefficient, what was left of it"
+BEFORE = "the gradient before your clip; as clip coefficient, the share of its norm that was left"
 
 
 @mode("your own `clip_grad_norm_`", BEFORE, "at the clip")
@@ -495,7 +495,7 @@ def _in_backward(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Tr
         yield Truth({n: seen[p] for n, p in model.named_parameters()}, loss.item(), source="optimizer in backward")
 
 
-@mode("two optimizers over one model", "a row for each, missing where the other owns the layer")
+@mode("two optimizers over one model", "a row for each; missing if the other owns the layer")
 def _two_optimizers(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model = mlp()
     watch(model)
@@ -549,7 +549,7 @@ def _gan(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
         optimizers[0].step()
 
 
-@mode("stochastic depth", "missing where a block was left out")
+@mode("stochastic depth", "missing if a block was left out")
 def _depth(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)])
     watch(model)
@@ -589,7 +589,7 @@ def _made_by_hand(watch: Callable[[nn.Module], gradwatch.Monitor], *, clip: bool
         optimizer.step()
 
 
-BY_HAND = "the gradient that you have put into `.grad`; the loss from `monitor.loss`"
+BY_HAND = "the gradient that you set in `.grad`; the loss from `monitor.loss`"
 
 
 @mode("gradients put into place by hand: gradient surgery, DP-SGD, `torch.func`", BY_HAND)
@@ -635,7 +635,7 @@ def _penalty(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]
         optimizer.step()
 
 
-@mode("a backward that raises, then training goes on", "the steps that happen")
+@mode("a backward that raises, then training goes on", "the steps that are made")
 def _raising(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     class Raise(torch.autograd.Function):
         @staticmethod
@@ -696,7 +696,7 @@ def _parametrized(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[T
         yield truth
 
 
-@mode("adapters added after attach", "they get columns of their own; their past is missing")
+@mode("adapters added after attach", "their norms, in new columns; their past is missing")
 def _adapters(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model = mlp()
     watch(model)
@@ -773,7 +773,7 @@ def _unused(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     yield from ordinary(model, optimizer, lambda x: heads[next(turn) % 2](torch.tanh(trunk(x))))
 
 
-@mode("evaluation between steps", "the steps alone")
+@mode("evaluation between steps", "only the steps")
 def _evaluation(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model = mlp()
     watch(model)
@@ -784,7 +784,7 @@ def _evaluation(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Tru
         yield truth
 
 
-@mode("one optimizer over watched and unwatched models", "the watched layers")
+@mode("one optimizer over watched and unwatched models", "only the watched layers")
 def _half_watched(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model, other = mlp(), mlp(seed=1)
     watch(model)
@@ -792,7 +792,7 @@ def _half_watched(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[T
     yield from ordinary(model, optimizer, lambda x: model(x) + other(x))
 
 
-@mode("two monitors on two models", "each its own")
+@mode("two monitors on two models", "each model by its own monitor")
 def _two_monitors(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     model, other = mlp(), mlp(seed=1)
     expected: list[list[float]] = []

@@ -91,8 +91,8 @@ class Mode:
 
 
 MODES: list[Mode] = []
-WHOLE = "gradients as reduced, losses averaged"
-SHARDS = "norms of the whole from those of the shards, losses averaged"
+WHOLE = "reduced gradients, averaged losses"
+SHARDS = "norms of whole layers, from those of the shards; averaged losses"
 
 
 def mode(name: str, processes: int, recorded: str, *, names: bool = True) -> Callable[[Make], Make]:
@@ -206,7 +206,7 @@ def _fsdp1(model: nn.Module, rank: int, size: int) -> Training:
     return Training(sharded, sharded, rows(rank, size))
 
 
-@mode("FSDP1, `use_orig_params=False`", 2, "one layer for each flat unit; global norm as ever", names=False)
+@mode("FSDP1, `use_orig_params=False`", 2, "one layer for each flat unit; the usual global norm", names=False)
 def _fsdp1_flat(model: nn.Module, rank: int, size: int) -> Training:
     sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     return Training(sharded, sharded, rows(rank, size))

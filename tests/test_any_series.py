@@ -22,7 +22,7 @@ from gradwatch.records import Alarm, Facts, Incident, NonFinite, Provenance, Row
 from gradwatch.reports.notes import Notes
 from gradwatch.rules import RULES, default_rules
 from gradwatch.rules.notation import Case
-from gradwatch.verdict.settings import VerdictSettings
+from gradwatch.verdict import VerdictSettings, incidents
 from tests.trainings import mlp, train
 
 if TYPE_CHECKING:
@@ -231,15 +231,17 @@ def test_a_real_explosion_is_told_alike_whatever_its_loss_is_multiplied_by(scale
     assert stories(found[0].incidents) == stories(found[1].incidents)
 
 
-def test_the_list_of_incidents_is_bounded() -> None:
+def test_the_list_of_incidents_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest closed ones are forgotten; those that are kept stay in order."""
-    case = Case("bad batches", None, grad="1x25 nan 1x25 " * 1100, family="other")
+    assert incidents._KEPT == 1000
+    monkeypatch.setattr(incidents, "_KEPT", 100)
+    case = Case("bad batches", None, grad="1x25 nan 1x25 " * 160, family="other")
     history, rows = case.rows()
     pipeline = Pipeline(history, default_rules(), None, [], Notes(strict=True))
     for row in rows:
         pipeline.judge(replace_sampling(row))
     kept = pipeline.incidents.all
-    assert len(kept) == 1000
+    assert len(kept) == 100
     closed = [incident.number for incident in kept if not incident.open]
     assert closed == list(range(closed[0], closed[-1] + 1))
     assert closed[0] > 50

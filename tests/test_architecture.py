@@ -174,6 +174,29 @@ def test_the_table_says_no_more_than_is_so() -> None:
     assert {(room, other) for room, others in MAY_KNOW.items() for other in others} - used == set()
 
 
+# what is one thing to others is imported from the folder; a toolbox, such as measure, from the file that a reader should open
+ONE_THING = ("verdict", "probe", "skipping", "page")
+
+
+def test_what_is_one_thing_to_others_is_imported_from_its_folder() -> None:
+    """Its `__init__` exports all that others use."""
+    deep = {
+        (name, other)
+        for name, path in FILES.items()
+        for other in known(path)
+        if room_of(other) in ONE_THING and room_of(name) != room_of(other) and not other.endswith("/__init__")
+    }
+    assert deep == set()
+
+
+def test_every_folder_says_what_lives_there() -> None:
+    """In the first sentence of its `__init__`."""
+    for path in PACKAGE.rglob("__init__.py"):
+        sentence = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        assert sentence.endswith((".", "`")), path
+        assert len(sentence) > 40, path
+
+
 def test_no_imports_go_in_circles() -> None:
     """Neither between files nor, in the table, between folders."""
     assert circles({name: known(path) - {name} for name, path in FILES.items()}) == []

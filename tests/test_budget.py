@@ -1,4 +1,4 @@
-"""A time budget chooses how often to measure; in between, a sentinel keeps watch."""
+"""A time budget chooses how often to measure; in between, one gradient and the loss are checked."""
 
 from __future__ import annotations
 
@@ -54,12 +54,13 @@ def test_a_tiny_budget_leaves_few_rows_after_the_first_64() -> None:
 
 
 def test_an_ample_budget_measures_each_step() -> None:
-    """Watching this model takes less than 99.9 % of the time."""
-    assert len(train(300, budget=0.999).history.steps()) > 200
+    """Or nearly each: at least twice as many as a budget that is no budget."""
+    ample, tiny = (len(train(300, budget=share).history.steps()) for share in (0.999, 1e-9))
+    assert ample > 2 * tiny
 
 
 @pytest.mark.parametrize("settings", [{"budget": 1e-9}, {"every": 7}], ids=str)
-def test_the_sentinel_has_a_wild_step_measured(settings: dict[str, Any]) -> None:
+def test_a_wild_step_in_between_is_measured(settings: dict[str, Any]) -> None:
     """The step itself, though it was not its turn."""
     calm = set(train(900, **settings).history.steps().tolist())
     wild = next(step for step in range(700, 900) if step not in calm)

@@ -56,6 +56,74 @@ def test_an_unknown_code_ends_with_two_and_the_nearest_one(capsys: pytest.Captur
     assert captured.err.startswith("gradwatch: There is no rule 'GW20'. Did you mean 'GW20")
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["demo", "--epochs", "0"], "expected an integer from 1 to 1000000, got '0'"),
+        (["demo", "--epochs", "1.5"], "expected an integer from 1 to 1000000, got '1.5'"),
+        (["demo", "--seed", "99999999999999999999999"], "expected an integer from 0 to"),
+        (["demo", "--seed", "-1"], "got '-1'"),
+        (["report", ""], "the path is empty"),
+        (["report", "run", "--html", ""], "the path is empty"),
+        (["export", "run", "--to", "csv", "--out", ""], "the path is empty"),
+        (["compare", "run", ""], "the path is empty"),
+        (["list", ""], "the path is empty"),
+        (["list", "x" * 300], "cannot be read: File name too long. Give a folder"),
+        (["report", "x" * 300], "cannot be read: [Errno 36] File name too long"),
+        (["watch", ""], "the path is empty"),
+        (["replay", ""], "the path is empty"),
+        (["suggest", ""], "the path is empty"),
+    ],
+)
+def test_a_value_that_is_none_is_told_as_bad_usage(
+    typed: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With exit code 2, without a traceback, before anything is done."""
+    try:
+        code = main(typed)
+    except SystemExit as end:
+        code = int(str(end.code))
+    captured = capsys.readouterr()
+    assert code == 2
+    assert said in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["report", "a", "b{}"],
+        ["report", "--unknown{}", "a"],
+        ["rules", "--{}"],
+        ["report", "a", "--h={}"],
+        ["report", "a", "--json={}"],
+        ["{}"],
+        ["export", "a", "--to", "{}"],
+        ["demo", "--epochs", "{}"],
+        ["report", "{}"],
+        ["list", "{}"],
+        ["explain", "{}"],
+        ["replay", "a{}", "--rule", "{}"],
+        ["compare", "{}", "{}"],
+        ["export", "a", "--to", "csv", "--out{}", "x"],
+    ],
+    ids=" ".join,
+)
+def test_what_was_typed_steers_no_terminal_when_it_is_repeated(
+    typed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Control characters in unknown options, choices, values and paths are spelled; the exit code is 2."""
+    try:
+        code = main([word.format("\x1b[31mx\x07\r\u202e\x9b2J\nforged") for word in typed])
+    except SystemExit as end:
+        code = int(str(end.code))
+    said = capsys.readouterr()
+    assert code == 2
+    assert "\\x1b[31mx" in said.err
+    assert not set("\x1b\x07\r\u202e\x9b") & set(said.out + said.err)
+    assert "\nforged" not in said.out + said.err
+
+
 def test_the_module_is_the_same_command() -> None:
     """`python -m gradwatch --help` shows the examples and exit codes."""
     done = subprocess.run(

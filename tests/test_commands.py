@@ -50,7 +50,7 @@ def test_list_names_every_run_below_a_folder(runs: Path, capsys: pytest.CaptureF
     assert found.keys() == {"well", "explodes", "faster", "damaged"}
     assert (found["well"]["steps"], found["well"]["state"], found["well"]["worst"]) == (120, "ended", None)
     assert (found["explodes"]["worst"], found["explodes"]["loss"]) == ("critical", None)
-    assert "is no run log" in found["damaged"]["error"]
+    assert "is not a run log" in found["damaged"]["error"]
     text = said(capsys, "list", runs)
     assert "Sequential" in text
     assert "critical" in text
@@ -115,8 +115,8 @@ def test_compare_says_where_two_runs_part(runs: Path, capsys: pytest.CaptureFixt
     assert len(found["layers"]) == 6
     same = told(capsys, "compare", runs / "well", runs / "well")
     assert (same["first_difference"], same["losses"], same["layers"]) == (None, None, [])
-    assert "the losses are the same numbers throughout" in said(capsys, "compare", runs / "well", runs / "well")
-    assert "gradient norms part" in said(capsys, "compare", runs / "well", runs / "explodes")
+    assert "losses: equal at every common step" in said(capsys, "compare", runs / "well", runs / "well")
+    assert "gradient norms diverge" in said(capsys, "compare", runs / "well", runs / "explodes")
 
 
 def test_suggest_finds_a_threshold_in_the_runs_own_norms(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

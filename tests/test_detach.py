@@ -97,7 +97,7 @@ def test_a_part_that_fails_leaves_the_others_done(
     assert len([note for note in monitor.notes if "the report cannot end" in note]) == 1
     assert any("by intention" in note for note in monitor.notes)
     if "Summary" not in str(owner) and owner is not LogReport:
-        stale = "this is the run as it was at step 0" if name == "closeness" else "3 steps of Linear"
+        stale = "this is the state at step 0" if name == "closeness" else "3 steps of Linear"
         assert stale in stream.getvalue()
     if not done:  # end by hand what was kept from ending
         for one in patches.ALL:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.measure.norms import NormPlan, fingerprint, global_norm_of, live_units, look_closer, norm_of
+from gradwatch.measure.norms import NormPlan, count_nonfinite, fingerprint, global_norm_of, live_units, norm_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,11 +110,11 @@ def test_a_layer_of_a_thousand_equal_elements_is_within_1e_6(constant: float) ->
 
 def test_nan_inf_and_overflow_are_told_apart() -> None:
     """Counts of NaN and Inf; finite values whose float32 norm overflows get their true norm."""
-    assert look_closer(torch.tensor([1.0, math.nan, math.inf, -math.inf]))[:2] == (1, 2)
-    nans, infs, norm = look_closer(torch.tensor([3e30, 4e30]))
+    assert count_nonfinite(torch.tensor([1.0, math.nan, math.inf, -math.inf]))[:2] == (1, 2)
+    nans, infs, norm = count_nonfinite(torch.tensor([3e30, 4e30]))
     assert (nans, infs) == (0, 0)
     assert norm == pytest.approx(5e30, rel=1e-6)
-    assert look_closer(torch.tensor([3e-30, 4e-30]))[2] == pytest.approx(5e-30, rel=1e-6)
+    assert count_nonfinite(torch.tensor([3e-30, 4e-30]))[2] == pytest.approx(5e-30, rel=1e-6)
 
 
 def test_nan_and_inf_propagate_to_the_global_norm() -> None:

@@ -53,9 +53,9 @@ def run_of(folder: Path, rows: int, layers: int) -> Path:
             loss += step - begin
         weights = np.ones(layers) if (step + 1) % 32 == 0 else None
         seen = Provenance("written", loss="written")
-        pipeline.judge(
-            Row(step, loss, norms, float(np.linalg.norm(norms)), weights, rate=np.full(layers, 0.1), provenance=seen)
-        )
+        norm = float(np.linalg.norm(norms))
+        row = Row(step, loss, norms, norm, weights, rate=np.full(layers, 0.1), provenance=seen)
+        pipeline.done(row, pipeline.judge(row), 1.0)
         if step % 256 == 0:
             assert pipeline.desk.log is not None
             pipeline.desk.log.flush(10.0)
@@ -239,11 +239,36 @@ def test_a_cell_of_the_heat_map_is_the_largest_norm_of_its_steps() -> None:
         there = np.abs(steps - middle) <= part["width"] / 2
         assert there.sum() == 25
         for layer in (0, 1):
-            assert cells[layer, column] == round(1000 * np.log10(float(norms[there, layer].max())))
-    assert (cells[2] == -32000).all()
+            assert cells[layer, column] == round(700 * np.log10(float(norms[there, layer].max())))
+    assert (cells[2] == -32200).all()
     assert (cells[3] == -32768).all()
     broken = np.unpackbits(np.frombuffer(base64.b64decode(part["broken"]), dtype=np.uint8).reshape(4, -1), axis=1)
     assert np.argwhere(broken).tolist() == [[0, 20]]
+
+
+def test_a_cell_holds_any_norm() -> None:
+    """From the smallest float32 to the largest, to half a per cent: what explodes to 1e35 is no small number."""
+    import base64
+
+    norms = np.array([[1e-45, 1e-39, 1e-33, 1.0, 1e33, 1e36, 3.4e38, np.inf]], dtype=np.float32)
+    part = cells_of(np.array([0]), norms, 100)
+    assert part is not None
+    cells = np.frombuffer(base64.b64decode(part["cells"]), dtype="<i2") / 700
+    expected = np.log10(np.minimum(norms[0], np.finfo(np.float32).max).astype(np.float64))
+    np.testing.assert_allclose(cells, expected, atol=0.003)
+    assert cells.min() > -46
+
+
+def test_steps_in_any_order_are_drawn_at_their_place() -> None:
+    """As a log may hold them that was damaged or put together from others."""
+    random = np.random.default_rng(0)
+    steps, norms = np.arange(0, 300, 3), np.exp(random.normal(0, 1, (100, 3))).astype(np.float32)
+    order = random.permutation(100)
+    for most in (600, 20):
+        assert cells_of(steps[order], norms[order], most) == cells_of(steps, norms, most)
+        assert cells_of(steps[::-1], norms[::-1], most) == cells_of(steps, norms, most)
+    twice = cells_of(np.concatenate([steps, steps]), np.concatenate([norms / 2, norms]), 600)
+    assert twice == cells_of(steps, norms, 600)
 
 
 def test_without_plotly_it_says_what_to_install(

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import nn
 
 import gradwatch
+from gradwatch import device
 from gradwatch.records import Alarm, ClipRecord, Facts, Incident, Provenance, Snapshot
 from gradwatch.reports.log import LogReport
 from gradwatch.reports.sparkline import BLOCKS, NOT_FINITE, sparkline
@@ -216,6 +219,50 @@ def test_it_does_not_crash_in_a_notebook(tmp_path: Path) -> None:
     assert "exploding" in text
     assert "150 steps of Sequential" in text
     assert not [output for cell in book.cells for output in cell.outputs if output.output_type == "error"]
+
+
+class Shown(gradwatch.Report):
+    """Counts the steps that it is shown."""
+
+    period = 0.0
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def step(self, snapshot: Snapshot) -> None:
+        """Keep the step."""
+        self.steps.append(snapshot.step)
+
+    def close(self, snapshot: Snapshot) -> None:
+        """Nothing follows."""
+
+
+@pytest.mark.parametrize("where", ["optimizer step", "optimizer in backward", "as on a device"])
+def test_reports_go_on_while_auto_clip_acts(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is shown to a report without a period, also where auto-clip cannot act or its decision comes too late."""
+    if where == "as on a device":
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+    torch.manual_seed(0)
+    model, shown = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), Shown()
+    monitor = gradwatch.attach(model, report=shown, strict=True, clip="norm")
+    if where == "optimizer in backward":
+        optimizers = {parameter: torch.optim.SGD([parameter], lr=0.01) for parameter in model.parameters()}
+
+        def step(parameter: torch.nn.Parameter) -> None:
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+    whole = torch.optim.SGD(model.parameters(), lr=0.01)
+    for count in range(120):
+        whole.zero_grad()
+        (model(torch.randn(16, 4)).square().mean() * (1.0 if count < 80 else 1e3 * 2 ** (count - 80))).backward()
+        if where != "optimizer in backward":
+            whole.step()
+    monitor.detach()
+    assert monitor.incidents
+    assert shown.steps == list(range(120))
 
 
 def test_a_report_of_ones_own_gets_snapshots() -> None:

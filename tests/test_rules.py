@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 import gradwatch
 from gradwatch import rules
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.rules import RULES, Rule, rule_by_code
 from gradwatch.verdict.alarms import Alarms
 
@@ -30,7 +30,7 @@ def test_a_case_fires_at_its_step_or_not_at_all(rule: type[Rule], case: Case) ->
     history, rows = case.rows()
     alarms, fired = Alarms((rule(),), history.layers), None
     for row in rows:
-        with quiet_numpy():
+        with ignore_fp_warnings():
             history.push(row)
             changes = alarms.update(history, row.step)
             history.learn()

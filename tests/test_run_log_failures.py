@@ -110,7 +110,7 @@ def test_another_models_log_is_refused(tmp_path: Path) -> None:
     """With the first layer that differs."""
     watched(tmp_path, steps=3)
     with pytest.raises(
-        RunLogError, match=r"of another model: its layer 0 is '0\.weight', that of this model is 'weight'"
+        RunLogError, match=r"of another model: its layer 0 is '0\.weight', but layer 0 of this model is 'weight'"
     ):
         gradwatch.attach(torch.nn.Linear(3, 3), report=None, log=tmp_path)
     watched(tmp_path, steps=3)  # neither lock nor half a session is left
@@ -141,10 +141,10 @@ def foreign(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("text", "no run log: it begins with b'loss,step"),
-        ("pickle", "no run log: it begins with b'PK"),
+        ("text", "not a run log: it begins with b'loss,step"),
+        ("pickle", "not a run log: it begins with b'PK"),
         ("songs", "of another program"),
-        ("newer", "of format 99; this gradwatch knows format 1"),
+        ("newer", "of format 99; this version of gradwatch supports format 1"),
     ],
 )
 def test_a_foreign_file_is_told_and_left_alone(kind: str, said: str, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_damaged_file_gives_an_error_in_words(tmp_path: Path) -> None:
         except RunLogError as error:
             errors.append(str(error))
     assert len(errors) > 30
-    assert all("cannot be read: " in one or "is no run log: " in one or "holds nothing" in one for one in errors)
+    assert all("cannot be read: " in one or "is not a run log: " in one or "holds nothing" in one for one in errors)
     assert max(map(len, errors)) < 700
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import io
 import json
 import os
@@ -133,7 +135,7 @@ class UnprintableError(Exception):
     ("error", "said"),
     [
         (RuntimeError("cannot decode cat\udcff.jpg"), r"cat\udcff.jpg"),
-        (UnprintableError(), "UnprintableError, whose text cannot be"),
+        (UnprintableError(), "UnprintableError, whose message cannot be"),
     ],
     ids=["no unicode", "no text"],
 )
@@ -215,7 +217,7 @@ def test_what_no_file_takes_costs_itself_and_not_the_rows(tmp_path: Path) -> Non
     writer.put(batch_of(320))
     writer.close(10.0)
     assert len(told) == 1
-    assert "its rows go on: OverflowError" in told[0]
+    assert "which continues without it: OverflowError" in told[0]
     with RunLog(tmp_path) as log:
         assert log.series().step.tolist() == list(range(352))
         assert log.sessions[-1].ended is not None
@@ -370,7 +372,7 @@ def test_a_file_of_another_program_is_refused_and_left_alone(name: str, kind: st
     put(run / name, kind, precious)
     before = (run / name).lstat()
     model = mlp()
-    with pytest.raises(RunLogError, match=r"another program|plain file|hard link|no run log"):
+    with pytest.raises(RunLogError, match=r"another program|regular file|hard link|not a run log"):
         gradwatch.attach(model, report=None, log=run)
     after = (run / name).lstat()
     assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
@@ -424,10 +426,17 @@ def test_a_schema_that_is_no_text_is_told_as_damage(tmp_path: Path) -> None:
 def test_a_notebook_that_holds_the_old_model_writes_the_log_anew(
     notebook: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after an interrupt, whose traceback is kept: the old monitor ends, and that is said. In a program it is a mistake."""
+    """As after an interrupt, whose traceback is kept: the old monitor ends, and that is said. In a program it is a mistake.
+
+    Also in one that has imported IPython as a library.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("IPython")
     if notebook:
         monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     old, new = mlp(), mlp()
+    for model in (old, new):
+        next(model.parameters()).requires_grad_(False)
     with gradwatch.attach(old, report=None, log=tmp_path) as first:
         train(old, torch.optim.SGD(old.parameters(), lr=0.05), 3)
         if notebook:

@@ -181,7 +181,7 @@ def test_nobody_clips_alone_while_the_news_of_a_failure_is_on_its_way(played: di
 def test_decisions_that_differ_all_the_same_are_noticed_at_the_next_row(played: dict[str, Both]) -> None:
     """A rule that looks at what one process alone knows: from then on none acts, and both say what to do."""
     both = played["a_rule_that_says_otherwise_in_one_process"]
-    both_say(both, "auto-clip has decided otherwise on rank 1", "checkpoint")
+    both_say(both, "auto-clip has decided differently on rank 1", "checkpoint")
     assert [one["clipped"] for one in both] == [0, 1]
     assert len(both[0]["steps"]) == len(both[1]["steps"]) == STEPS
 

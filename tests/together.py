@@ -82,7 +82,7 @@ def trained(
         else:
             optimizer.step()
     monitor.detach()
-    clipping = monitor._pipeline.autoclip
+    clipping = monitor._pipeline.clipping
     return {
         "parameters": [p.detach().flatten().tolist() for p in inner.parameters()],
         "steps": monitor.history.steps().tolist(),

@@ -1,9 +1,9 @@
-"""What is found, what is not, and what is found where there is nothing: ``python -m benchmarks.detect``.
+"""Measure detection and false alarms on the fault set: ``python -m benchmarks.detect``.
 
-Every program of the fault set is run over three seeds, the faulty one, its repaired twin and the healthy ones alike, watched
-by gradwatch with its defaults; the untuned detectors of `detectors.py` see the same run's recorded numbers. Watching
-changes no bit, so that one run serves them all. Finished runs are kept below ``build/`` until gradwatch or the fault set
-changes, so that the command can be broken off and taken up again.
+Every program of the fault set (faulty ones, their repaired twins, and healthy ones) is run over three seeds and watched by
+gradwatch with its defaults. The untuned detectors of `detectors.py` use the recorded numbers of the same runs, since watching
+does not change a run. Finished runs are kept below ``build/`` until gradwatch or the fault set changes, so that the command can
+be interrupted and continued.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ GOALS = {
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the programs and print the scores."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.detect", description="Detection on the fault set, beside untuned detectors."
+        "python -m benchmarks.detect",
+        description="Measure detection on the fault set, compared with untuned detectors.",
     )
     parser.add_argument("--half", choices=("development", "report", "both"), default="both")
-    parser.add_argument("--misses", action="store_true", help="name what gradwatch got wrong")
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/detection.md")
+    parser.add_argument("--misses", action="store_true", help="list the errors of gradwatch")
+    parser.add_argument("--write", action="store_true", help="write the tables to README.md and docs/detection.md")
     options = parser.parse_args()
     console = Console()
     half_of = halves()
@@ -77,15 +78,15 @@ def _write(
     beside = [
         [name, *(found[row].partition(" (")[0] for row in four)] for name, found in ((OURS, ours), *others.items())
     ]
-    second = f"Beside untuned detectors on the same runs, {half} half:\n\n" + markdown(["", *four], beside)
-    third = "On the toy trainings on which other tools were tried:\n\n" + markdown(["", OURS], toys)
+    second = f"Compared with untuned detectors on the same runs, {half} half:\n\n" + markdown(["", *four], beside)
+    third = "On the toy trainings on which other tools were tested:\n\n" + markdown(["", OURS], toys)
     between_marks(ROOT / "README.md", "detection", "\n\n".join((first, second, third)))
     parts = []
     for _, title, ours, others in texts:
         lines = [[name, *(found[row] for row in four)] for name, found in ((OURS, ours), *others.items())]
         parts.append(f"{title}:\n\n" + markdown(["", *four], lines))
-    parts.append("The peers' toys:\n\n" + markdown(["", "gradwatch"], toys))
-    parts.append("What gradwatch got wrong, by program:\n\n" + "\n".join(f"* {line}" for line in wrong))
+    parts.append("The toy trainings:\n\n" + markdown(["", "gradwatch"], toys))
+    parts.append("Errors of gradwatch, by program:\n\n" + "\n".join(f"* {line}" for line in wrong))
     between_marks(ROOT / "docs" / "detection.md", "detection", "\n\n".join(parts))
 
 

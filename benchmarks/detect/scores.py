@@ -1,4 +1,4 @@
-"""What the runs come to: shares with their intervals, what was got wrong, and the toys."""
+"""The scores of the runs: shares with their intervals, the errors, and the toy trainings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from benchmarks.faults.program import Program
 
 OURS = "gradwatch"
-_EARLY = 5  # steps between cause and divergence from which a warning before it can be asked for
+_EARLY = 5  # smallest number of steps between cause and divergence for which an alarm before divergence is expected
 
 
 def wilson(hits: int, of: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927)."""
+    """Return the 95 % confidence interval of a share (Wilson 1927); NaN if ``of`` is zero."""
     if not of:
         return math.nan, math.nan
     z = 1.96
@@ -46,7 +46,7 @@ def _alarm(result: Result, detector: str) -> int | None:
 
 
 def scores(programs: Sequence[Program], results: dict[str, Result], detector: str) -> dict[str, str]:
-    """Return the rows of the table for one detector."""
+    """Return the scores of one detector, by the name of the row."""
     faulty = [(p, s, results[f"{p.name}/faulty/{s}"]) for p in programs if p.twin is not None for s in SEEDS]
     healthy = [results[f"{p.name}/{'twin' if p.twin else 'healthy'}/{s}"] for p in programs for s in SEEDS]
     found = [(p, result) for p, _, result in faulty if _found(p, result, detector)]
@@ -84,7 +84,7 @@ def _before(program: Program, result: Result, detector: str) -> bool:
 
 
 def misses(programs: Sequence[Program], results: dict[str, Result]) -> list[str]:
-    """Return what gradwatch got wrong, a line for each program and kind of error, with the seeds."""
+    """Return a line for each program and kind of error that gradwatch made, with the seeds."""
     found: dict[tuple[str, str], tuple[list[int], str]] = {}
     for program in programs:
         for seed in SEEDS:
@@ -100,7 +100,7 @@ def misses(programs: Sequence[Program], results: dict[str, Result]) -> list[str]
 
 
 def _errors(program: Program, which: str, result: Result) -> Iterator[tuple[str, str]]:
-    """Yield what was wrong with one run, and the detail of it."""
+    """Yield each error in one run, and its detail."""
     alarm = _alarm(result, OURS)
     told = (
         f" ({', '.join(f'{kind} at step {step}' for kind, step in result['notices'][:2])})" if result["notices"] else ""
@@ -110,23 +110,23 @@ def _errors(program: Program, which: str, result: Result) -> Iterator[tuple[str,
             yield "false alarm", f": {result['alarm']['kind']} at step {alarm}, by {', '.join(result['codes'])}"
         return
     if alarm is None:
-        yield ("told as a notice only" if told else "missed"), told
+        yield ("only a notice" if told else "missed"), told
         return
     kind, suspect = result["alarm"]["kind"], result["alarm"]["suspect"]
     if alarm < program.onset:
-        yield "an alarm before the cause", f", at step {alarm} of {program.onset}"
+        yield "alarm before the cause", f", at step {alarm} of {program.onset}"
     symptoms = symptoms_of(program, result["growth"])
     if kind not in symptoms:
         yield f"called {kind}", f", expected {' or '.join(symptoms)}"
     if program.suspect and not (suspect or "").startswith(program.suspect):
-        yield "another suspect", f": {suspect}, expected {program.suspect}"
+        yield "wrong suspect", f": {suspect}, expected {program.suspect}"
     diverged = result["diverged"]
     if diverged is not None and diverged - program.onset >= _EARLY and alarm >= diverged:
         yield "late", f": alarm at step {alarm}, diverged at {diverged}"
 
 
 def toy_rows(results: dict[str, Result]) -> list[list[str]]:
-    """Return the peers' toys, a row each: false alarms, or lead before NaN."""
+    """Return a row for each toy training: false alarms, or lead before NaN."""
     rows = []
     for toy in TOYS:
         runs = [results[f"toy {toy.name}/toy/{seed}"] for seed in range(toy.seeds)]
@@ -141,7 +141,9 @@ def toy_rows(results: dict[str, Result]) -> list[list[str]]:
         ]
         early = sum(alarm is not None and alarm < toy.onset for alarm in alarms)
         told = (
-            f"lead before NaN {', '.join(map(str, leads))}" if leads else f"{sum(a is not None for a in alarms)} told"
+            f"lead before NaN {', '.join(map(str, leads))}"
+            if leads
+            else f"{sum(a is not None for a in alarms)} detected"
         )
         if leads:
             told += f" (median {statistics.median(leads):g})"

@@ -1,7 +1,7 @@
-"""What auto-clip does to healthy programs whose signal is rare or bursty: ``python -m benchmarks.harm``.
+"""Measure the effect of auto-clip on healthy programs whose signal is rare or bursty: ``python -m benchmarks.harm``.
 
-Each is run over five seeds: unwatched, only watched, and with auto-clip by norm and by value; judged by data held out. Finished
-runs are kept below ``build/``, as those of `benchmarks.repair` are, which counts the same programs as healthy ones.
+Each program is run over five seeds (unwatched, only watched, and with auto-clip by norm and by value) and judged on held-out
+data. Finished runs are kept below ``build/``, like those of `benchmarks.repair`, which uses the same programs as healthy ones.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the programs and print the table."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.harm", description="What auto-clip does to healthy programs whose signal is rare."
+        "python -m benchmarks.harm",
+        description="Measure the effect of auto-clip on healthy programs whose signal is rare.",
     )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/repair.md")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/repair.md")
     parser.add_argument(
-        "--only", action="append", metavar="NAME", help="programs with this in their name; can be repeated"
+        "--only", action="append", metavar="NAME", help="run only programs whose name contains this; can be repeated"
     )
     parser.add_argument("--half", choices=("development", "report", "both"), default="both")
     parser.add_argument("--clip", choices=("norm", "value", "both"), default="both")

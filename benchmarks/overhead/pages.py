@@ -1,4 +1,4 @@
-"""Puts the measured costs into README.md and docs/performance.md."""
+"""Write the measured costs to README.md and docs/performance.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.pages import ROOT, between_marks, markdown
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-# per workload: own to clip's own, step to plain, step to step with clip, budget to plain
+# goals for each workload, as ratios
 GOALS = {
     "own to clip": dict(zip("abcdef", (0.8, 0.65, 0.75, 0.75, 0.9, 0.65), strict=True)),
     "to plain": dict(zip("abcdef", (1.12, 1.05, 1.02, 1.02, 1.02, 1.04), strict=True)),
@@ -27,7 +27,7 @@ _TITLES = {
 
 
 def write_overhead(found: dict[str, dict[str, Any]], title: str) -> None:
-    """The workloads of one run."""
+    """Write the tables of one run, whose results are given by workload and variant."""
     letters = list(found)
 
     def row(name: str, values: Iterable[str]) -> list[str]:
@@ -71,13 +71,13 @@ def write_overhead(found: dict[str, dict[str, Any]], title: str) -> None:
     text = f"{title}. Goals in brackets.\n\n" + markdown(head, rows)
     if "a" in found:
         text += (
-            f"\n\nOn (a) a step leaves {found['a']['blocks']:.2f} of Python's memory blocks behind, and 1,000 steps "
-            f"{found['a']['growth']:.1f} KB of the process."
+            f"\n\nOn (a), memory grows by {found['a']['blocks']:.2f} blocks of Python per step, and by "
+            f"{found['a']['growth']:.1f} KB of the process per 1,000 steps."
         )
     between_marks(ROOT / "docs" / "performance.md", "overhead", text)
 
 
 def write_scaling(tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]]) -> None:
-    """The tables of one run of ``--scaling``."""
+    """Write the tables of one run with ``--scaling``, given as columns and rows by title."""
     text = "\n\n".join(markdown([title, *columns], rows) for title, (columns, rows) in tables.items())
     between_marks(ROOT / "docs" / "performance.md", "scaling", text)

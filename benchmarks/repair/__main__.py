@@ -1,8 +1,8 @@
-"""What repairs a training, and what harms a healthy one: ``python -m benchmarks.repair``.
+"""Measure repair of faulty trainings and harm to healthy ones: ``python -m benchmarks.repair``.
 
-Five tables: the regression of the examples, the faults that clipping can repair, harm to healthy programs, the peers' toys, and
-two trainings of the examples. Finished runs are kept below ``build/`` until what they ran on changes, so that the command can
-be broken off and taken up again.
+Prints five tables: the regression of the examples, the faults that clipping can repair, harm to healthy programs, the toy
+trainings, and two trainings of the examples. Finished runs are kept below ``build/`` until the code that they used changes, so
+that the command can be interrupted and continued.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Table = tuple[list[str], list[Row]]
 
 
 def _run(console: Console, healthy: list[str]) -> tuple[dict[Job, Outcome], list[str]]:
-    """Return what came of all runs, and the programs that can be repaired by clipping, which the first runs show."""
+    """Return the outcomes of all runs, and the programs that clipping can repair, which are found by the first runs."""
     faulty = [program.name for program in PROGRAMS if program.twin is not None]
     first = (NORM, VALUE, OURS, OURS_BY_VALUE)
     results = run_all([("fault", n, m, s) for n in faulty for m in first for s in SEEDS], console, "faults")
@@ -69,20 +69,20 @@ def _told(
             ["", *_HALVES],
             fault_rows(results, names),
         ),
-        "Runs that end non-finite unwatched, and end finite or in the stop with finite parameters": (
+        "Runs that end non-finite unwatched: share that ends finite, or is stopped with finite parameters": (
             ["", *_HALVES],
             ended,
         ),
         f"3. Harm to the {len(healthy)} healthy programs": (harms, harmed),
-        "4. The peers' toys: runs that end non-finite, median final loss": (toys, toy_rows(results)),
+        "4. The toy trainings: runs that end non-finite, median final loss": (toys, toy_rows(results)),
         "5. Digits (accuracy) and sequences (last loss), three seeds": (
             ["", "", "seeds 0, 1, 2"],
             training_rows(results),
         ),
     }
     lists = {
-        "Repairable, and not repaired by auto-clip:": unrepaired(results, names),
-        "Not ended well:": lost,
+        "Repairable, but not repaired by auto-clip:": unrepaired(results, names),
+        "Neither finite nor stopped in time:": lost,
         "Healthy runs that auto-clip touched:": touched,
     }
     return tables, lists
@@ -109,11 +109,11 @@ def _write(tables: dict[str, Table], lists: dict[str, list[str]], repaired: list
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the programs and print the tables."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.repair", description="Repair and harm, beside other ways to clip."
+        "python -m benchmarks.repair", description="Measure repair and harm by auto-clip and by other ways to clip."
     )
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/repair.md")
+    parser.add_argument("--write", action="store_true", help="write the tables to README.md and docs/repair.md")
     options = parser.parse_args()
     console = Console()
     healthy = [program.name for program in PROGRAMS if program.twin is None]

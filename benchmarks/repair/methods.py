@@ -183,7 +183,7 @@ def repaired(method: str, train: Any, seed: int, steps: int, lot: str = "") -> d
     if made is not None and made.before is not None and held_out is not None:
         outcome.final, outcome.metric, outcome.unlearned = held_out.loss, held_out.metric, made.before.loss
     if run.monitor is not None:
-        clipping = run.monitor._pipeline.autoclip
+        clipping = run.monitor._pipeline.clipping
         outcome.touched = 0 if clipping is None else clipping.clipped + clipping.skipped
         outcome.told = tuple(f"{i}: {i.clip}" for i in run.monitor.incidents if i.clip is not None)
         outcome.alarms = tuple(str(i) for i in run.monitor.incidents if i.severity != "notice")

@@ -1,4 +1,4 @@
-"""The rows of the tables: runs repaired, runs harmed, and trainings under several policies."""
+"""Rows of the tables: runs repaired, runs harmed, and trainings under several policies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Row = list[str]
 
 
 def repairable(results: dict[Job, Outcome]) -> list[str]:
-    """Return the programs that always clipping brings within reach of their twin in two of three seeds, and nothing else does."""
+    """Return the faulty programs that end within reach of their twin only if always clipped, on two of three seeds at least."""
     found = []
     for program in PROGRAMS:
         if program.twin is None:
@@ -41,7 +41,7 @@ def repairable(results: dict[Job, Outcome]) -> list[str]:
 
 
 def fault_rows(results: dict[Job, Outcome], names: list[str]) -> list[Row]:
-    """Return a row for each method: the runs that it repairs, by half."""
+    """Return a row for each method: the share of runs that it repairs, for each half."""
     half = halves()
     rows = []
     for method in (OURS, OURS_BY_VALUE, *BASELINES):
@@ -54,14 +54,14 @@ def fault_rows(results: dict[Job, Outcome], names: list[str]) -> list[Row]:
 
 
 def unrepaired(results: dict[Job, Outcome], names: list[str]) -> list[str]:
-    """Return a line for each repairable program that auto-clip does not repair on some seed, with what it said."""
+    """Return a line for each repairable program that auto-clip does not repair on some seed, with its first incident."""
     lines = []
     for name in names:
         runs = {seed: results["fault", name, OURS, seed] for seed in SEEDS}
         bad = [s for s, run in runs.items() if not within_reach(name, s, run.final)]
         if bad:
             first = runs[bad[0]]
-            said = first.told[0] if first.told else "no incident was opened: detection misses it"
+            said = first.told[0] if first.told else "no incident opened"
             twin = LABEL[name][str(bad[0])]["twin"]["final"]
             seeds = "each seed" if len(bad) == len(SEEDS) else f"seed{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}"
             lines.append(
@@ -71,7 +71,7 @@ def unrepaired(results: dict[Job, Outcome], names: list[str]) -> list[str]:
 
 
 def nonfinite_rows(results: dict[Job, Outcome]) -> tuple[list[Row], list[str]]:
-    """Of the runs that end non-finite unwatched, how many end well, by half; and those that do not."""
+    """Return which share of the runs that end non-finite unwatched ends well with auto-clip, and a line for each other run."""
     half, row, lines = halves(), ["auto-clip"], []
     for which in ("development", "report"):
         runs = [
@@ -96,7 +96,7 @@ def _harms(results: dict[Job, Outcome], name: str, seed: int, method: str, by: f
 
 
 def harm_rows(results: dict[Job, Outcome], names: list[str]) -> tuple[list[Row], list[str]]:
-    """Return a row for each method: programs harmed, steps touched; and auto-clip's harm by program."""
+    """Return a row for each method: programs harmed, steps touched; and a line for each run that auto-clip touched."""
     rows, lines = [], []
     for method in (OURS, NORM):
         runs = {(n, s): results["fault", n, method, s] for n in names for s in SEEDS}
@@ -121,7 +121,7 @@ def harm_rows(results: dict[Job, Outcome], names: list[str]) -> tuple[list[Row],
 
 
 def toy_rows(results: dict[Job, Outcome]) -> list[Row]:
-    """Return the toy table, a row for each method: runs that end non-finite, median final loss."""
+    """Return a row for each method: for each toy, the number of runs that end non-finite and the median final loss."""
     rows = []
     for method in TOY_METHODS:
         row = [method]
@@ -134,7 +134,7 @@ def toy_rows(results: dict[Job, Outcome]) -> list[Row]:
 
 
 def regression_rows(results: dict[Job, Outcome]) -> list[Row]:
-    """Return the regression, a row for each policy."""
+    """Return a row for each policy: errors of the regression, and the number of runs with NaN."""
     rows = []
     for name in REGRESSION:
         runs = [results["training", name, OURS, seed] for seed in range(5)]
@@ -148,7 +148,7 @@ def regression_rows(results: dict[Job, Outcome]) -> list[Row]:
 
 
 def training_rows(results: dict[Job, Outcome]) -> list[Row]:
-    """Return the digits and the sequences, a row for each policy."""
+    """Return a row for each policy: accuracy on the digits, or loss on the sequences, for each seed."""
     rows = []
     for name in (*DIGITS, *SEQUENCES):
         runs = [results["training", name, OURS, seed] for seed in SEEDS]

@@ -90,7 +90,7 @@ class AutoClipEngine:
         self._judged = ClipRecord("", 0)
         self._judged_at = 0
         self._judged_level = math.inf
-        self._promised = 0.0
+        self._predicted = 0.0
 
     @property
     def on(self) -> bool:
@@ -206,7 +206,7 @@ class AutoClipEngine:
         self._held_since, self._idle = row.step, 0
         self._effect = ClipEffect(self._well_below)
         self._looseness, self._loss_ceiling = 1.0, math.inf
-        self._judged, self._judged_at, self._judged_level, self._promised = self.record, row.step, math.inf, 0.0
+        self._judged, self._judged_at, self._judged_level, self._predicted = self.record, row.step, math.inf, 0.0
         self.further.begin()
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
@@ -224,8 +224,8 @@ class AutoClipEngine:
         if self.record is None:
             return
         if not decision.skip and not row.poisoned:
-            promise = self.history.promise
-            self._promised += coefficient * (np.nansum(promise) if np.isfinite(promise).any() else math.nan)
+            decrease = self.history.predicted_decrease
+            self._predicted += coefficient * (np.nansum(decrease) if np.isfinite(decrease).any() else math.nan)
             self._effect.take(row.loss, row.global_norm, clipped=clipped)
         norm = row.global_norm
         record = replace(
@@ -336,14 +336,14 @@ class AutoClipEngine:
         if row.step - self._judged_at < self.policy.patience or self._looseness > 1.0:
             return
         level, _ = self.history.loss_level(_LEVEL)
-        fell, promised = self._judged_level - level, self._promised
+        fell, predicted = self._judged_level - level, self._predicted
         falls, well = level < _FALLS * self._judged_level, not level > self._well_below
         steps, clipped = self.record.steps - self._judged.steps, self.record.clipped - self._judged.clipped
-        self._judged, self._judged_at, self._promised = self.record, row.step, 0.0
+        self._judged, self._judged_at, self._predicted = self.record, row.step, 0.0
         self._judged_level = min(level, self._judged_level)
         if falls or (well and clipped < _BITES * steps):
             return
-        too_long = not well if math.isnan(promised) else promised >= level and fell <= _KEPT * promised
+        too_long = not well if math.isnan(predicted) else predicted >= level and fell <= _KEPT * predicted
         # under Adam and similar optimizers the step length does not depend on the gradient norm
         narrows = self.policy.threshold == "auto" and self._narrowed > _NARROWEST and row.family != "adam"
         if narrows and too_long:

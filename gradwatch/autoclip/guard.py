@@ -33,14 +33,14 @@ class Guard:
     Args:
         norms: gradient norms of whole layers.
         factors: factor on the gradient of each layer before the clip.
-        promise: predicted decrease of the loss, to first order, by the step of each layer.
+        predicted_decrease: first-order decrease of the loss by the step of each layer.
         rates: learning rate of each layer.
         held: the loss; infinite if it is not positive.
     """
 
     norms: Floats
     factors: Floats
-    promise: Floats
+    predicted_decrease: Floats
     rates: Floats
     held: float
 
@@ -62,11 +62,11 @@ class Guard:
             if known.size:
                 apart = surge > _APART * max(1.0, float(np.median(known)))
                 factors = np.where(apart, np.fmin(1.0, WIDE * looseness * usual / norms), 1.0)
-        promise = history.promise * np.square(factors)
+        predicted_decrease = history.predicted_decrease * np.square(factors)
         held = max(row.loss, _NOTHING * abs(history.reference_loss))
-        if not (factors < 1.0).any() and not np.nansum(promise) > held > 0:
+        if not (factors < 1.0).any() and not np.nansum(predicted_decrease) > held > 0:
             return None
-        return cls(norms, factors, promise, history.rate, held if held > 0 else math.inf)
+        return cls(norms, factors, predicted_decrease, history.rate, held if held > 0 else math.inf)
 
     def around(self, clip: Clip, step: Step) -> float:
         """Apply ``clip`` and the corrections; return the global norm after over the norm before.
@@ -94,19 +94,19 @@ class Guard:
 
         ``left`` is the factor on the gradients so far. No factor is below a quarter.
         """
-        factors = np.ones(len(self.promise))
+        factors = np.ones(len(self.predicted_decrease))
         for rate in np.unique(self.rates[np.isfinite(self.rates)]):
             group = self.rates == rate
-            promised = left * float(np.nansum(self.promise[group]))
-            if promised > self.held:
-                factors[group] = max(_SHORTEST, self.held / promised)
+            predicted = left * float(np.nansum(self.predicted_decrease[group]))
+            if predicted > self.held:
+                factors[group] = max(_SHORTEST, self.held / predicted)
         return factors
 
     @staticmethod
     def _scale(step: Step, factors: Floats) -> None:
         wanted = factors[step.columns]
         for factor in np.unique(wanted[wanted < 1.0]):
-            scale_by([step.gradients[place] for place in np.flatnonzero(wanted == factor)], float(factor))
+            scale_by([step.gradients[index] for index in np.flatnonzero(wanted == factor)], float(factor))
 
 
 def _together(norms: Floats) -> float:

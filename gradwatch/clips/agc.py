@@ -89,7 +89,7 @@ def _unit_norms(tensor: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    wide = device.precise(tensor.device)
+    wide = device.widest_float(tensor.device)
     if tensor.is_complex():
         return torch.complex128 if wide is torch.float64 else torch.complex64
     return wide

@@ -85,14 +85,12 @@ class Clip(Settings):
     """The base class of clips. Your own clip implements `apply` and `loosened`, and `apply_unread` for devices.
 
     Class variables:
-        keeps_direction: True if it multiplies all gradients by one factor.
         looks_inside: True if it works on single elements or units, so that the norm has to be measured again afterwards.
         by_layer: True if it scales each layer by the layer's own norm.
         takes_threshold: True if `at_norm` can set its bounds.
         needs_whole_layers: True if it cannot work on shards of layers.
     """
 
-    keeps_direction: ClassVar[bool] = False
     looks_inside: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
     takes_threshold: ClassVar[bool] = False
@@ -141,8 +139,6 @@ class Clip(Settings):
 
 class OneFactor(Clip):
     """A clip that multiplies all gradients by one factor and so keeps their direction."""
-
-    keeps_direction: ClassVar[bool] = True
 
     def __init__(self, **bounds: Any) -> None:
         super().__init__(**bounds)

@@ -1,6 +1,6 @@
-"""One command of the command line a file: its arguments, its help with examples, and what it does.
+"""The commands of the command line, one module each: its arguments, its help with examples, and what it does.
 
-A new command is one new file and one line here.
+To add a command, add a module and an entry in `COMMANDS`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Command(Protocol):
-    """What each of the files has. ``HELP`` is one line, ``EXAMPLES`` are shell lines."""
+    """The attributes of a command's module. ``HELP`` is one line, ``EXAMPLES`` are shell commands."""
 
     NAME: str
     HELP: str
     EXAMPLES: str
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Name the arguments."""
+        """Add the arguments of the command to ``parser``."""
 
     def run(self, options: argparse.Namespace, console: Console) -> int:
-        """Do it; return the exit code."""
+        """Run the command and return the exit code."""
 
 
 COMMANDS: tuple[Command, ...] = (demo, watch, report, replay, compare, list_, export, suggest, rules, explain)

@@ -1,4 +1,4 @@
-"""`gradwatch compare`: where two runs part."""
+"""`gradwatch compare`: where two runs diverge."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from gradwatch.commands.values import a_path
 from gradwatch.offline.compare import Parting, parting
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.plain import to_json
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NAME = "compare"
-HELP = "say where two runs part: losses, layers, incidents"
+HELP = "show where two runs diverge: losses, layers, incidents"
 EXAMPLES = """\
   gradwatch compare runs/before runs/after
   gradwatch compare runs/before runs/after --json"""
@@ -24,14 +25,14 @@ _MOST = 12
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
-    parser.add_argument("left", metavar="RUN", help="the folder of a run log")
-    parser.add_argument("right", metavar="RUN", help="another one")
+    """Add the arguments of the command to ``parser``."""
+    parser.add_argument("left", metavar="RUN", type=a_path, help="the folder of a run log")
+    parser.add_argument("right", metavar="RUN", type=a_path, help="the folder of the run log to compare it with")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
+    """Compare two run logs; return the exit code."""
     with RunLog(options.left) as left, RunLog(options.right) as right:
         found = parting(left, right)
         if options.json:
@@ -59,11 +60,11 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting) -> None
 
     say(f"{left.folder} against {right.folder}: {found.steps:,} steps in common", "bold")
     if found.first_difference is None:
-        say("  the losses are the same numbers throughout")
+        say("  losses: equal at every common step")
     else:
-        say(f"  losses: the first that differs at step {found.first_difference:,}")
-        part = "nowhere for three rows in a row" if found.losses is None else f"from step {found.losses:,} on"
-        say(f"  losses more than a factor of 1.1 apart: {part}")
+        say(f"  losses: first difference at step {found.first_difference:,}")
+        part = "never for three consecutive rows" if found.losses is None else f"from step {found.losses:,} on"
+        say(f"  losses differ by more than a factor of 1.1: {part}")
     ends = [log.end()[2] for log in (left, right)]
     say("  last loss: " + " against ".join("NaN or not seen" if end is None else number(end) for end in ends))
     for log, only in ((left, found.only_left), (right, found.only_right)):
@@ -71,7 +72,7 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting) -> None
             say(f"  only in {log.folder}: {', '.join(only[:4])}{' and more' if len(only) > 4 else ''}")
     if found.layers:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for heading in ("  gradient norms part", "at step", "left", "right"):
+        for heading in ("  gradient norms diverge", "at step", "left", "right"):
             table.add_column(heading, justify="left" if heading.startswith(" ") else "right", no_wrap=True)
         for step, layer, a, b in found.layers[:_MOST]:
             table.add_row(Line("  " + shorten(layer, 50)), f"{step:,}", number(a), number(b))
@@ -79,7 +80,7 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting) -> None
         if len(found.layers) > _MOST:
             say(f"  and {len(found.layers) - _MOST} more layers")
     else:
-        say("  no layer's gradient norm leaves the other's band (a factor of 4)")
+        say("  gradient norms: no layer differs by more than a factor of 4 for three consecutive rows")
     for log in (left, right):
         say(f"incidents of {log.folder}:", "bold")
         for one in log.incidents:

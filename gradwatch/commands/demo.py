@@ -1,8 +1,10 @@
-"""`gradwatch demo`: a training that explodes, watched, then saved by auto-clip."""
+"""`gradwatch demo`: a training that explodes when it is only watched, and does not with auto-clip."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from gradwatch.commands.values import a_number
 
 if TYPE_CHECKING:
     import argparse
@@ -10,20 +12,22 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NAME = "demo"
-HELP = "train a regression that explodes: watched only, then with auto-clip"
+HELP = "train a regression that explodes, first watched only, then with auto-clip"
 EXAMPLES = """\
   gradwatch demo
   gradwatch demo --epochs 20 --seed 3"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
-    parser.add_argument("--epochs", type=int, default=100, help="epochs of each training (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+    """Add the arguments of the command to ``parser``."""
+    parser.add_argument("--epochs", type=a_number(1, 10**6), default=100, help="epochs of each training (default: 100)")
+    parser.add_argument(
+        "--seed", type=a_number(0, 2**63 - 1), default=0, help="seed of weights and batches (default: 0)"
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
+    """Run the demo and print its results; return the exit code."""
     from gradwatch.commands.demo_training import run as demo
 
     console.print(demo(epochs=options.epochs, seed=options.seed))

@@ -38,7 +38,7 @@ def regression() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from sklearn.datasets import make_regression
     except ImportError:
         raise UsageError(
-            "The demo makes its data with scikit-learn, which is not installed: pip install 'gradwatch[demo]'"
+            "The demo needs scikit-learn, which is not installed. Install it with: pip install 'gradwatch[demo]'"
         ) from None
     x, y = make_regression(n_samples=1000, n_features=20, noise=0.1, random_state=1)
     x, y = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)[:, None]
@@ -60,7 +60,7 @@ def network() -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Result:
-    """How one training ended. ``nonfinite_step``: the first step whose loss was NaN or infinite, None if there is none."""
+    """The result of one training: mean squared errors at its end, and the loss of each step."""
 
     train_error: float
     test_error: float
@@ -68,14 +68,14 @@ class Result:
 
     @property
     def nonfinite_step(self) -> int | None:
-        """The first step whose loss was not finite."""
+        """The first step whose loss was NaN or infinite; None if there is none."""
         return next((step for step, loss in enumerate(self.losses) if not math.isfinite(loss)), None)
 
 
 def train(
     model: nn.Module, epochs: int = EPOCHS, seed: int = 0, before_step: Callable[[int], None] | None = None
 ) -> Result:
-    """Train as an unsuspecting user would: nothing here knows of gradwatch."""
+    """Train with plain PyTorch, without any call to gradwatch."""
     x, y, test_x, test_y = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     shuffle = torch.Generator().manual_seed(seed)
@@ -96,7 +96,7 @@ def train(
 
 
 def run(*, report: str | None = "auto", seed: int = 0, epochs: int = EPOCHS) -> Table:
-    """Train twice, watched only and with auto-clip, and return the two results side by side."""
+    """Train twice, watched only and with auto-clip, and return a table of both results."""
     from rich.table import Table
 
     table = Table(title="The same training, twice", title_justify="left", caption_justify="left")

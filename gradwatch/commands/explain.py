@@ -1,11 +1,11 @@
-"""`gradwatch explain`: one rule's page, or that of the verdict."""
+"""`gradwatch explain`: the page of a rule, or of the verdict."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from gradwatch.rules import rule_by_code
-from gradwatch.verdict.settings import VerdictSettings
+from gradwatch.verdict import VerdictSettings
 
 if TYPE_CHECKING:
     import argparse
@@ -20,12 +20,12 @@ EXAMPLES = """\
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
-    parser.add_argument("code", metavar="CODE", help="such as GW203, or verdict")
+    """Add the arguments of the command to ``parser``."""
+    parser.add_argument("code", metavar="CODE", help="the code of a rule, such as GW203, or verdict")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
+    """Print a page; return the exit code."""
     from rich.markdown import Markdown
 
     explained = VerdictSettings if options.code == "verdict" else rule_by_code(options.code)

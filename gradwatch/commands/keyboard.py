@@ -27,7 +27,7 @@ _NAMES = {
 
 
 def names_of(typed: str) -> list[str]:
-    r"""Return the keys behind what a terminal sent: letters as they are, arrows and the like by name.
+    r"""Return the keys that a terminal sent: letters unchanged, arrows and other special keys by name.
 
     >>> names_of("j\x1b[Bq")
     ['j', 'down', 'q']
@@ -56,7 +56,7 @@ if sys.platform == "win32":
             pass
 
         def wait(self, seconds: float) -> list[str]:
-            """Return the keys typed by then; as soon as there is one."""
+            """Return the keys that are typed, as soon as there is one; empty after ``seconds``."""
             until = time.monotonic() + seconds
             while not msvcrt.kbhit():
                 if time.monotonic() > until:
@@ -73,15 +73,17 @@ else:
     import tty
 
     class Keys:
-        """The keys of the terminal on standard input, from `__enter__` to `__exit__`, which leaves it as it was.
+        """The keys of the terminal on standard input; a context manager, which restores the terminal's mode on exit.
 
         Raises:
-            UsageError: standard input is no terminal.
+            UsageError: standard input is not a terminal.
         """
 
         def __enter__(self) -> Keys:
             if not is_terminal(sys.stdin):
-                raise UsageError("Keys can be typed only in a terminal; standard input is none. Use gradwatch report.")
+                raise UsageError(
+                    "gradwatch watch reads keys from a terminal, but standard input is not a terminal. Use gradwatch report."
+                )
             self._input = sys.stdin.fileno()
             self._before = termios.tcgetattr(self._input)
             tty.setcbreak(self._input)
@@ -94,7 +96,7 @@ else:
                 termios.tcsetattr(self._input, termios.TCSAFLUSH, self._before)
 
         def wait(self, seconds: float) -> list[str]:
-            """Return the keys typed by then; as soon as there is one. The end of input is the key q."""
+            """Return the keys that are typed, as soon as there is one; empty after ``seconds``. The end of input is "q"."""
             if not select.select([self._input], [], [], seconds)[0]:
                 return []
             typed = os.read(self._input, 1024)

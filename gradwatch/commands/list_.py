@@ -1,4 +1,4 @@
-"""`gradwatch list`: the runs below a folder."""
+"""`gradwatch list`: lists the runs below a folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gradwatch.commands.values import a_path
 from gradwatch.errors import GradwatchError, UsageError
 from gradwatch.records import SEVERITIES
 from gradwatch.runlog.schema import FILE
@@ -18,23 +19,34 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NAME = "list"
-HELP = "list the runs below a folder, the newest last"
+HELP = "list the runs below a folder, newest last"
 EXAMPLES = """\
-  gradwatch list               below the current folder
-  gradwatch list runs --json   for a script"""
+  gradwatch list               runs below the current folder
+  gradwatch list runs --json   runs below the folder runs, as JSON"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
-    parser.add_argument("folder", metavar="DIR", nargs="?", default=".", help="where to look (default: here)")
+    """Add the arguments of the command to ``parser``."""
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        default=".",
+        type=a_path,
+        help="the folder to search (default: the current one)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
-    folder = Path(options.folder)
-    if not folder.is_dir():
-        raise UsageError(f"There is no folder {folder}. Name one that holds runs, such as runs.")
+    """List the runs; return the exit code."""
+    folder: Path = options.folder
+    try:
+        there = folder.is_dir()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read: {error.strerror}. Give a folder that contains runs.") from error
+    if not there:
+        raise UsageError(f"There is no folder {folder}. Give a folder that contains runs, such as runs.")
     found = sorted((_told(path.parent) for path in folder.rglob(FILE)), key=lambda told: told["started"] or 0)
     if options.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
@@ -50,7 +62,7 @@ def _show(folder: Path, found: list[dict[str, Any]], console: Console) -> None:
     from gradwatch.reports.view import SEVERITY_STYLES, number
 
     if not found:
-        console.print(Line(f"no run below {folder}: gradwatch.attach(model, log=...) makes one"))
+        console.print(Line(f"there are no runs below {folder}: gradwatch.attach(model, log=...) records one"))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("run", "model", "began", "state", "steps", "loss", "incidents"):

@@ -1,12 +1,12 @@
-"""`gradwatch replay`: other thresholds over the rows of a run."""
+"""`gradwatch replay`: judges the rows of a run again, with other thresholds."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradwatch.commands.values import a_path
 from gradwatch.offline.replay import Replayed, replay, with_settings
 from gradwatch.offline.traces import is_trace, read_trace
 from gradwatch.rules import default_rules
@@ -21,21 +21,23 @@ if TYPE_CHECKING:
     from gradwatch.records import Incident
 
 NAME = "replay"
-HELP = "judge the rows of a run log or of a written trace, with other thresholds"
+HELP = "judge the rows of a run log or a written trace again, with other thresholds"
 EXAMPLES = """\
-  gradwatch replay runs/today                              the rules as they were
+  gradwatch replay runs/today                              with the rules of the run
   gradwatch replay runs/today --rule GW301.limit=30        one threshold changed
   gradwatch replay runs/today --rule verdict.far=4         the verdict's own limits (gradwatch explain verdict)
   gradwatch replay runs/today --rule GW203.for_steps=10 --rule GW203.limit=2 --json
   gradwatch replay spike.txt                               a trace written by hand, or taken from a publication
 
-Auto-clip is not replayed: an incident may close at another step than it did. Where the log was thinned, the rules see
-each eighth row's layers only."""
+Auto-clip is not replayed, so an incident may close at another step. Where the log was thinned, the rules see the
+layers of every eighth row only."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
-    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, or a trace: a text file of series")
+    """Add the arguments of the command to ``parser``."""
+    parser.add_argument(
+        "run_log", metavar="RUN", type=a_path, help="the folder of a run log, or a trace: a text file of series"
+    )
     parser.add_argument(
         "--rule",
         action="append",
@@ -47,8 +49,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
-    path = Path(options.run_log)
+    """Replay a run and print the result; return the exit code."""
+    path = options.run_log
     unknown: list[str] = []
     before: list[Incident] = []
     fired: dict[str, int] = {}
@@ -74,12 +76,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from gradwatch.reports.line import Line
 
     for code in unknown:
-        console.print(Line(f"left out: {code} is no rule of gradwatch's own"))
+        console.print(Line(f"left out: {code} is not one of gradwatch's rules"))
     return 0
 
 
 def _fired(alarms: Any) -> dict[str, int]:
-    """Return how often each rule began to fire."""
+    """Return the number of times that each rule began to fire, by code."""
     counts: dict[str, int] = {}
     for alarm in alarms:
         if alarm.state == "firing":
@@ -90,7 +92,7 @@ def _fired(alarms: Any) -> dict[str, int]:
 def _show(
     console: Console, before: list[Incident] | None, fired: dict[str, int], again: Replayed, now: dict[str, int]
 ) -> None:
-    """Show what fired then, if anything was recorded, and what fires now."""
+    """Print the recorded alarms and incidents, if there are any, and the replayed ones."""
     from rich.table import Table
 
     from gradwatch.reports.line import Line
@@ -98,7 +100,7 @@ def _show(
     console.print(Line(f"{again.rows:,} rows judged"))
     sides = [("replayed", list(again.incidents), now)]
     if before is not None:
-        sides.insert(0, ("then", before, fired))
+        sides.insert(0, ("recorded", before, fired))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("alarms")
     for heading, *_ in sides:

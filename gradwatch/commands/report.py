@@ -1,38 +1,42 @@
-"""`gradwatch report`: what happened in a run."""
+"""`gradwatch report`: reports what happened in a run."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradwatch.commands.outputs import Output, check_outputs, write_outputs
+from gradwatch.commands.values import a_path
 from gradwatch.records import SEVERITIES
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of
+from gradwatch.runlog.own import beginning_of
 from gradwatch.runlog.plain import to_json
 from gradwatch.runlog.state import state_of
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
     from rich.console import Console
 
     from gradwatch.records import Snapshot
 
 NAME = "report"
-HELP = "tell what happened in a run"
+HELP = "report what happened in a run"
 EXAMPLES = """\
   gradwatch report runs/today                   a summary in the terminal
-  gradwatch report runs/today --html r.html     one page with all pictures, that opens offline
+  gradwatch report runs/today --html r.html     an HTML page with all plots, which opens offline
   gradwatch report runs/today --check           for CI: exit code 1 after an incident of severity warning or worse
-  gradwatch report runs/today --json            for a script"""
+  gradwatch report runs/today --json            the same as JSON"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
-    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write one page that opens offline")
+    """Add the arguments of the command to ``parser``."""
+    parser.add_argument("run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today")
+    parser.add_argument("--html", metavar="FILE", type=a_path, help="write an HTML page that opens offline")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if gradwatch did not write it")
     parser.add_argument(
         "--check", action="store_true", help="exit code 1 after an incident of severity warning or worse"
     )
@@ -40,19 +44,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
+    """Print the report, and write the page if it is requested; return the exit code."""
     with RunLog(options.run_log) as log:
         snapshot = snapshot_of(log)
         if options.html is not None:
-            from gradwatch.page import write_page
-
-            write_page(log, options.html)
+            _write_page(log, options.html, overwrite=options.overwrite)
         if options.json:
             sys.stdout.write(json.dumps(_plain(log, snapshot), indent=2) + "\n")
         else:
             _show(log, snapshot, options.html, console)
     grave = [one for one in snapshot.incidents if SEVERITIES.index(one.severity) >= SEVERITIES.index("warning")]
     return 1 if options.check and grave else 0
+
+
+def _write_page(log: RunLog, path: Path, *, overwrite: bool) -> None:
+    from gradwatch.page import is_page, page_of
+
+    output = Output(
+        path,
+        write=lambda new: new.write_text(page_of(log), encoding="utf-8"),
+        is_own=lambda old: is_page(beginning_of(old, 200)),
+    )
+    check_outputs(log, [output], "--html", overwrite=overwrite)
+    write_outputs([output], "--html")
 
 
 def _show(log: RunLog, snapshot: Snapshot, page: Path | None, console: Console) -> None:

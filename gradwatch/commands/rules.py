@@ -1,4 +1,4 @@
-"""`gradwatch rules`: every sign, with its code."""
+"""`gradwatch rules`: lists every rule, with its code and its sign."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ NAME = "rules"
 HELP = "list every rule"
 EXAMPLES = """\
   gradwatch rules
-  gradwatch rules --json       the same for a script, with all settings"""
+  gradwatch rules --json       the same as JSON, with all settings"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
+    """Add the arguments of the command to ``parser``."""
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
+    """Print the rules; return the exit code."""
     if options.json:
         rows = [
             {

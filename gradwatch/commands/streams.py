@@ -1,4 +1,4 @@
-"""Streams of text as they are in the world: of any encoding, closed early by their reader, or not there at all."""
+"""Standard streams of any encoding, which may be closed early by their reader or be missing."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-# EINVAL is what Windows says of a closed pipe, EIO what Linux says of a terminal that is gone
+# Windows raises EINVAL for a closed pipe, Linux raises EIO for a terminal that has been closed
 _READER_IS_GONE = (errno.EPIPE, errno.EIO, errno.EINVAL)
 
 
 class Stream:
-    """Stands in for a stream of text, and never fails because of what is written or who reads.
+    """A text stream that raises neither for characters that it cannot encode nor for a reader that has closed it.
 
-    What the stream's encoding cannot take is written as something it can. When the reader is gone (``... | head``), nothing
-    more is written, and who writes goes on to its end.
+    Characters that the stream's encoding lacks are replaced. After the reader has closed the stream (``... | head``), what is
+    written is discarded, and the program runs to its end.
 
     Args:
-        stream: the stream; None: there is none.
+        stream: the stream to write to; None: there is none.
 
-    Attributes: ``gone`` is True when nobody reads any more.
+    Attributes:
+        gone: True if there is no reader any more.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -39,21 +40,25 @@ class Stream:
         return getattr(self._stream, name)
 
     def isatty(self) -> bool:
-        """See `io.IOBase`; False where there is no stream."""
+        """Return True if the stream is a terminal; False if there is no stream."""
         return self._stream is not None and self._stream.isatty()
 
     def write(self, text: str) -> int:
-        """See `io.TextIOBase`; raises an `OSError` where the disk is full, and none where the reader is gone."""
+        """Write ``text`` and return its length.
+
+        Raises:
+            OSError: writing fails for another reason than a closed reader, such as a full disk.
+        """
         self._do(lambda stream: stream.write(writable(text, getattr(stream, "encoding", None))))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """See `io.IOBase`."""
+        """Write a list of lines, without adding line separators."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """See `io.IOBase`."""
+        """Flush the stream, unless its reader has closed it."""
         self._do(lambda stream: stream.flush())
 
     def _do(self, do: Callable[[TextIO], object]) -> None:
@@ -71,7 +76,7 @@ class Stream:
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Let a program of gradwatch's own write to its standard streams as a `Stream`."""
+    """Replace standard output and standard error by a `Stream` each, inside the context."""
     streams = Stream(sys.stdout), Stream(sys.stderr)
     try:
         with redirect_stdout(cast("TextIO", streams[0])), redirect_stderr(cast("TextIO", streams[1])):
@@ -85,7 +90,7 @@ def standard_streams() -> Iterator[None]:
 
 
 def _close_for_good(stream: Stream) -> None:
-    """Lead what is left in the stream's buffer nowhere; else the interpreter fails on it at its end, with another exit code."""
+    """Discard the buffer of the stream; otherwise the interpreter fails on it when it exits, with another exit code."""
     with suppress(OSError, ValueError, AttributeError):
         number = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -94,13 +99,13 @@ def _close_for_good(stream: Stream) -> None:
 
 
 def console_on(stream: TextIO | None = None) -> Console:
-    """Return a console of rich that draws on a stream of any encoding; None is standard output, whatever that is then.
+    """Return a rich console that writes to a stream of any encoding; None: the standard output at the time of writing.
 
-    Plain text stays plain: neither markup nor emoji codes are looked for in it.
+    Markup and emoji codes in plain text are not interpreted.
     """
     from rich.console import Console
 
     if stream is None:
         return Console(markup=False, emoji=False, highlight=False)
-    below = getattr(stream, "rich_proxied_file", stream)  # rich looks for it too
+    below = getattr(stream, "rich_proxied_file", stream)  # rich looks up the same attribute
     return Console(file=cast("TextIO", Stream(below)), markup=False, emoji=False, highlight=False)

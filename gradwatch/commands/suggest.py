@@ -1,4 +1,4 @@
-"""`gradwatch suggest`: what threshold a run's own norms suggest."""
+"""`gradwatch suggest`: suggests a clip threshold from the gradient norms of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from gradwatch.autoclip.suggest import suggest
+from gradwatch.commands.values import a_path
 from gradwatch.runlog import RunLog
 
 if TYPE_CHECKING:
@@ -16,22 +17,22 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NAME = "suggest"
-HELP = "say what clip threshold a run's own norms suggest"
+HELP = "suggest a clip threshold from the gradient norms of a run"
 EXAMPLES = """\
   gradwatch suggest runs/today
   gradwatch suggest runs/today --json
 
-First observe common norms, then choose. The norms are those before any clip."""
+The suggestion is computed from the norms before any clip."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
-    parser.add_argument("run_log", metavar="RUN", help="the folder of a run log, such as runs/today")
+    """Add the arguments of the command to ``parser``."""
+    parser.add_argument("run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
+    """Print the suggested threshold; return the exit code."""
     with RunLog(options.run_log) as log:
         found = suggest(log.series().global_norm)
     if options.json:

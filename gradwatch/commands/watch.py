@@ -1,24 +1,25 @@
-"""`gradwatch watch`: the live view of a training in another process."""
+"""`gradwatch watch`: shows the live view of a training in another process."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gradwatch.commands.keyboard import Keys
+from gradwatch.commands.values import a_path
 from gradwatch.errors import RunLogError, UsageError
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.state import state_of
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
     from rich.console import Console, RenderableType
 
@@ -26,46 +27,48 @@ if TYPE_CHECKING:
     from gradwatch.reports.watching import Watching
 
 NAME = "watch"
-HELP = "show the live view of a training that runs elsewhere on this machine"
+HELP = "show the live view of a training in another process on this machine"
 EXAMPLES = """\
   gradwatch watch runs/today
 
-keys: arrows or j and k move over the layers; l, n and g sort them by closeness to their limits, by norm, by growth;
-i lists the incidents; space pauses; q ends"""
-_EVERY = 0.4  # seconds between two looks into the log
+keys: arrows or j and k select a layer; l, n and g sort the layers by closeness to their limits, by norm, by growth;
+i lists the incidents; space pauses; q quits"""
+_EVERY = 0.4  # seconds between two reads of the log
 _ROWS = 64
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """See `gradwatch.commands.Command`."""
+    """Add the arguments of the command to ``parser``."""
     parser.add_argument(
-        "run_log", metavar="RUN", help="the folder of a run log, such as runs/today; it may not exist yet"
+        "run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today; it may not exist yet"
     )
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """See `gradwatch.commands.Command`."""
+    """Show the live view until the user quits; return the exit code."""
     if not console.is_terminal:
-        raise UsageError("gradwatch watch draws in a terminal; standard output is none. Use gradwatch report.")
+        raise UsageError(
+            "gradwatch watch draws in a terminal, but standard output is not a terminal. Use gradwatch report."
+        )
     from gradwatch.reports.watching import Watching
 
-    asked: list[int] = []  # the signals that came: noted, not raised, so that the terminal is given back in any case
+    asked: list[int] = []  # signals received: recorded, not raised, so that the terminal is always restored
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGTSTP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, _: asked.append(number))
     watching = Watching()
     while not watching.over:
-        _follow(Path(options.run_log), watching, console, asked)
+        _follow(options.run_log, watching, console, asked)
         if asked and asked[0] != getattr(signal, "SIGTSTP", None):
             return 0 if asked[0] == signal.SIGINT else 128 + asked[0]
-        if asked:  # Ctrl-Z: stop now that the terminal is the shell's, and go on when it says so
+        if asked:  # Ctrl-Z: stop now that the terminal is restored, and continue when the shell resumes the process
             asked.clear()
             os.kill(os.getpid(), signal.SIGSTOP)
     return 0
 
 
 def _follow(path: Path, watching: Watching, console: Console, asked: list[int]) -> None:
-    """Draw until the person has seen enough, or a signal asks for the terminal."""
+    """Draw until the user quits or a signal is received."""
     from rich.live import Live
 
     def picture() -> RenderableType:
@@ -88,7 +91,7 @@ def _follow(path: Path, watching: Watching, console: Console, asked: list[int]) 
 
 
 def _look(path: Path, watching: Watching) -> None:
-    """Take the newest moment of the log; it is opened anew each time, for it may be made, removed or made again."""
+    """Read the latest snapshot; the log is opened anew each time, since it may be created, removed or replaced."""
     try:
         with RunLog(path) as log:
             snapshot = snapshot_of(log)
@@ -98,9 +101,9 @@ def _look(path: Path, watching: Watching) -> None:
 
 
 def _growth(log: RunLog, snapshot: Snapshot) -> Floats:
-    """Return each layer's gradient norm over its median in the last 64 rows, shape (L,)."""
+    """Return each layer's gradient norm divided by its median over the last 64 rows, shape (L,)."""
     _, norms = log.norms(last=_ROWS)
-    with quiet_numpy():
+    with ignore_fp_warnings():
         known = np.where(np.isfinite(norms), norms, np.nan).astype(np.float64)
         middle = np.full(len(log.layers), np.nan)
         seen = ~np.isnan(known).all(axis=0)

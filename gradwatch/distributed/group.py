@@ -164,9 +164,9 @@ class Ranks:
         self.rank = dist.get_rank(group)
         self.world = [dist.get_global_rank(group, rank) for rank in range(self.size)] if group else range(self.size)
         self.home = _home(group)
-        self.ours()
+        self._find_parts()
 
-    def ours(self) -> None:
+    def _find_parts(self) -> None:
         """Determine which part of each layer this process holds, and set `share`, `part` and `sharded`."""
         self.share, self.part = np.zeros((2, len(self._layers)))
         self.sharded = False
@@ -278,7 +278,7 @@ class Ranks:
         self._exchange(table)
         numbers = UnpackedRow.of(table)
         if numbers.failed:
-            raise PeerError("gradwatch failed in another process, whose output has the cause")
+            raise PeerError("gradwatch failed in another process, whose output shows the cause")
         whole.norms, whole.global_norm = numbers.grad_norm, numbers.global_norm
         whole.nonfinite, whole.counts = numbers.nonfinite, numbers.counts
         now.global_norm = numbers.now_norm

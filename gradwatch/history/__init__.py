@@ -1,4 +1,4 @@
-"""The run's own past: what rules judge by. No torch is loaded here."""
+"""The past of a run: the rows and reference values that rules compare with. Does not import torch."""
 
 from gradwatch.history.history import History
 

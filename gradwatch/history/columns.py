@@ -15,7 +15,7 @@ Value = TypeVar("Value", bound=np.generic)
 
 
 class Columns(Protocol):
-    """What is known of every column; the arguments of `gradwatch.history.History`."""
+    """Properties of each column, one per layer; also the arguments of `gradwatch.history.History`."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -23,18 +23,18 @@ class Columns(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Elements per layer."""
+        """The number of elements of each layer."""
 
     @property
     def matrices(self) -> Sequence[bool]:
-        """True for layers with two or more dimensions."""
+        """Whether each layer has two or more dimensions."""
 
     @property
     def fan_in(self) -> Sequence[int]:
-        """Inputs of each unit of a layer."""
+        """The number of inputs of each unit, per layer."""
 
 
 def widened(array: NDArray[Value], count: int, fill: float) -> NDArray[Value]:
-    """Return ``array`` (..., L) with ``count`` columns; those of layers that came later hold ``fill``."""
+    """Return ``array`` (..., L) extended to ``count`` columns; the columns of new layers hold ``fill``."""
     more = np.full((*array.shape[:-1], count - array.shape[-1]), fill, dtype=array.dtype)
     return np.concatenate([array, more], axis=-1)

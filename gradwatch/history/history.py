@@ -1,6 +1,7 @@
-"""The run's own past, which rules read: its last rows, and the reference values that follow them.
+"""The past of a run, which rules read: its last rows, and the reference values learned from them.
 
-Nobody but the pipeline and the fast path writes it.
+While a run goes on, only the pipeline and the fast path write it. What makes a history (the monitor, the reader of run logs,
+the cases of rules) fills it before, and the monitor restores saved states.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from gradwatch.history.columns import widened
 from gradwatch.history.losses import LossLevels
 from gradwatch.history.saved import read_state
-from gradwatch.history.statistics import Typical, quiet_numpy
+from gradwatch.history.statistics import Typical, ignore_fp_warnings
 from gradwatch.records import Facts, NonFinite, Row
 
 if TYPE_CHECKING:
@@ -25,21 +26,21 @@ if TYPE_CHECKING:
     from gradwatch.history.columns import Columns
     from gradwatch.records import Floats
 
-_SMALLEST = 16  # elements of a matrix that can be told by its norm
-_WARM = 50  # rows after which a rate that was not raised is taken for settled
-_RECENT = 100  # rows in which weights may have grown quickly
-SETTLED = 8  # norms before which a layer has no usual one
+_SMALLEST = 16  # fewest elements of a matrix whose norm is meaningful
+_WARM = 50  # rows without a new maximum after which the learning rate counts as settled
+_RECENT = 100  # rows over which fast growth of weights is measured
+SETTLED = 8  # norms that a layer needs before it has a typical one
 
 
 class History(LossLevels):
     """The last ``window`` rows of ``L`` layers.
 
     Args:
-        layers: the names of the columns, in registration order.
-        sizes: elements per layer, shape (L,).
-        matrices: True for layers with two or more dimensions, shape (L,). Biases and gains follow other laws.
-        fan_in: inputs of each unit of a layer, shape (L,).
-        window: rows to keep; fewer when ``L`` is so large that they would take over 16 MB.
+        layers: names of the columns, in registration order.
+        sizes: number of elements per layer, shape (L,).
+        matrices: whether each layer has two or more dimensions, shape (L,). Biases and gains behave differently.
+        fan_in: number of inputs of each unit, per layer, shape (L,).
+        window: number of rows to keep. Fewer are kept (at least 64) if they would take over 16 MB.
     """
 
     def __init__(
@@ -75,18 +76,18 @@ class History(LossLevels):
         self.previous_rate: Floats = self.rate
         self._top_rate, self._rose_at = -math.inf, 0
 
-    # -- writing: the pipeline only
+    # Writing.
 
     def know_order(self, order: NDArray[np.intp]) -> None:
-        """Take the order in which gradients arrive in backward, shape (L,)."""
+        """Set the order in which gradients arrive in backward, shape (L,)."""
         self.order = order
 
     def know(self, facts: Facts) -> None:
-        """Take what has become known of the model and its optimizer."""
+        """Replace what is known of the model and its optimizer."""
         self.facts = facts
 
     def push(self, row: Row) -> None:
-        """Keep a row. Its non-finite values are kept in the ring, and out of every reference."""
+        """Add a row. Non-finite values are kept in the ring but excluded from every reference value."""
         self._push_row(row)
         self._take_loss(row)
         self.nonfinite = row.nonfinite if row.nonfinite is not None else self._all_finite
@@ -95,7 +96,7 @@ class History(LossLevels):
         self.previous_rate = self.rate
         if row.rate is not None and row.rate is not self.rate:
             self.rate = row.rate
-            with quiet_numpy():
+            with ignore_fp_warnings():
                 top = float(np.fmax.reduce(row.rate, initial=-math.inf))
                 self.facts = replace(self.facts, rate=float(np.nanmax(row.rate, initial=0.0)))
             if top > 1.0001 * self._top_rate:
@@ -108,10 +109,14 @@ class History(LossLevels):
             self._take_weight(row, row.weight_norm)
 
     def note(self, step: int, loss: float, grad_norm: Floats, columns: NDArray[np.intp] | None, applied: float) -> None:
-        """Keep a row that nobody need judge: finite, like the one before it but for these numbers.
+        """Add a row that need not be judged: it is finite and equals the previous one except for the given values.
 
-        ``grad_norm`` has shape (n,), its columns' numbers are ``columns``; None: all layers. ``applied`` is the factor of
-        the user's clip.
+        Args:
+            step: optimizer step of the row.
+            loss: its loss; NaN if none was seen.
+            grad_norm: gradient norms of the layers in ``columns``, shape (n,).
+            columns: columns of ``grad_norm``, shape (n,); None: all layers.
+            applied: factor that the user's clip put on the gradients.
         """
         if columns is not None:
             spread = np.full(len(self.layers), np.nan)
@@ -129,7 +134,7 @@ class History(LossLevels):
             self.nonfinite_weight = row.nonfinite_weight
 
     def grow(self, columns: Columns) -> None:
-        """Take the columns of layers that were added; their past is missing."""
+        """Extend the history to the columns of added layers. Their past values are missing, and a new task begins."""
         self.layers = tuple(columns.names)
         count = len(self.layers)
         self.sizes = np.asarray(columns.sizes, dtype=np.float64)
@@ -145,7 +150,7 @@ class History(LossLevels):
         self._begin_task()
 
     def _begin_task(self) -> None:
-        """Take the coming rows for those of another task: new layers bring a loss and gradients of another size with them."""
+        """Begin a new task: reset the reference values, since new layers change the scale of the loss and the gradients."""
         count = len(self.layers)
         self._task = self._learned = self._to_learn = self.rows
         self._typical_grad = Typical(count, half_life=64)
@@ -154,20 +159,20 @@ class History(LossLevels):
         self._forget_losses()
 
     def learn(self) -> None:
-        """Let the run's own typical values follow the last row; called after the rules have judged it.
+        """Update the typical values with the last row. Called after the rules have judged it.
 
-        Gradient norms are only noted: they are learned together when somebody asks for their typical values.
+        Gradient norms are queued, and processed in one batch when their typical values are requested.
         """
         self._to_learn = self.rows
         if self.row.weight_norm is not None:
-            with quiet_numpy():
+            with ignore_fp_warnings():
                 self.typical_weight.update(self.row.weight_norm)
         if self._to_learn - self._learned >= self.window // 2:
             self._catch_up()
 
     @property
     def typical_grad(self) -> Typical:
-        """The typical gradient norm of each layer, before the row that is being judged."""
+        """The typical gradient norm of each layer, not including the row that is being judged."""
         if self._learned < self._to_learn:
             self._catch_up()
         return self._typical_grad
@@ -175,34 +180,37 @@ class History(LossLevels):
     def _catch_up(self) -> None:
         slots = np.arange(self._learned, self._to_learn) % self.window
         self._learned = self._to_learn
-        with quiet_numpy():
+        with ignore_fp_warnings():
             self._typical_grad.update_all(self._grad[slots])
 
-    # -- reading
+    # Reading.
 
     @property
     def clips_each_step(self) -> bool:
-        """True where a clip is in force whatever happens: the user's own, or auto-clip that is always on."""
+        """True if every step is clipped, by the user or by auto-clip with ``when="always"``."""
         return self.facts.clips_always or self.row.provenance.clipped == "before the user's clip"
 
     def surge(self) -> Floats:
-        """The last gradient norms over their typical size, shape (L,); NaN in a layer's first eight steps."""
+        """Return the last gradient norms divided by their typical values, shape (L,).
+
+        NaN for layers whose gradient is not finite or that have fewer than 8 norms so far.
+        """
         ratio: Floats = self.row.grad_norm / self.typical_grad.value
         ratio[(self.typical_grad.seen < SETTLED) | (self.nonfinite > 0)] = np.nan
         return ratio
 
     @property
     def arriving(self) -> NDArray[np.bool_]:
-        """Layers that get a gradient other than zero, shape (L,)."""
+        """True for layers whose last gradient norm is not zero, or missing although a gradient has arrived before, shape (L,)."""
         some = self.row.grad_norm > 0
         return some if self.row.arrived is None else some | (self.row.arrived & np.isnan(self.row.grad_norm))
 
     @property
-    def promise(self) -> Floats:
-        """By how much this step of SGD would lower the loss to first order, each layer's part: ``lr ||g||^2``, shape (L,).
+    def predicted_decrease(self) -> Floats:
+        """The first-order decrease of the loss by this step of SGD, per layer: ``lr ||g||^2``, shape (L,).
 
-        NaN for other optimizers, where it is not known that the gradients came from the loss seen, and where a loss below
-        zero says that zero is no floor.
+        NaN for other optimizers, if the gradients may not stem from the loss that was seen, and if a loss below zero was
+        seen, since zero is then no lower bound.
         """
         row = self.row
         if row.family != "sgd" or row.provenance.loss in ("none", "monitor.loss()") or not self.least_loss >= 0:
@@ -212,26 +220,27 @@ class History(LossLevels):
 
     @property
     def warming_up(self) -> bool:
-        """True when a learning rate was the highest of the run within the last 50 rows: the run has not begun in earnest."""
+        """True if the learning rate reached a new maximum of the run within the last 50 rows."""
         return self.rows - self._rose_at < _WARM
 
     @property
-    def telling(self) -> NDArray[np.bool_]:
-        """Matrices of at least 16 elements, shape (L,): a line through a few points may well move by more than itself."""
+    def large_matrices(self) -> NDArray[np.bool_]:
+        """Whether each layer is a matrix of at least 16 elements, shape (L,): few weights may well change by their own size."""
         return self.matrices & (self.sizes >= _SMALLEST)
 
     @property
     def half_usual(self) -> Floats:
-        """Half of a matrix's norm after a usual initialisation, shape (L,): a floor for layers that start near zero."""
+        """Half the norm of a matrix after a usual initialisation, shape (L,): a lower bound for layers that start near zero."""
         return 0.5 * np.sqrt(self.sizes / self.fan_in)
 
     def relative_gain(self) -> Floats:
-        """What each matrix multiplies by, over the median of all, shape (L,); NaN for others and with less than three.
+        """Return the gain of each matrix divided by the median gain (at least 0.5), shape (L,).
 
-        The gain is ``||w|| sqrt(f / n)``: near 1 for a usual initialisation, whatever the shape.
+        The gain is ``||w|| sqrt(f / n)``, with ``f`` inputs per unit and ``n`` elements: near 1 after a usual initialisation,
+        whatever the shape. NaN for layers that are not large matrices, and for all layers if fewer than three are.
         """
         gain = self.weight * np.sqrt(self.fan_in / self.sizes)
-        gain[~self.telling] = np.nan
+        gain[~self.large_matrices] = np.nan
         if np.count_nonzero(np.isfinite(gain)) < 3:
             gain[:] = np.nan
             return gain
@@ -239,16 +248,16 @@ class History(LossLevels):
         return relative
 
     def first_nonfinite(self) -> str | None:
-        """The first layer, in backward order, whose gradient holds NaN or Inf in the last row."""
+        """Return the first layer, in backward order, whose last gradient has NaN or Inf; None if there is none."""
         hit = np.flatnonzero(self.nonfinite != NonFinite.NONE)
         if not hit.size:
             return None
         return self.layers[int(hit[np.argmin(self.order[hit])])]
 
-    # -- resuming
+    # Resuming.
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's references; plain lists and numbers. The ring itself is not part of it."""
+        """Return the reference values of the run as plain lists and numbers, without the rows."""
         return {
             "layers": list(self.layers),
             "losses": self.losses,
@@ -258,7 +267,11 @@ class History(LossLevels):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; raises `UsageError`, and takes nothing, where it is damaged or of other layers."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            UsageError: the state is damaged or belongs to other layers. Nothing is restored then.
+        """
         saved = read_state(state, self.layers)
         self.losses = saved.losses
         self._know_first_losses(saved.first_losses)

@@ -1,4 +1,4 @@
-"""What the losses of a run say: the level that it began at, the present one, and what it usually stays below."""
+"""Reference values of a run's losses: the level at which it began, the current level, and its usual upper bound."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Row
 
-EARLY = 12  # losses before which there is no usual scatter yet
+EARLY = 12  # losses needed before their scatter is known
 
 
 class LossLevels(Ring):
-    """Rows, and the reference values of their losses.
+    """The ring of rows, with the reference values of their losses.
 
-    Attributes: ``reference_loss`` is the median of the first 16 finite losses, NaN before the first; ``losses`` counts the losses
-    of the present task.
+    Attributes:
+        reference_loss: median of the first 16 finite losses of the current task; NaN before the first.
+        losses: number of losses of the current task.
     """
 
     def __init__(self, count: int, window: int) -> None:
@@ -45,27 +46,26 @@ class LossLevels(Ring):
         self.reference_loss = median(np.array(self._first_losses))
 
     def _forget_losses(self) -> None:
-        """Begin another task."""
         self.reference_loss, self._first_losses, self.losses = math.nan, [], 0
         self._harder = 0.0
 
     def follow_task(self) -> None:
-        """The last loss is so large for its task has become harder: what comes is compared with it."""
+        """Raise `largest_first_loss` to the last loss, because the task has become harder."""
         if math.isfinite(self.row.loss):
             self._harder = max(self._harder, abs(self.row.loss))
 
     def loss_level(self, window: int = 32) -> tuple[float, float]:
-        """Median and scaled MAD of the losses before the last one."""
+        """Return the median and the scaled MAD of the ``window`` losses before the last one."""
         return median_and_mad(self.task_loss(last=window + 1)[:-1])
 
     @property
     def least_loss(self) -> float:
-        """The least of the losses kept; infinity where none was seen."""
+        """The smallest kept loss of the current task; infinity if none was seen."""
         return float(np.fmin.reduce(self.task_loss(), initial=math.inf))
 
     @property
     def largest_first_loss(self) -> float:
-        """The largest magnitude of the run's first 16 finite losses, and of those that a harder task has made since.
+        """The largest magnitude of the first 16 finite losses and of the losses passed to `follow_task` since.
 
         NaN before the sixteenth.
         """
@@ -74,27 +74,27 @@ class LossLevels(Ring):
 
     @property
     def stuck(self) -> bool:
-        """True when at least 100 losses were seen and the last 32 lie less than a tenth below the reference loss."""
+        """True if at least 100 losses were seen and the median of the last 32 is less than a tenth below the reference."""
         if self._stuck_at != self.rows:
             self._stuck_at, self._stuck = self.rows, self.losses >= 100 and not self.gained(0.1, last=32)
         return self._stuck
 
     def gained(self, share: float, last: int = 16) -> bool:
-        """True when the median of the last losses lies at least this share of the reference loss below it."""
+        """Return whether the median of the last losses is below the reference loss by at least ``share`` of it."""
         now, _ = median_and_mad(self.task_loss(last=last))
         return bool(self.reference_loss - now >= share * abs(self.reference_loss))
 
     @property
-    def half_won(self) -> bool:
-        """True when the median of the last 32 losses lies at half of the reference loss or below."""
+    def loss_halved(self) -> bool:
+        """True if the median of the last 32 losses is at most half of the reference loss, which is positive."""
         now, _ = median_and_mad(self.task_loss(last=32))
         return bool(self.reference_loss > 0 and now <= self.reference_loss / 2)
 
     def loss_is_rising(self) -> bool:
-        """True when the median of the last 4 losses lies above what the 32 before them usually stay below.
+        """Return whether the last loss and the median of the last 4 are above the `loss_ceiling` of the 32 before them.
 
-        In the first 12 steps there is no usual scatter yet: then it must have doubled since the first. Where no loss is
-        seen nothing speaks for the run: True. A loss below a tenth of the reference loss is not worth the word.
+        During the first 12 losses their scatter is not known yet: True if the last loss is more than twice the first. True
+        if no loss was seen, since nothing shows that the run is healthy. Losses below a tenth of the reference are ignored.
         """
         if not self._first_losses:
             return True
@@ -104,7 +104,7 @@ class LossLevels(Ring):
         return not (0 <= now < self.reference_loss / 10 or min(now, self.row.loss) <= self.loss_ceiling(last=4))
 
     def next_loss_ceiling(self) -> float:
-        """What the coming loss should stay below, as in `loss_is_rising`; minus infinity where none is seen."""
+        """Return the ceiling that `loss_is_rising` will use for the next loss; minus infinity if no loss was seen."""
         if not self._first_losses:
             return -math.inf
         if self.losses < EARLY:
@@ -112,9 +112,9 @@ class LossLevels(Ring):
         return self.loss_ceiling(last=0)
 
     def loss_ceiling(self, last: int) -> float:
-        """What the 32 losses before the ``last`` ones usually stay below; NaN where there are none.
+        """Return the usual upper bound of the 32 losses before the ``last`` ones; NaN if none of them is finite.
 
-        The highest of: nine in ten of them; their median and three scaled MADs; their median and a tenth of it.
+        The maximum of their 90 % quantile, their median plus three scaled MADs, and their median plus a tenth of it.
         """
         before = self.task_loss(last=32 + last)
         before = before[: len(before) - last]

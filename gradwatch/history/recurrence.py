@@ -1,8 +1,8 @@
-"""What norms and losses reach again and again: signals that are rare or bursty by nature are no explosion.
+"""The size that norms and losses reach repeatedly. Signals that are rare or bursty by nature are no explosion.
 
-A batch with a rare class, a reward, a hard example: its gradient is many times the usual one, and comes back to the usual
-size with the next batch. How high such excursions go is the run's own yardstick for the next one. An explosion does not
-come back, so that it never becomes a yardstick for itself.
+A batch with a rare class, a reward or a hard example has a gradient many times the usual size, and the next batch is back to
+normal. The height of such excursions is the reference for the next one. An explosion does not come back, so it never becomes
+a reference for itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Floats
 
-AT_REST = 2.0  # times the typical size: up to here nothing is out of the ordinary
-_TIMES = 3  # excursions that high make a habit: two may be chance
-_MOMENTUM = 0.9  # of SGD: where it is less, updates are shorter than this says
-_REMEMBERED = 32  # updates that are left of a momentum of 0.9: the rest is 3 % of it
-_BEYOND = 2.0  # times what the update explains: the rest is the batch's
+AT_REST = 2.0  # multiple of the typical size up to which values are ordinary
+_TIMES = 3  # excursions of a height that make it usual: two may be chance
+_MOMENTUM = 0.9  # assumed for SGD: an upper bound of the update where the momentum is smaller
+_REMEMBERED = 32  # updates that are summed: with a momentum of 0.9 the rest is 3 %
+_BEYOND = 2.0  # multiple of the explained rise beyond which the rise is due to the batch
 
 
 def usual_peak(values: Floats, at_rest: float) -> float:
-    """Return the third-highest peak of the excursions in ``values``; 0.0 where there were fewer.
+    """Return the third-highest peak of the excursions in ``values``; 0.0 if there are fewer than three.
 
-    An excursion lies between two values that are at most ``at_rest``. ``values`` (n,), oldest first; those that are not
-    finite are left out.
+    An excursion is a stretch of values above ``at_rest`` between two values that are not. ``values`` has shape (n,), oldest
+    first; values that are not finite are ignored.
     """
     values = values[np.isfinite(values)]
     resting = np.flatnonzero(values <= at_rest)
@@ -46,50 +46,50 @@ def usual_peak(values: Floats, at_rest: float) -> float:
 
 
 def usual_size(values: Floats, typical: float) -> float:
-    """Return the typical size, or more where excursions beyond twice of it are usual: half of their usual peak.
+    """Return the larger of ``typical`` and half the usual peak of excursions beyond twice ``typical``.
 
-    ``values`` (n,), oldest first, without the one that is compared with it.
+    ``values`` has shape (n,), oldest first, and does not include the value that is compared with the result.
     """
     return max(typical, usual_peak(values, AT_REST * typical) / AT_REST)
 
 
 def usual_norms(history: History, columns: Sequence[int]) -> Floats:
-    """Return the usual gradient norm of these layers before the last row, shape (columns,)."""
+    """Return the usual gradient norm of the given layers, not including the last row, shape (len(columns),)."""
     past = history.grad_norm(last=history.task_rows)[:-1]
     typical = history.typical_grad.value
     return np.array([usual_size(past[:, column], float(typical[column])) for column in columns])
 
 
 def explained_rise(history: History) -> float:
-    """Return by how much the last update can have raised the last loss, to first order: ``sum_l ||g_l|| ||dw_l||``.
+    """Return the most that the last update can have raised the last loss, to first order: ``sum_l ||g_l|| ||dw_l||``.
 
-    For a loss that is convex along the update this is an upper bound. ``g_l`` is the gradient after the update; ``||dw_l||``
-    is ``lr ||g||`` of the steps before with a momentum of 0.9 for SGD, ``lr sqrt(n)`` or the measured change of the weight norm
-    for optimizers of Adam's kind. Infinite where neither is known.
+    This is an upper bound for a loss that is convex along the update. ``g_l`` is the gradient after the update. ``||dw_l||``
+    is the sum of ``lr ||g||`` over earlier steps with a momentum of 0.9 for SGD, and for optimizers like Adam the larger of
+    ``lr sqrt(n)`` and the measured change of the weight norm. Infinite if the optimizer or its learning rate is not known.
     """
     row = history.row
     rate = history.previous_rate
     if row.family == "other" or not np.isfinite(rate).any():
         return np.inf
-    with quiet_numpy():
+    with ignore_fp_warnings():
         if row.family == "sgd":
             norms = history.grad_norm(last=min(_REMEMBERED + 1, history.task_rows))[:-1]
             norms = norms * history.clip_coefficient(last=len(norms) + 1)[:-1, None]
             fades = _MOMENTUM ** np.arange(len(norms))[::-1]
             moved = rate * (fades @ np.nan_to_num(norms))
         else:
-            measured = np.abs(history.weight - history.previous_weight)  # all of it may be the last update's
+            measured = np.abs(history.weight - history.previous_weight)  # all of it may be due to the last update
             moved = np.fmax(rate * np.sqrt(history.sizes), measured)
         return float(np.nansum(row.grad_norm * moved))
 
 
 def task_became_harder(history: History) -> bool:
-    """True when the last loss is of the batch, and twice as large as each of the four before: it came at once."""
+    """Return whether the last loss is due to the batch and more than twice as large as each of the four before it."""
     before = np.abs(history.loss(last=5)[:-1])
     return history.row.loss > 2 * np.max(before, initial=0.0) and is_of_the_batch(history)
 
 
 def is_of_the_batch(history: History) -> bool:
-    """True when the last loss lies so far above its level that the last update cannot have done it: the batch is odd or rare."""
+    """Return whether the last loss is too far above its level to be caused by the last update: the batch is odd or rare."""
     level, _ = history.loss_level()
     return history.row.loss - level > _BEYOND * explained_rise(history)

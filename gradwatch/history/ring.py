@@ -1,4 +1,4 @@
-"""The ring of the last rows. Missing values are NaN; every view is read-only."""
+"""The ring buffer of the last rows. Missing values are NaN, and every view is read-only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gradwatch.history.columns import widened
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Provenance, Row
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _BUDGET = 16 * 2**20  # bytes of ring; 1,024 rows of 300 layers take 5 MB
 
 
 class Copied(NamedTuple):
-    """Rows as they stood in the ring, oldest first: (n,) each, and (n, L)."""
+    """Copies of rows of the ring, oldest first; shape (n,), and (n, L) for ``grad_norm``."""
 
     steps: NDArray[np.int64]
     loss: Floats
@@ -34,10 +34,12 @@ class Ring:
     """The last ``window`` rows of ``count`` layers.
 
     Args:
-        count: layers.
-        window: rows to keep; fewer when there are so many layers that they would take over 16 MB.
+        count: number of layers.
+        window: number of rows to keep. Fewer are kept (at least 64) if they would take over 16 MB.
 
-    Attributes: ``rows`` counts the rows so far.
+    Attributes:
+        rows: number of rows so far.
+        window: number of rows that are kept.
     """
 
     def __init__(self, count: int, window: int) -> None:
@@ -56,7 +58,7 @@ class Ring:
         self._row_is_last = True
 
     def _push_row(self, row: Row) -> int:
-        """Keep a row; return its slot."""
+        """Add a row and return its slot."""
         self._add_norms()
         slot = self._put(row.step, row.loss, row.grad_norm)
         self._row, self._row_is_last, self._normed = row, True, self.rows
@@ -66,20 +68,20 @@ class Ring:
         return slot
 
     def _note_row(self, step: int, loss: float, grad_norm: Floats, applied: float) -> None:
-        """Keep a row that is like the last one but for these numbers; its global norm is computed when it is asked for."""
+        """Add a row that equals the last one except for the given values; its global norm is computed on request."""
         slot = self._put(step, loss, grad_norm)
         self._row_is_last = False
         self._coefficient[slot] = applied
         self._weight[slot] = np.nan
 
     def _widen(self, count: int) -> None:
-        """Make room for ``count`` layers; the past of new ones is missing."""
+        """Extend the ring to ``count`` layers; past values of new ones are missing."""
         self._grad = widened(self._grad, count, np.nan)
         self._weight = widened(self._weight, count, np.nan)
         self._row = self.row._replace(grad_norm=widened(self.row.grad_norm, count, np.nan))
 
     def _add_norms(self) -> None:
-        """Compute the global norms of the noted rows, which nobody has asked for yet."""
+        """Compute the global norms of the noted rows that do not have one yet."""
         if self._normed < self.rows:
             slots = np.arange(self._normed, self.rows) % self.window
             self._norm[slots] = np.sqrt(np.nansum(np.square(self._grad[slots]), axis=1))
@@ -95,21 +97,21 @@ class Ring:
         return slot
 
     def amend(self, *, coefficient: float, skipped: bool = False) -> None:
-        """Record on the last row what was done to its gradients."""
+        """Record in the last row what was done to its gradients."""
         slot = (self.rows - 1) % self.window
         self._coefficient[slot] *= coefficient
         self._skipped[slot] = skipped
 
     def copied(self, first: int, until: int) -> Copied:
-        """Return the rows of the numbers from ``first`` to before ``until``; the run's first row has the number 0.
+        """Return copies of the rows with numbers in ``range(first, until)``; the first row of the run has number 0.
 
-        They must still be kept. Nothing is changed, so that another thread may ask.
+        The rows must still be kept. Nothing is changed, so another thread may call this.
         """
         numbers = np.arange(first, until)
         slots = numbers % self.window
         grad_norm, norm = self._grad[slots], self._norm[slots]
         missing = numbers >= self._normed
-        with quiet_numpy():
+        with ignore_fp_warnings():
             norm[missing] = np.sqrt(np.nansum(np.square(grad_norm[missing]), axis=1))
         return Copied(
             self._step[slots], self._loss[slots], norm, self._coefficient[slots], self._skipped[slots], grad_norm
@@ -145,49 +147,49 @@ class Ring:
         return view
 
     def grad_norm(self, last: int | None = None) -> Floats:
-        """Gradient norms, shape (n, L), oldest first; as measured, before any clip of auto-clip."""
+        """Return the gradient norms as measured, before auto-clip, shape (n, L), oldest first."""
         return self._last(self._grad, last)
 
     def weight_norm(self, last: int | None = None) -> Floats:
-        """Weight norms before the step's update, shape (n, L), oldest first; NaN where none was sampled."""
+        """Return the weight norms before the update of each step, shape (n, L), oldest first; NaN where not sampled."""
         return self._last(self._weight, last)
 
     def loss(self, last: int | None = None) -> Floats:
-        """Losses, shape (n,), oldest first; NaN where none was seen."""
+        """Return the losses, shape (n,), oldest first; NaN where none was seen."""
         return self._last(self._loss, last)
 
     def global_norm(self, last: int | None = None) -> Floats:
-        """L2 norms of all gradients as one vector, shape (n,), oldest first."""
+        """Return the L2 norms of all gradients as one vector, shape (n,), oldest first."""
         self._add_norms()
         return self._last(self._norm, last)
 
     def clip_coefficient(self, last: int | None = None) -> Floats:
-        """Norm after clipping over norm before it, shape (n,), oldest first; 1.0 where nothing was clipped."""
+        """Return the norms after clipping divided by those before, shape (n,), oldest first; 1.0 where nothing was clipped."""
         return self._last(self._coefficient, last)
 
     def skipped(self, last: int | None = None) -> NDArray[np.bool_]:
-        """Whether auto-clip skipped the optimizer step, shape (n,), oldest first."""
+        """Return whether auto-clip skipped the optimizer step, shape (n,), oldest first."""
         return self._last(self._skipped, last)
 
     def steps(self, last: int | None = None) -> NDArray[np.int64]:
-        """The optimizer steps of the rows, shape (n,), oldest first."""
+        """Return the optimizer steps of the rows, shape (n,), oldest first."""
         return self._last(self._step, last)
 
     @property
     def task_rows(self) -> int:
-        """The rows since layers were last added or replaced, which makes it another task; those since the start before that."""
+        """The number of rows of the current task: since layers were last added or replaced, or since the start."""
         return self.rows - self._task
 
     def task_loss(self, last: int | None = None) -> Floats:
-        """Losses of the present task, shape (n,), oldest first: a new head has nothing to do with the losses before it."""
+        """Return the losses of the current task, shape (n,), oldest first: those before a new head say nothing about it."""
         return self.loss(last=self.task_rows if last is None else min(last, self.task_rows))
 
     @property
     def provenance(self) -> Provenance:
-        """Where the last row's numbers come from."""
+        """The origin of the values of the last row."""
         return self.row.provenance
 
     @property
     def loss_nonfinite(self) -> bool:
-        """True when the last row has a loss and it is NaN or infinite."""
+        """True if the last row has a loss and it is NaN or infinite."""
         return self.row.loss_nonfinite

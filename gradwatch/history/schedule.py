@@ -1,4 +1,4 @@
-"""How often all rules judge, how far the rows in between may go unjudged, and the time that watching takes."""
+"""How often all rules judge, the bounds within which rows in between are not judged, and the time that watching takes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Floats
 
-_SETTLED = 512  # rows after which a run that is well is looked at half as often
+_SETTLED = 512  # rows after which a healthy run is judged half as often
 
 
 def cadence(row: int) -> int:
-    """Return every how many rows all rules judge and the weights are sampled, while nothing stirs, ``row`` rows in."""
+    """Return the number of rows between full judgements and samples of the weights in a healthy run, after ``row`` rows."""
     return 16 if row < _SETTLED else 32
 
 
@@ -27,14 +27,14 @@ class OwnTime:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the coming rows may be and still go unjudged.
+    """The bounds within which the coming rows need not be judged.
 
     Args:
-        history: what they are noted in.
-        rows: how many they may be.
-        grad_norm: their largest gradient norms, shape (L,).
-        loss: their largest loss.
-        until: when a report is due, in seconds of `perf_counter`.
+        history: the history in which they are noted.
+        rows: the largest number of such rows.
+        grad_norm: the largest gradient norms, shape (L,).
+        loss: the largest loss.
+        until: the time at which a report is due, in seconds of `perf_counter`.
     """
 
     history: History

@@ -1,6 +1,6 @@
-"""Robust statistics: formula, symbols, shapes and source of each.
+"""Robust statistics, each with its formula, symbols, shapes and source.
 
-All of them look at finite values only, so that one NaN or Inf never poisons what comes after it.
+All of them ignore values that are not finite, so a single NaN or Inf does not affect later results.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.history.columns import widened
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -20,17 +18,17 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Floats
 
-# NaN and Inf are data here: numpy shall not warn of them. Entered once a step, for it costs a microsecond
-quiet_numpy = functools.partial(np.errstate, all="ignore")
+# NaN and Inf are data here, so numpy must not warn of them. Entered once per step, because it costs a microsecond
+ignore_fp_warnings = functools.partial(np.errstate, all="ignore")
 
-_FEW = 8  # layers up to which plain numbers beat arrays
+_FEW = 8  # number of layers up to which plain numbers are faster than arrays
 MAD_TO_SIGMA = 1.4826  # makes the MAD of a normal sample an estimate of its standard deviation
 
 
 def median_and_mad(values: Floats) -> tuple[float, float]:
     """Return the median m and the scaled median absolute deviation s of the finite values.
 
-    ``m = median(x)``, ``s = 1.4826 * median(|x - m|)``; both NaN when no value is finite.
+    ``m = median(x)``, ``s = 1.4826 * median(|x - m|)``; both are NaN if no value is finite.
     Source: Leys et al., "Detecting outliers", J. Exp. Soc. Psychology 49 (2013).
     """
     finite = values[np.isfinite(values)]
@@ -41,9 +39,9 @@ def median_and_mad(values: Floats) -> tuple[float, float]:
 
 
 def median(values: Floats) -> float:
-    """Return the median of finite values; for a few dozen of them, sorting is six times as quick as numpy's median.
+    """Return the median of finite values; NaN if there are none.
 
-    NaN where there are none.
+    For a few dozen values, sorting is six times as fast as ``np.median``.
     """
     if not len(values):
         return math.nan
@@ -53,12 +51,12 @@ def median(values: Floats) -> float:
 
 
 def doubling(values: Floats) -> float:
-    """Return the steps in which a quantity doubles: ``1 / slope`` of the least-squares line through ``log2 x_t``.
+    """Return the number of steps in which a quantity doubles: ``1 / slope`` of the least-squares line through ``log2 x_t``.
 
-    ``values`` (n,), oldest first; those that are not finite or not positive are left out. Infinite where it does not grow
-    or fewer than three values are left.
+    ``values`` has shape (n,), oldest first; values that are not finite or not positive are ignored. Infinite if the quantity
+    does not grow or fewer than three values remain.
     """
-    with quiet_numpy():
+    with ignore_fp_warnings():
         logs = np.log2(values)
     use = np.flatnonzero(np.isfinite(logs))
     if use.size < 3:
@@ -70,7 +68,7 @@ def doubling(values: Floats) -> float:
 
 @functools.lru_cache
 def _triangle(k: int, rate: float) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the powers 0 to k of ``1 - rate``, and what each of k values adds to each of the k averages after it."""
+    """Return the powers 0 to k of ``1 - rate``, and the weight of each of k values in each of the k averages, (k, k)."""
     decays = (1.0 - rate) ** np.arange(k + 1)
     ages = np.subtract.outer(np.arange(k), np.arange(k))
     return decays, np.where(ages >= 0, rate * (1.0 - rate) ** np.maximum(ages, 0), 0.0)
@@ -81,10 +79,12 @@ class Typical:
 
     ``b <- b + a_n * clamp(log x - b, -w, w)`` with ``a_n = max(1 / n, 1 - 0.5 ** (1 / half_life))``: a plain mean of the
     first logs, then an exponential average. The clamp ``w = log(4)`` (winsorising) lets one wild value move the average
-    by at most ``a_n * w``, while a lasting change of level is followed in the end. Zero, NaN and Inf are left out.
+    by at most ``a_n * w``, while a lasting change of level is followed eventually. Zero, NaN and Inf are ignored.
 
-    Attributes: ``value`` (L,) is ``exp(b)``, NaN before a layer's first value; ``scatter`` (L,) is the same average of
-    ``min(|log x - b|, w)``; ``seen`` (L,) counts the values taken.
+    Attributes:
+        value: ``exp(b)``, shape (L,); NaN before the first value of a layer.
+        scatter: the same average of ``min(|log x - b|, w)``, shape (L,).
+        seen: number of values used, shape (L,).
     """
 
     _WINSOR = math.log(4.0)
@@ -96,15 +96,8 @@ class Typical:
         self.value = np.full(layers, np.nan)
         self.scatter = np.zeros(layers)
 
-    def grow(self, layers: int) -> None:
-        """Make room for layers that came later."""
-        self._log = widened(self._log, layers, np.nan)
-        self.seen = widened(self.seen, layers, 0)
-        self.value = widened(self.value, layers, np.nan)
-        self.scatter = widened(self.scatter, layers, 0)
-
     def update(self, x: Floats) -> None:
-        """Take one value per layer; ``x`` has shape (L,). Call it under `quiet_numpy`: log of zero is no fault here."""
+        """Update with one value per layer, shape (L,). Call it under `ignore_fp_warnings`, since the log of zero is expected."""
         log = np.log(x)
         use = np.isfinite(log)
         self.seen += use
@@ -117,9 +110,9 @@ class Typical:
         np.exp(self._log, out=self.value)
 
     def update_all(self, rows: Floats) -> None:
-        """Take the values of ``rows`` (k, L), oldest first: the same as k times `update`, at the price of two or three.
+        """Update with ``rows`` (k, L), oldest first: the same as k calls of `update`, at the cost of two or three.
 
-        With a constant weight and nothing clamped, ``b_i = d b_(i-1) + (1 - d) log x_i`` is one triangular product.
+        With a constant weight and no clamped step, ``b_i = d b_(i-1) + (1 - d) log x_i`` is one triangular product.
         """
         k = len(rows)
         if k == 1 or not self.seen.size:
@@ -131,7 +124,7 @@ class Typical:
         means = products @ logs
         means += decays[1:, None] * self._log
         steps = np.abs(logs - np.concatenate([self._log[None], means[:-1]]))
-        # where a step is clamped or missing, or a layer is young, the product goes wrong
+        # the product is wrong where a step is clamped or missing, or a layer has few values yet
         even = (steps.max(axis=0) <= self._WINSOR) & (self.seen * self._rate >= 1)
         uneven = np.flatnonzero(~even)
         if len(uneven) > _FEW:
@@ -146,7 +139,7 @@ class Typical:
         np.exp(self._log, out=self.value)
 
     def _follow(self, column: int, logs: list[float]) -> tuple[float, float]:
-        """Do what `update` does to one layer, value by value; return its mean and scatter."""
+        """Do what `update` does for one layer, value by value; return its mean and scatter."""
         mean, scatter, seen = float(self._log[column]), float(self.scatter[column]), int(self.seen[column])
         for log in logs:
             if not math.isfinite(log):
@@ -162,11 +155,11 @@ class Typical:
         return mean, scatter
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Plain lists, fit for any file."""
+        """Return the state as plain lists, which fit into any file."""
         return {"log": self._log.tolist(), "scatter": self.scatter.tolist(), "seen": self.seen.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Floats | list[float]]) -> None:
-        """Restore what `state_dict` returned, perhaps as arrays; `gradwatch.history.saved` checks what comes from outside."""
+        """Restore what `state_dict` returned, unchecked; `gradwatch.history.saved` checks states that come from outside."""
         self._log = np.array(state["log"], dtype=np.float64)
         self.scatter = np.array(state["scatter"], dtype=np.float64)
         self.seen = np.array(state["seen"], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The typical norm of a run: auto-clip's threshold and the suggested one are multiples of it."""
+"""The typical global norm of a run. The threshold of auto-clip and the suggested threshold are multiples of it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from gradwatch.history.recurrence import usual_size
 if TYPE_CHECKING:
     from gradwatch.records import Floats
 
-LEAST_NORMS = 16  # before which there is no typical one
-_PAST = 256  # norms among which it is looked for,
-_STRETCH = 32  # in stretches of as many
+LEAST_NORMS = 16  # norms needed for a typical one
+_PAST = 256  # newest norms that are considered
+_STRETCH = 32  # norms in each stretch whose median is taken
 
 
 def typical_norm(norms: Floats) -> float:
-    """Return the typical one of a run's global norms, shape (n,), oldest first; NaN if fewer than 16 are finite and not zero.
+    """Return the typical value of a run's global norms, shape (n,), oldest first; NaN if fewer than 16 are finite and not zero.
 
-    Of the last 256 norms the calmest stretch: the smallest of the medians of 32 in a row. Where norms fall as the run learns
-    that is the newest one, where they already grow the one before they did. Where larger norms come again and again it is
-    half of what they reach (`gradwatch.history.recurrence`).
+    The smallest median of a stretch of about 32 among the last 256 norms: the newest stretch if norms fall as the run learns,
+    the one before they grew if they already grow. If larger norms recur, half of their usual peak if that is more (see
+    `gradwatch.history.recurrence`).
     """
     norms = norms[np.isfinite(norms) & (norms > 0)]
     if norms.size < LEAST_NORMS:

@@ -53,5 +53,5 @@ def _tensors(batch: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         for key, one in batch.items():
             yield from _tensors(one, f"{name}.{key}" if name else str(key))
     elif isinstance(batch, (list, tuple)):
-        for place, one in enumerate(batch):
-            yield from _tensors(one, f"{name}[{place}]")
+        for index, one in enumerate(batch):
+            yield from _tensors(one, f"{name}[{index}]")

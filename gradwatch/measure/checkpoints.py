@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from gradwatch import device
-from gradwatch.measure.norms import look_closer, norm_of, unfit
+from gradwatch.measure.norms import count_nonfinite, norm_of, unfit
 from gradwatch.measure.wrappers import local_of, plain_name
 from gradwatch.records import EXPLOSION
 
@@ -81,7 +81,7 @@ def damage_of(model: nn.Module) -> str:
     for kind, name, tensor in _tensors(model):
         if math.isfinite(norm_of(tensor)):
             continue
-        nans, infs, _ = look_closer(tensor)
+        nans, infs, _ = count_nonfinite(tensor)
         if nans or infs:  # the norm of finite elements may overflow
             return f"{kind} {plain_name(name)} holds {nans} NaN and {infs} infinite of {tensor.numel()} elements"
     return ""

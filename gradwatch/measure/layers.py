@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +37,6 @@ class Layers:
     Attributes:
         names, sizes, matrices, fan_in, with_units: per column, the name, the number of elements, whether it has two or more
             dimensions, the inputs of each unit, and whether its rows are units.
-        aliases: other names of tied parameters, by name.
         untold: sentences about parameters that cannot be measured, which have not been reported yet.
 
     Raises:
@@ -48,7 +46,6 @@ class Layers:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self.names: list[str] = []
-        self.aliases: dict[str, list[str]] = {}
         self.sizes: list[int] = []
         self.matrices: list[bool] = []
         self.fan_in: list[int] = []
@@ -98,7 +95,6 @@ class Layers:
         tables = _weights_of(inner, (nn.Embedding, nn.EmbeddingBag)) - united
         shapes = whole_shapes(inner)
         news = set()
-        seen: dict[int, str] = {}
         for wrapped, parameter in inner.named_parameters(remove_duplicate=False):
             name = plain_name(wrapped)
             if isinstance(parameter, UninitializedParameter):
@@ -108,12 +104,7 @@ class Layers:
                 )
             if not parameter.is_floating_point() and not parameter.is_complex():
                 continue  # quantised parameters have no gradient
-            first = seen.setdefault(id(parameter), name)
-            if first != name:
-                aliases = self.aliases.setdefault(first, [])
-                if name not in aliases:
-                    aliases.append(name)
-            elif self.column(parameter) is None:
+            if self.column(parameter) is None:
                 shape = shapes[id(parameter)] if id(parameter) in shapes else _shape_of(parameter)
                 column = self._take(name, parameter, shape, with_units=id(parameter) in united)
                 if id(parameter) in tables:
@@ -243,11 +234,6 @@ def family_of(optimizer: Optimizer) -> Family:
     if any(word in names for word in _SELF_SCALING):
         return "adam"
     return "sgd" if "sgd" in names else "other"
-
-
-def optimizer_facts(facts: Facts, optimizer: Optimizer) -> Facts:
-    """Return ``facts`` with the name and the family of the optimizer."""
-    return replace(facts, optimizer=type(optimizer).__name__, family=family_of(optimizer))
 
 
 def _weights_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:

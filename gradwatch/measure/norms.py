@@ -109,7 +109,7 @@ class NormPlan:
             torch.stack(_batched([tensors[index] for index in indices], wide)) for _, indices, wide in self._groups
         ]
         parts += [norm_tensor(tensors[index]).view(1) for index in self._alone_on]
-        parts = [device.moved(part, home, device.precise(home)) for part in parts]
+        parts = [device.moved(part, home, device.widest_float(home)) for part in parts]
         if self._simple:
             return parts[0]
         if self._order is None:
@@ -187,7 +187,7 @@ def _picker(indices: list[int]) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
 def _wide(tensor: Tensor) -> torch.dtype:
     """Return the dtype to accumulate in. On a device, overflowing squares cannot be measured again, so it is the widest."""
     if tensor.dtype is torch.float64 or not device.reading_is_free(tensor.device):
-        return device.precise(tensor.device)
+        return device.widest_float(tensor.device)
     return torch.float32
 
 
@@ -249,7 +249,7 @@ def on_device(array: NDArray[Any], home: torch.device) -> Tensor:
     """Return ``array`` as a tensor on ``home``, its floats in the widest float there; CUDA does not wait for the copy."""
     tensor = torch.from_numpy(array)
     if tensor.is_floating_point():
-        tensor = tensor.to(device.precise(home))  # before the copy: there may be no float64 over there
+        tensor = tensor.to(device.widest_float(home))  # before the copy: there may be no float64 over there
     return device.moved(tensor.pin_memory() if home.type == "cuda" else tensor, home)
 
 
@@ -266,7 +266,7 @@ def global_norm_of(norms: Floats) -> float:
     return math.sqrt(np.dot(norms, norms))
 
 
-def look_closer(tensor: Tensor) -> tuple[int, int, float]:
+def count_nonfinite(tensor: Tensor) -> tuple[int, int, float]:
     """Return the numbers of NaN and infinite elements, and the norm in float64; the norm is NaN if one is not finite.
 
     The elements are divided by the largest magnitude first, so that squares neither overflow nor underflow.

@@ -53,7 +53,7 @@ class Slot:
         self.ranks = flat[last:].view(-1, processes)
 
 
-class Ring:
+class ReadbackRing:
     """The rows under way from ``home`` to the host, oldest first.
 
     Args:
@@ -66,9 +66,11 @@ class Ring:
     def __init__(self, layers: int, processes: int, home: torch.device, lag: int | None = None) -> None:
         size = size_of(layers, processes)
         self._layers, self._processes, self._lag = layers, processes, lag
-        self._device = torch.zeros(RING, size, dtype=device.precise(home), device=home)
+        self._device = torch.zeros(RING, size, dtype=device.widest_float(home), device=home)
         # explicitly on the CPU, whatever the default device is: only CPU memory can be pinned
-        self._host = torch.zeros(RING, size, dtype=device.precise(home), device="cpu", pin_memory=home.type == "cuda")
+        self._host = torch.zeros(
+            RING, size, dtype=device.widest_float(home), device="cpu", pin_memory=home.type == "cuda"
+        )
         self._slots = [Slot(row, layers, processes) for row in self._device]
         self._under_way: deque[tuple[int, int, Any, Any]] = deque()
         self._sent = 0

@@ -11,7 +11,7 @@ import torch
 from gradwatch.device import moved
 from gradwatch.history.columns import widened
 from gradwatch.history.schedule import cadence
-from gradwatch.measure.norms import NormPlan, fingerprint, has_units, live_units, look_closer, on_device
+from gradwatch.measure.norms import NormPlan, count_nonfinite, fingerprint, has_units, live_units, on_device
 from gradwatch.measure.packed_row import CHANGED, DEAD, WEIGHT
 from gradwatch.measure.wrappers import local_of
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 _FIRST_ROWS = 32  # first rows, with each of which the weights are sampled
-_WATCHED_ROWS = 45  # first rows, which include all of the first censuses
-_CENSUS_EVERY = 61  # odd, so that branches used on alternating steps are both checked
-_FIRST_CENSUSES = frozenset((5, 10, 17, 24, 33, 44))  # even and odd, for the same reason
-_ROUND = 4  # censuses of a layer after which a unit without any gradient counts as dead
+_WATCHED_ROWS = 45  # first rows, which include all of the first unit checks
+_UNIT_CHECK_EVERY = 61  # odd, so that branches used on alternating steps are both checked
+_FIRST_UNIT_CHECKS = frozenset((5, 10, 17, 24, 33, 44))  # even and odd, for the same reason
+_ROUND = 4  # unit checks of a layer after which a unit without any gradient counts as dead
 
 
 @dataclass(slots=True)
@@ -104,13 +104,13 @@ class Sampling:
 
     def take(self, now: Measured, *, closely: bool) -> Sample:
         """Return the sample that is due with the row ``now``; ``closely`` makes the weights due. Call it without autograd."""
-        row, weights, census = self._due(closely=closely)
-        if not (weights or census):
+        row, weights, unit_check = self._due(closely=closely)
+        if not (weights or unit_check):
             return _NOT_DUE
         sample = Sample(row, self._gone())
         if weights:
             self._able(self._weights, sample)
-        if census:
+        if unit_check:
             self._count_units(now)
             self._compare(row)
             sample.dead_share, sample.unchanged = self._dead_share.copy(), self._unchanged.copy()
@@ -138,16 +138,16 @@ class Sampling:
         return gone
 
     def _due(self, *, closely: bool) -> tuple[int, bool, bool]:
-        """Return the number of the row, whether the weights are due, and whether the census of units and changes is."""
+        """Return the number of the row, whether the weights are due, and whether the check of units and changes is."""
         row, self.rows = self.rows, self.rows + 1
         weights = closely or row < _FIRST_ROWS or (row + 1) % cadence(row + 1) == 0  # as the rules judge
-        return row, weights, row == 0 or row in _FIRST_CENSUSES or row % _CENSUS_EVERY == 0
+        return row, weights, row == 0 or row in _FIRST_UNIT_CHECKS or row % _UNIT_CHECK_EVERY == 0
 
     @property
     def rest(self) -> int:
         """The number of coming rows for which nothing is due."""
         row = self.rows
-        return 0 if row < _WATCHED_ROWS else min(-(row + 1) % cadence(row + 1), -row % _CENSUS_EVERY)
+        return 0 if row < _WATCHED_ROWS else min(-(row + 1) % cadence(row + 1), -row % _UNIT_CHECK_EVERY)
 
     def count(self) -> None:
         """Count a row for which nothing was due."""
@@ -158,7 +158,7 @@ class Sampling:
 
         `Sample.fill` adds the numbers once they have arrived on the host.
         """
-        row, weights, census = self._due(closely=closely)
+        row, weights, unit_check = self._due(closely=closely)
         sample = Sample(row, self._gone())
         home = slot.flat.device
         if weights:
@@ -166,7 +166,7 @@ class Sampling:
             squares = torch.square(norms)
             slot.rows[WEIGHT].scatter_(0, columns, squares if share is None else squares * share.share[columns])
             sample.weight_norm = np.zeros(len(self._layers))
-        if census:
+        if unit_check:
             self._count_units_on(now, slot.rows[DEAD], share)
             self._compare_on(slot.rows[CHANGED], first=row == 0)
             sample.dead_share = sample.unchanged = np.full(len(self._layers), np.nan)
@@ -210,9 +210,9 @@ class Sampling:
         norms = np.full(len(self._layers), np.nan)
         norms[columns] = self._plan.norms(parameters)
         nonfinite = np.zeros(len(self._layers), dtype=bool)
-        for place in np.flatnonzero(~np.isfinite(norms[columns])).tolist():
-            nans, infs, norms[columns[place]] = look_closer(parameters[place])
-            nonfinite[columns[place]] = nans + infs > 0
+        for index in np.flatnonzero(~np.isfinite(norms[columns])).tolist():
+            nans, infs, norms[columns[index]] = count_nonfinite(parameters[index])
+            nonfinite[columns[index]] = nans + infs > 0
         sample.weight_norm, sample.nonfinite_weight = norms, nonfinite
 
     def _count_units(self, now: Measured) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.errors import UsageError
-from gradwatch.history.statistics import quiet_numpy
-from gradwatch.verdict.settings import VerdictSettings
+from gradwatch.history.statistics import ignore_fp_warnings
+from gradwatch.verdict import VerdictSettings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,7 +88,7 @@ def _apart(a: Floats, b: Floats, factor: float) -> NDArray[np.bool_]:
 
     Values that are not finite in both runs count as equal.
     """
-    with quiet_numpy():
+    with ignore_fp_warnings():
         far = (np.abs(a) > factor * np.abs(b)) | (np.abs(b) > factor * np.abs(a)) | (np.sign(a) * np.sign(b) < 0)
     return np.where(np.isfinite(a) & np.isfinite(b), far, np.isfinite(a) != np.isfinite(b))
 

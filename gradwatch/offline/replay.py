@@ -9,7 +9,7 @@ from gradwatch.errors import UsageError, did_you_mean
 from gradwatch.pipeline import Pipeline
 from gradwatch.reports.notes import Notes
 from gradwatch.rules import rule_by_code
-from gradwatch.verdict.settings import VerdictSettings
+from gradwatch.verdict import VerdictSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""What the page shows of a run, as plain values: as many points as a screen can show, and no more."""
+"""The content of the page as plain values, reduced to the number of points that a screen can show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
+from gradwatch.runlog import Series
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.state import state_of
 
@@ -20,17 +21,17 @@ if TYPE_CHECKING:
 
     Numbers = NDArray[np.floating[Any]]
 
-_COLUMNS = 600  # of the heat map; a screen has little more for it
+_COLUMNS = 600  # of the heat map; a screen cannot show many more
 _WEIGHT_COLUMNS = 300
-_POINTS = 1200  # of a line; each stands for the smallest and the largest number of its rows
+_POINTS = 1200  # groups of rows of a line; each is drawn as its smallest and its largest value
 _MISSING = -32768
-_NOTHING = -32.0  # the logarithm shown for a norm of zero
-_DECADES = 1000.0  # a cell is 1,000 times the decimal logarithm, in 16 bits
+_NOTHING = -46.0  # the logarithm shown for a norm of zero
+_DECADES = 700.0  # a cell is 700 times the decimal logarithm; 16 bits cover all of float32, from 1e-45
 
 
 def content_of(log: RunLog) -> dict[str, Any]:
-    """Return all that the page shows."""
-    snapshot, series, sessions = snapshot_of(log), log.series(), log.sessions
+    """Return everything that the page shows."""
+    snapshot, series, sessions = snapshot_of(log), _ascending(log.series()), log.sessions
     steps, norms = log.norms()
     weight_steps, weights = log.norms(weight=True)
     return {
@@ -61,11 +62,17 @@ def content_of(log: RunLog) -> dict[str, Any]:
     }
 
 
-def line_of(steps: NDArray[np.int64], values: Numbers) -> dict[str, list[float]]:
-    """Return at most 2,400 points ``x`` and ``y``, and ``bad``: where the values stop being finite.
+def _ascending(series: Series) -> Series:
+    """Return the rows sorted by step, since a damaged or edited log may hold them in another order."""
+    order = np.argsort(series.step, kind="stable")
+    return Series(**{name: getattr(series, name)[order] for name in Series.__dataclass_fields__})
 
-    Where there are more rows, each stretch of them is drawn from its smallest to its largest number, so that a spike of one
-    step stays as high as it was.
+
+def line_of(steps: NDArray[np.int64], values: Numbers) -> dict[str, list[float]]:
+    """Return at most 2,400 points ``x`` and ``y``, and the steps ``bad`` at which the values stop being finite.
+
+    If there are more rows, each group of them is reduced to its smallest and its largest value, so that a spike of one step
+    keeps its height.
     """
     finite = np.isfinite(values)
     begins = finite & ~np.append(finite[1:], True)
@@ -96,15 +103,16 @@ def cells_of(
     most: int,
     nonfinite: Iterable[tuple[int, NDArray[np.uint8]]] = (),
 ) -> dict[str, Any] | None:
-    """Return the heat map of ``norms`` (n, L): ``x`` (c,), cells (L, c) and which of them are not finite, packed.
+    """Return the heat map of ``norms`` (n, L): ``x`` (c,), cells (L, c), and a packed mask of the cells that are not finite.
 
-    A cell is 1,000 times the decimal logarithm of the largest norm of its steps, so that what lasted one step is seen;
-    -32768 stands for none.
+    The steps may have any order. A cell is 700 times the decimal logarithm of the largest norm of its steps, so that a single
+    high step remains visible; -32768 stands for no value.
     """
     if not len(steps):
         return None
-    gap = max(1.0, float(np.quantile(np.diff(steps), 0.95))) if len(steps) > 1 else 1.0
-    first, last = float(steps[0]), float(steps[-1])
+    there = np.unique(steps)
+    gap = max(1.0, float(np.quantile(np.diff(there), 0.95))) if len(there) > 1 else 1.0
+    first, last = float(there[0]), float(there[-1])
     columns = int(min(most, (last - first) // gap + 1))
     width = (last - first + gap) / columns
 
@@ -117,7 +125,7 @@ def cells_of(
     broken = np.zeros((columns, norms.shape[1]), dtype=bool)
     for step, mask in nonfinite:
         broken[column_of(np.float64(step))] |= mask > 0
-    with quiet_numpy():
+    with ignore_fp_warnings():
         logs = np.where(largest > 0, np.log10(largest), np.where(largest == 0, _NOTHING, np.nan))
     cells = np.where(np.isnan(logs), _MISSING, np.round(logs * _DECADES)).astype("<i2")
     return {

@@ -1,9 +1,9 @@
 "use strict";
-// Texts of the run reach the page as text: textContent here, and entities where plotly would read markup.
+// Texts of the run are shown as text, not as markup: by textContent here, and by entities where plotly would parse markup.
 const run = JSON.parse(document.getElementById("content").textContent);
 const $ = (id) => document.getElementById(id);
 const SEVERITIES = ["notice", "warning", "critical"];
-const MISSING = -32768, NOTHING = -32000;
+const MISSING = -32768, NOTHING = -46, DECADES = 700; // constants of the cells, as in content.py
 
 function element(tag, text, className) {
   const made = document.createElement(tag);
@@ -22,12 +22,12 @@ function number(value) {
 }
 const real = (values) => values.map((value) => (value === "nan" ? null : value));
 
-// Heat maps: 16 bits a cell, a layer a line.
+// Heat maps: 16 bits per cell, one line per layer.
 function decoded(part) {
   const columns = part.x.length, bytes = Uint8Array.from(atob(part.cells), (char) => char.charCodeAt(0));
   const cells = new Int16Array(bytes.buffer);
   const rows = run.layers.map((_, layer) =>
-    Array.from(cells.subarray(layer * columns, (layer + 1) * columns), (cell) => (cell === MISSING ? null : cell / 1000)));
+    Array.from(cells.subarray(layer * columns, (layer + 1) * columns), (cell) => (cell === MISSING ? null : cell / DECADES)));
   const packed = part.broken ? Uint8Array.from(atob(part.broken), (char) => char.charCodeAt(0)) : null;
   const stride = Math.ceil(columns / 8);
   const broken = (layer, column) => packed !== null && (packed[layer * stride + (column >> 3)] >> (7 - (column & 7)) & 1) === 1;
@@ -37,7 +37,7 @@ const gradient = run.gradient ? decoded(run.gradient) : null;
 const weight = run.weight ? decoded(run.weight) : null;
 
 function middle(row) {
-  const known = row.filter((value) => value !== null && value * 1000 > NOTHING).sort((a, b) => a - b);
+  const known = row.filter((value) => value !== null && value > NOTHING).sort((a, b) => a - b);
   return known.length ? known[known.length >> 1] : null;
 }
 function against(rows, reference) {
@@ -46,9 +46,9 @@ function against(rows, reference) {
     return row.map((value) => (value === null || typical === null ? null : value - typical));
   });
 }
-// The colours span what most cells hold; what lies beyond takes the last colour, and its number is in the tip.
+// The colours span the values of most cells. A value beyond has the last colour, and the tooltip shows its number.
 function span(rows) {
-  const known = rows.flat().filter((value) => value !== null && value * 1000 > NOTHING).sort((a, b) => a - b);
+  const known = rows.flat().filter((value) => value !== null && value > NOTHING).sort((a, b) => a - b);
   if (!known.length) return [0, 1];
   const low = known[Math.floor(known.length * 0.01)], high = known[Math.floor((known.length - 1) * 0.995)];
   return [low, Math.min(Math.max(high, low + 1), Math.max(low + 6, known[known.length >> 1] + 4))];
@@ -139,14 +139,14 @@ function traces() {
   }
   if (run.clip_coefficient) made.push(line("clip", run.clip_coefficient, "clip coefficient"));
   if (weight) {
-    const first = (row) => row.find((value) => value !== null && value * 1000 > NOTHING) ?? null;
+    const first = (row) => row.find((value) => value !== null && value > NOTHING) ?? null;
     made.push(heat("weight", weight, against(weight.rows, first), dark ? RISING_DARK : RISING, [-1, 1], "× "));
     if (weight.any) made.push(brokenCells("weight", weight));
   }
   return made;
 }
 
-// Incidents are shaded over all panels; above them stands for how long auto-clip was on.
+// Incidents are shaded over all panels; a bar above shows how long auto-clip was on.
 function shapes() {
   const made = [], last = run.step + 0.5;
   for (const incident of run.incidents) {
@@ -208,7 +208,7 @@ function showTip(event) {
   const lines = [run.layers[layer], to > from ? `steps ${whole(from)} to ${whole(to)}` : `step ${whole(Math.round(part.x[column]))}`];
   const kind = part === weight ? "weight norm" : "gradient norm";
   if (part.broken(layer, column)) lines.push("not finite");
-  if (value !== null) lines.push(`${kind} ${value * 1000 <= NOTHING ? "0" : number(10 ** value)}` + (typical === null ? "" : ` · median ${number(10 ** typical)}`));
+  if (value !== null) lines.push(`${kind} ${value <= NOTHING ? "0" : number(10 ** value)}` + (typical === null ? "" : ` · median ${number(10 ** typical)}`));
   const tip = $("tip");
   tip.textContent = lines.join("\n");
   tip.hidden = false;
@@ -246,7 +246,7 @@ function listOf(lines, className) {
 }
 function fillStories() {
   const home = $("stories");
-  if (!run.incidents.length) home.append(element("p", "None: no sign was seen that opens one.", "quiet"));
+  if (!run.incidents.length) home.append(element("p", "No incident was opened.", "quiet"));
   run.incidents.forEach((incident, place) => {
     const card = element("article"), head = element("header");
     card.style.setProperty("--mark", `var(--${incident.closed_step === null ? incident.severity : "resolved"})`);

@@ -1,4 +1,4 @@
-"""What was decided is done to the gradients: they are clipped, and the learning rate is lowered."""
+"""Application of decisions: gradients are clipped, and learning rates are lowered."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Applier:
-    """Applies decisions in one run.
+    """Applies the decisions of one run.
 
     Args:
         layers: the watched parameters.
-        judge: told of what cannot be done.
-        peers: where they hold parts of layers, some clips cannot act.
+        judge: reports what cannot be done.
+        peers: the other processes. If they hold parts of layers, some clips cannot act.
     """
 
     def __init__(self, layers: Layers, judge: Judge, peers: Peers) -> None:
@@ -44,12 +44,14 @@ class Applier:
         source: Source,
         optimizer: Optimizer | None,
     ) -> float:
-        """Do what was decided to the gradients; return the norm after over the norm before."""
+        """Apply a decision to the gradients; return the global norm after over the norm before."""
         self.slow(mine, optimizer, decision.rate)
         clip = decision.clip
         if clip is None or not math.isfinite(now.global_norm) or not clippable(source, optimizer):
             return 1.0
-        if not self.fits(clip, mine):
+        obstacle = self.obstacle(clip, mine)
+        if obstacle:
+            self._judge.note(obstacle)
             return 1.0
         step = Step(
             self._layers.names,
@@ -63,30 +65,30 @@ class Applier:
         return clip.apply(step) if decision.guard is None else decision.guard.around(clip, step)
 
     def slow(self, mine: Gradients, optimizer: Optimizer | None, rate: float) -> None:
-        """Multiply the learning rates by ``rate`` for the step that comes."""
+        """Multiply the learning rates by ``rate`` for the coming step, or report that they are not known."""
         if rate == 1.0:
             return
         if optimizer is not None:
             mine.slow(optimizer, rate)
             return
-        self._judge.note("the learning rate is not known where no torch optimizer makes the update: it is not lowered.")
+        self._judge.note(
+            "the learning rate is not lowered: without a torch optimizer that makes the update it is not known."
+        )
 
-    def fits(self, clip: Clip, mine: Gradients) -> bool:
-        """Return whether a clip can act here; where it asks for what no process knows of parts of layers, say so."""
+    def obstacle(self, clip: Clip, mine: Gradients) -> str:
+        """Return why a clip cannot act here, because it needs more than each process knows of its parts of layers; else ""."""
         if not (mine.sharded or (self._peers.ranks is not None and self._peers.ranks.sharded)):
-            return True
+            return ""
         if clip.needs_whole_layers:
-            self._judge.note(f"{clip} needs whole layers, and here each process holds parts of them: it does not act.")
-            return False
+            return f"{clip} needs whole layers, and here each process holds parts of them: it does not act."
         if clip.by_layer and mine.coming.before_clip is not None:
-            self._judge.note(
-                f"{clip} does not act after a clip of your own where layers are sharded: what that left of each whole "
+            return (
+                f"{clip} does not act after a clip of your own if layers are sharded: what your clip left of each whole "
                 "layer is not known."
             )
-            return False
-        return True
+        return ""
 
 
 def clippable(source: Source, optimizer: Optimizer | None) -> bool:
-    """Return False inside a line search: there the gradients belong to the search, and a clip would mislead it."""
+    """Return whether gradients may be clipped: not inside the line search of LBFGS, which a clip would mislead."""
     return source != "closure" or not isinstance(optimizer, torch.optim.LBFGS)

@@ -1,4 +1,4 @@
-"""To whose coming step a backward belongs: to that of each owner some of whose gradients it has made or changed."""
+"""Attribution of backwards to coming steps: a backward belongs to each owner of which it made or changed a gradient."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
     from gradwatch.probe.owners import Owners
     from gradwatch.probe.patches import Run
 
-_YOUNG = 64  # backwards in which gradients of optimizers not known yet are looked at one by one
-_STRAYS = 64  # losses of backwards through parameters not known yet that are kept
+_YOUNG = 64  # backwards during which gradients without a known optimizer are checked one by one
+_STRAYS = 64  # backwards through unknown parameters whose losses are kept
 
 
 class Attribution:
-    """Told of the begin and the end of each backward in this process, by whatever model.
+    """Attributes the losses of backwards to the owners they reached. Called for each backward in this process, of any model.
 
     Args:
         layers: the watched parameters.
-        owners: who owns them.
-        gradient_hooks: says whether the model is sharded by FSDP.
+        owners: the owners of the parameters.
+        gradient_hooks: know whether the model is sharded by FSDP.
 
-    Attributes: ``backwards`` counts those of the watched model.
+    Attributes:
+        backwards: number of backwards of the watched model.
     """
 
     def __init__(self, layers: Layers, owners: Owners, gradient_hooks: GradientHooks) -> None:
@@ -42,16 +43,16 @@ class Attribution:
         self._owners = owners
         self._hooks = gradient_hooks
         self._strays: deque[tuple[list[Loss], weakref.ref[nn.Parameter]]] = deque(maxlen=_STRAYS)
-        self._threads: set[int] = set()  # those that a backward of this model ran on
+        self._threads: set[int] = set()  # threads that called backward on this model
         self.backwards = 0
 
     def begins(self, run: Run) -> None:
-        """A backward is about to run: note the gradients that there are, forget the losses of those that are no more."""
+        """Note the gradients that exist before a backward, and forget losses whose gradients were cleared."""
         sole = self._owners.sole
         if sole is None or sole.coming.roots or len(patches.CALLERS) > 1:
             self._begins(run)
             return
-        patches.READERS.append(run.thread)  # from here on as `_begins`, on the hot path
+        patches.READERS.append(run.thread)  # from here on like `_begins`, on the hot path
         try:
             before = [None if (g := one.grad) is None else (g, g._version) for one in sole.parameters]
             run.notes[id(self)] = sole, before
@@ -68,11 +69,14 @@ class Attribution:
                 self._forget_cleared(before)
 
     def end(self, run: Run, *, fused: bool) -> bool:
-        """A backward is over; return whether it was of this model. ``fused``: it was, by other signs."""
+        """Attribute a backward that has ended; return whether it was one of this model.
+
+        ``fused`` is True if optimizers of the model have stepped inside it, so that it was.
+        """
         note = run.notes.pop(id(self), None)
         if type(note) is not tuple or note[0] is not self._owners.sole or len(patches.CALLERS) > 1:
             return self._end(run, note, fused=fused)
-        owner, before = note  # from here on as `_end`, on the hot path
+        owner, before = note  # from here on like `_end`, on the hot path
         patches.READERS.append(run.thread)
         try:
             reached = has_changed(owner, before, None)
@@ -101,28 +105,28 @@ class Attribution:
         return True
 
     def passed_by(self) -> None:
-        """A backward of this model has passed by the patch."""
+        """Count a backward of this model that did not go through the patch."""
         self.backwards += 1
 
     def found(self) -> list[Root]:
-        """Parameters were added or replaced: return the losses of the backwards that had reached them."""
+        """Return the losses of the backwards that have reached parameters which are watched only now."""
         strays = list(self._strays)
         self._strays.clear()
-        if self._hooks.hookless:  # a graph leads to whole parameters, of which FSDP2 shows the model only pieces
+        if self._hooks.hookless:  # a graph leads to whole parameters, of which the model has only parts under FSDP2
             everything = frozenset(range(len(self._layers)))
             return [(loss, everything) for losses, _ in strays[-1:] for loss in losses]
         known = [(losses, self._layers.column(one)) for losses, ref in strays if (one := ref()) is not None]
         return [(loss, frozenset([column])) for losses, column in known if column is not None for loss in losses]
 
     def is_elsewhere(self) -> bool:
-        """True where the model is trained on other threads than this one, so that its gradients must not be read here."""
+        """Return whether the model is trained only on other threads, so that its gradients must not be read on this one."""
         return len(patches.CALLERS) > 1 and get_ident() not in self._threads
 
     def _may_read(self, run: Run) -> bool:
-        """True if a backward is of this model, so that no other thread is computing its gradients."""
+        """Return whether a backward is one of this model, so that no other thread is computing its gradients."""
         key = ~id(self)
         if key not in run.notes:
-            run.notes[key] = None  # as of reentrant checkpointing, whose graph shows no parameter
+            run.notes[key] = None  # for reentrant checkpointing, whose graph leads to no parameter
             for parameter in parameters_behind(run.roots):
                 run.notes[key] = self._layers.column(parameter) is not None
                 if run.notes[key]:
@@ -130,17 +134,20 @@ class Attribution:
         return run.notes[key] is True or (run.notes[key] is None and get_ident() in self._threads)
 
     def _forget_cleared(self, before: Backward) -> None:
-        for owner, gradients in before.cleared():  # the user has left a step out: its losses belong to no row
+        for (
+            owner,
+            gradients,
+        ) in before.cleared():  # the user made no step with these gradients, so the losses have no row
             if gradients:
                 owner.coming.weigh(gradients)
             else:
                 owner.coming.used()
         rest = self._owners.rest()
-        if rest.coming.roots:  # it may be several optimizers' that have not stepped yet
+        if rest.coming.roots:  # it may belong to several optimizers that have not stepped yet
             rest.coming.lost(before.gone(rest, by_value=self.backwards < _YOUNG))
 
     def _look_for_overlooked(self, run: Run) -> bool:
-        """Look for layers that were frozen when owners were looked at; remember a backward of parameters not known yet."""
+        """Return whether a backward reached layers that were frozen at the last look-up; keep losses of unknown parameters."""
         parameter = next(parameters_behind(run.roots), None)
         if parameter is None:
             return False

@@ -1,7 +1,6 @@
 """Which parameters a backward reached: those whose gradient is another tensor than before, or has changed in place.
 
-No hook is needed for that, and none would do: what belongs to a step must not hang on one layer, for any layer may get no
-gradient in one step or another.
+This takes no hook. A hook on a single layer would not be enough, since any layer may receive no gradient at some steps.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ if TYPE_CHECKING:
     Before = list[tuple[Tensor, int] | None]
     Version = Callable[[Tensor], int]
 
-_FAR = 4096  # nodes of a graph after which no more parameters are looked for
+_FAR = 4096  # nodes of a graph that are searched for parameters
 
 
 class Backward:
-    """The gradients of each owner as they were before one backward. It lives as long as that backward.
+    """The gradients of each owner before one backward. It lives as long as that backward.
 
     Args:
-        owners: whose gradients.
-        sharded: the model, where FSDP shards it and may hold gradients back; else None.
+        owners: the owners.
+        sharded: the model, if it is sharded by FSDP, which may hold gradients back; else None.
     """
 
     __slots__ = ("_held", "_known", "_sharded")
@@ -58,15 +57,16 @@ class Backward:
 
     @classmethod
     def of(cls, owner: Gradients, before: Before) -> Backward:
-        """Return the same of one owner whose gradients are known already."""
+        """Return a `Backward` of one owner whose gradients ``before`` it are known already."""
         backward = cls([], None)
         backward._known.append((owner, before, None))
         return backward
 
     def cleared(self) -> Iterator[tuple[Gradients, list[Tensor]]]:
-        """Yield owners that have losses although none of their gradients is there; or has a value, where that is known.
+        """Yield owners that have losses although all their gradients are None or zero.
 
-        With them come the gradients that must be looked at on their device to know it.
+        Each comes with the gradients whose values are on a device: the owner is to be treated as cleared only if they are
+        zero. The list is empty if it is known already.
         """
         for owner, before, _ in self._known:
             if not owner.coming.roots:
@@ -85,7 +85,7 @@ class Backward:
                 yield owner, []
 
     def gone(self, owner: Gradients, *, by_value: bool) -> frozenset[int]:
-        """Return the columns whose gradient is None or, looked at ``by_value``, zero: some of them have been cleared."""
+        """Return the columns whose gradient is None, or zero if ``by_value``; some of them may have been cleared."""
         if self._sharded is not None:
             return frozenset()
         before = next(before for one, before, _ in self._known if one is owner)
@@ -97,7 +97,10 @@ class Backward:
         )
 
     def reached(self) -> list[tuple[Gradients, frozenset[int] | None]]:
-        """Return the owners that this backward has reached; of the rest, which no optimizer is known to own, the columns too."""
+        """Return the owners that this backward has reached, with the columns reached of an owner without an optimizer.
+
+        None stands for all columns of an owner.
+        """
         if self._sharded is not None and _differ(self._held, _held_back(self._sharded)):
             return [(owner, None) for owner, _, _ in self._known]
         return [
@@ -113,12 +116,12 @@ class Backward:
 
 
 def _gradients_of(owner: Gradients, version: Version) -> Before:
-    """Return each gradient that exists with the number of its changes in place."""
+    """Return each gradient with the number of its in-place changes; None for parameters without one."""
     return [None if (g := one.grad) is None else (g, version(g)) for one in owner.parameters]
 
 
 def has_changed(owner: Gradients, before: Before, version: Version | None) -> bool:
-    """Return whether any gradient is another one than before; usually the first one tells."""
+    """Return whether any gradient is another tensor than before or was changed in place; usually the first one is."""
     for parameter, known in zip(owner.parameters, before, strict=True):
         gradient = parameter.grad
         if known is None:
@@ -142,7 +145,7 @@ def _held_back(model: nn.Module) -> Before:
 
 
 def _all_zero(gradients: Iterable[Tensor]) -> bool:
-    """Return whether gradients that may be read are zero everywhere; the smallest first, for one usually tells."""
+    """Return whether all gradients, which must be readable without waiting, are zero; the smallest is checked first."""
     return not any(
         bool(gradient.any()) if gradient.layout is torch.strided else norm_of(gradient) != 0
         for gradient in sorted(gradients, key=torch.Tensor.numel)
@@ -150,10 +153,10 @@ def _all_zero(gradients: Iterable[Tensor]) -> bool:
 
 
 def losses_of(roots: Any) -> list[Loss]:
-    """Return the losses that a backward began from: none, unless each of its roots is a number.
+    """Return the losses from which a backward started; empty unless each of its roots is a single real number.
 
-    A number that can be had without waiting is read now, others are copied on their device: the user may change the tensor in
-    place later, and a replayed CUDA graph overwrites it.
+    A value that can be read without waiting is read now, and any other is copied on its device, since the user may change the
+    tensor in place later, and a replayed CUDA graph overwrites it.
     """
     if type(roots) is torch.Tensor:
         roots = (roots,)
@@ -171,7 +174,7 @@ def losses_of(roots: Any) -> list[Loss]:
 
 
 def parameters_behind(roots: Any) -> Iterator[nn.Parameter]:
-    """Yield the parameters that the graph of a backward leads to; it can still be walked when the backward is over."""
+    """Yield the parameters that the graph of a backward leads to. The graph can be walked even after the backward."""
     roots = roots if isinstance(roots, (list, tuple)) else [roots]
     nodes = [getattr(root, "grad_fn", None) or getattr(root, "node", None) for root in roots]
     yield from (root for root in roots if isinstance(root, nn.Parameter))

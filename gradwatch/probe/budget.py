@@ -1,20 +1,20 @@
-"""How often to measure so that watching stays within a share of the training's time."""
+"""The measuring interval that keeps watching within a share of the training time."""
 
 from __future__ import annotations
 
 import math
 from time import perf_counter
 
-_FIRST_ROWS = 64  # measured on each step, whatever they cost: what explodes at once does so here
+_FIRST_ROWS = 64  # rows measured at every step, whatever they cost: early explosions happen here
 _LOOK_AFTER = 8  # rows between two decisions
-_LONGEST = 64  # steps without a row at most
+_LONGEST = 64  # largest interval
 
 
 class Budget:
-    """Chooses ``every``: optimizer steps between rows.
+    """Chooses ``every``, the number of optimizer steps between rows.
 
     Args:
-        share: of the training's time that watching may take.
+        share: share of the training time that watching may take.
     """
 
     def __init__(self, share: float) -> None:
@@ -23,9 +23,12 @@ class Budget:
         self._every = 1
 
     def every(self, seconds: float, steps: int, rows: int) -> int:
-        """Return how many steps shall lie between rows.
+        """Return the number of optimizer steps between rows.
 
-        ``seconds`` is what watching took so far, ``steps`` and ``rows`` are those made so far.
+        Args:
+            seconds: time that watching has taken so far.
+            steps: number of steps so far.
+            rows: number of rows so far.
         """
         if rows < _FIRST_ROWS:
             return 1

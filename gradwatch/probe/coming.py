@@ -1,12 +1,13 @@
-"""What is known of an optimizer's coming step before it is made: its losses, and its norms before the user's own clip.
+"""What is known of the coming step of an optimizer: its losses, and its norms before the user's own clip.
 
-Both belong to gradients, so they are forgotten with them: when a step has used them, when the user has cleared them.
+Both belong to gradients, and are dropped when a step has used these or the user has cleared them.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
     Loss = float | Tensor  # a tensor where its number would have to be waited for
     Root = tuple[Loss, frozenset[int] | None]
 
-_KEPT = 64  # roots that are kept apart
-_BY_VALUE = 2  # changes in place by which `clip_grad_value_` clips; its end is not seen
+_KEPT = 64  # roots that are kept apart; more are summed
+_BY_VALUE = 2  # in-place changes by which `clip_grad_value_` clips; its end is not seen
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> nn.Parameter | None:
-    """Return the first that has a gradient, if possible a new one: a frozen layer may still have that of long ago."""
+    """Return the first trainable parameter with a gradient, or else the first frozen one, whose gradient may be old."""
     frozen = None
     for parameter in parameters:
         if parameter.grad is not None:
@@ -44,12 +45,15 @@ def _trained(parameters: Iterable[nn.Parameter]) -> nn.Parameter | None:
 
 
 class BeforeClip:
-    """The norms of one owner's gradients before the user's own clip. The gradients themselves are not kept alive.
+    """The norms of one owner's gradients before the user's own clip. The gradients are not kept alive.
 
     Args:
-        parameters: those that were measured. Two gradients stand for all, as far apart as can be: the norms hold as long as
-            they are the same tensors.
-        measured: the norms; None where they come later. Its gradients are dropped.
+        parameters: parameters that were measured. The first and the last gradient stand for all: the norms are valid as long
+            as these are the same tensors.
+        measured: the norms; None if they are passed to `take` later. Its list of gradients is emptied.
+
+    Attributes:
+        measured: the norms; None if they are not known yet.
     """
 
     __slots__ = ("_marks", "_open", "_versions", "measured")
@@ -62,15 +66,15 @@ class BeforeClip:
         marked = [(one, one.grad) for one in (first, last) if one is not None and one.grad is not None]
         self._marks = [(parameter, weakref.ref(gradient)) for parameter, gradient in marked]
         self._versions = [version_of(gradient) for _, gradient in marked]
-        self._open = True  # the clip that it was measured for has not ended, as far as is known
+        self._open = True  # whether the clip may still be under way
 
     @property
     def holds(self) -> bool:
-        """True while the gradients are the tensors that were measured."""
+        """True while the first and the last gradient are the tensors that were measured."""
         return all(ref() is parameter.grad for parameter, ref in self._marks)
 
     def next_begins(self) -> bool:
-        """Another clip begins: return True if nothing but clips has changed the gradients, so that it is of the same step."""
+        """Record that another clip begins; return whether it belongs to the same step: only clips have changed the gradients."""
         most = _BY_VALUE if self._open else 0
         before = self._versions
         self.ended()
@@ -78,32 +82,34 @@ class BeforeClip:
         return self.holds and all(now - then <= most for now, then in zip(self._versions, before, strict=True))
 
     def take(self, measured: Measured) -> None:
-        """Take the norms, where they come later than the clip."""
+        """Set the norms, if they become known only after the clip."""
         self.measured = measured
 
     def ended(self) -> None:
-        """The user's clip is over: from here on every change of the gradients is another's."""
+        """Record that the user's clip is over, so that later changes of the gradients are not due to it."""
         self._open = False
         self._versions = [version_of(one.grad) if one.grad is not None else 0 for one, _ in self._marks]
 
     def joined_by(self, measured: Measured | Unread, layers: int) -> Measured | Unread:
-        """Return what was measured together with ``measured``, of gradients that have come since."""
+        """Return the norms with those of ``measured`` added for gradients that have arrived since; ``layers`` in all."""
         assert self.measured is not None
         news = ~np.isin(measured.columns, self.measured.columns)
         if isinstance(measured, Unread):
-            part: Measured | Unread = Unread([], measured.columns[news], measured.norms[_places(news, measured.norms)])
+            part: Measured | Unread = Unread(
+                [], measured.columns[news], measured.norms[_indices_of(news, measured.norms)]
+            )
         else:
             part = measured.only(measured.columns[news])
         return _together([self.measured, part], layers)
 
     def of(self, now: Measured) -> Measured:
-        """Return what was measured of the gradients that there are ``now``, or ``now`` where some came after the clip."""
+        """Return the norms of the gradients that exist ``now``; ``now`` itself if some of these came after the clip."""
         if not isinstance(self.measured, Measured) or not np.isin(now.columns, self.measured.columns).all():
             return now
         return self.measured.only(now.columns)
 
     def only(self, columns: Collection[int], layers: int, parameters: Sequence[nn.Parameter]) -> BeforeClip | None:
-        """Return what was measured of these columns, which belong to ``parameters``; ``layers`` are there in all."""
+        """Return the norms of ``columns``, which belong to ``parameters``, extended to ``layers`` columns; None without any."""
         if self.measured is None or not self.holds:
             return None
         there = np.isin(self.measured.columns, list(columns))
@@ -113,27 +119,28 @@ class BeforeClip:
         part: Measured | Unread
         if isinstance(self.measured, Unread):
             norms = self.measured.norms
-            part = Unread([], kept, norms if there.all() else norms[_places(there, norms)])
+            part = Unread([], kept, norms if there.all() else norms[_indices_of(there, norms)])
         else:
             part = self.measured.only(kept)
-            part.norms = widened(part.norms, layers, math.nan)
-            if part.nonfinite is not None:
-                part.nonfinite = widened(part.nonfinite, layers, 0)
+            codes = widened(part.nonfinite, layers, 0) if part.nonfinite is not None else None
+            part = replace(part, norms=widened(part.norms, layers, math.nan), nonfinite=codes)
         mine = BeforeClip(parameters, part)
         mine._open = self._open
         return mine
 
 
-def _places(chosen: NDArray[np.bool_], norms: Tensor) -> Tensor:
+def _indices_of(chosen: NDArray[np.bool_], norms: Tensor) -> Tensor:
     return on_device(np.flatnonzero(chosen), norms.device)
 
 
 class Coming:
-    """One owner's coming step.
+    """What is known of the coming step of one owner.
 
-    Attributes: ``roots`` are the losses of the backwards that reached its parameters since their gradients were cleared
-    or used, each with the columns it reached (None: those of the owner); ``earlier`` are those of them from before the
-    closure that is being evaluated; ``before_clip`` is None where the user has not clipped.
+    Attributes:
+        roots: losses of the backwards that reached its parameters since their gradients were cleared or used, each with the
+            columns that it reached (None: all of the owner).
+        earlier: those of the roots that came before the closure under evaluation.
+        before_clip: norms before the user's clip; None if the user has not clipped.
     """
 
     __slots__ = ("_left", "before_clip", "earlier", "roots")
@@ -145,20 +152,20 @@ class Coming:
         self._left: tuple[weakref.ref[Tensor], int] | None = None
 
     def clip_begins(self, before: BeforeClip) -> None:
-        """Keep what was measured before the user's clip, or is about to be."""
+        """Set the norms before the user's clip."""
         self.before_clip = before
 
     def forget_clip(self) -> None:
-        """Drop the norms from before the user's clip: they are not those of the gradients that will be stepped with."""
+        """Drop the norms before the user's clip, because the step will use other gradients."""
         self.before_clip = None
 
     def add(self, losses: Sequence[Loss], reached: frozenset[int] | None = None) -> None:
-        """Add the losses of a backward that has reached these columns (None: the owner's).
+        """Add the losses of a backward that has reached the columns ``reached`` (None: all of the owner).
 
-        What was clipped before it is not what will be stepped with.
+        Norms before an earlier clip are dropped, since the backward has changed the gradients.
         """
         self.before_clip = None
-        if len(self.roots) >= _KEPT:  # as of an optimizer that never steps again
+        if len(self.roots) >= _KEPT:  # for example of an optimizer that never steps again
             self._collapse()
         for loss in losses:
             self.roots.append((loss, reached))
@@ -173,39 +180,46 @@ class Coming:
         self.roots[:] = [(total, known)]
 
     def leave(self, gradient: Tensor) -> None:
-        """Note how a backward has left the gradients, by one of them: on a device, looking at them all is not free."""
+        """Remember one gradient as a backward has left it, since checking all gradients on a device is not free."""
         self._left = weakref.ref(gradient), version_of(gradient)
 
     def is_as_left(self, gradient: Tensor) -> bool:
-        """True if nobody has changed that gradient since."""
+        """Return whether ``gradient`` is the one passed to `leave`, unchanged since."""
         return self._left is not None and self._left[0]() is gradient and self._left[1] == version_of(gradient)
 
     def weigh(self, gradients: Sequence[Tensor]) -> None:
-        """Let the losses count only if one of these gradients is not zero, which is known on their device alone."""
-        if any(gradient.is_sparse for gradient in gradients):  # not known without waiting
+        """Replace the losses by zero if all of these gradients are zero, decided on their device without reading them."""
+        if any(gradient.is_sparse for gradient in gradients):  # cannot be decided without waiting
             return
         home = next((one.device for one in gradients if not one.is_cpu), gradients[0].device)
-        kept = torch.stack([device.moved(norm_tensor(one), home, device.precise(home)) for one in gradients]).any()
+        kept = torch.stack([device.moved(norm_tensor(one), home, device.widest_float(home)) for one in gradients]).any()
         for roots in (self.roots, self.earlier):
             roots[:] = [(_where(kept, loss), columns) for loss, columns in roots]
 
     def evaluate(self) -> None:
-        """A closure is about to be evaluated, which may clear the gradients or add to them."""
+        """Record that a closure is about to be evaluated, which may clear the gradients or add to them."""
         self.earlier = list(self.roots)
 
     def lost(self, columns: frozenset[int]) -> None:
-        """Some gradients were thrown away: a loss counts as long as it has reached others."""
+        """Remove columns whose gradients were cleared; a loss remains as long as it has reached other columns."""
         left = [(loss, None if reached is None else reached - columns) for loss, reached in self.roots]
         self.roots[:] = [(loss, reached) for loss, reached in left if reached is None or reached]
 
     def take_over(self, other: Coming) -> None:
-        """Know what another knows, instead of what was known here."""
+        """Replace the roots and the norms before the clip by those of ``other``."""
         self.roots, self.before_clip = list(other.roots), other.before_clip
 
     def part(
         self, with_gradient: frozenset[int], columns: frozenset[int], layers: int, parameters: Sequence[nn.Parameter]
     ) -> Coming:
-        """Return what is known of some columns, which belong to ``parameters``; ``with_gradient`` are those that have one."""
+        """Return what is known of a part of the columns.
+
+        Args:
+            with_gradient: columns of this owner that have a gradient.
+            columns: columns of the part.
+            layers: total number of columns.
+            parameters: parameters of the part.
+        """
         part = Coming()
         for loss, reached in self.roots:
             shared = (with_gradient if reached is None else reached) & columns
@@ -216,7 +230,7 @@ class Coming:
         return part
 
     def used(self) -> None:
-        """A step has been made with all that is known here, or the gradients were thrown away."""
+        """Clear everything, because a step was made with the gradients or they were cleared."""
         self.roots.clear()
         self.earlier.clear()
         self.before_clip = None
@@ -224,12 +238,12 @@ class Coming:
 
 def _where(kept: Tensor, loss: Loss) -> Tensor:
     if not isinstance(loss, torch.Tensor):
-        loss = torch.full((), loss, dtype=device.precise(kept.device), device=kept.device)
+        loss = torch.full((), loss, dtype=device.widest_float(kept.device), device=kept.device)
     return torch.where(device.moved(kept, loss.device), loss, 0.0)
 
 
 def united(parts: Iterable[Coming], layers: int, parameters: Sequence[nn.Parameter]) -> Coming:
-    """Return what several owners know as if they were one, of ``parameters``: each loss counts once."""
+    """Return what several owners know, combined for one owner of ``parameters``; each loss counts once."""
     whole = Coming()
     roots: dict[int, Root] = {}
     before: list[BeforeClip] = []

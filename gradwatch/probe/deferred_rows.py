@@ -1,7 +1,7 @@
-"""Rows of gradients on a device, from the step in which they are measured to the later one in which they are read.
+"""Rows of gradients on a device, from the step at which they are measured to the later one at which they are read.
 
-`DeferredRows.take` does on the device what a step needs at once: norms, the exchange with other processes, the decision, the
-clip. `DeferredRows.rows` gives the rows that have come over, in order, with what was done to them.
+`DeferredRows.take` does on the device what a step needs at once: norms, the exchange with other processes, the decision and
+the clip. `DeferredRows.rows` returns the rows that have arrived, in order, with what was done to each.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from gradwatch.measure.packed_row import (
     SQUARE,
     UnpackedRow,
 )
-from gradwatch.measure.readback import LAG, PATIENCE, Ring, Slot, Unread
+from gradwatch.measure.readback import LAG, PATIENCE, ReadbackRing, Slot, Unread
 from gradwatch.measure.sampling import Parts
 from gradwatch.probe.gradients import zero_where
 from gradwatch.records import Provenance, Row
@@ -62,12 +62,12 @@ if TYPE_CHECKING:
     from gradwatch.records import Clipped, Family, Floats, LossSource, Source
 
 
-_PATTERNS = 64  # of layers with a gradient, whose indices are kept on the device
+_PATTERNS = 64  # patterns of layers with a gradient whose indices are kept on the device
 
 
 @dataclass(slots=True)
 class HostFacts:
-    """What the host knows of a row before its numbers have come over."""
+    """What the host knows of a row before its values have arrived."""
 
     source: Source
     clipped: Clipped
@@ -79,19 +79,22 @@ class HostFacts:
     optimizer: int = -1
     sample: Sample | None = None
     clip: Clip | None = None
-    problem: str = ""  # why the step is not left out although its gradients are kept from the optimizer
+    problem: str = ""  # why the step does not count as left out although the optimizer cannot use its gradients
     word: Word | None = None
 
 
 class DeferredRows:
-    """The device half of one monitor.
+    """Makes the rows of one monitor on a device, and returns them when they have arrived on the host.
 
     Args:
         layers: the watched parameters.
-        sampling: what is looked at now and then.
+        sampling: measures weights and units on some rows.
         home: the device on which rows are made.
         ranks: the processes that train together; None: this one alone.
-        confirms: auto-clip is by a clip of the user's own, after which the processes ask each other whether it went well.
+        confirms: whether the clip of auto-clip was written by the user, so that processes exchange whether it raised.
+
+    Attributes:
+        home: the device on which rows are made.
     """
 
     def __init__(
@@ -102,14 +105,14 @@ class DeferredRows:
         self._sampling = sampling
         self._ranks = ranks
         self._processes, self._rank = (ranks.size, ranks.rank) if ranks is not None else (1, 0)
-        self._ring = Ring(len(layers), self._processes, home, LAG if ranks is not None else None)
+        self._ring = ReadbackRing(len(layers), self._processes, home, LAG if ranks is not None else None)
         self._parts = Parts(on_device(ranks.share, home), on_device(ranks.part, home)) if ranks is not None else None
         self._kept: dict[Any, Tensor] = {}
         self._after: Tensor | None = None
         self._left_out = 0
         self.home = home
 
-    # On the device: nothing is read.
+    # On the device, without reading a value.
 
     def take(
         self,
@@ -124,9 +127,21 @@ class DeferredRows:
         *,
         closely: bool,
     ) -> Tensor | None:
-        """Exchange, decide and act on what was measured; send the row on its way.
+        """Exchange what was measured, decide and act on it, and start the transfer of the row.
 
-        Returns whether the step is left out (bool, no dimensions), None where none can be.
+        Args:
+            mine: gradients of the step.
+            now: norms as the optimizer sees them.
+            before: norms before the user's clip; None if there was none.
+            facts: what the host knows of the row.
+            loss: loss of the step; None: no loss was seen.
+            optimizer: optimizer that makes the step; None if there is none.
+            plan: what to do with the step; None: only watch it.
+            own_norms: norms of this process's own backwards.
+            closely: whether the weights are sampled at each row.
+
+        Returns:
+            Whether the step is left out, as a bool tensor without dimensions; None if it cannot be.
         """
         scale = getattr(optimizer, "grad_scale", None)
         overflow = getattr(optimizer, "found_inf", None)
@@ -153,16 +168,16 @@ class DeferredRows:
 
     @staticmethod
     def _say(slot: Slot, word: Word, rank: int) -> None:
-        """Write what this process says of itself; zeros stand there already."""
+        """Write what this process states about itself into a row of zeros."""
         slot.ranks[FLAGS, rank].add_(CLOSELY * word.closely)
-        for place, number in ((EVERY, word.every), (FAILED_RULES, word.failed), (DECIDED, word.decided)):
+        for index, number in ((EVERY, word.every), (FAILED_RULES, word.failed), (DECIDED, word.decided)):
             if number:
-                slot.ranks[place, rank].fill_(number)
+                slot.ranks[index, rank].fill_(number)
         if word.leaves_out:
             slot.singles[LEFT_OUT].fill_(1.0)
 
     def tell_failure(self) -> None:
-        """Take part in one exchange only to say that gradwatch failed here."""
+        """Take part in one exchange only to report that gradwatch failed in this process."""
         slot = self._ring.next()
         slot.singles[FAILED].fill_(1.0)
         if self._ranks is not None:
@@ -172,22 +187,22 @@ class DeferredRows:
         self._ring.send(None)
 
     def look_for_failure(self) -> bool:
-        """True from the step on in which all processes read the first row that tells of a failure."""
+        """Return whether a row that reports a failure has arrived; all processes read it at the same step."""
         return any(UnpackedRow.of(table).failed for _, table in self._ring.arrived())
 
     def _same_columns(self, before: Unread, now: Unread) -> Unread:
-        """Of what was there before the user's clip, take what this optimizer owns."""
+        """Return ``before`` restricted to the columns of ``now``; ``now`` if some of these came after the clip."""
         if np.array_equal(before.columns, now.columns):
             return before
-        if not np.isin(now.columns, before.columns).all():  # some came after the clip
+        if not np.isin(now.columns, before.columns).all():
             return now
 
-        def places() -> NDArray[Any]:
-            where = {column: place for place, column in enumerate(before.columns.tolist())}
+        def indices() -> NDArray[Any]:
+            where = {column: index for index, column in enumerate(before.columns.tolist())}
             return np.array([where[column] for column in now.columns.tolist()])
 
         return Unread(
-            [], now.columns, before.norms[self._keep((before.columns.tobytes(), now.columns.tobytes()), places)]
+            [], now.columns, before.norms[self._keep((before.columns.tobytes(), now.columns.tobytes()), indices)]
         )
 
     def _write(
@@ -208,7 +223,9 @@ class DeferredRows:
             flags = GRADIENT_BAD * ~torch.isfinite(slot.rows[SQUARE].sum() + slot.singles[NOW])
             flags = flags + LOSS_BAD * ~torch.isfinite(slot.singles[LOSS])
             if own_norms:
-                norms = torch.stack([device.moved(norm, self.home, device.precise(self.home)) for norm in own_norms])
+                norms = torch.stack(
+                    [device.moved(norm, self.home, device.widest_float(self.home)) for norm in own_norms]
+                )
                 flags = flags + BACKWARD_BAD * ~torch.isfinite(norms).all()
             slot.ranks[FLAGS, self._ranks.rank].copy_(flags)
             if self._after is not None:
@@ -219,7 +236,7 @@ class DeferredRows:
         return self._keep(columns.tobytes(), lambda: columns)
 
     def _keep(self, key: Any, make: Callable[[], NDArray[Any]]) -> Tensor:
-        """Return what ``make`` gives as a tensor on the device, made once for each pattern of layers with a gradient."""
+        """Return the result of ``make`` as a tensor on the device, computed once for each ``key``."""
         if key not in self._kept:
             if len(self._kept) >= _PATTERNS:
                 self._kept.clear()
@@ -241,9 +258,9 @@ class DeferredRows:
         *,
         own: bool,
     ) -> tuple[Clip | None, Tensor | None]:
-        """Clip and skip by numbers that stay on the device; return the clip in force, and whether the step is left out.
+        """Clip or skip by values that stay on the device; return the clip in force and whether the step is left out.
 
-        ``own``: what was exchanged are the norms after the user's own clip, or there was none.
+        ``own`` is True if the exchanged norms are those that the optimizer sees, because the user did not clip before.
         """
         norm = torch.sqrt(slot.singles[NOW])
         skips = plan.skip or plan.skip_above < math.inf
@@ -251,7 +268,7 @@ class DeferredRows:
         if plan.skip:
             bad = bad | ~torch.isfinite(norm)
         clip, fires = plan.clip or plan.reserve, self._fires(mine, norm, slot, plan)
-        if self._ranks is not None:  # where gradwatch failed in one process, which no longer acts, none does
+        if self._ranks is not None:  # if gradwatch failed in one process, which no longer acts, none of them acts
             together = slot.singles[FAILED] == 0
             bad, fires = bad & together, together if fires is None else fires & together
         coefficient = error = None
@@ -277,7 +294,7 @@ class DeferredRows:
             bad, skips = bad | self._confirm(well=error is None), True
         if skips:
             slot.singles[SKIPPED].copy_(bad)
-        if optimizer is not None and mine.skips(optimizer):
+        if optimizer is not None and mine.is_fused(optimizer):
             mine.leave_to(optimizer, coefficient, bad if skips else None)
         elif skips:
             zero_where(now.gradients, bad)
@@ -286,7 +303,10 @@ class DeferredRows:
         return clip, bad if skips else None
 
     def _fires(self, mine: Gradients, norm: Tensor, slot: Slot, plan: DevicePlan) -> Tensor | None:
-        """Return whether the clip in reserve acts; None where one is in force. The typical norm learns while none is."""
+        """Return whether the clip in reserve acts; None if a clip is in force or there is no reserve.
+
+        The typical norm is updated unless a clip is in force.
+        """
         detector = mine.surge_detector(self.home)
         if plan.clip is not None:
             return None
@@ -298,7 +318,10 @@ class DeferredRows:
         return fires
 
     def _apply(self, clip: Clip, step: UnreadStep, *, fold: bool) -> tuple[Tensor, Exception | None]:
-        """Clip, or return the factor that is left to the optimizer, and the error of a clip of the user's own."""
+        """Clip, or only compute the factor if the optimizer applies it (``fold``); return the factor and the clip's error.
+
+        If the clip was written by the user and there are other processes, its error is returned. Any other error is raised.
+        """
         try:
             return clip.factor_unread(step) if fold and isinstance(clip, OneFactor) else clip.apply_unread(step), None
         except Exception as error:
@@ -307,14 +330,14 @@ class DeferredRows:
             return torch.ones_like(step.global_norm), error
 
     def _confirm(self, *, well: bool = True) -> Tensor:
-        """Return whether a clip of the user's own failed in any process, on the device: it may fail in one alone."""
+        """Return whether a clip written by the user raised in any process, as a bool tensor on the device."""
         assert self._ranks is not None
-        failures = torch.full((1,), float(not well), dtype=device.precise(self.home), device=self.home)
+        failures = torch.full((1,), float(not well), dtype=device.widest_float(self.home), device=self.home)
         self._ranks.exchange(failures)
         return failures[0] > 0
 
     def _whole_norms(self, now: Unread, slot: Slot, *, own: bool) -> Tensor:
-        """Return the norms of whole layers: of several processes, those that were just exchanged, so that all act alike."""
+        """Return the norms of whole layers; with several processes, the exchanged ones, so that all of them act alike."""
         if self._ranks is None or not own:
             return now.norms
         return torch.sqrt(slot.rows[SQUARE][self._index(now.columns)])
@@ -322,7 +345,9 @@ class DeferredRows:
     # On the host, later.
 
     def rows(self, *, wait: bool = False) -> Iterator[tuple[Row, Decision, UnpackedRow, str]]:
-        """Yield what has come over: rows in order, their step not yet numbered, each with what was done and what could not.
+        """Yield the rows that have arrived, in order and not yet numbered; with ``wait`` all rows under way.
+
+        Each row comes with what was done to it, its values, and why a step could not be left out.
 
         Raises:
             PeerError: gradwatch failed in another process.
@@ -330,10 +355,10 @@ class DeferredRows:
         for facts, table in self._ring.arrived(wait=wait):
             numbers = UnpackedRow.of(table)
             if numbers.failed:
-                raise PeerError("gradwatch failed in another process, whose output has the cause")
-            left_out = numbers.left_out >= self._processes  # where some processes make the step, it is judged
+                raise PeerError("gradwatch failed in another process, whose output shows the cause")
+            left_out = numbers.left_out >= self._processes  # if some processes make the step, it is judged
             self._left_out = self._left_out + 1 if left_out else 0
-            if left_out:  # the scaler found an overflow; now and then that is how it finds its scale
+            if left_out:  # scalers leave out some steps while they search for their scale
                 if self._left_out < PATIENCE:
                     continue
                 facts.source = "left out by the scaler"
@@ -349,7 +374,7 @@ class DeferredRows:
         sample = facts.sample
         assert sample is not None
         sample.fill(numbers)
-        # another process may have seen one where this one did not
+        # another process may have seen a loss although this one did not
         loss_source: LossSource = facts.loss_source if facts.loss_source != "none" else "backward root"
         if numbers.loss is None:
             loss_source = "none"
@@ -363,7 +388,7 @@ class DeferredRows:
             nonfinite=numbers.nonfinite,
             nonfinite_weight=sample.nonfinite_weight,
             counts=None,
-            # inside backward nothing is left to be kept from the optimizer
+            # inside backward the optimizer has already used the gradients
             poisoned=not math.isfinite(numbers.now_norm) and facts.source != "optimizer in backward",
             rate=facts.rate,
             family=facts.family,

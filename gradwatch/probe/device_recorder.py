@@ -1,4 +1,4 @@
-"""Rows whose numbers lie on a device: sent on their way with each step, and handed over once they have come."""
+"""Rows of gradients on a device: their transfer starts at each step, and they are returned once they have arrived."""
 
 from __future__ import annotations
 
@@ -18,61 +18,32 @@ if TYPE_CHECKING:
 
     from gradwatch.autoclip.decision import Decision, DevicePlan
     from gradwatch.distributed.group import Word
-    from gradwatch.measure.layers import Layers
     from gradwatch.measure.packed_row import UnpackedRow
-    from gradwatch.measure.sampling import Sampling
-    from gradwatch.probe.applier import Applier
-    from gradwatch.probe.gradient_hooks import GradientHooks
     from gradwatch.probe.gradients import Gradients
-    from gradwatch.probe.judge import Judge
-    from gradwatch.probe.loss_source import LossReader
-    from gradwatch.probe.peers import Peers
-    from gradwatch.probe.skipping import Skipping
+    from gradwatch.probe.recorder_parts import RecorderParts
     from gradwatch.records import Family, Floats, Row, Source
 
 
 class DeviceRecorder:
-    """Makes the rows of one monitor where gradients lie on a device.
+    """Makes the rows of one monitor if the gradients are on a device.
 
     Args:
-        layers: the watched parameters.
-        judge: asked in advance what to do with each step.
-        gradient_hooks: which gradients came, and in which order.
-        losses: what is known of the loss.
-        peers: the other processes.
-        sampling: what is looked at now and then.
-        skipping: leaves steps out.
-        applier: lowers learning rates, and knows which clips can act.
+        parts: what it shares with the other recorders.
     """
 
-    def __init__(
-        self,
-        layers: Layers,
-        judge: Judge,
-        gradient_hooks: GradientHooks,
-        losses: LossReader,
-        peers: Peers,
-        sampling: Sampling,
-        skipping: Skipping,
-        applier: Applier,
-    ) -> None:
-        self._layers = layers
-        self._judge = judge
-        self._hooks = gradient_hooks
-        self._losses = losses
-        self._peers = peers
-        self._sampling = sampling
-        self._skipping = skipping
-        self._applier = applier
+    def __init__(self, parts: RecorderParts) -> None:
+        self._layers, self._judge, self._hooks, self._losses = parts.layers, parts.judge, parts.hooks, parts.losses
+        self._peers, self._sampling = parts.peers, parts.sampling
+        self._skipping, self._applier = parts.skipping, parts.applier
         self._rows: DeferredRows | None = None
 
     @property
     def moves(self) -> bool:
-        """True where rows under way lie on another device than the coming one: they have to be read first."""
+        """True if rows under way are on another device than the next row, so that they have to be read first."""
         return self._rows is not None and self._rows.home != self._layers.home
 
     def forget(self) -> None:
-        """Drop the rows that are under way, and everything that is kept on the device."""
+        """Drop the rows under way and everything else kept on the device."""
         self._rows = None
 
     def send(
@@ -88,7 +59,7 @@ class DeviceRecorder:
         *,
         closely: bool,
     ) -> None:
-        """Send a row on its way; what must be done to its gradients at once is decided on the device."""
+        """Start the transfer of a row. What must be done to its gradients at once is decided on the device."""
         rows = self._require_rows()
         measured = mine.coming.before_clip.measured if mine.coming.before_clip is not None else None
         before = measured if isinstance(measured, Unread) else None
@@ -110,26 +81,31 @@ class DeviceRecorder:
         own_norms = self._hooks.own_norms()
         bad = rows.take(mine, now, before, facts, loss, optimizer, plan, own_norms, closely=closely)
         if bad is not None:
-            facts.problem = self._skipping.leave_out_where(bad, real=mine.skips(optimizer))
+            facts.problem = self._skipping.leave_out_where(bad, real=mine.is_fused(optimizer))
         elif not inside:
             self._skipping.made()
 
     def _possible_plan(self, mine: Gradients, optimizer: Optimizer | None) -> DevicePlan | None:
-        """Return what of the judge's plan can be done to these gradients; what cannot is said."""
+        """Return the part of the judge's plan that is possible for these gradients; report the rest."""
         plan = self._judge.plan()
         if plan is None:
             return None
-        if plan.skip and not mine.skips(optimizer):
+        if plan.skip and not mine.is_fused(optimizer):
             self._judge.note(
                 "on a device, gradients that are not finite are set to zero, and no step is counted as skipped: of torch's "
                 "optimizers only fused ones (fused=True) can leave a step out there."
             )
         clip = plan.clip or plan.reserve
-        knows = clip is not None and type(clip).apply_unread is not Clip.apply_unread
-        if clip is not None and not knows:
-            self._judge.note(f"{clip} has no apply_unread: it does not act on a device.")
-        if clip is not None and not (knows and self._applier.fits(clip, mine)):
-            plan = replace(plan, clip=None, reserve=None)
+        if clip is not None:
+            knows = type(clip).apply_unread is not Clip.apply_unread
+            obstacle = (
+                self._applier.obstacle(clip, mine)
+                if knows
+                else f"{clip} has no apply_unread: it does not act on a device."
+            )
+            if obstacle:
+                self._judge.note(obstacle)
+                plan = replace(plan, clip=None, reserve=None)
         self._applier.slow(mine, optimizer, plan.rate)
         return plan
 
@@ -141,7 +117,7 @@ class DeviceRecorder:
         return self._rows
 
     def rows(self, *, wait: bool) -> Iterator[tuple[Row, Decision, UnpackedRow]]:
-        """Yield the rows that have come over, their step not yet numbered, with what was done to each."""
+        """Yield the rows that have arrived, not yet numbered, each with what was done and its values."""
         if self._rows is None:
             return
         for row, decision, numbers, problem in self._rows.rows(wait=wait):
@@ -152,9 +128,9 @@ class DeviceRecorder:
     # When gradwatch itself fails.
 
     def look_for_failure(self) -> bool:
-        """Return whether all processes have read a row that tells of a failure."""
+        """Return whether a row that reports a failure has arrived, which is at the same step in all processes."""
         return self._rows is not None and self._rows.look_for_failure()
 
     def tell_failure(self) -> None:
-        """Take part in one exchange only to say that gradwatch failed here."""
+        """Take part in one exchange only to report that gradwatch failed in this process."""
         self._require_rows().tell_failure()

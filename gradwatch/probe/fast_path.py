@@ -1,8 +1,8 @@
-"""The short way through a step while nothing stirs: measure, compare with the bounds, note, done.
+"""The fast path of a step in a healthy run: measure, compare with the bounds, note the row.
 
-After a row on which all rules were judged, the pipeline says how far the coming rows may go unjudged (`Bounds`). A step
-that stays within them leaves the same numbers behind as one that goes the long way through `gradwatch.probe.step_recorder`, for a
-fraction of the calls; one that does not, or that is unusual in any way, goes the long way from its beginning.
+The judge returns the bounds within which the coming rows need not be judged (`Bounds`). A step within them leaves the same
+values behind as one that is recorded by `gradwatch.probe.step_recorder.StepRecorder.take`, with a fraction of the calls. A step
+outside them, or one that is unusual in any other way, is recorded by `take` from its beginning.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from gradwatch.history.schedule import Bounds
     from gradwatch.probe.gradients import Gradients
-    from gradwatch.probe.loss_source import LossReader
+    from gradwatch.probe.loss_reader import LossReader
     from gradwatch.records import Floats, LossSource
 
 _LARGEST = float(np.finfo(np.float64).max)
@@ -36,15 +36,19 @@ Passed = Literal["not", "with alarm", "resting", "noted"]
 
 
 class FastPath:
-    """The coming rows of one optimizer, as long as they are quiet.
+    """Records the coming rows of one optimizer as long as they stay within bounds.
 
     Args:
-        bounds: what they must stay within.
-        mine: the gradients, which could be measured in one call just now.
-        optimizer: whose they are; held weakly.
-        loss: where the loss must come from.
-        every: optimizer steps between rows.
-        clipped: the user clips before each step.
+        bounds: bounds of the rows.
+        mine: gradients of the optimizer, which can be measured in one call.
+        optimizer: the optimizer; held weakly.
+        loss: the expected source of the loss.
+        every: number of optimizer steps between rows.
+        clipped: whether the user clips before each step.
+
+    Attributes:
+        mine: gradients of the optimizer.
+        optimizer: weak reference to it.
     """
 
     def __init__(
@@ -71,26 +75,25 @@ class FastPath:
         self.mine = mine
         self.optimizer = weakref.ref(optimizer)
         _, columns, self._plan = mine.present()
-        in_order = np.array_equal(
-            columns, np.arange(len(bounds.grad_norm))
-        )  # an optimizer may hold layers in another one
+        # an optimizer may hold the layers in another order
+        in_order = np.array_equal(columns, np.arange(len(bounds.grad_norm)))
         self._columns = None if in_order else columns
         band = bounds.grad_norm if self._columns is None else bounds.grad_norm[columns]
-        self._band = np.minimum(band, _LARGEST)  # an infinite norm is never within
-        self._sentinel = mine.sentinel(columns)
+        self._band = np.minimum(band, _LARGEST)  # an infinite norm is never within bounds
+        self._probe = mine.cheapest_probe(columns)
 
     @property
     def resting(self) -> bool:
-        """True while the coming step leaves no row."""
+        """True if the next step makes no row."""
         return self._every > 1 and self.mine.steps % self._every != 0
 
     @property
     def shared(self) -> bool:
-        """True when the norm of the user's clip of this step came from here."""
+        """True if the norm of the user's clip in this step was computed here."""
         return self._before is not None and self._before is self.mine.coming.before_clip
 
     def hand_over(self) -> None:
-        """Let the long way know what the user's clip of this step came from."""
+        """Pass on the norms from which the user's clip of this step was computed, before the fast path is left."""
         if not self.shared or self._norms is None or self._before is None:
             return
         columns = np.arange(len(self._history.layers)) if self._columns is None else self._columns
@@ -99,7 +102,7 @@ class FastPath:
         self._before.take(Measured([], columns, norms, global_norm_of(self._norms)))
 
     def share(self, tensors: list[Tensor]) -> Tensor | None:
-        """The user is about to clip these gradients: return their norm as one vector; None where torch shall take it."""
+        """Return the norm of gradients that the user is about to clip, as one vector; None if torch has to compute it."""
         before, plan = self.mine.coming.before_clip, self._plan
         if before is not None and before.next_begins():  # another clip in the same step
             return None
@@ -107,7 +110,7 @@ class FastPath:
         self._before = None
         if not self._left or self.resting or plan is None or not plan.shareable or not self._clipped:
             return None
-        if self.optimizer() is None:  # another one will step with these gradients
+        if self.optimizer() is None:  # another optimizer will use these gradients
             return None
         gradients, _, now = self.mine.present()
         if now is not plan or len(tensors) != len(gradients) or not all(map(operator.is_, tensors, gradients)):
@@ -121,17 +124,17 @@ class FastPath:
         return total
 
     def scaled(self, total: Tensor, max_norm: float) -> None:
-        """The user has clipped."""
+        """Record the coefficient of the user's clip, if its norm was computed here."""
         if total is self._total:
             self._coefficient = min(1.0, max_norm / (total.item() + 1e-6))
 
-    def _sentinel_is_well(self, losses: LossReader) -> bool:
-        """True while one layer's gradient and the loss stay within their bounds, on a step that leaves no row."""
-        place, parameter = self._sentinel
+    def _probe_is_within(self, losses: LossReader) -> bool:
+        """Return whether the gradient of one layer and the loss are within bounds, at a step that makes no row."""
+        index, parameter = self._probe
         gradient = parameter.grad
         if gradient is not None:
             plain = gradient.layout is torch.strided and gradient.dtype is torch.float32
-            if not (torch.linalg.vector_norm(gradient).item() if plain else norm_of(gradient)) <= self._band[place]:
+            if not (torch.linalg.vector_norm(gradient).item() if plain else norm_of(gradient)) <= self._band[index]:
                 return False
         loss, source = losses.read(self.mine.coming, None)
         return source == "none" or loss <= self._loss
@@ -147,17 +150,22 @@ class FastPath:
         return norms if self._holds(norms) else None
 
     def _holds(self, norms: Floats) -> bool:
-        # a norm of zero may be an underflow, which only a second look can tell; counting is the quickest of numpy's tests
+        # a norm of zero may be an underflow, which `take` of the recorder checks; counting is numpy's fastest test
         count = len(norms)
         return bool(np.count_nonzero(norms <= self._band) == count and np.count_nonzero(norms) == count)
 
     def take(self, optimizer: Optimizer, step: int, losses: LossReader) -> Passed:
-        """Note the row of this ``step``, or let it rest; where it has to go the long way, nothing is changed."""
+        """Note the row of ``step``, or make none if none is due.
+
+        Returns:
+            ``"noted"`` or ``"resting"`` (no row is due) if the step is done. ``"not"``, or ``"with alarm"`` if a step
+            without a row is out of bounds: nothing was changed, and the step has to be recorded as usual.
+        """
         mine = self.mine
         if optimizer is not self.optimizer() or losses.scaler is not None:
             return "not"
         if self.resting:
-            if not self._sentinel_is_well(losses):
+            if not self._probe_is_within(losses):
                 return "with alarm"
             mine.count_step()
             self._used(losses)

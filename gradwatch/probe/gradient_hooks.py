@@ -1,8 +1,8 @@
 """Backward hooks on the parameters: which gradients arrived, in which order, and whether this process's own are finite.
 
-A Python hook costs a microsecond per parameter and backward. So the order is learned on the first backwards, with a hook
-on every parameter, and followed again while an incident is open; in between there is none. Which backward reached which
-parameters is not asked here: their gradients tell (`gradwatch.probe.backwards`).
+A Python hook costs a microsecond per parameter and backward. The order is therefore learned during the first backwards, with
+a hook on every parameter, and again while an explosion is open; otherwise there are no such hooks. Which backward reached
+which parameters is found without hooks (`gradwatch.probe.backwards`).
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 
     from gradwatch.measure.layers import Layers
 
-_LEARNING = 3  # backwards on which the order is learned
+_LEARNING = 3  # backwards during which the order is learned
 
 
 class GradientHooks:
     """The post-accumulate hooks of one model.
 
-    Attributes: ``order`` (L,) is each layer's rank in the last backward that was followed, ``L`` for those that did not
-    arrive, None before the first; ``arrived`` (L,) is True for layers whose gradient was seen to arrive at least once;
-    ``came`` are the columns that have arrived in a backward whose end was not seen yet; ``hookless`` is True where
-    parameters bear no hooks, as under FSDP.
+    Attributes:
+        order: rank of each layer in the last backward that was followed, shape (L,); ``L`` for layers whose gradient did not
+            arrive. None before the first such backward.
+        arrived: True for layers whose gradient was seen to arrive at least once, shape (L,).
+        came: columns that have arrived in a backward whose end was not seen yet.
+        hookless: True if parameters cannot have hooks, as under FSDP.
     """
 
     def __init__(self, layers: Layers) -> None:
@@ -44,17 +46,17 @@ class GradientHooks:
         self._learning = _LEARNING
         self._closely = False
         self._own: list[Tensor] = []
-        self._sentinel: RemovableHandle | None = None
+        self._local_hook: RemovableHandle | None = None
         self.hookless = False
         self.order: NDArray[np.intp] | None = None
         self.arrived = np.zeros(len(layers), dtype=bool)
 
     def __len__(self) -> int:
-        """The number of hooks that are in place."""
+        """The number of hooks by which the order is followed."""
         return len(self._hooks)
 
     def start(self) -> None:
-        """Put a hook on every trainable parameter, where hooks can be."""
+        """Register a hook on every trainable parameter, unless the model is sharded by FSDP."""
         self.hookless = self._layers.model is not None and is_fully_sharded(self._layers.model)
         if self.hookless:
             return
@@ -63,18 +65,18 @@ class GradientHooks:
                 self._hooks[column] = self._hook(column, parameter)
 
     def stop(self) -> None:
-        """Remove every hook, and the empty tables that torch made for them."""
-        for handle in (*self._hooks.values(), *filter(None, [self._sentinel])):
+        """Remove all hooks, and the empty dicts that torch made for them."""
+        for handle in (*self._hooks.values(), *filter(None, [self._local_hook])):
             handle.remove()
         self._hooks.clear()
         self.came.clear()
-        self._sentinel = None
+        self._local_hook = None
         for _, parameter in self._layers.parameters():
             if not parameter._post_accumulate_grad_hooks:
                 parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # as torch has it
 
     def follow(self, *, closely: bool) -> None:
-        """Follow the order on each backward, or no longer."""
+        """Follow the order in each backward while ``closely``, otherwise only until it is learned."""
         if closely == self._closely:
             return
         self._closely = closely
@@ -84,16 +86,16 @@ class GradientHooks:
             self._rest()
 
     def failed(self) -> None:
-        """A backward raised: what arrived belongs to no step."""
+        """Discard what arrived in a backward that raised."""
         self.came.clear()
 
     def end(self) -> None:
-        """A backward of the watched model is over: learn from it in which order gradients arrive."""
+        """Learn the order in which gradients arrive from a backward of the watched model that has ended."""
         if not self.came:
             return
         rank = np.full(len(self._layers), len(self._layers), dtype=np.intp)
-        for place, column in enumerate(dict.fromkeys(self.came)):
-            rank[column] = place
+        for index, column in enumerate(dict.fromkeys(self.came)):
+            rank[column] = index
         self.came.clear()
         self.order = rank
         self.arrived |= rank < len(self._layers)
@@ -102,38 +104,38 @@ class GradientHooks:
             self._rest()
 
     def grow(self) -> None:
-        """Follow the parameters that were added or replaced."""
+        """Register hooks anew after parameters were added or replaced."""
         self.arrived = widened(self.arrived, len(self._layers), 0)
         if self.order is not None:
             self.order = widened(self.order, len(self._layers), len(self._layers))
-        standing = self._sentinel is not None
+        watching = self._local_hook is not None
         self.stop()
         self._learning = _LEARNING
         self.start()
-        if standing:
-            self.stand_sentinel()
+        if watching:
+            self.watch_local_gradients()
 
-    def stand_sentinel(self) -> None:
-        """Look at what this process's own backwards give, before the processes' gradients become one.
+    def watch_local_gradients(self) -> None:
+        """Measure the gradients of this process's own backwards, before they are averaged over the processes.
 
-        What is not finite in the middle of a backward reaches the parameters that come last: of the first four in the
-        model, the smallest is looked at.
+        What is not finite in the middle of a backward reaches the parameters that come last in it, so only the smallest of
+        the first four of the model is measured.
         """
         first = [parameter for _, parameter in self._layers.parameters() if parameter.requires_grad][:4]
-        if self._sentinel is not None or self.hookless or not first:
+        if self._local_hook is not None or self.hookless or not first:
             return
         own = self._own
 
         def look(parameter: Tensor) -> None:
-            with suppress(Exception):  # autograd would hand it to the training; without it only that culprit is unknown
+            with suppress(Exception):  # autograd would raise it in the training; without it only that cause is unknown
                 if parameter.grad is not None and not parameter.grad.is_sparse and not device.capturing():
                     own.append(norm_tensor(parameter.grad))
 
         smallest = min(first, key=torch.Tensor.numel)
-        self._sentinel = smallest.register_post_accumulate_grad_hook(look)
+        self._local_hook = smallest.register_post_accumulate_grad_hook(look)
 
     def own_norms(self) -> list[Tensor]:
-        """Return the sentinel's norms since it was asked last; scalar tensors, not read."""
+        """Return the norms of this process's own gradients since the last call, as scalar tensors that were not read."""
         own = list(self._own)
         self._own.clear()
         return own
@@ -144,7 +146,7 @@ class GradientHooks:
         self._hooks.clear()
 
     def _hook(self, column: int, parameter: nn.Parameter) -> RemovableHandle:
-        columns = self.came  # no more: a hook that knew this object would keep it alive
+        columns = self.came  # a hook that refers to ``self`` would keep it alive
 
         def arrived(_: Tensor) -> None:
             if not device.capturing():

@@ -1,4 +1,4 @@
-"""The gradients of one optimizer's watched parameters: measure them, clip them, hide them."""
+"""The gradients of the watched parameters of one optimizer: how they are measured, and how the optimizer is steered."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from gradwatch import device
 from gradwatch.measure.layers import family_of
 from gradwatch.measure.measured_gradients import Measured
-from gradwatch.measure.norms import NormPlan, code_of, global_norm_of, look_closer, unfit
+from gradwatch.measure.norms import NormPlan, code_of, count_nonfinite, global_norm_of, unfit
 from gradwatch.measure.readback import Unread
 from gradwatch.measure.wrappers import is_dtensor, local_of, summed
 from gradwatch.probe.surge_detector import SurgeDetector
-from gradwatch.skipping.skip import Skip
+from gradwatch.skipping import Skip
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,28 +29,36 @@ if TYPE_CHECKING:
     from gradwatch.records import Family, Floats
 
 
-_ABSENT = object()  # an attribute that was not there
-_WAITED = 16  # steps of an optimizer around another one after which that one is taken never to step
+_ABSENT = object()  # stands for an attribute that did not exist
+_WAITED = 16  # steps of an outer optimizer without one of its inner optimizer, which is then assumed never to step
 
 
 class Gradients:
-    """The watched parameters that one optimizer owns (or all of them, for a loop without one).
+    """The gradients of the watched parameters of one optimizer, of all that no optimizer is known to own, or of all.
 
     Args:
         pairs: column and parameter of each.
-        layers: number of columns in all.
-        groups: the number of the parameter group of each pair.
-        total: parameters in the optimizer, watched or not.
-        optimizer: the one; None where there is none.
-        model: the watched one.
-        coming: what is known of its coming step.
-        around: another optimizer over the same parameters which this one steps.
-        number: its place among those that were found; -1: there is none.
+        layers: total number of columns.
+        groups: index of the parameter group of each pair.
+        total: number of parameters in the optimizer, watched or not.
+        optimizer: the optimizer; None if there is none.
+        model: the watched model.
+        coming: what is known of the coming step.
+        around: another optimizer over the same parameters, which this one wraps and steps.
+        number: index of the optimizer in the order in which they were found; -1: no optimizer.
 
-    Attributes: ``optimizer`` is held weakly; ``steps`` counts those of this optimizer, ``family`` is its family, ``number`` its
-    place among those that were found (-1: there is none); ``around`` is another optimizer over the same parameters which this
-    one steps, None where it makes its steps itself; ``sharded`` is True where this process holds only parts of them; ``skip``
-    leaves its steps out; ``left_out`` are columns whose gradients turned out not to be measurable, and why.
+    Attributes:
+        optimizer: weak reference to the optimizer; None if there is none.
+        parameters, columns: the parameters and their columns.
+        coming: what is known of the coming step.
+        steps: number of steps of the optimizer.
+        family: family of the optimizer.
+        number: index of the optimizer in the order in which they were found; -1: no optimizer.
+        around: weak reference to the optimizer that this one wraps; None if it makes its steps itself.
+        outer: gradients of the optimizer that wraps this one, while that one steps.
+        sharded: True if this process holds only parts of the parameters.
+        skip: leaves steps out.
+        left_out: columns whose gradients turned out not to be measurable, with the reason.
     """
 
     def __init__(
@@ -68,8 +76,8 @@ class Gradients:
     ) -> None:
         self.coming = coming
         self.around = around
-        self.outer: Gradients | None = None  # of the one around it, while that steps
-        self.vain = 0  # steps since the one that it is around stepped
+        self.outer: Gradients | None = None
+        self.vain = 0  # steps since the last step of the inner optimizer
         self.parameters = [parameter for _, parameter in pairs]
         self.columns = np.array([column for column, _ in pairs], dtype=np.intp)
         self.total = total
@@ -97,11 +105,11 @@ class Gradients:
         self._with_host: tuple[NormPlan | None, bool] | None = None  # whether the optimizer has parameters on the CPU
 
     def count_step(self) -> None:
-        """Take note of a step of this optimizer."""
+        """Count a step of this optimizer."""
         self.steps += 1
 
     def leave_step_to(self, inner: Gradients | None) -> bool:
-        """Leave the step to ``inner``, the optimizer that this one is around, unless it never steps; return whether it is."""
+        """Leave the step to ``inner``, the optimizer that this one wraps, unless it never steps; return whether it was left."""
         if inner is None:
             self.around = None
         elif inner.steps != self.steps:
@@ -116,11 +124,15 @@ class Gradients:
         return self.around is not None
 
     def outer_is_over(self) -> None:
-        """Take note that the step of the optimizer around this one is over."""
+        """Record that the step of the optimizer that wraps this one is over."""
         self.outer = None
 
+    def measure_at(self, home: torch.device) -> Measured | Unread:
+        """Measure all gradients, and read their norms only if rows are made on a ``home`` where that does not wait."""
+        return self.measure() if device.reading_is_free(home) else self.measure_unread(home)
+
     def surge_detector(self, home: torch.device) -> SurgeDetector:
-        """Return what knows the typical norm of this optimizer's steps on a device."""
+        """Return the surge detector of this optimizer on a device."""
         if self._detector is None or self._detector.home != home:
             self._detector = SurgeDetector(home)
         return self._detector
@@ -128,7 +140,7 @@ class Gradients:
     def measure(self, scale: float = 1.0) -> Measured:
         """Measure all gradients that exist now, in one batched call per device and dtype.
 
-        ``scale`` is a loss scale that is still on them: the norms come without it.
+        ``scale`` is a loss scale that the gradients still carry; the norms are divided by it.
         """
         there, columns, plan = self.present()
         if plan is None:
@@ -146,7 +158,7 @@ class Gradients:
             spread[columns] = norms
         measured = Measured(there, columns, spread, global_norm_of(norms))
         if not (norms.min() > 0 and measured.global_norm < math.inf):
-            self._look_closer(measured)
+            self._look_at_doubtful(measured)
         elif self._any_zero:
             self._zero[columns] = False
             self._any_zero = bool(self._zero.any())
@@ -156,10 +168,10 @@ class Gradients:
         return measured
 
     def measure_unread(self, home: torch.device, scale: Tensor | None = None) -> Unread:
-        """Do the same on the device: nothing is read, and norms are summed so wide that no second look is needed."""
+        """Measure all gradients on their device without reading a value. Wide sums make a second look unnecessary."""
         there, columns, plan = self.present()
         if plan is None:
-            return Unread([], columns, torch.zeros(0, dtype=device.precise(home), device=home))
+            return Unread([], columns, torch.zeros(0, dtype=device.widest_float(home), device=home))
         try:
             norms = plan.norms_on(home, there)
         except Exception:
@@ -176,7 +188,7 @@ class Gradients:
         return True
 
     def _leave_out(self) -> bool:
-        """Measure no longer the layers whose gradients cannot be measured; False when there is none."""
+        """Exclude the layers whose gradients cannot be measured; return False if there is none."""
         gradients = [parameter.grad for parameter in self.parameters]
         reasons = [None if gradient is None else unfit(gradient) for gradient in gradients]
         found = [(column, reason) for column, reason in zip(self.columns.tolist(), reasons, strict=True) if reason]
@@ -188,7 +200,10 @@ class Gradients:
         return bool(found)
 
     def present(self) -> tuple[list[Tensor], NDArray[np.intp], NormPlan | None]:
-        """Return the gradients that exist now, of sharded ones this process's part, their columns and their plan."""
+        """Return the gradients that exist now, their columns, and the plan by which their norms are computed.
+
+        Of sharded gradients, the part of this process. The plan is None if there is no gradient.
+        """
         there = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
         if self.sharded:
             there = self._parts()
@@ -203,43 +218,43 @@ class Gradients:
         return there, columns, self._plan
 
     def with_gradient(self) -> list[nn.Parameter]:
-        """Return the parameters that `present` returned the gradients of."""
+        """Return the parameters whose gradients `present` returns."""
         return [parameter for parameter in self.parameters if parameter.grad is not None]
 
     def columns_with_gradient(self) -> frozenset[int]:
-        """Return the columns of the same."""
+        """Return the columns of the parameters that have a gradient."""
         return frozenset(self.columns[[parameter.grad is not None for parameter in self.parameters]].tolist())
 
     def _parts(self) -> list[Tensor]:
-        """Return this process's part of each gradient that exists; what is only a summand is summed first, in place."""
+        """Return this process's part of each gradient; partial sums are first replaced by the sum over all processes."""
         parts = []
         for parameter in self.parameters:
             if parameter.grad is not None:
                 whole = summed(parameter.grad)
-                if whole is not parameter.grad:  # a clip must reach it too; the optimizer would sum it itself
+                if whole is not parameter.grad:  # a clip must act on the sum, which the optimizer would compute itself
                     parameter.grad = whole
                 parts.append(local_of(whole))
         return parts
 
-    def sentinel(self, columns: NDArray[np.intp]) -> tuple[int, nn.Parameter]:
-        """Return the place among ``columns``, and the parameter, that tells most for least of a backward.
+    def cheapest_probe(self, columns: NDArray[np.intp]) -> tuple[int, nn.Parameter]:
+        """Return the cheapest parameter whose gradient reveals trouble anywhere in the backward, and its index in ``columns``.
 
-        What grows or is not finite anywhere reaches the parameters that come last in it: of the first four of the model,
-        the smallest.
+        What grows or is not finite anywhere reaches the parameters that come last in a backward, so the smallest of the
+        first four of the model is chosen.
         """
         held = dict(zip(self.columns.tolist(), self.parameters, strict=True))
         first = np.argsort(columns)[:4].tolist()
-        place = min(first, key=lambda place: held[int(columns[place])].numel())
-        return place, held[int(columns[place])]
+        index = min(first, key=lambda index: held[int(columns[index])].numel())
+        return index, held[int(columns[index])]
 
     def is_stale(self, optimizer: Optimizer) -> bool:
-        """True when this was made for another optimizer, or for other parameters than it holds now."""
+        """Return whether this was made for another optimizer, or for other parameters than the optimizer holds now."""
         if self.optimizer is None or self._held is None or self.optimizer() is not optimizer:
             return True
         return not self._held.is_held_by(optimizer)
 
-    def _look_closer(self, measured: Measured) -> None:
-        """Tell NaN, Inf, overflow of the norm, and underflow apart, for the layers that need it."""
+    def _look_at_doubtful(self, measured: Measured) -> None:
+        """Distinguish NaN, Inf, overflow and underflow of the norm for the layers whose norm is zero or not finite."""
         norms = measured.norms[measured.columns]
         doubtful = np.flatnonzero(~np.isfinite(norms) | ((norms == 0) & ~self._zero[measured.columns])).tolist()
         self._zero[measured.columns] &= norms == 0
@@ -247,16 +262,16 @@ class Gradients:
             return
         codes = np.zeros(self._layers, dtype=np.uint8)
         counts = {}
-        for place in doubtful:
-            gradient, column = measured.gradients[place], int(measured.columns[place])
-            nans, infs, norm = look_closer(gradient)
+        for index in doubtful:
+            gradient, column = measured.gradients[index], int(measured.columns[index])
+            nans, infs, norm = count_nonfinite(gradient)
             if nans or infs:
                 codes[column] = code_of(nans, infs)
                 counts[column] = nans, infs
                 norm = math.nan if nans else math.inf
             measured.norms[column] = norm
         self._any_zero = True
-        self._zero = measured.norms == 0  # looked at once: a layer that stays at zero costs nothing more
+        self._zero = measured.norms == 0  # a layer that stays at zero is not checked again
         if counts:
             measured.nonfinite, measured.counts = codes, counts
             measured.global_norm = math.nan if (codes & 1).any() else math.inf
@@ -264,7 +279,7 @@ class Gradients:
             measured.global_norm = float(np.linalg.norm(measured.norms[measured.columns]))
 
     def rate(self, optimizer: Optimizer) -> Floats:
-        """Return each layer's learning rate, shape (L,); NaN where it is unknown."""
+        """Return the learning rate of each layer, shape (L,); NaN if it is not known."""
         rates = [_number(group.get("lr")) for group in optimizer.param_groups]
         if rates != self._rates:
             self._rates = rates
@@ -273,7 +288,7 @@ class Gradients:
         return self._rate
 
     def slow(self, optimizer: Optimizer, factor: float) -> None:
-        """Multiply the learning rate of each parameter group for this step; schedulers go on with the user's own."""
+        """Multiply the learning rate of each parameter group by ``factor`` until `restore` is called."""
         for group in optimizer.param_groups:
             if "lr" in group:
                 lowered = group["lr"] * factor
@@ -281,17 +296,17 @@ class Gradients:
                 group["lr"] = lowered
 
     def folds(self, optimizer: Optimizer | None) -> bool:
-        """True when a factor on all gradients can be left to the optimizer: it is fused, and all it owns is watched."""
-        return self.skips(optimizer) and self.total == len(self.parameters)
+        """Return whether the optimizer can apply a factor on all gradients: it is fused, and all its parameters are watched."""
+        return self.is_fused(optimizer) and self.total == len(self.parameters)
 
-    def skips(self, optimizer: Optimizer | None) -> bool:
-        """True when the optimizer can leave out a step by itself, on the device: when it is fused."""
+    def is_fused(self, optimizer: Optimizer | None) -> bool:
+        """Return whether the optimizer can leave out a step on the device, which fused optimizers can."""
         return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
     def leave_to(self, optimizer: Optimizer, factor: Tensor | None, skip: Tensor | None) -> None:
-        """Let a fused optimizer multiply its gradients by ``factor`` and leave the step out where ``skip``: no extra pass.
+        """Let a fused optimizer multiply its gradients by ``factor``, and leave the step out if ``skip``, without extra pass.
 
-        Both attributes are those by which a `GradScaler` speaks to it; what it said already is kept.
+        Both are passed in the attributes that a `GradScaler` sets on the optimizer, combined with its own values.
         """
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if factor is not None:
@@ -315,14 +330,14 @@ class Gradients:
         return device.moved(value, torch.device("cpu")) if self._with_host[1] else value
 
     def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
-        # None is not the same as absent: a `GradScaler` deletes what it has set, None too
+        # None differs from absent: a `GradScaler` deletes what it has set, even None
         self._lent.append((weakref.ref(optimizer), name, vars(optimizer).get(name, _ABSENT), value))
         setattr(optimizer, name, value)
 
     def restore(self, *, late: bool = False) -> None:
-        """End what goes on while a step is left out, give back what `slow` changed, take back what `leave_to` gave.
+        """Undo what was changed for a step: `slow`, `leave_to`, and what a step that is left out required.
 
-        ``late``: the step was made some time ago and raised.
+        ``late`` is True if the step was made some time ago and raised.
         """
         for group, rate, lowered in self._slowed:
             if group.get("lr") is lowered:  # where the step raised, somebody else may have set it since
@@ -343,7 +358,7 @@ class Gradients:
             self.skip.end(late=late)
 
     def _clear_born(self) -> None:
-        """Set momenta to zero that came into being in a step that was left out: torch's fused SGD leaves them unwritten."""
+        """Zero the momenta that were created in a step that was left out, which torch's fused SGD leaves uninitialised."""
         assert self._born is not None
         (ref, before, found), self._born = self._born, None
         optimizer = ref()
@@ -355,36 +370,36 @@ class Gradients:
                 momentum.masked_fill_(device.moved(found, momentum.device, torch.bool), 0)
 
     def zero(self) -> None:
-        """Set the gradients to zero, where nothing can leave the step out: what is not finite does not reach the weights."""
+        """Set all gradients to zero, for steps that cannot be left out, so that nothing non-finite reaches the weights."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.zero_()
 
 
 def _number(rate: Any) -> float:
-    """Return a learning rate as a number; NaN where that is not known without waiting for a device."""
+    """Return a learning rate as a number; NaN if there is none or it is on a device."""
     if isinstance(rate, torch.Tensor):
         return rate.item() if rate.is_cpu else math.nan
     return math.nan if rate is None else float(rate)
 
 
 class Held:
-    """The parameters that an optimizer held at one moment."""
+    """The parameters of an optimizer at one moment."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._groups: list[list[Tensor]] = [list(group["params"]) for group in optimizer.param_groups]
         self._single = [
-            (number, place)
+            (number, index)
             for number, group in enumerate(self._groups)
-            for place, parameter in enumerate(group)
+            for index, parameter in enumerate(group)
             if parameter.numel() == 1
         ]
 
     def is_held_by(self, optimizer: Optimizer) -> bool:
-        """Return whether the optimizer still holds the same parameters, in the same places.
+        """Return whether the optimizer still holds the same parameters in the same order.
 
-        Lists are compared in a nanosecond for each element that is the same object in both. Of two different tensors the
-        comparison is a tensor, which has no truth unless it has one element: those are looked at once more.
+        Comparing lists takes a nanosecond for each element that is the same object in both. Comparing two different tensors
+        gives a tensor, which has a truth value only if it has one element; those elements are compared by identity.
         """
         groups = optimizer.param_groups
         if len(groups) != len(self._groups):
@@ -393,13 +408,13 @@ class Held:
             for group, held in zip(groups, self._groups, strict=True):
                 if group["params"] != held:
                     return False
-        except Exception:  # of whatever kind: they are not the same object
+        except Exception:  # of any kind: the tensors are not the same object
             return False
-        return all(groups[number]["params"][place] is self._groups[number][place] for number, place in self._single)
+        return all(groups[number]["params"][index] is self._groups[number][index] for number, index in self._single)
 
 
 def zero_where(gradients: Sequence[Tensor], bad: Tensor) -> None:
-    """Set gradients to zero, in place, where ``bad`` (bool, no dimensions): NaN too, which a product would keep."""
+    """Set gradients to zero in place if ``bad`` (bool tensor, no dimensions). Unlike a product, this removes NaN too."""
     everywhere = device.Copies(bad)
     for gradient in gradients:
         here = everywhere.on(gradient.device)

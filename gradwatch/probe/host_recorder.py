@@ -1,4 +1,4 @@
-"""Rows whose numbers can be read at once: made, judged and acted on before the optimizer makes its step."""
+"""Rows of gradients on the CPU: made, judged and acted on before the optimizer makes its step."""
 
 from __future__ import annotations
 
@@ -16,52 +16,24 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.distributed.group import Word
-    from gradwatch.measure.layers import Layers
     from gradwatch.measure.measured_gradients import Measured
-    from gradwatch.measure.sampling import Sample, Sampling
-    from gradwatch.probe.applier import Applier
-    from gradwatch.probe.gradient_hooks import GradientHooks
+    from gradwatch.measure.sampling import Sample
     from gradwatch.probe.gradients import Gradients
-    from gradwatch.probe.judge import Judge
-    from gradwatch.probe.loss_source import LossReader
-    from gradwatch.probe.peers import Peers
-    from gradwatch.probe.skipping import Skipping
+    from gradwatch.probe.recorder_parts import RecorderParts
     from gradwatch.records import Family, Floats, LossSource, Source
 
 
 class HostRecorder:
-    """Makes the rows of one monitor where gradients lie on the CPU.
+    """Makes the rows of one monitor if the gradients are on the CPU.
 
     Args:
-        layers: the watched parameters.
-        judge: asked about every row.
-        gradient_hooks: which gradients came, and in which order.
-        losses: what is known of the loss.
-        peers: the other processes.
-        sampling: what is looked at now and then.
-        skipping: leaves steps out.
-        applier: does to gradients what was decided.
+        parts: what it shares with the other recorders.
     """
 
-    def __init__(
-        self,
-        layers: Layers,
-        judge: Judge,
-        gradient_hooks: GradientHooks,
-        losses: LossReader,
-        peers: Peers,
-        sampling: Sampling,
-        skipping: Skipping,
-        applier: Applier,
-    ) -> None:
-        self._layers = layers
-        self._judge = judge
-        self._hooks = gradient_hooks
-        self._losses = losses
-        self._peers = peers
-        self._sampling = sampling
-        self._skipping = skipping
-        self._applier = applier
+    def __init__(self, parts: RecorderParts) -> None:
+        self._layers, self._judge, self._hooks, self._losses = parts.layers, parts.judge, parts.hooks, parts.losses
+        self._peers, self._sampling = parts.peers, parts.sampling
+        self._skipping, self._applier = parts.skipping, parts.applier
         self._last_provenance = Provenance()
 
     def make(
@@ -76,14 +48,17 @@ class HostRecorder:
         *,
         closely: bool,
     ) -> tuple[Row | None, Decision]:
-        """Make the row of a step and do what the judge says; return both, or no row where no process makes the step."""
+        """Make the row of a step, have it judged and apply the decision; return both.
+
+        The row is None, and nothing is done, if the gradient scalers of all processes leave the step out.
+        """
         rate = mine.rate(optimizer) if optimizer is not None else None
         now = mine.measure(scale)
         before = mine.coming.before_clip
         whole = now if before is None else before.of(now)
         sampled = self._sampling.take(now, closely=closely)
         row = self._row(step, source, now, whole, sampled, rate, mine, returned, word)
-        if 0 < self._peers.left_out < PATIENCE:  # now and then that is how scalers find their scale
+        if 0 < self._peers.left_out < PATIENCE:  # scalers leave out some steps while they search for their scale
             return None, NOTHING
         if sampled.weight_norm is None and self._peers.ranks is None and self._judge.is_unusual(row):
             looked = self._sampling.weights()
@@ -95,7 +70,7 @@ class HostRecorder:
         self._skipping.made()
         if self._peers.ranks is not None and decision.clip is not None and decision.clip.looks_inside:
             self._peers.clipped_by_value(row, decision, now.global_norm, mine.measure(scale))
-        elif decision is not NOTHING:
+        else:
             self._judge.done(row, decision, coefficient)
         return row, decision
 
@@ -110,16 +85,18 @@ class HostRecorder:
         *,
         closely: bool,
     ) -> None:
-        """Make one row of the steps that an optimizer made inside backward; too late to act on any of them."""
+        """Make and judge one row of the steps that an optimizer made inside backward, on which nothing can act."""
         now = assembled(parts, len(self._layers))
         sampled = self._sampling.take(now, closely=closely)
         row = self._row(step, "optimizer in backward", now, now, sampled, rate, mine, None, word)
-        self._judge.judge(row._replace(family=family, optimizer=-1, poisoned=False))
+        row = row._replace(family=family, optimizer=-1, poisoned=False)
+        self._judge.judge(row)
+        self._judge.done(row, NOTHING, 1.0)
 
     def _decide(
         self, row: Row, now: Measured, scale: float, mine: Gradients, source: Source, optimizer: Optimizer | None
     ) -> tuple[Decision, float]:
-        """Judge a row and act on it; return what was decided, and the norm after over the norm before."""
+        """Judge a row and apply the decision; return it, and the norm after over the norm before."""
         error: Exception | None = None
         decision, coefficient = NOTHING, 1.0
         try:
@@ -131,10 +108,10 @@ class HostRecorder:
         except Exception as failure:
             error = failure
         if self._peers.confirm_clip(well=error is None):
-            # whoever has clipped has gone another way: nobody makes this step
+            # gradients may now differ between processes, so none of them makes this step
             self._skipping.leave_out(row, Decision(skip=True), mine, source)
             error = error or PeerError(
-                "auto-clip failed in another process, whose output has the cause: no step is made"
+                "auto-clip failed in another process, whose output shows the cause: no step is made"
             )
         if error is not None:
             raise error
@@ -152,7 +129,7 @@ class HostRecorder:
         returned: Any,
         word: Word | None,
     ) -> Row:
-        """Put together what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
+        """Return the row of what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
         loss, loss_source = self._losses.read(mine.coming, returned)
         culprits, processes = None, self._peers.count
         if word is not None:
@@ -190,7 +167,7 @@ class HostRecorder:
 
 
 def _share_left(now: Measured, whole: Measured) -> float:
-    """Return the norm after the user's clip over the norm before it."""
+    """Return the norm after the user's clip over the norm before it, at most 1.0; 1.0 if either is not finite or zero."""
     if not math.isfinite(whole.global_norm) or not 0 < now.global_norm < whole.global_norm:
         return 1.0
     return now.global_norm / whole.global_norm

@@ -1,4 +1,4 @@
-"""Whom the probe asks: it knows the half that judges by this alone."""
+"""The interface by which the probe asks what to do. The probe knows the judging half only through it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 class Judge(Protocol):
-    """Judges rows: the pipeline."""
+    """Judges rows and decides what to do with their gradients. Implemented by `gradwatch.pipeline.Pipeline`."""
 
     @property
     def rules(self) -> Sequence[Rule]:
-        """The rules that it judges with."""
+        """The rules with which rows are judged."""
 
     @property
     def policy(self) -> AutoClip | None:
-        """Auto-clip's policy; None when gradwatch only watches."""
+        """The policy of auto-clip; None if gradwatch only watches."""
 
     @property
     def exploding(self) -> bool:
@@ -32,56 +32,56 @@ class Judge(Protocol):
 
     @property
     def may_skip(self) -> bool:
-        """True where a step may ever be left out."""
+        """True if the policy allows steps to be left out."""
 
     @property
     def own_clip(self) -> bool:
-        """True where auto-clip, armed or not, is by a clip of the user's own."""
+        """True if the clip of auto-clip, armed or not, is a class written by the user."""
 
     @property
     def may_clip(self) -> bool:
-        """True while a clip of the user's own may act, which may fail in one process alone."""
+        """True while a clip written by the user may act. It may fail in a single process."""
 
     @property
     def failed_rules(self) -> int:
-        """The rules that failed here, a bit for each."""
+        """The rules that failed in this process, one bit each."""
 
     @property
     def decided(self) -> int:
-        """A number of what auto-clip has decided so far; processes that train together compare it."""
+        """A hash of the decisions of auto-clip so far, which processes that train together compare."""
 
     def optimizer_found(self, name: str, family: Family) -> None:
-        """Take note of an optimizer of the watched parameters that is about to make its first step."""
+        """Record that an optimizer of watched parameters was found: at its first step, or because the user named it."""
 
     def grown(self, columns: Columns, facts: Facts) -> None:
-        """Take the columns of parameters that were added to the model or replaced."""
+        """Extend everything to the columns of parameters that were added to the model or replaced."""
 
     def judge(self, row: Row) -> Decision:
-        """Judge a row; return what to do with its gradients. `done` follows, unless that is nothing."""
+        """Judge a row and return what to do with its gradients; `done` is called next."""
 
     def is_unusual(self, row: Row) -> bool:
-        """Return whether a row is out of the ordinary, before it is judged."""
+        """Return whether a row that has not been judged yet is out of the ordinary."""
 
     def bounds(self) -> Bounds | None:
-        """Return what the coming rows may be and still go unjudged; None: all are judged."""
+        """Return the bounds within which the coming rows need not be judged; None if each row is judged."""
 
     def plan(self) -> DevicePlan | None:
-        """Return what to do with the coming step, before its numbers are known; None: only watch it."""
+        """Return what to do with the coming step before its values are known; None: only watch it."""
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
-        """Take note of what was done to a row's gradients."""
+        """Record what was done to the gradients of a row; ``coefficient`` is the norm after over the norm before."""
 
     def follow_peers(self, lag: int) -> None:
-        """Take note that several processes decide together, who know of each other's failures ``lag`` rows later; 0: no more."""
+        """Set after how many rows the processes know of each other's failures; 0: this process decides alone."""
 
     def switch_off(self, rules: int) -> None:
-        """Switch off the rules that failed in any process, a bit for each."""
+        """Switch off the rules that failed in any process, given as one bit each."""
 
     def disarm(self, reason: str) -> None:
-        """Only watch from here on, and say why."""
+        """Stop auto-clip for the rest of the run and report the reason."""
 
     def note(self, text: str) -> None:
-        """Say once what cannot be done."""
+        """Report once what gradwatch cannot do."""
 
     def part_failed(self, part: str, error: Exception) -> None:
-        """Note that a part of gradwatch raised and is switched off; raise its error when strict."""
+        """Report that a part of gradwatch raised and is switched off; raise its error if strict."""

@@ -1,4 +1,4 @@
-"""The one process-wide pair of optimizer hooks that serves all probes."""
+"""The process-wide pair of optimizer hooks that serves all probes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 class StepListener(Listener, Protocol):
-    """What the hooks tell, beside what patches tell."""
+    """The methods that the hooks call, in addition to those that patches call."""
 
     def captured(self, optimizer: Optimizer) -> None:
-        """A step of this optimizer is captured into a CUDA graph, which replays it without asking anybody."""
+        """Called when a step of an optimizer is captured into a CUDA graph, which replays it without calling hooks."""
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """An optimizer is about to step; return other arguments for it, or None."""
+        """Called before an optimizer steps; return other arguments for its step, or None."""
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """It has."""
+        """Called after an optimizer has stepped."""
 
 
 _probes: tuple[weakref.ref[StepListener], ...] = ()
@@ -41,7 +41,7 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         probe = ref()
         if probe is None:
             continue
-        try:  # as `gradwatch.probe.patches.tell`, and each may change the arguments of the next
+        try:  # like `gradwatch.probe.patches.tell`, but each may change the arguments of the next
             changed = probe.before_step(optimizer, args, kwargs) or changed
         except Exception as error:
             meant = let_out(probe, error) or meant
@@ -72,8 +72,8 @@ def _after_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 
 
 def listen(probe: StepListener) -> None:
-    """Tell ``probe`` of every optimizer step in this process; it is held weakly."""
-    global _probes  # noqa: PLW0603  it is one for the process
+    """Call ``probe``, which is held weakly, before and after every optimizer step in this process."""
+    global _probes  # noqa: PLW0603  one for the process
     if not _handles:
         # a compiled optimizer step breaks its graph once here instead of tracing into the monitor
         _handles.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_any_step)))
@@ -82,7 +82,7 @@ def listen(probe: StepListener) -> None:
 
 
 def unlisten(probe: StepListener) -> None:
-    """Tell it no more; the last one to leave takes the hooks away."""
+    """Stop calling ``probe``; the hooks are removed with the last one."""
     global _probes  # noqa: PLW0603
     _probes = tuple(ref for ref in _probes if ref() not in (None, probe))
     if not _probes:

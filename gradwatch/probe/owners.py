@@ -1,7 +1,7 @@
-"""Who owns which watched layers: the optimizers that have stepped or were named, and nobody for the rest.
+"""The owners of watched layers: optimizers that have stepped or were named, and one owner for the rest.
 
-An owner is a `gradwatch.probe.gradients.Gradients`; what is known of its coming step goes with it when it is made anew, as when
-layers are added to the model or to the optimizer.
+An owner is a `gradwatch.probe.gradients.Gradients`. When it is replaced, as when layers are added to the model or to the
+optimizer, what is known of its coming step is passed on.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 
 
 class Owners:
-    """The owners of one model's layers.
+    """The owners of the layers of one model.
 
     Args:
         layers: the watched parameters.
-        grown: told of the columns of layers that were added or replaced, before the owners are made anew; returns the losses
-            that backwards through them began from.
-        found: told of an optimizer that owns some of them.
+        grown: called with the columns of layers that were added or replaced, before the owners are made anew; returns the
+            losses of the backwards that have reached them.
+        found: called with an optimizer that owns some of the layers.
 
-    Attributes: ``sole`` is the one owner, as far as it is known already that an optimizer owns all that is trained.
+    Attributes:
+        sole: the only owner, if it is known that one optimizer owns everything that is trained; else None.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Owners:
         self._layers = layers
         self._grown = grown
         self._found = found
-        self._loose: list[Gradients] = []  # what the rest is made of
+        self._loose: list[Gradients] = []  # former owners, whose knowledge passes to the rest
         self._numbers = itertools.count()
         self._known: dict[int, Gradients] = {}  # by the optimizer's id
         self._refs: dict[int, weakref.ref[Optimizer]] = {}
@@ -50,7 +51,7 @@ class Owners:
         self.sole: Gradients | None = None
 
     def current(self) -> list[Gradients]:
-        """Return those that step, and the rest that no optimizer is known to own."""
+        """Return the owners that step, and the rest that no optimizer is known to own."""
         if self._list is None:
             stepping = [mine for mine in self._known.values() if mine.parameters and mine.around is None]
             self._list = [*stepping, *([rest] if (rest := self.rest()).parameters else [])]
@@ -59,7 +60,7 @@ class Owners:
         return self._list
 
     def close(self) -> None:
-        """Give back what was hidden, and let go of the parameters."""
+        """Restore what was changed for steps under way, and drop all references to the parameters."""
         for mine in self._known.values():
             mine.restore()
         self._known.clear()
@@ -69,31 +70,31 @@ class Owners:
         self._list = []
 
     def get(self, optimizer: Optimizer) -> Gradients | None:
-        """Return what an optimizer owns; None when it owns no watched layer."""
+        """Return the gradients of an optimizer, looked up anew if it changed; None if it owns no watched layer."""
         mine = self._known.get(id(optimizer))
         if mine is None or mine.is_stale(optimizer):
             mine = self.find(optimizer)
         return mine if mine.parameters else None
 
     def known(self, optimizer: Optimizer) -> Gradients | None:
-        """Return what it owned when it was looked at last."""
+        """Return the gradients of an optimizer as of the last look-up; None if it was never looked up."""
         return self._known.get(id(optimizer))
 
     def stepping(self, optimizer: Optimizer) -> Gradients | None:
-        """Return the same; for an optimizer around another one that steps, what that one owns."""
+        """Return the gradients that the step of an optimizer uses: those of its inner optimizer if it wraps one."""
         mine = self.get(optimizer)
         inner = mine.around() if mine is not None and mine.around is not None else None
         return mine if inner is None else self.get(inner)
 
     def look_at_optimizers(self) -> None:
-        """Follow those whose parameters are others than when they were looked at last."""
+        """Look up all optimizers whose parameters have changed since the last look-up."""
         for ref, mine in zip(tuple(self._refs.values()), tuple(self._known.values()), strict=True):
             optimizer = ref()
             if optimizer is not None and mine.is_stale(optimizer):
                 self.find(optimizer)
 
     def find(self, optimizer: Optimizer) -> Gradients:
-        """Look up which watched layers an optimizer owns; the model may have changed since attach."""
+        """Look up and return the watched layers that an optimizer owns, even if the model has changed since attach."""
         if any(self._layers.column(one) is None for group in optimizer.param_groups for one in group["params"]):
             self.look_again()
         inner = _around(optimizer)
@@ -105,7 +106,7 @@ class Owners:
         return mine
 
     def look_again(self) -> None:
-        """Follow parameters that were added or replaced: adapters, a new head, `load_state_dict(assign=True)`."""
+        """Update the owners for parameters that were added or replaced: adapters, a new head, `load_state_dict(assign=True)`."""
         news = self._layers.look_again()
         if not news:
             return
@@ -121,7 +122,7 @@ class Owners:
             self._make(optimizer, self._known[id(optimizer)].around)
 
     def leave_to_another(self, mine: Gradients) -> bool:
-        """Leave the step of an optimizer around another one to that one, if it ever steps; return whether it is."""
+        """Leave the step of an optimizer that wraps another one to that one, if it ever steps; return whether it was left."""
         inner = mine.around() if mine.around is not None else None
         its = self._known.get(id(inner)) if inner is not None else None
         waits = mine.leave_step_to(its)
@@ -130,7 +131,7 @@ class Owners:
         return waits
 
     def step_is_over(self, mine: Gradients) -> None:
-        """The step of an optimizer is over, and with it that of the one that it is around."""
+        """Record that the step of an optimizer is over, and with it that of the optimizer that it wraps."""
         inner = mine.around() if mine.around is not None else None
         its = self._known.get(id(inner)) if inner is not None else None
         if its is not None:
@@ -154,18 +155,18 @@ class Owners:
             around=around,
             number=number,
         )
-        if around is not None:  # what there is to step with is that one's
+        if around is not None:  # what is known of the step belongs to the inner optimizer
             pass
         elif old is not None and goes_on:
             self._hand_over([old, self.rest()], mine)
-        elif pairs:  # what it is about to step with came while others owned it, or nobody
+        elif pairs:  # its gradients arrived while others owned the parameters, or nobody
             self._hand_over(self.current(), mine)
         self._known[key], self._refs[key] = mine, weakref.ref(optimizer, self._forgetter(key))
-        # of another model's optimizer nothing else is touched: that model may be trained on another thread
+        # leave everything else alone for an optimizer of another model, which may be trained on another thread
         if pairs or (old is not None and same and old.parameters):
             self._rest = self._all = self._list = self.sole = None
             if any(one.coming.before_clip for one in self._loose):
-                self.rest()  # while the gradients are still those that its share of a clip was measured from
+                self.rest()  # while the gradients are still those whose norms were measured before a clip
         return mine
 
     def _hand_over(self, before: list[Gradients], mine: Gradients) -> None:
@@ -185,7 +186,7 @@ class Owners:
         return forget
 
     def drop(self, key: int, ref: weakref.ref[Optimizer]) -> None:
-        """An optimizer is gone: what was to be stepped with is there for another one."""
+        """Drop an optimizer that no longer exists; what is known of its coming step passes to the rest."""
         if self._refs.get(key) is not ref:
             return
         mine = self._known.pop(key)
@@ -195,7 +196,7 @@ class Owners:
             self._rest = self._all = self._list = self.sole = None
 
     def rest(self) -> Gradients:
-        """Return what no optimizer is known to own: where there is none, everything, else what is trained."""
+        """Return the layers that no optimizer is known to own: only trainable ones, or all if there is no optimizer."""
         if self._rest is None:
             stepping = [mine for mine in self._known.values() if mine.around is None]
             owned = {column for mine in stepping for column in mine.columns.tolist()}
@@ -208,12 +209,12 @@ class Owners:
         return self._rest
 
     def look_at_the_rest(self) -> Gradients:
-        """Return the same, where some of it may be trained since it was looked at last."""
+        """Look up `rest` anew, since some of its parameters may have been unfrozen, and return it."""
         self._rest = self._list = self.sole = None
         return self.rest()
 
     def everything(self) -> Gradients:
-        """Return all watched layers as if one owned them, with all that is known of the coming step."""
+        """Return all watched layers as one owner, with everything that is known of the coming step."""
         if not any(mine.parameters for mine in self._known.values()):
             return self.rest()
         if self._all is None:
@@ -224,7 +225,7 @@ class Owners:
         return self._all
 
     def used(self, mine: Gradients) -> None:
-        """A step has been made with the gradients of one owner, or with everything."""
+        """Record that a step has been made with the gradients of one owner, or with `everything`."""
         mine.coming.used()
         if mine is self._all:
             for one in self.current():
@@ -232,7 +233,7 @@ class Owners:
 
 
 def _around(optimizer: Optimizer) -> Optimizer | None:
-    """Return the optimizer that this one was built around: one it holds, over the same parameters."""
+    """Return the optimizer that this one wraps: an attribute of it, with the same parameters. None if there is none."""
     mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for one in vars(optimizer).values():
         if isinstance(one, Optimizer) and one is not optimizer:

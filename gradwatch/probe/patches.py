@@ -1,14 +1,14 @@
-"""The few places where torch has no hook. Each patch is named, counted and restorable.
+"""Patches of torch, for the few places that have no hook.
 
-A patch replaces one attribute of torch while at least one listener wants it, and puts the original back when the last one
-leaves. If somebody else has patched the same place on top of it, it stays as a plain pass-through.
+A patch replaces one attribute of torch while it has at least one listener, and restores the original when the last one leaves.
+If other code has patched the same attribute on top of it, it stays and only passes calls through.
 
 * `BACKWARD` (`torch.autograd.backward`): the loss, and the end of a backward.
 * `SCALER` (`torch.amp.GradScaler.step`): the loss scale, and steps that the scaler leaves out.
 * `USER_NORM` and `USER_SCALE` (`torch.nn.utils.clip_grad._get_total_norm`, `_clip_grads_with_norm_`): the two halves of
-  the user's `clip_grad_norm_`, so that a norm need not be taken twice.
+  the user's `clip_grad_norm_`, so that the norm need not be computed twice.
 * `USER_CLIP` (`torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype`): gradients before the user's own
-  `clip_grad_norm_`, `clip_grads_with_norm_` or `clip_grad_value_`, all of which come by here, imported early or late.
+  `clip_grad_norm_`, `clip_grads_with_norm_` or `clip_grad_value_`, all of which call it, whenever they were imported.
 """
 
 from __future__ import annotations
@@ -40,40 +40,40 @@ _log = logging.getLogger("gradwatch")
 
 
 class Listener(Protocol):
-    """What a patch tells, by way of `tell`."""
+    """The methods that patches call, by way of `tell`."""
 
     def failed(self, error: Exception) -> None:
-        """A call of this listener raised an error; raises it again only if it is meant to reach the training loop."""
+        """Handle an error that a call of this listener raised; raise it only if it is meant for the training loop."""
 
     def backward_begins(self, run: Run) -> None:
-        """A backward is about to run."""
+        """Called before a backward."""
 
     def backward_failed(self) -> None:
-        """A backward raised."""
+        """Called after a backward that raised."""
 
     def backward_ended(self, run: Run) -> None:
-        """A backward is done."""
+        """Called after a backward that did not raise."""
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
-        """The user is about to clip these gradients."""
+        """Called before the user clips these gradients."""
 
     def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
-        """The user asks for the L2 norm of these gradients as one vector: return torch's own number, or None."""
+        """Return the L2 norm of these gradients as one vector, exactly as torch computes it; None to let torch compute it."""
 
     def user_scales(self, total: Tensor, max_norm: float) -> None:
-        """The user has scaled gradients whose norm was ``total`` down to ``max_norm``."""
+        """Called after the user has clipped gradients whose norm was ``total`` to ``max_norm``."""
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
-        """A gradient scaler is about to step this optimizer."""
+        """Called before a gradient scaler steps this optimizer."""
 
     def scaler_stepped(self, optimizer: Optimizer) -> None:
-        """It has, or it has left the step out because gradients overflowed."""
+        """Called after a gradient scaler has stepped this optimizer, or left the step out because gradients overflowed."""
 
 
 def tell(listeners: Iterable[Any], call: str, *args: Any) -> list[Any]:
-    """Call the method ``call`` of each listener; return what they return, None for one that failed.
+    """Call the method ``call`` of each listener; return the results, None for a listener that failed.
 
-    A failure keeps nobody from being told. It reaches the caller only if the listener lets it, and when all have been told.
+    All listeners are called even if one of them fails. An error is raised afterwards, and only if its listener lets it out.
     """
     answers: list[Any] = []
     meant = None
@@ -89,13 +89,13 @@ def tell(listeners: Iterable[Any], call: str, *args: Any) -> list[Any]:
 
 
 def let_out(listener: Listener, error: Exception) -> Exception | None:
-    """Return the error if it is meant for the training loop."""
+    """Return the error if its listener means it for the training loop, else None."""
     try:
         listener.failed(error)
     except Exception as raised:
         if raised is error:
             return error
-        with suppress(Exception):  # a handler of the program's own may raise
+        with suppress(Exception):  # a logging handler of the program may raise
             _log.exception("gradwatch: an error could not be handled; training goes on.", exc_info=error)
     return None
 
@@ -103,8 +103,11 @@ def let_out(listener: Listener, error: Exception) -> Exception | None:
 class Run:
     """One backward under way.
 
-    Attributes: ``roots`` are what it started from, on ``thread``; ``inside`` is True if another one was running already
-    when it began; ``notes`` are what listeners keep from its begin to its end.
+    Attributes:
+        roots: tensors from which it was started.
+        thread: identifier of the thread that started it.
+        inside: True if another backward was under way when it began.
+        notes: what listeners keep from its beginning to its end.
     """
 
     __slots__ = ("inside", "notes", "roots", "thread")
@@ -116,17 +119,17 @@ class Run:
         self.notes: dict[int, Any] = {}
 
 
-_under_way: list[Run] = []  # on whichever thread
+_under_way: list[Run] = []  # of all threads
 
-# Autograd writes gradients without Python's lock: one that another thread may be writing must not even be read. Whoever
-# reads gradients at the begin or the end of a backward enters itself in `READERS`, then looks whether others call backward.
-CALLERS: set[int] = set()  # the threads that call backward
-READERS: list[int] = []  # the threads that look at gradients right now
+# Autograd writes gradients without holding the GIL, so a gradient that another thread may be writing must not even be read.
+# Code that reads gradients when a backward begins or ends adds its thread to `READERS` before it checks `CALLERS`.
+CALLERS: set[int] = set()  # threads that call backward
+READERS: list[int] = []  # threads that are reading gradients
 
 
 @contextmanager
 def reading(thread: int) -> Iterator[None]:
-    """Read gradients."""
+    """Enter ``thread`` in `READERS` while gradients are read."""
     READERS.append(thread)
     try:
         yield
@@ -135,15 +138,17 @@ def reading(thread: int) -> Iterator[None]:
 
 
 def _called_by(thread: int) -> None:
-    """Enter a thread that is about to call backward, drop those that are no more."""
+    """Add a thread that is about to call backward to `CALLERS`, remove ended ones, and wait for readers on other threads."""
     CALLERS.add(thread)
     CALLERS.intersection_update([one.ident for one in threading.enumerate()])
-    while any(reader != thread for reader in tuple(READERS)):  # they may have found that nobody else calls backward
+    while any(
+        reader != thread for reader in tuple(READERS)
+    ):  # they may have checked `CALLERS` before this one was added
         time.sleep(0)
 
 
 class Patch:
-    """One replaceable attribute of torch. ``wrap(original, patch)`` makes the replacement."""
+    """The replacement of one attribute of torch, made by ``wrap(original, patch)``."""
 
     def __init__(self, name: str, owner: Any, attribute: str, wrap: Callable[[Function, Patch], Function]) -> None:
         self.name = name
@@ -157,31 +162,31 @@ class Patch:
 
     @property
     def installed(self) -> bool:
-        """True while the replacement stands in torch."""
+        """True while the attribute of torch is the replacement."""
         return self._replacement is not None and getattr(self._owner, self._attribute) is self._replacement
 
     @property
     def listeners(self) -> list[Any]:
-        """Those that are told: nobody while a CUDA graph is captured, where nothing may be asked or started."""
+        """The listeners to call; none while a CUDA graph is captured, when no device work may be started or awaited."""
         if device.capturing():
             return []
         return [listener for ref in self._listeners if (listener := ref()) is not None]
 
     def add(self, listener: Listener) -> bool:
-        """Tell this listener from now on; False when this torch has no such place."""
+        """Add a listener; return False if this version of torch does not have the attribute."""
         with self._lock:
             if not hasattr(self._owner, self._attribute):
                 return False
             self._listeners += (weakref.ref(listener),)
             if not self.installed:
                 self._original = getattr(self._owner, self._attribute)
-                # in a compiled region Dynamo shall break its graph here instead of tracing into the monitor
+                # in a compiled region Dynamo breaks its graph here instead of tracing into the monitor
                 self._replacement = torch.compiler.disable(self._wrap(self._original, self))
                 setattr(self._owner, self._attribute, self._replacement)
             return True
 
     def remove(self, listener: Listener) -> None:
-        """Stop telling this listener; the last one to leave restores torch."""
+        """Remove a listener; without listeners the original attribute is restored."""
         with self._lock:
             self._listeners = tuple(ref for ref in self._listeners if ref() not in (None, listener))
             if not self._listeners and self.installed:
@@ -192,7 +197,7 @@ class Patch:
 def _wrap_backward(original: Function, patch: Patch) -> Function:
     @functools.wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        # reentrant checkpointing calls backward from inside a backward, on a device from a thread of autograd's
+        # reentrant checkpointing calls backward inside a backward, on a device from a thread of autograd
         if torch._C._current_graph_task_id() != -1:
             return original(tensors, *args, **kwargs)
         if (me := threading.get_ident()) not in CALLERS or len(CALLERS) > 1:
@@ -203,7 +208,7 @@ def _wrap_backward(original: Function, patch: Patch) -> Function:
         try:
             result = original(tensors, *args, **kwargs)
         except BaseException:
-            run.notes.clear()  # the traceback may be kept, and with it this frame
+            run.notes.clear()  # the traceback may be kept, and keeps this frame alive
             tell(listeners, "backward_failed")
             raise
         finally:
@@ -266,7 +271,7 @@ ALL = (BACKWARD, SCALER, USER_CLIP, USER_NORM, USER_SCALE)
 
 
 def clip_seen(*, before: bool) -> Clipped:
-    """Return what is known of the user's own clip where norms were measured ``before`` one, or not."""
+    """Return what is known of the user's own clip; ``before`` is True if norms were measured before one."""
     if before:
         return "before the user's clip"
     return "no clip before it seen" if USER_CLIP.installed else "as the optimizer sees it"

@@ -1,4 +1,4 @@
-"""The other processes of a distributed training, as one recorder meets them: at the first step, then once in each row."""
+"""The other processes of a distributed training: found at the first step, then in exchange with this one at each row."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ if TYPE_CHECKING:
 
 
 class Peers:
-    """The processes that train the watched model together, this one among them.
+    """The processes that train the watched model together, including this one.
 
     Args:
         layers: the watched parameters.
-        judge: told of what all processes agree on.
-        gradient_hooks: asked whether this process's own backward was finite.
-        pace: how often to measure, and by which version of gradwatch, to be compared between processes.
+        judge: learns what all processes agree on.
+        gradient_hooks: know whether this process's own backward was finite.
+        pace: version and measuring interval, which are compared between processes.
 
-    Attributes: ``ranks`` is None while this process is alone or has not met the others; ``met`` tells the two apart.
-    ``every`` and ``closely`` are what all processes agreed on with the last row. ``left_out`` counts the steps in a row that
-    the gradient scalers of all of them left out. ``leaving`` is True when all switch off at the next step.
-    ``buffers_are_well``: in all of them, when they were last looked at.
+    Attributes:
+        ranks: the group of processes; None if this process is alone or `meet` was not called yet.
+        met: True once `meet` was called.
+        every: number of optimizer steps between rows on which all processes agreed with the last row; 0: none yet.
+        closely: whether all processes watch closely, as agreed with the last row.
+        left_out: number of consecutive steps that the gradient scalers of all processes left out.
+        leaving: True if all processes switch off at the next step.
+        buffers_are_well: whether the buffers of all processes were finite when they were last checked.
     """
 
     def __init__(self, layers: Layers, judge: Judge, gradient_hooks: GradientHooks, pace: dict[str, Any]) -> None:
@@ -57,16 +61,16 @@ class Peers:
 
     @property
     def count(self) -> int:
-        """The number of processes whose rows become one."""
+        """The number of processes whose values are combined into one row."""
         return self.ranks.size if self.ranks is not None else 1
 
     @property
     def apart(self) -> bool:
-        """True from the first `model.join()` on: some processes may have no more batches."""
+        """True since the first `model.join()`, after which some processes may have no more batches."""
         return self.ranks is not None and self.ranks.apart
 
     def meet(self) -> bool:
-        """Find the processes that train this model, and make sure that all of them watch; return whether there are others."""
+        """Find the processes that train this model and compare their settings; return whether rows are exchanged with others."""
         self.met = True
         self.ranks = None
         model, judge = self._layers.model, self._judge
@@ -88,31 +92,31 @@ class Peers:
                 "and auto-clip does not act: call attach() in each of them."
             )
             return False
-        if settings and not self._may_exchange(differences(settings, ranks.world)):
+        if settings and not self._report_differences(differences(settings, ranks.world)):
             return False
         self.ranks, self._alike = ranks, not settings
         if self._alike:
             judge.follow_peers(1 if device.reading_is_free(self._layers.home) else LAG)
         if ranks.averages:
-            self._hooks.stand_sentinel()
+            self._hooks.watch_local_gradients()
         return True
 
-    def _may_exchange(self, found: dict[str, str]) -> bool:
-        """Say what differs between the processes, and only watch; False where not even their rows come at the same steps."""
+    def _report_differences(self, found: dict[str, str]) -> bool:
+        """Report the settings that differ and stop auto-clip; return whether rows still come at the same steps."""
         alone = not found.keys().isdisjoint(PACE)
         self._judge.disarm(
-            f"the processes watch this model by different settings ({told(found)}), so that auto-clip does not act"
+            f"the processes watch this model with different settings ({told(found)}), so that auto-clip does not act"
             + (" and numbers are those of this process alone" if alone else ", and each judges by its own")
-            + ": give attach() the same in each of them."
+            + ": pass the same settings to attach() in each of them."
         )
         return not alone
 
     def leave(self) -> None:
-        """Exchange nothing from here on."""
+        """Stop exchanging rows."""
         self.ranks = self._clipped_by_value = None
 
     def part_company(self) -> None:
-        """Go on alone, because `model.join()` was used: some processes may have no more batches."""
+        """Continue without the other processes, because `model.join()` was used and some may have no more batches."""
         self.leave()
         self._judge.follow_peers(0)
         self._judge.disarm(
@@ -122,28 +126,28 @@ class Peers:
     # One row.
 
     def expect_row(self) -> None:
-        """A row is about to be made: should anything fail from here on, other processes must not wait for it."""
+        """Record that a row is about to be made, for which other processes wait even if something fails here."""
         if self.ranks is not None:
             self.ranks.expect_exchange()
             self._row_is_due = True
 
     def row_made(self) -> None:
-        """Nobody waits for a row of this step any more."""
+        """Record that no process waits for a row of this step any more."""
         self._row_is_due = False
 
     @property
     def others_wait(self) -> bool:
-        """True while the other processes wait for a row that this one has not exchanged."""
+        """True while other processes wait for a row that this one has not exchanged yet."""
         return self._row_is_due and self.ranks is not None and not self.ranks.exchanged
 
     def word(self, *, every: int, closely: bool, leaves_out: bool) -> Word:
-        """Return what this process says of itself with the coming row."""
+        """Return what this process states about itself with the next row."""
         return Word(every, closely, self._judge.failed_rules, self._judge.decided, leaves_out)
 
     def unite(
         self, word: Word, loss: float, source: LossSource, whole: Measured, now: Measured, sampled: Sample
     ) -> tuple[float, LossSource, Culprits | None]:
-        """Make the numbers those of all processes, in place; return the mean loss, its source, and where trouble came from."""
+        """Combine the measured values of all processes in place; return the mean loss, its source, and the ranks at fault."""
         assert self.ranks is not None
         bad = any(not math.isfinite(norm.item()) for norm in self._hooks.own_norms())
         model, looked = self._layers.model, sampled.weight_norm is not None
@@ -152,7 +156,7 @@ class Peers:
         united = self.ranks.unite(mine, whole, now, sampled)
         if looked:
             self.buffers_are_well = not united.buffer_bad
-        self._heed(united.agreed)
+        self._apply_agreement(united.agreed)
         self._after = 0.0
         self._settle(united.after_norm)
         if united.loss is None:
@@ -160,15 +164,15 @@ class Peers:
         return united.loss, source if source != "none" else "backward root", united.culprits
 
     def take(self, numbers: UnpackedRow, *, looked: bool) -> None:
-        """Follow what a row that has come over from a device says; ``looked``: buffers were looked at with it."""
+        """Apply the agreements of a row that has arrived from a device; ``looked`` is True if its buffers were checked."""
         self._settle(numbers.after_norm)
         if looked:
             self.buffers_are_well = not (numbers.ranks[FLAGS] & BUFFER_BAD).any()
         if self.ranks is not None:
-            self._heed(self.ranks.agreed(numbers))
+            self._apply_agreement(self.ranks.agreed(numbers))
 
-    def _heed(self, agreed: Agreed) -> None:
-        """Follow what all processes said with a row; in each of them at the same row."""
+    def _apply_agreement(self, agreed: Agreed) -> None:
+        """Apply what all processes agreed on with a row. Each process does this at the same row."""
         self.every, self.closely = agreed.every or self.every, agreed.closely
         self.left_out = self.left_out + 1 if agreed.left_out else 0
         if agreed.failed and self._alike:
@@ -176,14 +180,18 @@ class Peers:
         if agreed.parted:
             who = " and ".join(map(str, agreed.parted))
             self._judge.disarm(
-                f"auto-clip has decided otherwise on rank {who} than on the first, so that parameters may differ between "
+                f"auto-clip has decided differently on rank {who} than on the first, so that parameters may differ between "
                 "processes; from here on it does not act in any of them. Start again from a checkpoint that all of them load."
             )
 
     def clipped_by_value(self, row: Row, decision: Decision, before: float, after: Measured | None = None) -> None:
-        """Keep a clip whose effect on the norm of the whole is known only with the next exchange.
+        """Keep a clip whose effect on the global norm is known only after the next exchange.
 
-        ``before`` is the global norm before it, ``after`` what this process measured after it; None where a device exchanges it.
+        Args:
+            row: row whose gradients were clipped.
+            decision: decision with the clip.
+            before: global norm before the clip.
+            after: what this process measured after the clip; None if it is exchanged on a device.
         """
         assert self.ranks is not None
         self._clipped_by_value = row, decision, before
@@ -191,14 +199,14 @@ class Peers:
             self._after = self.ranks.part_of_square(after)
 
     def _settle(self, after_norm: float) -> None:
-        """Tell what a clip by value left at the step before, now that all processes know."""
+        """Pass the effect of a clip by value at the previous step to the judge, now that all processes know it."""
         if self._clipped_by_value is not None:
             row, decision, before = self._clipped_by_value
             self._clipped_by_value = None
             self._judge.done(row, decision, min(1.0, after_norm / before) if before > 0 else 1.0)
 
     def confirm_clip(self, *, well: bool) -> bool:
-        """Ask all processes whether a clip of the user's own failed in one of them; if so all leave at the next step."""
+        """Return whether a clip written by the user failed in any process; if so, all switch off at the next step."""
         if self.ranks is None or not self._judge.may_clip or self.ranks.all_well(well=well):
             return False
         self.leaving = True

@@ -1,7 +1,7 @@
-"""What sits on the model and its optimizer, and when it acts: one row just before each update.
+"""The hooks and patches of one monitor, and the moments at which it acts: one row just before each update.
 
-One process-wide pair of optimizer hooks serves all probes. With the post-accumulate hooks of
-`gradwatch.probe.gradient_hooks` these are all the hooks there are. A probe knows the model weakly, so it never keeps it alive.
+One process-wide pair of optimizer hooks serves all probes. The only other hooks are the post-accumulate hooks of
+`gradwatch.probe.gradient_hooks`; where torch has no hook it is patched (`gradwatch.probe.patches`). The model is held weakly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gradwatch.probe.attribution import Attribution
 from gradwatch.probe.backwards import losses_of
 from gradwatch.probe.fused_steps import FusedSteps
 from gradwatch.probe.gradient_hooks import GradientHooks
-from gradwatch.probe.loss_source import LossReader
+from gradwatch.probe.loss_reader import LossReader
 from gradwatch.probe.owners import Owners
 from gradwatch.probe.peers import Peers
 from gradwatch.probe.step_recorder import StepRecorder
@@ -54,11 +54,11 @@ class Probe:
 
     Args:
         layers: the watched parameters.
-        judge: asked about every row.
-        pace: what processes that train together compare of how often they measure.
-        every: optimizer steps between measurements; a `Budget` chooses them.
-        scaler: the gradient scaler; None: found when it steps.
-        own_time: takes what watching costs.
+        judge: judges each row and decides what to do.
+        pace: version and measuring interval, which processes that train together compare.
+        every: number of optimizer steps between measurements, or a `Budget` that chooses it.
+        scaler: the gradient scaler; None: it is found when it steps.
+        own_time: counter of the time that watching takes.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Probe:
         self._loop = UpdateLoop(layers)
         self._fused = FusedSteps()
         self._left_out = self._left_out_before = 0
-        self._strange = 0  # gradients in the user's clip that are none of the model's
+        self._strange = 0  # gradients in the user's clip that do not belong to the model
         self._stepping: weakref.ref[Optimizer] | None = None
         self.owners = Owners(layers, self._grow, self._find)
         self.gradient_hooks = GradientHooks(layers)
@@ -89,13 +89,13 @@ class Probe:
 
     @property
     def seconds(self) -> float:
-        """The time that watching has taken so far."""
+        """The time that watching has taken so far, in seconds."""
         return self._own_time.seconds
 
     # Life.
 
     def start(self, optimizer: Optimizer | None = None) -> None:
-        """Put every hook in place."""
+        """Install all hooks and patches."""
         self.active = True
         if optimizer is not None:
             self.owners.find(optimizer)
@@ -105,19 +105,22 @@ class Probe:
             patch.add(self)
 
     def stop(self) -> list[Failure]:
-        """Remove every hook and give back what was hidden, each whatever becomes of the others; return what failed."""
+        """Remove all hooks and patches and restore what was hidden; return what failed.
+
+        Each part is removed even if another one fails.
+        """
         last = all_done([("the last rows", lambda: self.catch_up(all_of_them=True))])
         removals = [
             ("what sits on the model", lambda: all_done(self._parts())),
             ("the optimizers' hooks", lambda: optimizer_hooks.unlisten(self)),
         ]
         failures = all_done(removals)
-        if failures:  # an interrupt may have come in the middle of a part; each can be done twice
+        if failures:  # an interrupt may have come in the middle of a part; each can be repeated
             all_done(removals)
         return last + failures
 
     def _give_up(self) -> None:
-        """Stop, but for the process-wide hooks: torch may be walking over them right now."""
+        """Stop, but keep the process-wide hooks, over which torch may be iterating."""
         all_done(self._parts())
 
     def _parts(self) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -125,36 +128,37 @@ class Probe:
         yield "the hooks on parameters", self.gradient_hooks.stop
         for patch in patches.ALL:
             yield f"the patch of {patch.name}", lambda patch=patch: patch.remove(self)  # type: ignore[misc]
-        yield (
-            "hidden gradients",
-            self.owners.close,
-        )  # a monitor that is kept for its summary shall not keep the parameters
+        # a monitor that is kept for its summary must not keep the parameters alive
+        yield "hidden gradients", self.owners.close
         yield "the losses", self.losses.forget
         yield "the rows", self.recorder.close
 
     def owns_any(self, optimizer: Optimizer) -> bool:
-        """True when the optimizer holds at least one watched parameter."""
+        """Return whether the optimizer holds at least one watched parameter."""
         return self._loop.owns_any(optimizer)
 
     def catch_up(self, *, all_of_them: bool = False) -> None:
-        """Wait for the rows that are still under way; of several processes only at the end, because they decide in step."""
+        """Wait for the rows under way; with several processes only if ``all_of_them`` (see `StepRecorder.catch_up`)."""
         self._guarded(self.recorder.catch_up, all_of_them=all_of_them)
 
-    # What the patches of torch tell (`gradwatch.probe.patches.Listener`).
+    # Called by the patches of torch (`gradwatch.probe.patches.Listener`).
 
     def failed(self, error: Exception) -> None:
-        """A call of the patches raised: raise `TrainingUnstableError` and `ExchangeError`, and any other when strict."""
+        """Handle an error of a call by a patch or hook: raise it if it is meant for the training loop, or if strict.
+
+        `TrainingUnstableError` and `ExchangeError` are meant for it; any other error switches the probe off.
+        """
         if isinstance(error, (TrainingUnstableError, ExchangeError)):
             raise error
         self.recorder.fail(error)
         self._leave_if_over()
 
     def backward_failed(self) -> None:
-        """A backward raised: what arrived in it belongs to no step."""
+        """Discard what arrived in a backward that raised."""
         self.gradient_hooks.failed()
 
     def backward_ended(self, run: Run) -> None:
-        """A backward ended: take its losses, and the row where there is no optimizer to wait for."""
+        """Record the losses of a backward that has ended, and make a row if no optimizer step is going to follow."""
         started = perf_counter()
         if self.attribution.end(run, fused=bool(self._fused.parts)):
             if self.gradient_hooks.came and not run.inside:
@@ -172,7 +176,7 @@ class Probe:
             self._take(self.owners.everything(), "end of backward")
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
-        """Measure what the user is about to clip: the first clip of a step is the last moment to see the gradients whole."""
+        """Measure the gradients that the user is about to clip, which cannot be measured unclipped later."""
         if gradients and self.recorder.needs_norms_before_clip:
             self._guarded(self._see_clip, set(map(id, gradients)))
 
@@ -181,9 +185,7 @@ class Probe:
             return
         self.owners.look_at_optimizers()
         strange = self._strangers(clipped)
-        if (
-            strange and strange != self._strange
-        ):  # they may be of layers that have just come, or are trained from now on
+        if strange and strange != self._strange:  # they may belong to layers that were just added or unfrozen
             self.owners.look_again()
             self.owners.look_at_the_rest()
             self._strange = self._strangers(clipped)
@@ -195,7 +197,7 @@ class Probe:
         return len(clipped - {id(one.grad) for owner in self.owners.current() for one in owner.parameters})
 
     def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
-        """Return the norm of gradients that the user is about to clip; None where torch has to compute it."""
+        """Return the total norm of gradients that the user is about to clip; None if torch has to compute it."""
         if not self.recorder.has_fast_path or not isinstance(gradients, list):
             return None
         total: Tensor | None = self._guarded(self._share, gradients)
@@ -205,7 +207,7 @@ class Probe:
         return None if self.attribution.is_elsewhere() else self.recorder.share_norm(gradients)
 
     def user_scales(self, total: Tensor, max_norm: float) -> None:
-        """The user has clipped to ``max_norm``."""
+        """Record that the user has clipped gradients of the norm ``total`` to ``max_norm``."""
         if self.recorder.has_fast_path:
             self._guarded(self.recorder.user_scaled, total, max_norm)
         for owner in self.owners.current():
@@ -213,19 +215,18 @@ class Probe:
                 owner.coming.before_clip.ended()
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
-        """A gradient scaler is about to let an optimizer step."""
+        """Record the gradient scaler of the coming step of an optimizer."""
         if self._guarded(self.owners.stepping, optimizer) is not None:
             self.losses.scaled_by(scaler)
             self._left_out_before = self._left_out
             self._left_out += 1
 
     def scaler_stepped(self, optimizer: Optimizer) -> None:
-        """Take note of a step that the scaler left out: now and then that finds the scale, many in a row are a fault."""
+        """Record whether the scaler left the step out. Single ones are part of its search for a scale, many in a row a fault."""
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
-            if self._left_out >= PATIENCE or self._guarded(
-                self.recorder.meet_peers
-            ):  # others may make this step, and wait for the row
+            # other processes may make this step and wait for the row
+            if self._left_out >= PATIENCE or self._guarded(self.recorder.meet_peers):
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)
         self.losses.scaled_by(None)
@@ -233,18 +234,21 @@ class Probe:
     # The optimizer's hooks.
 
     def captured(self, optimizer: Optimizer | None = None) -> None:
-        """A step is captured into a CUDA graph, which replays it without asking anybody."""
+        """Report that a step of an optimizer that this probe watches is captured into a CUDA graph.
+
+        A graph replays it without calling hooks.
+        """
         if optimizer is None or self.owns_any(optimizer):
             self._judge.note("a step that is captured into a CUDA graph is not watched, nor are its replays.")
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Measure what the optimizer is about to use; return new arguments when it has a closure."""
+        """Measure the gradients that the optimizer is about to use; return new arguments if it has a closure, else None."""
         if len(args) == 1 and not kwargs and self._take_fast_path(optimizer):
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
 
     def _take_fast_path(self, optimizer: Optimizer) -> bool:
-        """Record a step the short way; return False where it is unusual in any way and has to go the long one."""
+        """Record a step on the fast path; return False if it is unusual in any way and has to be prepared as usual."""
         if (
             self._stepping is not None
             or self._loop.kind != "optimizer"
@@ -261,7 +265,7 @@ class Probe:
             self.recorder.skipping.comes(optimizer, self.attribution.backwards)
             self.recorder.skipping.made()
         except Exception:
-            return False  # the long way fails in the same place, and tells
+            return False  # the usual path fails in the same place, and reports it
         finally:
             torch._C._set_grad_enabled(grad)
             self._own_time.seconds += perf_counter() - started
@@ -288,7 +292,7 @@ class Probe:
 
     def _prepare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         mine = self.owners.get(optimizer)
-        # another optimizer steps after a backward of this model
+        # an optimizer of other parameters steps after a backward of this model
         if mine is None:
             self._loop.stepped_in_vain(self.attribution.backwards)
         if mine is None or self._is_inside_another(optimizer):
@@ -301,7 +305,7 @@ class Probe:
         if torch._C._current_graph_task_id() != -1:  # fused into backward: one step for each parameter
             self._step_inside_backward(mine, optimizer)
             return None
-        if self.gradient_hooks.came:  # a backward that passed by the patch
+        if self.gradient_hooks.came:  # from a backward that did not go through the patch
             self.gradient_hooks.end()
             self.attribution.passed_by()
         self.recorder.skipping.comes(optimizer, self.attribution.backwards)
@@ -316,18 +320,18 @@ class Probe:
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
     def _is_inside_another(self, optimizer: Optimizer) -> bool:
-        """True for a step inside another's step, by `super().step()` or by a wrapper: it belongs to that one."""
+        """Return whether this step is part of another one under way, by `super().step()` or by a wrapper."""
         outer = self._stepping() if self._stepping is not None else None
-        # a step that raised never came to its end, so that it must be looked for
+        # a step that raised has never ended, so look for one that is still on the stack
         return outer is not None and _steps_under_way(outer) > (outer is optimizer)
 
     def _step_inside_backward(self, mine: Gradients, optimizer: Optimizer) -> None:
         self._loop.optimizer_steps()
-        part = self._fused.measure(mine, self._layers.home)
-        if self._fused.has_seen(part):  # the end of that backward passed by the patch
+        part = mine.measure_at(self._layers.home)
+        if self._fused.has_seen(part):  # that backward did not go through the patch, so its end was not seen
             self._end_of_fused_backward()
         self._fused.add(part, mine, optimizer)
-        self.recorder.say_what_is_left_out(mine)
+        self.recorder.report_left_out(mine)
 
     def _end_of_fused_backward(self, losses: list[Loss] | None = None) -> None:
         everything = self.owners.everything()
@@ -336,7 +340,7 @@ class Probe:
         self._used(everything)
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Give back the gradients that were hidden so that the optimizer skipped them."""
+        """Restore the gradients and settings that were changed for this step of the optimizer."""
         mine = self.owners.known(optimizer)
         if mine is not None and mine.parameters:
             mine.restore()
@@ -378,7 +382,7 @@ class Probe:
         self.recorder.skipping.closure_evaluated(mine, evaluations)
 
     def explicit_step(self) -> None:
-        """The user says that the update is about to happen."""
+        """Make a row now, because the user says that the update is about to happen."""
         if device.capturing():
             self.captured()
             return
@@ -389,17 +393,17 @@ class Probe:
         self._take(self.owners.everything(), "monitor.step()")
 
     def _find(self, optimizer: Optimizer) -> None:
-        """An optimizer has been found that owns watched layers."""
+        """Record an optimizer that owns watched layers; raise `UsageError` if it cannot be watched."""
         self._loop.optimizer_found()
         self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer))
         if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
-            self._judge.note("auto-clip does not clip inside a line search, as that of LBFGS.")
+            self._judge.note("auto-clip does not clip inside a line search, such as that of LBFGS.")
         reason = unmeasurable(optimizer=optimizer)
         if reason is not None:
             raise UsageError(f"{type(optimizer).__name__} cannot be watched: {reason}.")
 
     def _grow(self, news: set[int]) -> list[Root]:
-        """Follow parameters that were added or replaced; return what backwards through them began from."""
+        """Watch parameters that were added or replaced; return the losses of the backwards that have reached them."""
         self.recorder.grow(news)
         self.gradient_hooks.grow()
         model = self._layers.model
@@ -408,7 +412,7 @@ class Probe:
         return self.attribution.found()
 
     def _guarded(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a part of gradwatch: its errors never reach the training loop, unless they are meant to."""
+        """Call ``do`` and return its result; errors do not reach the training loop, unless meant for it or strict."""
         if not self.active:
             return None
         started = perf_counter()
@@ -417,7 +421,7 @@ class Probe:
         try:
             return do(*args, **kwargs)
         except TrainingUnstableError:
-            self._stepping = None  # a user who steps again all the same is judged again
+            self._stepping = None  # if the user goes on all the same, the next step is judged again
             raise
         except ExchangeError:
             self._give_up()
@@ -437,7 +441,7 @@ class Probe:
 
 
 def _steps_under_way(optimizer: Optimizer) -> int:
-    """Return how many calls of an optimizer's step are under way; of one that steps now, this one is among them."""
+    """Return how many calls of an optimizer's step are on the stack, including the current one."""
     count = 0
     frame: FrameType | None = sys._getframe()
     while frame is not None:

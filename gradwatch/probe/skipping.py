@@ -1,11 +1,11 @@
-"""Steps that auto-clip leaves out: for real, with the model's buffers as before, or not claimed."""
+"""Steps that auto-clip leaves out. They are reported as skipped only if weights, state and buffers are as before."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gradwatch.skipping.buffers import Buffers
+from gradwatch.skipping import Buffers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,10 +24,16 @@ _FAILED = "the model's buffers could not be kept"
 
 
 class Skipping:
-    """What is kept for the case that a step is left out, and how it is left out, in one run.
+    """Leaves steps out in one run, and keeps what is needed to undo their effect on the model's buffers.
 
-    Attributes: ``armed`` is True where a step may be left out at all, ``backwards`` is the number of the model's so far,
-    ``fresh`` is True when there has been one since the last step: several optimizers may step after one.
+    Args:
+        layers: the watched parameters.
+        judge: knows whether steps may be left out, and learns whether they were.
+
+    Attributes:
+        armed: True if steps may be left out.
+        backwards: number of backwards of the model so far.
+        fresh: True if there was a backward since the last step; several optimizers may step after one backward.
     """
 
     def __init__(self, layers: Layers, judge: Judge) -> None:
@@ -45,7 +51,10 @@ class Skipping:
         return ""
 
     def _guarded(self, do: Callable[[], str | None]) -> str:
-        """Do something with the buffers; where that fails no step is called left out any more, and the rest goes on."""
+        """Call ``do`` and return why steps are not left out, or an empty text.
+
+        If it raises, buffers are no longer kept, and no later step is reported as left out.
+        """
         try:
             return do() or self._lost
         except Exception as error:
@@ -57,12 +66,12 @@ class Skipping:
         self._judge.part_failed("keeping the model's buffers", error)
 
     def comes(self, optimizer: Optimizer, backwards: int) -> None:
-        """A step of this optimizer comes: its forwards are those since the last step, if there was a backward."""
+        """Record that an optimizer is about to step after so many ``backwards`` of the model in all."""
         self.fresh = backwards != self.backwards
         self.backwards, self._whose = backwards, id(optimizer)
 
     def count_backwards(self, backwards: int) -> None:
-        """Take note of how many backwards of the model there have been, some of them inside a closure."""
+        """Set the number of backwards of the model so far, which includes those inside a closure."""
         self.backwards = backwards
 
     def _begin(self) -> Buffers | None:
@@ -73,16 +82,16 @@ class Skipping:
         return buffers
 
     def made(self) -> None:
-        """The step is made: what its forwards did to the buffers stays."""
+        """Record that the step is made, so that the changes of buffers by its forwards stay."""
         fresh, self.fresh = self.fresh, True
         if self._buffers is not None:
-            try:  # as `_guarded`, on the hot path
+            try:  # like `_guarded`, on the hot path
                 self._buffers.made(self._whose, self.backwards, fresh=fresh)
             except Exception as error:
                 self._lose(error)
 
     def over(self) -> None:
-        """The optimizer has made its step, or what was left of it."""
+        """Record that the step of the optimizer has ended."""
         if self._buffers is not None:
             try:
                 self._buffers.stepped(self.backwards)
@@ -90,7 +99,7 @@ class Skipping:
                 self._lose(error)
 
     def leave_out(self, row: Row, decision: Decision, mine: Gradients, source: Source) -> None:
-        """Leave out the step that is about to be made; the judge is told when it is known whether it was."""
+        """Leave out the step that is about to be made, and tell the judge as soon as it is known whether it was left out."""
         stays = self._guarded(self._give_back)
 
         def told(problem: str) -> None:
@@ -117,12 +126,15 @@ class Skipping:
         self._judge.done(row, replace(decision, skip=not problem), 1.0)
 
     def say(self, problem: str) -> None:
-        """Say once why steps are not left out."""
+        """Report once why steps are not left out."""
         if problem and problem != NOT_FUSED:
             self._judge.note(f"a step could not be left out, and is not counted as skipped: {problem}.")
 
     def leave_out_where(self, bad: Tensor, *, real: bool) -> str:
-        """On a device, do with the buffers what is done with the step; return why that does not leave it out, or nothing."""
+        """Restore the buffers on their device if ``bad``; return why the step does not count as left out, or an empty text.
+
+        ``real`` is True if the optimizer itself can leave the step out.
+        """
 
         def give_back() -> str:
             buffers = self._begin()
@@ -132,22 +144,22 @@ class Skipping:
         return stays if real else NOT_FUSED
 
     def expect_closure(self, mine: Gradients) -> None:
-        """The optimizer is about to step with a closure, in which the backward comes."""
+        """Prepare for a step with a closure, inside which the backward comes."""
         self.fresh = True
         self.expect(mine)
 
     def expect(self, mine: Gradients) -> None:
-        """The optimizer is about to step, and may have to be left out in the middle of it."""
+        """Prepare for a step that may have to be left out after it has begun."""
         if self.armed and mine.skip is not None:
             mine.skip.expect()
 
     def inner_comes(self, outer: Gradients) -> None:
-        """The optimizer that another one is around is about to step for it."""
+        """Record that the inner optimizer of ``outer`` is about to step on its behalf."""
         if self.armed and outer.skip is not None:
             outer.skip.evaluated(first=True)
 
     def closure_evaluated(self, mine: Gradients, evaluations: int) -> None:
-        """It was evaluated, so many times in this step; after the first, the row was made already."""
+        """Record that the closure of a step was evaluated for the given number of times; only the first one makes a row."""
         if not self.armed or mine.skip is None:
             return
         mine.skip.evaluated(first=evaluations == 1)

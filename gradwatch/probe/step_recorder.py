@@ -1,6 +1,6 @@
-"""From gradients to a row and back: measure, unite with other processes, have it judged, act.
+"""One optimizer step, from gradients to a row and back: measure, combine with other processes, judge, act.
 
-On the CPU that happens at once. Where gradients live on a device, rows are read some steps later
+On the CPU this happens at once. Rows of gradients on a device are read some steps later
 (`gradwatch.probe.device_recorder`).
 """
 
@@ -24,6 +24,7 @@ from gradwatch.probe.coming import BeforeClip
 from gradwatch.probe.device_recorder import DeviceRecorder
 from gradwatch.probe.fast_path import FastPath
 from gradwatch.probe.host_recorder import HostRecorder
+from gradwatch.probe.recorder_parts import RecorderParts
 from gradwatch.probe.skipping import Skipping
 
 if TYPE_CHECKING:
@@ -36,24 +37,28 @@ if TYPE_CHECKING:
     from gradwatch.probe.gradient_hooks import GradientHooks
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.judge import Judge
-    from gradwatch.probe.loss_source import LossReader
+    from gradwatch.probe.loss_reader import LossReader
     from gradwatch.probe.peers import Peers
     from gradwatch.records import Family, Floats, Row, Source
 
 
 class StepRecorder:
-    """The rows of one monitor.
+    """Makes the rows of one monitor.
 
     Args:
         layers: the watched parameters.
-        judge: asked about every row.
-        gradient_hooks: which gradients came, and in which order.
-        losses: what is known of the loss.
+        judge: judges each row and decides what to do.
+        gradient_hooks: know which gradients arrived, and in which order.
+        losses: reads the loss of a step.
         peers: the other processes.
-        every: optimizer steps between measurements; a `Budget` chooses them.
-        own_time: what watching has cost so far.
+        every: number of optimizer steps between measurements, or a `Budget` that chooses it.
+        own_time: the time that watching has taken so far.
 
-    Attributes: ``step`` is the number of the coming row's step; ``over`` is True when nothing more can be measured.
+    Attributes:
+        step: step number of the next row.
+        over: True if nothing more can be measured.
+        peers: the other processes.
+        skipping: leaves steps out.
     """
 
     def __init__(
@@ -74,34 +79,25 @@ class StepRecorder:
         self.peers = peers
         self._budget = every if isinstance(every, Budget) else None
         self._every = every if isinstance(every, int) else 1
-        self._wish = 0  # ``every`` as the budget of this process would have it; of several processes the largest counts
+        self._wish = 0  # ``every`` as the budget of this process requests it; the largest of all processes counts
         self._sampling = Sampling(layers)
         self.skipping = Skipping(layers, judge)
-        parts = (
-            layers,
-            judge,
-            gradient_hooks,
-            losses,
-            peers,
-            self._sampling,
-            self.skipping,
-            Applier(layers, judge, peers),
-        )
-        self._host = HostRecorder(*parts)
-        self._device = DeviceRecorder(*parts)
+        applier = Applier(layers, judge, peers)
+        parts = RecorderParts(layers, judge, gradient_hooks, losses, peers, self._sampling, self.skipping, applier)
+        self._host = HostRecorder(parts)
+        self._device = DeviceRecorder(parts)
         self._stop: TrainingUnstableError | None = None
         self._failed = False
         self._closely = False
-        self._alert = (
-            False  # one layer's gradient or the loss was unusual: this step is measured whatever ``every`` says
-        )
-        self._fast_path: FastPath | None = None  # while nothing stirs
+        # True if the gradient of one layer or the loss was out of bounds: the step is measured whatever ``every`` says
+        self._alert = False
+        self._fast_path: FastPath | None = None  # while rows need not be judged
         self.over = False
         self.step = 0
 
     def grow(self, news: set[int]) -> None:
-        """Take the columns of layers that were added or whose parameter is another now."""
-        self._leave_fast_path()  # what the user's clip was given of this step is not lost
+        """Extend everything to the columns in ``news``: layers that were added or whose parameter was replaced."""
+        self._leave_fast_path()  # keeps the norms before the user's clip of this step
         self.catch_up(all_of_them=True)
         self._device.forget()
         self._sampling.grow(news)
@@ -109,28 +105,28 @@ class StepRecorder:
             self.peers.meet()
 
     def go_on_from(self, step: int) -> None:
-        """Number the coming row by ``step``: the run was resumed."""
+        """Set the step number of the next row, because a run was resumed."""
         self.step = step
 
     def close(self) -> None:
-        """Release processes and devices."""
+        """Stop exchanging rows with other processes and drop everything kept on devices."""
         self.peers.leave()
         self._device.forget()
         self._fast_path = None
 
     def meet_peers(self) -> bool:
-        """Return whether rows are exchanged with other processes, who are met at the first step."""
+        """Return whether rows are exchanged with other processes; find these at the first call."""
         return self.peers.ranks is not None if self.peers.met else self.peers.meet()
 
     # The fast path.
 
     @property
     def has_fast_path(self) -> bool:
-        """True while the coming step may go the short way."""
+        """True if the next step may take the fast path."""
         return self._fast_path is not None
 
     def take_fast_path(self, optimizer: Optimizer) -> bool:
-        """Record a step the short way, while nothing stirs; False, with nothing changed, where it has to go the long way."""
+        """Record a step on the fast path; return False if it has to be recorded by `take`, which then measures it anew."""
         fast_path = self._fast_path
         if fast_path is None:
             return False
@@ -149,7 +145,7 @@ class StepRecorder:
         self._fast_path = None
 
     def _enter_fast_path(self, mine: Gradients, optimizer: Optimizer | None, row: Row) -> None:
-        """Let the coming rows go the short way, as far as nothing is due with them."""
+        """Let the next rows take the fast path, until one of them has to be judged or sampled."""
         if self.peers.ranks is not None or mine.sharded or optimizer is None:
             return
         bounds = self._judge.bounds()
@@ -162,35 +158,35 @@ class StepRecorder:
 
     @property
     def needs_norms_before_clip(self) -> bool:
-        """False where the norms that the user's clip takes come from here, or where the coming step leaves no row."""
+        """False if the norm of the user's clip was computed here, or if the current step makes no row."""
         fast_path = self._fast_path
         return fast_path is None or not (fast_path.resting or fast_path.shared)
 
     def measure_before_clip(self, mine: Gradients) -> None:
-        """Measure what the user is about to clip, unless it has been clipped already."""
-        before, home = mine.coming.before_clip, self._layers.home
+        """Measure the gradients that the user is about to clip, except those that have been clipped in this step already."""
+        before = mine.coming.before_clip
         if before is None or before.measured is None or not before.next_begins():
             before = None
         elif len(before.measured.columns) == len(mine.with_gradient()):
             return
-        measured = mine.measure() if device.reading_is_free(home) else mine.measure_unread(home)
+        measured = mine.measure_at(self._layers.home)
         if before is not None:
             measured = before.joined_by(measured, len(self._layers))
         mine.coming.clip_begins(BeforeClip(mine.parameters, measured))
 
     def share_norm(self, gradients: list[Tensor]) -> Tensor | None:
-        """Return the norm of gradients that the user is about to clip; None where torch has to compute it."""
+        """Return the total norm of gradients that the user is about to clip; None if torch has to compute it."""
         return self._fast_path.share(gradients) if self._fast_path is not None else None
 
     def user_scaled(self, total: Tensor, max_norm: float) -> None:
-        """Take note that the user has clipped to ``max_norm``."""
+        """Record that the user has clipped gradients of the norm ``total`` to ``max_norm``."""
         if self._fast_path is not None:
             self._fast_path.scaled(total, max_norm)
 
     # One row.
 
     def _follow(self) -> None:
-        """Follow the order of arrival and sample the weights on each step, while an incident is open."""
+        """While an explosion is open, follow the order of arrival and sample the weights at each step."""
         self._closely = self._judge.exploding
         self._hooks.follow(closely=self._closely)
 
@@ -198,8 +194,8 @@ class StepRecorder:
     def _looks_closely(self) -> bool:
         return self._closely if self.peers.ranks is None else self.peers.closely
 
-    def say_what_is_left_out(self, mine: Gradients) -> None:
-        """Say of which layers nothing is seen."""
+    def report_left_out(self, mine: Gradients) -> None:
+        """Report the layers that cannot be measured."""
         if not (self._layers.untold or mine.left_out):
             return
         names = self._layers.names
@@ -209,10 +205,10 @@ class StepRecorder:
         mine.left_out.clear()
 
     def _begin_row(self, steps: int) -> bool:
-        """Meet the other processes and see to what is pending; return False when this step leaves no row.
+        """Find the other processes and process what is pending; return False if this step makes no row.
 
         Raises:
-            TrainingUnstableError: a row that has come over from the device says that the run is to stop.
+            TrainingUnstableError: a row that has arrived from the device stops the run.
         """
         if self._choose_pace(steps):
             self.step += 1
@@ -237,22 +233,29 @@ class StepRecorder:
         return True
 
     def _choose_pace(self, steps: int) -> bool:
-        """Choose ``every``; return True if the optimizer's step of this number leaves no row."""
+        """Choose ``every``; return True if the step with number ``steps`` of the optimizer makes no row."""
         alert, self._alert = self._alert, False
-        if self.peers.ranks is not None:  # only what all of them know may decide: an alert is this one's alone
+        if self.peers.ranks is not None:  # only what all processes know may decide: an alert is known to this one alone
             self._every, unusual = self.peers.every or self._every, self.peers.closely
         else:
             self._every, unusual = self._wish or self._every, alert or self._closely
         return self._every > 1 and steps % self._every != 0 and not unusual
 
     def take(self, mine: Gradients, source: Source, optimizer: Optimizer | None = None, returned: Any = None) -> bool:
-        """Measure, ask the judge, act: all that happens between a backward and its update.
+        """Do everything that happens between a backward and its update: measure, ask the judge, act.
 
-        Returns False when the optimizer itself leaves the step out, because the scaler found an overflow.
+        Args:
+            mine: gradients that the step will use.
+            source: the moment at which they are measured.
+            optimizer: optimizer that makes the step; None if there is none.
+            returned: return value of the closure; None if there is none.
+
+        Returns:
+            False if the optimizer itself leaves the step out, because the gradient scaler found an overflow.
         """
         if self._budget is not None:
             self._wish = self._budget.every(self._own_time.seconds, self.step, self._sampling.rows)
-        self.say_what_is_left_out(mine)
+        self.report_left_out(mine)
         self._leave_fast_path()
         free = device.reading_is_free(self._layers.home)
         scale = _fused_scale(optimizer) if free else 1.0
@@ -263,7 +266,7 @@ class StepRecorder:
             self.skipping.made()
             return True
         before = mine.coming.before_clip
-        if before is not None and not before.holds:  # the user has put other gradients in their place
+        if before is not None and not before.holds:  # the user has replaced the gradients
             mine.coming.forget_clip()
         if free:
             self._make(mine, source, optimizer, returned, scale)
@@ -272,14 +275,14 @@ class StepRecorder:
         return True
 
     def _word(self, source: Source) -> Word | None:
-        """Return what this process says of itself with the coming row; None where there are no others."""
+        """Return what this process states about itself with the next row; None if there are no others."""
         if self.peers.ranks is None:
             return None
         leaves_out = source == "left out by the scaler"
         return self.peers.word(every=self._wish, closely=self._closely, leaves_out=leaves_out)
 
     def _make(self, mine: Gradients, source: Source, optimizer: Optimizer | None, returned: Any, scale: float) -> None:
-        """Make the row at once, and let the next ones go the short way where they may."""
+        """Make the row at once, and let the next rows take the fast path if possible."""
         self._read_all_before_moving()
         step, self.step = self.step, self.step + 1
         row, decision = self._host.make(
@@ -293,7 +296,7 @@ class StepRecorder:
             self._enter_fast_path(mine, optimizer, row)
 
     def _send(self, mine: Gradients, source: Source, optimizer: Optimizer | None, returned: Any) -> None:
-        """Send the row on its way from the device."""
+        """Start the transfer of the row from the device."""
         rate = mine.rate(optimizer) if optimizer is not None else None
         now = mine.measure_unread(self._layers.home, getattr(optimizer, "grad_scale", None))
         self._read_all_before_moving()
@@ -308,7 +311,7 @@ class StepRecorder:
             self._device.forget()
 
     def take_parts(self, parts: list[tuple[Measured | Unread, Floats]], family: Family, mine: Gradients) -> None:
-        """Make one row of the steps that an optimizer made inside backward; too late to act on any of them."""
+        """Make one row of the steps that an optimizer made inside backward, on which auto-clip can no longer act."""
         if not self._begin_row(self.step):
             return
         rates = np.full((len(parts), len(self._layers)), np.nan)
@@ -333,9 +336,10 @@ class StepRecorder:
     # Gradients on a device: rows come later.
 
     def catch_up(self, *, all_of_them: bool = False) -> None:
-        """Wait for the rows that are still under way; of several processes only at the end, because they decide in step.
+        """Wait for the rows under way and judge them.
 
-        That the run is unstable is not raised here but at the next step.
+        With several processes this happens only if ``all_of_them``, since they read rows at the same steps. A
+        `TrainingUnstableError` is not raised here but at the next step.
         """
         if self.peers.ranks is None or all_of_them:
             try:
@@ -344,14 +348,12 @@ class StepRecorder:
                 self._stop = stop
 
     def _read(self, wait: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Judge the rows that have come over from the device."""
+        """Judge the rows that have arrived from the device; all rows under way if ``wait``."""
         for unnumbered, decision, numbers in self._device.rows(wait=wait):
             row = unnumbered._replace(step=self.step)
             self.step += 1
             self._judge.judge(row)
             self._follow()
-            if decision is NOTHING:
-                continue
             if self.peers.ranks is not None and decision.clip is not None and decision.clip.looks_inside:
                 self.peers.clipped_by_value(row, decision, numbers.now_norm)
             else:
@@ -372,7 +374,7 @@ class StepRecorder:
         self._judge.part_failed("measuring", error)
 
     def _announce_failure(self) -> None:
-        """Exchange the news that gradwatch failed here; leave in the step in which all processes know."""
+        """Tell the other processes that gradwatch failed here, and stop at the step at which all of them know."""
         ranks = self.peers.ranks
         if ranks is None:
             self.over = True
@@ -386,7 +388,7 @@ class StepRecorder:
 
 
 def _fused_scale(optimizer: Optimizer | None) -> float | None:
-    """Return the loss scale that a fused optimizer still has to divide by; None when it will skip this step."""
+    """Return the loss scale by which a fused optimizer has yet to divide; None if it will skip this step."""
     scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if overflow is not None and overflow.item() > 0:
         return None

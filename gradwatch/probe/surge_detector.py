@@ -1,4 +1,4 @@
-"""Decides on the device, before a row has come over, whether a step's gradients surge."""
+"""Decides on the device, before a row has arrived on the host, whether the gradients of a step surge."""
 
 from __future__ import annotations
 
@@ -14,32 +14,42 @@ if TYPE_CHECKING:
 
 _WINSOR = math.log(4.0)
 _RATE = 1.0 - 0.5 ** (1.0 / 64)
-_SETTLED = 8  # norms before which nothing is a surge
+_SETTLED = 8  # norms needed before a step can be a surge
 
 
 class SurgeDetector:
-    """Decides about a step that no rule has seen yet: whether its gradients surge, whether they may be used at all.
+    """Decides whether the gradients of a step surge, before any rule has seen them.
 
-    Keeps the typical global norm ``b`` on the device as `gradwatch.history.statistics.Typical` does on the host: an exponential
-    average of logs, moved by at most log 4 a step, that takes no zero, NaN or Inf.
+    It keeps the typical global norm ``b`` on the device as `gradwatch.history.statistics.Typical` does on the host: an
+    exponential average of logarithms that moves by at most log 4 per step and ignores zero, NaN and Inf.
+
+    Args:
+        home: the device.
+
+    Attributes:
+        home: the device.
     """
 
     def __init__(self, home: torch.device) -> None:
         self.home = home
-        self._log = torch.zeros((), dtype=device.precise(home), device=home)
-        self._seen = torch.zeros((), dtype=device.precise(home), device=home)
+        self._log = torch.zeros((), dtype=device.widest_float(home), device=home)
+        self._seen = torch.zeros((), dtype=device.widest_float(home), device=home)
 
     def fires(self, norm: Tensor, loss: Tensor, *, limit: float, far: float, loss_ceiling: float) -> Tensor:
-        """Return whether this step surges, as bool without dimensions.
+        """Return whether a step surges, as a bool tensor without dimensions.
 
-        It does ``far`` times beyond the usual, or ``limit`` times beside a loss above its ceiling.
-        ``loss`` is NaN where none was seen: then nothing speaks for the run.
+        Args:
+            norm: global norm of the step.
+            loss: loss of the step; NaN if none was seen, which counts as above the ceiling.
+            limit: multiple of the typical norm above which it surges if the loss is above its ceiling.
+            far: multiple of the typical norm above which it surges whatever the loss.
+            loss_ceiling: usual upper bound of the loss.
         """
         surge = torch.where(self._seen >= _SETTLED, norm * torch.exp(-self._log), 0.0)
         return (surge > far) | ((surge > limit) & ~(loss <= loss_ceiling))
 
     def learn(self, norm: Tensor) -> None:
-        """Let the typical norm follow."""
+        """Update the typical norm with the global norm of a step."""
         log = torch.log(norm)
         use = torch.isfinite(log)
         self._seen += use

@@ -1,4 +1,4 @@
-"""How a training makes its updates: by a torch optimizer, by itself after each backward, or where the user says so."""
+"""How a training makes its updates: by a torch optimizer, by code of its own after each backward, or where the user says."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 
     from gradwatch.measure.layers import Layers
 
-_UNDECIDED = 16  # steps of optimizers that own no watched layer after which a loop is taken to have none of its own
+_UNDECIDED = 16  # steps of optimizers without watched layers after which the model is assumed to have no optimizer
 
 
 class UpdateLoop:
-    """What is known of one training's updates.
+    """Finds out how one training makes its updates.
 
     Args:
         layers: the watched parameters.
 
-    Attributes: ``kind`` is where its rows are made.
+    Attributes:
+        kind: where rows are made: at steps of torch optimizers, at ends of backwards, or where the user says.
     """
 
     def __init__(self, layers: Layers) -> None:
@@ -35,29 +36,35 @@ class UpdateLoop:
         self._weights_then = math.nan
 
     def owns_any(self, optimizer: Optimizer) -> bool:
-        """True when the optimizer holds at least one watched parameter."""
+        """Return whether the optimizer holds at least one watched parameter."""
         return any(self._layers.column(p) is not None for group in optimizer.param_groups for p in group["params"])
 
     def optimizer_found(self) -> None:
-        """Take note that there is a torch optimizer of watched parameters."""
+        """Record that there is a torch optimizer of watched parameters."""
         self._has_optimizer = True
 
     def optimizer_steps(self) -> None:
-        """Make rows at the steps of torch optimizers, unless the user has said where the updates are."""
+        """Make rows at the steps of torch optimizers, unless the user says where updates happen."""
         if self.kind != "explicit":
             self.kind = "optimizer"
 
     def user_steps(self) -> None:
-        """Make rows where the user says that the update is about to happen."""
+        """Make rows only where the user says that the update is about to happen."""
         self.kind = "explicit"
 
     def stepped_in_vain(self, backwards: int) -> None:
-        """Count the step of an optimizer that owns no watched parameter; ``backwards`` of this model have come so far."""
+        """Count a step of an optimizer that owns no watched parameter, if a backward of the model came since the last one.
+
+        ``backwards`` is the number of backwards of the model so far.
+        """
         if backwards > self._vain_at:
             self._vain_steps, self._vain_at = self._vain_steps + 1, backwards
 
     def backward_ended(self) -> bool:
-        """Return whether the end of this backward is the last moment before an update that no torch optimizer makes."""
+        """Return whether a row is to be made now, at the end of a backward, because no torch optimizer makes the update.
+
+        The first update is not recorded: until it has happened, it is not known that no optimizer is in use.
+        """
         if self.kind in ("explicit", "optimizer") or self._has_optimizer:
             return False
         if self.kind == "unknown" and not self._look_for_updates():
@@ -66,11 +73,11 @@ class UpdateLoop:
         return True
 
     def _look_for_updates(self) -> bool:
-        """Return whether the weights moved although there is no optimizer of theirs, or another one keeps stepping in vain."""
+        """Return whether the weights changed without an optimizer of theirs, or only optimizers of other parameters step."""
         parameters = [parameter for _, parameter in self._layers.measured()]
         if all(device.reading_is_free(parameter.device) for parameter in parameters):
             now = sum(norm_of(parameter) for parameter in parameters)
-        else:  # torch counts the changes in place of each tensor
+        else:  # torch counts the in-place changes of each tensor
             now = float(sum(version_of(parameter) for parameter in parameters))
         then, self._weights_then = self._weights_then, now
         if self._vain_steps >= _UNDECIDED:

@@ -39,27 +39,31 @@ class Report:
         """Release threads, files and streams. Called after the report raised; nothing follows."""
 
 
-class RunLog(Report):
-    """A report that keeps the run: it is told of each row too. Its file lies in ``folder``."""
+class RunLogReport(Report):
+    """A report that records the run, and therefore receives every row too.
+
+    Attributes:
+        folder: folder of its file.
+    """
 
     folder: Path
 
     def row(self, row: Row) -> None:
-        """Take note of a row that was pushed just now and is not judged yet."""
+        """Record a row that was just added to the history and is not judged yet."""
         raise NotImplementedError
 
     def judged(self, alarms: Sequence[Alarm]) -> None:
-        """Take note of alarms that changed state."""
+        """Record alarms that changed state."""
         raise NotImplementedError
 
     def raised(self, error: BaseException, snapshot: Snapshot) -> None:
-        """Keep the moment in which the training raised."""
+        """Record the state of the run at which the training raised ``error``."""
         raise NotImplementedError
 
     def went_back(self) -> None:
-        """Keep the rows so far apart from those that come: the run goes on from another step."""
+        """Separate the rows so far from those that follow, because the run continues from another step."""
         raise NotImplementedError
 
     def flush(self, timeout: float) -> bool:
-        """Wait until what was handed over is written; return False after ``timeout`` seconds."""
+        """Wait until everything so far is written; return False if this takes more than ``timeout`` seconds."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The reports of one run: which of them are due, what becomes of one that raises, and how they end."""
+"""The reports of one run: calls those that are due, switches off those that raise, and closes them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from gradwatch.records import Alarm, Incident, Row, Snapshot
-    from gradwatch.reports.base import Report, RunLog
+    from gradwatch.reports.base import Report, RunLogReport
     from gradwatch.reports.notes import Notes
 
 
 class ReportDesk:
-    """Hands snapshots to reports, at once when there is news and otherwise once in each report's period.
+    """Passes snapshots to reports, immediately if there is news, and otherwise once per period of each report.
 
     Args:
-        reports: told in this order; one that raises is switched off.
-        notes: what is new in them is news.
-        snapshot: makes a snapshot of this moment with the incidents that are news, the first one at once.
+        reports: reports in the order in which they are called; one that raises is switched off.
+        notes: notes of the run; a new note is news.
+        snapshot: returns a snapshot of the run, given the incidents that changed; it is called once on creation.
 
-    Attributes: ``log`` is the run log, told of each row as well; None when there is none. ``news`` holds the incidents that
-    changed since the last snapshot that was shown.
+    Attributes:
+        log: the run log, which receives every row as well; None: there is none.
+        news: incidents that changed since the last snapshot that was shown.
     """
 
     def __init__(
         self, reports: Sequence[Report], notes: Notes, snapshot: Callable[[tuple[Incident, ...]], Snapshot]
     ) -> None:
-        self.log: RunLog | None = None
+        self.log: RunLogReport | None = None
         self.news: tuple[Incident, ...] = ()
         self._reports = list(reports)
         self._notes = notes
@@ -45,35 +46,35 @@ class ReportDesk:
 
     @property
     def next_due(self) -> float:
-        """The time, as `time.perf_counter` gives it, at which a report is due though nothing is new."""
+        """The time, as returned by `time.perf_counter`, at which the next report is due without news."""
         return min(map(self._due_at, self._reports), default=math.inf)
 
     def _due_at(self, report: Report) -> float:
         return self._shown_at.get(id(report), -math.inf) + report.period
 
-    def keep(self, log: RunLog) -> None:
+    def keep(self, log: RunLogReport) -> None:
         """Add a run log, as the last of the reports."""
         self.log = log
         self._reports.append(log)
 
     def start(self) -> None:
-        """Tell the reports that watching begins."""
+        """Call `Report.start` of all reports."""
         for report in tuple(self._reports):
             self._tell(report, "start")
 
     def row(self, row: Row) -> None:
-        """Hand a row to the run log before it is judged."""
+        """Pass a row to the run log before it is judged."""
         if self.log is not None:
             self._tell(self.log, "row", row)
 
     def judged(self, alarms: Sequence[Alarm], incidents: Sequence[Incident]) -> None:
-        """Take the alarms and the incidents that a row has changed."""
+        """Pass the alarms that a row has changed to the run log, and add its incidents to the news."""
         if alarms and self.log is not None:
             self._tell(self.log, "judged", alarms)
         self.news += tuple(incidents)
 
     def show(self) -> None:
-        """Hand a snapshot to every report that is due."""
+        """Pass a snapshot to every report that is due."""
         if not self._reports:
             self.news = ()
             return
@@ -89,24 +90,24 @@ class ReportDesk:
             self._tell(report, "step", snapshot)
 
     def raised(self, error: BaseException) -> None:
-        """Have the run log keep the moment in which the training raised."""
+        """Let the run log record the state at which the training raised ``error``."""
         if self.log is not None:
             self._tell(self.log, "raised", error, self._snapshot(self.news))
 
     def went_back(self) -> None:
-        """Tell the run log that the coming rows do not follow the last one."""
+        """Notify the run log that the next rows do not follow the last one."""
         if self.log is not None:
             self._tell(self.log, "went_back")
 
     def flush(self, timeout: float) -> bool:
-        """Have the run log write all rows so far; return False if that takes longer, or if there is no log."""
+        """Let the run log write all rows so far; return False if this exceeds ``timeout`` seconds or there is no log."""
         if self.log is None:
             return False
         self._tell(self.log, "step", self._snapshot(self.news))
         return self.log is not None and self.log.flush(timeout)
 
     def close(self) -> list[Failure]:
-        """Show the reports the last snapshot and end them, each whatever becomes of the others; return what failed."""
+        """Pass the last snapshot to all reports and close them, even if some raise; return what failed."""
 
         def last() -> None:
             self._shown = self._snapshot(self.news)
@@ -114,13 +115,13 @@ class ReportDesk:
         failures = all_done([("the last snapshot", last)])
         snapshot = self._shown
         if failures:
-            stale = f"this is the run as it was at step {snapshot.step}: its end could not be put together."
+            stale = f"this is the state at step {snapshot.step}, because the last snapshot could not be made."
             snapshot = replace(snapshot, notes=(*snapshot.notes, stale))
         for report in tuple(self._reports):
             failed = all_done([(f"report {type(report).__name__}", partial(report.close, snapshot))])
             failures += failed
             if failed:
-                all_done([("letting go", report.abandon)])  # that it failed is noted once
+                all_done([("releasing", report.abandon)])  # the failure of the report is noted already
         self._reports.clear()
         return failures
 
@@ -131,6 +132,6 @@ class ReportDesk:
             self._reports.remove(report)
             if report is self.log:
                 self.log = None
-            with suppress(Exception):  # that it failed is noted once
+            with suppress(Exception):  # the failure of the report is noted below
                 report.abandon()
             self._notes.part_failed(f"report {type(report).__name__}", error)

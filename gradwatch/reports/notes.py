@@ -1,4 +1,4 @@
-"""What gradwatch could not do, and which of its parts failed: each is said once."""
+"""Notes about what gradwatch could not do and which of its parts failed, each reported once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ _log = logging.getLogger("gradwatch")
 
 
 class Notes:
-    """The notes of one run, in the order in which they were made.
+    """The notes of one run.
 
     Args:
-        strict: raise errors of gradwatch's own parts instead of noting them.
+        strict: whether to raise errors of gradwatch's own parts instead of noting them.
+
+    Attributes:
+        all: the notes, in the order in which they were added.
     """
 
     def __init__(self, *, strict: bool = False) -> None:
@@ -28,12 +31,12 @@ class Notes:
         self._failed: set[str] = set()
 
     def add(self, text: str) -> None:
-        """Add a note unless it is there already."""
+        """Add a note unless an equal one exists."""
         if text not in self.all:
             self.all.append(text)
 
     def extend(self, news: Iterable[str]) -> None:
-        """Add notes that are new by what they say of a step."""
+        """Add notes without comparing them with the existing ones, since each names its step."""
         self.all.extend(news)
 
     def warn(self, text: str) -> None:
@@ -42,13 +45,13 @@ class Notes:
         _say(logging.WARNING, printable(text))
 
     def part_failed(self, part: str, error: Exception) -> None:
-        """Note that a part raised and is switched off; raise its error if ``strict``."""
+        """Add a note that a part raised and is switched off, or raise its error if ``strict``."""
         if self.strict:
             raise error
         self.error(f"{part} failed and is switched off", error)
 
     def error(self, what: str, error: Exception) -> None:
-        """Note what failed and log its traceback, once for each ``what``."""
+        """Add a note of what failed and log the traceback, once for each ``what``."""
         if what not in self._failed:
             self._failed.add(what)
             self.all.append(f"{what}: {words_of(error)}")
@@ -56,6 +59,6 @@ class Notes:
 
 
 def _say(level: int, text: str, error: Exception | None = None) -> None:
-    # a handler of the program may raise, as it does where standard error is closed: training goes on
+    # a logging handler of the program may raise, for example if standard error is closed
     with contextlib.suppress(Exception):
         _log.log(level, "gradwatch: %s", text, exc_info=error)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from gradwatch.history.history import History
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Facts, NonFinite, Provenance, Row
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def series(text: str) -> list[float]:
             raise ValueError(f"{word!r} is not a series: write 0.1, 0.1x20, 1*2x5 or 1+0.5x4.")
         start, by = float(match["start"]), float(match["by"] or 0)
         steps = range(int(match["count"] or 1))
-        with quiet_numpy():  # growth may overflow to infinity
+        with ignore_fp_warnings():  # growth may overflow to infinity
             values.extend(
                 start * float(np.float64(by) ** n) if match["way"] == "*" else start + by * n if match["way"] else start
                 for n in steps

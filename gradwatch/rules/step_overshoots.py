@@ -73,12 +73,12 @@ class StepOvershoots(Rule):
     def measure(self, history: History) -> Floats:
         """Return the value in the column of the layer with the largest term, shape (L,); NaN in all others."""
         value = np.full(len(history.layers), np.nan)
-        promise = history.promise
+        predicted_decrease = history.predicted_decrease
         held = max(history.row.loss, abs(history.reference_loss) / 10)
-        if held > 0 and np.isfinite(promise).any():
-            if np.nansum(promise) > self.limit * held:  # looked up only where the rule would fire
-                promise = promise * _share_that_is_unusual(history)
-            value[np.nanargmax(promise)] = np.nansum(promise) / held
+        if held > 0 and np.isfinite(predicted_decrease).any():
+            if np.nansum(predicted_decrease) > self.limit * held:  # looked up only where the rule would fire
+                predicted_decrease = predicted_decrease * _share_that_is_unusual(history)
+            value[np.nanargmax(predicted_decrease)] = np.nansum(predicted_decrease) / held
         return value
 
 

@@ -81,4 +81,4 @@ class UpdateTooLarge(Rule):
             if history.losses <= EARLY and history.facts.optimizer in _RATE_SIZED:
                 meant = history.rate * np.sqrt(history.sizes) / np.maximum(history.weight, floor)
                 ratio = np.fmax(ratio, meant / 2)
-        return np.where(history.telling, ratio, np.nan)
+        return np.where(history.large_matrices, ratio, np.nan)

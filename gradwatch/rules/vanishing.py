@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from gradwatch.history.history import SETTLED
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
 
@@ -59,7 +60,7 @@ class Vanishing(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the largest typical gradient element of all layers over that of each layer, shape (L,)."""
-        seen = history.typical_grad.seen >= 8
+        seen = history.typical_grad.seen >= SETTLED
         told = seen & history.matrices & (history.row.grad_norm > 0)
         rms = np.where(told, history.typical_grad.value / np.sqrt(history.sizes), np.nan)
         value: Floats = np.fmax.reduce(rms, initial=np.nan) / rms

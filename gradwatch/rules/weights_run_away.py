@@ -65,4 +65,6 @@ class WeightsRunAway(Rule):
         growth = history.weight / np.maximum(history.least_weight, history.half_usual)
         if history.losses < 16:
             return np.full(len(growth), np.nan)
-        return np.where(history.telling, growth * self.share if history.gained(self.progress) else growth, np.nan)
+        return np.where(
+            history.large_matrices, growth * self.share if history.gained(self.progress) else growth, np.nan
+        )

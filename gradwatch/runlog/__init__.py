@@ -1,4 +1,4 @@
-"""The run log: a run in one SQLite file, written while it trains and read by whoever looks in."""
+"""The run log: one SQLite file per run, which is written during training and can be read at any time."""
 
 from __future__ import annotations
 

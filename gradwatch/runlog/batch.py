@@ -1,4 +1,4 @@
-"""What the training hands to the thread that writes: everything since the last time, in one piece."""
+"""The batch that the training passes to the writer thread: everything that is new since the previous batch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Batch:
-    """``n`` rows of ``L`` layers, and what was said about them.
+    """``n`` rows of ``L`` layers, with the alarms, the snapshot and the notes that belong to them.
 
-    ``gradient`` is (n, L) float32, or holds only the rows at ``places``, because the disk is too slow. ``special`` holds the
-    rows that did not go the short way, by their place among the ``n``: what they know beyond these arrays. ``columns``
-    describes all layers, when some are new: name, elements, matrix, fan-in. A flight is step, reason and record. ``again``:
-    the run goes back, and its rows from here on are a session of their own.
+    Attributes:
+        gradient: gradient norms, float32 of shape (n, L); only of the rows at ``places`` after `thin`.
+        places: indices of the rows that have gradient norms; None: all rows have.
+        special: rows that did not take the fast path, each with its index among the ``n``, for what the arrays do not hold.
+        columns: name, elements, whether it is a matrix, and fan-in of every layer; empty if no layer is new.
+        flights: step, reason and record of each call of the flight recorder.
+        again: whether the run has gone back to an earlier step, so that the rows from here on form a new session.
     """
 
     time: float
@@ -45,20 +48,23 @@ class Batch:
     again: bool = False
 
     def thin(self) -> None:
-        """Keep the numbers of each layer for each eighth row only, those that are kept longest."""
+        """Drop the norms of the layers, except those of every eighth row, which are also kept longest in the file."""
         self.places = [place for place, step in enumerate(self.steps.tolist()) if (step + 1) % EACH == 0]
         self.gradient = self.gradient[self.places]
         kept = set(self.places)
         self.special = [(place, row) for place, row in self.special if place in kept]
 
     def less(self) -> tuple[Batch, Batch]:
-        """Return what to write where something in it cannot be: all about its rows without what was said, the bare rows."""
+        """Return two reduced batches, to try in turn if this one cannot be written.
+
+        The first has the rows without alarms, notes and records, the second only the arrays of the rows.
+        """
         rows = replace(self, alarms=[], snapshot=None, notes=[], flights=[], facts=None, order=None)
         return rows, replace(rows, special=[])
 
     @property
     def nbytes(self) -> int:
-        """What it takes in memory, about."""
+        """The approximate size in memory, in bytes."""
         return (
             64 * len(self.steps) + self.gradient.nbytes + sum(8 * row.grad_norm.nbytes for _, row in self.special) // 2
         )

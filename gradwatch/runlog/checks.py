@@ -1,4 +1,4 @@
-"""Whether a file is a run log at all, asked before anything else is."""
+"""Checks that a file is a run log of this format, made before anything else is read from it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,20 @@ if TYPE_CHECKING:
 
 
 def told_of(path: Path, error: Exception) -> RunLogError:
-    """Return what to say of a file that SQLite cannot read.
-
-    It is opened here only when SQLite has found that it is none of its files: closing a file anywhere in a process takes away
-    the locks that SQLite holds on it.
-    """
-    if "not a database" in str(error):
-        with path.open("rb") as file:
-            beginning = file.read(16)
-        if beginning != b"SQLite format 3\0":
-            return RunLogError(
-                f"{path} is no run log: it begins with {beginning!r} and not as an SQLite file does. It was damaged, or "
-                "another program made it. Give another path, or remove it."
-            )
+    """Return the error for a file that begins as an SQLite file but that SQLite cannot read."""
     return RunLogError(f"{path} is damaged: {error}. Give another path, or remove it.")
 
 
+def connection_to_look(database: Path) -> sqlite3.Connection:
+    """Open a database read-only. If it consists of a single file, SQLite does not create other files next to it."""
+    beside = (database.with_name(f"{database.name}{suffix}") for suffix in ("-wal", "-journal"))
+    waits = any(path.exists() and path.stat().st_size for path in beside)
+    name = f"{database.as_uri()}?mode=ro{'' if waits else '&immutable=1'}"
+    return sqlite3.connect(name, uri=True, timeout=5, isolation_level=None)
+
+
 def check_kind(connection: sqlite3.Connection, path: Path, *, empty: bool = False) -> None:
-    """Raise a `RunLogError` unless this SQLite file is a run log that this version can read; ``empty``: or will become one."""
+    """Raise a `RunLogError` unless this SQLite file is a run log that this version can read, or, if ``empty``, has no tables."""
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -42,24 +38,26 @@ def check_kind(connection: sqlite3.Connection, path: Path, *, empty: bool = Fals
     if not tables and not empty:
         raise RunLogError(f"{path} holds nothing yet. Wait for the first step of its training.")
     if application != APPLICATION:
-        raise RunLogError(f"{path} is an SQLite file of another program, no run log of gradwatch. Give another path.")
+        raise RunLogError(
+            f"{path} is an SQLite file of another program, not a run log of gradwatch. Give another path."
+        )
     if version != VERSION:
         raise RunLogError(
-            f"{path} is a run log of format {version}; this gradwatch knows format {VERSION}. Read it with the version that "
-            "wrote it, or give another path."
+            f"{path} is a run log of format {version}; this version of gradwatch supports format {VERSION}. Read it with the "
+            "version that wrote it, or give another path."
         )
     _check_schema(connection, path)
 
 
 def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    """Refuse a file whose tables are not those of a run log: a view in their place would be a program that a reader runs."""
+    """Raise a `RunLogError` if the tables are not those of a run log; a view in their place would execute foreign SQL."""
     found = dict(connection.execute("SELECT name, sql FROM sqlite_master"))
     for name, statement in _schema().items():
         if name not in found:
             raise RunLogError(f"{path} is damaged: it lacks the table {name}. Give another path, or remove it.")
         if _bare(found[name]) != statement:
             raise RunLogError(
-                f"{path} is damaged: its table {name} is none of a run log. Give another path, or remove it."
+                f"{path} is damaged: its table {name} differs from that of a run log. Give another path, or remove it."
             )
 
 
@@ -71,5 +69,5 @@ def _schema() -> dict[str, str]:
 
 
 def _bare(statement: object) -> str:
-    """Return a statement without comments, line ends and indentation."""
+    """Return a statement without comments, line breaks and indentation."""
     return " ".join(re.sub(r"--[^\n]*", "", str(statement)).split())

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine, rules and their thresholds, auto-clip."""
+"""The environment of a run: versions, platform, rules with their thresholds, and auto-clip."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def environment_of(rules: Sequence[Rule], policy: AutoClip | None) -> dict[str, Any]:
-    """Return it as plain values, fit for JSON."""
+    """Return the environment of this run as plain values that can be written as JSON."""
     return {
         "versions": {
             "gradwatch": _version("gradwatch"),
@@ -41,7 +41,7 @@ def environment_of(rules: Sequence[Rule], policy: AutoClip | None) -> dict[str, 
 def _settings(rule: Rule) -> dict[str, Any]:
     try:
         return rule.model_dump(mode="json")
-    except ValueError:  # a user's rule may hold what is no JSON
+    except ValueError:  # a user's rule may have settings that cannot be written as JSON
         return {name: str(value) for name, value in rule}
 
 

@@ -1,4 +1,4 @@
-"""The flight recorder: what was known in the moment in which a run went wrong, in one piece."""
+"""The flight recorder: a record of everything that is known at the moment when a run goes wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def record_of(
     batch: list[dict[str, Any]] | None,
     error: BaseException | None = None,
 ) -> str:
-    """Return, as JSON, the last 64 rows with their largest layers, the open incidents, versions, batch and traceback."""
+    """Return the last 64 rows with their largest layers, the open incidents, versions, batch and traceback as JSON."""
     norms = history.grad_norm(last=_ROWS)
     scalars = (
         history.steps(last=_ROWS),
@@ -65,6 +65,6 @@ def record_of(
 def _traceback(error: BaseException) -> str:
     try:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except Exception:  # an error may answer to anything with another one
+    except Exception:  # formatting an error of a user's class may raise
         return words_of(error)
     return text[-_MOST_TEXT:]

@@ -1,4 +1,4 @@
-"""The last moment of a run, out of its log: what a live view in the training's own process shows."""
+"""Reads the latest snapshot of a run from its log, as a live view in the training process would show it."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from gradwatch.runlog.schema import OF_SESSION, unpacked
 if TYPE_CHECKING:
     from gradwatch.runlog.reader import RunLog
 
-_SERIES = 400  # rows for the curves, as a live view gets
+_SERIES = 400  # rows for the curves, as in a live view
 
 
 def snapshot_of(log: RunLog, series: int = _SERIES) -> Snapshot:
-    """Return the last moment that the training handed over; curves hold the last ``series`` rows.
+    """Return the latest snapshot that the training wrote; its curves have the last ``series`` rows.
 
     Raises:
-        RunLogError: no step was made yet, or the log is damaged.
+        RunLogError: there is no step yet, or the log is damaged.
     """
     found, loss, global_norm = log.latest(series)
     if found is None:
-        raise RunLogError(f"The run log {log.folder} holds no step yet. Wait for the first one of its training.")
+        raise RunLogError(f"The run log {log.folder} holds no step yet. Wait for the first step of its training.")
     step, text, gradient, weight, nonfinite, closeness, closest = found
     count = len(log.layers)
     with log.reading():
         moment = from_json(Moment, text)
         if not -1 <= int(step) < OF_SESSION:
-            raise ValueError(f"its last moment is of step {step}")
+            raise ValueError(f"the latest snapshot has the step {step}, which is out of range")
         if step >= 0 and not len(loss):
-            raise ValueError(f"it lacks the rows of its {int(step) + 1} steps")
+            raise ValueError(f"the rows of its {int(step) + 1} steps are missing")
         if not moment.rules:
-            closeness = None  # nothing can be close to its limit
+            closeness = None  # without rules there are no limits to be close to
         mask = np.zeros(count, dtype=np.uint8)
         mask[: len(nonfinite)] = np.frombuffer(nonfinite, dtype=np.uint8)
         rule = np.zeros(count, dtype=np.intp)

@@ -1,4 +1,4 @@
-"""The last moment of a run, kept so that a live view in another process shows the same as one in the training's own."""
+"""The latest state of a run, stored so that a live view in another process shows the same as one in the training process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Moment:
-    """What of a `Snapshot` is neither an array nor in a table of its own; see there."""
+    """The attributes of a `Snapshot` that are neither arrays nor stored in a table of their own."""
 
     facts: Facts
     rules: tuple[str, ...]
@@ -30,7 +30,7 @@ class Moment:
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Moment:
-        """Take what is kept of a snapshot."""
+        """Return the moment of ``snapshot``."""
         return cls(
             facts=snapshot.facts,
             rules=tuple(snapshot.rules),

@@ -1,4 +1,4 @@
-"""Records as JSON and back. What is read is validated: a damaged or forged file gives an error and nothing else."""
+"""Conversion of records to JSON and back. What is read is validated, so a damaged or forged file only raises an error."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 def to_json(value: Any) -> str:
     """Return plain values, dataclasses and named tuples as JSON.
 
-    What it lacks stands as its text: NaN and Inf as nan and inf, values of other kinds as ``str()`` of them.
+    Values that JSON does not support are written as text: NaN and infinity as nan and inf, other objects as ``str()`` of them.
     """
     return json.dumps(_plain(value), allow_nan=False, default=lambda other: storable(str(other)))
 
 
 def storable(text: str) -> str:
-    r"""Return a text as a file of Unicode can hold it: what is none, such as a file name's stray byte, stands as ``\udcff``."""
+    r"""Return a text that can be encoded as UTF-8: other characters, as of an undecodable file name, are escaped (``\udcff``)."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def from_json(kind: type[Record], text: str | bytes) -> Record:
-    """Read and validate what `to_json` wrote of a ``kind``; raises a `ValueError` where it is none."""
+    """Return the ``kind`` that `to_json` wrote as ``text``; raises a `ValueError` if the text is not valid."""
     adapter: TypeAdapter[Record] = _adapter(kind)
     return adapter.validate_json(text)
 
 
 def checked(kind: type[Record], value: Any) -> Record:
-    """Validate plain values as a ``kind``; raises a `ValueError` where they are none."""
+    """Return plain values as a ``kind``; raises a `ValueError` if they are not valid."""
     adapter: TypeAdapter[Record] = _adapter(kind)
     return adapter.validate_python(value)
 

@@ -1,12 +1,12 @@
-"""A run log, open to be read: while it is written, after it was cut off, or by another process.
+"""Reading of a run log, also while it is being written or after its process was killed.
 
-Nothing is written, and nothing that the file holds is run. Whatever is wrong with it is a `RunLogError`.
+Reading neither changes the file nor executes anything in it. Every defect of the file raises a `RunLogError`.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,9 @@ from gradwatch.errors import RunLogError
 from gradwatch.history.history import History
 from gradwatch.records import Alarm, Facts, Incident
 from gradwatch.rules import RULES
-from gradwatch.runlog.checks import check_kind, told_of
+from gradwatch.runlog.checks import check_kind, connection_to_look, told_of
 from gradwatch.runlog.lock import is_written
-from gradwatch.runlog.own import readers
+from gradwatch.runlog.own import closed_by, opened_by
 from gradwatch.runlog.plain import checked, from_json
 from gradwatch.runlog.rows import Count, row_of
 from gradwatch.runlog.schema import FILE
@@ -42,22 +42,28 @@ _DAMAGE = (
     AttributeError,
     ArithmeticError,
     OSError,
-    RuntimeError,  # nested too deeply; links that lead in a circle
+    RuntimeError,  # nested too deeply, or a loop of links
     MemoryError,
 )
-_MOST_NUMBERS = 2**31  # of norms in memory; a log that asks for more must be large itself
+# SQLite's messages for files that it cannot access
+_OF_THE_DISK = ("unable to open database file", "database is locked", "disk I/O error", "attempt to write a readonly")
+_OF_THE_DISK_TOLD = "Expected a path that can be read: check the path, its permissions and the disk."
+_MOST_NUMBERS = 2**31  # norms in memory; a log that needs more must be a large file itself
 
 
 class RunLog:
-    """A run log.
+    """A run log that is open for reading.
 
     Args:
-        path: its folder, or the file in it.
+        path: the folder of the run log, or the file in it.
 
     Raises:
-        RunLogError: there is none, it is damaged, or of another format.
+        RunLogError: there is no run log, it is damaged, or it has another format.
 
-    Attributes: ``folder``; ``layers`` names the columns; ``sessions`` are those that wrote it, in order.
+    Attributes:
+        folder: the folder of the run log.
+        path: the path of the file, with links resolved.
+        layers: names of the layers, which are the columns of all arrays.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,19 +73,19 @@ class RunLog:
             self.folder = self._path.parent
             if not self._path.is_file():
                 raise RunLogError(
-                    f"There is no run log in {path}: expected a folder with {FILE}, as attach(log=...) makes it."
+                    f"There is no run log in {path}: expected a folder with {FILE}, as attach(log=...) creates it."
                 )
-        self._db = self._connect()
-        readers.add(self)
-        try:
+            self.path = self._path.resolve()
+            opened_by(self)
+        with ExitStack() as undo:
+            undo.callback(closed_by, self)
+            self._db = self._connect()
+            undo.callback(self._db.close)
             with self.reading():
                 self._open()
-        except BaseException:
-            self._db.close()
-            raise
+            undo.pop_all()
 
     def _open(self) -> None:
-        check_kind(self._db, self._path)
         columns = self._db.execute("SELECT name, elements, matrix, fan_in FROM layers ORDER BY place").fetchall()
         if not columns:
             raise ValueError("it names no layers")
@@ -89,12 +95,14 @@ class RunLog:
 
     def _connect(self) -> sqlite3.Connection:
         with self.reading():
-            name = f"{self._path.resolve().as_uri()}?mode=ro"
+            with closing(connection_to_look(self.path)) as db:
+                check_kind(db, self._path)  # leaves a file unchanged that it refuses
+            name = f"{self.path.as_uri()}?mode=ro"
             db = sqlite3.connect(name, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
             try:
                 db.execute("SELECT count(*) FROM sqlite_master").fetchone()
             except sqlite3.OperationalError:
-                db.close()  # a folder closed to writing, where no process writes: nothing will change
+                db.close()  # the folder is read-only, so no process writes and nothing can change
                 db = sqlite3.connect(f"{name}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
             except sqlite3.DatabaseError:
                 db.close()
@@ -103,7 +111,7 @@ class RunLog:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Turn whatever goes wrong inside into a `RunLogError`."""
+        """Raise every error inside the context as a `RunLogError`."""
         try:
             yield
         except RunLogError:
@@ -112,14 +120,14 @@ class RunLog:
             if "not a database" in str(error):
                 raise told_of(self._path, error) from error
             what = " ".join(str(error).split())[:300]
-            raise RunLogError(
-                f"The run log {self._path} cannot be read: {what}. It was damaged, or written by something else."
-            ) from error
+            passing = isinstance(error, OSError) or any(words in what for words in _OF_THE_DISK)
+            cause = _OF_THE_DISK_TOLD if passing else "It is damaged, or was written by another program."
+            raise RunLogError(f"The run log {self._path} cannot be read: {what}. {cause}") from error
 
     def close(self) -> None:
-        """Let go of the file."""
-        readers.discard(self)
+        """Close the file."""
         self._db.close()
+        closed_by(self)
 
     def __enter__(self) -> RunLog:
         return self
@@ -127,16 +135,16 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # What is in it.
+    # Contents.
 
     @property
     def is_written(self) -> bool:
-        """True while a process writes to it."""
+        """True while a process writes to the run log."""
         return is_written(self.folder)
 
     @property
     def sessions(self) -> list[Session]:
-        """The processes that wrote it, in order."""
+        """The sessions that wrote the run log, in order."""
         statement = (
             "SELECT environment, facts, session, pid, host, started, ended, first_step, until_step FROM sessions "
             "ORDER BY session"
@@ -154,7 +162,7 @@ class RunLog:
         return checked(Session, told | dict(zip(names, numbers, strict=True)))
 
     def end(self) -> tuple[int, int, float | None]:
-        """Return the last step, how many rows the run has, and its last loss, None where it is NaN or unseen."""
+        """Return the last step, the number of rows of the run, and its last loss, which is None if it is NaN or unknown."""
         with self.reading():
             (count,) = self._db.execute("SELECT count(*) FROM line").fetchone()
             statement = "SELECT step, loss FROM line ORDER BY id DESC LIMIT 1"
@@ -171,7 +179,7 @@ class RunLog:
             return Series(*(np.array(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)))
 
     def times(self, ids: NDArray[np.int64]) -> Floats:
-        """Return when rows were made, in seconds since 1970, shape (n,): between the moments that were noted, evenly."""
+        """Return the times of rows in seconds since 1970, shape (n,), interpolated between the times that were recorded."""
         with self.reading():
             known = np.array(self._db.execute("SELECT id, time FROM clock ORDER BY id").fetchall(), dtype=np.float64)
             if not len(known):
@@ -183,14 +191,19 @@ class RunLog:
         weight: bool = False,  # noqa: FBT001, FBT002
         last: int | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return steps (n,) and gradient norms (n, L) of the rows that have them, or weight norms; ``last``: of the last."""
+        """Return the steps (n,) and norms (n, L) of the rows that have norms, oldest first.
+
+        Args:
+            weight: whether to return weight norms instead of gradient norms.
+            last: largest number of rows to return, counted from the last; None: all.
+        """
         column = "weight" if weight else "gradient"
         statement = (
             f"SELECT step, norms.{column} FROM line JOIN norms USING (id) "  # noqa: S608
             f"WHERE norms.{column} IS NOT NULL ORDER BY id DESC LIMIT ?"
         )
         with self.reading():
-            most = -1 if last is None else last  # to SQLite, -1 is no limit
+            most = -1 if last is None else last  # in SQLite, -1 means no limit
             (count,) = self._db.execute(f"SELECT count(*) FROM ({statement})", (most,)).fetchone()  # noqa: S608
             self._check_size(count)
             steps = np.zeros(count, dtype=np.int64)
@@ -201,12 +214,14 @@ class RunLog:
             return steps, norms
 
     def _check_size(self, rows: int) -> None:
-        """Refuse a small file that asks for more memory than any run of its size would."""
+        """Raise a `ValueError` if the file is too small to hold the norms of ``rows`` rows."""
         if rows * len(self.layers) > max(_MOST_NUMBERS, 16 * self._path.stat().st_size):
-            raise ValueError(f"it speaks of {rows} rows of {len(self.layers)} layers, and is too small to hold them")
+            raise ValueError(
+                f"it is too small to hold the {rows} rows of {len(self.layers)} layers that it claims to have"
+            )
 
     def nonfinite(self, weight: bool = False) -> Iterator[tuple[int, NDArray[np.uint8]]]:  # noqa: FBT001, FBT002
-        """Yield the steps with gradients (or weights) that are not finite, and above 0 for each such layer, shape (L,)."""
+        """Yield each step with gradients (or weights) that are not finite, and a mask (L,) that is above 0 for their layers."""
         column = "weight" if weight else "gradient"
         statement = (
             f"SELECT step, nonfinite.{column} FROM line JOIN nonfinite USING (id) "  # noqa: S608
@@ -220,32 +235,32 @@ class RunLog:
 
     @property
     def incidents(self) -> list[Incident]:
-        """All incidents, those of steps that were made again included, in opening order."""
+        """All incidents in the order in which they opened, including those of steps that were made again later."""
         return self._records(Incident, "SELECT incident FROM incidents ORDER BY session, number")
 
     @property
     def alarms(self) -> list[Alarm]:
-        """All changes of state of the rules, oldest first."""
+        """All alarms, one for each change of a rule's state, oldest first."""
         return self._records(Alarm, "SELECT alarm FROM alarms ORDER BY rowid")
 
     @property
     def flights(self) -> list[tuple[int, str, dict[str, Any]]]:
-        """What the flight recorder kept, oldest first: step, reason, and rows, incidents, versions, batch, traceback."""
+        """The records of the flight recorder, oldest first, each with its step and its reason."""
         with self.reading():
             rows = self._db.execute("SELECT step, reason, record FROM flights ORDER BY rowid").fetchall()
             return [(int(step), str(reason), from_json(dict[str, Any], record)) for step, reason, record in rows]
 
     @property
     def notes(self) -> list[str]:
-        """What gradwatch could not do, oldest first."""
+        """All notes of gradwatch about the run, oldest first."""
         with self.reading():
             notes = [note for (note,) in self._db.execute("SELECT note FROM notes ORDER BY rowid")]
             return list(dict.fromkeys(checked(list[str], notes)))
 
     def latest(self, series: int) -> tuple[tuple[Any, ...] | None, Floats, Floats]:
-        """Return the table ``latest`` and the losses and global norms of the last ``series`` rows."""
+        """Return the row of the table ``latest``, and the losses and global norms of the last ``series`` rows."""
         with self.reading():
-            self._db.execute("BEGIN")  # all of one moment, though the training goes on
+            self._db.execute("BEGIN")  # both queries must see the same state although the training goes on
             try:
                 found = self._db.execute(
                     "SELECT step, moment, gradient, weight, nonfinite, closeness, closest FROM latest"
@@ -263,7 +278,7 @@ class RunLog:
     # For a replay.
 
     def rules(self) -> tuple[list[Rule], list[str]]:
-        """Return the last session's rules with their thresholds, and the codes of those that are not gradwatch's own."""
+        """Return the last session's rules with their thresholds, and the codes of rules that are not part of gradwatch."""
         known = {rule.code: rule for rule in RULES}
         rules, unknown = [], []
         with self.reading():
@@ -276,7 +291,7 @@ class RunLog:
         return rules, unknown
 
     def history(self) -> History:
-        """Return an empty history with this run's columns."""
+        """Return an empty history with the layers of this run."""
         sizes, matrices, fan_in = zip(*self._columns, strict=True)
         history = History(self.layers, sizes, matrices, fan_in)
         last = self.sessions[-1]
@@ -286,12 +301,12 @@ class RunLog:
             if order is not None:
                 found = np.frombuffer(order, dtype="<i4")
                 if len(found) > len(self.layers) or (found < 0).any() or (found > len(self.layers)).any():
-                    raise ValueError("it orders layers that it does not name")
+                    raise ValueError("the backward order contains layers that are not in its table of layers")
                 history.know_order(np.concatenate([found, np.arange(len(found), len(self.layers))]).astype(np.intp))
         return history
 
     def rows(self) -> Iterator[Row]:
-        """Yield the run's rows as they were measured, oldest first; norms that were thinned away are NaN."""
+        """Yield the rows of the run as they were measured, oldest first; norms that were removed by thinning are NaN."""
         family = self.sessions[-1].facts.family
         statement = (
             "SELECT step, line.loss, global_norm, clip_coefficient, norms.gradient, norms.weight, "

@@ -1,7 +1,7 @@
-"""The training's side of the run log: takes rows out of the history in blocks, and never waits for the disk.
+"""The report that writes the run log. It copies rows from the history in blocks and does not wait for the disk.
 
-Quiet rows never pass here. They stand in the history's ring, and are copied from there together, twice a second or when
-the ring has 64 new ones; while no step comes that would hand them over, the thread that writes fetches them itself.
+Rows of the fast path are not passed to it one by one. They are copied from the history's ring together, about twice a second or
+when there are 64 new ones. If the training makes no further step, the writer thread fetches them itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from gradwatch.errors import words_of
-from gradwatch.reports.base import RunLog
+from gradwatch.reports.base import RunLogReport
 from gradwatch.reports.log import write_line
 from gradwatch.runlog.batch import Batch
 from gradwatch.runlog.flight import record_of
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
     from gradwatch.runlog.store import Store
 
 _ROWS = 64
-_FLIGHT = 2.0  # seconds that a critical moment may wait for the disk
+_FLIGHT = 2.0  # seconds that the flight recorder may wait for the disk
 _CLOSING = 10.0  # seconds that the end of a run may wait for the disk
-_LEAVING = 2.0  # seconds that a log that failed may
+_LEAVING = 2.0  # seconds that a log that failed may wait for the disk
 
 
 def columns_of(history: History) -> list[tuple[str, int, int, int]]:
-    """Return name, elements, whether it is a matrix, and fan-in of each layer."""
+    """Return the name, number of elements, whether it is a matrix, and fan-in of each layer."""
     numbers = (history.sizes, history.matrices, history.fan_in)
     return list(zip(history.layers, *(values.astype(np.int64).tolist() for values in numbers), strict=True))
 
 
-class Recording(RunLog):
+class Recording(RunLogReport):
     """One session of a run log.
 
     Args:
         store: the file, just opened.
-        history: read for the rows.
-        tell: told, once each, of what could not be kept.
-        environment: what the run was made with, for the flight recorder.
-        batch: returns the numbers of the batch that the user handed over, None when there is none.
+        history: history from which the rows are copied.
+        tell: called once for each kind of data that could not be written, with a message.
+        environment: environment of the run, for the flight recorder.
+        batch: returns the statistics of the batch that the user passed; None if there is none.
     """
 
     period: ClassVar[float] = 0.4
@@ -67,8 +67,7 @@ class Recording(RunLog):
         self._flown: set[int] = set()
         self._history = history
         self._writer = Writer(store, tell, resting=self._resting)
-        self._store = store
-        self._most = min(_ROWS, history.window // 2)  # a quiet stretch of 32 rows may follow before the next chance
+        self._most = min(_ROWS, history.window // 2)  # up to 32 rows of the fast path may follow before the next call
         self._taken = self._seen = self._ahead = history.rows
         self._special: list[tuple[int, Row]] = []
         self._alarms: list[Alarm] = []
@@ -79,22 +78,22 @@ class Recording(RunLog):
         self._started = False
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start the writer thread."""
         self._started = True
         self._writer.start()
 
     def row(self, row: Row) -> None:
-        """Take note of a row that was pushed just now and is not judged yet."""
+        """Record a row that was just added to the history and is not judged yet."""
         self._special.append((self._history.rows - 1, row))
         if self._history.rows - 1 - self._taken >= self._most:
             self._hand_over(self._history.rows - 1)
 
     def judged(self, alarms: Sequence[Alarm]) -> None:
-        """Take note of alarms."""
+        """Record alarms that changed state."""
         self._alarms.extend(alarms)
 
     def step(self, snapshot: Snapshot) -> None:
-        """Hand over what is new; all that was done about the last row is known."""
+        """Pass everything new to the writer thread; nothing further will be done about the last row."""
         critical = [one for one in snapshot.news if one.severity == "critical" and one.opened_step not in self._flown]
         if critical:
             self._flown.update(one.opened_step for one in critical)
@@ -103,19 +102,19 @@ class Recording(RunLog):
             self._hand_over(self._history.rows, snapshot)
 
     def raised(self, error: BaseException, snapshot: Snapshot) -> None:
-        """The training raised: keep this moment."""
+        """Call the flight recorder, because the training raised ``error``."""
         self._fly(snapshot, f"training raised {words_of(error)}"[:500], error)
 
     def _fly(self, snapshot: Snapshot, reason: str, error: BaseException | None = None) -> None:
-        """Flight recorder: have all of it on the disk now, for a moment's wait, and say where."""
+        """Write the flight recorder's record to the disk, waiting at most 2 seconds, and print where it is."""
         record = record_of(self._history, snapshot.incidents, self._environment, self._batch(), error)
         self._hand_over(self._history.rows, snapshot, [(snapshot.step, reason, record)])
         if self._writer.flush(_FLIGHT):
-            with suppress(Exception):  # standard error may be closed; the log goes on
+            with suppress(Exception):  # standard error may be closed, which must not end the log
                 write_line(f"gradwatch | step {snapshot.step} | {reason} | kept: gradwatch report {self.folder}")
 
     def close(self, snapshot: Snapshot) -> None:
-        """Write what is left and close the file."""
+        """Write what is left, and close the file."""
         if self._started:
             self._hand_over(self._history.rows, snapshot)
             self._writer.close(_CLOSING)
@@ -123,29 +122,30 @@ class Recording(RunLog):
             self.abandon()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until what was handed over is written; False after ``timeout`` seconds."""
+        """Wait until everything passed to the writer is written; return False if this takes more than ``timeout`` seconds."""
         return self._writer.flush(timeout)
 
     def went_back(self) -> None:
-        """The run goes on from another step: keep the rows so far apart from those that come."""
+        """Begin a new session for the rows that follow, because the run continues from another step."""
         self._hand_over(self._history.rows)
         self._hand_over(self._history.rows, again=True)
 
     def abandon(self) -> None:
-        """Keep what there is, say in the log that it ends here, and let go of thread, file and lock."""
+        """Write what there is, add a note that the log ends here, and release thread, file and lock."""
         if self._started:
             with suppress(Exception):  # what failed once may fail again
                 self._hand_over(self._history.rows)
             with suppress(Exception):
                 nothing = self._batch_of(self._taken, self._taken)
-                nothing.notes = [(self._history.row.step, "this log ends here: gradwatch failed while it kept it.")]
+                nothing.notes = [(self._history.row.step, "this log ends here, because gradwatch failed to write it.")]
                 self._writer.put(nothing)
         self._writer.close(_LEAVING)
 
     def _resting(self) -> Batch | None:
-        """Return the rows that stand in the history alone, when the training has made none since the last question.
+        """Return the rows that are only in the history, if the training has made no step since the previous call.
 
-        Asked by the thread that writes. They are handed over in any case: what was done to the last one may not be known yet.
+        The writer thread calls this. The same rows are passed to it again later, since what was done about the last one may
+        not be known yet.
         """
         rows, taken, special = self._history.rows, self._taken, tuple(self._special)
         rests, self._seen = rows == self._seen, rows
@@ -177,7 +177,7 @@ class Recording(RunLog):
         *,
         again: bool = False,
     ) -> None:
-        """Copy the rows before ``until``, counted from the first, and pass them on."""
+        """Copy the new rows before row ``until``, counted from the beginning of the run, and pass them to the writer thread."""
         history = self._history
         first, self._taken = max(self._taken, history.rows - history.window), until
         batch = self._batch_of(min(first, until), until, self._special)

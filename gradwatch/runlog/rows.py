@@ -1,4 +1,4 @@
-"""A row out of the tables of a run log, as it was measured."""
+"""Conversion of a row in the tables of a run log to a `Row`, as it was measured."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 def row_of(numbers: tuple[Any, ...], layers: int, family: Any) -> Row:
-    """Return the row that stands in these columns (see `RunLog.rows`), of ``layers`` layers.
+    """Return the row of ``layers`` layers that is stored in these columns (see `RunLog.rows`).
 
     Raises:
-        ValueError, TypeError: they hold none.
+        ValueError, TypeError: the columns do not hold a valid row.
     """
     step, loss, norm, coefficient, gradient, weight, rate, dead, unchanged, applied = numbers[:10]
     bad, bad_weight, counts, culprits, *provenance = numbers[10:]
@@ -61,7 +61,7 @@ def _mask(blob: bytes, layers: int) -> NDArray[np.uint8]:
 def _counts(text: str, layers: int) -> dict[int, tuple[int, int]]:
     counts = from_json(dict[Count, tuple[Count, Count]], text)
     if any(place >= layers for place in counts):
-        raise ValueError("it counts elements of layers that it does not name")
+        raise ValueError("it counts elements of layers that are not in its table of layers")
     return counts
 
 

@@ -1,8 +1,8 @@
-"""The tables of a run log, and what stands in them: an SQLite file that any language reads.
+"""The tables of a run log and the format of their values. A run log is an SQLite file, readable from any language.
 
 Arrays are packed as little-endian float32, one number for each layer in the order of the table ``layers``; a layer that
-came later has no number in older rows. NaN has no place in SQLite: a number that is NULL is NaN, or was not seen where
-the row's provenance says so.
+was added later has no number in older rows. SQLite cannot store NaN: NULL stands for NaN, or for a value that was not
+measured if the row's provenance says so.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ OF_SESSION = 10**12  # id of a row = session * OF_SESSION + step
 
 TABLES = """
 CREATE TABLE layers (
-    place INTEGER PRIMARY KEY,     -- from 0: which number of a packed array is this layer's
+    place INTEGER PRIMARY KEY,     -- from 0: index of this layer in a packed array
     name TEXT NOT NULL,
     elements INTEGER NOT NULL,
     matrix INTEGER NOT NULL,       -- 1: two or more dimensions
     fan_in INTEGER NOT NULL
 );
-CREATE TABLE sessions (            -- one for each process that wrote here, and each time that it went back to a step, in order
+CREATE TABLE sessions (            -- one for each process that wrote this log, and one more each time the run went back
     session INTEGER PRIMARY KEY,   -- from 1
     pid INTEGER NOT NULL,
     host TEXT NOT NULL,
     started REAL NOT NULL,         -- seconds since 1970
-    ended REAL,                    -- NULL: it still runs, or was killed
+    ended REAL,                    -- NULL: the session is running, or was killed
     first_step INTEGER,
     until_step INTEGER,            -- steps from here on were made again by a later session; NULL: none
     environment TEXT NOT NULL,     -- JSON: versions, rules with their settings, auto-clip, optimizer steps between rows
@@ -45,29 +45,29 @@ CREATE TABLE provenances (
     provenance INTEGER PRIMARY KEY,
     source TEXT NOT NULL, clipped TEXT NOT NULL, loss TEXT NOT NULL, processes INTEGER NOT NULL
 );
-CREATE TABLE steps (               -- each row of the run, never thinned
+CREATE TABLE steps (               -- one for each row of the run, never thinned
     id INTEGER PRIMARY KEY,        -- session * 1000000000000 + step
     loss REAL, global_norm REAL, clip_coefficient REAL,
     skipped INTEGER NOT NULL,      -- 1: auto-clip skipped the optimizer step
     provenance INTEGER NOT NULL
 );
-CREATE TABLE norms (               -- the rows' numbers for each layer; thinned
+CREATE TABLE norms (               -- the norms of each layer in a row; thinned
     id INTEGER PRIMARY KEY,
-    keep INTEGER NOT NULL,         -- 0: goes when it is older than the last rows
+    keep INTEGER NOT NULL,         -- 0: deleted once it is older than the last 5,000 rows
     gradient BLOB NOT NULL,        -- L2 norms, before any clip of auto-clip
     weight BLOB                    -- L2 norms before the step's update; NULL: not sampled with this row
 );
-CREATE TABLE samples (             -- what is known of some rows only; a plain number stands for all layers
+CREATE TABLE samples (             -- values of some rows only; a single number applies to all layers
     id INTEGER PRIMARY KEY,
     rate, dead_share, unchanged,
-    applied REAL                   -- factor of the user's own clip, where auto-clip acted too
+    applied REAL                   -- factor of the user's own clip if auto-clip acted too
 );
 CREATE TABLE nonfinite (           -- rows with gradients or weights that are not finite
     id INTEGER PRIMARY KEY,
     gradient BLOB,                 -- a byte for each layer: 1 NaN, 2 Inf, 3 both
     weight BLOB,                   -- a byte for each layer: 1 not finite
     counts TEXT,                   -- JSON: place -> [NaN elements, infinite elements]
-    culprits TEXT                  -- JSON: processes that they came from
+    culprits TEXT                  -- JSON: processes in which they arose
 );
 CREATE TABLE alarms (
     session INTEGER NOT NULL, step INTEGER NOT NULL, code TEXT NOT NULL, state TEXT NOT NULL,
@@ -79,17 +79,17 @@ CREATE TABLE incidents (
     PRIMARY KEY (session, number)
 ) WITHOUT ROWID;
 CREATE TABLE notes (session INTEGER NOT NULL, step INTEGER NOT NULL, note TEXT NOT NULL);
-CREATE TABLE flights (             -- what the flight recorder kept
+CREATE TABLE flights (             -- records of the flight recorder
     session INTEGER NOT NULL, step INTEGER NOT NULL, time REAL NOT NULL, reason TEXT NOT NULL, record TEXT NOT NULL
 );
-CREATE TABLE clock (id INTEGER PRIMARY KEY, time REAL NOT NULL);  -- when some of the rows were handed over
-CREATE TABLE latest (              -- one row: the last moment, as a live view shows it
+CREATE TABLE clock (id INTEGER PRIMARY KEY, time REAL NOT NULL);  -- times at which some of the rows were written
+CREATE TABLE latest (              -- one row: the latest state, as a live view shows it
     one INTEGER PRIMARY KEY CHECK (one = 1),
     session INTEGER NOT NULL, step INTEGER NOT NULL, time REAL NOT NULL,
     moment TEXT NOT NULL,          -- JSON
     gradient BLOB, weight BLOB, nonfinite BLOB, closeness BLOB, closest BLOB
 );
-CREATE VIEW line AS                -- the run as it stands: without the steps that were made again
+CREATE VIEW line AS                -- the rows of the run, without steps that were made again later
     SELECT id, session, id % 1000000000000 AS step, loss, global_norm, clip_coefficient, skipped, provenance
     FROM steps CROSS JOIN sessions ON session = id / 1000000000000
     WHERE until_step IS NULL OR id % 1000000000000 < until_step;
@@ -97,13 +97,13 @@ CREATE VIEW line AS                -- the run as it stands: without the steps th
 
 
 def packed(values: NDArray[Any]) -> bytes:
-    """Return numbers (L,) as little-endian float32; those beyond its range are infinite."""
+    """Return values (L,) as little-endian float32; values beyond its range become infinite."""
     with np.errstate(over="ignore"):
         return values.astype("<f4").tobytes()
 
 
 def unpacked(blob: bytes | None, layers: int) -> Floats:
-    """Return the numbers of a packed array, shape (L,); those of layers that came later are NaN.
+    """Return the values of a packed array, shape (L,); those of layers that were added later are NaN.
 
     Raises:
         ValueError: the array is longer than there are layers.
@@ -116,7 +116,7 @@ def unpacked(blob: bytes | None, layers: int) -> Floats:
 
 
 def packed_or_one(values: NDArray[Any] | None) -> bytes | float | None:
-    """Return numbers (L,) packed, or a single one where they are all the same."""
+    """Return values (L,) packed, or a single number if they are all equal; None if there are none."""
     if values is None or not len(values):
         return None
     first = float(values[0])
@@ -124,7 +124,7 @@ def packed_or_one(values: NDArray[Any] | None) -> bytes | float | None:
 
 
 def unpacked_or_one(value: bytes | float | None, layers: int) -> Floats | None:
-    """Return what `packed_or_one` took."""
+    """Return the values that `packed_or_one` has packed, shape (L,)."""
     if value is None or isinstance(value, bytes):
         return None if value is None else unpacked(value, layers)
     return np.full(layers, float(value))

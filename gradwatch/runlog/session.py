@@ -1,4 +1,4 @@
-"""What a run log says of its sessions and of each step."""
+"""The records that a run log returns: its sessions and the series of its rows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Floats
 
-_LATEST = 2.5e11  # seconds since 1970: the year 9892, which a calendar still knows
+_LATEST = 2.5e11  # seconds since 1970: the year 9892, which `datetime` still supports
 
 
 @dataclass(frozen=True)
 class ToldRule:
-    """What an environment says of a rule."""
+    """A rule as it is recorded in an environment."""
 
     code: str
     name: str
@@ -28,7 +28,7 @@ class ToldRule:
 
 @dataclass(frozen=True)
 class Environment:
-    """What a session's environment must look like, where it says anything; see `gradwatch.runlog.environment`."""
+    """The types of the entries of a session's environment, all of which are optional; see `gradwatch.runlog.environment`."""
 
     versions: dict[str, str] = field(default_factory=dict)
     platform: str = ""
@@ -39,7 +39,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Session:
-    """A part of a run, from a beginning or a resume to its end or the next; see the table ``sessions``."""
+    """A part of a run, from its start or a resume to its end or the next resume; see the table ``sessions``."""
 
     environment: dict[str, Any]
     facts: Facts
@@ -53,12 +53,12 @@ class Session:
 
     def __post_init__(self) -> None:
         if not 0 <= self.started <= _LATEST:
-            raise ValueError(f"a session began {self.started:g} seconds after 1970")
+            raise ValueError(f"a session began {self.started:g} seconds after 1970, which is out of range")
 
 
 @dataclass(frozen=True)
 class Series:
-    """The run as it stands: one number for each of ``n`` rows, oldest first. See `gradwatch.records.Row`."""
+    """The scalars of a run, one value for each of ``n`` rows, oldest first; see `gradwatch.records.Row`."""
 
     id: NDArray[np.int64]
     step: NDArray[np.int64]

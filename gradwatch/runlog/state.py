@@ -1,4 +1,4 @@
-"""Whether a run goes on."""
+"""The state of a run: running, ended, or cut off."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def state_of(log: RunLog) -> str:
-    """Return in words whether the run goes on."""
+    """Return the state of the run in words."""
     last = log.sessions[-1]
     if log.is_written:
         return f"running: process {last.pid} on {last.host}"

@@ -1,4 +1,4 @@
-"""The writing side of the file: one session, from its first row to its end."""
+"""Writing of a run log: one session, from its first row to its end."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import os
 import socket
 import sqlite3
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.errors import RunLogError
-from gradwatch.runlog.checks import check_kind, told_of
-from gradwatch.runlog.lock import WriterLock
+from gradwatch.runlog.checks import told_of
 from gradwatch.runlog.moment import Moment
-from gradwatch.runlog.own import check_files
+from gradwatch.runlog.place import Place
 from gradwatch.runlog.plain import storable, to_json
 from gradwatch.runlog.schema import APPLICATION, FILE, OF_SESSION, TABLES, VERSION, packed, packed_or_one
 from gradwatch.runlog.thinning import LAST
@@ -34,17 +32,18 @@ _PAGE = 8192  # bytes: half-empty pages after thinning waste less than with larg
 
 
 class Store:
-    """A run log, open for writing: one session.
+    """A run log that is open for writing, for one session.
 
     Args:
-        folder: where the file lies; made if it is missing.
-        columns: of each layer: name, elements, whether it is a matrix, fan-in.
-        environment: see `gradwatch.runlog.environment`.
-        facts: what is known of the model.
+        folder: folder of the file; it is created if it is missing.
+        columns: name, number of elements, whether it is a matrix, and fan-in of each layer.
+        environment: environment of the run; see `gradwatch.runlog.environment`.
+        facts: facts about the model.
 
     Raises:
-        RunLogError: the file is foreign, damaged, of another model, or another process writes it. Nothing was changed.
-        OSError: the disk does not let it be written.
+        RunLogError: no folder can have this path; or the file belongs to another program or another model, is damaged, or is
+            being written. Nothing was changed.
+        OSError: the file cannot be written. Nothing was changed.
     """
 
     def __init__(
@@ -54,25 +53,18 @@ class Store:
         self._path = folder / FILE
         self._db: sqlite3.Connection | None = None
         self._done = Written()
-        if folder.exists() and not folder.is_dir():
-            raise RunLogError(
-                f"The run log's path {folder} is a file; expected a folder, or a path that is still free."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = WriterLock(folder)
         try:
-            check_files(folder)
-            self._check_database()
-            self._open()
-            self._check_layers([storable(name) for name, *_ in columns])
-            self._begin(columns, environment, facts)
+            self._place = Place(folder, [storable(name) for name, *_ in columns])
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            self.close()
-            if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
-                raise OSError(str(error)) from error
-            raise told_of(self._path, error) from error
-        except BaseException:
-            self.close()
+            raise _told(self._path, error) from error
+        try:
+            self._open()
+            self._begin(columns, environment, facts)
+        except BaseException as error:
+            self._disconnect()
+            self._place.undo()
+            if isinstance(error, (sqlite3.DatabaseError, UnicodeDecodeError)):
+                raise _told(self._path, error) from error
             raise
 
     @property
@@ -80,20 +72,13 @@ class Store:
         assert self._db is not None
         return self._db
 
-    def _check_database(self) -> None:
-        """Look at a file that is there without a chance to change it."""
-        if self._path.exists() and self._path.stat().st_size:
-            name = f"{self._path.resolve().as_uri()}?mode=ro"
-            with closing(sqlite3.connect(name, uri=True, timeout=5, isolation_level=None)) as db:
-                check_kind(db, self._path, empty=True)
-
     def _open(self) -> None:
         db = self._db = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA synchronous = NORMAL")  # safe when the process dies, and commits wait for no disk
+        db.execute("PRAGMA synchronous = NORMAL")  # safe if the process is killed, and commits do not wait for the disk
         if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             db.execute(f"PRAGMA page_size = {_PAGE}")
             db.execute("PRAGMA journal_mode = WAL")
-            # the transaction ends with the first session in it: whoever is killed before leaves an empty file
+            # the transaction includes the first session, so a process that is killed before its end leaves an empty file
             db.executescript(
                 f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}; {TABLES}"
             )
@@ -102,15 +87,6 @@ class Store:
             db.execute("BEGIN IMMEDIATE")
         stat = self._path.stat()
         self._file = stat.st_dev, stat.st_ino
-
-    def _check_layers(self, names: list[str]) -> None:
-        known = [name for (name,) in self._connection.execute("SELECT name FROM layers ORDER BY place")]
-        for place, (before, now) in enumerate(zip(known, names, strict=False)):
-            if before != now:
-                raise RunLogError(
-                    f"The run log {self.folder} is of another model: its layer {place} is {before!r}, that of this model is "
-                    f"{now!r}. Give this run its own path."
-                )
 
     def _begin(self, columns: Sequence[tuple[str, int, int, int]], environment: dict[str, Any], facts: Facts) -> None:
         db = self._connection
@@ -123,7 +99,7 @@ class Store:
         db.execute("COMMIT")
 
     def _begin_again(self) -> None:
-        """Go on in a session of its own: rows of steps that are made again must neither replace nor follow the first ones."""
+        """Begin a new session, since rows of steps that are made again must neither replace nor follow the earlier ones."""
         now, done = time.time(), self._done
         self._of_session("ended", now)
         made = self._connection.execute(
@@ -139,7 +115,7 @@ class Store:
         self._connection.executemany("INSERT INTO layers VALUES (?, ?, ?, ?, ?)", new)
 
     def is_removed(self) -> bool:
-        """True when the file is no longer where it was: what is written would be lost."""
+        """Return True if the file is no longer at its path, so that anything written would be lost."""
         try:
             stat = self._path.stat()
         except OSError:
@@ -147,7 +123,7 @@ class Store:
         return (stat.st_dev, stat.st_ino) != self._file
 
     def write(self, batches: Sequence[Batch]) -> None:
-        """Write all of them, or nothing; raises `sqlite3.Error`."""
+        """Write either all batches or none; raises `sqlite3.Error` if writing fails."""
         db, before = self._connection, self._done
         self._done = before.copy()
         try:
@@ -165,27 +141,30 @@ class Store:
             raise
 
     def write_ahead(self, batch: Batch) -> None:
-        """Write rows that will come again in a later batch: all that is known of those written so far stays as it was."""
+        """Write rows that a later batch will contain again; the record of what was written is not advanced."""
         before = self._done
         self.write([batch])
         self._done = replace(before, provenances=self._done.provenances)
 
     def close(self, *, ended: bool = False) -> None:
-        """Let go of the file. ``ended``: the session came to its end."""
+        """Close the file; if ``ended``, record that the session has ended."""
         try:
             if self._db is not None:
                 with suppress(sqlite3.Error):
                     if ended and not self.is_removed():
                         self._of_session("ended", time.time())
         finally:
-            db, self._db = self._db, None
-            if db is not None:
-                with suppress(sqlite3.Error):
-                    db.close()
-            self._lock.release()
+            self._disconnect()
+            self._place.release()
+
+    def _disconnect(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            with suppress(sqlite3.Error):
+                db.close()
 
     def _of_session(self, column: str, value: str | bytes | float) -> None:
-        statement = f"UPDATE sessions SET {column} = ? WHERE session = ?"  # noqa: S608  a name of the schema
+        statement = f"UPDATE sessions SET {column} = ? WHERE session = ?"  # noqa: S608  the column is a name of the schema
         self._connection.execute(statement, (value, self._done.session))
 
     def _write(self, batch: Batch) -> None:
@@ -229,7 +208,7 @@ class Store:
         weights: list[bytes | None] = []
         for place, step in enumerate(steps):
             row = special.get(place)
-            if row is not None:  # the others are as the one before them
+            if row is not None:  # other rows have the provenance of the row before them
                 done.provenance = self._number_of(row.provenance)
                 self._special(base + step, row, float(batch.coefficient[place]))
             provenances.append(done.provenance)
@@ -301,10 +280,17 @@ class Store:
         self._connection.execute("INSERT OR REPLACE INTO latest VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", told)
 
     def _thin(self) -> None:
-        """Drop the numbers for each layer of rows that are older than the last 5,000 and need not stay."""
+        """Delete the norms of rows that are older than the last 5,000 and are not kept."""
         db, done = self._connection, self._done
         done.since_thinned = 0
         row = db.execute("SELECT id FROM steps ORDER BY id DESC LIMIT 1 OFFSET ?", (LAST,)).fetchone()
         if row is not None:
             db.execute("DELETE FROM norms WHERE id >= ? AND id < ? AND keep = 0", (done.horizon, row[0]))
             done.horizon = row[0]
+
+
+def _told(path: Path, error: Exception) -> Exception:
+    """Return the error to raise if SQLite cannot open a file: an `OSError` if it may be temporary, otherwise a `RunLogError`."""
+    if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+        return OSError(str(error))
+    return told_of(path, error)

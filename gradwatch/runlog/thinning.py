@@ -1,9 +1,9 @@
-"""Which rows keep their numbers for each layer, so that a log of a million steps stays small.
+"""The choice of the rows that keep the norms of each layer, so that a log of a million steps stays small.
 
-Every row keeps its loss, global norm, clip coefficient and whether it was skipped. The numbers for each layer stay for the
-first 1,000 rows of a session, the last 5,000 of the log, from 200 steps before an incident opens to 200 after it, as long
-around its end, and for each eighth row elsewhere; those are the rows at which a quiet run samples its weights. A run with
-more than 200 incidents keeps the surroundings of the first 200.
+Every row keeps its loss, its global norm, its clip coefficient and whether it was skipped. The norms of the layers are kept
+for the first 1,000 rows of a session, for the last 5,000 rows of the log, for 200 steps before and after the opening and the
+closing of an incident, and otherwise for every eighth row; among these are the rows at which a quiet run samples its
+weights. Of more than 200 incidents, only the first 200 are considered.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MOST_INCIDENTS = 200
 
 
 class Thinning:
-    """The choice for one session."""
+    """The choice of the rows to keep in one session."""
 
     def __init__(self) -> None:
         self._rows = 0
@@ -24,19 +24,19 @@ class Thinning:
         self._seen: set[tuple[int, bool]] = set()
 
     def copy(self) -> Thinning:
-        """Return one that changes by itself."""
+        """Return an independent copy."""
         other = Thinning()
         other._rows, other._until, other._seen = self._rows, self._until, set(self._seen)
         return other
 
     def take(self, step: int) -> bool:
-        """Take note of a row and say whether it stays once it is older than the last 5,000."""
+        """Count a row, and return whether it keeps its norms once it is older than the last 5,000."""
         self._rows += 1
-        # the number of the row counts from 1: rules judge, and weights are sampled, at multiples of 16 and 32
+        # rows are numbered from 1, since rules judge and weights are sampled at multiples of 16 and 32
         return self._rows <= FIRST or self._rows % EACH == 0 or step <= self._until
 
     def around(self, number: int, step: int, *, closed: bool) -> tuple[int, int] | None:
-        """An incident opened or closed at ``step``: return the steps that stay for it; None when it is known already."""
+        """Return the range of steps to keep for an incident that opened or closed at ``step``; None if it is known already."""
         if (number, closed) in self._seen or number >= _MOST_INCIDENTS:
             return None
         self._seen.add((number, closed))

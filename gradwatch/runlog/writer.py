@@ -1,4 +1,4 @@
-"""The thread that writes a run log: in batches, a few times a second, within bounded memory."""
+"""The thread that writes a run log in batches, a few times per second, with bounded memory."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from gradwatch.runlog.batch import Batch
     from gradwatch.runlog.store import Store
 
-_GATHER = 0.2  # seconds to wait for more before a batch is written
-_LOOK = 0.3  # seconds without a batch after which it is asked whether rows wait all the same
-_AGAIN = 2.0  # seconds after which a write that failed is tried again
-_MOST = 32 * 2**20  # bytes waiting from which on each eighth row keeps its layers; from twice as many on, none is kept
+_GATHER = 0.2  # seconds to wait for further batches before writing
+_LOOK = 0.3  # seconds without a batch after which rows are fetched from a resting training
+_AGAIN = 2.0  # seconds after which a failed write is tried again
+_MOST = 32 * 2**20  # bytes in the queue above which batches are thinned; above twice as many, batches are dropped
 
 
 class Writer:
-    """Takes batches from the training and writes them to a store.
+    """Writes batches from the training to a store, in a thread of its own.
 
     Args:
-        store: the file; from here on this thread's alone.
-        tell: told, once each, of what could not be kept.
-        most: bytes that may wait.
-        resting: asked while nothing is handed over; returns rows that will be handed over, when the training rests.
+        store: store to write to; only this thread uses it from now on.
+        tell: called once for each kind of data that could not be written, with a message.
+        most: size of the queue in bytes above which batches are thinned.
+        resting: called while no batch arrives; returns the rows that the training has not passed on yet, if it rests.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Writer:
         self._thread.start()
 
     def put(self, batch: Batch) -> None:
-        """Hand over a batch; never waits."""
+        """Add a batch to the queue, without waiting."""
         with self._wake:
             if self._over:
                 return
@@ -73,18 +73,18 @@ class Writer:
                 self._given += 1
                 self._wake.notify_all()
         if self._thinned or self._lost:
-            self._say_once("slow", "the disk is slower than the training: of some rows the run log keeps less.")
+            self._say_once("slow", "the disk is slower than the training, so the run log keeps less of some rows.")
 
     def flush(self, timeout: float) -> bool:
-        """Have what was handed over written now; True when it was, within ``timeout`` seconds."""
+        """Write all batches in the queue now; return True if they were written within ``timeout`` seconds."""
         with self._wake:
             self._hurry, given = True, self._given
             self._wake.notify_all()
             return self._wake.wait_for(lambda: self._written >= given or self._over, timeout) and not self._over
 
     def close(self, timeout: float) -> None:
-        """Write what is left, for at most ``timeout`` seconds, and end."""
-        if self._thread.ident is None:  # it never began
+        """Write what is left, for at most ``timeout`` seconds, and end the thread."""
+        if self._thread.ident is None:  # it was never started
             self._store.close()
             return
         with self._wake:
@@ -102,7 +102,7 @@ class Writer:
     def _say_once(self, cause: str, text: str) -> None:
         if cause not in self._said:
             self._said.add(cause)
-            with suppress(Exception):  # whoever is told may fail; the rows go on
+            with suppress(Exception):  # the callback may raise, which must not end the log
                 self._tell(text)
 
     def _run(self) -> None:
@@ -121,7 +121,7 @@ class Writer:
                 self._say_once("closed", f"the run log {self._store.folder} could not be closed: {_words(error)}.")
 
     def _turn(self) -> bool:
-        """Wait for something, write it; False at the end."""
+        """Wait for batches and write them; return False to end the thread."""
         with self._wake:
             there = self._wake.wait_for(lambda: self._waiting or self._closing, _LOOK)
             if there:
@@ -135,7 +135,7 @@ class Writer:
         if self._store.is_removed():
             self._waiting.clear()
             self._say_once(
-                "removed", f"the run log {self._store.folder} was removed: nothing more is kept of this run."
+                "removed", f"the run log {self._store.folder} was removed, so the rest of this run is not recorded."
             )
             return False
         settled = self._settle(batches)
@@ -154,14 +154,14 @@ class Writer:
     _closing_tried = False
 
     def _look(self) -> None:
-        """Write what the training has made and not handed over, because it rests: it may be killed now."""
+        """Write rows that a resting training has not passed on yet, since it may be killed before its next step."""
         batch = self._resting()
         if batch is not None and not self._store.is_removed():
-            with suppress(sqlite3.Error, OSError):  # said when the rows are handed over
+            with suppress(sqlite3.Error, OSError):  # reported when the rows are passed on
                 self._store.write_ahead(batch)
 
     def _settle(self, batches: Sequence[Batch]) -> int:
-        """Write batches; return how many of them need not be tried again."""
+        """Write batches; return the number of batches that need not be tried again."""
         try:
             self._store.write(batches)
         except Exception as error:
@@ -173,7 +173,7 @@ class Writer:
         return len(batches)
 
     def _write_apart(self, batch: Batch) -> bool:
-        """Write a batch that may hold something that no file takes, or its rows at least; False: the disk does not let it."""
+        """Write a batch that may contain data that cannot be stored, or at least its rows; return False if the disk fails."""
         for part in (batch, *batch.less()):
             error = self._error_of(part)
             if error is None:
@@ -181,7 +181,8 @@ class Writer:
             if self._is_of_the_disk(error):
                 return False
             self._say_once(
-                "content", f"something of this run cannot be kept in the run log, its rows go on: {_words(error)}."
+                "content",
+                f"some data of this run cannot be stored in the run log, which continues without it: {_words(error)}.",
             )
         self._lost += len(batch.steps)
         return True
@@ -194,11 +195,11 @@ class Writer:
         return None
 
     def _is_of_the_disk(self, error: Exception) -> bool:
-        """True for what may pass by itself, and then tell of it; other errors come again with the same batch."""
+        """Return True for an error that may be temporary, and report it; other errors recur with the same batch."""
         passing = isinstance(error, OSError) or type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError)
         if passing:
             reason = f"the run log {self._store.folder} cannot be written: {error}."
-            self._say_once("disk", f"{reason} Training goes on; it is tried again.")
+            self._say_once("disk", f"{reason} Training goes on, and writing is tried again.")
         return passing
 
 

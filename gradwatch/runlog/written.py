@@ -1,4 +1,4 @@
-"""What a store knows of the rows that it has written, so that it can go back when writing fails."""
+"""A store's record of what it has written, which is restored if writing fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Written:
-    """What is known of the rows written so far. ``homes`` says in which session each incident opened."""
+    """The record of the rows written so far. ``homes`` holds the session in which each incident opened."""
 
     session: int = 0
     thinning: Thinning = field(default_factory=Thinning)
@@ -27,7 +27,7 @@ class Written:
     since_thinned: int = 0
 
     def copy(self) -> Written:
-        """Return one that changes by itself."""
+        """Return an independent copy."""
         return replace(
             self,
             thinning=self.thinning.copy(),

@@ -21,7 +21,7 @@ import torch
 from gradwatch.errors import words_of
 from gradwatch.measure.wrappers import is_dtensor
 from gradwatch.skipping.around import Around, around
-from gradwatch.skipping.snapshot import Snapshot, Unreadable
+from gradwatch.skipping.snapshot import OptimizerCopy, Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ class Skip:
         self._model = weakref.ref(model) if model is not None else lambda: None
         self._around: Around | None = None
         self._told: Told | None = None
-        self._snapshot: Snapshot | None = None
+        self._snapshot: OptimizerCopy | None = None
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
         self._zeroed: list[Zeroed] = []
         self._reason = ""
@@ -125,7 +125,7 @@ class Skip:
         self._zero()
 
     @torch.no_grad()
-    def _complete(self, optimizer: Optimizer, snapshot: Snapshot) -> None:
+    def _complete(self, optimizer: Optimizer, snapshot: OptimizerCopy) -> None:
         """Copy the tensors that were not copied before the step."""
         try:
             if not snapshot.keep_tensors():
@@ -170,7 +170,7 @@ class Skip:
     @torch.no_grad()
     def _keep(self, optimizer: Optimizer, *, tensors: bool = True) -> None:
         try:
-            self._snapshot = Snapshot(optimizer, self._model(), tensors=tensors)
+            self._snapshot = OptimizerCopy(optimizer, self._model(), tensors=tensors)
         except Unreadable as finding:
             self._reason = str(finding)
         except Exception as error:  # objects of a user's class may raise anything when they are inspected

@@ -28,7 +28,7 @@ class Unreadable(Exception):  # noqa: N818  it is a finding, reported in a note
     """Raised if the contents of an optimizer cannot be copied; the message says why."""
 
 
-class Snapshot:
+class OptimizerCopy:
     """The contents of one optimizer: parameters, state and all other attributes, including optimizers inside it.
 
     Tensors, arrays and generators are copied. Of dicts, lists, sets and the attributes of objects that belong to the
@@ -190,7 +190,7 @@ def _slots(kind: type) -> Iterator[str]:
 
 
 def _holds(container: Any, kept: Any) -> bool:
-    """True when the very things that were kept of a container are in it, in their order."""
+    """Return True if a container holds the same objects in the same order as when it was copied."""
     if len(container) != len(kept):
         return False
     if isinstance(container, set):

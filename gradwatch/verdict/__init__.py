@@ -1,1 +1,7 @@
 """Alarms from the values of rules, and incidents from alarms, with a prime suspect and advice. Does not import torch."""
+
+from gradwatch.verdict.alarms import Alarms
+from gradwatch.verdict.incidents import Incidents
+from gradwatch.verdict.settings import VerdictSettings
+
+__all__ = ["Alarms", "Incidents", "VerdictSettings"]

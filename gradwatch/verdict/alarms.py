@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.history.columns import widened
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Alarm
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Alarms:
         if not self.rules:
             return np.full(len(self.layers), -np.inf), np.zeros(len(self.layers), dtype=np.intp)
         per_layer = np.array([rule.per_layer for rule in self.rules], dtype=bool)[:, None]
-        with quiet_numpy():
+        with ignore_fp_warnings():
             ratio = np.where(self.limits > 0, self.values / self.limits, np.where(self.values > 0, np.inf, -np.inf))
         ratio = np.where(per_layer & ~np.isnan(ratio), ratio, -np.inf)
         return ratio.max(axis=0), ratio.argmax(axis=0)

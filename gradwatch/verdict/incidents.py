@@ -73,7 +73,6 @@ class Incidents:
         self._suspects = Suspects(history, settings)
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
-        self._order: list[str] = []
         self._told = 0
         self.all: list[Incident] = []
 
@@ -144,7 +143,7 @@ class Incidents:
         if active:
             story.last_fired = step
             story.fired_steps += 1
-            if name == "explosion" and not story.harmed and (self._relapses(step) or self._harm(story)):
+            if name == "explosion" and not story.harmed and (self._relapses(step) or self._look_for_harm(story)):
                 story.harmed = touched = True
             if story.incident is None:
                 jumped = any(sign.kind == "spike" for sign in story.firing.values())
@@ -161,7 +160,7 @@ class Incidents:
             story.lasting = self._compare_level(story)
             story.look_at *= 2
             touched |= story.lasting
-        if not active and self._over(name, step, calm=step - story.last_fired):
+        if not active and self._try_to_end(name, step, calm=step - story.last_fired):
             return self._close(name, story, step)
         if not touched:
             return None
@@ -187,7 +186,7 @@ class Incidents:
         back = story.ceiling * (story.peak / story.ceiling) ** way if 0 < story.ceiling < story.peak else -math.inf
         return not (level < back or before - level > abs(before) / 5)
 
-    def _harm(self, story: Story) -> bool:
+    def _look_for_harm(self, story: Story) -> bool:
         """Return True if the firing signs show harm: the loss suffers, or a sign of growth is far beyond its limit.
 
         Growth alone may be the start of learning. A loss that jumped farther than the last update can explain is caused by the
@@ -251,7 +250,7 @@ class Incidents:
         settled = history.row.step - story.incident.opened_step >= self._settings.lasting_steps
         return not (settled and bool((history.surge() > self._settings.settled).any()))
 
-    def _over(self, name: str, step: int, calm: int) -> bool:
+    def _try_to_end(self, name: str, step: int, calm: int) -> bool:
         if self._treatment is None or name != "explosion":
             return calm >= self._settings.calm_steps
         return self._treatment.try_to_let_go(step, calm)
@@ -264,7 +263,7 @@ class Incidents:
         if kind in ("exploding", "diverging") and before is not None and before.kind == "spike" and self._falls(story):
             kind = "spike"
         severity, verdict = severity_of(signs, kind)
-        if kind == "dead" and self._history.half_won:  # the model learns without the dead units
+        if kind == "dead" and self._history.loss_halved:  # the model learns without the dead units
             severity = "notice"
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)

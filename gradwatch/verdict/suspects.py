@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.columns import widened
-from gradwatch.history.statistics import quiet_numpy
+from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import EXPLOSION
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Suspects:
         if history.row.weight_norm is None:
             return None, None
         floor = _floor(history)
-        with quiet_numpy():
+        with ignore_fp_warnings():
             change = np.abs(np.log(np.maximum(history.weight, floor) / np.maximum(history.previous_weight, floor)))
         change[history.nonfinite_weight] = np.inf
         change[np.isnan(history.previous_weight)] = np.nan

@@ -338,7 +338,7 @@ def gradients_set_to_zero_after_a_left_out_step_take_its_loss_along(s: StandIn) 
 
 @check("watching")
 def a_watched_step_needs_a_hundredth_more_memory(s: StandIn) -> None:
-    """A hundredth of the gradients, on a census too and where the user clips."""
+    """A hundredth of the gradients, in a unit check too and where the user clips."""
 
     def peak(clip: Any, user_clip: float | None) -> int:
         torch.manual_seed(0)
@@ -346,7 +346,7 @@ def a_watched_step_needs_a_hundredth_more_memory(s: StandIn) -> None:
         optimizer = optimizer_of(model, fused=True, lr=1e-4)
         monitor = None if clip == "unwatched" else gradwatch.attach(model, clip=clip, report=None, strict=True)
         x = torch.randn(4, 700).to("cuda")
-        for step in range(12):  # two censuses
+        for step in range(12):  # two unit checks
             optimizer.zero_grad()
             if step == 2:
                 s.begin()
@@ -738,8 +738,8 @@ def the_default_device_is_nothing_to_the_monitor(s: StandIn) -> None:
 @check("watching")
 def neither_float64_nor_index_copy_is_needed(s: StandIn) -> None:
     """As on Metal and some Intel GPUs; numbers are those of the CPU in float32."""
-    wide = device.precise
-    device.precise = lambda home: torch.float32 if home.type == "cuda" else wide(home)  # type: ignore[assignment]
+    wide = device.widest_float
+    device.widest_float = lambda home: torch.float32 if home.type == "cuda" else wide(home)  # type: ignore[assignment]
     s.without("index_copy_")
     s.without("index_copy.out")
     with pytest.raises(NotImplementedError):

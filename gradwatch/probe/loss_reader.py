@@ -1,4 +1,4 @@
-"""The loss of the coming step, from the best source there is."""
+"""The loss of the coming step, from the best available source."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ if TYPE_CHECKING:
 
 
 class LossReader:
-    """What the user handed over, and how it is read together with what backwards began from (`gradwatch.probe.coming.Coming`).
+    """Reads the loss of a step: the user's own, that of a closure, or the roots of backwards (`gradwatch.probe.coming.Coming`).
 
-    A loss that was handed over holds for the next step of each optimizer, until another one is: ``given``. ``scaler`` is
-    the gradient scaler of the step under way: what backwards began from carries its scale.
+    Args:
+        scaler: the gradient scaler; None: it is found when it steps.
+
+    Attributes:
+        given: losses passed to `give`. They hold for the next step of each optimizer, until others are given.
+        scaler: gradient scaler of the step under way, by whose scale roots of backwards are divided; None outside its steps.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
         self.given: list[Loss] = []
-        self._stepped: list[Coming] = []  # those whose step has used what was given
+        self._stepped: list[Coming] = []  # steps that have used the given losses
         self._always = weakref.ref(scaler) if scaler is not None else None
         self.scaler: torch.amp.GradScaler | None = None
 
     def give(self, loss: Tensor | SupportsFloat) -> None:
-        """Take the user's own loss; it outranks every other source. Several of one step add up."""
+        """Add a loss of the user, which takes precedence over every other source. Several of one step are summed."""
         if device.capturing():
             return
         if self._stepped:
@@ -42,26 +46,26 @@ class LossReader:
         self.given.append(loss.detach().clone() if isinstance(loss, torch.Tensor) else float(loss))
 
     def scaled_by(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Take note of the gradient scaler of the step under way; None: it is over."""
+        """Set the gradient scaler of the step under way; None when the step is over."""
         self.scaler = scaler
 
     def forget(self) -> None:
-        """What was given belongs to no coming step."""
+        """Discard the given losses."""
         self.given.clear()
         self._stepped.clear()
 
     def backward_came(self) -> None:
-        """After a step, another backward has reached the model: what was given before that step is over."""
+        """Discard the given losses when a backward comes after a step that used them."""
         if self._stepped:
             self.forget()
 
     def used(self, coming: Coming) -> None:
-        """A step has been made with the loss."""
+        """Record that a step has been made with the given losses."""
         if self.given and self._holds_for(coming):
             self._stepped.append(coming)
 
     def unread(self, coming: Coming, returned: Any, home: torch.device) -> tuple[Loss | None, LossSource]:
-        """Return the same as `read`, as a tensor on ``home`` where its value would have to be waited for; None: no loss."""
+        """Return the same as `read`, as a tensor on ``home`` if its value is on a device; None if no loss was seen."""
         if self._holds_for(coming):
             return _sum(self.given, home), "monitor.loss()"
         if _is_number(returned):
@@ -71,10 +75,10 @@ class LossReader:
         return None, "none"
 
     def read(self, coming: Coming, returned: Any) -> tuple[float, LossSource]:
-        """Return the loss of a coming step and its source; NaN where none was seen.
+        """Return the loss of a coming step and its source; NaN if none was seen.
 
-        ``returned`` is what a closure returned: to it come the losses of the backwards before the closure, as far as it has
-        not cleared their gradients.
+        ``returned`` is the return value of a closure. To it are added the losses of backwards before the closure whose
+        gradients the closure did not clear.
         """
         if self.given and self._holds_for(coming):
             return sum(map(_number, self.given)), "monitor.loss()"
@@ -90,14 +94,14 @@ class LossReader:
         return self.scaler or (self._always() if self._always is not None else None)
 
     def _total(self, roots: Sequence[Root]) -> float | None:
-        """Return the sum of the losses without the loss scale, None where it is not known."""
+        """Return the sum of the losses without the loss scale; None if it is not known."""
         if len(roots) == 1 and self.scaler is None and self._always is None and isinstance(roots[0][0], float):
             return roots[0][0]  # as the lines below, on the hot path
         if not roots or any(isinstance(loss, torch.Tensor) and loss.is_meta for loss, _ in roots):
             return None
         scaler = self._scaler()
         scale = scaler.get_scale() if scaler is not None else 1.0
-        if scale == 0:  # halved until nothing was left: the scaled loss tells nothing
+        if scale == 0:  # halved until it underflowed: the scaled loss contains nothing
             return None
         return sum(_number(loss) for loss, _ in roots) / scale
 
@@ -117,9 +121,9 @@ def _number(loss: Loss) -> float:
 
 
 def _sum(losses: Sequence[Loss], home: torch.device) -> Loss:
-    """Add up losses, as a float64 tensor without dimensions on ``home`` if one of them is a tensor."""
+    """Return the sum of losses; if one is a tensor, as a tensor without dimensions on ``home``, in its widest float type."""
     return sum(
-        device.moved(local_of(summed(loss.detach())), home, device.precise(home)).reshape(())
+        device.moved(local_of(summed(loss.detach())), home, device.widest_float(home)).reshape(())
         if isinstance(loss, torch.Tensor)
         else loss
         for loss in losses
