@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import gradwatch
 from gradwatch.autoclip.effect import ClipEffect
+from gradwatch.autoclip.limits import AutoClipLimits
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def follow(clipped: list[float], others: list[float]) -> ClipEffect:
     """Return the effect of a clip after these losses, taken in turns; a loss below 1.0 is well."""
-    effect = ClipEffect(1.0)
+    effect = ClipEffect(1.0, AutoClipLimits())
     for step in range(max(len(clipped), len(others))):
         for losses, bites in ((clipped, True), (others, False)):
             if step < len(losses):

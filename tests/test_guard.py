@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import gradwatch
 from gradwatch.autoclip.guard import Guard
+from gradwatch.autoclip.limits import AutoClipLimits
 from gradwatch.clips.base import OneFactor
 from gradwatch.history.history import History
 from gradwatch.records import Provenance, Row
@@ -38,10 +39,10 @@ def seen(norms_: list[float], loss: float, rates: list[float], family: str = "sg
 
 def test_a_step_that_promises_less_than_the_loss_needs_no_guard() -> None:
     """Nor does one of an optimizer that does not step by rate times gradient, nor one beside a negative loss."""
-    assert Guard.of(*seen([1.0, 1.0, 1.0], 1.0, [0.3] * 3), NOBODY, 1.0) is None
-    assert Guard.of(*seen([9.0, 9.0, 9.0], 1.0, [0.3] * 3, "adam"), NOBODY, 1.0) is None
-    assert Guard.of(*seen([9.0, 9.0, 9.0], -1.0, [0.3] * 3), NOBODY, 1.0) is None
-    assert Guard.of(*seen([9.0, 9.0, 9.0], 1.0, [0.3] * 3), NOBODY, 1.0) is not None
+    assert Guard.of(*seen([1.0, 1.0, 1.0], 1.0, [0.3] * 3), NOBODY, 1.0, AutoClipLimits()) is None
+    assert Guard.of(*seen([9.0, 9.0, 9.0], 1.0, [0.3] * 3, "adam"), NOBODY, 1.0, AutoClipLimits()) is None
+    assert Guard.of(*seen([9.0, 9.0, 9.0], -1.0, [0.3] * 3), NOBODY, 1.0, AutoClipLimits()) is None
+    assert Guard.of(*seen([9.0, 9.0, 9.0], 1.0, [0.3] * 3), NOBODY, 1.0, AutoClipLimits()) is not None
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
@@ -52,7 +53,7 @@ def test_layers_of_one_rate_together_ask_for_no_more_than_the_loss_down_to_a_qua
     """The last layer has a rate of its own, and answers for itself."""
     rates = [rate, rate, rate / 100]
     before = gradients(seed)
-    guard = Guard.of(*seen(norms(before), loss, rates), NOBODY, 1.0)
+    guard = Guard.of(*seen(norms(before), loss, rates), NOBODY, 1.0, AutoClipLimits())
     plain, guarded = gradients(seed), gradients(seed)
     share = clip.apply(step(plain))
     if guard is None:
@@ -76,7 +77,7 @@ def test_a_layer_far_above_its_usual_norm_while_others_are_not_is_brought_to_twi
     """From eight times what the median layer surges on; the others' gradients stay as they are."""
     before, after = gradients(3), gradients(3)
     usual = np.array(norms(before)) / [1.0, times, 1.0]
-    guard = Guard.of(*seen(norms(before), math.inf, [0.1] * 3), usual, 1.0)
+    guard = Guard.of(*seen(norms(before), math.inf, [0.1] * 3), usual, 1.0, AutoClipLimits())
     if times < 8:
         assert guard is None
         return
@@ -91,6 +92,6 @@ def test_where_gradients_are_not_finite_the_clip_alone_decides() -> None:
     before = gradients(1)
     before[0][0] = math.nan
     row, history = seen([math.nan, 9.0, 9.0], 1.0, [1.0] * 3)
-    guard = Guard.of(row, history, NOBODY, 1.0)
+    guard = Guard.of(row, history, NOBODY, 1.0, AutoClipLimits())
     assert guard is not None
     assert guard.around(gradwatch.ClipNorm(1.0), step(before)) == 1.0

@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Callable  # noqa: TC003  in the type of a table
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import gradwatch
 from benchmarks.faults.program import run_program
 from benchmarks.repair.outcome import Outcome, bits_of
+from gradwatch import device
+from gradwatch.autoclip.limits import AutoClipLimits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +30,16 @@ WATCHED = "watched only"
 NOTHING = "none"
 RANDOM = "random repair"
 OLMO = "OLMo skip"
+ON_DEVICE = ", device path"  # ends the name of a method if gradients are treated as on a device
+ABLATED: dict[str, dict[str, Any]] = {
+    "layer outliers": {"apart": 1e300},
+    "the step bound": {"shortest": 1.0},
+    "narrowing": {"narrowest": 1.0},
+    "release by degrees": {"loosen": 1e9},
+    "longer holds": {"longer": 1.0},
+    "relapse": {"relapse": 0.0},
+    "letting go of what does harm": {"compared": 10**6},
+}
 
 
 def always(clip: gradwatch.Clip) -> gradwatch.AutoClip:
@@ -57,11 +70,29 @@ CLIPS: dict[str, Callable[[], gradwatch.AutoClip]] = {
 }
 
 
+def on_device(method: str) -> str:
+    """Return the name of a method whose gradients are treated as on a device: decided on before their values are known."""
+    return method + ON_DEVICE
+
+
+def without(part: str) -> str:
+    """Return the name of auto-clip without one of its parts."""
+    return f"{OURS} without {part}"
+
+
+CLIPS |= {
+    without(part): partial(gradwatch.AutoClip, "norm", limits=AutoClipLimits(**limits))
+    for part, limits in ABLATED.items()
+}
+
+
 class Repaired:
     """A run to which a method is applied; a watcher of the fault set."""
 
     def __init__(self, method: str, lot: str) -> None:
-        self._method = method
+        self._method = method.removesuffix(ON_DEVICE)
+        self._on_device = method.endswith(ON_DEVICE)
+        self._reading_is_free = device.reading_is_free
         self._lot = random.Random(lot)
         self.losses: list[float] = []
         self.monitor: gradwatch.Monitor | None = None
@@ -70,6 +101,8 @@ class Repaired:
     def watch(self, model: nn.Module) -> None:
         """See `benchmarks.faults.program.Watcher`."""
         self._model = model
+        if self._on_device:
+            device.reading_is_free = lambda _: False  # type: ignore[assignment]
         if self._method == WATCHED:
             self.monitor = gradwatch.attach(model, report=None, strict=True)
         elif self._method in CLIPS:
@@ -89,6 +122,7 @@ class Repaired:
             handle.remove()
         if self.monitor is not None:
             self.monitor.detach()
+        device.reading_is_free = self._reading_is_free
 
     def _repair_at_random(self) -> None:
         """One of the repairs that repair tools try, drawn by lot, from the first step on."""

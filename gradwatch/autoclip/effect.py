@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-_FEW = 8  # losses of each kind to compare
-_FALLS = 0.9  # factor over its previous level below which a loss has come down
+if TYPE_CHECKING:
+    from gradwatch.autoclip.limits import AutoClipLimits
 
 
 class ClipEffect:
@@ -20,13 +21,15 @@ class ClipEffect:
 
     Args:
         well_below: level up to which a loss counts as recovered.
+        limits: the limits of auto-clip.
     """
 
-    def __init__(self, well_below: float) -> None:
+    def __init__(self, well_below: float, limits: AutoClipLimits) -> None:
         self._well_below = well_below
+        self._compared, self._falls = limits.compared, limits.falls
         self._first: list[float] = []
-        self._late: deque[tuple[float, float]] = deque(maxlen=_FEW)
-        self._others: deque[float] = deque(maxlen=_FEW)
+        self._late: deque[tuple[float, float]] = deque(maxlen=limits.compared)
+        self._others: deque[float] = deque(maxlen=limits.compared)
 
     def take(self, loss: float, norm: float, *, clipped: bool) -> None:
         """Record one step: the loss that its gradients came from, their global norm, and whether they were clipped.
@@ -37,7 +40,7 @@ class ClipEffect:
             return
         if not clipped:
             self._others.append(loss)
-        elif len(self._first) < _FEW:
+        elif len(self._first) < self._compared:
             self._first.append(loss)
         else:
             self._late.append((loss, norm))
@@ -53,7 +56,11 @@ class ClipEffect:
 
         The clip does so if these losses are high and have not come down, while those of the other steps have recovered.
         """
-        if len(self._late) < _FEW or len(self._others) < _FEW or float(np.median(self._others)) > self._well_below:
+        if (
+            len(self._late) < self._compared
+            or len(self._others) < self._compared
+            or float(np.median(self._others)) > self._well_below
+        ):
             return None
         before, now = float(np.median(self._first)), float(np.median([loss for loss, _ in self._late]))
-        return (before, now) if now > max(self._well_below, _FALLS * before) else None
+        return (before, now) if now > max(self._well_below, self._falls * before) else None

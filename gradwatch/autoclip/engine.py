@@ -13,8 +13,8 @@ import numpy as np
 
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.autoclip.effect import ClipEffect
-from gradwatch.autoclip.escalation import SURGE, Escalation
-from gradwatch.autoclip.guard import WIDE, Guard
+from gradwatch.autoclip.escalation import Escalation
+from gradwatch.autoclip.guard import Guard
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.history import SETTLED
 from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
@@ -28,15 +28,8 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Incident, Row
 
-_LOOSEN = 1.03  # factor on the bounds per step during release: they double in 24 steps
-_LONG = 4  # multiple of the hold after which it is released although the loss is still high: the task may have changed
-_LEVEL = 16  # losses whose median must not rise during release
-_IDLE = 10  # steps without a bite after which a loosened clip is released
-_RELAPSE = 10  # multiple of the hold after a release within which an explosion is a relapse
-_NARROWEST = 1 / 4  # smallest factor on the first bounds
-_FALLS = 0.9  # factor over its previous level below which a loss has come down
-_BITES = 0.5  # share of clipped steps from which the clip determines the step length
-_KEPT = 1 / 4  # share of the predicted decrease below which steps are too long
+
+_LONGEST = 8  # multiple of the policy's hold that relapses cannot exceed
 
 
 class AutoClipEngine:
@@ -61,6 +54,7 @@ class AutoClipEngine:
 
     def __init__(self, policy: AutoClip, history: History, damage: Callable[[], str] = str) -> None:
         self.policy = policy
+        self._limits = policy.limits
         self._damage = damage
         self.history = history
         self.clipped = 0
@@ -78,14 +72,14 @@ class AutoClipEngine:
         self._skips_in_a_row: dict[
             int, int
         ] = {}  # by optimizer, since a step of another optimizer does not end a series of skips
-        self._hold = policy.hold
+        self._hold: float = policy.hold
         self._held_since = 0
         self._released = -math.inf
         self._looseness = 1.0
         self._loss_ceiling = math.inf
         self._well_below = math.inf
         self._idle = 0
-        self._effect = ClipEffect(math.inf)
+        self._effect = ClipEffect(math.inf, policy.limits)
         self._spared = -math.inf  # norm up to which clipping was found to do harm
         self._judged = ClipRecord("", 0)
         self._judged_at = 0
@@ -114,7 +108,7 @@ class AutoClipEngine:
         norms = self.history.global_norm(last=self.history.task_rows)
         self._typical = typical_norm(norms[: len(norms) - but])
         self._narrowed = 1.0
-        times = WIDE if self.policy.threshold == "auto" else self.policy.threshold or math.nan
+        times = self._limits.wide if self.policy.threshold == "auto" else self.policy.threshold or math.nan
         bound = times * self._typical
         if self._spared > 0 and self.policy.clip.takes_threshold:
             bound = float(np.fmax(bound, self._spared))
@@ -170,7 +164,7 @@ class AutoClipEngine:
             return NOTHING
         guard = None
         if self.record is not None and self.policy.threshold == "auto":
-            guard = Guard.of(row, self.history, self._usual, self._looseness)
+            guard = Guard.of(row, self.history, self._usual, self._looseness, self._limits)
         return Decision(clip if self.on else None, rate=self.further.rate, guard=guard)
 
     def _begin_to_catch_up(self) -> bool:
@@ -186,16 +180,16 @@ class AutoClipEngine:
 
     def relapses(self, step: int) -> bool:
         """Return True if an explosion at ``step`` is a return of the previous one; the signs are then enough."""
-        return step - self._released <= _RELAPSE * self.policy.hold
+        return step - self._released <= self._limits.relapse * self.policy.hold
 
     def _begin(self, row: Row, earlier: ClipRecord | None) -> None:
         before, scatter = self.history.loss_level()
         before = before if math.isfinite(before) else row.loss
         # a run that began with the explosion has recovered only once it has learned something since
-        young = self.history.losses < _LEVEL
+        young = self.history.losses < self._limits.level
         self._well_below = before - abs(before) / 10 if young else before + max(scatter, abs(before) / 20)
         if self.relapses(row.step):
-            self._hold = min(2 * self._hold, 8 * self.policy.hold)
+            self._hold = min(self._limits.longer * self._hold, _LONGEST * self.policy.hold)
         else:
             self._hold = self.policy.hold
             self._set_bounds(1)
@@ -204,7 +198,7 @@ class AutoClipEngine:
         told = (str(earlier),) if earlier is not None else ()  # it was released during this same incident
         self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family, measures=told)
         self._held_since, self._idle = row.step, 0
-        self._effect = ClipEffect(self._well_below)
+        self._effect = ClipEffect(self._well_below, self._limits)
         self._looseness, self._loss_ceiling = 1.0, math.inf
         self._judged, self._judged_at, self._judged_level, self._predicted = self.record, row.step, math.inf, 0.0
         self.further.begin()
@@ -257,7 +251,7 @@ class AutoClipEngine:
         assert self.record is not None
         unlearned, self._spared = self._effect.unlearned, max(self._spared, self._effect.largest_norm)
         record = replace(self.record, unlearned=unlearned, released_step=step, helped=False)
-        record = replace(record, loss_after=self.history.loss_level(_LEVEL)[0], norm_before=self._spared)
+        record = replace(record, loss_after=self.history.loss_level(self._limits.level)[0], norm_before=self._spared)
         self.record, self._changed, self._looseness = None, record, 1.0
 
     def try_to_let_go(self, step: int, calm: int) -> bool:
@@ -268,30 +262,30 @@ class AutoClipEngine:
             if self._looseness > 1.0:
                 self._tighten(step)
             return False
-        level, scatter = self.history.loss_level(_LEVEL)
+        level, scatter = self.history.loss_level(self._limits.level)
         # under Adam and similar optimizers a constant clip has no effect anyway
-        if level > self._well_below and calm < _LONG * self._hold and self.record.family != "adam":
+        if level > self._well_below and calm < self._limits.long * self._hold and self.record.family != "adam":
             return False  # calm, but the loss has not recovered: a release might raise it further
-        if self._idle >= (self._hold if self._looseness == 1.0 else _IDLE):
+        if self._idle >= (self._hold if self._looseness == 1.0 else self._limits.idle):
             return True
         if level > self._loss_ceiling:
             self._tighten(step)
             return False
         if math.isfinite(level):
             self._loss_ceiling = min(self._loss_ceiling, level + max(abs(level), 3 * scatter))
-        self._looseness *= _LOOSEN
+        self._looseness *= self._limits.loosen
         return False
 
     def _tighten(self, step: int) -> None:
         """Restore the bounds and double the hold, because loosening did harm."""
         self._looseness, self._loss_ceiling = 1.0, math.inf
-        self._hold, self._held_since = 2 * self._hold, step
+        self._hold, self._held_since = self._limits.longer * self._hold, step
 
     def let_go(self, step: int) -> ClipRecord | None:
         """Switch auto-clip off because the incident closes; return the finished record, or None if it was not on."""
         if self.record is None:
             return None
-        after, _ = self.history.loss_level(_LEVEL)
+        after, _ = self.history.loss_level(self._limits.level)
         # if no loss was seen, it helped because the run became calm
         damage = self._damage()
         helped = not damage and (not math.isfinite(self.record.loss_before) or after <= self._well_below)
@@ -323,7 +317,7 @@ class AutoClipEngine:
         """The norm above which a step is left out; infinite unless ``"skip"`` is in force and a typical norm is known."""
         if self.record is None or not self.further.skips or math.isnan(self._typical):
             return math.inf
-        return SURGE * self._typical
+        return self._limits.surge * self._typical
 
     def _go_further(self, row: Row, incident: Incident | None) -> None:
         """Lower the threshold or take the next measure if the loss has not come down for ``patience`` steps.
@@ -335,17 +329,17 @@ class AutoClipEngine:
         assert self.record is not None
         if row.step - self._judged_at < self.policy.patience or self._looseness > 1.0:
             return
-        level, _ = self.history.loss_level(_LEVEL)
+        level, _ = self.history.loss_level(self._limits.level)
         fell, predicted = self._judged_level - level, self._predicted
-        falls, well = level < _FALLS * self._judged_level, not level > self._well_below
+        falls, well = level < self._limits.falls * self._judged_level, not level > self._well_below
         steps, clipped = self.record.steps - self._judged.steps, self.record.clipped - self._judged.clipped
         self._judged, self._judged_at, self._predicted = self.record, row.step, 0.0
         self._judged_level = min(level, self._judged_level)
-        if falls or (well and clipped < _BITES * steps):
+        if falls or (well and clipped < self._limits.bites * steps):
             return
-        too_long = not well if math.isnan(predicted) else predicted >= level and fell <= _KEPT * predicted
+        too_long = not well if math.isnan(predicted) else predicted >= level and fell <= self._limits.kept * predicted
         # under Adam and similar optimizers the step length does not depend on the gradient norm
-        narrows = self.policy.threshold == "auto" and self._narrowed > _NARROWEST and row.family != "adam"
+        narrows = self.policy.threshold == "auto" and self._narrowed > self._limits.narrowest and row.family != "adam"
         if narrows and too_long:
             self._narrowed /= 2
             self._bounds = self._bounds.loosened(1 / 2)

@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.records import Row
 
-SURGE = 10.0  # multiple of the typical norm above which "skip" leaves out a step
-_HALVINGS = 6  # times that "rate" halves the learning rate
-
 
 class Escalation:
     """The measures taken in one run.
@@ -24,6 +21,7 @@ class Escalation:
     def __init__(self, policy: AutoClip) -> None:
         self.rate = 1.0
         self._news: list[str] = []
+        self._limits = policy.limits
         self._measures = policy.escalate
         self._patience = policy.patience
         self._next = 0
@@ -76,10 +74,10 @@ class Escalation:
         if measure == "rate":
             self.rate /= 2
             self._halvings += 1
-            self._next += self._halvings >= _HALVINGS
+            self._next += self._halvings >= self._limits.halvings
             done = f"learning rate x {self.rate:g} from step {row.step} on"
         else:
             self._next += 1
-            done = f"steps of more than {SURGE:g} times the typical norm left out from step {row.step} on"
+            done = f"steps of more than {self._limits.surge:g} times the typical norm left out from step {row.step} on"
         self._news.append(f"{told}{done}.")
         return done

@@ -15,14 +15,12 @@ import numpy as np
 from gradwatch.clips.base import scale_by
 
 if TYPE_CHECKING:
+    from gradwatch.autoclip.limits import AutoClipLimits
     from gradwatch.clips import Clip
     from gradwatch.clips.base import Step
     from gradwatch.history.history import History
     from gradwatch.records import Floats, Row
 
-_APART = 8.0  # multiple of the median surge above which a layer is an outlier
-WIDE = 2.0  # multiple of the usual norm at which an automatic threshold starts, and to which an outlier layer is scaled
-_SHORTEST = 1 / 4  # smallest factor on the clipped gradient, which says little of the step length far from the minimum
 _NOTHING = 1e-3  # smallest loss to divide by, as a share of the reference loss
 
 
@@ -36,6 +34,7 @@ class Guard:
         predicted_decrease: first-order decrease of the loss by the step of each layer.
         rates: learning rate of each layer.
         held: the loss; infinite if it is not positive.
+        shortest: smallest factor on the clipped gradient.
     """
 
     norms: Floats
@@ -43,9 +42,10 @@ class Guard:
     predicted_decrease: Floats
     rates: Floats
     held: float
+    shortest: float
 
     @classmethod
-    def of(cls, row: Row, history: History, usual: Floats, looseness: float) -> Guard | None:
+    def of(cls, row: Row, history: History, usual: Floats, looseness: float, limits: AutoClipLimits) -> Guard | None:
         """Return the guard for ``row``; None if no layer is an outlier and the step does not overshoot.
 
         Args:
@@ -53,6 +53,7 @@ class Guard:
             history: the history of the run.
             usual: usual gradient norms of the layers, shape (L,); NaN where unknown.
             looseness: factor by which the bounds are loosened.
+            limits: the limits of auto-clip.
         """
         norms = row.grad_norm
         factors = np.ones(len(norms))
@@ -60,13 +61,13 @@ class Guard:
             surge = norms / usual
             known = surge[surge > 0]
             if known.size:
-                apart = surge > _APART * max(1.0, float(np.median(known)))
-                factors = np.where(apart, np.fmin(1.0, WIDE * looseness * usual / norms), 1.0)
+                apart = surge > limits.apart * max(1.0, float(np.median(known)))
+                factors = np.where(apart, np.fmin(1.0, limits.wide * looseness * usual / norms), 1.0)
         predicted_decrease = history.predicted_decrease * np.square(factors)
         held = max(row.loss, _NOTHING * abs(history.reference_loss))
         if not (factors < 1.0).any() and not np.nansum(predicted_decrease) > held > 0:
             return None
-        return cls(norms, factors, predicted_decrease, history.rate, held if held > 0 else math.inf)
+        return cls(norms, factors, predicted_decrease, history.rate, held if held > 0 else math.inf, limits.shortest)
 
     def around(self, clip: Clip, step: Step) -> float:
         """Apply ``clip`` and the corrections; return the global norm after over the norm before.
@@ -92,14 +93,14 @@ class Guard:
     def _within(self, left: float) -> Floats:
         """Return factors that limit the predicted decrease to the loss, for each group of layers with one learning rate.
 
-        ``left`` is the factor on the gradients so far. No factor is below a quarter.
+        ``left`` is the factor on the gradients so far. No factor is below the shortest.
         """
         factors = np.ones(len(self.predicted_decrease))
         for rate in np.unique(self.rates[np.isfinite(self.rates)]):
             group = self.rates == rate
             predicted = left * float(np.nansum(self.predicted_decrease[group]))
             if predicted > self.held:
-                factors[group] = max(_SHORTEST, self.held / predicted)
+                factors[group] = max(self.shortest, self.held / predicted)
         return factors
 
     @staticmethod

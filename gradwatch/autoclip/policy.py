@@ -6,12 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from gradwatch.autoclip.limits import AutoClipLimits
 from gradwatch.clips import Clip, clip_by_name
 from gradwatch.errors import UsageError, did_you_mean
-from gradwatch.records import (
-    EXPLOSION,
-    Severity,
-)
+from gradwatch.records import EXPLOSION, Severity
 from gradwatch.settings import Settings
 
 Measure = Literal["skip", "rate", "stop"]
@@ -43,6 +41,7 @@ class AutoClip(Settings):
             state and the buffers of the model stay as they were), ``"stop"`` raises a `TrainingUnstableError`, ``"ignore"``
             applies it unchanged.
         max_skips: number of such steps of one optimizer in a row that are skipped before a `TrainingUnstableError` is raised.
+        limits: further limits, such as how the clip is released (see `AutoClipLimits`).
 
     Raises:
         UsageError: a setting is unknown or out of its range.
@@ -57,6 +56,7 @@ class AutoClip(Settings):
     patience: int = Field(default=30, ge=1)
     on_nonfinite: Literal["skip", "stop", "ignore"] = "skip"
     max_skips: int = Field(default=20, ge=1)
+    limits: AutoClipLimits = AutoClipLimits()
 
     def __init__(self, clip: Clip | str, **settings: Any) -> None:
         when = settings.get("when")
