@@ -100,9 +100,23 @@ auto-clip is on.
 | others | one pass | one pass | gradients set to zero: momentum and weight decay still act, and the summary says so |
 
 Sums are in float64 there, so that squares neither overflow nor lose digits. NaN and Inf elements are not counted. Sparse gradients are
-coalesced, which waits for the device. Metal (`mps`) has no float64: norms above 1e19 are infinite there. This is verified without a
-GPU by tests on meta tensors, where every read raises, and by counts of reads. `pytest -m gpu` runs the tests for GPUs where there is
-one. A model on several devices is measured as one (`tests/test_gpu.py`).
+coalesced, which waits for the device. The loss is copied on its device when its backward ends, because a replayed CUDA graph
+(`mode="reduce-overhead"`) overwrites it. Watching takes at most 1 % of the gradients' memory.
+
+* **Several devices, or a part of the model on the CPU**: the model is measured as one, and rows are made on its first device that is
+  not the CPU. To clip gradients on the CPU, auto-clip waits for its factor once it is armed; watching alone does not wait. Batch
+  statistics on the CPU cannot be restored without waiting, so a step left out together with them is not counted as skipped. A model
+  may move between devices, as a whole or in part.
+* **CUDA graphs**: while a step is captured, gradwatch does nothing, and says so once. Replays run no Python, so only what is outside of
+  the graph is seen: of a graph of forward and backward, the gradients but not the loss (hand it over with `monitor.loss`).
+* **Metal** (`mps`) and some Intel GPUs (`xpu`) have no float64: norms above 1e19 are infinite there. Neither has been run; the stand-in
+  below can refuse the operations that they lack.
+* Any other device must offer torch's events, or `attach` refuses the model.
+
+None of this has run on a real GPU yet: `pytest -m gpu` runs the tests for GPUs where there is one. It is verified without a GPU by tests
+on meta tensors, where every read raises, by counts of reads, and on a stand-in for CUDA (`tests/device/`), which the tests compile where
+there is `g++`: two devices whose memory the host cannot access, copies to pinned memory that arrive late, and waits that are counted or
+raise. The stand-in has no CUDA kernels, no races between streams, no replays of graphs and no sparse tensors.
 
 ## Accuracy
 
@@ -124,7 +138,7 @@ again in float64, so that finite gradients near 1e20 have their true norm and ar
 * `ClipAGC` if processes hold parts of layers (FSDP, tensor parallelism), and there, clips by layer after a clip of your own.
 * Auto-clip inside backward, where each parameter is updated before the global norm is known, and inside the line search of LBFGS. Both
   are watched; steps of LBFGS that are not finite are left out.
-* CUDA graphs: a captured step runs no Python, so only what is outside of the graph is seen.
+* Steps inside a CUDA graph: only what is outside of the graph is seen.
 """
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from gradwatch.autoclip.policy import AutoClip
 from gradwatch.clips import CLIPS, Clip
+from gradwatch.device import unreadable
 from gradwatch.distributed.group import is_first
 from gradwatch.errors import RunLogError, UsageError, did_you_mean, shown
 from gradwatch.measure.layers import Layers
@@ -75,6 +76,11 @@ def attach(
     reason = unmeasurable(model, optimizer)
     if reason is not None:
         raise UsageError(f"This {type(model).__name__} cannot be watched: {reason}, where gradwatch does not look yet.")
+    reason = next(filter(None, map(unreadable, {parameter.device for parameter in model.parameters()})), None)
+    if reason is not None:
+        raise UsageError(
+            f"This {type(model).__name__} cannot be watched: {reason}. Train it on the CPU, CUDA, MPS or XPU."
+        )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise UsageError(f"attach() got every={every!r}; expected a whole number of at least 1 (optimizer steps).")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):

@@ -20,7 +20,7 @@ from gradwatch.history.history import History
 from gradwatch.history.saved import entries, refuse, whole_number
 from gradwatch.history.schedule import OwnTime
 from gradwatch.measure.batch_statistics import numbers_of
-from gradwatch.measure.checkpoints import Checkpoint, damage_of, worth_of
+from gradwatch.measure.checkpoints import Checkpoint, damage_without_waiting, worth_of
 from gradwatch.measure.layers import Layers, facts_of
 from gradwatch.measure.wrappers import unwrapped
 from gradwatch.pipeline import Pipeline
@@ -29,7 +29,7 @@ from gradwatch.reports.notes import Notes
 from gradwatch.shutdown import Failure, all_done
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -76,12 +76,24 @@ class Monitor:
         self.history.know(replace(facts, clips_always=policy is not None and policy.when == "always"))
         autoclip = AutoClipEngine(policy, self.history) if policy is not None else None
         own_time = OwnTime()
-        broken = partial(_damage_of, self._model)
+        broken = partial(_asked, weakref.WeakMethod(self._damage))
         self._pipeline = Pipeline(self.history, rules, autoclip, reports, self._notes, own_time, broken=broken)
         pace = {"every": 1, "budget": every.share} if isinstance(every, Budget) else {"every": every, "budget": None}
         installed = {"gradwatch": version("gradwatch")}
         self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time)
         self.attached = False
+
+    def _damage(self) -> str:
+        """Return what of the model is not finite, in words; nothing where all of it is."""
+        model = self._model()
+        if model is None:
+            return ""
+        well = self._probe.recorder.peers.buffers_are_well
+        try:
+            with torch.no_grad():
+                return damage_without_waiting(model, self.history, buffers_are_well=well)
+        except Exception as error:  # a tensor of a kind that cannot be read
+            return f"the model cannot be read: {words_of(error)}"
 
     # Life.
 
@@ -391,14 +403,10 @@ def monitor_of(model: nn.Module) -> Monitor | None:
     return next((monitor for other, monitor in list(attached.items()) if unwrapped(other) is mine), None)
 
 
-def _damage_of(model: weakref.ref[nn.Module]) -> str:
-    """Return which values of the model are not finite, in words; empty if all of them are finite."""
-    here = model()
-    try:
-        with torch.no_grad():
-            return damage_of(here) if here is not None else ""
-    except Exception as error:  # a tensor of a kind that cannot be read
-        return f"the model cannot be read: {words_of(error)}"
+def _asked(question: weakref.WeakMethod[Callable[[], str]]) -> str:
+    """Return the answer of an object; empty if the object no longer exists."""
+    ask = question()
+    return ask() if ask is not None else ""
 
 
 def _end(monitor: weakref.ref[Monitor]) -> None:

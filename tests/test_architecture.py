@@ -78,7 +78,19 @@ MAY_KNOW: dict[str, set[str]] = {
         *("rules", "runlog", "shutdown"),
     },
     "attach": {
-        *("autoclip", "clips", "distributed", "errors", "measure", "monitor", "probe", "records", "reports", "rules"),
+        *(
+            "autoclip",
+            "clips",
+            "device",
+            "distributed",
+            "errors",
+            "measure",
+            "monitor",
+            "probe",
+            "records",
+            "reports",
+            "rules",
+        ),
     },
     "__init__": {
         *("attach", "autoclip", "clips", "errors", "monitor", "records", "reports", "rules"),
@@ -362,6 +374,54 @@ def test_no_element_of_a_tensor_on_a_device_is_assigned_to() -> None:
     assert len(on_devices()) > 40
     assert {function.name: found for function in on_devices() if (found := assigned_elements(function))} == {}
     assert assigned_elements(ast.parse("slot.singles[3] = 1.0\ndead[2] += 1")) == ["slot.singles[3]", "dead[2]"]
+
+
+def copies_used_at_once(code: ast.AST) -> list[str]:
+    """Return the asynchronous copies of a function that may be read before they have arrived.
+
+    What `to` returns is at hand at once, so that it must be asynchronous towards CUDA alone. What `copy_` writes to must not
+    occur again in the same function.
+    """
+    found = []
+    for call in (node for node in ast.walk(code) if isinstance(node, ast.Call)):
+        if not (isinstance(call.func, ast.Attribute) and call.func.attr in ("to", "copy_", "cuda")):
+            continue
+        asynchronous = [word.value for word in call.keywords if word.arg == "non_blocking"]
+        asynchronous += [one for one in call.args if isinstance(one, ast.Constant) and one.value is True]
+        if not asynchronous or ast.unparse(asynchronous[0]) == "False":
+            continue
+        if call.func.attr != "copy_":
+            towards_cuda = isinstance(asynchronous[0], ast.Compare) and "== 'cuda'" in ast.unparse(asynchronous[0])
+            found += [] if towards_cuda else [ast.unparse(call)]
+            continue
+        written = call.func.value
+        while isinstance(written, ast.Subscript):
+            written = written.value
+        again = (node for node in ast.walk(code) if isinstance(node, (ast.Name, ast.Attribute)) and node is not written)
+        found += [ast.unparse(call)] if any(ast.unparse(node) == ast.unparse(written) for node in again) else []
+    return found
+
+
+def test_no_asynchronous_copy_is_used_at_once() -> None:
+    """One towards the CPU holds arbitrary numbers until its event has come: only the ring makes any, and reads them later."""
+    functions = [
+        (name, node)
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    copying = [name for name, function in functions if "non_blocking" in ast.unparse(function)]
+    assert sorted(copying) == ["device", "measure/readback"]
+    assert [name for name, function in functions if copies_used_at_once(function)] == []
+    for wrong in (
+        "def f(x):\n    return x.to('cpu', non_blocking=True).item()",
+        "def f(x, there):\n    return x.to(there, torch.float32, True)",
+        "def f(x, there):\n    return x.to(there, non_blocking=there.type != 'cuda')",
+        "def f(self, x):\n    self.host[2].copy_(x, non_blocking=True)\n    return self.host[2].numpy()",
+    ):
+        assert copies_used_at_once(ast.parse(wrong)), wrong
+    right = "def f(self, x):\n    self.host[2].copy_(x, non_blocking=True)\n    self.event.record()"
+    assert copies_used_at_once(ast.parse(right)) == []
 
 
 def test_no_tensor_follows_the_default_device() -> None:

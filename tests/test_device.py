@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
@@ -381,6 +383,40 @@ def test_the_default_device_is_nothing_to_the_monitor(clip: gradwatch.Clip | Non
             optimizer.step()
         assert (monitor.history.loss() > 0).all()
     assert monitor.history.rows == 70
+
+
+@pytest.mark.parametrize(("double", "expected"), [(True, torch.float64), (False, torch.float32)])
+def test_sums_are_as_wide_as_the_device_allows(
+    monkeypatch: pytest.MonkeyPatch, double: bool, expected: torch.dtype
+) -> None:
+    """Some Intel GPUs have no float64, and say so; Metal has none."""
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(has_fp64=double))
+    assert device.widest_float.__wrapped__(torch.device("xpu:0")) is expected
+    assert device.widest_float(torch.device("mps")) is torch.float32
+    assert device.widest_float(torch.device("cuda:1")) is torch.float64
+
+
+def test_a_device_whose_numbers_cannot_be_read_later_is_refused() -> None:
+    """At attach, by name: one that has no events cannot say when a copy has arrived."""
+    model = nn.Linear(2, 2, device="meta")
+    with FakeTensorMode():  # a tensor anywhere
+        model.weight = nn.Parameter(torch.empty(2, 2, device="xla"))
+    with pytest.raises(
+        gradwatch.UsageError, match=r"This Linear cannot be watched: its parameters lie on xla, .*no events"
+    ):
+        watch(model)
+    for known in ("cpu", "meta", "cuda", "mps", "xpu"):
+        assert device.unreadable(torch.device(known)) is None
+
+
+def test_towards_the_cpu_a_number_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And towards every device but CUDA, which alone takes memory of the host before the call returns."""
+    asked: list[bool] = []
+    tensor = torch.ones(2)
+    monkeypatch.setattr(Tensor, "to", lambda *_, non_blocking: asked.append(non_blocking))
+    for home in ("cpu", "cuda", "mps", "xpu"):
+        device.moved(tensor, torch.device(home))
+    assert asked == [False, True, False, False]
 
 
 @pytest.mark.usefixtures("as_on_a_device")

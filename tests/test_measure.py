@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.measure.norms import NormPlan, count_nonfinite, fingerprint, global_norm_of, live_units, norm_of
 
@@ -129,6 +130,37 @@ def test_live_units_are_rows_with_any_gradient() -> None:
     gradient[0, 1] = 1.0
     gradient[2, 3] = 1e-30
     assert live_units(gradient).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64])
+def test_units_are_counted_and_weights_compared_without_a_copy(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """No operation gives as many elements as the tensor has, views aside; the answers are those of a dumb loop."""
+    tensor = torch.randn(8, 64, 40, 40).to(dtype).to(memory_format=layout)
+    tensor[3] = 0
+    tensor[5] = 0
+    tensor[5, 1, 2, 3] = math.nan
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for one in result if isinstance(result, (list, tuple)) else (result,):
+                if one._base is None and one.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+                    self.elements = max(self.elements, one.numel())
+            return result
+
+    with Largest() as made:  # type: ignore[no-untyped-call]
+        live, print_ = live_units(tensor), fingerprint(tensor)
+    assert live.tolist() == [bool(part.abs().sum()) for part in tensor.flatten(1)]
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = numbers.contiguous().view(torch.int16 if dtype is torch.float16 else torch.int32)
+    assert print_.item() == int(bits.to(torch.int64).sum())
+    assert 0 < made.elements <= 64
+    with Largest() as made:  # type: ignore[no-untyped-call]
+        tensor.abs()
+    assert made.elements == tensor.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])

@@ -11,6 +11,7 @@ from pydantic import Field
 from gradwatch import device
 from gradwatch.clips.base import PerLayer, Step, UnreadStep
 from gradwatch.clips.value import norm_left, share_left
+from gradwatch.measure.norms import AT_ONCE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,9 +51,12 @@ class ClipAGC(PerLayer):
         acts = torch.isfinite(step.global_norm)
         acts = acts if step.fires is None else acts & step.fires
         bounds = self.bounds(self.clipping, step.layers, step.columns).tolist()
+        everywhere = device.Copies(acts)
+        scale = device.Copies(step.scale) if isinstance(step.scale, torch.Tensor) else None
         for gradient, weight, bound in zip(step.gradients, step.parameters, bounds, strict=True):
-            there = acts.to(gradient.device, non_blocking=True)
-            _multiply(gradient, torch.where(there, _factor(gradient, weight, bound, step.scale), 1.0))
+            here = gradient.device
+            factor = _factor(gradient, weight, bound, step.scale if scale is None else scale.on(here))
+            _multiply(gradient, torch.where(everywhere.on(here), factor, 1.0))
         return share_left(step, acts)
 
     def loosened(self, factor: float) -> ClipAGC:
@@ -74,9 +78,14 @@ def _factor(gradient: Tensor, weight: Tensor, bound: float, scale: Any) -> Tenso
 
 def _unit_norms(tensor: Tensor) -> Tensor:
     """Return the norm of each unit, or one norm for a vector; computed in the widest float, so squares do not overflow."""
-    dims = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else None
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=dims is not None, dtype=_wide(tensor))
-    return norms
+    wide = _wide(tensor)
+    if tensor.dim() <= 1:
+        norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
+        return norm
+    dims = tuple(range(1, tensor.dim()))
+    rows = max(1, AT_ONCE * tensor.shape[0] // max(1, tensor.numel()))  # torch copies them into the wider dtype
+    norms = [torch.linalg.vector_norm(part, dim=dims, keepdim=True, dtype=wide) for part in tensor.split(rows)]
+    return torch.cat(norms) if len(norms) > 1 else norms[0]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

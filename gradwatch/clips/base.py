@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from gradwatch.device import moved
 from gradwatch.errors import UsageError, did_you_mean
 from gradwatch.settings import Settings
 
@@ -56,8 +57,8 @@ class UnreadStep:
     """The gradients of one step whose norms are on a device and are not read on the host.
 
     Args:
-        layers, gradients, parameters, columns: as in `Step`.
-        norms: as in `Step`, a float64 tensor of shape (n,).
+        layers, gradients, parameters, columns: as in `Step`. Gradients may lie on several devices.
+        norms: as in `Step`, a float64 tensor of shape (n,), like the next three on one device (float32 if it has no float64).
         global_norm: as in `Step`, a float64 tensor of shape ().
         scale: as in `Step`, a number or a tensor of shape ().
         fires: bool tensor of shape (), True if the clip acts; None: it acts.
@@ -247,12 +248,8 @@ def scale_by(gradients: Sequence[Tensor], coefficient: float | Tensor) -> None:
         if gradient.layout is torch.strided:
             dense.setdefault(gradient.device, []).append(gradient)
         else:
-            gradient.mul_(coefficient)
-    for device, together in dense.items():
+            gradient.mul_(moved(coefficient, gradient.device) if isinstance(coefficient, torch.Tensor) else coefficient)
+    for home, together in dense.items():
         # a 0-dim float32 tensor does not change the dtype of the gradients
-        there = (
-            coefficient.to(device, torch.float32, non_blocking=True)
-            if isinstance(coefficient, torch.Tensor)
-            else coefficient
-        )
+        there = moved(coefficient, home, torch.float32) if isinstance(coefficient, torch.Tensor) else coefficient
         torch._foreach_mul_(together, there)

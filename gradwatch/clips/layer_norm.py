@@ -9,6 +9,7 @@ import torch
 from pydantic import ConfigDict, Field
 
 from gradwatch.clips.base import Clip, PerLayer, Step, UnreadStep, scale_by
+from gradwatch.device import Copies
 from gradwatch.measure.norms import on_device
 
 if TYPE_CHECKING:
@@ -90,10 +91,11 @@ def clip_layers_unread(step: UnreadStep, bounds: Floats) -> Tensor:
     acts = torch.isfinite(step.norms).all()
     acts = acts if step.fires is None else acts & step.fires
     home = step.norms.device
-    limits = on_device(np.nan_to_num(bounds, nan=np.inf), home).to(step.norms.dtype)
+    limits = on_device(np.nan_to_num(bounds, nan=np.inf), home)
     factors = torch.where(acts, torch.clamp(limits / (step.norms + 1e-6), max=1.0), 1.0)
-    for gradient, factor in zip(step.gradients, factors.unbind(), strict=True):
-        scale_by([gradient], factor)
+    everywhere = Copies(factors.to(torch.float32))
+    for place, gradient in enumerate(step.gradients):
+        scale_by([gradient], everywhere.on(gradient.device)[place])
     before = torch.sqrt(torch.square(step.norms).sum())
     left = torch.sqrt(torch.square(step.norms * factors).sum()) / before
     return torch.where(acts & (before > 0), left, 1.0)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from gradwatch.clips.base import PerLayer, Step, UnreadStep
+from gradwatch.device import Copies
 from gradwatch.measure.norms import NormPlan, global_norm_of
 
 if TYPE_CHECKING:
@@ -45,13 +46,10 @@ class ClipValue(PerLayer):
     def apply_unread(self, step: UnreadStep) -> Tensor:
         acts = torch.isfinite(step.global_norm)
         acts = acts if step.fires is None else acts & step.fires
-        scale = step.scale
-        if isinstance(scale, torch.Tensor):
-            scale = scale.to(acts.device, non_blocking=True)
-        width = torch.where(acts, scale, math.inf)
+        width = Copies(torch.where(acts, step.scale, math.inf))
         bounds = self.bounds(self.max_value, step.layers, step.columns)
         for gradient, bound in zip(step.gradients, bounds.tolist(), strict=True):
-            _limit(gradient, (bound * width).to(gradient.device, non_blocking=True))
+            _limit(gradient, bound * width.on(gradient.device))
         return share_left(step, acts)
 
     def loosened(self, factor: float) -> ClipValue:

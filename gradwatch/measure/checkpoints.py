@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed as dist
 
+from gradwatch import device
 from gradwatch.measure.norms import count_nonfinite, norm_of, unfit
 from gradwatch.measure.wrappers import local_of, plain_name
 
@@ -43,6 +44,8 @@ def worth_of(
         incidents: incidents that are open, or over with damage.
         buffers_are_well: with several processes, whether all buffers were finite at the last exchange.
     """
+    if device.capturing():
+        return Checkpoint("a CUDA graph is being captured, so that no value can be read")
     for one in incidents:
         if one.severity == "notice":
             continue
@@ -54,10 +57,22 @@ def worth_of(
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return Checkpoint(damage_of(model))
     # use only what all processes know: if their answers differed, a collective save would hang
+    return Checkpoint(_damage_seen(history, buffers_are_well=buffers_are_well))
+
+
+def damage_without_waiting(model: nn.Module, history: History, *, buffers_are_well: bool) -> str:
+    """Return the same as `damage_of`; where the model is on a device, what its rows have said last."""
+    if all(device.reading_is_free(parameter.device) for parameter in model.parameters()):
+        return damage_of(model)
+    return _damage_seen(history, buffers_are_well=buffers_are_well)
+
+
+def _damage_seen(history: History, *, buffers_are_well: bool) -> str:
+    """Return a description of what was not finite when rows last looked at weights and buffers; empty if all was."""
     bad = [name for name, hit in zip(history.layers, history.nonfinite_weight, strict=True) if hit]
     if bad:
-        return Checkpoint(f"parameter {bad[0]} was not finite when it was last checked")
-    return Checkpoint("" if buffers_are_well else "a buffer of a process was not finite when it was last checked")
+        return f"parameter {bad[0]} was not finite when it was last checked"
+    return "" if buffers_are_well else "a buffer was not finite when it was last checked"
 
 
 def damage_of(model: nn.Module) -> str:
@@ -76,12 +91,16 @@ def damage_of(model: nn.Module) -> str:
 
 def buffers_are_bad(model: nn.Module, home: torch.device) -> Tensor:
     """Return whether a buffer in this process is not finite, as a bool tensor of shape (); nothing is read on the host."""
-    largest = [
-        torch.linalg.vector_norm(local_of(tensor).to(torch.float32), torch.inf).to(home, non_blocking=True)
-        for kind, _, tensor in _tensors(model)
-        if kind == "buffer" and local_of(tensor).numel() and tensor.layout is torch.strided
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for kind, _, tensor in _tensors(model):
+        if kind == "buffer" and tensor.layout is torch.strided and (own := local_of(tensor)).numel():
+            real = torch.view_as_real(own.resolve_conj()) if own.is_complex() else own
+            kinds.setdefault((real.device, real.dtype), []).append(real)
+    fine = [
+        device.moved(torch.isfinite(torch.stack(torch._foreach_norm(together, torch.inf))).all(), home)
+        for together in kinds.values()
     ]
-    return ~torch.isfinite(torch.stack(largest)).all() if largest else torch.zeros((), dtype=torch.bool, device=home)
+    return ~torch.stack(fine).all() if fine else torch.zeros((), dtype=torch.bool, device=home)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

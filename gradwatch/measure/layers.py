@@ -53,7 +53,7 @@ class Layers:
         self.untold: list[str] = []
         self._unfit: dict[int, str] = {}  # why weights cannot be measured, by column
         self._refs: list[weakref.ref[nn.Parameter]] = []
-        self._first_device: torch.device | None = None
+        self._ends: list[torch.device] = []  # where the first and the last parameter lie
         self._home = torch.device("cpu")
         self._columns: dict[int, int] = {}
         self.look_again()
@@ -71,9 +71,9 @@ class Layers:
     @property
     def home(self) -> torch.device:
         """The device on which the numbers of all layers are gathered: the first that is not the CPU, or else the CPU."""
-        first = self._refs[0]()
-        if first is not None and first.device != self._first_device:  # the first call, or the model has moved
-            self._first_device = first.device
+        ends = [one.device for one in (self._refs[0](), self._refs[-1]()) if one is not None]
+        if ends and ends != self._ends:  # the first call, or the model or a part of it has moved
+            self._ends = ends
             devices = [parameter.device for _, parameter in self.measured()]
             self._home = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         return self._home
@@ -87,7 +87,7 @@ class Layers:
         model = self._model()
         if model is None:
             return set()
-        self._first_device = None
+        self._ends = []
         inner = unwrapped(model)
         # rows of these weights are units, each of which receives every input
         united = _weights_of(inner, (nn.Linear, _ConvNd))

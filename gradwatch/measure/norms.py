@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _LARGE = 1 << 15  # elements from which CPU tensors are summed in pieces
 _LONGEST, _SHORTEST = 1 << 9, 1 << 7  # elements of a piece; a float32 sum of 1,024 equal elements is off by 1e-6
+AT_ONCE = 1 << 18  # elements from which work that copies them into a wider dtype goes in pieces
 _FEW = 16  # tensors below which reading one by one is faster than stacking, on the CPU
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)  # subclasses may override operations, so they are measured one by one
 _DTYPES = frozenset(
@@ -61,7 +62,8 @@ class NormPlan:
         self._starts = np.cumsum([0, *counts[:-1]], dtype=np.intp)
         self._alone_on = [index for index, _ in self._pieces] + self._alone
         self._count = len(tensors)
-        self.device = tensors[0].device
+        self.devices = [tensor.device for tensor in tensors]
+        self.device = self.devices[0]
         self._order: Tensor | None = None
 
     def norms(self, tensors: list[Tensor]) -> Floats:
@@ -107,7 +109,7 @@ class NormPlan:
             torch.stack(_batched([tensors[index] for index in indices], wide)) for _, indices, wide in self._groups
         ]
         parts += [norm_tensor(tensors[index]).view(1) for index in self._alone_on]
-        parts = [part.to(home, device.widest_float(home), non_blocking=True) for part in parts]
+        parts = [device.moved(part, home, device.widest_float(home)) for part in parts]
         if self._simple:
             return parts[0]
         if self._order is None:
@@ -215,7 +217,7 @@ def norm_tensor(tensor: Tensor) -> Tensor:
     if not values.numel():
         return torch.zeros((), dtype=wide, device=values.device)
     if not values.is_cpu:
-        return _l2(values, wide)
+        return _l2_on_device(values, wide)
     if values.numel() < _LARGE:
         return _l2(values.contiguous(), wide)
     return _l2(torch.cat(_piecewise(values, _LONGEST, wide)), torch.float64)
@@ -226,12 +228,29 @@ def _l2(values: Tensor, wide: torch.dtype) -> Tensor:
     return norm
 
 
+def _l2_on_device(values: Tensor, wide: torch.dtype) -> Tensor:
+    if type(values) in _ORDINARY:
+        return torch._foreach_norm((values,), 2, dtype=wide)[
+            0
+        ]  # unlike `vector_norm` it makes no copy in the wider dtype
+    return _l2(values, wide)
+
+
+def pieces_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return a tensor in pieces along its longest dimension, so that what is computed from one is small beside a gradient."""
+    if tensor.numel() <= AT_ONCE:
+        return (tensor,)
+    longest = max(range(tensor.dim()), key=tensor.size)
+    pieces: tuple[Tensor, ...] = tensor.split(max(1, tensor.size(longest) * AT_ONCE // tensor.numel()), longest)
+    return pieces
+
+
 def on_device(array: NDArray[Any], home: torch.device) -> Tensor:
-    """Return ``array`` as a tensor on ``home``, without waiting for the copy."""
+    """Return ``array`` as a tensor on ``home``, its floats in the widest float there; CUDA does not wait for the copy."""
     tensor = torch.from_numpy(array)
-    if home.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(home, non_blocking=True)
+    if tensor.is_floating_point():
+        tensor = tensor.to(device.widest_float(home))  # before the copy: there may be no float64 over there
+    return device.moved(tensor.pin_memory() if home.type == "cuda" else tensor, home)
 
 
 def _values(tensor: Tensor) -> Tensor:
@@ -283,8 +302,11 @@ def has_units(gradient: Tensor) -> bool:
 
 def live_units(gradient: Tensor) -> Tensor:
     """Return which units (rows along the first dimension) have a nonzero gradient, bool of shape (units,)."""
-    # magnitudes instead of squares, so that tiny values do not underflow; five times as fast as torch's L1 norm
-    return gradient.detach().flatten(1).abs().sum(dim=1).bool()
+    gradient = gradient.detach()
+    values = torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+    inner = tuple(range(1, values.dim()))
+    # neither makes a copy of the gradient, and both propagate NaN
+    return (values.amax(dim=inner) != 0) | (values.amin(dim=inner) != 0)
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
@@ -293,4 +315,6 @@ def fingerprint(tensor: Tensor) -> Tensor:
     A change of one element always changes it, a change of several almost surely.
     """
     values = _values(tensor)
-    return values.view(_BITS[values.element_size()]).sum(dtype=torch.int64)
+    bits = values.view(_BITS[values.element_size()])
+    sums = [piece.sum(dtype=torch.int64) for piece in pieces_of(bits)]  # whose copies in int64 are small
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gradwatch.device import widest_float
+from gradwatch import device
 from gradwatch.measure.packed_row import PackedRow, size_of
 
 if TYPE_CHECKING:
@@ -66,9 +66,11 @@ class ReadbackRing:
     def __init__(self, layers: int, processes: int, home: torch.device, lag: int | None = None) -> None:
         size = size_of(layers, processes)
         self._layers, self._processes, self._lag = layers, processes, lag
-        self._device = torch.zeros(RING, size, dtype=widest_float(home), device=home)
+        self._device = torch.zeros(RING, size, dtype=device.widest_float(home), device=home)
         # explicitly on the CPU, whatever the default device is: only CPU memory can be pinned
-        self._host = torch.zeros(RING, size, dtype=widest_float(home), device="cpu", pin_memory=home.type == "cuda")
+        self._host = torch.zeros(
+            RING, size, dtype=device.widest_float(home), device="cpu", pin_memory=home.type == "cuda"
+        )
         self._slots = [Slot(row, layers, processes) for row in self._device]
         self._under_way: deque[tuple[int, int, Any, Any]] = deque()
         self._sent = 0
@@ -95,9 +97,10 @@ class ReadbackRing:
     def arrived(self, *, wait: bool = False) -> Iterator[tuple[Any, PackedRow]]:
         """Yield the facts and numbers of the rows that can be read now; with ``wait``, of all rows under way.
 
-        Waits for the device if ``wait`` is set, if the ring is full, or if a row is ``lag`` steps old.
+        Waits for the device if ``wait`` is set, if the ring is full, or if a row is ``lag`` steps old. While a graph is
+        captured no row can be read.
         """
-        while self._under_way:
+        while self._under_way and not device.capturing():
             number, place, event, facts = self._under_way[0]
             age = self._sent - number
             must = wait or age >= (RING if self._lag is None else self._lag)

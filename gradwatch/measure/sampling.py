@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gradwatch.device import moved
 from gradwatch.history.columns import widened
 from gradwatch.history.schedule import cadence
 from gradwatch.measure.norms import NormPlan, count_nonfinite, fingerprint, has_units, live_units, on_device
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 _FIRST_ROWS = 32  # first rows, with each of which the weights are sampled
-_WATCHED_ROWS = 45  # first rows, which include all of the first censuses
+_WATCHED_ROWS = 45  # first rows, which include all of the first unit checks
 _UNIT_CHECK_EVERY = 61  # odd, so that branches used on alternating steps are both checked
 _FIRST_UNIT_CHECKS = frozenset((5, 10, 17, 24, 33, 44))  # even and odd, for the same reason
-_ROUND = 4  # censuses of a layer after which a unit without any gradient counts as dead
+_ROUND = 4  # unit checks of a layer after which a unit without any gradient counts as dead
 
 
 @dataclass(slots=True)
@@ -81,7 +82,7 @@ class Sampling:
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
         self._plan: NormPlan | None = None
-        self._planned: tuple[int, torch.device | None] = 0, None
+        self._planned: tuple[list[torch.device], torch.device | None] = [], None
         self.rows = 0
         self._prints: dict[int, int] = {}
         self._alive: dict[int, tuple[int, Tensor]] = {}
@@ -163,7 +164,7 @@ class Sampling:
         if weights:
             columns, norms = self._able(self._weights_on, home)
             squares = torch.square(norms)
-            slot.rows[WEIGHT].index_copy_(0, columns, squares if share is None else squares * share.share[columns])
+            slot.rows[WEIGHT].scatter_(0, columns, squares if share is None else squares * share.share[columns])
             sample.weight_norm = np.zeros(len(self._layers))
         if unit_check:
             self._count_units_on(now, slot.rows[DEAD], share)
@@ -181,24 +182,26 @@ class Sampling:
         """Return the columns and the weights that can be measured, and a plan for them, which is renewed if it is stale."""
         measured = list(self._layers.measured())
         parameters = [local_of(parameter) for _, parameter in measured]
-        plan = self._plan
-        if plan is None or self._planned != (len(parameters), home):
-            plan, self._planned = NormPlan(parameters), (len(parameters), home)
+        plan, lie = self._plan, [parameter.device for parameter in parameters]
+        if plan is None or self._planned != (lie, home):
+            plan, self._planned = NormPlan(parameters), (lie, home)
         return [column for column, _ in measured], parameters, plan
 
     def _count_units_on(self, now: Unread, dead: Tensor, share: Parts | None) -> None:
         self._dead_on.update(self._finished_rounds(now))
         for column, found in self._dead_on.items():
-            dead[column].copy_(found if share is None else found * share.part[column])
+            here = moved(found, dead.device)
+            dead[column].copy_(here if share is None else here * share.part[column])
         unknown = [column for column in range(len(dead)) if column not in self._dead_on]
         if unknown:
-            dead.index_fill_(0, on_device(np.array(unknown), dead.device), np.nan)
+            dead.scatter_(0, on_device(np.array(unknown), dead.device), np.nan)
 
     def _compare_on(self, changed: Tensor, *, first: bool) -> None:
         for column, parameter in self._layers.measured():
             if parameter.requires_grad and local_of(parameter).numel() and (first or column in self._prints_on):
                 now = fingerprint(parameter)
-                changed[column].copy_(now != self._prints_on.setdefault(column, now))
+                differs = now != moved(self._prints_on.setdefault(column, now), now.device)
+                changed[column].copy_(moved(differs, changed.device))
             elif local_of(parameter).numel():  # has no fingerprint from the first row
                 changed[column].fill_(1)
 
@@ -225,7 +228,7 @@ class Sampling:
                 continue
             looks, live = self._alive.get(column, (0, None))
             seen = live_units(gradient)
-            looks, live = looks + 1, seen if live is None else live | seen
+            looks, live = looks + 1, seen if live is None else moved(live, seen.device) | seen
             self._alive[column] = looks, live
             if looks == _ROUND:
                 yield column, 1.0 - live.float().mean()

@@ -155,7 +155,8 @@ def _all_zero(gradients: Iterable[Tensor]) -> bool:
 def losses_of(roots: Any) -> list[Loss]:
     """Return the losses from which a backward started; empty unless each of its roots is a single real number.
 
-    A value that can be read without waiting is read now, since the user may change the tensor in place later.
+    A value that can be read without waiting is read now, and any other is copied on its device, since the user may change the
+    tensor in place later, and a replayed CUDA graph overwrites it.
     """
     if type(roots) is torch.Tensor:
         roots = (roots,)
@@ -166,7 +167,7 @@ def losses_of(roots: Any) -> list[Loss]:
         loss: Any = root.detach()
         if loss.is_cpu and device.reading_is_free(loss.device):
             loss = loss.item()
-        losses.append(loss)
+        losses.append(loss.clone() if isinstance(loss, torch.Tensor) else loss)
         if isinstance(loss, complex):
             return []
     return losses

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from gradwatch.device import widest_float
+from gradwatch import device
 from gradwatch.history.columns import widened
 from gradwatch.measure.measured_gradients import Measured, assembled
 from gradwatch.measure.norms import norm_tensor, on_device
@@ -171,7 +171,10 @@ class Coming:
             self.roots.append((loss, reached))
 
     def _collapse(self) -> None:
-        total: Loss = sum(loss for loss, _ in self.roots)
+        homes = [loss.device for loss, _ in self.roots if isinstance(loss, torch.Tensor)]
+        total: Loss = sum(
+            device.moved(loss, homes[0]) if isinstance(loss, torch.Tensor) else loss for loss, _ in self.roots
+        )
         reached = [columns for _, columns in self.roots]
         known = None if None in reached else frozenset().union(*(columns for columns in reached if columns is not None))
         self.roots[:] = [(total, known)]
@@ -188,8 +191,8 @@ class Coming:
         """Replace the losses by zero if all of these gradients are zero, decided on their device without reading them."""
         if any(gradient.is_sparse for gradient in gradients):  # cannot be decided without waiting
             return
-        home = gradients[0].device
-        kept = torch.stack([norm_tensor(gradient).to(home, non_blocking=True) for gradient in gradients]).any()
+        home = next((one.device for one in gradients if not one.is_cpu), gradients[0].device)
+        kept = torch.stack([device.moved(norm_tensor(one), home, device.widest_float(home)) for one in gradients]).any()
         for roots in (self.roots, self.earlier):
             roots[:] = [(_where(kept, loss), columns) for loss, columns in roots]
 
@@ -235,8 +238,8 @@ class Coming:
 
 def _where(kept: Tensor, loss: Loss) -> Tensor:
     if not isinstance(loss, torch.Tensor):
-        loss = torch.full((), loss, dtype=widest_float(kept.device), device=kept.device)
-    return torch.where(kept.to(loss.device, non_blocking=True), loss, 0.0)
+        loss = torch.full((), loss, dtype=device.widest_float(kept.device), device=kept.device)
+    return torch.where(device.moved(kept, loss.device), loss, 0.0)
 
 
 def united(parts: Iterable[Coming], layers: int, parameters: Sequence[nn.Parameter]) -> Coming:

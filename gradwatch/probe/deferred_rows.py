@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gradwatch import device
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
-from gradwatch.device import widest_float
 from gradwatch.errors import PeerError
 from gradwatch.measure.checkpoints import buffers_are_bad
 from gradwatch.measure.norms import on_device
@@ -104,7 +104,7 @@ class DeferredRows:
         self._confirms = confirms and ranks is not None
         self._sampling = sampling
         self._ranks = ranks
-        self._processes = ranks.size if ranks is not None else 1
+        self._processes, self._rank = (ranks.size, ranks.rank) if ranks is not None else (1, 0)
         self._ring = ReadbackRing(len(layers), self._processes, home, LAG if ranks is not None else None)
         self._parts = Parts(on_device(ranks.share, home), on_device(ranks.part, home)) if ranks is not None else None
         self._kept: dict[Any, Tensor] = {}
@@ -148,11 +148,11 @@ class DeferredRows:
         slot = self._ring.next()
         self._write(slot, now if before is None else self._same_columns(before, now), now, loss, own_norms)
         facts.sample = self._sampling.take_unread(now, slot, self._parts, closely=closely)
-        model = self._layers.model
-        if self._ranks is not None and facts.sample.weight_norm is not None and model is not None:
-            slot.ranks[FLAGS, self._ranks.rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
+        model, decides = self._layers.model, self._ranks is not None or plan is not None
+        if decides and facts.sample.weight_norm is not None and model is not None:
+            slot.ranks[FLAGS, self._rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
         if overflow is not None:
-            slot.singles[LEFT_OUT].copy_(overflow.reshape(()), non_blocking=True)
+            slot.singles[LEFT_OUT].copy_(device.moved(overflow, self.home).reshape(()))
         if self._ranks is not None:
             if facts.word is not None:
                 self._say(slot, facts.word, self._ranks.rank)
@@ -210,12 +210,12 @@ class DeferredRows:
     ) -> None:
         if len(whole.columns):
             index = self._index(whole.columns)
-            slot.rows[SQUARE].index_copy_(0, index, self._shared(whole))
-            slot.rows[PRESENT].index_fill_(0, index, 1.0)
+            slot.rows[SQUARE].scatter_(0, index, self._shared(whole))
+            slot.rows[PRESENT].scatter_(0, index, 1.0)
             slot.singles[NOW].copy_(self._shared(now).sum())
         if loss is not None:
             if isinstance(loss, torch.Tensor):
-                slot.singles[LOSS].copy_(loss, non_blocking=True)
+                slot.singles[LOSS].copy_(device.moved(loss, self.home))
             else:
                 slot.singles[LOSS].fill_(loss)
             slot.singles[LOSSES].fill_(1.0)
@@ -223,7 +223,9 @@ class DeferredRows:
             flags = GRADIENT_BAD * ~torch.isfinite(slot.rows[SQUARE].sum() + slot.singles[NOW])
             flags = flags + LOSS_BAD * ~torch.isfinite(slot.singles[LOSS])
             if own_norms:
-                norms = torch.stack([norm.to(self.home, non_blocking=True) for norm in own_norms])
+                norms = torch.stack(
+                    [device.moved(norm, self.home, device.widest_float(self.home)) for norm in own_norms]
+                )
                 flags = flags + BACKWARD_BAD * ~torch.isfinite(norms).all()
             slot.ranks[FLAGS, self._ranks.rank].copy_(flags)
             if self._after is not None:
@@ -278,7 +280,7 @@ class DeferredRows:
                 now.columns,
                 self._whole_norms(now, slot, own=own),
                 norm,
-                1.0 if scale is None else scale,
+                1.0 if scale is None else device.moved(scale, self.home),
                 fires,
             )
             fold = isinstance(clip, OneFactor) and mine.folds(optimizer)
@@ -330,7 +332,7 @@ class DeferredRows:
     def _confirm(self, *, well: bool = True) -> Tensor:
         """Return whether a clip written by the user raised in any process, as a bool tensor on the device."""
         assert self._ranks is not None
-        failures = torch.full((1,), float(not well), dtype=widest_float(self.home), device=self.home)
+        failures = torch.full((1,), float(not well), dtype=device.widest_float(self.home), device=self.home)
         self._ranks.exchange(failures)
         return failures[0] > 0
 

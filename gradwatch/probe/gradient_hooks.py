@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from gradwatch import device
 from gradwatch.history.columns import widened
 from gradwatch.measure.norms import norm_tensor
 from gradwatch.measure.wrappers import is_fully_sharded
@@ -127,7 +128,7 @@ class GradientHooks:
 
         def look(parameter: Tensor) -> None:
             with suppress(Exception):  # autograd would raise it in the training; without it only that cause is unknown
-                if parameter.grad is not None and not parameter.grad.is_sparse:
+                if parameter.grad is not None and not parameter.grad.is_sparse and not device.capturing():
                     own.append(norm_tensor(parameter.grad))
 
         smallest = min(first, key=torch.Tensor.numel)
@@ -148,7 +149,8 @@ class GradientHooks:
         columns = self.came  # a hook that refers to ``self`` would keep it alive
 
         def arrived(_: Tensor) -> None:
-            columns.append(column)
+            if not device.capturing():
+                columns.append(column)
 
         handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(arrived)
         return handle

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from gradwatch import device
-from gradwatch.device import widest_float
 from gradwatch.measure.layers import family_of
 from gradwatch.measure.measured_gradients import Measured
 from gradwatch.measure.norms import NormPlan, code_of, count_nonfinite, global_norm_of, unfit
@@ -100,9 +99,10 @@ class Gradients:
         self._rate = np.full(layers, np.nan)
         self.skip = Skip(optimizer, model) if optimizer is not None else None
         self._detector: SurgeDetector | None = None
-        self._slowed: list[tuple[dict[str, Any], Any]] = []
+        self._slowed: list[tuple[dict[str, Any], Any, Any]] = []
         self._born: tuple[weakref.ref[Optimizer], int, Tensor] | None = None
-        self._lent: list[tuple[weakref.ref[Optimizer], str, Any]] = []
+        self._lent: list[tuple[weakref.ref[Optimizer], str, Any, Tensor]] = []
+        self._with_host: tuple[NormPlan | None, bool] | None = None  # whether the optimizer has parameters on the CPU
 
     def count_step(self) -> None:
         """Count a step of this optimizer."""
@@ -148,7 +148,7 @@ class Gradients:
         try:
             norms = plan.norms(there)
         except Exception:
-            if not self._leave_out():
+            if not (self._follow_move(there) or self._leave_out()):
                 raise
             return self.measure(scale)
         if self._whole and len(there) == self._layers:
@@ -171,14 +171,21 @@ class Gradients:
         """Measure all gradients on their device without reading a value. Wide sums make a second look unnecessary."""
         there, columns, plan = self.present()
         if plan is None:
-            return Unread([], columns, torch.zeros(0, dtype=widest_float(home), device=home))
+            return Unread([], columns, torch.zeros(0, dtype=device.widest_float(home), device=home))
         try:
             norms = plan.norms_on(home, there)
         except Exception:
-            if not self._leave_out():
+            if not (self._follow_move(there) or self._leave_out()):
                 raise
             return self.measure_unread(home, scale)
-        return Unread(there, columns, norms if scale is None else norms / scale.to(home, non_blocking=True))
+        return Unread(there, columns, norms if scale is None else norms / device.moved(scale, home))
+
+    def _follow_move(self, gradients: list[Tensor]) -> bool:
+        """Plan anew where a part of the model has moved to another device; return whether it has."""
+        if self._plan is None or self._plan.devices == [gradient.device for gradient in gradients]:
+            return False
+        self._plan = None
+        return True
 
     def _leave_out(self) -> bool:
         """Exclude the layers whose gradients cannot be measured; return False if there is none."""
@@ -284,8 +291,9 @@ class Gradients:
         """Multiply the learning rate of each parameter group by ``factor`` until `restore` is called."""
         for group in optimizer.param_groups:
             if "lr" in group:
-                self._slowed.append((group, group["lr"]))
-                group["lr"] = group["lr"] * factor
+                lowered = group["lr"] * factor
+                self._slowed.append((group, group["lr"], lowered))
+                group["lr"] = lowered
 
     def folds(self, optimizer: Optimizer | None) -> bool:
         """Return whether the optimizer can apply a factor on all gradients: it is fused, and all its parameters are watched."""
@@ -302,17 +310,28 @@ class Gradients:
         """
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if factor is not None:
-            divisor = (1.0 if scale is None else scale) / factor
-            self._lend(optimizer, "grad_scale", divisor.to(torch.float32))
+            divisor = (1.0 if scale is None else device.moved(scale, factor.device)) / factor
+            self._lend(optimizer, "grad_scale", self._for_all_of(optimizer, divisor.to(torch.float32)))
         if skip is not None:
             found = skip.to(torch.float32)
-            found = found if overflow is None else torch.maximum(found, overflow)
+            found = found if overflow is None else torch.maximum(found, device.moved(overflow, found.device))
+            found = self._for_all_of(optimizer, found)
             self._lend(optimizer, "found_inf", found)
             self._born = weakref.ref(optimizer), len(optimizer.state), found
 
+    def _for_all_of(self, optimizer: Optimizer, value: Tensor) -> Tensor:
+        """Return a number from where the optimizer may copy it to all its parameters.
+
+        It copies without waiting, so that for parameters on the CPU a number from a device would not have arrived yet.
+        """
+        if self._with_host is None or self._with_host[0] is not self._plan:
+            there = (parameter.is_cpu for group in optimizer.param_groups for parameter in group["params"])
+            self._with_host = self._plan, any(there)
+        return device.moved(value, torch.device("cpu")) if self._with_host[1] else value
+
     def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
         # None differs from absent: a `GradScaler` deletes what it has set, even None
-        self._lent.append((weakref.ref(optimizer), name, vars(optimizer).get(name, _ABSENT)))
+        self._lent.append((weakref.ref(optimizer), name, vars(optimizer).get(name, _ABSENT), value))
         setattr(optimizer, name, value)
 
     def restore(self, *, late: bool = False) -> None:
@@ -320,15 +339,18 @@ class Gradients:
 
         ``late`` is True if the step was made some time ago and raised.
         """
-        for group, rate in self._slowed:
-            group["lr"] = rate
+        for group, rate, lowered in self._slowed:
+            if group.get("lr") is lowered:  # where the step raised, somebody else may have set it since
+                group["lr"] = rate
         self._slowed.clear()
-        for ref, name, value in reversed(self._lent):
+        for ref, name, before, lent in reversed(self._lent):
             optimizer = ref()
-            if optimizer is not None and value is not _ABSENT:
-                setattr(optimizer, name, value)
-            elif optimizer is not None:
-                vars(optimizer).pop(name, None)
+            if optimizer is None or vars(optimizer).get(name) is not lent:
+                continue
+            if before is _ABSENT:
+                del vars(optimizer)[name]
+            else:
+                setattr(optimizer, name, before)
         self._lent.clear()
         if self._born is not None:
             self._clear_born()
@@ -345,7 +367,7 @@ class Gradients:
         for state in list(optimizer.state.values())[before:]:
             momentum = state.get("momentum_buffer")
             if isinstance(momentum, torch.Tensor):
-                momentum.masked_fill_(found.to(momentum.device, torch.bool, non_blocking=True), 0)
+                momentum.masked_fill_(device.moved(found, momentum.device, torch.bool), 0)
 
     def zero(self) -> None:
         """Set all gradients to zero, for steps that cannot be left out, so that nothing non-finite reaches the weights."""
@@ -393,8 +415,9 @@ class Held:
 
 def zero_where(gradients: Sequence[Tensor], bad: Tensor) -> None:
     """Set gradients to zero in place if ``bad`` (bool tensor, no dimensions). Unlike a product, this removes NaN too."""
+    everywhere = device.Copies(bad)
     for gradient in gradients:
-        here = bad.to(gradient.device, non_blocking=True)
+        here = everywhere.on(gradient.device)
         if gradient.is_sparse:
             summed = gradient.coalesce()
             summed.values().masked_fill_(here, 0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 
-from gradwatch.device import widest_float
+from gradwatch import device
 from gradwatch.measure.wrappers import local_of, summed
 
 if TYPE_CHECKING:
@@ -39,9 +39,11 @@ class LossReader:
 
     def give(self, loss: Tensor | SupportsFloat) -> None:
         """Add a loss of the user, which takes precedence over every other source. Several of one step are summed."""
+        if device.capturing():
+            return
         if self._stepped:
             self.forget()
-        self.given.append(loss.detach() if isinstance(loss, torch.Tensor) else float(loss))
+        self.given.append(loss.detach().clone() if isinstance(loss, torch.Tensor) else float(loss))
 
     def scaled_by(self, scaler: torch.amp.GradScaler | None) -> None:
         """Set the gradient scaler of the step under way; None when the step is over."""
@@ -107,7 +109,7 @@ class LossReader:
         losses = [loss for loss, _ in roots]
         scaler = self._scaler()
         scale = scaler._get_scale_async() if scaler is not None else None
-        return losses if scale is None or not losses else [_sum(losses, home) / scale.to(home, non_blocking=True)]
+        return losses if scale is None or not losses else [_sum(losses, home) / device.moved(scale, home)]
 
 
 def _is_number(returned: Any) -> bool:
@@ -121,7 +123,7 @@ def _number(loss: Loss) -> float:
 def _sum(losses: Sequence[Loss], home: torch.device) -> Loss:
     """Return the sum of losses; if one is a tensor, as a tensor without dimensions on ``home``, in its widest float type."""
     return sum(
-        local_of(summed(loss.detach())).to(home, widest_float(home), non_blocking=True).reshape(())
+        device.moved(local_of(summed(loss.detach())), home, device.widest_float(home)).reshape(())
         if isinstance(loss, torch.Tensor)
         else loss
         for loss in losses

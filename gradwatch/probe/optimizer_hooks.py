@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class StepListener(Listener, Protocol):
     """The methods that the hooks call, in addition to those that patches call."""
 
-    def captured(self) -> None:
-        """Called when a step is captured into a CUDA graph, which replays it without calling hooks."""
+    def captured(self, optimizer: Optimizer) -> None:
+        """Called when a step of an optimizer is captured into a CUDA graph, which replays it without calling hooks."""
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Called before an optimizer steps; return other arguments for its step, or None."""
@@ -35,7 +35,7 @@ _handles: list[RemovableHandle] = []
 
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     if device.capturing():
-        return _captured()
+        return _captured(optimizer)
     changed, meant = None, None
     for ref in _probes:
         probe = ref()
@@ -51,8 +51,8 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     return changed
 
 
-def _captured() -> None:
-    tell([probe for ref in _probes if (probe := ref()) is not None], "captured")
+def _captured(optimizer: Optimizer) -> None:
+    tell([probe for ref in _probes if (probe := ref()) is not None], "captured", optimizer)
 
 
 def _after_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

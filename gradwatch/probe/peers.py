@@ -166,10 +166,10 @@ class Peers:
     def take(self, numbers: UnpackedRow, *, looked: bool) -> None:
         """Apply the agreements of a row that has arrived from a device; ``looked`` is True if its buffers were checked."""
         self._settle(numbers.after_norm)
+        if looked:
+            self.buffers_are_well = not (numbers.ranks[FLAGS] & BUFFER_BAD).any()
         if self.ranks is not None:
             self._apply_agreement(self.ranks.agreed(numbers))
-            if looked:
-                self.buffers_are_well = not (numbers.ranks[FLAGS] & BUFFER_BAD).any()
 
     def _apply_agreement(self, agreed: Agreed) -> None:
         """Apply what all processes agreed on with a row. Each process does this at the same row."""

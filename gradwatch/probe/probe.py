@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gradwatch import device
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
 from gradwatch.measure.layers import facts_of, family_of
 from gradwatch.measure.readback import PATIENCE
@@ -232,9 +233,13 @@ class Probe:
 
     # The optimizer's hooks.
 
-    def captured(self) -> None:
-        """Report that a step is captured into a CUDA graph, which replays it without calling hooks."""
-        self._judge.note("a step that is captured into a CUDA graph is not watched, nor are its replays.")
+    def captured(self, optimizer: Optimizer | None = None) -> None:
+        """Report that a step of an optimizer that this probe watches is captured into a CUDA graph.
+
+        A graph replays it without calling hooks.
+        """
+        if optimizer is None or self.owns_any(optimizer):
+            self._judge.note("a step that is captured into a CUDA graph is not watched, nor are its replays.")
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Measure the gradients that the optimizer is about to use; return new arguments if it has a closure, else None."""
@@ -378,6 +383,9 @@ class Probe:
 
     def explicit_step(self) -> None:
         """Make a row now, because the user says that the update is about to happen."""
+        if device.capturing():
+            self.captured()
+            return
         self._loop.user_steps()
         self._guarded(self._take_everything)
 

@@ -283,6 +283,7 @@ class StepRecorder:
 
     def _make(self, mine: Gradients, source: Source, optimizer: Optimizer | None, returned: Any, scale: float) -> None:
         """Make the row at once, and let the next rows take the fast path if possible."""
+        self._read_all_before_moving()
         step, self.step = self.step, self.step + 1
         row, decision = self._host.make(
             step, mine, source, optimizer, returned, scale, self._word(source), closely=self._looks_closely
@@ -307,6 +308,7 @@ class StepRecorder:
     def _read_all_before_moving(self) -> None:
         if self._device.moves:
             self._read(wait=True)
+            self._device.forget()
 
     def take_parts(self, parts: list[tuple[Measured | Unread, Floats]], family: Family, mine: Gradients) -> None:
         """Make one row of the steps that an optimizer made inside backward, on which auto-clip can no longer act."""
@@ -325,6 +327,7 @@ class StepRecorder:
             self._read_all_before_moving()
             self._device.send(joined(unread), source, rate, mine, None, None, family, word, closely=closely)
             return
+        self._read_all_before_moving()
         step, self.step = self.step, self.step + 1
         measured = [part for part, _ in parts if isinstance(part, Measured)]
         self._host.make_of_parts(step, measured, rate, family, mine, word, closely=closely)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradwatch.device import widest_float
+from gradwatch import device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,8 @@ class SurgeDetector:
 
     def __init__(self, home: torch.device) -> None:
         self.home = home
-        self._log = torch.zeros((), dtype=widest_float(home), device=home)
-        self._seen = torch.zeros((), dtype=widest_float(home), device=home)
+        self._log = torch.zeros((), dtype=device.widest_float(home), device=home)
+        self._seen = torch.zeros((), dtype=device.widest_float(home), device=home)
 
     def fires(self, norm: Tensor, loss: Tensor, *, limit: float, far: float, loss_ceiling: float) -> Tensor:
         """Return whether a step surges, as a bool tensor without dimensions.

@@ -68,7 +68,7 @@ class _Group:
 
     def give_back_where(self, bad: Tensor) -> None:
         self.keep()
-        chosen = torch.where(bad.to(self.last.device, non_blocking=True), self.before, self.last)
+        chosen = torch.where(device.moved(bad, self.last.device), self.before, self.last)
         self.last.copy_(chosen)
         torch._foreach_copy_(self.now, chosen.split(self._sizes))
 
@@ -378,7 +378,7 @@ class Buffers:
         """Return whether any buffer that the program may write is not finite, as a bool tensor; nothing is read."""
         held = [torch.cat(group.now) for group in self._others]
         held += [one for d, name in self._loose_places() if isinstance(one := d.get(name), Tensor) and not is_lazy(one)]
-        found = [~torch.isfinite(one).all() for one in held if one.device == bad.device]
+        found = [device.moved(~torch.isfinite(one).all(), bad.device) for one in held]
         return torch.stack(found).any() if found else torch.zeros_like(bad)
 
     def _loose_places(self) -> Iterator[tuple[dict[str, Any], str]]:
@@ -392,7 +392,7 @@ class Buffers:
             and (now.shape, now.dtype, now.device) == (copy.shape, copy.dtype, copy.device)
         )
         if same and now is not None and copy is not None:
-            now.data.copy_(torch.where(bad.to(now.device, non_blocking=True), copy, now))
+            now.data.copy_(torch.where(device.moved(bad, now.device), copy, now))
         self._now[id(d), name] = _held(now)
         return "" if same or (now is None and copy is None) else f"the buffer {full} is of another kind than before"
 
