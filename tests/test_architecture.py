@@ -40,7 +40,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "rules": {"errors", "history", "records", "settings"},
     "verdict": {"history", "records", "rules", "settings"},
     "clips": {"device", "errors", "history", "measure", "records", "settings"},
-    "autoclip": {"clips", "errors", "history", "records", "settings"},
+    "autoclip": {"clips", "errors", "history", "measure", "records", "settings"},
     "reports": {"errors", "printable", "records", "shutdown"},
     "runlog": {"autoclip", "errors", "history", "printable", "records", "reports", "rules"},
     "pipeline": {"autoclip", "errors", "history", "records", "reports", "rules", "verdict"},

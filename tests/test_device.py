@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch import device
+from gradwatch.autoclip.decision import DevicePlan
 from gradwatch.measure.readback import ReadbackRing
-from gradwatch.probe.surge_detector import SurgeDetector
+from gradwatch.probe.surge import surges
 from tests.trainings import data, mlp, step_in_backward, train
 
 CLIPS = [None, *(clip() for clip in gradwatch.clips.CLIPS.values())]
@@ -244,33 +245,24 @@ def test_a_ring_reads_in_order_and_never_holds_more_than_its_lag() -> None:
     assert [facts for facts, _ in ring.arrived(wait=True)] == [98, 99]
 
 
-def test_the_gates_typical_norm_is_that_of_the_host() -> None:
-    """The same series, NaN, zeros and spikes included, gives the same surge as `Typical`."""
-    from gradwatch.history.statistics import Typical, ignore_fp_warnings
-
-    gate, typical = SurgeDetector(torch.device("cpu")), Typical(1, half_life=64)
-    generator = np.random.default_rng(0)
-    series = np.exp(generator.normal(size=300))
-    series[[20, 50, 51]] = [np.nan, 1e9, 0.0]
-    for value in series:
-        gate.learn(torch.tensor(value))
-        with ignore_fp_warnings():
-            typical.update(np.array([value]))
-    assert math.exp(gate._log.item()) == pytest.approx(typical.value[0], rel=1e-9)
-    assert gate._seen.item() == typical.seen[0]
-
-
 @pytest.mark.parametrize(
-    ("norm", "loss", "expected"),
-    [(5.0, 9.0, False), (20.0, 0.5, False), (20.0, 9.0, True), (20.0, math.nan, True), (200.0, 0.5, True)],
+    ("norms", "loss", "expected"),
+    [
+        ([5.0, 1.0, 1.0], 9.0, False),
+        ([20.0, 1.0, 1.0], 0.5, False),
+        ([20.0, 1.0, 1.0], 9.0, True),
+        ([20.0, 1.0, 1.0], math.nan, True),
+        ([200.0, 1.0, 1.0], 0.5, True),
+        ([200.0, 200.0, 200.0], 0.5, False),
+        ([200.0, 200.0, 200.0], 0.9, True),
+        ([math.nan, 1.0, 1.0], 0.5, False),
+    ],
 )
-def test_the_gate_fires_far_out_or_beside_a_loss_that_suffers(norm: float, loss: float, expected: bool) -> None:
-    """Ten times the usual norm is learning that begins, unless the loss is up; a hundred times is not."""
-    gate = SurgeDetector(torch.device("cpu"))
-    for _ in range(20):
-        gate.learn(torch.tensor(1.0))
-    fires = gate.fires(torch.tensor(norm), torch.tensor(loss), limit=10, far=100, loss_ceiling=1.0)
-    assert bool(fires) is expected
+def test_a_step_surges_far_out_or_beside_a_loss_that_suffers(norms: list[float], loss: float, expected: bool) -> None:
+    """Ten times the usual norm is learning that begins, unless the loss is up; a hundred times is not, except in all layers."""
+    plan = DevicePlan(surge=10, far=100, loss_ceiling=1.0, loss_level=0.8)
+    usual = torch.tensor([1.0, 1.0, math.nan])
+    assert bool(surges(torch.tensor(norms), usual.nan_to_num(1.0), torch.tensor(loss), plan)) is expected
 
 
 @pytest.mark.usefixtures("as_on_a_device")

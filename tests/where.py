@@ -54,7 +54,6 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "probe/peers": (("test_processes", "test_together"), "it needs several processes"),
     "probe/skipping": (("test_skips",), "a skip is tested by the state of optimizer and model after it"),
-    "probe/surge_detector": (("test_device",), "it is only used on a device"),
     "reports/": (
         ("test_reports", "test_terminal"),
         "one contract for all reports, and their output in a real terminal",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gradwatch.autoclip.guard import Guard
     from gradwatch.clips import Clip
+    from gradwatch.records import Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +38,25 @@ class DevicePlan:
 
     Args:
         clip: clip to apply to each step while auto-clip is on; None: auto-clip is off.
-        reserve: clip to apply to a step that surges: the global norm is above ``far`` times the typical norm, or above
-            ``surge`` times while the loss is above ``loss_ceiling``.
+        guard: corrections beyond the clip while auto-clip is on; None: no corrections.
+        reserve: clip to apply to a step that surges (see `gradwatch.probe.surge`).
+        usual: usual gradient norm of each layer, shape (L,); NaN where it is unknown.
         skip: True to leave out a step whose gradients are not finite.
-        surge, far, loss_ceiling: limits for ``reserve``.
+        surge: multiple of its usual norm above which a layer surges if the loss is above ``loss_ceiling``.
+        far: multiple above which it surges if few layers do so, or if the loss is above ``loss_level``.
+        loss_ceiling, loss_level: usual upper bound of the loss, and its level with its scatter.
         skip_above: global norm above which a step is left out.
         rate: factor on the learning rates of the step.
     """
 
     clip: Clip | None = None
+    guard: Guard | None = None
     reserve: Clip | None = None
+    usual: Floats | None = None
     skip: bool = False
     surge: float = math.inf
     far: float = math.inf
     loss_ceiling: float = math.inf
+    loss_level: float = math.inf
     skip_above: float = math.inf
     rate: float = 1.0

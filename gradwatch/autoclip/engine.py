@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.clips import Clip
     from gradwatch.history.history import History
-    from gradwatch.records import Incident, Row
+    from gradwatch.records import Floats, Incident, Row
 
 
 _LONGEST = 8  # multiple of the policy's hold that relapses cannot exceed
@@ -63,7 +63,7 @@ class AutoClipEngine:
         self._bounds: Clip = policy.clip
         self._reserve = -LEAST_NORMS  # row at which the bounds for a surge on a device were set
         self._typical = math.nan
-        self._usual = np.full(0, np.nan)
+        self._usual: Floats = np.full(0, np.nan)
         self._narrowed = 1.0
         self._skips_in_a_row: dict[
             int, int
@@ -115,18 +115,28 @@ class AutoClipEngine:
         explosive = self.policy.when != "always" and "exploding" in self.policy.when
         if explosive and not self.on and self.history.rows - self._reserve >= LEAST_NORMS:
             self._set_bounds(0)
+            self._usual = self._settled_norms()
             self._reserve = self.history.rows
         clip = self.clip(self.history.rows) if self.on or explosive else None
+        level, scatter = self.history.next_loss_level()
         return DevicePlan(
             clip=clip if self.on else None,
+            guard=self._guard() if self.on else None,
             reserve=clip if not self.on and math.isinf(self._spared) else None,
+            usual=self._usual,
             skip=self.policy.on_nonfinite != "ignore",
             surge=surge,
             far=far,
             loss_ceiling=self.history.next_loss_ceiling(),
+            loss_level=level + scatter,
             skip_above=self._skip_above,
             rate=self.further.rate,
         )
+
+    def _settled_norms(self) -> Floats:
+        """Return the typical gradient norm of each layer, shape (L,); NaN where too few norms are known."""
+        typical = self.history.typical_grad
+        return np.where(typical.seen >= SETTLED, typical.value, np.nan)
 
     # What to do.
 
@@ -158,10 +168,14 @@ class AutoClipEngine:
         clip = self.clip(self.history.rows - 1) if self.on or self._begin_to_catch_up() else None
         if not self.acts:
             return NOTHING
-        guard = None
-        if self.record is not None and self.policy.threshold == "auto":
-            guard = Guard.of(row, self.history, self._usual, self._looseness, self._limits)
-        return Decision(clip if self.on else None, rate=self.further.rate, guard=guard)
+        return Decision(clip if self.on else None, rate=self.further.rate, guard=self._guard())
+
+    def _guard(self) -> Guard | None:
+        if self.record is None or self.policy.threshold != "auto":
+            return None
+        history = self.history
+        usual = self._usual if len(self._usual) == len(history.layers) else np.full(len(history.layers), np.nan)
+        return Guard(usual, history.decrease_rates, history.reference_loss, self._looseness, self._limits)
 
     def _begin_to_catch_up(self) -> bool:
         behind = self._baseline is not None and self.history.rows - self._looked >= self.history.window // 2
@@ -189,8 +203,7 @@ class AutoClipEngine:
         else:
             self._hold = self.policy.hold
             self._set_bounds(1)
-            typical = self.history.typical_grad
-            self._usual = np.where(typical.seen >= SETTLED, typical.value, np.nan)
+            self._usual = self._settled_norms()
         told = (str(earlier),) if earlier is not None else ()  # it was released during this same incident
         self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family, measures=told)
         self._held_since, self._idle = row.step, 0

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from gradwatch.device import moved
+from gradwatch.device import Copies, moved
 from gradwatch.errors import UsageError, did_you_mean
 from gradwatch.settings import Settings
 
@@ -253,3 +253,10 @@ def scale_by(gradients: Sequence[Tensor], coefficient: float | Tensor) -> None:
         # a 0-dim float32 tensor does not change the dtype of the gradients
         there = moved(coefficient, home, torch.float32) if isinstance(coefficient, torch.Tensor) else coefficient
         torch._foreach_mul_(together, there)
+
+
+def scale_each(gradients: Sequence[Tensor], factors: Tensor) -> None:
+    """Multiply every gradient in place by its own factor; ``factors`` has shape (n,) and may be on another device."""
+    everywhere = Copies(factors.to(torch.float32))
+    for place, gradient in enumerate(gradients):
+        scale_by([gradient], everywhere.on(gradient.device)[place])

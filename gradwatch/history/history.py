@@ -206,16 +206,21 @@ class History(LossLevels):
         return some if self.row.arrived is None else some | (self.row.arrived & np.isnan(self.row.grad_norm))
 
     @property
-    def predicted_decrease(self) -> Floats:
-        """The first-order decrease of the loss by this step of SGD, per layer: ``lr ||g||^2``, shape (L,).
+    def decrease_rates(self) -> Floats:
+        """The factor on each layer's squared gradient norm that gives the first-order decrease of the loss, shape (L,).
 
-        NaN for other optimizers, if the gradients may not stem from the loss that was seen, and if a loss below zero was
-        seen, since zero is then no lower bound.
+        It is the learning rate for SGD. NaN for other optimizers, if the gradients may not stem from the loss that was seen,
+        and if a loss below zero was seen, since zero is then no lower bound.
         """
         row = self.row
         if row.family != "sgd" or row.provenance.loss in ("none", "monitor.loss()") or not self.least_loss >= 0:
             return np.full(len(self.layers), np.nan)
-        part: Floats = self.rate * np.square(row.applied * row.grad_norm)
+        return self.rate
+
+    @property
+    def predicted_decrease(self) -> Floats:
+        """The first-order decrease of the loss by this step of SGD, per layer: ``lr ||g||^2``, shape (L,); NaN if not known."""
+        part: Floats = self.decrease_rates * np.square(self.row.applied * self.row.grad_norm)
         return part
 
     @property

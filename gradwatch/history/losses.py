@@ -117,6 +117,10 @@ class LossLevels(Ring):
         now, _ = median_and_mad(self.task_loss(last=4))
         return not (0 <= now < self.reference_loss / 10 or min(now, self.row.loss) <= self.loss_ceiling(last=4))
 
+    def next_loss_level(self) -> tuple[float, float]:
+        """Return what `loss_level` will return once the next loss is there."""
+        return median_and_mad(self.task_loss(last=32))
+
     def next_loss_ceiling(self) -> float:
         """Return the ceiling that `loss_is_rising` will use for the next loss; minus infinity if no loss was seen."""
         if not self._first_losses:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.judge import Judge
     from gradwatch.probe.peers import Peers
-    from gradwatch.records import Source
+    from gradwatch.records import Row, Source
 
 
 class Applier:
@@ -38,13 +38,14 @@ class Applier:
     def apply(
         self,
         decision: Decision,
+        row: Row,
         now: Measured,
         scale: float,
         mine: Gradients,
         source: Source,
         optimizer: Optimizer | None,
     ) -> float:
-        """Apply a decision to the gradients; return the global norm after over the norm before."""
+        """Apply a decision on ``row`` to the gradients; return the global norm after over the norm before."""
         self.slow(mine, optimizer, decision.rate)
         clip = decision.clip
         if clip is None or not math.isfinite(now.global_norm) or not clippable(source, optimizer):
@@ -62,7 +63,9 @@ class Applier:
             now.global_norm,
             scale,
         )
-        return clip.apply(step) if decision.guard is None else decision.guard.around(clip, step)
+        if decision.guard is None:
+            return clip.apply(step)
+        return float(decision.guard.around(clip, step, torch.from_numpy(row.grad_norm[now.columns]), row.loss))
 
     def slow(self, mine: Gradients, optimizer: Optimizer | None, rate: float) -> None:
         """Multiply the learning rates by ``rate`` for the coming step, or report that they are not known."""

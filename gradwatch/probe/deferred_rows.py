@@ -45,6 +45,7 @@ from gradwatch.measure.packed_row import (
 from gradwatch.measure.readback import LAG, PATIENCE, ReadbackRing, Slot, Unread
 from gradwatch.measure.sampling import Parts
 from gradwatch.probe.gradients import zero_where
+from gradwatch.probe.surge import surges
 from gradwatch.records import Provenance, Row
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from gradwatch.autoclip.guard import Guard
     from gradwatch.clips import Clip
     from gradwatch.distributed.group import Ranks, Word
     from gradwatch.measure.layers import Layers
@@ -110,6 +112,7 @@ class DeferredRows:
         self._kept: dict[Any, Tensor] = {}
         self._after: Tensor | None = None
         self._left_out = 0
+        self._usual: tuple[Floats, Tensor] | None = None
         self.home = home
 
     # On the device, without reading a value.
@@ -267,7 +270,7 @@ class DeferredRows:
         bad = norm > plan.skip_above
         if plan.skip:
             bad = bad | ~torch.isfinite(norm)
-        clip, fires = plan.clip or plan.reserve, self._fires(mine, norm, slot, plan)
+        clip, fires = plan.clip or plan.reserve, self._fires(slot, plan)
         if self._ranks is not None:  # if gradwatch failed in one process, which no longer acts, none of them acts
             together = slot.singles[FAILED] == 0
             bad, fires = bad & together, together if fires is None else fires & together
@@ -283,8 +286,11 @@ class DeferredRows:
                 1.0 if scale is None else device.moved(scale, self.home),
                 fires,
             )
-            fold = isinstance(clip, OneFactor) and mine.folds(optimizer)
-            left, error = self._apply(clip, step, fold=fold)
+            fold = isinstance(clip, OneFactor) and plan.guard is None and mine.folds(optimizer)
+            whole = torch.sqrt(slot.rows[SQUARE][self._index(now.columns)])
+            left, error = self._apply(
+                clip, step, plan.guard, whole, slot.singles[LOSS] / slot.singles[LOSSES], fold=fold
+            )
             coefficient = left if fold else None
             slot.singles[COEFFICIENT].copy_(left)
             if clip.looks_inside and self._ranks is not None:
@@ -302,27 +308,27 @@ class DeferredRows:
             raise error
         return clip, bad if skips else None
 
-    def _fires(self, mine: Gradients, norm: Tensor, slot: Slot, plan: DevicePlan) -> Tensor | None:
-        """Return whether the clip in reserve acts; None if a clip is in force or there is no reserve.
-
-        The typical norm is updated unless a clip is in force.
-        """
-        detector = mine.surge_detector(self.home)
-        if plan.clip is not None:
+    def _fires(self, slot: Slot, plan: DevicePlan) -> Tensor | None:
+        """Return whether the clip in reserve acts; None if a clip is in force or there is no reserve."""
+        if plan.clip is not None or plan.reserve is None or plan.usual is None:
             return None
-        fires = None
-        if plan.reserve is not None:
-            loss = slot.singles[LOSS] / slot.singles[LOSSES]
-            fires = detector.fires(norm, loss, limit=plan.surge, far=plan.far, loss_ceiling=plan.loss_ceiling)
-        detector.learn(norm)
-        return fires
+        if not np.isfinite(plan.usual).any():
+            return torch.zeros((), dtype=torch.bool, device=self.home)
+        if self._usual is None or self._usual[0] is not plan.usual:
+            self._usual = plan.usual, on_device(plan.usual, self.home)
+        norms, loss = torch.sqrt(slot.rows[SQUARE]), slot.singles[LOSS] / slot.singles[LOSSES]
+        return surges(norms, self._usual[1], loss, plan)
 
-    def _apply(self, clip: Clip, step: UnreadStep, *, fold: bool) -> tuple[Tensor, Exception | None]:
+    def _apply(
+        self, clip: Clip, step: UnreadStep, guard: Guard | None, whole: Tensor, loss: Tensor, *, fold: bool
+    ) -> tuple[Tensor, Exception | None]:
         """Clip, or only compute the factor if the optimizer applies it (``fold``); return the factor and the clip's error.
 
         If the clip was written by the user and there are other processes, its error is returned. Any other error is raised.
         """
         try:
+            if guard is not None:
+                return guard.around(clip, step, whole, loss), None
             return clip.factor_unread(step) if fold and isinstance(clip, OneFactor) else clip.apply_unread(step), None
         except Exception as error:
             if not self._confirms:

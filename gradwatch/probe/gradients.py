@@ -15,7 +15,6 @@ from gradwatch.measure.measured_gradients import Measured
 from gradwatch.measure.norms import NormPlan, code_of, count_nonfinite, global_norm_of, unfit
 from gradwatch.measure.readback import Unread
 from gradwatch.measure.wrappers import is_dtensor, local_of, summed
-from gradwatch.probe.surge_detector import SurgeDetector
 from gradwatch.skipping import Skip
 
 if TYPE_CHECKING:
@@ -98,7 +97,6 @@ class Gradients:
         self._rates: list[float] = []
         self._rate = np.full(layers, np.nan)
         self.skip = Skip(optimizer, model) if optimizer is not None else None
-        self._detector: SurgeDetector | None = None
         self._slowed: list[tuple[dict[str, Any], Any, Any]] = []
         self._born: tuple[weakref.ref[Optimizer], int, Tensor] | None = None
         self._lent: list[tuple[weakref.ref[Optimizer], str, Any, Tensor]] = []
@@ -130,12 +128,6 @@ class Gradients:
     def measure_at(self, home: torch.device) -> Measured | Unread:
         """Measure all gradients, and read their norms only if rows are made on a ``home`` where that does not wait."""
         return self.measure() if device.reading_is_free(home) else self.measure_unread(home)
-
-    def surge_detector(self, home: torch.device) -> SurgeDetector:
-        """Return the surge detector of this optimizer on a device."""
-        if self._detector is None or self._detector.home != home:
-            self._detector = SurgeDetector(home)
-        return self._detector
 
     def measure(self, scale: float = 1.0) -> Measured:
         """Measure all gradients that exist now, in one batched call per device and dtype.

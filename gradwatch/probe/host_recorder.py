@@ -102,7 +102,7 @@ class HostRecorder:
         try:
             decision = self._judge.judge(row)
             if decision is not NOTHING and not decision.skip:
-                coefficient = self._applier.apply(decision, now, scale, mine, source, optimizer)
+                coefficient = self._applier.apply(decision, row, now, scale, mine, source, optimizer)
         except TrainingUnstableError:
             raise
         except Exception as failure:
