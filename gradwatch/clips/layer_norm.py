@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 
-from gradwatch.clips.base import Clip, PerLayer, Step, UnreadStep, scale_by
-from gradwatch.device import Copies
+from gradwatch.clips.base import Clip, PerLayer, Step, UnreadStep, scale_by, scale_each
 from gradwatch.measure.norms import on_device
 
 if TYPE_CHECKING:
@@ -88,14 +87,12 @@ def clip_layers(step: Step, bounds: Floats) -> float:
 
 def clip_layers_unread(step: UnreadStep, bounds: Floats) -> Tensor:
     """Scale each gradient as `clip_layers` does, without reading a value on the host; return the ratio, shape ()."""
-    acts = torch.isfinite(step.norms).all()
+    acts = (step.norms < np.inf).all()
     acts = acts if step.fires is None else acts & step.fires
     home = step.norms.device
     limits = on_device(np.nan_to_num(bounds, nan=np.inf), home)
     factors = torch.where(acts, torch.clamp(limits / (step.norms + 1e-6), max=1.0), 1.0)
-    everywhere = Copies(factors.to(torch.float32))
-    for place, gradient in enumerate(step.gradients):
-        scale_by([gradient], everywhere.on(gradient.device)[place])
+    scale_each(step.gradients, factors)
     before = torch.sqrt(torch.square(step.norms).sum())
     left = torch.sqrt(torch.square(step.norms * factors).sum()) / before
     return torch.where(acts & (before > 0), left, 1.0)

@@ -50,9 +50,8 @@ class SurgeDetector:
 
     def learn(self, norm: Tensor) -> None:
         """Update the typical norm with the global norm of a step."""
-        log = torch.log(norm)
-        use = torch.isfinite(log)
+        use = (norm > 0) & (norm < torch.inf)
         self._seen += use
-        step = torch.where(use, log - self._log, 0.0)
+        step = torch.where(use, torch.log(norm) - self._log, 0.0)
         step = torch.where(self._seen > 1, step.clamp(-_WINSOR, _WINSOR), step)
         self._log += step * torch.clamp(1.0 / self._seen.clamp(min=1.0), min=_RATE)
