@@ -20,11 +20,11 @@ _EXAMPLES = """examples:
   gradwatch watch runs/today                  the live view of a training in another process
   gradwatch report runs/today                 what happened, in the terminal
   gradwatch report runs/today --html r.html   the same as one page that opens offline
-  gradwatch report runs/today --check         for CI: exit code 1 after an incident
+  gradwatch report runs/today --check         for CI: exit code 1 unless the verdict is healthy
   gradwatch replay runs/today --rule GW301.limit=30
   gradwatch explain GW203                     one sign: meaning, formula, what to do, when it is harmless
 
-exit codes: 0 done; 1 `report --check` found an incident of severity warning or worse;
+exit codes: 0 done; 1 `report --check` found a run whose verdict is not healthy;
 2 bad usage, or a run log that cannot be read"""
 
 

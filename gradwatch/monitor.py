@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.autoclip.policy import AutoClip
-    from gradwatch.records import Alarm, Incident
+    from gradwatch.records import Alarm, Incident, RunVerdict
     from gradwatch.reports import Report
     from gradwatch.reports.base import RunLogReport
     from gradwatch.rules import Rule
@@ -74,10 +74,10 @@ class Monitor:
         self.history = History(layers.names, layers.sizes, layers.matrices, layers.fan_in)
         facts = facts_of(model, layers, str(policy.clip) if policy else None)
         self.history.know(replace(facts, clips_always=policy is not None and policy.when == "always"))
-        damage = partial(_asked, weakref.WeakMethod(self._damage))
-        autoclip = AutoClipEngine(policy, self.history, damage) if policy is not None else None
+        autoclip = AutoClipEngine(policy, self.history) if policy is not None else None
         own_time = OwnTime()
-        self._pipeline = Pipeline(self.history, rules, autoclip, reports, self._notes, own_time)
+        broken = partial(_asked, weakref.WeakMethod(self._damage))
+        self._pipeline = Pipeline(self.history, rules, autoclip, reports, self._notes, own_time, broken=broken)
         pace = {"every": 1, "budget": every.share} if isinstance(every, Budget) else {"every": every, "budget": None}
         installed = {"gradwatch": version("gradwatch")}
         self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time)
@@ -303,8 +303,11 @@ class Monitor:
         return list(self._pipeline.incidents.all)
 
     @property
-    def verdict(self) -> str:
-        """The state of the run: ``"healthy"``, ``"suspected"`` or ``"confirmed"``. Waits as `incidents` does."""
+    def verdict(self) -> RunVerdict:
+        """The state of the run: ``"healthy"``, ``"suspected"``, ``"confirmed"`` or ``"damaged"``. Waits as `incidents` does.
+
+        `gradwatch.records.VERDICTS` defines the words; reports and `checkpoint_guard` follow them.
+        """
         self._probe.catch_up()
         return self._pipeline.verdict
 
@@ -324,18 +327,18 @@ class Monitor:
     def checkpoint_guard(self) -> Checkpoint:
         """Return whether the model is worth a checkpoint: ``if monitor.checkpoint_guard(): torch.save(...)``.
 
-        The result is true or false, and its ``reason`` says why it is false: an incident of an explosion that is more than a
-        notice is open, the last loss was not finite, or a parameter or buffer is not finite now. This reads all values of the
-        model, so it is meant for checkpoints and not for each step. In distributed training all processes get the same result,
-        from what they last exchanged: weights and buffers are checked at the first 32 steps, at least at every 32nd step
-        later, and at each step while an explosion is open.
+        The result is true or false, and its ``reason`` says why it is false: the verdict is not healthy, the last loss was not
+        finite, or a parameter or buffer is not finite now. This reads all values of the model, so it is meant for checkpoints
+        and not for each step. In distributed training all processes get the same result, from what they last exchanged: weights
+        and buffers are checked at the first 32 steps, at least at every 32nd step later, and at each step while an explosion is
+        open.
         """
         self._probe.catch_up()
         model = self._model()
         if model is None:
             return Checkpoint("the model is gone")
-        well = self._probe.recorder.peers.buffers_are_well
-        return worth_of(model, self.history, self._pipeline.incidents.open, buffers_are_well=well)
+        well, incidents = self._probe.recorder.peers.buffers_are_well, self._pipeline.incidents
+        return worth_of(model, self.history, [*incidents.open, *incidents.damaged], buffers_are_well=well)
 
     def summary(self) -> RenderableType:
         """Return a summary of the run so far as a rich renderable; ``str()`` of it is plain text."""

@@ -19,12 +19,12 @@ from gradwatch.history.columns import widened
 from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, OwnTime, cadence
 from gradwatch.history.statistics import ignore_fp_warnings
-from gradwatch.records import Alarm, Family, Incident, Row, Snapshot
+from gradwatch.records import Alarm, Family, Incident, Row, RunVerdict, Snapshot
 from gradwatch.reports.desk import ReportDesk
-from gradwatch.verdict import Alarms, Incidents, VerdictSettings
+from gradwatch.verdict import Alarms, Incidents, VerdictSettings, how_it_stands
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gradwatch.autoclip.engine import AutoClipEngine
     from gradwatch.autoclip.policy import AutoClip
@@ -55,6 +55,7 @@ class Pipeline:
         own_time: time that watching has taken so far, which the reports show.
         verdict: limits of the verdict; None: the defaults.
         keep: number of alarms to keep; None: all.
+        broken: returns which weights and buffers are not finite, in words; empty if all are, as far as it is known.
 
     Attributes:
         alarms: state of the rules.
@@ -74,12 +75,13 @@ class Pipeline:
         own_time: OwnTime | None = None,
         verdict: VerdictSettings | None = None,
         keep: int | None = _KEPT,
+        broken: Callable[[], str] = str,
     ) -> None:
         self.history = history
         self.verdict_settings = verdict or VerdictSettings()
         self.alarms = Alarms(rules, history.layers, notes.part_failed)
         self.clipping = clipping
-        self.incidents = Incidents(history, rules, self.verdict_settings, clipping)
+        self.incidents = Incidents(history, rules, self.verdict_settings, clipping, broken)
         self.armed = clipping is not None
         self.changes: deque[Alarm] = deque(maxlen=keep)
         self.notes = notes
@@ -326,14 +328,15 @@ class Pipeline:
             provenance=history.row.provenance,
             notes=tuple(self.notes.all),
             news=news,
+            ending=how_it_stands(history) if history.rows else "",
             clip_coefficient=float(history.clip_coefficient(last=1)[-1]) if history.rows else 1.0,
         )
 
     @property
-    def verdict(self) -> str:
-        """The state of the run: ``"confirmed"`` or ``"suspected"`` if such an incident is open, else ``"healthy"``.
-
-        Notices do not count.
-        """
+    def verdict(self) -> RunVerdict:
+        """The state of the run, one of `VERDICTS`. Notices do not count."""
         found = [incident.verdict for incident in self.incidents.open if incident.severity != "notice"]
-        return "confirmed" if "confirmed" in found else "suspected" if found else "healthy"
+        if found:
+            return "confirmed" if "confirmed" in found else "suspected"
+        left = any(incident.severity != "notice" for incident in self.incidents.damaged)
+        return "damaged" if left else "healthy"

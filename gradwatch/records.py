@@ -25,7 +25,8 @@ Sign = Literal["subtle", "confirming", "growth", "numeric", "silent", "clip"]
 Role = Literal["", "surge", "jump", "update", "overshoot", "damage"]
 Kind = Literal["exploding", "spike", "nonfinite", "diverging", "vanishing", "stalled", "dead", "frozen", "clipping"]
 Severity = Literal["notice", "warning", "critical"]
-Verdict = Literal["suspected", "confirmed", "resolved"]
+Verdict = Literal["suspected", "confirmed", "damaged", "resolved"]
+RunVerdict = Literal["healthy", "suspected", "confirmed", "damaged"]
 Phase = Literal["loss", "gradient", "weight"]
 Source = Literal[
     "optimizer step",
@@ -42,6 +43,13 @@ LossSource = Literal["monitor.loss()", "closure", "backward root", "written", "n
 Clipped = Literal["no clip before it seen", "before the user's clip", "as the optimizer sees it"]
 
 SEVERITIES: tuple[Severity, ...] = ("notice", "warning", "critical")
+VERDICTS: dict[RunVerdict, str] = {
+    "healthy": "nothing that is known speaks against the run now; incidents of before, if any, are resolved",
+    "suspected": "an incident is open that is more than a notice",
+    "confirmed": "such an incident is open, and a confirming sign occurred together with another one",
+    "damaged": "no such incident is open, but one has left something worse than before: the loss, a dead layer, a value that is "
+    "not finite",
+}
 EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")  # stages of one incident
 
 
@@ -196,15 +204,15 @@ class ClipRecord:
         norm_before: largest global norm meanwhile.
         norm_after: what the clip left of ``norm_before``.
         loss_before: level of the loss before the incident.
-        loss_after: last loss while auto-clip is on; level of the loss at the release.
+        loss_after: last loss while auto-clip is on; level of the loss when the incident closes.
         released_step: step at which auto-clip was switched off; None: it is still on.
-        helped: whether it helped; None: not known yet.
+        helped: whether everything is as well as before the fault, after it had changed steps; None: not known.
         recovered_after: number of steps after which the loss was back at its level for good; None: it was not yet.
         measures: measures beyond clipping, in words.
         unlearned: first and last level of the losses of clipped steps, if clipping kept them high while all other losses
             were well. The clip was then released at once.
         family: family of the optimizer.
-        damage: which values of the model were not finite at the release, in words, so that nothing helped.
+        damage: what was worse than before the fault when the incident closed, in words.
     """
 
     clip: str
@@ -239,25 +247,26 @@ class ClipRecord:
         parts += self.measures
         if self.released_step is None:
             return "; ".join([*parts, "still on"])
-        parts.append(f"loss {self.loss_before:.3g} -> {self.loss_after:.3g}")
-        if self.recovered_after is not None:
-            parts[-1] += f", back to its level after {self.recovered_after} steps"
-        return "; ".join([*parts, f"released at step {self.released_step}: {self._outcome}"])
+        if not math.isnan(self.loss_before) and not math.isnan(self.loss_after):
+            parts.append(f"loss {self.loss_after:.3g}, {self.loss_before:.3g} before the fault")
+            if self.recovered_after is not None:
+                parts[-1] += f", back at its level after {self.recovered_after} steps"
+        outcome = self._outcome
+        return "; ".join([*parts, f"released at step {self.released_step}" + (f": {outcome}" if outcome else "")])
 
     @property
     def _outcome(self) -> str:
         if self.helped:
             return "it helped"
-        if self.damage:
-            return f"the model is damaged, {self.damage}; go back to a checkpoint"
         if self.unlearned is not None:
             before, after = self.unlearned
             return (
                 f"the losses of the steps that it clipped did not come down, {before:.3g} -> {after:.3g}, while the others were "
                 f"well: they carry a rare signal. It is not switched on again for gradients up to {self.norm_before:.3g}"
             )
-        why = ": such an optimizer divides gradients by their own size" if self.family == "adam" else ""
-        return f"clipping did not help, the learning rate is the likelier cause{why}"
+        if not self.clipped + self.skipped:
+            return "it changed no step"
+        return f"over, with damage: {self.damage}" if self.damage else ""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -269,7 +278,8 @@ class Incident:
     Attributes:
         kind: kind of the disturbance.
         severity: ``"notice"``, ``"warning"`` or ``"critical"``.
-        verdict: ``"suspected"``, ``"confirmed"`` or ``"resolved"``.
+        verdict: ``"suspected"`` or ``"confirmed"`` while it is open; then ``"resolved"``, or ``"damaged"`` while something is
+            worse than before the fault.
         opened_step: step at which it was opened.
         confirmed_step: step at which it was confirmed; None: it was not.
         closed_step: step at which it was closed; None: it is open.
@@ -282,6 +292,7 @@ class Incident:
         clip: what auto-clip did about it; None: nothing.
         ranks: processes from which non-finite values originate, if that is known.
         number: index of the incident in the run, from 0.
+        left: what is worse than before the fault although the incident is closed, in sentences.
     """
 
     kind: Kind
@@ -299,6 +310,7 @@ class Incident:
     clip: ClipRecord | None = None
     ranks: tuple[int, ...] = ()
     number: int = 0
+    left: tuple[str, ...] = ()
 
     @property
     def open(self) -> bool:
@@ -311,7 +323,9 @@ class Incident:
     def __str__(self) -> str:
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
-        return printable(f"{self.kind} {self.verdict} ({self.severity}), {steps}{suspect}")
+        word = "over, with damage" if self.verdict == "damaged" else self.verdict
+        left = f": {'; '.join(self.left)}" if self.left else ""
+        return printable(f"{self.kind} {word} ({self.severity}), {steps}{suspect}{left}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +374,7 @@ class Snapshot:
         rules: code and name of each rule.
         firing: rules that fire now.
         incidents: incidents so far.
-        verdict: ``"healthy"``, ``"suspected"`` or ``"confirmed"``.
+        verdict: state of the run, one of `VERDICTS`.
         clipping: clip of auto-clip, in words; None if gradwatch only watches.
         clip_on: whether auto-clip is on.
         clipped, skipped: number of steps that auto-clip clipped and left out.
@@ -371,6 +385,7 @@ class Snapshot:
         notes: what gradwatch reported about the run.
         news: incidents that changed since the previous snapshot.
         clip_coefficient: norm after clipping over norm before it, of the last row.
+        ending: how badly the loss stands at the last row, in words; empty if it does not.
     """
 
     facts: Facts
@@ -386,7 +401,7 @@ class Snapshot:
     rules: Sequence[str]
     firing: tuple[str, ...]
     incidents: tuple[Incident, ...]
-    verdict: str
+    verdict: RunVerdict
     clipping: str | None
     clip_on: bool
     clipped: int
@@ -398,3 +413,4 @@ class Snapshot:
     notes: tuple[str, ...] = ()
     news: tuple[Incident, ...] = field(default=())
     clip_coefficient: float = 1.0
+    ending: str = ""

@@ -63,7 +63,7 @@ MAY_KNOW: dict[str, set[str]] = {
             "skipping",
         ),
     },
-    "page": {"errors", "history", "printable", "runlog"},
+    "page": {"errors", "history", "printable", "reports", "runlog"},
     "monitor": {
         *(
             "autoclip",
@@ -466,6 +466,7 @@ def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
                     "others",
                     "scalars",
                     "sparkline",
+                    "standing",
                     "streams",
                     "summary",
                     "tail",

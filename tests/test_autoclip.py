@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import gradwatch
 from gradwatch.history.typical_norm import typical_norm
-from gradwatch.records import ClipRecord
 from tests.clipping import lived
 from tests.trainings import data, mlp, train
 
@@ -360,10 +359,8 @@ def test_a_permanent_fault_ends_in_the_documented_stop_within_the_cap() -> None:
     assert "left out from step" in monitor.notes[0]
 
 
-def test_under_adam_the_record_says_that_clipping_cannot_help() -> None:
+def test_under_adam_the_advice_says_that_clipping_cannot_help() -> None:
     """Whatever was allowed: such an optimizer divides gradients by their own size."""
-    record = ClipRecord("ClipNorm(max_norm=1.0)", 5, released_step=9, helped=False, family="adam")
-    assert str(record).endswith("likelier cause: such an optimizer divides gradients by their own size")
     advice = " ".join(too_fast((), name="AdamW", steps=80)["monitor"].incidents[0].advice)
     assert "clipping does not repair this, because AdamW divides" in advice
 
@@ -381,10 +378,10 @@ def test_the_record_tells_what_was_done_and_what_came_of_it() -> None:
     largest = int(np.argmax(history.global_norm()))
     assert record.norm_before == pytest.approx(history.global_norm()[largest])
     assert record.norm_after == pytest.approx(norm(seen[largest]), rel=1e-4)
-    level = record.loss_before + max(0.05 * record.loss_before, 0)
+    assert record.loss_before == pytest.approx(np.median(history.loss()[: record.from_step]), rel=0.1)
     back = record.from_step + (record.recovered_after or 0)
-    assert history.loss()[back - 1] > level
-    assert f"back to its level after {record.recovered_after} steps" in str(record)
+    assert history.loss()[back - 1] > 1.1 * record.loss_before
+    assert f"back at its level after {record.recovered_after} steps" in str(record)
     assert str(record).endswith(f"released at step {record.released_step}: it helped")
 
 

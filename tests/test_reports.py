@@ -128,10 +128,10 @@ def test_the_summary_tells_the_story() -> None:
         assert part in " ".join(text.split())
 
 
-def test_a_confirming_sign_alone_is_a_note_in_the_summary() -> None:
+def test_a_confirming_sign_alone_stands_beside_the_verdict() -> None:
     """Large but stable gradients."""
     text = str(Summary(snapshot(incidents=(), verdict="healthy", firing=("GW203 gradients above 1.0 in each layer",))))
-    assert "note: GW203 gradients above 1.0 in each layer, and no incident is open" in text
+    assert "  GW203 gradients above 1.0 in each layer, and no incident is open" in text
 
 
 @given(st.lists(st.floats(), max_size=300), st.integers(0, 80))

@@ -35,7 +35,7 @@ ABLATED: dict[str, dict[str, Any]] = {
     "layer outliers": {"apart": 1e300},
     "the step bound": {"shortest": 1.0},
     "narrowing": {"narrowest": 1.0},
-    "release by degrees": {"loosen": 1e9},
+    "release by degrees": {"loosen": 10.0},
     "longer holds": {"longer": 1.0},
     "relapse": {"relapse": 0.0},
     "letting go of what does harm": {"compared": 10**6},

@@ -21,8 +21,6 @@ from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
 from gradwatch.records import SEVERITIES, ClipRecord, Severity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.clips import Clip
     from gradwatch.history.history import History
@@ -43,7 +41,6 @@ class AutoClipEngine:
     Args:
         policy: what the user asked for.
         history: read for norms and losses.
-        damage: returns what in the model is not finite, in words; empty if nothing is.
 
     Attributes:
         clipped: number of steps that were clipped.
@@ -52,10 +49,9 @@ class AutoClipEngine:
         record: what was done since an incident switched auto-clip on; None if no incident did.
     """
 
-    def __init__(self, policy: AutoClip, history: History, damage: Callable[[], str] = str) -> None:
+    def __init__(self, policy: AutoClip, history: History) -> None:
         self.policy = policy
         self._limits = policy.limits
-        self._damage = damage
         self.history = history
         self.clipped = 0
         self.skipped = 0
@@ -285,30 +281,9 @@ class AutoClipEngine:
         """Switch auto-clip off because the incident closes; return the finished record, or None if it was not on."""
         if self.record is None:
             return None
-        after, _ = self.history.loss_level(self._limits.level)
-        # if no loss was seen, it helped because the run became calm
-        damage = self._damage()
-        helped = not damage and (not math.isfinite(self.record.loss_before) or after <= self._well_below)
-        record = replace(
-            self.record,
-            released_step=step,
-            helped=helped,
-            damage=damage,
-            loss_after=after,
-            recovered_after=self._recovery(self.record.from_step) if helped else None,
-        )
+        record = replace(self.record, released_step=step)
         self.record, self._looseness, self._released = None, 1.0, step
         return record
-
-    def _recovery(self, start: int) -> int | None:
-        """Return the number of steps from ``start`` until the loss stayed at its level before the incident.
-
-        None if the history holds no loss since then.
-        """
-        losses, steps = self.history.loss(), self.history.steps()
-        losses = losses[steps >= start]
-        above = np.flatnonzero(~(losses <= self._well_below))
-        return None if not losses.size else int(above[-1]) + 1 if above.size else 0
 
     # Further measures.
 

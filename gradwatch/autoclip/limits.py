@@ -36,7 +36,7 @@ class AutoClipLimits(Settings):
     narrowest: float = Field(default=1 / 4, gt=0, le=1)
     apart: float = Field(default=8.0, gt=1)
     shortest: float = Field(default=1 / 4, gt=0, le=1)
-    loosen: float = Field(default=1.03, gt=1)
+    loosen: float = Field(default=1.03, gt=1, le=10)
     idle: int = Field(default=10, ge=1)
     level: int = Field(default=16, ge=1)
     long: float = Field(default=4.0, ge=1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.commands.outputs import Output, check_outputs, write_outputs
 from gradwatch.commands.values import a_path
-from gradwatch.records import SEVERITIES
+from gradwatch.reports.standing import standing
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.own import beginning_of
@@ -28,7 +28,7 @@ HELP = "report what happened in a run"
 EXAMPLES = """\
   gradwatch report runs/today                   a summary in the terminal
   gradwatch report runs/today --html r.html     an HTML page with all plots, which opens offline
-  gradwatch report runs/today --check           for CI: exit code 1 after an incident of severity warning or worse
+  gradwatch report runs/today --check           for CI: exit code 1 unless the verdict is healthy
   gradwatch report runs/today --json            the same as JSON"""
 
 
@@ -37,9 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_log", metavar="RUN", type=a_path, help="the folder of a run log, such as runs/today")
     parser.add_argument("--html", metavar="FILE", type=a_path, help="write an HTML page that opens offline")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE even if gradwatch did not write it")
-    parser.add_argument(
-        "--check", action="store_true", help="exit code 1 after an incident of severity warning or worse"
-    )
+    parser.add_argument("--check", action="store_true", help="exit code 1 unless the last verdict is healthy")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -53,8 +51,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             sys.stdout.write(json.dumps(_plain(log, snapshot), indent=2) + "\n")
         else:
             _show(log, snapshot, options.html, console)
-    grave = [one for one in snapshot.incidents if SEVERITIES.index(one.severity) >= SEVERITIES.index("warning")]
-    return 1 if options.check and grave else 0
+    return 1 if options.check and snapshot.verdict != "healthy" else 0
 
 
 def _write_page(log: RunLog, path: Path, *, overwrite: bool) -> None:
@@ -95,6 +92,7 @@ def _plain(log: RunLog, snapshot: Snapshot) -> dict[str, Any]:
                 "steps": last + 1,
                 "rows": rows,
                 "verdict": snapshot.verdict,
+                "standing": [*standing(snapshot), *([f"the loss {snapshot.ending}"] if snapshot.ending else [])],
                 "loss": loss,
                 "facts": snapshot.facts,
                 "layers": list(log.layers),

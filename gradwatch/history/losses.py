@@ -25,6 +25,7 @@ class LossLevels(Ring):
     Attributes:
         reference_loss: median of the first 16 finite losses of the current task; NaN before the first.
         losses: number of losses of the current task.
+        lost_since: step since which each loss was NaN or infinite; None if the last one is finite, or none was seen.
     """
 
     def __init__(self, count: int, window: int) -> None:
@@ -32,12 +33,16 @@ class LossLevels(Ring):
         self.reference_loss = math.nan
         self._first_losses: list[float] = []
         self.losses = 0
+        self.lost_since: int | None = None
         self._harder = 0.0
         self._stuck_at, self._stuck = -1, False
 
     def _take_loss(self, row: Row) -> None:
         if row.has_loss:
             self.losses += 1
+            self.lost_since = (
+                None if math.isfinite(row.loss) else row.step if self.lost_since is None else self.lost_since
+            )
             if len(self._first_losses) < FIRST_LOSSES and math.isfinite(row.loss):
                 self._know_first_losses([*self._first_losses, row.loss])
 
@@ -48,6 +53,11 @@ class LossLevels(Ring):
     def _forget_losses(self) -> None:
         self.reference_loss, self._first_losses, self.losses = math.nan, [], 0
         self._harder = 0.0
+
+    @property
+    def first_loss(self) -> float:
+        """The first finite loss of the current task; NaN before it."""
+        return self._first_losses[0] if self._first_losses else math.nan
 
     def follow_task(self) -> None:
         """Raise `largest_first_loss` to the last loss, because the task has become harder."""
@@ -86,9 +96,13 @@ class LossLevels(Ring):
 
     @property
     def loss_halved(self) -> bool:
-        """True if the median of the last 32 losses is at most half of the reference loss, which is positive."""
+        """True if the median of the last 32 losses is at most half of the first loss and of the reference loss.
+
+        The reference alone may be a loss of an explosion.
+        """
         now, _ = median_and_mad(self.task_loss(last=32))
-        return bool(self.reference_loss > 0 and now <= self.reference_loss / 2)
+        began = min(self.reference_loss, self.first_loss)
+        return bool(began > 0 and now <= began / 2)
 
     def loss_is_rising(self) -> bool:
         """Return whether the last loss and the median of the last 4 are above the `loss_ceiling` of the 32 before them.

@@ -12,7 +12,6 @@ from torch import distributed as dist
 from gradwatch import device
 from gradwatch.measure.norms import count_nonfinite, norm_of, unfit
 from gradwatch.measure.wrappers import local_of, plain_name
-from gradwatch.records import EXPLOSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,14 +41,17 @@ def worth_of(
         model: model whose parameters and buffers are checked. With several processes they are not read; the answer then
             follows from what all processes know.
         history: history of the run.
-        incidents: open incidents.
+        incidents: incidents that are open, or over with damage.
         buffers_are_well: with several processes, whether all buffers were finite at the last exchange.
     """
     if device.capturing():
         return Checkpoint("a CUDA graph is being captured, so that no value can be read")
     for one in incidents:
-        if one.kind in EXPLOSION and one.severity != "notice":
+        if one.severity == "notice":
+            continue
+        if one.open:
             return Checkpoint(f"an incident has been open since step {one.opened_step}: {one.kind}, {one.severity}")
+        return Checkpoint(f"the incident of step {one.opened_step} is over, with damage: {'; '.join(one.left)}")
     if history.loss_nonfinite:
         return Checkpoint(f"the loss of step {history.row.step} was {history.row.loss}")
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):

@@ -3,6 +3,7 @@
 const run = JSON.parse(document.getElementById("content").textContent);
 const $ = (id) => document.getElementById(id);
 const SEVERITIES = ["notice", "warning", "critical"];
+const VERDICT_COLOURS = { healthy: "healthy", suspected: "warning", confirmed: "critical", damaged: "critical" };
 const MISSING = -32768, NOTHING = -46, DECADES = 700; // constants of the cells, as in content.py
 
 function element(tag, text, className) {
@@ -219,10 +220,9 @@ function showTip(event) {
 
 // Head, stories, environment.
 function fillHead() {
-  const told = run.incidents.filter((incident) => incident.severity !== "notice");
-  const word = run.verdict === "healthy" && told.length ? "resolved" : run.verdict;
-  $("verdict").textContent = word;
-  $("verdict").style.color = colour({ suspected: "warning", confirmed: "critical" }[word] ?? "healthy");
+  $("verdict").textContent = run.verdict;
+  $("verdict").style.color = colour(VERDICT_COLOURS[run.verdict]);
+  $("standing").textContent = run.standing.join(" · ");
   $("run").textContent = run.run;
   const facts = run.facts, session = run.sessions[run.sessions.length - 1];
   const optimizer = facts.optimizer ? `${facts.optimizer}, rate ${number(facts.rate)}` : null;
@@ -249,7 +249,7 @@ function fillStories() {
   if (!run.incidents.length) home.append(element("p", "No incident was opened.", "quiet"));
   run.incidents.forEach((incident, place) => {
     const card = element("article"), head = element("header");
-    card.style.setProperty("--mark", `var(--${incident.closed_step === null ? incident.severity : "resolved"})`);
+    card.style.setProperty("--mark", `var(--${incident.closed_step === null || incident.verdict === "damaged" ? incident.severity : "resolved"})`);
     card.style.borderLeftColor = `var(--${incident.severity})`;
     head.append(element("h3", run.headlines[place]), element("span", undefined, "grow"));
     const zoom = element("button", "show in picture");
@@ -320,9 +320,7 @@ const system = matchMedia("(prefers-color-scheme: dark)");
 setTheme(system.matches ? "dark" : "light");
 system.addEventListener("change", () => { setTheme(system.matches ? "dark" : "light"); repaint(); });
 function repaint() {
-  const told = run.incidents.filter((incident) => incident.severity !== "notice");
-  const word = run.verdict === "healthy" && told.length ? "resolved" : run.verdict;
-  $("verdict").style.color = colour({ suspected: "warning", confirmed: "critical" }[word] ?? "healthy");
+  $("verdict").style.color = colour(VERDICT_COLOURS[run.verdict]);
   draw();
 }
 $("theme").addEventListener("click", () => { setTheme(isDark() ? "light" : "dark"); repaint(); });

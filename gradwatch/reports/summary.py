@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.padding import Padding
 
 from gradwatch.reports.line import Line
+from gradwatch.reports.standing import standing
 from gradwatch.reports.view import SEVERITY_STYLES, STYLES, headline, number
 
 if TYPE_CHECKING:
@@ -36,13 +37,16 @@ class Summary:
         snapshot, facts = self.snapshot, self.snapshot.facts
         told = [incident for incident in snapshot.incidents if incident.severity != "notice"]
         notices = [incident for incident in snapshot.incidents if incident.severity == "notice"]
-        word = snapshot.verdict if any(i.open for i in told) else "resolved" if told else "healthy"
         yield Line.assemble(
             ("gradwatch ", "bold"),
-            (word, STYLES[word]),
+            (snapshot.verdict, STYLES[snapshot.verdict]),
             f": {snapshot.step + 1:,} steps of {facts.model} ({facts.layers} layers, {facts.parameters:,} parameters)",
             f" with {facts.optimizer}" if facts.optimizer else "",
         )
+        for line in standing(snapshot):
+            yield Line(f"  {line}", STYLES[snapshot.verdict] if snapshot.verdict == "damaged" else "")
+        if snapshot.ending:
+            yield Line(f"  the loss {snapshot.ending}", "bold" if snapshot.verdict != "healthy" else "")
         if snapshot.step >= 0:
             loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]))
             yield Line(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]))}")
@@ -57,8 +61,7 @@ class Summary:
             yield Line(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
         for incident in notices[:_MOST]:
             yield _indented(headline(incident, options.max_width - 2), 2)
-        stable = () if any(i.open for i in snapshot.incidents) else snapshot.firing
-        for note in (*(f"{sign}, and no incident is open" for sign in stable), *snapshot.notes):
+        for note in snapshot.notes:
             yield _indented(Line(f"note: {note}", "dim"), 2)
         yield Line(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
 

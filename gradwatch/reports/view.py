@@ -12,6 +12,7 @@ from rich.table import Table
 from gradwatch.printable import printable
 from gradwatch.reports.line import Line
 from gradwatch.reports.sparkline import sparkline
+from gradwatch.reports.standing import standing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.text import Text
 
-    from gradwatch.records import Incident, Snapshot
+    from gradwatch.records import Incident, RunVerdict, Snapshot
 
-STYLES = {"healthy": "bold green", "suspected": "bold yellow", "confirmed": "bold red", "resolved": "green"}
+STYLES: dict[RunVerdict, str] = {
+    "healthy": "bold green",
+    "suspected": "bold yellow",
+    "confirmed": "bold red",
+    "damaged": "bold magenta",
+}
 SEVERITY_STYLES = {"notice": "cyan", "warning": "yellow", "critical": "red"}
 _MOST_LINES = 24
 _BAR = 8
@@ -101,15 +107,18 @@ class View:
     def _headline(self, width: int) -> Text:
         snapshot = self.snapshot
         line = Line.assemble(("gradwatch ", "bold"), (f"● {snapshot.verdict}", STYLES[snapshot.verdict]))
-        facts = snapshot.facts
+        facts, beside = snapshot.facts, standing(snapshot)
         for part in (
+            f", {beside[0]}" if beside else "",
             f"  step {snapshot.step:,}",
             f"  {facts.model}",
             f"  {facts.optimizer} {facts.rate:.3g}" if facts.optimizer else "",
         ):
             if cell_len(line.plain + printable(part)) <= width:
                 line.append(part)
-        return line
+            elif part.startswith(", "):  # never a bar beyond its limit under a word that says nothing of it
+                line.append(part.partition(":")[0])
+        return _cut(line, width)
 
     def _curves(self, width: int) -> Iterator[Text]:
         for label, values in (("loss", self.snapshot.loss), ("global norm", self.snapshot.global_norm)):
@@ -184,9 +193,9 @@ class View:
 def headline(incident: Incident, width: int) -> Text:
     """Return an incident as one line of at most ``width`` cells: mark, kind, verdict, severity, steps, prime suspect."""
     mark = {"notice": "·", "warning": "▲", "critical": "■"}[incident.severity]
+    style = SEVERITY_STYLES[incident.severity]
     if not incident.open:
-        mark = "✓"
-    style = STYLES["resolved"] if not incident.open else SEVERITY_STYLES[incident.severity]
+        mark, style = ("✓", "green") if incident.verdict == "resolved" else ("✗", STYLES["damaged"])
     return _cut(Line(f"{mark} {incident}", style), width)
 
 

@@ -63,6 +63,7 @@ class AtChance(Rule):
     window: int = Field(default=50, ge=5)
     near: float = Field(default=0.03, gt=0, lt=1)
     for_steps: int = Field(default=50, ge=1)
+    keep_steps: int = Field(default=50, ge=0)
 
     def measure(self, history: History) -> Floats:
         """Return the required improvement over the actual one, shape (1,); 0 away from chance level."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Kind, Sign
 
 
-_REST = 49  # rows after which a layer without a gradient no longer counts as idle
+_REST = 49  # rows after which a layer without a gradient no longer counts as idle, and in which a dead one must wake up
 
 
 class Dead(Rule):
@@ -29,11 +29,13 @@ class Dead(Rule):
     `value = dead units / units` of the layer, over the four samples, minus `1 / sqrt(units)` except in the first layer: at
     initialisation a deep unit is on or off for all inputs alike, so two standard deviations of that chance share are
     subtracted (the value reported is the difference). `value = 1` where the gradient norm of the whole layer is exactly zero
-    at this step and was not above zero in any of the 48 rows before: a head that is used now and then is only idle. A layer
-    without elements cannot die. It fires where `value > limit` (0.5) for `for_steps` (16) steps. Only the weights of linear
+    at this step and was not above zero in any of the 48 rows before: a head that is used now and then is only idle. If it was,
+    `value` is at least half the share of zeros among these 49 rows, up to the limit. A layer without elements cannot die. It
+    fires where `value > limit` (0.5) for `for_steps` (16) steps, and resolves once `value` was at most `release * limit`
+    (0.25) for more than `keep_steps` (16) steps: a layer that wakes up for one step stays dead. Only the weights of linear
     and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead while
     the gradient of the whole model is zero, because the loss is then at its floor. Once the loss has fallen to half of the
-    reference loss, the incident is only a notice.
+    first and of the reference loss, the incident is only a notice.
 
     ## Why it is bad
     A dead unit never learns again: no gradient reaches it, so nothing can bring it back.
@@ -64,19 +66,22 @@ class Dead(Rule):
     )
 
     limit: float = Field(default=0.5, gt=0, lt=1)
+    release: float = Field(default=0.5, gt=0, le=1)
     for_steps: int = Field(default=16, ge=1)
+    keep_steps: int = Field(default=16, ge=0)
 
     def measure(self, history: History) -> Floats:
         """Return the share of dead units of each layer beyond chance, shape (L,); 1 where a whole layer is dead."""
         if history.row.global_norm == 0:  # the loss is at its floor
             return np.zeros(len(history.layers))
-        by_chance = self._by_chance(history)
-        if not (history.row.grad_norm == 0).any():
-            return history.dead_share - by_chance
-        silent = ~(history.grad_norm(last=_REST) > 0).any(axis=0) & (
-            history.sizes > 0
-        )  # a layer without elements cannot die
-        return np.where(history.row.grad_norm == 0, np.where(silent, 1.0, 0.0), history.dead_share - by_chance)
+        units = history.dead_share - self._by_chance(history)
+        norms = history.grad_norm(last=_REST)
+        if not (norms == 0).any():
+            return units
+        zero = np.where(history.sizes > 0, np.mean(norms == 0, axis=0), 0.0)  # a layer without elements cannot die
+        silent = (history.row.grad_norm == 0) & ~(norms > 0).any(axis=0) & (zero > 0)
+        asleep: Floats = np.where(silent, 1.0, np.minimum(zero / 2, self.limit))
+        return np.where(zero > 0, np.fmax(np.where(history.row.grad_norm == 0, 0.0, units), asleep), units)
 
     @staticmethod
     def _by_chance(history: History) -> Floats:

@@ -57,6 +57,7 @@ class Vanishing(Rule):
     limit: float = Field(default=1e6, gt=1)
     stuck: float = Field(default=1e4 / 3, ge=1)
     for_steps: int = Field(default=32, ge=1)
+    keep_steps: int = Field(default=32, ge=0)
 
     def measure(self, history: History) -> Floats:
         """Return the largest typical gradient element of all layers over that of each layer, shape (L,)."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
-from gradwatch.records import Facts, Provenance  # noqa: TC001  pydantic reads the annotations
+from gradwatch.records import Facts, Provenance, RunVerdict  # noqa: TC001  pydantic reads the annotations
 
 if TYPE_CHECKING:
     from gradwatch.records import Snapshot
@@ -18,7 +18,7 @@ class Moment:
     facts: Facts
     rules: tuple[str, ...]
     firing: tuple[str, ...]
-    verdict: Literal["healthy", "suspected", "confirmed"]
+    verdict: RunVerdict
     clipping: str | None
     clip_on: bool
     clipped: int
@@ -27,6 +27,7 @@ class Moment:
     steps_per_second: float
     cost_us: float
     provenance: Provenance
+    ending: str = ""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Moment:
@@ -35,7 +36,7 @@ class Moment:
             facts=snapshot.facts,
             rules=tuple(snapshot.rules),
             firing=snapshot.firing,
-            verdict=cast("Literal['healthy', 'suspected', 'confirmed']", snapshot.verdict),
+            verdict=snapshot.verdict,
             clipping=snapshot.clipping,
             clip_on=snapshot.clip_on,
             clipped=snapshot.clipped,
@@ -44,4 +45,5 @@ class Moment:
             steps_per_second=snapshot.steps_per_second,
             cost_us=snapshot.cost_us,
             provenance=snapshot.provenance,
+            ending=snapshot.ending,
         )

@@ -126,9 +126,9 @@ class Alarms:
         if not over.any() and not self._held.any() and not self.firing.any():
             self.stirring = False
             return []
-        # a new condition counts for this step only; one that held before counts for the steps since then too
+        # what is new counts for this step only; what held before counts for the steps since then too
         self._held = np.where(over, np.where(self._held > 0, self._held + elapsed, 1), 0)
-        self._calm = np.where(self.values > self._release, 0, self._calm + elapsed)
+        self._calm = np.where(self.values > self._release, 0, np.where(self._calm > 0, self._calm + elapsed, 1))
         firing = (self.firing & (self._calm <= self._keep_steps)) | (self._held >= self._for_steps)
         changed = firing != self.firing
         self.firing = firing

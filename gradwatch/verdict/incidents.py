@@ -3,7 +3,7 @@
 Four kinds (exploding, spike, nonfinite, diverging) are stages of one story, the explosion; each silent kind is a story of its
 own. An incident opens with the first sign that may open one; growth signs also need a loss that suffers, or a value far
 beyond their limit. It is confirmed when a confirming sign occurs together with a subtle, growth or numeric one, and it
-closes when the run has been calm.
+closes when the run has been calm: resolved if nothing is worse than before the fault, else damaged.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from gradwatch.history.recurrence import is_of_the_batch
 from gradwatch.history.statistics import median_and_mad
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
+from gradwatch.verdict.damage import Before, before_fault, damage_since, level_now, recovered_after
 from gradwatch.verdict.evidence import Evidence
 from gradwatch.verdict.story import Story, kind_of, phase_of, severity_of
 from gradwatch.verdict.suspects import Suspects
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from gradwatch.history.history import History
     from gradwatch.records import Role
@@ -55,6 +56,7 @@ class Incidents:
         rules: the rules whose alarms `update` receives.
         settings: the limits of the verdict.
         treatment: the treatment of explosions, which keeps them open until it has ended; None: there is none.
+        broken: returns which weights and buffers are not finite, in words; empty if all are, as far as it is known.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Incidents:
         rules: Sequence[Rule],
         settings: VerdictSettings,
         treatment: Treatment | None = None,
+        broken: Callable[[], str] = str,
     ) -> None:
         self._history = history
         self._settings = settings
@@ -70,9 +73,11 @@ class Incidents:
         self._role = {rule.code: rule.role for rule in rules}
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
+        self._broken = broken
         self._suspects = Suspects(history, settings)
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
+        self._unhealed: dict[int, Before] = {}
         self._told = 0
         self.all: list[Incident] = []
 
@@ -84,6 +89,11 @@ class Incidents:
     def open(self) -> list[Incident]:
         """The open incidents."""
         return [story.incident for story in self._stories.values() if story.incident is not None]
+
+    @property
+    def damaged(self) -> list[Incident]:
+        """The closed incidents whose damage is still there."""
+        return [incident for incident in self.all if incident.number in self._unhealed] if self._unhealed else []
 
     def open_explosion(self) -> Incident | None:
         """Return the open incident of the explosion story, or None."""
@@ -126,7 +136,22 @@ class Incidents:
             new = self._judge(name, self._stories[name], step, touched=name in touched)
             if new is not None:
                 news.append(new)
-        return news
+        return news + self._heal() if self._unhealed else news
+
+    def _heal(self) -> list[Incident]:
+        """Resolve the closed incidents whose damage is no longer there, and return them; say of the others what is left now."""
+        healed = []
+        for place, incident in enumerate(self.all):
+            before = self._unhealed.get(incident.number)
+            if before is None:
+                continue
+            # the model is read only where everything else is well
+            left = damage_since(self._history, before, "") or damage_since(self._history, before, self._broken())
+            self.all[place] = replace(incident, verdict="damaged" if left else "resolved", left=left)
+            if not left:
+                del self._unhealed[incident.number]
+                healed.append(self.all[place])
+        return healed
 
     def record_clip(self, record: ClipRecord) -> None:
         """Attach ``record``, which says what auto-clip did, to the open explosion."""
@@ -293,6 +318,7 @@ class Incidents:
         )
         after = replace(after, advice=advise(after, self._history, self._remedies))
         if before is None:
+            story.before = self._before(signs)
             self._make_room()
             self._told += 1
             story.place = len(self.all)
@@ -302,6 +328,14 @@ class Incidents:
             return None
         return after
 
+    def _before(self, signs: Sequence[Alarm]) -> Before:
+        """Return the run before the fault: before the first sign, or before earlier damage that is still there."""
+        before = before_fault(self._history, min(sign.step for sign in signs))
+        for earlier in self._unhealed.values():
+            if earlier.task == before.task and earlier.loss < before.loss:
+                before = earlier
+        return before
+
     def _replace(self, story: Story, incident: Incident) -> None:
         story.incident = incident
         self.all[story.place] = incident
@@ -310,7 +344,8 @@ class Incidents:
         """Forget the oldest closed incident if there are too many, so that long runs do not fill the memory."""
         if len(self.all) < _KEPT:
             return
-        oldest = next(index for index, incident in enumerate(self.all) if not incident.open)
+        closed = [index for index, incident in enumerate(self.all) if not incident.open]
+        oldest = next((index for index in closed if self.all[index].number not in self._unhealed), closed[0])
         del self.all[oldest]
         for story in self._stories.values():
             story.place -= story.place > oldest
@@ -325,9 +360,36 @@ class Incidents:
         ):
             kind = "spike"
         clip = self._treatment.let_go(step) if self._treatment is not None and name == "explosion" else None
+        clip = clip or story.incident.clip
+        assert story.before is not None
+        left = damage_since(self._history, story.before, self._broken())
+        if left:
+            self._unhealed[story.incident.number] = story.before
         closed = replace(
-            story.incident, kind=kind, verdict="resolved", closed_step=step, clip=clip or story.incident.clip
+            story.incident,
+            kind=kind,
+            verdict="damaged" if left else "resolved",
+            closed_step=step,
+            clip=clip and self._judge_clip(clip, story.before, left),
+            left=left,
         )
         self._replace(story, closed)
         self._stories[name] = Story(firing=story.firing)
         return closed
+
+    def _judge_clip(self, clip: ClipRecord, before: Before, left: Sequence[str]) -> ClipRecord:
+        """Return the record with what became of the loss. If no loss was seen or no step was changed, nothing is said to help."""
+        if clip.unlearned is not None:
+            return clip
+        level = level_now(self._history)
+        known = not math.isnan(before.loss) and not math.isnan(level) and clip.clipped + clip.skipped > 0
+        helped = not left if known else None
+        since = recovered_after(self._history, before, clip.from_step) if helped else None
+        return replace(
+            clip,
+            loss_before=before.loss,
+            loss_after=level,
+            helped=helped,
+            recovered_after=since,
+            damage="; ".join(left),
+        )

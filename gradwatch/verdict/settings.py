@@ -6,6 +6,7 @@ import inspect
 
 from pydantic import Field
 
+from gradwatch.records import VERDICTS
 from gradwatch.settings import Settings
 
 
@@ -13,7 +14,9 @@ class VerdictSettings(Settings):
     """The limits that decide when signs become an incident, which kind it has, and when it closes.
 
     ## What it means
-    Rules detect what is unusual. The verdict decides whether that is an incident.
+    Rules detect what is unusual. The verdict decides whether that is an incident. An incident closes once the run is calm:
+    resolved if the loss is back near its level before the first sign, gradients arrive in each layer in which they did, and
+    weights and buffers are finite; else over, with damage, until that holds.
 
     ## Settings
     * `calm_steps`: number of steps without a firing alarm after which an incident closes. With auto-clip, its `hold` is used
@@ -51,4 +54,5 @@ class VerdictSettings(Settings):
         """Return the page of the verdict in Markdown, as printed by ``gradwatch explain verdict``."""
         summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
         values = "\n".join(f"* `{name}` = {field.default}" for name, field in cls.model_fields.items())
-        return f"# The verdict\n\n{summary}\n{rest}\n\n## Defaults\n{values}\n"
+        words = "\n".join(f"* **{word}**: {meaning}." for word, meaning in VERDICTS.items())
+        return f"# The verdict\n\n{summary}\n{rest}\n\n## The words\n{words}\n\n## Defaults\n{values}\n"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gradwatch.history.history import History
+    from gradwatch.verdict.damage import Before
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Story:
     signs: dict[tuple[str, str | None], Alarm] = field(default_factory=dict)
     incident: Incident | None = None
     place: int = -1
+    before: Before | None = None  # known from the opening on
     fired_steps: int = 0
     last_fired: int = -1
     ceiling: float = math.nan

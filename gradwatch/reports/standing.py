@@ -1,0 +1,36 @@
+"""How a run stands, in the words that every report says: the verdict, and what must be said beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from gradwatch.records import Snapshot
+
+
+def standing(snapshot: Snapshot) -> tuple[str, ...]:
+    """Return what belongs to the verdict of a snapshot, the most important first; nothing if the word says it all."""
+    found = []
+    if snapshot.verdict == "damaged":
+        found += [line for incident in snapshot.incidents if incident.severity != "notice" for line in incident.left]
+    if snapshot.verdict == "healthy":
+        found += above_limits(snapshot)
+    over = sum(incident.verdict == "resolved" and incident.severity != "notice" for incident in snapshot.incidents)
+    if over:
+        found.append(f"{over} incident{'s' * (over > 1)} resolved")
+    return tuple(dict.fromkeys(found))
+
+
+def above_limits(snapshot: Snapshot) -> tuple[str, ...]:
+    """Return which rules are above their limit although no incident is open, and on how many layers; nothing if none is."""
+    over = np.flatnonzero(snapshot.closeness > 1)
+    found, named = [], set()
+    if over.size:
+        named = {snapshot.rules[index] for index in np.unique(snapshot.closest[over])}
+        layers = "1 layer above its limit" if over.size == 1 else f"{over.size} layers above their limit"
+        found.append(f"{layers}: {' and '.join(sorted(named))}")
+    if not any(incident.open for incident in snapshot.incidents):
+        found += [f"{rule}, and no incident is open" for rule in snapshot.firing if rule not in named]
+    return tuple(found)

@@ -1,0 +1,119 @@
+"""What an incident leaves behind when its alarms are over. Nothing is called resolved that is worse than before the fault."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.history.losses import EARLY
+from gradwatch.history.statistics import median, median_and_mad
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gradwatch.history.history import History
+    from gradwatch.records import Floats
+
+_LEVEL = 16  # losses whose median is the level now, and rows in which a part that is not dead has a gradient
+_PAST = 32  # losses before the fault whose median is the level then
+_NAMED = 3  # dead layers that are named
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """A run before a fault, as far as it is known.
+
+    Attributes:
+        step: step of the first sign.
+        loss: level of the loss; NaN if it is not known.
+        ceiling: level up to which the loss counts as back; NaN if it is not known. A run that had not learned yet is back once
+            it has learned something.
+        young: whether the fault came with the first steps, so that the level is the one at which the run began.
+        flowing: whether the gradients of each layer flowed, shape (L,).
+        task: number of the row at which the task began that the run then had.
+    """
+
+    step: int
+    loss: float
+    ceiling: float
+    young: bool
+    flowing: NDArray[np.bool_]
+    task: int
+
+
+def before_fault(history: History, step: int) -> Before:
+    """Return the run before ``step``, the step of the first sign of a fault.
+
+    The level of the loss is the median of the last 32 losses before that step. While fewer than 12 are known, it is the loss of
+    the first step, if that is lower: a median of losses that already rise is none.
+    """
+    steps = history.steps(last=history.task_rows)
+    losses, norms = history.task_loss(), history.grad_norm(last=history.task_rows)
+    earlier = max(int(np.count_nonzero(steps < step)), 1)  # the loss of the first step is older than any update
+    known = losses[:earlier]
+    known = known[np.isfinite(known)][-_PAST:]
+    flowing: NDArray[np.bool_] = np.any(norms[:earlier] > 0, axis=0)
+    return Before(step, *_level_and_ceiling(known), known.size < EARLY, flowing, history.rows - history.task_rows)
+
+
+def _level_and_ceiling(losses: Floats) -> tuple[float, float]:
+    if not losses.size:
+        return math.nan, math.nan
+    middle, scatter = median_and_mad(losses)
+    if losses.size >= EARLY:
+        return middle, max(float(np.quantile(losses, 0.9)), middle + max(3 * scatter, abs(middle) / 10))
+    level = min(middle, float(losses[0]))
+    return level, level - abs(level) / 10
+
+
+def level_now(history: History) -> float:
+    """Return the median of the last 16 losses, in which NaN counts as infinite; NaN if none was seen."""
+    losses = history.task_loss(last=_LEVEL)
+    return median(np.nan_to_num(losses, nan=math.inf)) if history.losses else math.nan
+
+
+def damage_since(history: History, before: Before, broken: str) -> tuple[str, ...]:
+    """Return what is worse than before the fault, a sentence each; none if nothing is, as far as it is known.
+
+    Args:
+        history: the history of the run.
+        before: the run before the fault.
+        broken: which weights or buffers are not finite, in words; empty if all are.
+    """
+    found = []
+    same_task = history.rows - history.task_rows == before.task
+    level = level_now(history)
+    high = same_task and not math.isnan(level) and level > before.ceiling
+    if high:
+        now = f"{level:.3g}" if math.isfinite(level) else "not finite"
+        then = (
+            f"it began at {before.loss:.3g}" if before.young else f"it was {before.loss:.3g} before step {before.step}"
+        )
+        found.append(f"at step {history.row.step} the loss is {now}, {then}")
+    dead = dead_since(history, before) if same_task else []
+    if dead and (history.row.global_norm > 0 or high):  # without any gradient, the loss may be at its floor
+        more = f" and {len(dead) - _NAMED} more layers" if len(dead) > _NAMED else ""
+        are = "is" if len(dead) == 1 else "are"
+        found.append(f"{', '.join(dead[:_NAMED])}{more} {are} dead: no gradient arrives where one did")
+    if broken:
+        found.append(broken)
+    return tuple(found)
+
+
+def dead_since(history: History, before: Before) -> list[str]:
+    """Return the layers whose gradient flowed before the fault and was exactly zero in each of the last rows that had one."""
+    last = history.grad_norm(last=min(_LEVEL, history.task_rows))
+    silent = (last == 0).any(axis=0) & ~(last > 0).any(axis=0) & ~(history.nonfinite > 0)
+    flowed = before.flowing[: len(silent)]
+    return [history.layers[index] for index in np.flatnonzero(silent[: len(flowed)] & flowed).tolist()]
+
+
+def recovered_after(history: History, before: Before, start: int) -> int | None:
+    """Return the number of steps from ``start`` until the loss stayed at its level before the fault; None if no loss is kept."""
+    losses, steps = history.loss(), history.steps()
+    losses = losses[steps >= start]
+    above = np.flatnonzero(~(losses <= before.ceiling))
+    return None if not losses.size else int(above[-1]) + 1 if above.size else 0

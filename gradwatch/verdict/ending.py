@@ -1,0 +1,29 @@
+"""How the loss stands at the end of a run, for runs that end badly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradwatch.history.statistics import median_and_mad
+
+if TYPE_CHECKING:
+    from gradwatch.history.history import History
+
+_LEVEL = 32  # losses whose median is the level
+_ENOUGH = 100  # losses after which a run could have left the level at which it began
+_NEAR = 0.05  # share of the first loss within which the level is the same
+
+
+def how_it_stands(history: History) -> str:
+    """Return how badly the loss stands at the last row, as the rest of a sentence that begins with "the loss"; else ""."""
+    if history.lost_since is not None:
+        return f"is {history.row.loss} since step {history.lost_since:,}"
+    level, _ = median_and_mad(history.task_loss(last=_LEVEL))
+    began = history.first_loss
+    if history.losses >= _ENOUGH and level >= began - _NEAR * abs(began):
+        return (
+            f"is {level:.3g}, at the level at which it began ({began:.3g})"
+            if level <= began + _NEAR * abs(began)
+            else f"is {level:.3g}, above the level at which it began ({began:.3g})"
+        )
+    return ""
