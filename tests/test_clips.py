@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,22 @@ def test_agc_equals_a_loop_over_units() -> None:
     for one, other in zip(mine, truth, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-12)
     assert coefficient == pytest.approx(norm(mine) / before)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"lstm.*": 0.5, "head.*": 2.0}])
+def test_agc_of_many_units_on_a_device_is_that_on_the_cpu(bounds: dict[str, float]) -> None:
+    """More than are taken together, with one bound or several, and in several dtypes."""
+    shapes = ((3000, 2), (5,), (2500, 3, 1))
+    held = [0.3 * torch.randn(shape) for shape in shapes]
+    mine = [3 * torch.randn(shape) for shape in shapes]
+    mine[2], held[2] = mine[2].bfloat16(), held[2].bfloat16()
+    theirs = [gradient.clone() for gradient in mine]
+    clip = gradwatch.ClipAGC(0.1, layers=bounds)
+    coefficient = clip.apply(step(mine, held))
+    assert coefficient < 1
+    assert clip.apply_unread(replace(unread(theirs), parameters=held)).item() == pytest.approx(coefficient, rel=1e-4)
+    for one, other in zip(theirs, mine, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def run_of_norms(seed: int, steps: int = 180) -> np.ndarray[Any, Any]:

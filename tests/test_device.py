@@ -18,6 +18,7 @@ import gradwatch
 from gradwatch import device
 from gradwatch.autoclip.decision import DevicePlan
 from gradwatch.measure.readback import ReadbackRing
+from gradwatch.probe.gradients import zero_where
 from gradwatch.probe.surge import surges
 from tests.trainings import data, mlp, step_in_backward, train
 
@@ -375,6 +376,28 @@ def test_the_default_device_is_nothing_to_the_monitor(clip: gradwatch.Clip | Non
             optimizer.step()
         assert (monitor.history.loss() > 0).all()
     assert monitor.history.rows == 70
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_gradients_of_a_step_that_is_left_out_are_zero_in_every_layout(bad: bool) -> None:
+    """NaN and Inf as well; those of other steps are unchanged."""
+    torch.manual_seed(0)
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+    gradients = [torch.randn(3, 4).to(dtype) for dtype in dtypes]
+    gradients += [
+        torch.randn(4, 3).t(),
+        torch.randn(6, 4)[::2],
+        torch.randn(3, 4).expand(2, 3, 4).clone(),
+        torch.randn(1)[0],
+    ]
+    gradients += [torch.randn(3, 4, dtype=torch.complex64).conj(), torch.randn(3, 4).to_sparse(), torch.zeros(0, 4)]
+    for gradient in gradients[:9]:
+        gradient[..., 0, 0], gradient[..., 1, 0] = math.nan, -math.inf
+    before = [gradient.to_dense().clone().resolve_conj() for gradient in gradients]
+    zero_where(gradients, torch.tensor(bad))
+    for gradient, was in zip(gradients, before, strict=True):
+        expected = torch.zeros_like(was) if bad else was
+        torch.testing.assert_close(gradient.to_dense().resolve_conj(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("double", "expected"), [(True, torch.float64), (False, torch.float32)])

@@ -15,6 +15,8 @@ from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.autoclip.effect import ClipEffect
 from gradwatch.autoclip.escalation import Escalation
 from gradwatch.autoclip.guard import Guard
+from gradwatch.clips import ClipNorm
+from gradwatch.clips.base import OneFactor
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.history import SETTLED
 from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
@@ -122,7 +124,7 @@ class AutoClipEngine:
         return DevicePlan(
             clip=clip if self.on else None,
             guard=self._guard() if self.on else None,
-            reserve=clip if not self.on and math.isinf(self._spared) else None,
+            reserve=self._in_reserve(clip) if explosive and not self.on and math.isinf(self._spared) else None,
             usual=self._usual,
             skip=self.policy.on_nonfinite != "ignore",
             surge=surge,
@@ -132,6 +134,12 @@ class AutoClipEngine:
             skip_above=self._skip_above,
             rate=self.further.rate,
         )
+
+    def _in_reserve(self, clip: Clip | None) -> Clip | None:
+        """Return what clips a step that surges before a rule has judged it: one factor for all, which costs next to nothing."""
+        if clip is None or clip.own or isinstance(clip, OneFactor):
+            return clip
+        return None if math.isnan(self._typical) else ClipNorm(self._limits.wide * self._typical)
 
     def _settled_norms(self) -> Floats:
         """Return the typical gradient norm of each layer, shape (L,); NaN where too few norms are known."""

@@ -73,6 +73,12 @@ class UnreadStep:
     scale: Any = 1.0
     fires: Tensor | None = None
 
+    @property
+    def acts(self) -> Tensor:
+        """Whether the clip changes the gradients, as a bool tensor of shape (): it fires, and the norm is finite."""
+        finite = self.global_norm < math.inf  # a norm is never negative, and this is one kernel instead of four
+        return finite if self.fires is None else finite & self.fires
+
 
 class Baseline(Protocol):
     """The state of a clip whose bound is computed from the run so far."""
@@ -153,8 +159,7 @@ class OneFactor(Clip):
 
     def factor_unread(self, step: UnreadStep) -> Tensor:
         """Return the factor on the device; 1 if the norm is not finite or the clip does not act."""
-        acts = torch.isfinite(step.global_norm)
-        return torch.where(acts if step.fires is None else acts & step.fires, self.factor_of(step.global_norm), 1.0)
+        return torch.where(step.acts, self.factor_of(step.global_norm), 1.0)
 
     def apply(self, step: Step) -> float:
         """Multiply all gradients by `factor` and return it; return 1.0 and change nothing if the norm is not finite."""
@@ -256,7 +261,14 @@ def scale_by(gradients: Sequence[Tensor], coefficient: float | Tensor) -> None:
 
 
 def scale_each(gradients: Sequence[Tensor], factors: Tensor) -> None:
-    """Multiply every gradient in place by its own factor; ``factors`` has shape (n,) and may be on another device."""
+    """Multiply each gradient by its element of ``factors``, shape (n,), in place. No value is read on the host."""
     everywhere = Copies(factors.to(torch.float32))
-    for place, gradient in enumerate(gradients):
-        scale_by([gradient], everywhere.on(gradient.device)[place])
+    dense: dict[torch.device, list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        if gradient.layout is torch.strided:
+            dense.setdefault(gradient.device, []).append(index)
+        else:
+            gradient.mul_(everywhere.on(gradient.device)[index])
+    for home, indices in dense.items():
+        here = everywhere.on(home).unbind()
+        torch._foreach_mul_([gradients[index] for index in indices], [here[index] for index in indices])

@@ -39,17 +39,18 @@ class ClipValue(PerLayer):
             return 1.0
         bounds = self.bounds(self.max_value, step.layers, step.columns)
         for gradient, bound in zip(step.gradients, bounds.tolist(), strict=True):
-            _limit(gradient, bound * step.scale)
+            _limit(gradient, -bound * step.scale, bound * step.scale)
         after = norm_left(step)
         return min(1.0, after / step.global_norm) if step.global_norm > 0 else 1.0
 
     def apply_unread(self, step: UnreadStep) -> Tensor:
-        acts = torch.isfinite(step.global_norm)
-        acts = acts if step.fires is None else acts & step.fires
-        width = Copies(torch.where(acts, step.scale, math.inf))
-        bounds = self.bounds(self.max_value, step.layers, step.columns)
-        for gradient, bound in zip(step.gradients, bounds.tolist(), strict=True):
-            _limit(gradient, bound * width.on(gradient.device))
+        acts = step.acts
+        width = torch.where(acts, step.scale, math.inf)
+        bounds = self.bounds(self.max_value, step.layers, step.columns).tolist()
+        limits = {bound: (Copies(-bound * width), Copies(bound * width)) for bound in set(bounds)}
+        for gradient, bound in zip(step.gradients, bounds, strict=True):
+            low, high = limits[bound]
+            _limit(gradient, low.on(gradient.device), high.on(gradient.device))
         return share_left(step, acts)
 
     def loosened(self, factor: float) -> ClipValue:
@@ -71,15 +72,15 @@ def share_left(step: UnreadStep, acts: Tensor) -> Tensor:
     home = step.global_norm.device
     after = NormPlan(step.gradients).norms_on(home, step.gradients) / step.scale
     left = torch.sqrt(torch.square(after).sum()) / step.global_norm  # same order as before: 1 if unchanged
-    return torch.where(acts & torch.isfinite(left), left.clamp(max=1.0), 1.0)
+    return torch.where(acts & (left < math.inf), left.clamp(max=1.0), 1.0)
 
 
-def _limit(gradient: Tensor, bound: Any) -> None:
-    """Limit each element to ``[-bound, bound]`` in place; ``bound`` is a number or a tensor of shape ()."""
+def _limit(gradient: Tensor, low: Any, high: Any) -> None:
+    """Limit each element to ``[low, high]`` in place; both are numbers or tensors of shape ()."""
     if gradient.layout is torch.strided:
         values = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        values.clamp_(-bound, bound)
+        values.clamp_(low, high)
     else:
         summed = gradient.coalesce()
-        summed.values().clamp_(-bound, bound)
+        summed.values().clamp_(low, high)
         gradient.copy_(summed)

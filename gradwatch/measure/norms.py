@@ -309,12 +309,22 @@ def live_units(gradient: Tensor) -> Tensor:
     return (values.amax(dim=inner) != 0) | (values.amin(dim=inner) != 0)
 
 
+def bits_of(tensor: Tensor) -> Tensor:
+    """Return the elements of a tensor as whole numbers with the same bits, over the same memory if `has_bits`."""
+    values = _values(tensor)
+    return values.view(_BITS[values.element_size()])
+
+
+def has_bits(tensor: Tensor) -> bool:
+    """Return whether writing to `bits_of` a tensor changes the tensor: it is strided, of an ordinary class, and no lazy view."""
+    plain = tensor.layout is torch.strided and type(tensor) in _ORDINARY and not tensor.is_nested
+    return plain and not (tensor.is_conj() or tensor.is_neg())
+
+
 def fingerprint(tensor: Tensor) -> Tensor:
     """Return the sum of the tensor's elements with their bits read as integers.
 
     A change of one element always changes it, a change of several almost surely.
     """
-    values = _values(tensor)
-    bits = values.view(_BITS[values.element_size()])
-    sums = [piece.sum(dtype=torch.int64) for piece in pieces_of(bits)]  # whose copies in int64 are small
+    sums = [piece.sum(dtype=torch.int64) for piece in pieces_of(bits_of(tensor))]  # whose copies in int64 are small
     return torch.stack(sums).sum() if len(sums) > 1 else sums[0]

@@ -212,10 +212,10 @@ class DeferredRows:
         self, slot: Slot, whole: Unread, now: Unread, loss: Tensor | float | None, own_norms: list[Tensor]
     ) -> None:
         if len(whole.columns):
-            index = self._index(whole.columns)
-            slot.rows[SQUARE].scatter_(0, index, self._shared(whole))
+            index, squares = self._index(whole.columns), self._shared(whole)
+            slot.rows[SQUARE].scatter_(0, index, squares)
             slot.rows[PRESENT].scatter_(0, index, 1.0)
-            slot.singles[NOW].copy_(self._shared(now).sum())
+            slot.singles[NOW].copy_((squares if now is whole else self._shared(now)).sum())
         if loss is not None:
             if isinstance(loss, torch.Tensor):
                 slot.singles[LOSS].copy_(device.moved(loss, self.home))
@@ -267,9 +267,9 @@ class DeferredRows:
         """
         norm = torch.sqrt(slot.singles[NOW])
         skips = plan.skip or plan.skip_above < math.inf
-        bad = norm > plan.skip_above
-        if plan.skip:
-            bad = bad | ~torch.isfinite(norm)
+        bad = ~(norm < math.inf) if plan.skip else norm > plan.skip_above
+        if plan.skip and plan.skip_above < math.inf:
+            bad = bad | (norm > plan.skip_above)
         clip, fires = plan.clip or plan.reserve, self._fires(slot, plan)
         if self._ranks is not None:  # if gradwatch failed in one process, which no longer acts, none of them acts
             together = slot.singles[FAILED] == 0

@@ -12,7 +12,7 @@ import torch
 from gradwatch import device
 from gradwatch.measure.layers import family_of
 from gradwatch.measure.measured_gradients import Measured
-from gradwatch.measure.norms import NormPlan, code_of, count_nonfinite, global_norm_of, unfit
+from gradwatch.measure.norms import NormPlan, bits_of, code_of, count_nonfinite, global_norm_of, has_bits, unfit
 from gradwatch.measure.readback import Unread
 from gradwatch.measure.wrappers import is_dtensor, local_of, summed
 from gradwatch.skipping import Skip
@@ -407,12 +407,19 @@ class Held:
 
 def zero_where(gradients: Sequence[Tensor], bad: Tensor) -> None:
     """Set gradients to zero in place if ``bad`` (bool tensor, no dimensions). Unlike a product, this removes NaN too."""
-    everywhere = device.Copies(bad)
+    everywhere, kept = device.Copies(bad), device.Copies(~bad)
+    together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:
         here = everywhere.on(gradient.device)
-        if gradient.is_sparse:
+        if has_bits(gradient):
+            bits = bits_of(gradient)
+            together.setdefault((bits.device, bits.dtype), []).append(bits)
+        elif gradient.is_sparse:
             summed = gradient.coalesce()
             summed.values().masked_fill_(here, 0)
             gradient.copy_(summed)
         else:
             gradient.masked_fill_(here, 0)
+    for (home, whole_number), bits_together in together.items():
+        # as whole numbers, for NaN times 0 is NaN; one call for all gradients
+        torch._foreach_mul_(bits_together, kept.on(home).to(whole_number))

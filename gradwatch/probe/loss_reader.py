@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
@@ -122,9 +124,10 @@ def _number(loss: Loss) -> float:
 
 def _sum(losses: Sequence[Loss], home: torch.device) -> Loss:
     """Return the sum of losses; if one is a tensor, as a tensor without dimensions on ``home``, in its widest float type."""
-    return sum(
+    parts = (
         device.moved(local_of(summed(loss.detach())), home, device.widest_float(home)).reshape(())
         if isinstance(loss, torch.Tensor)
         else loss
         for loss in losses
     )
+    return reduce(add, parts)  # unlike `sum`, it does not begin with 0, which would be a kernel more

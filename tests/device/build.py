@@ -1,12 +1,12 @@
-"""Builds the stand-in, once for each torch and each state of its source."""
+"""Builds the stand-in, once for each torch and each state of its source, into a folder that survives the test session."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +49,9 @@ def built() -> Path:
     """
     torch = torch_folder()
     state = hashlib.sha256(SOURCE.read_bytes() + (torch / "version.py").read_bytes()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"gradwatch-standin-{state}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradwatch-tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"standin-{state}.so"
     with FileLock(f"{library}.lock", timeout=_SECONDS):
         if not library.exists():
             unfinished = library.with_suffix(".part")

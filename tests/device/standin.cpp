@@ -60,7 +60,7 @@ struct World {
   std::map<char*, size_t> sizes;
   std::map<char*, size_t> pinned;
   std::list<Letter> letters;
-  long now = 0, lag = 0, peak = 0;
+  long now = 0, lag = 0, peak = 0, launches = 0;
   long waits = 0, event_waits = 0, questions = 0;
   bool raises = false, captures = false, without_float64 = false;
   std::set<std::string> missing;
@@ -215,6 +215,15 @@ long tick() {
   return ++w.now;
 }
 
+long launch(long kernels = 1) {
+  auto& w = world();
+  {
+    Lock lock(w.lock);
+    w.launches += kernels;
+  }
+  return tick();
+}
+
 struct Moment {
   long at = 0;
 };
@@ -325,7 +334,7 @@ class Call {  // of one operator
     for (size_t i = first; i < stack_->size(); i++) (*stack_)[i] = lowered((*stack_)[i]);
     if (device_ < 0) device_ = device_now;
     if (ends_in_host_numbers(name_) || masks_) wait_for_device(name_);
-    tick();
+    launch(kernels());
     op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack_);
     for (auto& [theirs, ours] : seen_)
       if (theirs.sizes() != ours.sizes()) grow(theirs, ours);
@@ -334,6 +343,19 @@ class Call {  // of one operator
   }
 
  private:
+  long kernels() const {  // CUDA takes tensors of unlike shapes one by one
+    if (name_.rfind("aten::_foreach", 0) != 0) return 1;
+    std::vector<Tensor> first;
+    for (const IValue& value : given_) {
+      if (!value.isTensorList()) continue;
+      std::vector<Tensor> list = value.toTensorVector();
+      if (first.empty()) first = list;
+      for (size_t i = 0; i < list.size(); i++)
+        if (list[i].sizes() != first[i].sizes()) return static_cast<long>(list.size());
+    }
+    return 1;
+  }
+
   IValue lowered(const IValue& value) {
     if (value.isTensor()) return lowered(value.toTensor());
     if (value.isDevice()) {
@@ -448,7 +470,7 @@ void to_host(Tensor& to, const Tensor& from, bool asynchronous) {
   }
   auto& w = world();
   Tensor content = as_kernels_see(from).to(to.scalar_type(), false, true);
-  long sent = tick();
+  long sent = launch();
   if (w.lag == 0) {
     to.copy_(content);
     return;
@@ -466,7 +488,7 @@ Tensor& copy_(Tensor& to, const Tensor& from, bool asynchronous) {
     return to;
   }
   if (!source.is_cuda() && !asynchronous) wait_for_device("a copy from the host");
-  tick();
+  launch();
   as_kernels_see(to).copy_(source.is_cuda() ? as_kernels_see(source) : source);
   return to;
 }
@@ -558,8 +580,10 @@ int standin_start() {
   static auto* kept = new std::vector<c10::RegistrationHandleRAII>;
   for (const auto& name : dispatcher.getAllOpNames()) {
     auto op = dispatcher.findOp(name);
+    bool together = name.name.rfind("aten::_foreach_", 0) == 0;  // which the CPU takes one by one, unlike CUDA
     bool wanted = name.name.rfind("aten::", 0) == 0 && op.has_value() && op->hasSchema() &&
-        op->hasKernelForDispatchKey(c10::DispatchKey::CPU) && !op->hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+        (together || op->hasKernelForDispatchKey(c10::DispatchKey::CPU)) &&
+        !op->hasKernelForDispatchKey(c10::DispatchKey::CUDA);
     if (wanted)
       kept->push_back(dispatcher.registerImpl(
           name, c10::DispatchKey::CUDA, c10::KernelFunction::makeFromBoxedFunction<&call>(), std::nullopt, nullptr,
@@ -576,14 +600,14 @@ int standin_current() { return device_now; }
 void standin_reset() {
   auto& w = world();
   Lock lock(w.lock);
-  w.waits = w.event_waits = w.questions = 0;
+  w.waits = w.event_waits = w.questions = w.launches = 0;
   w.reasons.clear();
   w.peak = w.used[0] + w.used[1];
 }
 long standin_number(int which) {
   auto& w = world();
   Lock lock(w.lock);
-  const long numbers[] = {w.waits, w.event_waits, w.questions, w.peak, w.now};
+  const long numbers[] = {w.waits, w.event_waits, w.questions, w.peak, w.launches};
   return numbers[which];
 }
 const char* standin_reasons() {

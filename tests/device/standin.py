@@ -91,3 +91,8 @@ class StandIn:
     def peak(self) -> int:
         """The most bytes in use on both devices together."""
         return int(self._library.standin_number(3))
+
+    @property
+    def launches(self) -> int:
+        """How many kernels and copies were started; one for tensors that CUDA takes together, although it splits many."""
+        return int(self._library.standin_number(4))
