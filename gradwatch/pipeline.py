@@ -85,6 +85,7 @@ class Pipeline:
         self.notes = notes
         self._own_time = own_time or OwnTime()
         self._surge = next((rule.limit for rule in rules if rule.role == "surge"), math.inf)
+        self._told: set[str] = set()  # the codes of the clip signs that were noted
         self._band = np.full(len(history.layers), np.inf)
         self._loss_band = math.inf
         self._started = perf_counter()
@@ -202,7 +203,10 @@ class Pipeline:
             self.history.follow_task()
         changes = self.alarms.update(self.history, row.step)
         self.changes.extend(changes)
-        self.notes.extend(f"{alarm}." for alarm in changes if alarm.sign == "clip" and alarm.state == "firing")
+        for alarm in changes:
+            if alarm.sign == "clip" and alarm.state == "firing" and alarm.code not in self._told:
+                self._told.add(alarm.code)
+                self.note(f"{alarm}.")
         self.desk.judged(changes, self.incidents.update(changes, row.step))
         # a layer without a typical norm yet is out of the ordinary whenever it has a gradient
         typical = self.history.typical_grad

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from gradwatch.printable import printable
+from gradwatch.wording import apart
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -163,6 +164,8 @@ class Alarm:
         value: quantity that the rule computed.
         limit: limit of the rule.
         state: whether the rule began or ceased to fire.
+        words: what the rule saw, as a sentence of its own; ``""``: it has none, or it is not known (see `sentence`).
+        numbers: the measured numbers that stand in ``words``, by name.
     """
 
     code: str
@@ -174,13 +177,27 @@ class Alarm:
     value: float
     limit: float
     state: Literal["firing", "resolved"] = "firing"
+    words: str = ""
+    numbers: dict[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def sentence(self) -> str:
+        """What was seen: ``words``, or the name of the rule with value and limit where there are none."""
+        if self.words:
+            return self.words
+        where = f" in {self.layer}" if self.layer else ""
+        if self.state == "resolved":
+            return f"{self.name}{where}: over at step {self.step}"
+        if not self.limit > 0 or not math.isfinite(self.value):  # a yes or no, or a measure beyond every limit
+            return f"{self.name}{where} at step {self.step}"
+        value, limit = apart(self.value, self.limit)
+        return f"{self.name}{where} at step {self.step}: measured {value}, above its limit of {limit}"
 
     def __repr__(self) -> str:
         return f"<Alarm {self}, {self.state}>"
 
     def __str__(self) -> str:
-        where = f" in {self.layer}" if self.layer else ""
-        return printable(f"{self.code} {self.name}{where}: {self.value:.3g} > {self.limit:.3g} at step {self.step}")
+        return printable(f"{self.sentence} ({self.code})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,8 @@ def test_the_summary_tells_the_story() -> None:
     for part in (
         "gradwatch confirmed: 100 steps of Transformer",
         "left their band in this order",
-        "GW301 gradient norm surges",
+        "gradient norm surges in encoder.blocks.11",
+        "at step 95: measured 31, above its limit of 10 (GW301)",
         "auto-clip: ClipNorm(max_norm=1.0) clipped 5 of 5 steps; largest norm 412; still on",
         "do: Lower the learning rate",
     ):

@@ -9,10 +9,11 @@ from pydantic import Field
 
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart, counted
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 _REST = 49  # rows after which a layer without a gradient no longer counts as idle
@@ -77,6 +78,30 @@ class Dead(Rule):
             history.sizes > 0
         )  # a layer without elements cannot die
         return np.where(history.row.grad_norm == 0, np.where(silent, 1.0, 0.0), history.dead_share - by_chance)
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        return {
+            "layer": history.row.grad_norm[column] == 0,
+            "since": history.steps(last=_REST)[0],
+            "share": history.dead_share[column],
+            "units": max(1.0, history.sizes[column] / history.fan_in[column]),
+            "by chance": self._by_chance(history)[column],
+        }
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        numbers = alarm.numbers
+        if numbers["layer"]:
+            return (
+                f"the gradient of {alarm.layer} was exactly zero at step {alarm.step}, and above zero at no step measured since "
+                f"step {numbers['since']:.0f}"
+            )
+        share, limit = apart(100 * numbers["share"], 100 * (alarm.limit + numbers["by chance"]))
+        return (
+            f"{share} % of the {counted(numbers['units'], 'unit')} of {alarm.layer} were dead at step {alarm.step}: a gradient "
+            f"of exactly zero in each of the last four samples (limit {limit} %)"
+        )
 
     @staticmethod
     def _by_chance(history: History) -> Floats:
