@@ -16,6 +16,7 @@ import numpy as np
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.columns import widened
+from gradwatch.history.in_use import clip_use_of, usual_norms_of
 from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, OwnTime, cadence
 from gradwatch.history.statistics import ignore_fp_warnings
@@ -305,6 +306,7 @@ class Pipeline:
             self._speed = (step - self._timed_step) / (now - self._timed)
             self._timed, self._timed_step = now, step
         closeness, closest = self.alarms.closeness()
+        explosion = self.incidents.open_explosion()
         return Snapshot(
             facts=history.facts,
             step=step,
@@ -331,6 +333,8 @@ class Pipeline:
             notes=tuple(self.notes.all),
             news=news,
             clip_coefficient=float(history.clip_coefficient(last=1)[-1]) if history.rows else 1.0,
+            usual_norms=usual_norms_of(history, None if explosion is None else explosion.opened_step),
+            clip_use=clip_use_of(history, auto_clipped=self.clipping is not None and self.clipping.clipped > 0),
         )
 
     @property

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from gradwatch.answers import ClipUse, UsualNorms
+
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 Sign = Literal["subtle", "confirming", "growth", "numeric", "silent", "clip"]
@@ -388,6 +390,8 @@ class Snapshot:
         notes: what gradwatch reported about the run.
         news: incidents that changed since the previous snapshot.
         clip_coefficient: norm after clipping over norm before it, of the last row.
+        usual_norms: the usual range of the global norm; None: it is not known.
+        clip_use: what a clip that may act on each step did; None: there is none.
     """
 
     facts: Facts
@@ -415,3 +419,5 @@ class Snapshot:
     notes: tuple[str, ...] = ()
     news: tuple[Incident, ...] = field(default=())
     clip_coefficient: float = 1.0
+    usual_norms: UsualNorms | None = None
+    clip_use: ClipUse | None = None

@@ -55,9 +55,11 @@ def last_steps(count: float, first: float, last: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in per cent, with a digit after the point below ten.
+    """Return a share in per cent, with a digit after the point below ten; 100 only for a whole.
 
-    >>> percent(0.85), percent(0.042), percent(1.0)
-    ('85 %', '4.2 %', '100 %')
+    >>> percent(0.85), percent(0.042), percent(0.999)
+    ('85 %', '4.2 %', '99 %')
     """
-    return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.2g} %"
+    if 0 < share < 0.1:
+        return f"{100 * share:.2g} %"
+    return f"{100 if share >= 1 else min(round(100 * share), 99)} %"

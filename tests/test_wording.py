@@ -56,4 +56,6 @@ def test_steps_that_were_not_all_measured_are_called_so() -> None:
 
 def test_a_small_share_keeps_a_digit() -> None:
     """And a large one has none."""
-    assert [percent(share) for share in (0.0, 0.004, 0.042, 0.34, 1.0)] == ["0 %", "0.4 %", "4.2 %", "34 %", "100 %"]
+    assert [percent(share) for share in (0.0, 0.004, 0.042, 0.34, 0.999, 1.0)] == [
+        *("0 %", "0.4 %", "4.2 %", "34 %", "99 %", "100 %")
+    ]

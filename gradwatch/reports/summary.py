@@ -46,6 +46,9 @@ class Summary:
         if snapshot.step >= 0:
             loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]))
             yield Line(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]))}")
+            yield from (
+                Line(f"  {answer}") for answer in (snapshot.usual_norms, snapshot.clip_use) if answer is not None
+            )
             yield Line(f"  {snapshot.provenance}", "dim")
         if snapshot.clipping is not None:
             yield Line(
@@ -57,7 +60,9 @@ class Summary:
             yield Line(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
         for incident in notices[:_MOST]:
             yield _indented(headline(incident, options.max_width - 2), 2)
-        stable = () if any(i.open for i in snapshot.incidents) else snapshot.firing
+        # a clip sign is a note already, and no matter of incidents
+        noted = [sign for sign in snapshot.firing if any(f"({sign.split()[0]})" in note for note in snapshot.notes)]
+        stable = () if any(i.open for i in snapshot.incidents) else [s for s in snapshot.firing if s not in noted]
         for note in (*(f"{sign}, and no incident is open" for sign in stable), *snapshot.notes):
             yield _indented(Line(f"note: {note}", "dim"), 2)
         yield Line(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")

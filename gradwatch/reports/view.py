@@ -26,6 +26,7 @@ STYLES = {"healthy": "bold green", "suspected": "bold yellow", "confirmed": "bol
 SEVERITY_STYLES = {"notice": "cyan", "warning": "yellow", "critical": "red"}
 _MOST_LINES = 24
 _BAR = 8
+_ROOMY = 16  # lines of a terminal that has room for more than the curves and the layers
 
 
 def number(value: float) -> str:
@@ -86,6 +87,7 @@ class View:
         """Yield renderables that fit a terminal of this size, with one line to spare."""
         height = min(height - 1, self.most)
         head = [self._headline(width), *self._curves(width)]
+        head += self._answers(width) if height >= _ROOMY else ()
         foot = [
             *self._incidents(width, most=3 if height >= 20 else 1),
             *self._auto_clip(width),
@@ -119,6 +121,14 @@ class View:
             for block in sparkline(values, width - len(line.plain)) if seen else "":
                 line.append(block, "bold red" if block == "×" else "cyan")
             yield line
+
+    def _answers(self, width: int) -> Iterator[Text]:
+        """Yield whether the norm is usual and what the clip does, each only if it is known and fits as a whole."""
+        use = self.snapshot.clip_use
+        for forms in ((str(self.snapshot.usual_norms or ""),), ("",) if use is None else (str(use), use.brief)):
+            form = next((form for form in forms if form and cell_len(form) <= width), None)
+            if form is not None:
+                yield Line(form)
 
     def _layers(self, width: int, most: int) -> Table:
         snapshot = self.snapshot
@@ -154,6 +164,8 @@ class View:
         found.sort(key=lambda incident: (incident.open, incident.opened_step))
         for incident in found[-most:]:
             yield headline(incident, width)
+            if incident.open and incident.evidence and most > 1:
+                yield _cut(Line(f"  {incident.evidence[0]}"), width)
             if incident.open and incident.advice:
                 yield _cut(Line(f"  do: {incident.advice[0]}"), width)
             elif incident.clip is not None:

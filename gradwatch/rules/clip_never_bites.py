@@ -80,6 +80,6 @@ class ClipNeverBites(Rule):
         """Return what was seen; see `Rule.sentence`."""
         return (
             f"{'your clip' if alarm.numbers['yours'] else 'auto-clip'} had cut none of the "
-            f"{last_steps(alarm.value, alarm.numbers['since'], alarm.step)} at step {alarm.step} (limit {number(alarm.limit)}), "
-            f"the largest norm of which was {number(alarm.numbers['largest'])}"
+            f"{last_steps(alarm.value, alarm.numbers['since'], alarm.step)} at step {alarm.step} (limit {number(alarm.limit)}); "
+            f"their largest norm was {number(alarm.numbers['largest'])}"
         )

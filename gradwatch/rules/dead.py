@@ -94,7 +94,7 @@ class Dead(Rule):
         numbers = alarm.numbers
         if numbers["layer"]:
             return (
-                f"the gradient of {alarm.layer} was exactly zero at step {alarm.step}, and above zero at no step measured since "
+                f"the gradient of {alarm.layer} was exactly zero at step {alarm.step}, and above zero at no measured step since "
                 f"step {numbers['since']:.0f}"
             )
         share, limit = apart(100 * numbers["share"], 100 * (alarm.limit + numbers["by chance"]))

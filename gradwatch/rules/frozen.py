@@ -91,11 +91,11 @@ class Frozen(Rule):
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
         if alarm.numbers["lost"]:
-            update, weight = number(alarm.numbers["update"]), number(alarm.numbers["weight"])
-            return (
-                f"the update of {alarm.layer} at step {alarm.step}, {update}, was too small to change float32 weights of norm "
-                f"{weight}, as in every layer, and {in_words(alarm)}"
+            update, weight = alarm.numbers["update"], number(alarm.numbers["weight"])
+            small = (
+                f"{number(update)}, too small to change float32 weights of norm {weight}" if update else "exactly zero"
             )
+            return f"the update of {alarm.layer} was {small} at step {alarm.step}, likewise in every layer, and {in_words(alarm)}"
         steps, limit = counted(alarm.value, "step"), number(alarm.limit)
         told = f"not one bit of {alarm.layer} changed in {steps}"
         if alarm.numbers["owned"]:

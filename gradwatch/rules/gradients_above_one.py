@@ -70,17 +70,14 @@ class GradientsAboveOne(Rule):
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
         known = (np.isfinite(history.row.grad_norm) | (history.nonfinite > 0)) & (history.sizes > 0)
-        return {"layers": float(np.count_nonzero(known)), "not finite": float(np.count_nonzero(history.nonfinite))}
+        finite = np.isfinite(history.global_norm(last=self.for_steps)).all()
+        return {"layers": float(np.count_nonzero(known)), "always finite": float(finite)}
 
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
-        layers, broken = alarm.numbers["layers"], alarm.numbers["not finite"]
+        layers, (least, limit) = alarm.numbers["layers"], apart(alarm.value, alarm.limit)
+        whose = f"each of the {layers:.0f} layers with a gradient" if layers > 1 else "the only layer with a gradient"
+        over = f"above {limit}" if alarm.numbers["always finite"] else f"above {limit} or not finite"
         steps = f"at step {alarm.step}" + (f", the last of {self.for_steps} in a row" if self.for_steps > 1 else "")
-        if not math.isfinite(alarm.value):
-            return f"no layer had a finite gradient {steps}"
-        least, limit = apart(alarm.value, alarm.limit)
-        whose = (
-            f"of each of the {layers:.0f} layers with a gradient" if layers > 1 else "of the only layer with a gradient"
-        )
-        others = f", and {broken:.0f} were not finite" if broken else ""
-        return f"the gradient norm {whose} was above {limit} {steps}: the smallest was {least}{others}"
+        there = f"the smallest was {least}" if math.isfinite(alarm.value) else "none was finite"
+        return f"the gradient norm of {whose} was {over} {steps}, where {there}"

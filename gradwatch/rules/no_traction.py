@@ -88,16 +88,15 @@ class NoTraction(Rule):
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
         now, began, enough = (alarm.numbers[name] for name in ("loss", "began", "enough"))
-        if now > 2 * began - enough:
-            told = f"about {number(now)} at step {alarm.step}, above where it began"
-        elif began - now <= abs(began) / 50:
-            told = f"still about {number(now)} at step {alarm.step}, where it began"
-        else:
-            told = f"about {number(now)} at step {alarm.step}, no further below where it began than it varies"
-        when = " when layers were added" if alarm.numbers["new task"] else ""
+        first = number(began) + (" when layers were added" if alarm.numbers["new task"] else "")
         finite, of = alarm.numbers["finite"], alarm.numbers["of"]
         partly = f" (it was finite in {finite:.0f} of the last {of:.0f} steps)" if finite < of else ""
-        return f"the loss was {told} ({number(began)}{when}); below {number(enough)} would be progress{partly}"
+        begin, progress = f"about {number(now)} at step {alarm.step}", f"below {number(enough)} would be progress"
+        if now - began > abs(began) / 50:
+            return f"the loss was {begin}, above where it began ({first}){partly}"
+        if began - now <= abs(began) / 50:
+            return f"the loss was still {begin}, where it began ({first}); {progress}{partly}"
+        return f"the loss was {begin}, no further below where it began ({first}) than it varies; {progress}{partly}"
 
 
 def gain_missing(history: History, window: int) -> float:

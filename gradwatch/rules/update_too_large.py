@@ -101,18 +101,19 @@ class UpdateTooLarge(Rule):
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
         update, weight, floor = (alarm.numbers[name] for name in ("update", "weight", "floor"))
+        limit, base, size = alarm.limit, "the norm of its weights", number(update)
         if alarm.numbers["due"]:
-            told = f"the update due for {alarm.layer} at step {alarm.step} was {number(update)} long"
-        elif alarm.numbers["by rate"]:
-            rate = number(alarm.numbers["rate"])
-            told = (
-                f"the learning rate of {rate} was to move {alarm.layer} by about {number(update)} at step {alarm.step}"
-            )
+            told = f"the update due for {alarm.layer} at step {alarm.step} was {size} long"
+        elif alarm.numbers["by rate"]:  # half of this is compared with the limit
+            rate, limit = number(alarm.numbers["rate"]), 2 * limit
+            told = f"the learning rate of {rate} was to move {alarm.layer} by about {size} at step {alarm.step}"
         else:
-            told = f"the weight norm of {alarm.layer} changed by {number(update)} a step until step {alarm.step}"
+            told, base = (
+                f"the weight norm of {alarm.layer} changed by {size} a step up to step {alarm.step}",
+                "what it was",
+            )
         if not math.isfinite(update):
             return told
-        base = "the norm of its weights" if not weight < floor else "half of a usual initialisation"
-        # half of what the rate moves is compared with the limit
-        times, limit = apart(update / max(floor, weight), alarm.limit * (2 if alarm.numbers["by rate"] else 1))
-        return f"{told}, {times} times {base} ({number(max(floor, weight))}; limit {limit})"
+        times, most = apart(update / max(floor, weight), limit)
+        base = base if weight >= floor else "half of a usual initialisation"
+        return f"{told}, {times} times {base} ({number(max(floor, weight))}; limit {most})"

@@ -77,4 +77,5 @@ class WeightGrowth(Rule):
         times, limit = apart(alarm.value, alarm.limit)
         if usual >= floor:
             return f"{begin}, {times} times its usual {number(usual)} (limit {limit})"
-        return f"{begin}, up from {number(usual)}: {times} times what is little for its size, {number(floor)} (limit {limit})"
+        least = f"the least that counts for its size, {number(floor)}"
+        return f"{begin}, where it is usually {number(usual)}: {times} times {least} (limit {limit})"

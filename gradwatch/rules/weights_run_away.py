@@ -86,10 +86,10 @@ class WeightsRunAway(Rule):
         begin = f"the weight norm of {alarm.layer} grew to {number(norm)} by step {alarm.step}"
         if not math.isfinite(norm):
             return f"{begin}, from {number(least)} at most 100 measured steps before"
-        fell, share = ("had", self.share) if alarm.numbers["progress"] else ("had not", 1.0)
+        unless, share = ("while", self.share) if alarm.numbers["progress"] else ("unless", 1.0)
         times, limit = apart(norm / max(least, floor), alarm.limit / share)
         base = "its smallest in 100 measured steps" if least >= floor else "half of a usual initialisation"
         return (
-            f"{begin}, {times} times {base} ({number(max(least, floor))}; limit {limit}); the loss, a median of 16, "
-            f"{fell} come down by {percent(self.progress)}"
+            f"{begin}, {times} times {base}, {number(max(least, floor))} (limit {limit} {unless} the loss, a median of 16, is "
+            f"{percent(self.progress)} lower than it began)"
         )

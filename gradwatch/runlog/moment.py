@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from gradwatch.records import Facts, Provenance  # noqa: TC001  pydantic reads the annotations
+from gradwatch.answers import ClipUse, UsualNorms  # noqa: TC001  pydantic reads the annotations
+from gradwatch.records import Facts, Provenance  # noqa: TC001
 
 if TYPE_CHECKING:
     from gradwatch.records import Snapshot
@@ -27,6 +28,8 @@ class Moment:
     steps_per_second: float
     cost_us: float
     provenance: Provenance
+    usual_norms: UsualNorms | None = None  # not in logs of earlier versions, nor is the next
+    clip_use: ClipUse | None = None
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Moment:
@@ -44,4 +47,6 @@ class Moment:
             steps_per_second=snapshot.steps_per_second,
             cost_us=snapshot.cost_us,
             provenance=snapshot.provenance,
+            usual_norms=snapshot.usual_norms,
+            clip_use=snapshot.clip_use,
         )

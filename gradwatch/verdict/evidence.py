@@ -91,4 +91,5 @@ def forecast(norms: Floats, step: int) -> list[str]:
     if not until:
         return []
     ends = " and ".join(f"{name} in about {more}" for name, more in until.items())
-    return [f"at step {step}, gradients double every {number(steps, 2)} steps: at this rate they exceed {ends}"]
+    pace = number(steps, 2)
+    return [f"at step {step}, gradients double every {pace} step{'s' * (pace != '1')}: at this rate they exceed {ends}"]
