@@ -26,12 +26,16 @@ class UsualNorms:
     until: int | None = None
 
     def __str__(self) -> str:
+        times = self.now / self.high
+        return self.brief + (f", {number(times, 2)} times the upper end" if 2 <= times < math.inf else "")
+
+    @property
+    def brief(self) -> str:
+        """The same without the comparison of the last norm with the range."""
         low, high = number(self.low, 2), number(self.high, 2)
         span = low if low == high else f"{low} to {high}"
         when = f"since step {self.since}" if self.until is None else f"before the incident at step {self.until}"
-        times = self.now / self.high
-        beyond = f", {number(times, 2)} times the upper end" if 2 <= times < math.inf else ""
-        return f"norm usually {span} {when}, now {number(self.now, 2)}{beyond}"
+        return f"norm usually {span} {when}, now {number(self.now, 2)}"
 
 
 @dataclass(frozen=True, slots=True)

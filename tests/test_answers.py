@@ -181,9 +181,10 @@ def test_the_live_view_answers_where_there_is_room(width: int, height: int) -> N
     assert len(rows) <= height - 1
     assert all(len(row) <= width for row in rows)
     answers = [row for row in rows if row.startswith("norm ")]
-    norm, use = str(snapshot.usual_norms), snapshot.clip_use
+    norm, use = snapshot.usual_norms, snapshot.clip_use
+    assert norm is not None
     assert use is not None
-    fits = [norm] * (len(norm) <= width) + [next((f for f in (str(use), use.brief) if len(f) <= width), "")]
+    fits = [next((f for f in (str(one), one.brief) if len(f) <= width), "") for one in (norm, use)]
     assert answers == ([f for f in fits if f] if height > 16 else [])
     if height > 16:
         assert sum("█" in row or "░" in row for row in rows) >= 6  # each layer has its bar

@@ -92,7 +92,8 @@ def test_the_view_at_80_by_24() -> None:
     assert lines[2].endswith("×")
     assert lines[3] == "closest to their limits                           gradient weight of limit"
     assert lines[4] == "encoder.blocks…xxxxxxxxxxxxxxxxxxxxxxxxxxxxx            40      3 ████████ 3.10"
-    assert lines[-4].startswith("■ exploding confirmed (critical), step 95, prime suspect encoder.blocks.11")
+    assert lines[-5].startswith("■ exploding confirmed (critical), step 95, prime suspect encoder.blocks.11")
+    assert lines[-4].startswith("  gradient norm surges in encoder.blocks.11")
     assert lines[-3] == "  do: Lower the learning rate (now 0.1), or warm it up."
     assert lines[-2] == "auto-clip on  ClipNorm(max_norm=1.0), 5 clipped, 0 skipped"
     assert lines[-1] == "1,234 steps/s · gradwatch itself 62 µs a step (7.7 %)"

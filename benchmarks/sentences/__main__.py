@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks.pages import ROOT
 from benchmarks.runs import digest, kept_at, run_missing
-from benchmarks.sentences.listening import listen
+from benchmarks.sentences.listening import form_of, listen
 from benchmarks.sentences.trainings import trainings
 from gradwatch.rules import RULES
 
@@ -64,10 +64,11 @@ def _section(heading: str, results: Mapping[str, Said], section: str, most: int)
 
 
 def _in_turn(said: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """Return the lines with the training that said them: the first of each training, then the second of each, and so on."""
+    """Return the lines with the training that said them: each form once, then the others; the first of each training first."""
     rounds = range(max(map(len, said.values())))
     found = [(lines[place], name) for place in rounds for name, lines in said.items() if place < len(lines)]
-    return list({line: (line, name) for line, name in reversed(found)}.values())[::-1]
+    forms = {form_of(line): (line, name) for line, name in reversed(found)}
+    return [one for one in found if one in forms.values()] + [one for one in found if one not in forms.values()]
 
 
 def main() -> None:

@@ -18,17 +18,21 @@ Said = dict[str, list[str]]  # lines by section
 _CODE = re.compile(r"\((\w+\d+)\)$")
 
 
+def form_of(line: str) -> str:
+    """Return a line without what differs from run to run: names of layers, numbers, and how many layers more."""
+    line = re.sub(r"; the same rule fired for [^()]+", "", line)
+    return re.sub(r"[\d.,]+(e-?\d+)?", "N", re.sub(r"\b\w+(\.\w+)*\.(\w+_)?(weight|bias)\w*", "LAYER", line))
+
+
 class Listener(gradwatch.Report):
     """Collects what a run says, each line once for all numbers and layers that it may name."""
 
     def __init__(self) -> None:
         self.said: Said = {}
         self._known: set[tuple[str, str]] = set()
-        self._layers: tuple[str, ...] = ()
 
     def step(self, snapshot: gradwatch.Snapshot) -> None:
         """Collect the incidents that changed."""
-        self._layers = tuple(snapshot.layers)
         for incident in snapshot.news:
             self._hear("incidents", str(incident))
             for line in incident.evidence:
@@ -54,12 +58,9 @@ class Listener(gradwatch.Report):
                 self._hear("summary", line.strip())
 
     def _hear(self, section: str, line: str) -> None:
-        pattern = line
-        for layer in sorted(self._layers, key=len, reverse=True):
-            pattern = pattern.replace(layer, "LAYER")
-        pattern = re.sub(r"[\d.,]+(e-?\d+)?", "N", pattern)
-        if (section, pattern) not in self._known:
-            self._known.add((section, pattern))
+        form = form_of(line)
+        if (section, form) not in self._known:
+            self._known.add((section, form))
             self.said.setdefault(section, []).append(line)
 
 

@@ -59,7 +59,7 @@ _CLIPPED = (
 _HEALTHY = ("healthy: an aim added midway", "healthy: heavy-tailed noise, Huber", "healthy: REINFORCE in a corridor")
 
 
-def _sine(run: Run) -> tuple[nn.Module, Callable[[], Tensor]]:
+def _sine(run: Run) -> tuple[nn.Sequential, Callable[[], Tensor]]:
     x = torch.randn(512, 16, generator=torch.Generator().manual_seed(run.seed))
     model = mlp(16, 32, 32, 1)
     return model, batch_loss(model, (x, torch.sin(x[:, :1])))
@@ -71,6 +71,23 @@ def _own_clip(bound: float) -> Train:
         fit(run, model, torch.optim.SGD(model.parameters(), lr=0.05), objective, clip=bound)
 
     return train
+
+
+def _units_silenced(run: Run) -> None:
+    model, objective = _sine(run)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.ndim == 1)[:24] = -100.0
+    fit(run, model, torch.optim.SGD(model.parameters(), lr=0.05), objective)
+
+
+def _adam_rate(run: Run) -> None:
+    model, objective = _sine(run)
+    fit(run, model, torch.optim.Adam(model.parameters(), lr=3.0), objective)
+
+
+def _stale_optimizer(run: Run) -> None:
+    model, objective = _sine(run)
+    fit(run, model, torch.optim.SGD(list(model.parameters())[:2], lr=0.05), objective)
 
 
 def _loss_unseen(run: Run) -> None:
@@ -113,6 +130,9 @@ def trainings() -> dict[str, Training]:
     found["clip at a thousandth of the usual norm"] = Training(_own_clip(1e-3), 300)
     found["clip at the usual norm"] = Training(_own_clip(0.3), 300)
     found["clip that nothing reaches"] = Training(_own_clip(1e6), 600)
+    found["three of four units silenced"] = Training(_units_silenced, 100)
+    found["Adam at a rate of 3"] = Training(_adam_rate, 100)
+    found["optimizer of the first layer only"] = Training(_stale_optimizer, 100)
     found["loss that is no scalar"] = Training(_loss_unseen, 30)
     found["line search"] = Training(_line_search, 30, clip=True)
     return found

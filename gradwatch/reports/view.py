@@ -124,11 +124,9 @@ class View:
 
     def _answers(self, width: int) -> Iterator[Text]:
         """Yield whether the norm is usual and what the clip does, each only if it is known and fits as a whole."""
-        use = self.snapshot.clip_use
-        for forms in ((str(self.snapshot.usual_norms or ""),), ("",) if use is None else (str(use), use.brief)):
-            form = next((form for form in forms if form and cell_len(form) <= width), None)
-            if form is not None:
-                yield Line(form)
+        for answer in (self.snapshot.usual_norms, self.snapshot.clip_use):
+            forms = () if answer is None else (str(answer), answer.brief)
+            yield from [Line(form) for form in forms if cell_len(form) <= width][:1]
 
     def _layers(self, width: int, most: int) -> Table:
         snapshot = self.snapshot

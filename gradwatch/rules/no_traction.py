@@ -96,7 +96,7 @@ class NoTraction(Rule):
             return f"the loss was {begin}, above where it began ({first}){partly}"
         if began - now <= abs(began) / 50:
             return f"the loss was still {begin}, where it began ({first}); {progress}{partly}"
-        return f"the loss was {begin}, no further below where it began ({first}) than it varies; {progress}{partly}"
+        return f"the loss was {begin}, below where it began ({first}), but by too little: {progress}{partly}"
 
 
 def gain_missing(history: History, window: int) -> float:

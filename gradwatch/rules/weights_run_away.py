@@ -90,6 +90,6 @@ class WeightsRunAway(Rule):
         times, limit = apart(norm / max(least, floor), alarm.limit / share)
         base = "its smallest in 100 measured steps" if least >= floor else "half of a usual initialisation"
         return (
-            f"{begin}, {times} times {base}, {number(max(least, floor))} (limit {limit} {unless} the loss, a median of 16, is "
-            f"{percent(self.progress)} lower than it began)"
+            f"{begin}, {times} times {base}, {number(max(least, floor))} (limit {limit} {unless} the median of 16 losses is "
+            f"{percent(self.progress)} below the beginning)"
         )

@@ -10,7 +10,7 @@ import numpy as np
 from gradwatch.history.columns import widened
 from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import EXPLOSION
-from gradwatch.wording import number
+from gradwatch.wording import counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,8 +112,8 @@ class Suspects:
         name = history.layers[int(order[-1])]
         told = "became non-finite" if math.isinf(first) else f"changed by a factor of {number(math.exp(first))}"
         return name, (
-            f"the weights of {name} {told} within {history.weight_gap} steps, those of every other layer by a factor of at "
-            f"most {number(math.exp(second))}"
+            f"the weights of {name} {told} within {counted(history.weight_gap, 'step')} until step {history.row.step}, those of "
+            f"every other layer by a factor of at most {number(math.exp(second))}"
         )
 
 
