@@ -16,6 +16,7 @@ import numpy as np
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.columns import widened
+from gradwatch.history.in_use import clip_use_of, usual_norms_of
 from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, OwnTime, cadence
 from gradwatch.history.statistics import ignore_fp_warnings
@@ -87,6 +88,7 @@ class Pipeline:
         self.notes = notes
         self._own_time = own_time or OwnTime()
         self._surge = next((rule.limit for rule in rules if rule.role == "surge"), math.inf)
+        self._told: set[str] = set()  # the codes of the clip signs that were noted
         self._band = np.full(len(history.layers), np.inf)
         self._loss_band = math.inf
         self._started = perf_counter()
@@ -204,7 +206,10 @@ class Pipeline:
             self.history.follow_task()
         changes = self.alarms.update(self.history, row.step)
         self.changes.extend(changes)
-        self.notes.extend(f"{alarm}." for alarm in changes if alarm.sign == "clip" and alarm.state == "firing")
+        for alarm in changes:
+            if alarm.sign == "clip" and alarm.state == "firing" and alarm.code not in self._told:
+                self._told.add(alarm.code)
+                self.note(f"{alarm}.")
         self.desk.judged(changes, self.incidents.update(changes, row.step))
         # a layer without a typical norm yet is out of the ordinary whenever it has a gradient
         typical = self.history.typical_grad
@@ -303,6 +308,7 @@ class Pipeline:
             self._speed = (step - self._timed_step) / (now - self._timed)
             self._timed, self._timed_step = now, step
         closeness, closest = self.alarms.closeness()
+        explosion = self.incidents.open_explosion()
         return Snapshot(
             facts=history.facts,
             step=step,
@@ -330,6 +336,8 @@ class Pipeline:
             news=news,
             ending=how_it_stands(history) if history.rows else "",
             clip_coefficient=float(history.clip_coefficient(last=1)[-1]) if history.rows else 1.0,
+            usual_norms=usual_norms_of(history, None if explosion is None else explosion.opened_step),
+            clip_use=clip_use_of(history, auto_clipped=self.clipping is not None and self.clipping.clipped > 0),
         )
 
     @property

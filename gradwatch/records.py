@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from gradwatch.printable import printable
+from gradwatch.wording import apart
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from gradwatch.answers import ClipUse, UsualNorms
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -171,6 +174,8 @@ class Alarm:
         value: quantity that the rule computed.
         limit: limit of the rule.
         state: whether the rule began or ceased to fire.
+        words: what the rule saw, as a sentence of its own; ``""``: it has none, or it is not known (see `sentence`).
+        numbers: the measured numbers that stand in ``words``, by name.
     """
 
     code: str
@@ -182,13 +187,27 @@ class Alarm:
     value: float
     limit: float
     state: Literal["firing", "resolved"] = "firing"
+    words: str = ""
+    numbers: dict[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def sentence(self) -> str:
+        """What was seen: ``words``, or the name of the rule with value and limit where there are none."""
+        if self.words:
+            return self.words
+        where = f" in {self.layer}" if self.layer else ""
+        if self.state == "resolved":
+            return f"{self.name}{where}: over at step {self.step}"
+        if not self.limit > 0 or not math.isfinite(self.value):  # a yes or no, or a measure beyond every limit
+            return f"{self.name}{where} at step {self.step}"
+        value, limit = apart(self.value, self.limit)
+        return f"{self.name}{where} at step {self.step}: measured {value}, above its limit of {limit}"
 
     def __repr__(self) -> str:
         return f"<Alarm {self}, {self.state}>"
 
     def __str__(self) -> str:
-        where = f" in {self.layer}" if self.layer else ""
-        return printable(f"{self.code} {self.name}{where}: {self.value:.3g} > {self.limit:.3g} at step {self.step}")
+        return printable(f"{self.sentence} ({self.code})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +405,8 @@ class Snapshot:
         news: incidents that changed since the previous snapshot.
         clip_coefficient: norm after clipping over norm before it, of the last row.
         ending: how badly the loss stands at the last row, in words; empty if it does not.
+        usual_norms: the usual range of the global norm; None: it is not known.
+        clip_use: what a clip that may act on each step did; None: there is none.
     """
 
     facts: Facts
@@ -414,3 +435,5 @@ class Snapshot:
     news: tuple[Incident, ...] = field(default=())
     clip_coefficient: float = 1.0
     ending: str = ""
+    usual_norms: UsualNorms | None = None
+    clip_use: ClipUse | None = None

@@ -92,7 +92,8 @@ def test_the_view_at_80_by_24() -> None:
     assert lines[2].endswith("×")
     assert lines[3] == "closest to their limits                           gradient weight of limit"
     assert lines[4] == "encoder.blocks…xxxxxxxxxxxxxxxxxxxxxxxxxxxxx            40      3 ████████ 3.10"
-    assert lines[-4].startswith("■ exploding confirmed (critical), step 95, prime suspect encoder.blocks.11")
+    assert lines[-5].startswith("■ exploding confirmed (critical), step 95, prime suspect encoder.blocks.11")
+    assert lines[-4].startswith("  gradient norm surges in encoder.blocks.11")
     assert lines[-3] == "  do: Lower the learning rate (now 0.1), or warm it up."
     assert lines[-2] == "auto-clip on  ClipNorm(max_norm=1.0), 5 clipped, 0 skipped"
     assert lines[-1] == "1,234 steps/s · gradwatch itself 62 µs a step (7.7 %)"
@@ -121,7 +122,8 @@ def test_the_summary_tells_the_story() -> None:
     for part in (
         "gradwatch confirmed: 100 steps of Transformer",
         "left their band in this order",
-        "GW301 gradient norm surges",
+        "gradient norm surges in encoder.blocks.11",
+        "at step 95: measured 31, above its limit of 10 (GW301)",
         "auto-clip: ClipNorm(max_norm=1.0) clipped 5 of 5 steps; largest norm 412; still on",
         "do: Lower the learning rate",
     ):

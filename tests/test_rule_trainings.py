@@ -178,7 +178,7 @@ def own_clip(bound: float, steps: int) -> gradwatch.Monitor:
 
 def clip_too_low(faulty: bool) -> gradwatch.Monitor:
     """A clip at a thousandth of the usual norm, against one at ten times of it."""
-    return own_clip(1e-3 if faulty else 10.0, 120)
+    return own_clip(1e-3 if faulty else 10.0, 200)
 
 
 def clip_too_high(faulty: bool) -> gradwatch.Monitor:

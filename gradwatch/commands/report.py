@@ -96,6 +96,8 @@ def _plain(log: RunLog, snapshot: Snapshot) -> dict[str, Any]:
                 "loss": loss,
                 "facts": snapshot.facts,
                 "layers": list(log.layers),
+                "usual_norms": snapshot.usual_norms,
+                "clip_use": snapshot.clip_use,
                 "clipped": snapshot.clipped,
                 "skipped": snapshot.skipped,
                 "incidents": list(snapshot.incidents),

@@ -188,7 +188,12 @@ class History(LossLevels):
     @property
     def clips_each_step(self) -> bool:
         """True if every step is clipped, by the user or by auto-clip with ``when="always"``."""
-        return self.facts.clips_always or self.row.provenance.clipped == "before the user's clip"
+        return self.facts.clips_always or self.clipped_by_user
+
+    @property
+    def clipped_by_user(self) -> bool:
+        """True if the last row was measured before a clip of the user's own."""
+        return self.row.provenance.clipped == "before the user's clip"
 
     def surge(self) -> Floats:
         """Return the last gradient norms divided by their typical values, shape (L,).
@@ -227,6 +232,11 @@ class History(LossLevels):
     def warming_up(self) -> bool:
         """True if the learning rate reached a new maximum of the run within the last 50 rows."""
         return self.rows - self._rose_at < _WARM
+
+    @property
+    def rows_at_top_rate(self) -> int:
+        """The number of rows since the learning rate last reached a new maximum of the run, that row included."""
+        return self.rows - self._rose_at + (self._rose_at > 0)
 
     @property
     def large_matrices(self) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 LEAST_NORMS = 16  # norms needed for a typical one
-_PAST = 256  # newest norms that are considered
+PAST = 256  # newest norms that are considered
 _STRETCH = 32  # norms in each stretch whose median is taken
 
 
@@ -27,6 +27,6 @@ def typical_norm(norms: Floats) -> float:
     norms = norms[np.isfinite(norms) & (norms > 0)]
     if norms.size < LEAST_NORMS:
         return math.nan
-    recent = norms[-_PAST:]
+    recent = norms[-PAST:]
     stretches = np.array_split(recent, max(1, recent.size // _STRETCH))
     return usual_size(norms, min(float(np.median(stretch)) for stretch in stretches))

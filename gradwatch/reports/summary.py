@@ -50,6 +50,9 @@ class Summary:
         if snapshot.step >= 0:
             loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]))
             yield Line(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]))}")
+            yield from (
+                Line(f"  {answer}") for answer in (snapshot.usual_norms, snapshot.clip_use) if answer is not None
+            )
             yield Line(f"  {snapshot.provenance}", "dim")
         if snapshot.clipping is not None:
             yield Line(

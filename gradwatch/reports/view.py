@@ -32,6 +32,7 @@ STYLES: dict[RunVerdict, str] = {
 SEVERITY_STYLES = {"notice": "cyan", "warning": "yellow", "critical": "red"}
 _MOST_LINES = 24
 _BAR = 8
+_ROOMY = 16  # lines of a terminal that has room for more than the curves and the layers
 
 
 def number(value: float) -> str:
@@ -92,6 +93,7 @@ class View:
         """Yield renderables that fit a terminal of this size, with one line to spare."""
         height = min(height - 1, self.most)
         head = [self._headline(width), *self._curves(width)]
+        head += self._answers(width) if height >= _ROOMY else ()
         foot = [
             *self._incidents(width, most=3 if height >= 20 else 1),
             *self._auto_clip(width),
@@ -129,6 +131,12 @@ class View:
                 line.append(block, "bold red" if block == "×" else "cyan")
             yield line
 
+    def _answers(self, width: int) -> Iterator[Text]:
+        """Yield whether the norm is usual and what the clip does, each only if it is known and fits as a whole."""
+        for answer in (self.snapshot.usual_norms, self.snapshot.clip_use):
+            forms = () if answer is None else (str(answer), answer.brief)
+            yield from [Line(form) for form in forms if cell_len(form) <= width][:1]
+
     def _layers(self, width: int, most: int) -> Table:
         snapshot = self.snapshot
         table = Table(box=None, expand=True, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold dim")
@@ -163,6 +171,8 @@ class View:
         found.sort(key=lambda incident: (incident.open, incident.opened_step))
         for incident in found[-most:]:
             yield headline(incident, width)
+            if incident.open and incident.evidence and most > 1:
+                yield _cut(Line(f"  {incident.evidence[0]}"), width)
             if incident.open and incident.advice:
                 yield _cut(Line(f"  do: {incident.advice[0]}"), width)
             elif incident.clip is not None:

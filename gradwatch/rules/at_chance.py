@@ -11,10 +11,11 @@ from pydantic import Field
 from gradwatch.rules.base import Rule
 from gradwatch.rules.no_traction import gain_missing
 from gradwatch.rules.notation import Case
+from gradwatch.wording import number, percent
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 class AtChance(Rule):
@@ -69,10 +70,31 @@ class AtChance(Rule):
         """Return the required improvement over the actual one, shape (1,); 0 away from chance level."""
         if history.losses < self.min_steps or history.warming_up or not history.matrices.any():
             return np.zeros(1)
-        last = int(np.argmin(np.where(history.matrices, history.order, np.inf)))
-        chance = math.log(max(history.sizes[last] / history.fan_in[last], 1.0))
+        chance = self._chance(history)
         # a run that has learned nothing also began there; this test rejects most runs
         if not abs(history.reference_loss - chance) <= 2 * self.near * chance:
             return np.zeros(1)
         level, _ = history.loss_level(self.window)
         return np.array([gain_missing(history, self.window) if abs(level - chance) <= self.near * chance else 0.0])
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        return {
+            "loss": history.loss_level(self.window)[0],
+            "began": history.reference_loss,
+            "classes": math.exp(self._chance(history)),
+        }
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        loss, began, classes = (alarm.numbers[name] for name in ("loss", "began", "classes"))
+        return (
+            f"the loss was about {number(loss)} at step {alarm.step}, within {percent(self.near)} of guessing among "
+            f"{classes:.0f} classes (ln {classes:.0f} = {number(math.log(classes))}), where it began ({number(began)})"
+        )
+
+    @staticmethod
+    def _chance(history: History) -> float:
+        """Return the loss of guessing, by the number of units of the last matrix."""
+        last = int(np.argmin(np.where(history.matrices, history.order, np.inf)))
+        return math.log(max(history.sizes[last] / history.fan_in[last], 1.0))

@@ -14,7 +14,7 @@ from gradwatch.settings import Settings
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Role, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Role, Sign
     from gradwatch.rules.notation import Case
 
 
@@ -24,7 +24,8 @@ class Rule(Settings):
     The alarm resolves after more than ``keep_steps`` steps at or below ``release * limit``.
 
     To write your own rule, subclass `Rule`, set the class variables below, implement `measure` and document the rule under
-    the fixed headings. Pass an instance: ``attach(model, rules=[*gradwatch.default_rules(), MyRule()])``.
+    the fixed headings. Pass an instance: ``attach(model, rules=[*gradwatch.default_rules(), MyRule()])``. What an alarm says to
+    people is its name, value and limit, unless you implement `sentence`, and `numbers` for what it needs beside these.
 
     Class variables:
         code, name: identifier such as ``"GW203"``, and a short name in words.
@@ -60,6 +61,23 @@ class Rule(Settings):
     def measure(self, history: History) -> Floats:
         """Return the measured quantity, shape (L,) or (1,), with NaN where it is unknown. Must not modify ``history``."""
         raise NotImplementedError
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers that `sentence` needs beside value and limit, by name. Called when the rule begins to fire.
+
+        Args:
+            history: the history whose last row was just measured.
+            column: column of the layer that fires; 0 for a rule about the whole model.
+        """
+        return {}
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what an alarm of this rule saw, as a sentence in the past tense that names its step, value and limit.
+
+        Args:
+            alarm: an alarm that fires, with the result of `numbers`.
+        """
+        return alarm.sentence
 
     @classmethod
     def documentation(cls) -> str:

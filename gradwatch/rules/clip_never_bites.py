@@ -9,10 +9,11 @@ from pydantic import Field
 
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import last_steps, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 class ClipNeverBites(Rule):
@@ -24,7 +25,8 @@ class ClipNeverBites(Rule):
 
     ## Formula
     `value` is the number of rows since a clip coefficient was last below 1, among those that the history keeps, if a clip is
-    applied on each step; else `0`. It fires where `value > limit` (500). It opens no incident; it is reported as a note.
+    applied on each step; else `0`. It fires where `value > limit` (500). It opens no incident; it is
+    reported as a note, once.
 
     ## Why it is bad
     It does no harm as long as training goes well. But a clip that has never bitten will do little about the first spike: a
@@ -63,3 +65,21 @@ class ClipNeverBites(Rule):
         bites = np.flatnonzero(history.clip_coefficient() < 1)
         kept = min(history.rows, history.window)
         return np.array([float(kept - 1 - bites[-1]) if bites.size else float(kept)])
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        unclipped = int(self.measure(history)[0])
+        norms = history.global_norm(last=unclipped)
+        return {
+            "since": history.steps(last=unclipped)[0],
+            "largest": np.max(norms, where=np.isfinite(norms), initial=0.0),
+            "yours": history.clipped_by_user,
+        }
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        return (
+            f"{'your clip' if alarm.numbers['yours'] else 'auto-clip'} had cut none of the "
+            f"{last_steps(alarm.value, alarm.numbers['since'], alarm.step)} at step {alarm.step} (limit {number(alarm.limit)}); "
+            f"their largest norm was {number(alarm.numbers['largest'])}"
+        )

@@ -9,10 +9,11 @@ from pydantic import Field
 
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart, counted
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 _REST = 49  # rows after which a layer without a gradient no longer counts as idle, and in which a dead one must wake up
@@ -82,6 +83,30 @@ class Dead(Rule):
         silent = (history.row.grad_norm == 0) & ~(norms > 0).any(axis=0) & (zero > 0)
         asleep: Floats = np.where(silent, 1.0, np.minimum(zero / 2, self.limit))
         return np.where(zero > 0, np.fmax(np.where(history.row.grad_norm == 0, 0.0, units), asleep), units)
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        return {
+            "layer": history.row.grad_norm[column] == 0,
+            "since": history.steps(last=_REST)[0],
+            "share": history.dead_share[column],
+            "units": max(1.0, history.sizes[column] / history.fan_in[column]),
+            "by chance": self._by_chance(history)[column],
+        }
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        numbers = alarm.numbers
+        if numbers["layer"]:
+            return (
+                f"the gradient of {alarm.layer} was exactly zero at step {alarm.step}, and above zero at no measured step since "
+                f"step {numbers['since']:.0f}"
+            )
+        share, limit = apart(100 * numbers["share"], 100 * (alarm.limit + numbers["by chance"]))
+        return (
+            f"{share} % of the {counted(numbers['units'], 'unit')} of {alarm.layer} were dead at step {alarm.step}: a gradient "
+            f"of exactly zero in each of the last four samples (limit {limit} %)"
+        )
 
     @staticmethod
     def _by_chance(history: History) -> Floats:

@@ -8,11 +8,13 @@ import numpy as np
 from pydantic import Field
 
 from gradwatch.rules.base import Rule
+from gradwatch.rules.no_traction import in_words, stuck_at
 from gradwatch.rules.notation import Case
+from gradwatch.wording import counted, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 _HELD = 6e-8  # of a float32 number: half the gap to the next one
@@ -73,10 +75,39 @@ class Frozen(Rule):
             norms = history.grad_norm()
             unowned = np.isnan(norms).all(axis=0)  # in no optimizer, so its gradients are never measured
             value = np.where(unowned, value, np.minimum(value, np.count_nonzero(norms[:-1] > 0, axis=0)))
-        if history.row.family != "other" and history.stuck:
-            told = history.matrices & (history.row.grad_norm > 0)
-            sgd = history.row.family == "sgd"
-            update = history.rate * (history.row.grad_norm if sgd else np.sqrt(history.sizes)) / history.weight
-            if told.any() and (update[told] < _HELD).all():
-                value = np.where(told, history.losses, value)
+        if self._update(history) is not None:
+            value = np.where(history.matrices & (history.row.grad_norm > 0), history.losses, value)
         return value
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        update = self._update(history)
+        lost = update is not None and history.losses == self.measure(history)[column]
+        told = {"lost": lost, "owned": not np.isnan(history.grad_norm()[:, column]).all()}
+        if update is None or not lost:
+            return told
+        return told | {"update": update[column], "weight": history.weight[column]} | stuck_at(history)
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        if alarm.numbers["lost"]:
+            update, weight = alarm.numbers["update"], number(alarm.numbers["weight"])
+            small = (
+                f"{number(update)}, too small to change float32 weights of norm {weight}" if update else "exactly zero"
+            )
+            return f"the update of {alarm.layer} was {small} at step {alarm.step}, likewise in every layer, and {in_words(alarm)}"
+        steps, limit = counted(alarm.value, "step"), number(alarm.limit)
+        told = f"not one bit of {alarm.layer} changed in {steps}"
+        if alarm.numbers["owned"]:
+            return f"{told} with a gradient, until step {alarm.step} (limit {limit})"
+        return f"{told}, until step {alarm.step} (limit {limit}): no optimizer that made a step holds it"
+
+    @staticmethod
+    def _update(history: History) -> Floats | None:
+        """Return the size of each layer's update, shape (L,), if the loss is stuck and all are lost in float32; else None."""
+        if history.row.family == "other" or not history.stuck:
+            return None
+        told = history.matrices & (history.row.grad_norm > 0)
+        sgd = history.row.family == "sgd"
+        update: Floats = history.rate * (history.row.grad_norm if sgd else np.sqrt(history.sizes))
+        return update if told.any() and (update[told] / history.weight[told] < _HELD).all() else None

@@ -9,7 +9,7 @@ from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 class GradientNonFinite(Rule):
@@ -51,3 +51,8 @@ class GradientNonFinite(Rule):
     def measure(self, history: History) -> Floats:
         """Return the non-finite code of each layer's gradient, shape (L,)."""
         return history.nonfinite.astype(float)
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        what = {1: "NaN", 2: "infinite values"}.get(int(alarm.value), "NaN and infinite values")
+        return f"the gradient of {alarm.layer} held {what} at step {alarm.step}"

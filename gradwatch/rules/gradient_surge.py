@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -10,10 +11,11 @@ from pydantic import Field
 from gradwatch.history.recurrence import usual_norms
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Role, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Role, Sign
 
 
 class GradientSurge(Rule):
@@ -73,3 +75,28 @@ class GradientSurge(Rule):
         if high.size:  # the lookup is expensive, so only where the rule would fire
             value[high] *= history.typical_grad.value[high] / usual_norms(history, high.tolist())
         return value
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        two = history.task_rows >= 2
+        return {
+            "norm": history.row.grad_norm[column],
+            "before": history.grad_norm(last=2)[0, column] if two else math.nan,
+            "step before": history.steps(last=2)[0],
+            "usual": usual_norms(history, [column])[0],
+            "spread": max(1.0, math.exp(4 * history.typical_grad.scatter[column]) / 10),
+        }
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        norm, before, usual = (alarm.numbers[name] for name in ("norm", "before", "usual"))
+        begin, limit = f"the gradient norm of {alarm.layer} was {number(norm)} at step {alarm.step}", alarm.limit
+        limit *= alarm.numbers["spread"]
+        if min(norm, before) >= norm / 10:
+            times, most = apart(min(norm, before) / usual, limit)
+            return (
+                f"{begin} and {number(before)} at step {alarm.numbers['step before']:.0f}, at least {times} times its usual "
+                f"{number(usual)} (limit {most} for two steps)"
+            )
+        times, most = apart(norm / usual, 10 * limit)
+        return f"{begin}, {times} times its usual {number(usual)} (limit {most} for a single step)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -9,10 +10,11 @@ from pydantic import Field
 
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 class GradientsAboveOne(Rule):
@@ -64,3 +66,18 @@ class GradientsAboveOne(Rule):
         norms[history.sizes == 0] = np.nan  # a layer without elements has a norm of zero whatever happens
         smallest = np.fmin.reduce(norms, initial=np.nan)
         return np.array([smallest])
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        known = (np.isfinite(history.row.grad_norm) | (history.nonfinite > 0)) & (history.sizes > 0)
+        finite = np.isfinite(history.global_norm(last=self.for_steps)).all()
+        return {"layers": float(np.count_nonzero(known)), "always finite": float(finite)}
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        layers, (least, limit) = alarm.numbers["layers"], apart(alarm.value, alarm.limit)
+        whose = f"each of the {layers:.0f} layers with a gradient" if layers > 1 else "the only layer with a gradient"
+        over = f"above {limit}" if alarm.numbers["always finite"] else f"above {limit} or not finite"
+        steps = f"at step {alarm.step}" + (f", the last of {self.for_steps} in a row" if self.for_steps > 1 else "")
+        there = f"the smallest was {least}" if math.isfinite(alarm.value) else "none was finite"
+        return f"the gradient norm of {whose} was {over} {steps}, where {there}"

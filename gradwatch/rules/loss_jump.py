@@ -11,10 +11,11 @@ from pydantic import Field
 from gradwatch.history.recurrence import usual_peak
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Role, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Role, Sign
 
 
 class LossJump(Rule):
@@ -74,3 +75,13 @@ class LossJump(Rule):
             at_rest = middle + 3 * max(spread, abs(middle) / 10)
             scale = max(scale, (usual_peak(history.task_loss()[:-1], at_rest) - middle) / 5)
         return np.array([(history.row.loss - middle) / scale if scale else np.nan])
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        return {"loss": history.row.loss, "usual": history.loss_level(self.window)[0]}
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        loss, usual = alarm.numbers["loss"], alarm.numbers["usual"]
+        jump, limit = apart(loss, usual + alarm.limit * (loss - usual) / alarm.value)
+        return f"the loss jumped to {jump} at step {alarm.step}, from about {number(usual)} before; above {limit} is a jump"

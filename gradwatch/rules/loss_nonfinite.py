@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 class LossNonFinite(Rule):
@@ -52,3 +53,13 @@ class LossNonFinite(Rule):
     def measure(self, history: History) -> Floats:
         """Return 1.0 if the loss is not finite, else 0.0, shape (1,)."""
         return np.array([float(history.loss_nonfinite)])
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        return {"loss": history.row.loss}
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        loss = alarm.numbers["loss"]
+        what = "NaN" if math.isnan(loss) else "infinite" if loss > 0 else "minus infinity"
+        return f"the loss was {what} at step {alarm.step}"

@@ -10,10 +10,11 @@ from pydantic import Field
 from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 class LossRunaway(Rule):
@@ -69,3 +70,18 @@ class LossRunaway(Rule):
         if abs(now) < self.moving * abs(before):
             return np.zeros(1)
         return np.array([max(now, -now / self.downwards) / beginning if beginning > 0 else np.nan])
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        return {"loss": median_and_mad(history.task_loss(last=8))[0], "largest": history.largest_first_loss}
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        loss, largest = alarm.numbers["loss"], alarm.numbers["largest"]
+        way, limit = ("up", alarm.limit) if loss > 0 else ("down", alarm.limit * self.downwards)
+        times, most = apart(abs(loss) / largest, limit)
+        size = "" if loss > 0 else "the size of "
+        return (
+            f"the loss ran {way} to about {number(loss)} by step {alarm.step}, {times} times {size}the largest loss of its "
+            f"beginning ({number(largest)}; limit {most})"
+        )

@@ -11,10 +11,11 @@ from pydantic import Field
 from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 class NoTraction(Rule):
@@ -70,6 +71,33 @@ class NoTraction(Rule):
             return np.array([np.nan])
         return np.array([gain_missing(history, self.window)])
 
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        losses = history.task_loss(last=self.window)
+        level, scatter = median_and_mad(losses)
+        began = history.reference_loss
+        return {
+            "loss": level,
+            "began": began,
+            "enough": began - max(scatter, abs(began) / 50) / self.limit,
+            "finite": float(np.count_nonzero(np.isfinite(losses))),
+            "of": len(losses),
+            "new task": history.task_rows < history.rows,
+        }
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        now, began, enough = (alarm.numbers[name] for name in ("loss", "began", "enough"))
+        first = number(began) + (" when layers were added" if alarm.numbers["new task"] else "")
+        finite, of = alarm.numbers["finite"], alarm.numbers["of"]
+        partly = f" (it was finite in {finite:.0f} of the last {of:.0f} steps)" if finite < of else ""
+        begin, progress = f"about {number(now)} at step {alarm.step}", f"below {number(enough)} would be progress"
+        if now - began > abs(began) / 50:
+            return f"the loss was {begin}, above where it began ({first}){partly}"
+        if began - now <= abs(began) / 50:
+            return f"the loss was still {begin}, where it began ({first}); {progress}{partly}"
+        return f"the loss was {begin}, below where it began ({first}), but by too little: {progress}{partly}"
+
 
 def gain_missing(history: History, window: int) -> float:
     """Return the smallest improvement that counts, divided by the improvement so far; infinite if there is none."""
@@ -77,3 +105,13 @@ def gain_missing(history: History, window: int) -> float:
     gain = history.reference_loss - middle
     worth = max(scatter, abs(history.reference_loss) / 50)
     return worth / gain if gain > 0 else math.inf if gain <= 0 else math.nan
+
+
+def stuck_at(history: History) -> dict[str, float]:
+    """Return the loss of a run whose loss is stuck (`History.stuck`) and the loss at which it began, by name."""
+    return {"loss": median_and_mad(history.task_loss(last=32))[0], "began": history.reference_loss}
+
+
+def in_words(alarm: Alarm) -> str:
+    """Return that the loss was stuck, from the numbers of `stuck_at`."""
+    return f"the loss was stuck at about {number(alarm.numbers['loss'])} (it began at {number(alarm.numbers['began'])})"

@@ -64,7 +64,7 @@ class Case:
             one series for all layers, or a mapping from layer names to series. A short series repeats its last value.
         loss: series of losses.
         clip: series of the factors that the user's own clip put on the norm; empty: no clip.
-        rate: learning rate.
+        rate: learning rate, or a series of them.
         family: optimizer family.
         size: number of elements of each layer.
     """
@@ -77,7 +77,7 @@ class Case:
     dead: str | Mapping[str, str] = "0"
     unchanged: str | Mapping[str, str] = "0"
     clip: str = ""
-    rate: float = 0.01
+    rate: float | str = 0.01
     family: Literal["sgd", "adam", "other"] = "sgd"
     size: int = 100
 
@@ -95,7 +95,10 @@ class Case:
             )
         }
         losses, left = series(self.loss), series(self.clip)
-        steps = max(len(losses), len(left), *(len(values) for columns_ in columns.values() for values in columns_))
+        rates = series(self.rate) if isinstance(self.rate, str) else [self.rate]
+        steps = max(
+            len(losses), len(left), len(rates), *(len(values) for columns_ in columns.values() for values in columns_)
+        )
         history = History(layers, sizes=[self.size] * len(layers))
         history.know(Facts(optimizer=_OPTIMIZERS[self.family], family=self.family))
 
@@ -106,6 +109,7 @@ class Case:
                     for word, layered in columns.items()
                 }
                 applied = left[min(step, len(left) - 1)] if left else math.nan
+                now["rate"] = np.full(len(layers), rates[min(step, len(rates) - 1)])
                 yield _row(step, losses[min(step, len(losses) - 1)], now, applied, self)
 
         return history, written()
@@ -124,7 +128,7 @@ def _row(step: int, loss: float, now: dict[str, Floats], applied: float, case: C
         poisoned=bool(codes.any()),
         family=case.family,
         nonfinite_weight=~np.isfinite(weight),
-        rate=np.full(len(grad), case.rate),
+        rate=now["rate"],
         dead_share=now["dead"],
         unchanged=now["unchanged"],
         applied=1.0 if math.isnan(applied) else applied,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from gradwatch.rules.base import Rule
+from gradwatch.rules.no_traction import in_words, stuck_at
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 class OutOfScale(Rule):
@@ -62,3 +65,20 @@ class OutOfScale(Rule):
     def measure(self, history: History) -> Floats:
         """Return the gain of each matrix relative to the median gain, shape (L,); NaN for layers that have none."""
         return history.relative_gain() if history.stuck and not history.warming_up else np.zeros(len(history.layers))
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        gain = history.weight[column] * math.sqrt(history.fan_in[column] / history.sizes[column])
+        return {"gain": gain} | stuck_at(history)
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        gain = alarm.numbers["gain"]
+        if not math.isfinite(gain):
+            return f"the weights of {alarm.layer} were infinite at step {alarm.step}, and {in_words(alarm)}"
+        times, limit = apart(alarm.value, alarm.limit)
+        base = "those of the median layer" if gain / alarm.value > 0.5 else "half of a usual initialisation"
+        return (
+            f"the weights of {alarm.layer} were, for their number of inputs, {times} times as large as {base} at step "
+            f"{alarm.step} (limit {limit}), and {in_words(alarm)}"
+        )

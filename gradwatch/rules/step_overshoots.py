@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -10,10 +11,11 @@ from pydantic import Field
 from gradwatch.history.recurrence import usual_norms
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Role, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Role, Sign
 
 
 class StepOvershoots(Rule):
@@ -80,6 +82,24 @@ class StepOvershoots(Rule):
                 predicted_decrease = predicted_decrease * _share_that_is_unusual(history)
             value[np.nanargmax(predicted_decrease)] = np.nansum(predicted_decrease) / held
         return value
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        loss, began = history.row.loss, history.reference_loss
+        return {"loss": loss, "began": began, "against": max(loss, abs(began) / 10)}
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        loss, against = alarm.numbers["loss"], alarm.numbers["against"]
+        if not math.isfinite(alarm.value):
+            return f"the update due at step {alarm.step} had no finite length, because of {alarm.layer}"
+        times, limit = apart(alarm.value, alarm.limit)
+        base = "the whole loss" if loss >= against else "a tenth of the loss at the beginning"
+        lower = number(alarm.value * against)
+        return (
+            f"the update due at step {alarm.step} was so long that by its gradients it would lower the loss by {lower}, "
+            f"{times} times {base} ({number(against)}; limit {limit}), most of it in {alarm.layer}"
+        )
 
 
 def _share_that_is_unusual(history: History) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -10,10 +11,11 @@ from pydantic import Field
 from gradwatch.history.losses import EARLY
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Role, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Role, Sign
 
 _RATE_SIZED = {"Adam", "AdamW", "NAdam", "Adamax", "RMSprop"}  # each element moves by about the learning rate
 
@@ -82,3 +84,36 @@ class UpdateTooLarge(Rule):
                 meant = history.rate * np.sqrt(history.sizes) / np.maximum(history.weight, floor)
                 ratio = np.fmax(ratio, meant / 2)
         return np.where(history.large_matrices, ratio, np.nan)
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        sgd = history.row.family == "sgd"
+        moved = abs(history.weight[column] - history.previous_weight[column]) / history.weight_gap
+        told = {"weight": (history.weight if sgd else history.previous_weight)[column], "update": moved, "by rate": 0.0}
+        if sgd:
+            told["update"] = history.rate[column] * history.row.applied * history.row.grad_norm[column]
+        told["floor"] = history.half_usual[column]
+        if not sgd and not moved > self.limit * max(told["weight"], told["floor"]):
+            told |= {"weight": history.weight[column], "by rate": 1.0}
+            told["update"] = history.rate[column] * math.sqrt(history.sizes[column])
+        return told | {"due": sgd, "rate": history.rate[column]}
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        update, weight, floor = (alarm.numbers[name] for name in ("update", "weight", "floor"))
+        limit, base, size = alarm.limit, "the norm of its weights", number(update)
+        if alarm.numbers["due"]:
+            told = f"the update due for {alarm.layer} at step {alarm.step} was {size} long"
+        elif alarm.numbers["by rate"]:  # half of this is compared with the limit
+            rate, limit = number(alarm.numbers["rate"]), 2 * limit
+            told = f"the learning rate of {rate} was to move {alarm.layer} by about {size} at step {alarm.step}"
+        else:
+            told, base = (
+                f"the weight norm of {alarm.layer} changed by {size} a step up to step {alarm.step}",
+                "what it was",
+            )
+        if not math.isfinite(update):
+            return told
+        times, most = apart(update / max(floor, weight), limit)
+        base = base if weight >= floor else "half of a usual initialisation"
+        return f"{told}, {times} times {base} ({number(max(floor, weight))}; limit {most})"

@@ -9,11 +9,13 @@ from pydantic import Field
 
 from gradwatch.history.history import SETTLED
 from gradwatch.rules.base import Rule
+from gradwatch.rules.no_traction import in_words, stuck_at
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 class Vanishing(Rule):
@@ -61,8 +63,29 @@ class Vanishing(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the largest typical gradient element of all layers over that of each layer, shape (L,)."""
-        seen = history.typical_grad.seen >= SETTLED
-        told = seen & history.matrices & (history.row.grad_norm > 0)
-        rms = np.where(told, history.typical_grad.value / np.sqrt(history.sizes), np.nan)
+        rms = self._elements(history)
         value: Floats = np.fmax.reduce(rms, initial=np.nan) / rms
         return value * self.stuck if history.stuck else value
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        rms = self._elements(history)
+        told = {"element": rms[column], "largest": np.fmax.reduce(rms), "stuck": history.stuck}
+        return told | stuck_at(history)
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        element, largest = alarm.numbers["element"], alarm.numbers["largest"]
+        stuck = bool(alarm.numbers["stuck"])
+        times, limit = apart(largest / element, alarm.limit / (self.stuck if stuck else 1))
+        while_stuck = f", and {in_words(alarm)}" if stuck else ""
+        return (
+            f"the gradient of {alarm.layer} was usually {number(element)} per element by step {alarm.step}, {times} times "
+            f"smaller than that of the layer with the largest ({number(largest)}; limit {limit}){while_stuck}"
+        )
+
+    @staticmethod
+    def _elements(history: History) -> Floats:
+        """Return the typical size of a gradient element of each matrix, shape (L,); NaN where it is not known."""
+        told = (history.typical_grad.seen >= SETTLED) & history.matrices & (history.row.grad_norm > 0)
+        return np.where(told, history.typical_grad.value / np.sqrt(history.sizes), np.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -9,10 +10,11 @@ from pydantic import Field
 
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Role, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Role, Sign
 
 
 class WeightGrowth(Rule):
@@ -60,3 +62,20 @@ class WeightGrowth(Rule):
         floor = np.sqrt(history.sizes) * np.where(history.matrices, 0.01, 1.0)
         value: Floats = history.weight / np.maximum(history.typical_weight.value, floor)
         return value
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        floor = np.sqrt(history.sizes[column]) * (0.01 if history.matrices[column] else 1.0)
+        return {"norm": history.weight[column], "usual": history.typical_weight.value[column], "floor": floor}
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        norm, usual, floor = (alarm.numbers[name] for name in ("norm", "usual", "floor"))
+        begin = f"the weight norm of {alarm.layer} was {number(norm)} at step {alarm.step}"
+        if not math.isfinite(norm):
+            return f"{begin}, where it is usually {number(usual)}"
+        times, limit = apart(alarm.value, alarm.limit)
+        if usual >= floor:
+            return f"{begin}, {times} times its usual {number(usual)} (limit {limit})"
+        least = f"the least that counts for its size, {number(floor)}"
+        return f"{begin}, where it is usually {number(usual)}: {times} times {least} (limit {limit})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.rules.base import Rule
@@ -9,7 +10,7 @@ from gradwatch.rules.notation import Case
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Role, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Role, Sign
 
 
 class WeightNonFinite(Rule):
@@ -49,3 +50,12 @@ class WeightNonFinite(Rule):
     def measure(self, history: History) -> Floats:
         """Return 1.0 where the weights of a layer are not finite, else 0.0, shape (L,)."""
         return history.nonfinite_weight.astype(float)
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        return {"norm": history.weight[column]}
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        what = "NaN" if math.isnan(alarm.numbers["norm"]) else "infinite values"
+        return f"the weights of {alarm.layer} held {what} at step {alarm.step}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -9,10 +10,11 @@ from pydantic import Field
 
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
+from gradwatch.wording import apart, number, percent
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats, Kind, Sign
+    from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 class WeightsRunAway(Rule):
@@ -67,4 +69,27 @@ class WeightsRunAway(Rule):
             return np.full(len(growth), np.nan)
         return np.where(
             history.large_matrices, growth * self.share if history.gained(self.progress) else growth, np.nan
+        )
+
+    def numbers(self, history: History, column: int) -> dict[str, float]:
+        """Return the numbers of the sentence; see `Rule.numbers`."""
+        return {
+            "norm": history.weight[column],
+            "least": history.least_weight[column],
+            "floor": history.half_usual[column],
+            "progress": history.gained(self.progress),
+        }
+
+    def sentence(self, alarm: Alarm) -> str:
+        """Return what was seen; see `Rule.sentence`."""
+        norm, least, floor = (alarm.numbers[name] for name in ("norm", "least", "floor"))
+        begin = f"the weight norm of {alarm.layer} grew to {number(norm)} by step {alarm.step}"
+        if not math.isfinite(norm):
+            return f"{begin}, from {number(least)} at most 100 measured steps before"
+        unless, share = ("while", self.share) if alarm.numbers["progress"] else ("unless", 1.0)
+        times, limit = apart(norm / max(least, floor), alarm.limit / share)
+        base = "its smallest in 100 measured steps" if least >= floor else "half of a usual initialisation"
+        return (
+            f"{begin}, {times} times {base}, {number(max(least, floor))} (limit {limit} {unless} the median of 16 losses is "
+            f"{percent(self.progress)} below the beginning)"
         )

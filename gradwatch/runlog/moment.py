@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradwatch.records import Facts, Provenance, RunVerdict  # noqa: TC001  pydantic reads the annotations
+from gradwatch.answers import ClipUse, UsualNorms  # noqa: TC001  pydantic reads the annotations
+from gradwatch.records import Facts, Provenance, RunVerdict  # noqa: TC001
 
 if TYPE_CHECKING:
     from gradwatch.records import Snapshot
@@ -28,6 +29,8 @@ class Moment:
     cost_us: float
     provenance: Provenance
     ending: str = ""
+    usual_norms: UsualNorms | None = None  # not in logs of earlier versions, nor is the next
+    clip_use: ClipUse | None = None
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Moment:
@@ -46,4 +49,6 @@ class Moment:
             cost_us=snapshot.cost_us,
             provenance=snapshot.provenance,
             ending=snapshot.ending,
+            usual_norms=snapshot.usual_norms,
+            clip_use=snapshot.clip_use,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,6 +79,7 @@ class Alarms:
         self._urgent = np.array([rule.urgent for rule in self.rules], dtype=bool)
         self._impatient = np.array([rule.urgent or rule.per_layer for rule in self.rules], dtype=bool)
         self._alive = [True] * len(self.rules)
+        self._speechless = [False] * len(self.rules)
         self._own = [not type(rule).__module__.startswith("gradwatch.rules.") for rule in self.rules]
         self._waiting: dict[int, deque[Any]] = {}
         self._measured_at = -1
@@ -136,7 +138,7 @@ class Alarms:
         self.stirring = bool(pending[self._impatient].any() or firing[self._urgent].any())
         if not changed.any():
             return []
-        return [self._alarm(int(index), int(column), step) for index, column in np.argwhere(changed)]
+        return [self._alarm(int(index), int(column), step, history) for index, column in np.argwhere(changed)]
 
     def _measure(self, index: int, rule: Rule, history: History) -> None:
         try:
@@ -172,9 +174,9 @@ class Alarms:
         past: Floats = queue.popleft()
         return past
 
-    def _alarm(self, index: int, column: int, step: int) -> Alarm:
+    def _alarm(self, index: int, column: int, step: int, history: History) -> Alarm:
         rule = self.rules[index]
-        return Alarm(
+        alarm = Alarm(
             code=rule.code,
             name=rule.name,
             sign=rule.sign,
@@ -185,6 +187,24 @@ class Alarms:
             limit=rule.limit,
             state="firing" if self.firing[index, column] else "resolved",
         )
+        # a value that waited for other processes belongs to an earlier row than the numbers would
+        return alarm if self.lag and self._own[index] else self._in_words(index, alarm, column, history)
+
+    def _in_words(self, index: int, alarm: Alarm, column: int, history: History) -> Alarm:
+        """Return an alarm that fires with the rule's numbers and its sentence; without, if the rule cannot say it."""
+        if alarm.state == "resolved" or self._speechless[index]:
+            return alarm
+        rule = self.rules[index]
+        try:
+            known = {name: float(value) for name, value in rule.numbers(history, column).items()}
+            words = "" + rule.sentence(replace(alarm, numbers=known))  # raises for what is no text
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._speechless[index] = True
+            self._on_error(f"the sentence of rule {rule.code} {rule.name}", error)
+            return alarm
+        return replace(alarm, words=words, numbers=known)
 
     def firing_rules(self) -> tuple[str, ...]:
         """Return the rules that fire now, such as ``"GW203 gradients above 1.0 in each layer"``."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.statistics import doubling
+from gradwatch.wording import counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,16 +31,19 @@ class Evidence:
     def __init__(self, history: History) -> None:
         self._history = history
 
-    def lines(self, signs: Sequence[Alarm], story: Story) -> tuple[str, ...]:
-        """Return the evidence for an incident, a sentence each: its signs, the growth, what was found."""
-        lines = []
-        for code in dict.fromkeys(sign.code for sign in signs):
-            same = [sign for sign in signs if sign.code == code]
-            more = f" (and {len(same) - 1} more layers)" if len(same) > 1 else ""
-            lines.append(f"{same[0]}{more}")
+    def lines(self, signs: Sequence[Alarm], story: Story, suspect: str | None = None) -> tuple[str, ...]:
+        """Return the evidence for an incident, a sentence each: its signs, the growth, what was found.
+
+        Args:
+            signs: the alarms of the incident, in the order in which they began to fire.
+            story: the story of the incident, to which what is found is added.
+            suspect: the prime suspect, whose sign speaks for those of other layers.
+        """
+        codes = dict.fromkeys(sign.code for sign in signs)
+        lines = [said([sign for sign in signs if sign.code == code], suspect) for code in codes]
         self._find(story)
         if any(sign.sign == "growth" for sign in signs):
-            lines += forecast(self._history.global_norm(last=_TREND))
+            lines += forecast(self._history.global_norm(last=_TREND), self._history.row.step)
         return (*lines, *story.findings)
 
     def _find(self, story: Story) -> None:
@@ -49,27 +53,43 @@ class Evidence:
             layer = self._history.first_nonfinite()
             index = self._history.layers.index(layer) if layer else -1
             if index in row.counts:
-                nans, infs = row.counts[index]
+                found = zip(row.counts[index], ("NaN", "infinite"), strict=True)
                 story.findings.append(
-                    f"first in backward order: {layer} with {nans} NaN and {infs} infinite "
-                    f"of {int(self._history.sizes[index])} gradient elements at step {row.step}"
+                    f"first in backward order: {layer} with {' and '.join(f'{n:,} {what}' for n, what in found if n)} of "
+                    f"{counted(self._history.sizes[index], 'gradient element')} at step {row.step}"
                 )
         if not story.ranks and row.culprits is not None:
             story.ranks = row.culprits.ranks
             story.findings.append(f"{row.culprits} at step {row.step}")
 
 
-def forecast(norms: Floats) -> list[str]:
+def said(signs: Sequence[Alarm], suspect: str | None) -> str:
+    """Return the sentence of the alarms of one rule: that of the suspect if it was among the first, else the largest of these."""
+    first = [sign for sign in signs if sign.step == signs[0].step]
+    one = next((sign for sign in first if sign.layer == suspect), max(first, key=lambda sign: sign.value))
+    if len(signs) == 1:
+        return str(one)
+    last = max(sign.step for sign in signs)
+    until = f" by step {last}" if last > one.step else ""
+    return f"{one.sentence}; the same rule fired for {counted(len(signs) - 1, 'more layer')}{until} ({one.code})"
+
+
+def forecast(norms: Floats, step: int) -> list[str]:
     """Return a sentence that says when growing gradients will exceed float16 and float32; no sentence if they do not grow.
 
     Args:
         norms: the last global norms, shape (n,), oldest first.
+        step: the step of the last one.
     """
     steps = doubling(norms)
     if not steps <= _QUICK or not 4 * norms[0] < norms[-1] < math.inf:
         return []
     room = {np.dtype(kind).name: float(np.finfo(kind).max / norms[-1]) for kind in (np.float16, np.float32)}
-    until = [f"{name} in about {max(steps * math.log2(times), 1):.0f}" for name, times in room.items() if times > 1]
+    until = {
+        name: counted(max(round(steps * math.log2(times)), 1), "step") for name, times in room.items() if times > 1
+    }
     if not until:
         return []
-    return [f"gradients double every {steps:.1f} steps: at this rate they exceed {' and '.join(until)} steps"]
+    ends = " and ".join(f"{name} in about {more}" for name, more in until.items())
+    pace = number(steps, 2)
+    return [f"at step {step}, gradients double every {pace} step{'s' * (pace != '1')}: at this rate they exceed {ends}"]

@@ -10,6 +10,7 @@ import numpy as np
 from gradwatch.history.columns import widened
 from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import EXPLOSION
+from gradwatch.wording import counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,10 +110,10 @@ class Suspects:
         if not (first > math.log(self._settings.moved) and first > self._settings.alone * second):
             return None, None
         name = history.layers[int(order[-1])]
-        told = "became non-finite" if math.isinf(first) else f"changed by a factor of {math.exp(first):.3g}"
+        told = "became non-finite" if math.isinf(first) else f"changed by a factor of {number(math.exp(first))}"
         return name, (
-            f"the weights of {name} {told} within {history.weight_gap} steps, those of every other layer by a factor of at "
-            f"most {math.exp(second):.3g}"
+            f"the weights of {name} {told} within {counted(history.weight_gap, 'step')} until step {history.row.step}, those of "
+            f"every other layer by a factor of at most {number(math.exp(second))}"
         )
 
 

@@ -1,0 +1,138 @@
+"""The trainings whose sentences the page shows: programs of the fault set, and small ones for what none of these does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.faults.loops import batch_loss, fit
+from benchmarks.faults.models import mlp
+from benchmarks.faults.programs import PROGRAMS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from benchmarks.faults.program import Run
+
+    Train = Callable[[Run], None]
+
+
+class Training(NamedTuple):
+    """A training, its number of steps, and whether auto-clip by norm is on."""
+
+    train: Train
+    steps: int
+    clip: bool = False
+
+
+# what fires together: each rule and each kind of incident at least twice
+_FAULTY = (
+    "one layer's gradient times a thousand",
+    "one layer's first moment times ten thousand",
+    "attention scores overflow float16",
+    "tanh RNN forgets over 100 steps",
+    "eight sigmoid layers",
+    "warm-up that never ends",
+    "loss summed at the rate of a mean",
+    "one layer's units silenced at step 150",
+    "zero_grad forgotten",
+    "values learned from themselves",
+    "embedding begins large",
+    "labels shuffled apart from images",
+    "bfloat16 parameters lose their updates",
+    "schedule counted in epochs",
+    "division by a deviation of zero",
+    "square root at zero in a distance",
+    "loss of the wrong sign",
+    "first convolution dead by its bias",
+    "discriminator's rate too high",
+    "LSTM with a huge rate",
+)
+_CLIPPED = (
+    "zero_grad forgotten",
+    "division by a deviation of zero",
+    "one layer's gradient times a thousand",
+    "LSTM with a huge rate",
+)
+_HEALTHY = ("healthy: an aim added midway", "healthy: heavy-tailed noise, Huber", "healthy: REINFORCE in a corridor")
+
+
+def _sine(run: Run) -> tuple[nn.Sequential, Callable[[], Tensor]]:
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(run.seed))
+    model = mlp(16, 32, 32, 1)
+    return model, batch_loss(model, (x, torch.sin(x[:, :1])))
+
+
+def _own_clip(bound: float) -> Train:
+    def train(run: Run) -> None:
+        model, objective = _sine(run)
+        fit(run, model, torch.optim.SGD(model.parameters(), lr=0.05), objective, clip=bound)
+
+    return train
+
+
+def _units_silenced(run: Run) -> None:
+    model, objective = _sine(run)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.ndim == 1)[:24] = -100.0
+    fit(run, model, torch.optim.SGD(model.parameters(), lr=0.05), objective)
+
+
+def _adam_rate(run: Run) -> None:
+    model, objective = _sine(run)
+    fit(run, model, torch.optim.Adam(model.parameters(), lr=3.0), objective)
+
+
+def _stale_optimizer(run: Run) -> None:
+    model, objective = _sine(run)
+    fit(run, model, torch.optim.SGD(list(model.parameters())[:2], lr=0.05), objective)
+
+
+def _loss_unseen(run: Run) -> None:
+    model, objective = _sine(run)
+
+    def vector() -> Tensor:
+        return objective().repeat(2)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    run.watch(model)
+    while True:
+        optimizer.zero_grad()
+        losses = vector()
+        losses.backward(torch.full((2,), 0.5))
+        optimizer.step()
+        run.step(losses[0])
+
+
+def _line_search(run: Run) -> None:
+    model, objective = _sine(run)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=3, line_search_fn="strong_wolfe")
+    run.watch(model)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = objective()
+        loss.backward()
+        return loss
+
+    while True:
+        run.step(optimizer.step(closure))
+
+
+def trainings() -> dict[str, Training]:
+    """Return the trainings by name."""
+    known = {program.name: program for program in PROGRAMS}
+    found = {name: Training(known[name].faulty, known[name].steps) for name in (*_FAULTY, *_HEALTHY)}
+    for name in _CLIPPED:
+        found[f"{name}, auto-clip"] = Training(known[name].faulty, known[name].steps, clip=True)
+    found["clip at a thousandth of the usual norm"] = Training(_own_clip(1e-3), 300)
+    found["clip at the usual norm"] = Training(_own_clip(0.3), 300)
+    found["clip that nothing reaches"] = Training(_own_clip(1e6), 600)
+    found["three of four units silenced"] = Training(_units_silenced, 100)
+    found["Adam at a rate of 3"] = Training(_adam_rate, 100)
+    found["optimizer of the first layer only"] = Training(_stale_optimizer, 100)
+    found["loss that is no scalar"] = Training(_loss_unseen, 30)
+    found["line search"] = Training(_line_search, 30, clip=True)
+    return found

@@ -1,0 +1,52 @@
+"""The usual range of a run's global norms, and what its clips did, over the rows that are kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.answers import ClipUse, UsualNorms
+from gradwatch.history.typical_norm import LEAST_NORMS, PAST
+
+if TYPE_CHECKING:
+    from gradwatch.history.history import History
+
+_OUTSIDE = 0.05  # share of norms below the usual range, and above it
+
+
+def usual_norms_of(history: History, until: int | None = None) -> UsualNorms | None:
+    """Return the range of the last 256 norms of the current task; None if fewer than 16 are finite and not zero.
+
+    The last row is not counted, nor are rows from step ``until`` on.
+    """
+    rows = history.task_rows
+    norms, steps = history.global_norm(last=rows)[:-1], history.steps(last=rows)[:-1]
+    if until is not None:
+        norms, steps = norms[steps < until], steps[steps < until]
+    norms, steps = norms[-PAST:], steps[-PAST:]
+    told = np.isfinite(norms) & (norms > 0)
+    if np.count_nonzero(told) < LEAST_NORMS:
+        return None
+    ordered = np.sort(norms[told])
+    out = int(_OUTSIDE * len(ordered))
+    return UsualNorms(
+        float(ordered[out]), float(ordered[-1 - out]), int(steps[told][0]), history.row.global_norm, until
+    )
+
+
+def clip_use_of(history: History, *, auto_clipped: bool) -> ClipUse | None:
+    """Return what the clips did in the kept rows that were not skipped; None for fewer than 16 or if none may act on each step.
+
+    Args:
+        history: the history of the run.
+        auto_clipped: whether auto-clip has clipped a step of the run.
+    """
+    if history.rows < LEAST_NORMS or not history.clips_each_step:
+        return None
+    auto = "auto-clip" if history.facts.clips_always or auto_clipped else ""
+    yours = "your clip" if history.clipped_by_user else ""
+    left = history.clip_coefficient()[~history.skipped()]
+    cut = left[left < 1]
+    whose = " and ".join(filter(None, (yours, auto)))
+    return ClipUse(whose, len(left), len(cut), float(cut.min()) if len(cut) else float("nan"))

@@ -1,0 +1,65 @@
+"""Numbers and counts as they stand in sentences."""
+
+from __future__ import annotations
+
+import math
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return a number with ``digits`` significant digits, and without an exponent between 0.001 and a million.
+
+    >>> number(0.25), number(12345.6), number(3e-7), number(1.5e9), number(float("nan"))
+    ('0.25', '12,346', '3e-7', '1.5e9', 'NaN')
+    """
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "infinity" if value > 0 else "minus infinity"
+    if 100 <= abs(value) < 1e6:
+        whole = len(str(int(abs(value))))
+        return f"{value:,.{max(0, digits - whole)}f}"
+    if value == 0 or 9.9995e-4 <= abs(value) < 100:
+        return f"{value:.{digits}g}"
+    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
+
+
+def apart(value: float, limit: float) -> tuple[str, str]:
+    """Return two different numbers with as many digits as it takes to see which is larger.
+
+    >>> apart(20.04, 10), apart(1.0004, 1)
+    (('20', '10'), ('1.0004', '1'))
+    """
+    for digits in range(3, 18):
+        if number(value, digits) != number(limit, digits):
+            return number(value, digits), number(limit, digits)
+    return number(value), number(limit)
+
+
+def counted(count: float, noun: str) -> str:
+    """Return a count with its noun, in the plural unless the count is one.
+
+    >>> counted(1, "more layer"), counted(1200, "step")
+    ('1 more layer', '1,200 steps')
+    """
+    return f"{count:,.0f} {noun}" + ("" if count == 1 else "s")
+
+
+def last_steps(count: float, first: float, last: float) -> str:
+    """Return the last ``count`` measured steps as a phrase, which says so if others from ``first`` to ``last`` were not measured.
+
+    >>> last_steps(100, 0, 99), last_steps(100, 0, 990)
+    ('last 100 steps', 'last 100 measured steps')
+    """
+    return f"last {counted(count, 'step' if last - first == count - 1 else 'measured step')}"
+
+
+def percent(share: float) -> str:
+    """Return a share in per cent, with a digit after the point below ten; 100 only for a whole.
+
+    >>> percent(0.85), percent(0.042), percent(0.999)
+    ('85 %', '4.2 %', '99 %')
+    """
+    if 0 < share < 0.1:
+        return f"{100 * share:.2g} %"
+    return f"{100 if share >= 1 else min(round(100 * share), 99)} %"

@@ -1,0 +1,61 @@
+"""Numbers in sentences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from gradwatch.wording import apart, counted, last_steps, number, percent
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (2.304, "2.3"),
+        (-0.25, "-0.25"),
+        (99.96, "100"),
+        (123.4, "123"),
+        (12_345.6, "12,346"),
+        (999_999.0, "999,999"),
+        (1e6, "1e6"),
+        (2.5e38, "2.5e38"),
+        (3.12e-7, "3.12e-7"),
+        (0.00099999997, "0.001"),
+        (math.nan, "NaN"),
+        (math.inf, "infinity"),
+        (-math.inf, "minus infinity"),
+    ],
+)
+def test_a_number_has_three_digits_and_rarely_an_exponent(value: float, text: str) -> None:
+    """NaN and infinity are words."""
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "limit"), [(20.0, 10.0), (1.0004, 1.0), (100.3, 100.0), (1e30, 1.0000001e30), (0.80001, 0.8)]
+)
+def test_a_value_above_its_limit_looks_larger(value: float, limit: float) -> None:
+    """By as many digits as it takes."""
+    one, other = apart(value, limit)
+    assert one != other
+    assert abs(float(one.replace(",", "")) / value - 1) < 0.005
+
+
+def test_one_is_singular_and_all_others_plural() -> None:
+    """Zero too."""
+    assert [counted(n, "step") for n in (0, 1, 2, 1500)] == ["0 steps", "1 step", "2 steps", "1,500 steps"]
+
+
+def test_steps_that_were_not_all_measured_are_called_so() -> None:
+    """As with ``every=10``."""
+    assert last_steps(100, 50, 149) == "last 100 steps"
+    assert last_steps(100, 0, 990) == "last 100 measured steps"
+
+
+def test_a_small_share_keeps_a_digit() -> None:
+    """And a large one has none."""
+    assert [percent(share) for share in (0.0, 0.004, 0.042, 0.34, 0.999, 1.0)] == [
+        *("0 %", "0.4 %", "4.2 %", "34 %", "99 %", "100 %")
+    ]
