@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
+from benchmarks.faults.labels import BY_NAME, LABEL, within_reach
 from benchmarks.faults.program import Trace, run_program
 from benchmarks.faults.programs import PROGRAMS, halves
 from benchmarks.faults.toys import TOYS
 from benchmarks.harm.judging import RARE, check_watching, harmed, median_of, row_of, summary, told
-from benchmarks.repair.judging import BY_NAME, LABEL, share, within_reach, worse
+from benchmarks.repair.judging import share, worse
 from benchmarks.repair.methods import CLIPS, NORM, NOTHING, OLMO, OURS, OURS_BY_VALUE, RANDOM, WATCHED, repaired
 from benchmarks.repair.outcome import Outcome, bits_of
 

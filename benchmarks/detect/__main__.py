@@ -15,10 +15,12 @@ from rich.table import Table
 
 from benchmarks.detect.detectors import BASELINES
 from benchmarks.detect.runs import run_all
-from benchmarks.detect.scores import OURS, misses, scores, toy_rows
+from benchmarks.detect.scores import OURS, later_there, misses, scores, toy_rows
+from benchmarks.device_path import on_device
 from benchmarks.faults.programs import PROGRAMS, halves
 from benchmarks.pages import ROOT, between_marks, markdown
 
+Scores = dict[str, str]
 GOALS = {
     "recall, all faulty runs": "97 %",
     "healthy runs with a false alarm": "at most 1 %",
@@ -27,6 +29,9 @@ GOALS = {
     "first incident's kind is a measured symptom": "95 %",
     "prime suspect is the faulty layer": "90 %",
     "incidents in one faulty run": "median 1, at most 3",
+    "the last word is not healthy, of runs that end worse than their twin": "97 %",
+    "the last word is healthy, of healthy runs": "99 %",
+    "first alarm later on the device path": "at most 2 steps",
 }
 
 
@@ -44,22 +49,25 @@ def main() -> None:
     half_of = halves()
     chosen = ("development", "report") if options.half == "both" else (options.half,)
     programs = {half: [p for p in PROGRAMS if half_of[p.name] == half] for half in chosen}
-    results = run_all({program.name for half in programs.values() for program in half}, console)
+    names = {program.name for half in programs.values() for program in half}
+    results, there = run_all(names, console), run_all(names, console, there=True)
     texts = []
     for half, those in programs.items():
         faulty = sum(program.twin is not None for program in those)
         title = f"{half} half: {faulty} faulty programs with their twins, {len(those) - faulty} healthy ones, 3 seeds"
-        ours = scores(those, results, OURS)
+        ours, on_devices = scores(those, results, OURS), scores(those, there, OURS)
+        ours["first alarm later on the device path"] = ""
+        on_devices["first alarm later on the device path"] = later_there(those, results, there)
         table = Table(title=title, title_justify="left")
-        for column in ("", OURS, *BASELINES):
+        for column in ("", OURS, on_device(OURS), *BASELINES):
             table.add_column(column)
         others = {name: scores(those, results, name) for name in BASELINES}
         for row, value in ours.items():
-            table.add_row(row, value, *(others[name].get(row, "") for name in BASELINES))
+            table.add_row(row, value, on_devices[row], *(others[name].get(row, "") for name in BASELINES))
         console.print(table)
-        texts.append((half, title, ours, others))
+        texts.append((half, title, ours, on_devices, others))
         if options.misses:
-            for line in misses(those, results):
+            for line in misses(those, results) + [on_device(line) for line in misses(those, there)]:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
     toys = toy_rows(results)
     for name, told in toys:
@@ -69,11 +77,16 @@ def main() -> None:
 
 
 def _write(
-    texts: list[tuple[str, str, dict[str, str], dict[str, dict[str, str]]]], toys: list[list[str]], wrong: list[str]
+    texts: list[tuple[str, str, Scores, Scores, dict[str, Scores]]],
+    toys: list[list[str]],
+    wrong: list[str],
 ) -> None:
-    rows = [[row, GOALS[row], *(ours[row] for _, _, ours, _ in texts)] for row in texts[0][2]]
-    first = markdown(["", "goal", *(f"{half} half" for half, *_ in texts)], rows)
-    half, _, ours, others = texts[-1]
+    rows = [
+        [row, GOALS[row], *(one[row] for _, _, ours, on_devices, _ in texts for one in (ours, on_devices))]
+        for row in texts[0][2]
+    ]
+    first = markdown(["", "goal", *(name for half, *_ in texts for name in (f"{half} half", on_device(half)))], rows)
+    half, _, ours, _, others = texts[-1]
     four = [row for row in ours if row in next(iter(others.values()))]
     beside = [
         [name, *(found[row].partition(" (")[0] for row in four)] for name, found in ((OURS, ours), *others.items())
@@ -82,8 +95,9 @@ def _write(
     third = "On the toy trainings on which other tools were tested:\n\n" + markdown(["", OURS], toys)
     between_marks(ROOT / "README.md", "detection", "\n\n".join((first, second, third)))
     parts = []
-    for _, title, ours, others in texts:
-        lines = [[name, *(found[row] for row in four)] for name, found in ((OURS, ours), *others.items())]
+    for _, title, ours, on_devices, others in texts:
+        named = ((OURS, ours), (on_device(OURS), on_devices), *others.items())
+        lines = [[name, *(found[row] for row in four)] for name, found in named]
         parts.append(f"{title}:\n\n" + markdown(["", *four], lines))
     parts.append("The toy trainings:\n\n" + markdown(["", "gradwatch"], toys))
     parts.append("Errors of gradwatch, by program:\n\n" + "\n".join(f"* {line}" for line in wrong))

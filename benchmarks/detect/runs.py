@@ -8,6 +8,7 @@ import torch
 
 import gradwatch
 from benchmarks.detect.detectors import BASELINES
+from benchmarks.device_path import ON_DEVICE, device_path, on_device
 from benchmarks.faults.outcome import SEEDS, outcome_of
 from benchmarks.faults.program import Trace, run_program
 from benchmarks.faults.programs import PROGRAMS
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Result = dict[str, Any]
+_OWN = ("benchmarks/device_path.py", "benchmarks/detect/detectors.py", "benchmarks/detect/runs.py")
 _PROGRAM = {program.name: program for program in PROGRAMS}
 _TOY = {f"toy {toy.name}": toy for toy in TOYS}
 
@@ -57,6 +59,8 @@ def watched_run(train: Any, seed: int, steps: int, onset: int) -> Result:
         "notices": [[i.kind, i.opened_step] for i in incidents if i.severity == "notice"],
         "codes": sorted({sign.code for i in incidents if i.severity != "notice" for sign in i.signs}),
         "baselines": {name: detect(trace) for name, detect in BASELINES.items()},
+        "verdict": trace.monitor.verdict,
+        "final": outcome.final,
         "diverged": outcome.diverged,
         "nonfinite": outcome.nonfinite,
         "growth": outcome.growth,
@@ -64,8 +68,12 @@ def watched_run(train: Any, seed: int, steps: int, onset: int) -> Result:
 
 
 def _do(job: str) -> Result:
-    """Make the run that a job names: ``program/which/seed``."""
-    name, which, seed = job.rsplit("/", 2)
+    """Make the run that a job names: ``program/which/seed``, on the device path if its name ends so."""
+    with device_path(on=job.endswith(ON_DEVICE)):
+        return _run(*job.removesuffix(ON_DEVICE).rsplit("/", 2))
+
+
+def _run(name: str, which: str, seed: str) -> Result:
     if which == "toy":
         toy = _TOY[name]
         return watched_run(toy.train, int(seed), STEPS, toy.onset or 0)
@@ -83,8 +91,13 @@ def _jobs(only: set[str]) -> list[str]:
     return jobs + [f"{name}/toy/{seed}" for name, toy in _TOY.items() for seed in range(toy.seeds)]
 
 
-def run_all(only: set[str], console: Console) -> dict[str, Result]:
-    """Run what is not there yet; return the results of these programs and of all toys by ``program/which/seed``."""
-    sources = digest("gradwatch", "benchmarks/faults", "benchmarks/detect/detectors.py", "benchmarks/detect/runs.py")
+def run_all(only: set[str], console: Console, *, there: bool = False) -> dict[str, Result]:
+    """Run what is not there yet; return the results of these programs and of all toys by ``program/which/seed``.
+
+    ``there``: on the device path.
+    """
+    sources = digest("gradwatch", "benchmarks/faults", *_OWN)
     folder = ROOT / "build" / "detect" / sources
-    return run_missing(_do, {job: kept_at(folder, job) for job in _jobs(only)}, console, "watched runs")
+    jobs = {on_device(job) if there else job: job for job in _jobs(only)}
+    found = run_missing(_do, {job: kept_at(folder, job) for job in jobs}, console, "watched runs")
+    return {jobs[job]: result for job, result in found.items()}

@@ -6,6 +6,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
+from benchmarks.faults.labels import within_reach
 from benchmarks.faults.outcome import SEEDS, symptoms_of
 from benchmarks.faults.toys import TOYS
 
@@ -70,7 +71,24 @@ def scores(programs: Sequence[Program], results: dict[str, Result], detector: st
             ),
             "incidents in one faulty run": f"median {statistics.median(grave):g}, at most {max(grave)}",
         }
+        worse = [(p, r) for p, s, r in faulty if not within_reach(p.name, s, r["final"])]
+        rows |= {
+            "the last word is not healthy, of runs that end worse than their twin": _share(
+                r["verdict"] != "healthy" for _, r in worse
+            ),
+            "the last word is healthy, of healthy runs": _share(r["verdict"] == "healthy" for r in healthy),
+        }
     return rows
+
+
+def later_there(programs: Sequence[Program], here: dict[str, Result], there: dict[str, Result]) -> str:
+    """Return by how many steps the first alarm in a faulty run comes later on the device path, and where it differs at all."""
+    runs = [f"{p.name}/faulty/{s}" for p in programs if p.twin is not None for s in SEEDS]
+    pairs = [(_alarm(here[run], OURS), _alarm(there[run], OURS)) for run in runs]
+    lags = [b - a for a, b in pairs if a is not None and b is not None]
+    alone = sum((a is None) != (b is None) for a, b in pairs)
+    late = sum(lag > 2 for lag in lags)
+    return f"median {statistics.median(lags):g} steps, more than 2 in {late} of {len(lags)}; on one path alone {alone}"
 
 
 def _found(program: Program, result: Result, detector: str) -> bool:
@@ -90,7 +108,7 @@ def misses(programs: Sequence[Program], results: dict[str, Result]) -> list[str]
         for seed in SEEDS:
             for which in ("faulty", "twin") if program.twin is not None else ("healthy",):
                 where = f"{program.name} ({program.family}{', the twin' if which == 'twin' else ''})"
-                for what, detail in _errors(program, which, results[f"{program.name}/{which}/{seed}"]):
+                for what, detail in _errors(program, which, seed, results[f"{program.name}/{which}/{seed}"]):
                     found.setdefault((where, what), ([], detail))[0].append(seed)
     lines = []
     for (where, what), (seeds, detail) in found.items():
@@ -99,8 +117,13 @@ def misses(programs: Sequence[Program], results: dict[str, Result]) -> list[str]
     return lines
 
 
-def _errors(program: Program, which: str, result: Result) -> Iterator[tuple[str, str]]:
+def _errors(program: Program, which: str, seed: int, result: Result) -> Iterator[tuple[str, str]]:
     """Yield each error in one run, and its detail."""
+    well = which != "faulty" or within_reach(program.name, seed, result["final"])
+    if which != "faulty" and result["verdict"] != "healthy":
+        yield "last word", f": {result['verdict']}"
+    if not well and result["verdict"] == "healthy":
+        yield "last word", f": healthy, although the loss ends at {result['final']:.3g}"
     alarm = _alarm(result, OURS)
     told = (
         f" ({', '.join(f'{kind} at step {step}' for kind, step in result['notices'][:2])})" if result["notices"] else ""

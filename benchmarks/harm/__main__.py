@@ -1,7 +1,8 @@
 """Measure the effect of auto-clip on healthy programs whose signal is rare or bursty: ``python -m benchmarks.harm``.
 
-Each program is run over five seeds (unwatched, only watched, and with auto-clip by norm and by value) and judged on held-out
-data. Finished runs are kept below ``build/``, like those of `benchmarks.repair`, which uses the same programs as healthy ones.
+Each program is run over five seeds (unwatched, only watched, and with auto-clip by norm and by value, as on the CPU and as on a
+device) and judged on held-out data. Finished runs are kept below ``build/``, like those of `benchmarks.repair`, which uses the
+same programs as healthy ones.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from benchmarks.device_path import on_device
 from benchmarks.faults.programs import halves
 from benchmarks.harm.judging import RARE, check_watching, methods, row_of, summary, told
 from benchmarks.pages import ROOT, between_marks, markdown
@@ -37,7 +39,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.write and (options.only, options.half, options.clip, options.seeds) != (None, "both", "both", 5):
         parser.error("--write needs all programs, both halves, both clips and five seeds")
-    clips = ("norm", "value") if options.clip == "both" else (options.clip,)
+    chosen = ("norm", "value") if options.clip == "both" else (options.clip,)
+    clips = (*chosen, *map(on_device, chosen))
     programs = [
         program
         for program in RARE
@@ -56,8 +59,8 @@ def main() -> None:
     ]
     results = run_all(jobs, console, "rare signals")
     check_watching(results, programs, options.seeds)
-    head = ["", "half", "alarms", f"steps touched by {', '.join(clips)}", f"loss: unwatched, {', '.join(clips)}"]
-    head += [f"metric: unwatched, {', '.join(clips)}", *(f"worse by {clip}" for clip in clips)]
+    head = ["", "half", "alarms", f"steps touched by {'; '.join(clips)}", f"loss: unwatched; {'; '.join(clips)}"]
+    head += [f"metric: unwatched; {'; '.join(clips)}", *(f"worse by {clip}" for clip in clips)]
     table = markdown(head, [row_of(results, program, clips, options.seeds) for program in programs])
     lines = summary(results, programs, clips, options.seeds)
     first = told(results, programs, options.seeds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
+from benchmarks.device_path import on_device
 from benchmarks.faults.programs import PROGRAMS, halves
 from benchmarks.repair.judging import worse
 from benchmarks.repair.methods import NOTHING, OURS, OURS_BY_VALUE, WATCHED
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
 Results = dict["Job", Outcome]
 RARE = tuple(program for program in PROGRAMS if program.metric)
-ARMED = {"norm": OURS, "value": OURS_BY_VALUE}
+ARMED = {
+    "norm": OURS,
+    "value": OURS_BY_VALUE,
+    on_device("norm"): on_device(OURS),
+    on_device("value"): on_device(OURS_BY_VALUE),
+}
 _WORSE = 0.05
 
 

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table as DrawnTable
 
+from benchmarks.device_path import on_device
 from benchmarks.faults.outcome import SEEDS
 from benchmarks.faults.programs import PROGRAMS
 from benchmarks.faults.toys import TOYS
 from benchmarks.pages import ROOT, between_marks, markdown
+from benchmarks.repair.ablation import HEAD, ablation_rows
 from benchmarks.repair.examples import DIGITS, REGRESSION, SEQUENCES
-from benchmarks.repair.methods import NORM, NOTHING, OURS, OURS_BY_VALUE, VALUE
+from benchmarks.repair.methods import NORM, NOTHING, OURS, VALUE
 from benchmarks.repair.runs import BASELINES, TOY_METHODS, Job, run_all
 from benchmarks.repair.tables import (
+    OURS_ANYWHERE,
     Row,
     fault_rows,
     harm_rows,
@@ -42,12 +45,12 @@ Table = tuple[list[str], list[Row]]
 def _run(console: Console, healthy: list[str]) -> tuple[dict[Job, Outcome], list[str]]:
     """Return the outcomes of all runs, and the programs that clipping can repair, which are found by the first runs."""
     faulty = [program.name for program in PROGRAMS if program.twin is not None]
-    first = (NORM, VALUE, OURS, OURS_BY_VALUE)
+    first = (NORM, VALUE, *OURS_ANYWHERE)
     results = run_all([("fault", n, m, s) for n in faulty for m in first for s in SEEDS], console, "faults")
     names = repairable(results)
     others = [m for m in BASELINES if m not in (NORM, VALUE)]
     jobs: list[Job] = [("fault", n, m, s) for n in names for m in others for s in SEEDS]
-    jobs += [("fault", n, m, s) for n in healthy for m in (NOTHING, OURS, NORM) for s in SEEDS]
+    jobs += [("fault", n, m, s) for n in healthy for m in (NOTHING, OURS, on_device(OURS), NORM) for s in SEEDS]
     jobs += [("toy", toy.name, m, s) for toy in TOYS for m in TOY_METHODS for s in range(toy.seeds)]
     jobs += [("training", name, OURS, s) for name in REGRESSION for s in range(5)]
     jobs += [("training", name, OURS, s) for name in (*DIGITS, *SEQUENCES) for s in SEEDS]
@@ -114,8 +117,17 @@ def main() -> None:
         "python -m benchmarks.repair", description="Measure repair and harm by auto-clip and by other ways to clip."
     )
     parser.add_argument("--write", action="store_true", help="write the tables to README.md and docs/repair.md")
+    parser.add_argument(
+        "--ablate", action="store_true", help="run auto-clip without one of its parts at a time instead"
+    )
     options = parser.parse_args()
     console = Console()
+    if options.ablate:
+        rows = ablation_rows(console)
+        _print(console, {"Auto-clip without one of its parts": (HEAD, rows)}, {})
+        if options.write:
+            between_marks(ROOT / "docs" / "repair.md", "ablation", markdown(HEAD, rows))
+        return
     healthy = [program.name for program in PROGRAMS if program.twin is None]
     results, names = _run(console, healthy)
     tables, lists = _told(results, names, healthy)

@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import gradwatch
+from benchmarks.device_path import ON_DEVICE, device_path
 from benchmarks.faults.program import run_program
 from benchmarks.repair.outcome import Outcome, bits_of
-from gradwatch import device
 from gradwatch.autoclip.limits import AutoClipLimits
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ WATCHED = "watched only"
 NOTHING = "none"
 RANDOM = "random repair"
 OLMO = "OLMo skip"
-ON_DEVICE = ", device path"  # ends the name of a method if gradients are treated as on a device
 ABLATED: dict[str, dict[str, Any]] = {
     "layer outliers": {"apart": 1e300},
     "the step bound": {"shortest": 1.0},
@@ -70,11 +69,6 @@ CLIPS: dict[str, Callable[[], gradwatch.AutoClip]] = {
 }
 
 
-def on_device(method: str) -> str:
-    """Return the name of a method whose gradients are treated as on a device: decided on before their values are known."""
-    return method + ON_DEVICE
-
-
 def without(part: str) -> str:
     """Return the name of auto-clip without one of its parts."""
     return f"{OURS} without {part}"
@@ -91,8 +85,6 @@ class Repaired:
 
     def __init__(self, method: str, lot: str) -> None:
         self._method = method.removesuffix(ON_DEVICE)
-        self._on_device = method.endswith(ON_DEVICE)
-        self._reading_is_free = device.reading_is_free
         self._lot = random.Random(lot)
         self.losses: list[float] = []
         self.monitor: gradwatch.Monitor | None = None
@@ -101,8 +93,6 @@ class Repaired:
     def watch(self, model: nn.Module) -> None:
         """See `benchmarks.faults.program.Watcher`."""
         self._model = model
-        if self._on_device:
-            device.reading_is_free = lambda _: False  # type: ignore[assignment]
         if self._method == WATCHED:
             self.monitor = gradwatch.attach(model, report=None, strict=True)
         elif self._method in CLIPS:
@@ -122,7 +112,6 @@ class Repaired:
             handle.remove()
         if self.monitor is not None:
             self.monitor.detach()
-        device.reading_is_free = self._reading_is_free
 
     def _repair_at_random(self) -> None:
         """One of the repairs that repair tools try, drawn by lot, from the first step on."""
@@ -193,12 +182,13 @@ def repaired(method: str, train: Any, seed: int, steps: int, lot: str = "") -> d
     torch.set_num_threads(1)
     run = Repaired(method, f"{lot}/{seed}")
     stopped = made = None
-    try:
-        made = run_program(train, seed, steps, run)
-    except gradwatch.TrainingUnstableError:
-        stopped = len(run.losses)
-    finally:
-        run.end()
+    with device_path(on=method.endswith(ON_DEVICE)):
+        try:
+            made = run_program(train, seed, steps, run)
+        except gradwatch.TrainingUnstableError:
+            stopped = len(run.losses)
+        finally:
+            run.end()
     losses = np.array(run.losses or [math.nan])
     bad = np.flatnonzero(~np.isfinite(losses))
     finite = all(bool(p.isfinite().all()) for p in run._model.parameters())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.device_path import on_device
+from benchmarks.faults.labels import BY_NAME
 from benchmarks.faults.toys import STEPS, TOYS
 from benchmarks.pages import ROOT
 from benchmarks.repair.examples import trained
-from benchmarks.repair.judging import BY_NAME
 from benchmarks.repair.methods import NORM, NOTHING, OLMO, OURS, OURS_BY_VALUE, RANDOM, VALUE, repaired
 from benchmarks.repair.outcome import Outcome
 from benchmarks.runs import digest, kept_at, run_missing
@@ -20,7 +21,19 @@ if TYPE_CHECKING:
 
 Job = tuple[str, str, str, int]  # what kind of training, which, with which method, seed
 BASELINES = (NORM, VALUE, "ZClip", "AutoClip 90", "AGC 0.01", "AdaGC", RANDOM)
-TOY_METHODS = (NOTHING, NORM, "always value 1.0", "ZClip", "AutoClip 90", "AGC 0.01", OLMO, OURS, OURS_BY_VALUE)
+TOY_METHODS = (
+    NOTHING,
+    NORM,
+    "always value 1.0",
+    "ZClip",
+    "AutoClip 90",
+    "AGC 0.01",
+    OLMO,
+    OURS,
+    OURS_BY_VALUE,
+    on_device(OURS),
+)
+_OTHERS = {*BASELINES, NOTHING, OLMO, "always value 1.0"}
 _OWN = tuple(f"benchmarks/repair/{name}.py" for name in ("examples", "methods", "outcome"))
 
 
@@ -37,8 +50,10 @@ def _do(job: Job) -> dict[str, Any]:
 
 def _folder(method: str) -> Path:
     """Ours depends on all of gradwatch, always clipping on the clips alone."""
-    package = "gradwatch/clips" if method in (*BASELINES, *TOY_METHODS[:-2]) else "gradwatch"
-    return ROOT / "build" / "repair" / digest(package, "benchmarks/faults", *_OWN, "examples")
+    package = "gradwatch/clips" if method in _OTHERS else "gradwatch"
+    return (
+        ROOT / "build" / "repair" / digest(package, "benchmarks/faults", "benchmarks/device_path.py", *_OWN, "examples")
+    )
 
 
 def run_all(jobs: Iterable[Job], console: Console, what: str) -> dict[Job, Outcome]:

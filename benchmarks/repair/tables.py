@@ -6,11 +6,13 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
+from benchmarks.device_path import on_device
+from benchmarks.faults.labels import LABEL, unwatched, within_reach
 from benchmarks.faults.outcome import SEEDS
 from benchmarks.faults.programs import PROGRAMS, halves
 from benchmarks.faults.toys import TOYS
 from benchmarks.repair.examples import DIGITS, REGRESSION, SEQUENCES
-from benchmarks.repair.judging import LABEL, share, unwatched, within_reach, worse
+from benchmarks.repair.judging import share, worse
 from benchmarks.repair.methods import NORM, NOTHING, OURS, OURS_BY_VALUE, VALUE
 from benchmarks.repair.runs import BASELINES, TOY_METHODS
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from benchmarks.repair.runs import Job
 
 Row = list[str]
+OURS_ANYWHERE = (OURS, on_device(OURS), OURS_BY_VALUE, on_device(OURS_BY_VALUE))
 
 
 # Faults that clipping can repair.
@@ -44,7 +47,7 @@ def fault_rows(results: dict[Job, Outcome], names: list[str]) -> list[Row]:
     """Return a row for each method: the share of runs that it repairs, for each half."""
     half = halves()
     rows = []
-    for method in (OURS, OURS_BY_VALUE, *BASELINES):
+    for method in (*OURS_ANYWHERE, *BASELINES):
         row = [method]
         for which in ("development", "report"):
             runs = [(n, s) for n in names if half[n] == which for s in SEEDS if not within_reach(n, s, unwatched(n, s))]
@@ -72,18 +75,22 @@ def unrepaired(results: dict[Job, Outcome], names: list[str]) -> list[str]:
 
 def nonfinite_rows(results: dict[Job, Outcome]) -> tuple[list[Row], list[str]]:
     """Return which share of the runs that end non-finite unwatched ends well with auto-clip, and a line for each other run."""
-    half, row, lines = halves(), ["auto-clip"], []
-    for which in ("development", "report"):
-        runs = [
-            (p.name, seed)
-            for p in PROGRAMS
-            if p.twin is not None and half[p.name] == which
-            for seed in SEEDS
-            if not math.isfinite(unwatched(p.name, seed))
-        ]
-        row.append(share(results["fault", n, OURS, s].ended_well for n, s in runs))
-        lines += [f"{n} ({which}), seed {s}" for n, s in runs if not results["fault", n, OURS, s].ended_well]
-    return [row], lines
+    half, rows, lines = halves(), [], []
+    for method in (OURS, on_device(OURS)):
+        row = [method]
+        for which in ("development", "report"):
+            runs = [
+                (p.name, seed)
+                for p in PROGRAMS
+                if p.twin is not None and half[p.name] == which
+                for seed in SEEDS
+                if not math.isfinite(unwatched(p.name, seed))
+            ]
+            row.append(share(results["fault", n, method, s].ended_well for n, s in runs))
+            bad = [(n, s) for n, s in runs if not results["fault", n, method, s].ended_well]
+            lines += [f"{method}: {n} ({which}), seed {s}" for n, s in bad]
+        rows.append(row)
+    return rows, lines
 
 
 # Harm.
@@ -98,7 +105,7 @@ def _harms(results: dict[Job, Outcome], name: str, seed: int, method: str, by: f
 def harm_rows(results: dict[Job, Outcome], names: list[str]) -> tuple[list[Row], list[str]]:
     """Return a row for each method: programs harmed, steps touched; and a line for each run that auto-clip touched."""
     rows, lines = [], []
-    for method in (OURS, NORM):
+    for method in (OURS, on_device(OURS), NORM):
         runs = {(n, s): results["fault", n, method, s] for n in names for s in SEEDS}
         steps = sum(run.steps for run in runs.values())
         harmed = [share(any(_harms(results, n, s, method, by) for s in SEEDS) for n in names) for by in (0.05, 0.25)]
@@ -106,13 +113,13 @@ def harm_rows(results: dict[Job, Outcome], names: list[str]) -> tuple[list[Row],
         rows.append(
             [method, *harmed, f"{100 * touched / steps:.2f} %", share(run.touched > 0 for run in runs.values())]
         )
-    for name, seed in ((n, s) for n in names for s in SEEDS):
-        run = results["fault", name, OURS, seed]
+    for method, name, seed in ((m, n, s) for m in (OURS, on_device(OURS)) for n in names for s in SEEDS):
+        run = results["fault", name, method, seed]
         if run.touched:
             unclipped = results["fault", name, NOTHING, seed]
-            verdict = "harmed" if _harms(results, name, seed, OURS, 0.05) else "no harm"
+            verdict = "harmed" if _harms(results, name, seed, method, 0.05) else "no harm"
             lines.append(
-                f"{name}, seed {seed}: {run.touched} steps, {unclipped.final:.3g} -> {run.final:.3g}, {verdict}"
+                f"{method}: {name}, seed {seed}: {run.touched} steps, {unclipped.final:.3g} -> {run.final:.3g}, {verdict}"
             )
     return rows, lines
 
