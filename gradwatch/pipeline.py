@@ -41,6 +41,7 @@ _KEPT = 2000  # alarms that are kept
 _SERIES = 400  # rows that a report receives for its curves
 _SPEED_OVER = 0.2  # seconds over which the speed is measured
 _NUMBERS = 1 << 20  # bound of hashes, so that they are exact in float32
+_IDLE = 100  # rows after which layers that never had a gradient are noted
 _NO_LOSS = 5  # rows without a loss after which it is reported that the loss rules are inactive
 
 
@@ -95,6 +96,7 @@ class Pipeline:
         self._timed = self._started
         self._timed_step = 0
         self._first_step: int | None = None
+        self._looked_for_idle = False
         self._speed = math.nan
         self.desk = ReportDesk(reports, notes, self.snapshot)
 
@@ -103,6 +105,10 @@ class Pipeline:
     def optimizer_found(self, name: str, family: Family) -> None:
         """Record the class and the family of an optimizer of watched parameters."""
         self.history.know(replace(self.history.facts, optimizer=name, family=family))
+
+    def loss_found(self, kind: str) -> None:
+        """Record the kind of the loss, such as "cross-entropy"."""
+        self.history.know(replace(self.history.facts, loss=kind))
 
     def grown(self, columns: Columns, facts: Facts) -> None:
         """Extend everything to the columns of added layers, whose gradients are judged until a typical norm is known."""
@@ -204,6 +210,9 @@ class Pipeline:
             self._timed = perf_counter()
         if row.loss > self.history.largest_first_loss and task_became_harder(self.history):
             self.history.follow_task()
+        if not self._looked_for_idle and self.history.rows >= _IDLE:
+            self._looked_for_idle = True
+            self._note_idle_layers()
         changes = self.alarms.update(self.history, row.step)
         self.changes.extend(changes)
         for alarm in changes:
@@ -222,6 +231,20 @@ class Pipeline:
             self.history.rows == _NO_LOSS and not self.history.losses
         ):  # all of the first rows are judged, so this one is
             self.note("no loss seen: the loss rules are inactive. Pass it with monitor.loss(loss).")
+
+    def _note_idle_layers(self) -> None:
+        """Note the layers that an optimizer holds and that no gradient has ever reached."""
+        norms = self.history.grad_norm()
+        idle = np.isfinite(self.history.rate) & np.isnan(norms).all(axis=0)
+        if self.history.row.arrived is not None:
+            idle &= ~self.history.row.arrived
+        names = [name for name, hit in zip(self.history.layers, idle, strict=True) if hit]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self.note(
+                f"no gradient has reached {', '.join(names[:3])}{more} in {self.history.rows} steps although an optimizer holds "
+                f"{'it' if len(names) == 1 else 'them'}: a detach(), or a part that the loss does not use."
+            )
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 Sign = Literal["subtle", "confirming", "growth", "numeric", "silent", "clip"]
-Role = Literal["", "surge", "jump", "update", "overshoot", "damage"]
+Role = Literal["", "surge", "jump", "update", "overshoot", "damage", "backward"]
 Kind = Literal["exploding", "spike", "nonfinite", "diverging", "vanishing", "stalled", "dead", "frozen", "clipping"]
 Severity = Literal["notice", "warning", "critical"]
 Verdict = Literal["suspected", "confirmed", "damaged", "resolved"]
@@ -356,6 +356,9 @@ class Facts:
         layers: number of layers.
         parameters: number of parameter elements.
         recurrent, gated, normalised: whether the model has recurrent, gated recurrent, and normalisation layers.
+        embeds: whether the model has embeddings, so that inputs may be indices.
+        saturates, rectified: whether it has activations that saturate (sigmoid, tanh), and ReLUs.
+        loss: kind of the loss, such as ``"cross-entropy"``; "" if it is not known.
         depth: number of layers with two or more dimensions.
         optimizer: class of the optimizer; None if it is not known yet.
         family: family of the optimizer.
@@ -370,6 +373,10 @@ class Facts:
     recurrent: bool = False
     gated: bool = False
     normalised: bool = False
+    embeds: bool = False
+    saturates: bool = False
+    rectified: bool = False
+    loss: str = ""
     depth: int = 0
     optimizer: str | None = None
     family: Family = "other"

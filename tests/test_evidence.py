@@ -143,6 +143,12 @@ def check_vanishing(told: Told) -> None:
     told.say(usual, told.step, "smaller than that of the layer with the largest", "limit 1e6")
 
 
+def check_growth_backward(told: Told) -> None:
+    """The usual gradient of an element is an average of logarithms."""
+    usual = float(np.exp(np.log(told.own[:-1]).mean())) / math.sqrt(told.size)
+    told.say(usual, told.step, "larger than that of a layer nearer to the loss", "limit 1,000")
+
+
 def check_dead(told: Told) -> None:
     """A whole layer."""
     assert (told.own == 0).all()
@@ -192,6 +198,7 @@ CHECKS: dict[str, Callable[[Told], None]] = {
     "GW303": check_update,
     "GW304": check_run_away,
     "GW305": check_overshoot,
+    "GW306": check_growth_backward,
     "GW401": check_vanishing,
     "GW402": check_dead,
     "GW403": check_frozen,

@@ -110,6 +110,40 @@ def one_bad_batch(faulty: bool) -> gradwatch.Monitor:
     return watched(model, optimizer, 70, each=spoil, x_y=(x, y))
 
 
+class Gates(nn.Module):
+    """Twenty gated residual layers, initialised with a gain."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(32, 64) for _ in range(20))
+        for block in self.blocks:
+            nn.init.normal_(block.weight, std=gain / 32**0.5)  # type: ignore[arg-type]
+        self.out = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs."""
+        for block in self.blocks:
+            x = (x + nn.functional.glu(block(x), 1)) * 0.5**0.5
+        out: Tensor = self.out(x)
+        return out
+
+
+def large_gates(faulty: bool) -> gradwatch.Monitor:
+    """Gated layers that double what comes back, under a clip, against layers of a usual initialisation."""
+    torch.manual_seed(0)
+    model = Gates(2.0 if faulty else 0.5)
+    x = 4 * torch.randn(64, 32)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(150):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+    return monitor
+
+
 def deep_sigmoids(faulty: bool) -> gradwatch.Monitor:
     """Fourteen layers of sigmoids, against ReLU."""
     model = mlp(depth=14, activation=nn.Sigmoid if faulty else nn.ReLU)
@@ -199,6 +233,7 @@ TRAININGS: dict[str, Training] = {
     "GW303": unscaled_targets,
     "GW304": growing_weights,
     "GW305": unscaled_targets,
+    "GW306": large_gates,
     "GW401": deep_sigmoids,
     "GW402": dying_units,
     "GW403": stale_optimizer,

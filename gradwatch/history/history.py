@@ -75,6 +75,7 @@ class History(LossLevels):
         self.rate: Floats = np.full(count, np.nan)
         self.previous_rate: Floats = self.rate
         self._top_rate, self._rose_at = -math.inf, 0
+        self.still_since: int | None = None  # step since which every learning rate is 0
 
     # Writing.
 
@@ -99,6 +100,10 @@ class History(LossLevels):
             with ignore_fp_warnings():
                 top = float(np.fmax.reduce(row.rate, initial=-math.inf))
                 self.facts = replace(self.facts, rate=float(np.nanmax(row.rate, initial=0.0)))
+            if top != 0:
+                self.still_since = None
+            elif self.still_since is None:
+                self.still_since = row.step
             if top > 1.0001 * self._top_rate:
                 self._top_rate, self._rose_at = top, self.rows
         if row.dead_share is not None:
@@ -203,6 +208,11 @@ class History(LossLevels):
         ratio: Floats = self.row.grad_norm / self.typical_grad.value
         ratio[(self.typical_grad.seen < SETTLED) | (self.nonfinite > 0)] = np.nan
         return ratio
+
+    def typical_elements(self) -> Floats:
+        """Return the typical size of a gradient element of each matrix that has a gradient, shape (L,); NaN if unknown."""
+        told = (self.typical_grad.seen >= SETTLED) & self.matrices & (self.row.grad_norm > 0)
+        return np.where(told, self.typical_grad.value / np.sqrt(self.sizes), np.nan)
 
     @property
     def arriving(self) -> NDArray[np.bool_]:

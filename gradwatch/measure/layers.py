@@ -220,6 +220,9 @@ def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
         recurrent=gated or any(isinstance(m, (nn.RNN, nn.RNNCell)) for m in modules),
         gated=gated,
         normalised=any("Norm" in type(m).__name__ for m in modules),
+        embeds=any("Embedding" in type(m).__name__ for m in modules),
+        saturates=any(isinstance(m, (nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.RNNBase)) for m in modules),
+        rectified=any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in modules) or "relu" in str(model).lower(),
         depth=sum(layers.matrices),
         clip=clip,
     )

@@ -53,6 +53,9 @@ class Judge(Protocol):
     def optimizer_found(self, name: str, family: Family) -> None:
         """Record that an optimizer of watched parameters was found: at its first step, or because the user named it."""
 
+    def loss_found(self, kind: str) -> None:
+        """Record the kind of the loss of the first backward, such as "cross-entropy"; "" if it is not known."""
+
     def grown(self, columns: Columns, facts: Facts) -> None:
         """Extend everything to the columns of parameters that were added to the model or replaced."""
 

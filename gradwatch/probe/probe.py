@@ -23,6 +23,7 @@ from gradwatch.probe.attribution import Attribution
 from gradwatch.probe.backwards import losses_of
 from gradwatch.probe.fused_steps import FusedSteps
 from gradwatch.probe.gradient_hooks import GradientHooks
+from gradwatch.probe.loss_node import loss_kind
 from gradwatch.probe.loss_reader import LossReader
 from gradwatch.probe.owners import Owners
 from gradwatch.probe.peers import Peers
@@ -83,6 +84,7 @@ class Probe:
         self.attribution = Attribution(layers, self.owners, self.gradient_hooks)
         self.backward_begins = self.attribution.begins  # see `patches.Listener`
         self.losses = LossReader(scaler)
+        self._loss_known = False
         peers = Peers(layers, judge, self.gradient_hooks, pace)
         self.recorder = StepRecorder(layers, judge, self.gradient_hooks, self.losses, peers, every, own_time)
         self.active = False
@@ -161,6 +163,9 @@ class Probe:
         """Record the losses of a backward that has ended, and make a row if no optimizer step is going to follow."""
         started = perf_counter()
         if self.attribution.end(run, fused=bool(self._fused.parts)):
+            if not self._loss_known:
+                self._loss_known = True
+                self._guarded(self._judge.loss_found, loss_kind(run.roots))
             if self.gradient_hooks.came and not run.inside:
                 self.gradient_hooks.end()
             if self.losses.given:

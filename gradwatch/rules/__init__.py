@@ -15,6 +15,7 @@ from gradwatch.rules.frozen import Frozen
 from gradwatch.rules.gradient_nonfinite import GradientNonFinite
 from gradwatch.rules.gradient_surge import GradientSurge
 from gradwatch.rules.gradients_above_one import GradientsAboveOne
+from gradwatch.rules.grows_backward import GrowsBackward
 from gradwatch.rules.loss_jump import LossJump
 from gradwatch.rules.loss_nonfinite import LossNonFinite
 from gradwatch.rules.loss_runaway import LossRunaway
@@ -40,6 +41,7 @@ RULES: tuple[type[Rule], ...] = (
     UpdateTooLarge,
     WeightsRunAway,
     StepOvershoots,
+    GrowsBackward,
     Vanishing,
     Dead,
     Frozen,
@@ -78,6 +80,7 @@ __all__ = [
     "GradientNonFinite",
     "GradientSurge",
     "GradientsAboveOne",
+    "GrowsBackward",
     "LossJump",
     "LossNonFinite",
     "LossRunaway",

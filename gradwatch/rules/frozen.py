@@ -29,11 +29,11 @@ class Frozen(Rule):
     ## Formula
     `value` is the number of steps since watching began if an exact fingerprint of the layer's bits was the same at every
     sample; steps at which the layer had no gradient, or one of exactly zero, do not count. If instead the loss is stuck (at
-    least 100 losses, improved by less than a tenth) and the update of every layer is too small for float32
-    (`u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and `u = lr sqrt(n)` for Adam), `value` is the number of losses.
-    Otherwise it is `0`. It fires where `value > limit` (48). Not considered are biases and gains (the gradient of a critic's
-    last bias cancels), layers whose gradient is missing or exactly zero, and parameter groups at learning rate zero beside
-    others that are not, because they wait to be unfrozen.
+    least 100 losses, improved by less than a tenth) and the update of every layer is too small for float32 (`u < 6e-8 ||w||`,
+    with `u = lr ||g||` for SGD and `u = lr sqrt(n)` for Adam), `value` is the number of losses. If the learning rate of every
+    group is 0, `value` is the number of steps since then. Otherwise it is `0`. It fires where `value > limit` (48). Not
+    considered are biases and gains (the gradient of a critic's last bias cancels), layers whose gradient is missing or exactly
+    zero, and parameter groups at learning rate zero beside others that are not, because they wait to be unfrozen.
 
     ## Why it is bad
     The layer is not being trained, and nothing reports it: the optimizer holds another copy of the parameters or was built
@@ -75,12 +75,16 @@ class Frozen(Rule):
             norms = history.grad_norm()
             unowned = np.isnan(norms).all(axis=0)  # in no optimizer, so its gradients are never measured
             value = np.where(unowned, value, np.minimum(value, np.count_nonzero(norms[:-1] > 0, axis=0)))
+        if history.still_since is not None:
+            value = np.where(history.matrices & (history.rate == 0), history.row.step - history.still_since, value)
         if self._update(history) is not None:
             value = np.where(history.matrices & (history.row.grad_norm > 0), history.losses, value)
         return value
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
+        if history.still_since is not None:
+            return {"still since": history.still_since}
         update = self._update(history)
         lost = update is not None and history.losses == self.measure(history)[column]
         told = {"lost": lost, "owned": not np.isnan(history.grad_norm()[:, column]).all()}
@@ -90,6 +94,8 @@ class Frozen(Rule):
 
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
+        if "still since" in alarm.numbers:
+            return f"the learning rate of every group has been 0 since step {alarm.numbers['still since']:.0f} at the latest"
         if alarm.numbers["lost"]:
             update, weight = alarm.numbers["update"], number(alarm.numbers["weight"])
             small = (

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from gradwatch.history.history import SETTLED
 from gradwatch.rules.base import Rule
 from gradwatch.rules.no_traction import in_words, stuck_at
 from gradwatch.rules.notation import Case
@@ -22,7 +21,8 @@ class Vanishing(Rule):
     """Gradients vanish on their way back through the layers.
 
     ## What it means
-    A layer's gradient elements are orders of magnitude smaller than those of the layer with the largest ones.
+    A layer's gradient elements are orders of magnitude smaller than those of the layer with the largest ones, which is nearer
+    to the loss. (In the other direction gradients grow: GW306.)
 
     ## Formula
     `value = max_k(rms_k) / rms_l`, with `rms_l = t_l / sqrt(n_l)`, `t_l` the typical gradient norm of layer `l` and `n_l`
@@ -62,14 +62,18 @@ class Vanishing(Rule):
     keep_steps: int = Field(default=32, ge=0)
 
     def measure(self, history: History) -> Floats:
-        """Return the largest typical gradient element of all layers over that of each layer, shape (L,)."""
-        rms = self._elements(history)
-        value: Floats = np.fmax.reduce(rms, initial=np.nan) / rms
+        """Return the largest typical gradient element over that of each layer farther from the loss, shape (L,)."""
+        rms = history.typical_elements()
+        if not (rms > 0).any():
+            return rms
+        largest = int(np.nanargmax(rms))
+        # a small gradient nearer to the loss than the largest has not vanished: from there on gradients grow
+        value: Floats = np.where(history.order > history.order[largest], rms[largest] / rms, np.nan)
         return value * self.stuck if history.stuck else value
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
-        rms = self._elements(history)
+        rms = history.typical_elements()
         told = {"element": rms[column], "largest": np.fmax.reduce(rms), "stuck": history.stuck}
         return told | stuck_at(history)
 
@@ -83,9 +87,3 @@ class Vanishing(Rule):
             f"the gradient of {alarm.layer} was usually {number(element)} per element by step {alarm.step}, {times} times "
             f"smaller than that of the layer with the largest ({number(largest)}; limit {limit}){while_stuck}"
         )
-
-    @staticmethod
-    def _elements(history: History) -> Floats:
-        """Return the typical size of a gradient element of each matrix, shape (L,); NaN where it is not known."""
-        told = (history.typical_grad.seen >= SETTLED) & history.matrices & (history.row.grad_norm > 0)
-        return np.where(told, history.typical_grad.value / np.sqrt(history.sizes), np.nan)

@@ -1,13 +1,16 @@
-"""Advice on an incident, given the model, the optimizer and the evidence.
+"""Advice on an incident, given the model, the optimizer, the loss and the evidence. What is known comes first.
 
 The remedies come from the literature: Pascanu et al. 2013 (clipping by norm), Brownlee 2019 (the practitioners' list),
-Zhang & Sennrich 2019, Wortsman et al. 2023, arXiv:2309.14322 (rates and warm-up for Adam).
+Zhang & Sennrich 2019, Wortsman et al. 2023, arXiv:2309.14322 (rates and warm-up for Adam). The share of its weights that an
+update may change is that of Karpathy, CS231n notes: about one in a thousand; a tenth of the weights is far too much.
 """
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -16,90 +19,195 @@ if TYPE_CHECKING:
     from gradwatch.records import Facts, Incident
 
 _MOST = 4
+_BORNE = 0.03  # share of its weights that an update may change in the first steps
+_LARGE = 1e3  # first loss from which targets may need scaling
+_DEEP = 10  # weight matrices from which a model without normalisation is deep
 
 
-def advise(incident: Incident, history: History, remedies: Mapping[str, str]) -> tuple[str, ...]:
+def advise(
+    incident: Incident, history: History, remedies: Mapping[str, str], rate: float, *, harmless: bool = False
+) -> tuple[str, ...]:
     """Return at most four pieces of advice, the most likely to help first.
 
     Args:
         incident: the incident to advise on.
         history: the history of the run, whose facts describe the model and the optimizer.
         remedies: the remedies of rules, by code.
+        rate: learning rate at which the incident opened; NaN if it is not known.
+        harmless: whether the loss was not finite although every gradient of its step was zero.
     """
     lines: list[str] = []
     codes = dict.fromkeys(sign.code for sign in incident.signs)
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
-    for line in _lines(incident, history, told):
+    found = _harmless() if harmless else _lines(incident, history, told, rate)
+    for line in found:
         if line not in lines:
             lines.append(line)
     return tuple(lines[:_MOST])
 
 
-def _lines(incident: Incident, history: History, told: Sequence[str]) -> Iterator[str]:
+def _lines(incident: Incident, history: History, told: Sequence[str], rate: float) -> Iterator[str]:
     facts = history.facts
+    both = {sign.sign for sign in incident.signs} & {"growth"} and any(s.kind == "nonfinite" for s in incident.signs)
     if incident.kind in ("exploding", "diverging"):
-        yield from _explosion(history, facts)
+        yield from _explosion(incident, history, rate)
         yield from told
+        if both:
+            yield from _nonfinite(incident, history)
     elif incident.kind == "nonfinite":
-        yield from _nonfinite(incident, facts)
+        yield from _nonfinite(incident, history)
+        if both:
+            yield from _explosion(incident, history, rate)
     elif incident.kind == "spike":
         yield "Look at the batch of this step: a single jump that comes back is usually caused by one unusual batch."
-        if facts.family != "adam":
+        if facts.clip is None and not history.clips_each_step:
             yield 'If it happens again, clip by norm when it does: attach(model, clip="norm").'
     elif incident.kind == "stalled":
         yield from told
         yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
-        yield f"Change the learning rate ({_rate(facts)}) by factors of three in both directions."
-        yield "Scale the inputs to zero mean and unit variance."
+        yield f"Change the learning rate ({_at(rate)}) by factors of three in both directions."
+        if not facts.embeds:
+            yield "Scale the inputs to zero mean and unit variance."
     elif incident.kind == "vanishing":
-        if facts.recurrent and not facts.gated:
-            yield "Use an LSTM or GRU instead of the vanilla RNN."
-        yield "Use ReLU-like activations instead of sigmoid or tanh, with He initialisation."
-        yield "Add residual connections or normalisation, or use fewer layers."
+        yield from _vanishing(facts)
     elif incident.kind == "dead":
-        yield f"Lower the learning rate ({_rate(facts)}): ReLU units usually die from a single large step."
-        yield "Use LeakyReLU or GELU, and scale the inputs."
-        yield "If a whole layer is dead, look for a detach() or an output that the loss does not use."
+        yield from _dead(facts, rate)
     elif incident.kind == "frozen":
-        yield "Build the optimizer from model.parameters() after the model is final."
-        yield "Check the learning rate of this layer's parameter group and its schedule."
-        yield "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
+        yield from _frozen(history)
 
 
-def _explosion(history: History, facts: Facts) -> Iterator[str]:
-    if math.isfinite(history.reference_loss) and history.reference_loss > 1e3:
-        yield f"Scale the targets: the loss began at {history.reference_loss:.3g}, so the gradients are large too."
-    if facts.family == "adam":
-        yield (
-            f"Lower the learning rate ({_rate(facts)}) or warm it up over the first few hundred steps; clipping does not "
-            f"repair this, because {facts.optimizer} divides gradients by their own size."
-        )
-    elif facts.clip is None:
-        yield 'Clip by norm when it happens: attach(model, clip="norm").'
+def _harmless() -> Iterator[str]:
+    yield (
+        "The weights took no harm: every gradient of this step was zero, as of a mean over nothing (all labels ignored, an empty "
+        "mask). Leave such batches out, or divide by max(count, 1)."
+    )
+
+
+def _explosion(incident: Incident, history: History, rate: float) -> Iterator[str]:
+    facts = history.facts
+    own_clip = history.clips_each_step
+    rate_line = _lower_rate(incident, history, rate)
+    of_the_rate = any(sign.code in ("GW303", "GW304", "GW305", "GW201") for sign in incident.signs)
+    clip_line = 'Clip by norm when it happens: attach(model, clip="norm").' if facts.clip is None else ""
+    if own_clip:
+        clip_line = "Your own clip bounds the length of a step, and the run leaves its range all the same."
+    if math.isfinite(history.first_loss) and history.first_loss > _LARGE and facts.loss in ("", "squared error"):
+        yield f"Scale the targets: the loss of the first step was {history.first_loss:.3g}, so the gradients are large too."
+    if of_the_rate:
+        yield rate_line
+        if facts.family == "adam":
+            yield f"Warm the rate up over the first few hundred steps; {_no_cure(facts)}."
+        elif clip_line:
+            yield clip_line
+    elif facts.family == "adam":
+        yield rate_line
+        if facts.clip is None and not own_clip:
+            yield f'If single batches cause it, clip by norm: attach(model, clip="norm"); {_no_cure(facts)}.'
+    else:
+        if clip_line:
+            yield clip_line
+        yield rate_line
     if facts.recurrent:
         if not facts.gated:
             yield "Use an LSTM or GRU instead of the vanilla RNN."
         yield "Shorten the sequences: truncate backpropagation through time."
-    if facts.family != "adam":
-        yield f"Lower the learning rate ({_rate(facts)}), or warm it up."
-    if not facts.normalised and facts.depth > 10:
-        yield f"Add normalisation or residual connections: the model has {facts.depth} weight matrices and no normalisation."
+    if not facts.normalised and facts.depth > _DEEP:
+        yield f"Add normalisation: the model has {facts.depth} weight matrices and no normalisation."
 
 
-def _nonfinite(incident: Incident, facts: Facts) -> Iterator[str]:
-    if incident.phase == "loss":
+def _no_cure(facts: Facts) -> str:
+    why = f"because {facts.optimizer} divides gradients by their own size"
+    return f"a clip does not repair a rate that is too high for long, {why}"
+
+
+def _lower_rate(incident: Incident, history: History, rate: float) -> str:
+    """Return the advice on the rate, with a number to try if the update of a layer is known to be too long."""
+    if not rate > 0:
+        return "Lower the learning rate of its parameter group, or warm it up."
+    longest = max((s.value for s in incident.signs if s.code == "GW303" and math.isfinite(s.value)), default=0.0)
+    over = max((s.value for s in incident.signs if s.code == "GW305" and math.isfinite(s.value)), default=0.0)
+    whose = f" of the group of {incident.suspect}" if incident.suspect and _differ(history) else ""
+    if longest > _BORNE:
+        share = f"{100 * longest:.0f} %" if longest < 10 else f"{longest:.3g} times the size"
+        new = rate * min(_BORNE / longest, 1 / max(over, 1.0))
+        told = f"An update was {share} of the weights in one step."
+        return f"Lower the learning rate{whose}: {new:.1g} instead of {rate:.3g}. {told}"
+    if over > 1:
+        return (
+            f"Lower the learning rate{whose}: {rate / over:.1g} instead of {rate:.3g}. A step was to take {over:.3g} times as "
+            "much from the loss as it held."
+        )
+    return f"Lower the learning rate{whose} ({_at(rate)}), or warm it up."
+
+
+def _differ(history: History) -> bool:
+    rates = history.rate[np.isfinite(history.rate)]
+    return bool(rates.size) and bool((rates != rates[0]).any())
+
+
+def _nonfinite(incident: Incident, history: History) -> Iterator[str]:
+    facts = history.facts
+    scaled = history.row.provenance.source == "left out by the scaler"
+    if incident.phase == "loss" and scaled:
+        yield (
+            "float16 overflows in the forward pass, above 65,504: no loss scale can help. Use bfloat16, or run the layer that "
+            "overflows in float32."
+        )
+    elif incident.phase == "loss":
         yield "Look for log(0), sqrt(0), a division by zero or exp of a large number in the loss, and for NaN in the batch."
     elif incident.phase == "weight":
         yield "Go back to the last checkpoint with finite weights: no update repairs a NaN weight."
     else:
-        yield (
-            f"Look at the operations around {incident.suspect or 'the first layer named'}: sqrt, norm or division at zero, "
-            "log, a fully masked attention row."
-        )
-    if facts.clip is None:
+        yield _behind(incident, history)
+    if facts.clip is None and not scaled:
         yield 'Skip such steps: attach(model, clip="norm") leaves parameters and optimizer state untouched.'
     yield "Run that one batch under torch.autograd.detect_anomaly() to see the operation."
 
 
-def _rate(facts: Facts) -> str:
-    return f"now {facts.rate:.3g}" if math.isfinite(facts.rate) else "of its parameter group"
+def _behind(incident: Incident, history: History) -> str:
+    """Return where gradients became non-finite: behind the first layer in backward order that has them."""
+    suspect = incident.suspect
+    if suspect not in history.layers:
+        return "Look at the operations between the model's output and the loss: sqrt or division at zero, log, a masked NaN."
+    place = int(history.order[history.layers.index(suspect)])
+    module = suspect.rpartition(".")[0] or suspect
+    before = [name for name, order in zip(history.layers, history.order, strict=True) if order < place]
+    outside = [name for name in before if (name.rpartition(".")[0] or name) != module]
+    if not outside:
+        return (
+            f"Look at what comes behind {module}, between its output and the loss: NaN in the targets that is masked too late, "
+            "sqrt, norm or division at zero, log."
+        )
+    return (
+        f"Look at the operations behind {module}, between it and the layers nearer to the loss: sqrt, norm or division at zero, "
+        "log, a fully masked attention row."
+    )
+
+
+def _vanishing(facts: Facts) -> Iterator[str]:
+    if facts.recurrent and not facts.gated:
+        yield "Use an LSTM or GRU instead of the vanilla RNN."
+    if facts.saturates:
+        yield "Use ReLU-like activations instead of sigmoid or tanh, with He initialisation."
+    if not facts.normalised:
+        yield "Add residual connections or normalisation, or use fewer layers."
+    yield "Look at the weights of the layers between: a scale far below one in each of them multiplies."
+
+
+def _dead(facts: Facts, rate: float) -> Iterator[str]:
+    if facts.rectified:
+        yield f"Lower the learning rate ({_at(rate)}): ReLU units usually die from a single large step."
+        yield "Use LeakyReLU or GELU, and scale the inputs."
+    yield "If a whole layer is dead, look for a detach() or an output that the loss does not use."
+
+
+def _frozen(history: History) -> Iterator[str]:
+    if history.still_since is not None:
+        yield f"The learning rate of every group is 0 since step {history.still_since}: check the scheduler."
+    yield "Build the optimizer from model.parameters() after the model is final."
+    yield "Check the learning rate of this layer's parameter group and its schedule."
+    yield "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
+
+
+def _at(rate: float) -> str:
+    return f"{rate:.3g} when this began" if math.isfinite(rate) else "of its parameter group"

@@ -228,6 +228,7 @@ class Incidents:
             or any(sign.kind == "spike" and sign.step == now for sign in told)
             or (now not in story.odd_steps and self._history.loss_is_rising())
             or self._far_beyond(told)
+            or self._has("backward", signs)
             # early on only the coming update can be judged, and only before it is made; a single layer does not
             # amplify gradients
             or (
@@ -260,6 +261,8 @@ class Incidents:
         far = [sign for sign in signs if self._role[sign.code] == "surge" and sign.value > times * sign.limit]
         if not far:
             return False
+        if self._has("update", [sign for sign in signs if sign.step == self._history.row.step]):
+            return True  # no plateau ends with an update larger than the weights
         middle, scatter = self._history.loss_level()
         return 2 * len(far) <= len(self._history.layers) or not self._history.row.loss <= middle + scatter
 
@@ -287,7 +290,8 @@ class Incidents:
         kind = kind_of([s for s in signs if story.harmed or s.sign != "growth"], lasting=story.lasting)
         if kind in ("exploding", "diverging") and before is not None and before.kind == "spike" and self._falls(story):
             kind = "spike"
-        severity, verdict = severity_of(signs, kind)
+        story.harmless = self._is_harmless(story, signs)
+        severity, verdict = severity_of(signs, kind, harmless=story.harmless)
         if kind == "dead" and self._history.loss_halved:  # the model learns without the dead units
             severity = "notice"
         if before is not None:
@@ -299,7 +303,7 @@ class Incidents:
         phase = before.phase if before is not None and before.phase else phase_of(self._history)
         moved, finding = self._suspects.moved() if before is None else (None, None)
         story.findings += [finding] if finding else []
-        suspect = self._suspects.prime(signs, layers, phase, moved)
+        suspect = self._suspects.prime(signs, layers, kind, phase, moved)
         if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
             suspect = before.suspect
         evidence = self._evidence.lines(signs, story, suspect)
@@ -316,7 +320,10 @@ class Incidents:
             ranks=story.ranks,
             phase=phase,
         )
-        after = replace(after, advice=advise(after, self._history, self._remedies))
+        if before is None:
+            story.rate = self._rate_of(suspect)
+        told = advise(after, self._history, self._remedies, story.rate, harmless=story.harmless)
+        after = replace(after, advice=told)
         if before is None:
             story.before = self._before(signs)
             self._make_room()
@@ -327,6 +334,19 @@ class Incidents:
         if before is not None and (before.kind, before.severity, before.verdict) == (kind, severity, verdict):
             return None
         return after
+
+    def _is_harmless(self, story: Story, signs: Sequence[Alarm]) -> bool:
+        """Return whether each non-finite loss so far came with gradients that are all zero, and nothing else fired."""
+        if any(sign.sign != "subtle" or sign.kind != "nonfinite" for sign in signs):
+            return False
+        first = story.incident is None or story.harmless
+        return first and (self._history.row.global_norm == 0 or not self._history.loss_nonfinite)
+
+    def _rate_of(self, suspect: str | None) -> float:
+        """Return the learning rate of the suspect, or the largest one; NaN if none is known."""
+        rates = self._history.rate
+        own = float(rates[self._history.layers.index(suspect)]) if suspect in self._history.layers else math.nan
+        return own if math.isfinite(own) else float(np.fmax.reduce(rates, initial=math.nan))
 
     def _before(self, signs: Sequence[Alarm]) -> Before:
         """Return the run before the fault: before the first sign, or before earlier damage that is still there."""

@@ -38,26 +38,30 @@ class Story:
     odd_steps: set[int] = field(default_factory=set)
     ranks: tuple[int, ...] = ()
     findings: list[str] = field(default_factory=list)
+    rate: float = math.nan  # learning rate at the opening
+    harmless: bool = False  # no gradient but zero came with a loss that is not finite
 
 
 def kind_of(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
     """Return the kind of an incident with these signs; ``lasting``: its loss stays up."""
     if signs[0].kind not in EXPLOSION:
         return signs[0].kind
-    if any(sign.sign == "growth" for sign in signs):
-        return "exploding"
-    if any(sign.kind == "nonfinite" for sign in signs):
+    growth = min((sign.step for sign in signs if sign.sign == "growth"), default=math.inf)
+    nonfinite = min((sign.step for sign in signs if sign.kind == "nonfinite"), default=math.inf)
+    if nonfinite <= growth and nonfinite < math.inf:  # what came first decides
         return "nonfinite"
+    if growth < math.inf:
+        return "exploding"
     return "diverging" if lasting or any(sign.kind == "diverging" for sign in signs) else "spike"
 
 
-def severity_of(signs: Sequence[Alarm], kind: Kind) -> tuple[Severity, Verdict]:
-    """Return how grave and how sure an incident with these signs is."""
+def severity_of(signs: Sequence[Alarm], kind: Kind, *, harmless: bool) -> tuple[Severity, Verdict]:
+    """Return how grave and how sure an incident with these signs is; ``harmless``: no gradient but zero was seen with NaN."""
     found = {sign.sign for sign in signs}
     confirmed = "confirming" in found and bool(found & {"subtle", "growth", "numeric"})
     verdict: Verdict = "confirmed" if confirmed else "suspected"
     if any(sign.kind == "nonfinite" for sign in signs):
-        return "critical", verdict
+        return ("notice" if harmless else "critical"), verdict
     if kind == "spike" or (kind == "stalled" and "silent" not in found):
         return "notice", verdict
     return ("critical" if confirmed else "warning"), verdict

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gradwatch.history.history import History
-    from gradwatch.records import Alarm, Floats, Phase
+    from gradwatch.records import Alarm, Floats, Kind, Phase
     from gradwatch.verdict.settings import VerdictSettings
 
 
@@ -67,13 +67,14 @@ class Suspects:
         return tuple(sorted(first, key=first.__getitem__))
 
     def prime(
-        self, signs: Sequence[Alarm], layers: Sequence[str], phase: Phase | None, moved: str | None
+        self, signs: Sequence[Alarm], layers: Sequence[str], kind: Kind, phase: Phase | None, moved: str | None
     ) -> str | None:
         """Return the prime suspect, or None if there is none.
 
         Args:
             signs: the signs of the incident.
             layers: the layers of the incident, as returned by `layers`.
+            kind: the kind of the incident.
             phase: where non-finite values were seen first.
             moved: the layer returned by `moved`.
         """
@@ -84,10 +85,12 @@ class Suspects:
         )
         if odd or moved:
             return odd or moved
-        if phase == "gradient" and not any(sign.sign == "growth" for sign in signs):
+        if kind == "nonfinite" and phase == "gradient":
             return self._history.first_nonfinite()
-        if phase == "loss" and not any(sign.sign == "growth" for sign in signs):
-            return None
+        if kind == "nonfinite" and phase == "loss":  # where only a part of the gradients is lost, the fault is there
+            lost = self._history.nonfinite > 0
+            here = self._history.row.grad_norm > 0
+            return self._history.first_nonfinite() if lost.any() and (here & ~lost).any() else None
         return layers[0] if layers else None
 
     def moved(self) -> tuple[str | None, str | None]:
