@@ -57,6 +57,13 @@ def left_behind() -> list[str]:
     return found + _threads()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def known_objects_stay() -> None:
+    """Spare `gc.collect` after each test what was there before its module: torch, and all that modules hold, for good."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """After each test no hook, patch or thread remains."""
