@@ -57,6 +57,20 @@ def left_behind() -> list[str]:
     return found + _threads()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_stays_frozen() -> Iterator[None]:
+    """After all tests: plugins of pytest that are imported in the end ask who refers to whom."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def known_objects_stay() -> None:
+    """Spare `gc.collect` after each test what was there before its module: torch, and all that modules hold, for good."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """After each test no hook, patch or thread remains."""

@@ -1,6 +1,6 @@
 """A training with batch normalisation in two processes on gloo, for `tests.test_checkpoints`.
 
-Run by torchrun as ``python -m tests.normalised FOLDER``: ``skip`` has a batch with NaN in the last process, ``guard`` a
+Run as ``python -m tests.torchrun 2 tests.normalised FOLDER``: ``skip`` has a batch with NaN in the last process, ``guard`` a
 running mean that is not finite there at the end.
 """
 
@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
 from gradwatch import device
-from tests.torchrun import play
 from tests.trainings import data
 
 BAD = 7
@@ -55,7 +54,3 @@ def train(what: str, *, later: bool) -> dict[str, Any]:
 def see() -> list[dict[str, Any]]:
     """Make all four trainings."""
     return [train(what, later=later) for what in ("skip", "guard") for later in (False, True)]
-
-
-if __name__ == "__main__":
-    play(see)

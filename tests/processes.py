@@ -1,8 +1,9 @@
 """Distributed trainings on gloo: the rows of the tests and of docs/training-modes.md, and the script of each process.
 
-Run by torchrun as ``python -m tests.processes FOLDER``: all trainings of that number of processes are made, one after the other,
-and each process leaves what it saw as JSON in FOLDER. They start from the same model in float64 and see the same data as
-`alone`, so that their numbers must agree with it. ``python -m tests.processes killed`` is a training whose last process dies.
+Run as ``python -m tests.torchrun PROCESSES tests.processes FOLDER``: all trainings of that number of processes are made, one
+after the other, and each process leaves what it saw as JSON in FOLDER. They start from the same model in float64 and see the
+same data as `alone`, so that their numbers must agree with it. With ``killed`` in the place of FOLDER it is a training whose
+last process dies.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ import gradwatch
 from gradwatch import device
 from gradwatch.distributed import group as ranks
 from gradwatch.measure.wrappers import local_of
-from tests.torchrun import play
 from tests.trainings import data, true_norm
 
 STEPS = 6
@@ -353,7 +353,3 @@ def see() -> list[tuple[Play, dict[str, Any]]]:
             seen.append((one, {**found, "output": output.getvalue()}))
             dist.barrier()
     return seen
-
-
-if __name__ == "__main__":
-    play(see)

@@ -89,10 +89,14 @@ sys.stdin = open(0)
 encoding = environment.get("PYTHONIOENCODING", "utf-8")
 sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding=encoding) for number in (1, 2))
 sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
-exec(compile(script, "<string>", "exec"))
+code = 0
+try:
+    exec(compile(script, "<string>", "exec"))
+except SystemExit as end:
+    code = end.code or 0
 atexit._run_exitfuncs()  # as at the end of the program, of which the rest would take a second to tidy torch up
 sys.stdout.flush()
-os._exit(0)
+os._exit(code)
 """
 
 

@@ -77,19 +77,25 @@ def test_a_training_that_raises_leaves_its_last_moment(tmp_path: Path, capfd: py
 def test_a_program_that_ends_with_an_error_leaves_its_last_moment_too(tmp_path: Path) -> None:
     """Without a `with`: the error that ended the program is known at its exit. Its end by `sys.exit` is none."""
     program = """
-import sys, torch, gradwatch
+import os, sys, torch, gradwatch
 from tests.trainings import mlp, train
+child = os.fork()  # one import of torch for two programs
+ending = "error" if child else "exit"
 model = mlp()
-gradwatch.attach(model, report=None, log=sys.argv[1])
+gradwatch.attach(model, report=None, log=f"{sys.argv[1]}/{ending}")
 train(model, torch.optim.SGD(model.parameters(), lr=0.05), 20)
-sys.exit(0) if sys.argv[2] == "exit" else model(torch.zeros(3))
+if ending == "exit":
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+model(torch.zeros(3))
 """
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: mat1 and mat2" in done.stderr.splitlines()[-1]
     for ending in ("exit", "error"):
-        command = [sys.executable, "-c", program, str(tmp_path / ending), ending]
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == (ending == "error"), done.stderr
         with RunLog(tmp_path / ending) as log:
             reasons = [reason for _, reason, _ in log.flights]
         assert bool(reasons) == (ending == "error")

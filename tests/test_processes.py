@@ -1,20 +1,17 @@
-"""Distributed trainings under torchrun: the same right numbers, verdicts and decisions in every process."""
+"""Distributed trainings: the same right numbers, verdicts and decisions in every process."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.processes import BOTH, DDP, FSDP2, MODES, PAIRS, STEPS, Mode, Play, alone
-from tests.torchrun import ENVIRONMENT, ROOT, played
+from tests.torchrun import forked, played
 
 Seen = dict[Play, list[dict[str, Any]]]  # what each process saw
 
@@ -151,27 +148,15 @@ def test_one_process_that_attaches_alone_watches_alone(seen: Seen) -> None:
 
 def test_the_others_end_with_an_error_when_one_process_is_killed() -> None:
     """Not with a hang. Started without torchrun, which would end the others itself."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.processes", "killed"],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env={**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        )
-        for rank in range(4)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=60)[1] for process in running]
-    assert running[3].returncode == -9
-    assert all(process.returncode == 1 for process in running[:3])
-    assert all("gradwatch could not exchange a row with the other 3 processes" in error for error in errors[:3])
+    ended = forked(4, "tests.processes", "killed")
+    assert [code for code, _ in ended] == [1, 1, 1, -9]
+    assert all("gradwatch could not exchange a row with the other 3 processes" in said for _, said in ended[:3])
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """All scenes, played once in two processes."""
-    return played(tmp_path_factory, 2, "tests.scenes")
+    """All scenes, played once by torchrun in two processes."""
+    return played(tmp_path_factory, 2, "tests.scenes", torchrun=True)
 
 
 def test_one_optimizer_over_several_models_exchanges_in_one_order(scenes: list[dict[str, Any]]) -> None:

@@ -214,12 +214,9 @@ def test_a_folder_that_cannot_be_written_to_is_said_once_and_training_goes_on(tm
     user = ["setpriv", "--reuid", "65534", "--clear-groups"] if os.geteuid() == 0 else []
     if user and shutil.which("setpriv") is None:
         pytest.skip("root may write to every folder, and there is no setpriv to be another user")
-    if (
-        user
-        and subprocess.run(
-            [*user, sys.executable, "-c", "import torch"], cwd="/", capture_output=True, check=False
-        ).returncode
-    ):
+    opening = [sys.executable, "-S", "-c", "import sys; [open(path) for path in sys.argv[1:]]"]
+    needed = [torch.__file__, gradwatch.__file__]
+    if user and subprocess.run([*user, *opening, *needed], cwd="/", capture_output=True, check=False).returncode:
         pytest.skip(
             "this clone, or its environment, lies in a folder that only root may enter: another user cannot train in it"
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,11 +82,21 @@ def content(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
+@functools.cache
+def killed_once() -> dict[str, bytes]:
+    """Kill a training in a process of its own; return the files of its log by name."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", KILLED, folder], env=environment, cwd=ROOT, check=False)
+        assert done.returncode == -signal.SIGKILL
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 def killed(folder: Path) -> Path:
     """Leave the log of a training that was killed: what it holds is still in SQLite's write-ahead log."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], env=environment, cwd=ROOT, check=False)
-    assert done.returncode == -signal.SIGKILL
+    folder.mkdir(exist_ok=True)
+    for name, written in killed_once().items():
+        (folder / name).write_bytes(written)
     assert (folder / f"{FILE}-wal").stat().st_size > 0
     return folder
 
@@ -336,18 +348,21 @@ lock = WriterLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(0.1)
 lock.undo()
+sys.stdin.readline()
+WriterLock(Path(sys.argv[1]))
 """
 
 
 def test_a_lock_whose_file_is_removed_while_it_is_waited_for_is_none(tmp_path: Path) -> None:
-    """Who waits for a process that is then refused gets a lock that a third one sees."""
+    """Who waits for a process that is then refused gets a lock that this process sees when it comes again."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOLDING, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == b"held\n"
-        second = WriterLock(tmp_path)
-    third = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert f"being written by process {os.getpid()}" in third.stderr
-    second.release()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        own = WriterLock(tmp_path)
+        _, said = other.communicate("\n", timeout=60)
+    assert f"being written by process {os.getpid()}" in said
+    own.release()
     assert (tmp_path / "writer.lock").exists()

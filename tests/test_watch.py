@@ -23,8 +23,9 @@ from tests.test_run_log_failures import training
 
 
 def watching(folder: Path, columns: int = 80, rows: int = 24) -> Person:
-    """Sit down before `gradwatch watch`."""
-    return Person([sys.executable, "-m", "gradwatch", "watch", str(folder)], columns, rows)
+    """Sit down before `gradwatch watch`, in a process that has imported torch already."""
+    script = f"import gradwatch.__main__ as it, sys\nsys.exit(it.main(['watch', {str(folder)!r}]))"
+    return Person(script, columns, rows)
 
 
 def step_of(screen: str) -> int:
@@ -36,7 +37,7 @@ def step_of(screen: str) -> int:
 
 def test_the_view_moves_with_a_training_in_another_process(tmp_path: Path) -> None:
     """It waits for the run to begin, follows it, says when it was killed, and leaves the terminal as it was."""
-    person = watching(tmp_path / "run")
+    person = Person([sys.executable, "-m", "gradwatch", "watch", str(tmp_path / "run")])
     person.until("There is no run log")
     process = training(tmp_path / "run", 100_000)
     first = step_of(person.until("healthy", "Sequential", "0.weight", f"running: process {process.pid}"))

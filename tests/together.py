@@ -1,6 +1,6 @@
-"""What tempts processes to decide otherwise: short trainings of two processes, all run by one torchrun, each leaving JSON.
+"""What tempts processes to decide otherwise: short trainings of two processes, run one after the other, each leaving JSON.
 
-Run as ``python -m tests.together FOLDER``.
+Run as ``python -m tests.torchrun 2 tests.together FOLDER``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from gradwatch import device
 from gradwatch.clips.base import OneFactor
 from gradwatch.measure.sampling import Sampling
 from gradwatch.rules import GradientSurge, default_rules
-from tests.torchrun import play
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -358,7 +357,3 @@ def see() -> dict[str, Any]:
             seen[name] = {"raised": f"{type(error).__name__}: {error}"}
         dist.barrier()
     return seen
-
-
-if __name__ == "__main__":
-    play(see)
