@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import gradwatch
 
@@ -38,7 +37,7 @@ def test_an_explosion_of_all_layers_in_one_step_opens_in_that_step_though_the_lo
         for number in range(100):
             x = torch.randn(32, 8)
             hidden = model[:4](x)
-            loss = F.mse_loss(model[4](hidden), x[:, :1] + x[:, 1:2])
+            loss = nn.functional.mse_loss(model[4](hidden), x[:, :1] + x[:, 1:2])
             if number == 60:
                 loss = loss + 1e6 * ((hidden - hidden.detach()) * torch.randn(32, 32)).mean()  # its value is zero
             step(optimizer, loss)
@@ -57,7 +56,7 @@ def test_infinity_that_came_first_is_no_explosion_though_another_head_surges() -
         for number in range(80):
             x = torch.randn(32, 8)
             x[0] *= 3000 if number == 60 else 1
-            h = F.relu(model["body"](x))
+            h = nn.functional.relu(model["body"](x))
             fit = (model["mean"](h) - x[:, :4]).abs().mean()
             step(optimizer, fit + (model["variance"](h).exp() - model["variance"](h)).mean())
         incident = monitor.incidents[0]
@@ -94,7 +93,7 @@ def test_a_mean_over_no_label_is_a_notice(clip: str | None) -> None:
         for number in range(120):
             x = torch.randn(32, 8)
             y = x[:, :5].argmax(1) if number != 50 else torch.full((32,), -100)
-            step(optimizer, F.cross_entropy(model(x), y))
+            step(optimizer, nn.functional.cross_entropy(model(x), y))
         (incident,) = monitor.incidents
         assert (incident.kind, incident.severity, incident.verdict) == ("nonfinite", "notice", "resolved")
         assert "took no harm" in advice(monitor)
@@ -110,7 +109,7 @@ def test_a_rate_of_zero_in_every_group_is_frozen() -> None:
     with gradwatch.attach(model, report=None, strict=True) as monitor:
         for _ in range(300):
             x = torch.randn(32, 8)
-            step(optimizer, F.mse_loss(model(x), x[:, :1]))
+            step(optimizer, nn.functional.mse_loss(model(x), x[:, :1]))
             schedule.step()
         (incident,) = monitor.incidents
         assert incident.kind == "frozen"
@@ -125,7 +124,7 @@ def test_layers_that_an_optimizer_holds_and_no_gradient_reaches_are_noted() -> N
     with gradwatch.attach(model, report=None, strict=True) as monitor:
         for _ in range(200):
             x = torch.randn(32, 8)
-            step(optimizer, F.mse_loss(model[2](model[1](model[0](x)).detach()), x[:, :1]))
+            step(optimizer, nn.functional.mse_loss(model[2](model[1](model[0](x)).detach()), x[:, :1]))
         assert sum("no gradient has reached 0.weight, 0.bias in" in note for note in monitor.notes) == 1
 
 
@@ -138,7 +137,7 @@ def test_the_users_own_clip_is_no_advice() -> None:
             x = torch.randn(32, 8)
             y = x[:, :1] * (40 if number >= 60 else 1) + (40 if number >= 60 else 0) * x[:, 1:2]
             optimizer.zero_grad()
-            F.mse_loss(model(x), y).backward()
+            nn.functional.mse_loss(model(x), y).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             optimizer.step()
         assert "attach(model, clip=" not in advice(monitor)
@@ -157,7 +156,7 @@ def test_a_forward_pass_that_overflows_float16_is_named_under_a_scaler() -> None
                 out = model(x)
                 out = (out * (1e4 if number >= 40 else 1.0) * 1e4).float() / 1e4
             optimizer.zero_grad()
-            scaler.scale(F.cross_entropy(out - out.mean(), x[:, :5].argmax(1))).backward()
+            scaler.scale(nn.functional.cross_entropy(out - out.mean(), x[:, :5].argmax(1))).backward()
             scaler.step(optimizer)
             scaler.update()
         assert monitor.incidents[0].kind == "nonfinite"
@@ -173,7 +172,7 @@ def test_cross_entropy_over_token_ids_is_not_advised_to_scale_targets_or_inputs(
     with gradwatch.attach(model, report=None, strict=True) as monitor:
         for _ in range(150):
             tokens = torch.randint(32, (64,))
-            step(optimizer, F.cross_entropy(1e3 * model(tokens), (tokens + 1) % 32))
+            step(optimizer, nn.functional.cross_entropy(1e3 * model(tokens), (tokens + 1) % 32))
         told = " ".join(line for incident in monitor.incidents for line in incident.advice)
         assert told
         for never in ("Scale the targets", "Scale the inputs", "Add normalisation", "ReLU"):
