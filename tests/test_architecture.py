@@ -16,6 +16,7 @@ from tests.where import WHERE
 
 PACKAGE = Path(gradwatch.__file__).parent
 HOST = (
+    "origin",
     "records",
     "settings",
     "errors",
@@ -30,7 +31,8 @@ HOST = (
 )
 # who may know whom: each folder, or file at the root, and what it may import of the others, in type hints too
 MAY_KNOW: dict[str, set[str]] = {
-    "errors": set(),
+    "errors": {"origin"},
+    "origin": {"printable"},
     "printable": set(),
     "device": set(),
     "shutdown": set(),
@@ -63,6 +65,7 @@ MAY_KNOW: dict[str, set[str]] = {
             "skipping",
         ),
     },
+    "forensics": {"errors", "measure", "origin", "probe"},
     "page": {"errors", "history", "printable", "runlog"},
     "monitor": {
         *(
@@ -81,10 +84,22 @@ MAY_KNOW: dict[str, set[str]] = {
         *("autoclip", "clips", "distributed", "errors", "measure", "monitor", "probe", "records", "reports", "rules"),
     },
     "__init__": {
-        *("attach", "autoclip", "clips", "errors", "monitor", "records", "reports", "rules"),
+        *("attach", "autoclip", "clips", "errors", "forensics", "monitor", "origin", "records", "reports", "rules"),
     },
     "commands": {
-        *("__init__", "autoclip", "errors", "history", "offline", "page", "printable", "records", "reports", "rules"),
+        *(
+            "__init__",
+            "autoclip",
+            "errors",
+            "forensics",
+            "history",
+            "offline",
+            "page",
+            "printable",
+            "records",
+            "reports",
+            "rules",
+        ),
         *("runlog", "verdict"),
     },
     "__main__": {"commands", "errors", "printable"},
@@ -163,7 +178,7 @@ def test_the_table_says_no_more_than_is_so() -> None:
 
 
 # what is one thing to others is imported from the folder; a toolbox, such as measure, from the file that a reader should open
-ONE_THING = ("verdict", "probe", "skipping", "page")
+ONE_THING = ("verdict", "probe", "skipping", "page", "forensics")
 
 
 def test_what_is_one_thing_to_others_is_imported_from_its_folder() -> None:
@@ -238,12 +253,12 @@ def test_rich_is_loaded_only_where_something_is_shown(name: str) -> None:
     assert "rich" not in tops
 
 
-def test_two_files_register_hooks() -> None:
-    """Two files to read when something hangs on a model or an optimizer."""
+def test_three_files_register_hooks() -> None:
+    """Three files to read when something hangs on a model or an optimizer."""
     registering = [
         name for name, path in FILES.items() if "register_" in path.read_text().replace("atexit.register", "")
     ]
-    assert sorted(registering) == ["probe/gradient_hooks", "probe/optimizer_hooks"]
+    assert sorted(registering) == ["forensics/capture", "probe/gradient_hooks", "probe/optimizer_hooks"]
 
 
 def test_one_file_replaces_torchs_attributes() -> None:
