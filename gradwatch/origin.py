@@ -6,15 +6,15 @@ This module does not import torch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Literal
 
 from gradwatch.printable import printable
 
 Direction = Literal["forward", "backward", "update"]
-Subject = Literal["operation", "written", "weight", "buffer", "input", "optimizer"]
-Part = Literal["model", "loss code", "optimizer"]
+Subject = Literal["operation", "written", "weight", "buffer", "input", "argument", "optimizer"]
+Part = Literal["model", "loss code", "optimizer", "unknown"]
 Way = Literal["replay", "graph", "watched step", "statements", "optimizer state"]
 
 _ROWS = 8  # rows of the batch that are written out
@@ -58,7 +58,8 @@ class Origin:
 
     Attributes:
         subject: what it is: an operation that made a non-finite number of finite ones, a value that was written on purpose,
-            a weight, a buffer or an input that held one already, or the optimizer's arithmetic.
+            a weight, a buffer or an input that held one already, an argument of the operation that was made without a graph,
+            or the optimizer's arithmetic.
         op: the operation, as ATen names it; for other subjects the one that met the value first.
         node: node of autograd; empty if it is not known, as in a forward that was repeated without a graph.
         direction: forward, backward or update.
@@ -108,12 +109,26 @@ class Origin:
     def __str__(self) -> str:
         return printable(self._headline())
 
+    def at(self, step: int, seconds: float) -> Origin:
+        """Return the record with its step and with the time that the investigation took."""
+        return replace(self, step=step, seconds=seconds)
+
+    def repeated(self, *, faithful: bool | None) -> Origin:
+        """Return the record with whether the repeated forward gave the same output."""
+        return replace(self, faithful=faithful)
+
+    def later(self, lag: int) -> Origin:
+        """Return the record with the number of steps by which the weights were newer."""
+        return replace(self, lag=lag)
+
     def _headline(self) -> str:
         if self.subject in ("weight", "buffer"):
             return f"{self.subject} {self.name} was not finite before the forward{self._met}"
         if self.subject == "input":
             rows = f" ({self._rows_told})" if self._rows_told else ""
             return f"batch `{self.name}` held {self.cause}{rows}{self._met}"
+        if self.subject == "argument":
+            return f"`{self.op}`{self.place} got {self.cause} in its `{self.name}`{f' ({self._rows_told})' if self.rows else ''}"
         if self.subject == "optimizer":
             return f"the optimizer's arithmetic: {self.cause}"
         if self.subject == "written":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from gradwatch.origin import Origin  # noqa: TC001  pydantic reads the annotations
 from gradwatch.printable import printable
 
 if TYPE_CHECKING:
@@ -281,6 +282,7 @@ class Incident:
         phase: where non-finite values were seen first; None if there were none.
         clip: what auto-clip did about it; None: nothing.
         ranks: processes from which non-finite values originate, if that is known.
+        origin: the operation that made the first non-finite number; None if it is not known.
         number: index of the incident in the run, from 0.
     """
 
@@ -299,6 +301,7 @@ class Incident:
     clip: ClipRecord | None = None
     ranks: tuple[int, ...] = ()
     number: int = 0
+    origin: Origin | None = None
 
     @property
     def open(self) -> bool:
@@ -311,7 +314,8 @@ class Incident:
     def __str__(self) -> str:
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
-        return printable(f"{self.kind} {self.verdict} ({self.severity}), {steps}{suspect}")
+        origin = f": {self.origin}" if self.origin is not None else ""
+        return printable(f"{self.kind} {self.verdict} ({self.severity}), {steps}{suspect}{origin}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ CAUSES: dict[str, Cause] = {
     "mean over an empty mask": Cause("div", "forward", lambda h: (h * LATE).sum() / (h * 0).sum() + h),
     "softmax of a masked row": Cause("softmax", "forward", lambda h: torch.softmax(_masked(h), 1), (5, 11)),
     "exp overflows": Cause("exp", "forward", lambda h: torch.exp(h * SOME[:, None] * 1e4), (5, 11)),
-    "float16 product": Cause("mm", "forward", lambda h: ((h.abs() + 200).half() @ LARGE.half()).float()),
+    "float16 product": Cause("mm", "forward", lambda h: ((h * 1e4).half() @ LARGE.half()).float()),
     "where over a singular branch": Cause(
         "log", "backward", lambda h: torch.where(~SOME[:, None] & (h != 0), torch.log(_at_zero(h).abs()), h), (5, 11)
     ),

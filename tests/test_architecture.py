@@ -37,15 +37,15 @@ MAY_KNOW: dict[str, set[str]] = {
     "device": set(),
     "shutdown": set(),
     "settings": {"errors"},
-    "records": {"printable"},
+    "records": {"origin", "printable"},
     "history": {"errors", "records"},
     "rules": {"errors", "history", "records", "settings"},
-    "verdict": {"history", "records", "rules", "settings"},
+    "verdict": {"history", "origin", "records", "rules", "settings"},
     "clips": {"device", "errors", "history", "measure", "records", "settings"},
     "autoclip": {"clips", "errors", "history", "records", "settings"},
     "reports": {"errors", "printable", "records", "shutdown"},
     "runlog": {"autoclip", "errors", "history", "printable", "records", "reports", "rules"},
-    "pipeline": {"autoclip", "errors", "history", "records", "reports", "rules", "verdict"},
+    "pipeline": {"autoclip", "errors", "history", "origin", "records", "reports", "rules", "verdict"},
     "offline": {"errors", "history", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
     "measure": {"device", "errors", "history", "records"},
     "distributed": {"autoclip", "errors", "measure", "records", "rules"},
@@ -65,12 +65,13 @@ MAY_KNOW: dict[str, set[str]] = {
             "skipping",
         ),
     },
-    "forensics": {"errors", "measure", "origin", "probe"},
+    "forensics": {"device", "errors", "measure", "origin", "probe", "records"},
     "page": {"errors", "history", "printable", "runlog"},
     "monitor": {
         *(
             "autoclip",
             "errors",
+            "forensics",
             "history",
             "measure",
             "pipeline",
@@ -81,7 +82,19 @@ MAY_KNOW: dict[str, set[str]] = {
         *("rules", "runlog", "shutdown"),
     },
     "attach": {
-        *("autoclip", "clips", "distributed", "errors", "measure", "monitor", "probe", "records", "reports", "rules"),
+        *(
+            "autoclip",
+            "clips",
+            "distributed",
+            "errors",
+            "forensics",
+            "measure",
+            "monitor",
+            "probe",
+            "records",
+            "reports",
+            "rules",
+        ),
     },
     "__init__": {
         *("attach", "autoclip", "clips", "errors", "forensics", "monitor", "origin", "records", "reports", "rules"),
@@ -323,7 +336,7 @@ def test_nobody_writes_into_another_objects_attributes() -> None:
 
 
 # what is computed when it is first asked for, and kept
-CACHES = {"history/losses.stuck", "history/ring.row", "measure/layers.home"}
+CACHES = {"history/losses.stuck", "history/ring.row", "measure/layers.home", "probe/patches.losses"}
 QUESTION = re.compile(
     r"_?(is|has|was|are|may|can|needs|fits|holds|knows|keeps|stays|falls|waits|goes|rests|owns|writes|clips|acts|relapses)(_|$)"
 )

@@ -116,6 +116,10 @@ _WHERE = (
 def cause_of(mark: Mark) -> str:
     """Return what happened, such as "got 3 zeros of 512 and returned 3 infinities"."""
     returned = _returned(mark.output)
+    if "got" in mark.scalars:
+        return f"{mark.scalars['got']} and returned {returned if mark.output is not None else 'NaN'}"
+    if "singular" in mark.scalars:
+        return f"is singular at {counted(mark.scalars['singular'], 'element')}: what its backward returns there is not finite"
     if mark.backward:
         inner = "" if mark.raw == mark.op else f" (in its `{mark.raw}`)"
         dropped = ", where the gradient that arrived was 0: a dropped branch" if _is_dropped(mark) else ""
@@ -147,6 +151,9 @@ def _got(mark: Mark) -> str:
         "grows": (True, f"got {first.dtype} numbers up to {first.largest:.3g}"),
         "multiplies": (True, _largest(mark.inputs)),
     }
+    target = next((one for one in mark.inputs if one.name == "target"), None)
+    if target is not None and target.smallest == target.largest == mark.scalars.get("ignore_index"):
+        return "got only labels that are ignored"
     for group, ops in _GROUPS.items():
         holds, words = by_op[group]
         if mark.op in ops and holds:
@@ -178,7 +185,7 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
             f"`{mark.name}` was damaged before this step: look at the update of the step before, and go back to a checkpoint "
             "with finite values.",
         )
-    if mark.subject == "input":
+    if mark.subject in ("input", "argument"):
         return ("Look at these rows where they are loaded: assert torch.isfinite(x).all() in the Dataset.",)
     if mark.subject == "written":
         return ("Look at this line: what it writes must not reach the loss.",)

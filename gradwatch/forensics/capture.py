@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import weakref
 from contextlib import nullcontext
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,7 @@ class Call:
         autocast: whether autocast was on, and its dtype, for the device of the call.
         file, line, code: where the program called the model.
         backward: whether a backward of this forward has begun.
+        started: when it began, in seconds of `time.perf_counter`.
     """
 
     __slots__ = (
@@ -51,10 +53,12 @@ class Call:
         "generator",
         "kwargs",
         "line",
+        "started",
         "versions",
     )
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.started = perf_counter()
         self.args = args
         self.kwargs = kwargs
         self.versions = [one._version for one in args if type(one) is torch.Tensor and not one.is_inference()]
@@ -91,6 +95,21 @@ class Call:
         return self._large() if self._large is not None else self._output
 
     @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors that the model returned, as far as they are still there."""
+        output = self.output
+        return [output] if type(output) is torch.Tensor else [one for _, one in outputs_in(output)]
+
+    def begin_backward(self) -> None:
+        """Record that a backward of this forward begins."""
+        self.backward = True
+
+    def without_output(self) -> Call:
+        """Drop the output, which keeps the graph alive, and return the call."""
+        self._output = self._large = None
+        return self
+
+    @property
     def changed(self) -> bool:
         """Whether an input was changed in place since the forward."""
         now = [one._version for one in self.args if type(one) is torch.Tensor and not one.is_inference()]
@@ -105,18 +124,23 @@ def outputs_in(output: Any) -> list[tuple[str, Tensor]]:
 
 
 class _Hook:
-    """A hook of a module. Copies and pickles of the module hold one in its place that does nothing."""
+    """A hook of a module. Copies and pickles of the module hold one in its place that does nothing.
+
+    Args:
+        model: the module, held weakly, since its copies call the same hooks.
+        call: bound method to call with the module and the arguments of the hook; its object is held weakly.
+    """
 
     def __init__(self, model: nn.Module, call: Callable[..., None]) -> None:
         self._model = weakref.ref(model)
-        self._call = call
+        self._call = weakref.WeakMethod(call)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         """Pass on the call of a module; nothing while it is compiled."""
         if torch.compiler.is_compiling():
             return
-        if torch.is_grad_enabled() and module is self._model():
-            self._call(module, *args)
+        if torch.is_grad_enabled() and module is self._model() and (call := self._call()) is not None:
+            call(module, *args)
 
     def __reduce__(self) -> Any:
         """Become a function that takes anything and does nothing, which can be read without gradwatch."""
@@ -146,21 +170,9 @@ class Capture:
         model = self._model()
         if model is None or self._handles:
             return
-        me = weakref.ref(self)
-
-        def begins(_: nn.Module, args: Any, kwargs: Any) -> None:
-            here = me()
-            if here is not None:
-                here._begins(args, kwargs)
-
-        def ends(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
-            here = me()
-            if here is not None:
-                here._ends(output)
-
         self._handles = [
-            model.register_forward_pre_hook(_Hook(model, begins), prepend=True, with_kwargs=True),
-            model.register_forward_hook(_Hook(model, ends), with_kwargs=True),
+            model.register_forward_pre_hook(_Hook(model, self._begins), prepend=True, with_kwargs=True),
+            model.register_forward_hook(_Hook(model, self._ends), with_kwargs=True),
         ]
 
     def stop(self) -> None:
@@ -183,7 +195,7 @@ class Capture:
         """Capture nothing while a forward is repeated."""
         self.on = on
 
-    def _begins(self, args: Any, kwargs: Any) -> None:
+    def _begins(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.on:
             return
         try:
@@ -196,7 +208,7 @@ class Capture:
             self.calls.clear()
             self._failed(error)
 
-    def _ends(self, output: Any) -> None:
+    def _ends(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
         if self.on and self.calls:
             try:
                 self.calls[-1].gave(output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -36,7 +35,7 @@ def origin_of(mark: Mark, found_by: Way, *, batch: int = 0, part: Part | None = 
         output=mark.output,
         rows=mark.rows if mark.rows_known else (),
         batch=batch,
-        cause=_held(mark) if mark.subject == "input" else cause_of(mark),
+        cause=_held(mark) if mark.subject in ("input", "argument") else cause_of(mark),
         advice=advice_of(mark),
         found_by=found_by,
     )
@@ -67,8 +66,3 @@ def sole(marks: Sequence[Mark]) -> Mark | None:
 def lines_of(origin: Origin) -> list[str]:
     """Return the finding as lines: what happened, the inputs, what to do."""
     return [str(origin), *(f"  {line}" for line in origin.details), *(f"  do: {line}" for line in origin.advice)]
-
-
-def took(origin: Origin, seconds: float) -> Origin:
-    """Return the record with the time that the investigation took."""
-    return replace(origin, seconds=seconds if math.isfinite(seconds) else math.nan)

@@ -11,7 +11,7 @@ import torch
 from gradwatch.measure.wrappers import local_of, plain_name, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor, nn
 
@@ -60,6 +60,11 @@ class Names:
         """Add the tensors of a call of ``module``."""
         for name, tensor in inputs_of(module, args, kwargs):
             self._add("input", name, tensor)
+
+    def add_named(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Add tensors that the user has named."""
+        for name, tensor in tensors:
+            self._add("input", name or "batch", tensor)
 
     def has_no_dimension_of(self, batch: int) -> bool:
         """Return whether only the first dimension of inputs has the length of the batch, so that it is known where it is met."""

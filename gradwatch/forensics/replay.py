@@ -143,6 +143,8 @@ def first_cause(repeat: Repeat, found: Replay) -> Mark | None:
         return marks[0] if marks else None
     made = [mark for mark in marks if mark.subject in ("operation", "written")]
     outside = [mark for mark in marks if mark not in made]
+    if all(mark.subject in ("weight", "buffer") for mark in marks):
+        return marks[0]
     for mark in ordered(marks)[:_TRIALS]:
         if mark in outside and len(outside) > 1:
             return None

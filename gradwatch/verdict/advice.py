@@ -37,6 +37,8 @@ def advise(incident: Incident, history: History, remedies: Mapping[str, str]) ->
 
 def _lines(incident: Incident, history: History, told: Sequence[str]) -> Iterator[str]:
     facts = history.facts
+    if incident.origin is not None:
+        yield from incident.origin.advice
     if incident.kind in ("exploding", "diverging"):
         yield from _explosion(history, facts)
         yield from told
@@ -87,7 +89,9 @@ def _explosion(history: History, facts: Facts) -> Iterator[str]:
 
 
 def _nonfinite(incident: Incident, facts: Facts) -> Iterator[str]:
-    if incident.phase == "loss":
+    if incident.origin is not None:
+        pass  # the operation is known
+    elif incident.phase == "loss":
         yield "Look for log(0), sqrt(0), a division by zero or exp of a large number in the loss, and for NaN in the batch."
     elif incident.phase == "weight":
         yield "Go back to the last checkpoint with finite weights: no update repairs a NaN weight."
@@ -98,7 +102,8 @@ def _nonfinite(incident: Incident, facts: Facts) -> Iterator[str]:
         )
     if facts.clip is None:
         yield 'Skip such steps: attach(model, clip="norm") leaves parameters and optimizer state untouched.'
-    yield "Run that one batch under torch.autograd.detect_anomaly() to see the operation."
+    if incident.origin is None:
+        yield "Run that one batch under gradwatch.find_nonfinite(model), which names the operation."
 
 
 def _rate(facts: Facts) -> str:

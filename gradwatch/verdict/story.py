@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gradwatch.origin import Origin  # noqa: TC001  of a dataclass
 from gradwatch.records import EXPLOSION, Alarm, Incident, Kind, Phase, Severity, Verdict
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Story:
     odd_steps: set[int] = field(default_factory=set)
     ranks: tuple[int, ...] = ()
     findings: list[str] = field(default_factory=list)
+    origin: Origin | None = None
 
 
 def kind_of(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
