@@ -12,20 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from tests import failing
-from tests.failing import CAUSES, HEALTHY, MODULE, Block, Net
+from benchmarks.forensics import causes as failing
+from benchmarks.forensics.causes import CAUSES, HEALTHY, MODULE, Block, Net
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:std\(\). degrees of freedom")
-
-
-def lines_of(cause: str) -> range:
-    """Return the lines on which a cause is written."""
-    first = failing.line_of(CAUSES[cause].run)
-    return range(first - 1, first + 3)
 
 
 def found_in(model: nn.Module, loss: Callable[[Tensor], Tensor], x: Tensor) -> gradwatch.Origin | None:
@@ -48,8 +42,8 @@ def test_a_cause_in_the_model_is_named_with_module_line_direction_and_rows(name:
     found = found_in(Net(cause.run), lambda out: out.pow(2).mean(), torch.randn(failing.ROWS, failing.WIDTH))
     assert found is not None
     assert (found.op, found.direction, found.module, found.part) == (cause.op, cause.direction, MODULE, "model")
-    assert Path(found.file) == Path(failing.__file__) or name == "function of its own"
-    assert found.line in lines_of(name) or name == "function of its own"
+    assert Path(found.file) == Path(failing.__file__)
+    assert found.line in cause.lines
     assert found.rows == cause.rows
     assert found.advice
 
@@ -63,7 +57,7 @@ def test_a_cause_in_the_loss_code_is_named_with_its_line(name: str) -> None:
     found = found_in(model, lambda out: cause.run(out).pow(2).mean(), torch.randn(failing.ROWS, 5))
     assert found is not None
     assert (found.op, found.direction, found.module, found.part) == (cause.op, cause.direction, None, "loss code")
-    assert found.line in lines_of(name) or name == "function of its own"
+    assert found.line in cause.lines
 
 
 @pytest.mark.parametrize("name", HEALTHY)

@@ -202,6 +202,10 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
         )
     if known is not None:
         lines.append(known[0].upper() + known[1:])
-    elif mark.op in _PRODUCTS and not mark.backward:
+    elif mark.op not in _PRODUCTS:
+        lines.append(
+            f"Keep what `{mark.op}` gets within the range in which it{' and its derivative are' * mark.backward or ' is'} finite."
+        )
+    elif not mark.backward:
         lines.append("The inputs are too large: look at the steps before, normalise, or lower the learning rate.")
     return tuple(lines)

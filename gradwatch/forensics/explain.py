@@ -60,6 +60,8 @@ def called_at(origin: Origin, file: str, line: int) -> Origin:
 def sole(marks: Sequence[Mark]) -> Mark | None:
     """Return the first of some marks if they are all of one origin; None if it is not known which of them counts."""
     counting = [mark for mark in marks if not mark.mute] or list(marks)
+    if not counting:
+        return None
     return counting[0] if len({mark.key for mark in counting}) == 1 else None
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gradwatch.forensics.names import Names
 
 _MOST = 4096  # nodes
-_RESULTS = ("result", "output", "log_sumexp")
+_RESULTS = ("result", "output", "result0", "result1", "result2")
 
 
 def nodes_below(roots: Iterable[Any], ends: frozenset[Any] = frozenset(), most: int = _MOST) -> list[Any]:
@@ -176,9 +176,10 @@ class LossGraph:
 
     def _output(self, op: str, kept: dict[str, Any]) -> Tensor | None:
         """Return what an operation returned, kept or computed again from what is kept; None if that is not known."""
-        for name in _RESULTS:
-            if isinstance(kept.get(name), torch.Tensor):
-                return kept[name]  # type: ignore[no-any-return]
+        results = [kept[name] for name in _RESULTS if isinstance(kept.get(name), torch.Tensor)]
+        if results:
+            found: Tensor = next((one for one in results if is_nonfinite(one)), results[0])
+            return found
         if op == "div" and isinstance(kept.get("other"), torch.Tensor) and kept.get("self") is None:
             return 1 / kept["other"].detach() if kept["other"].is_floating_point() else None
         return _again(op, kept)

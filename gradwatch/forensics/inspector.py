@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import weakref
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,10 @@ import torch
 
 from gradwatch import device
 from gradwatch.forensics.capture import Call, Capture, called_module
+from gradwatch.forensics.frames import line_of
 from gradwatch.forensics.investigation import Investigation, NothingFound
 from gradwatch.forensics.singular import Singular
+from gradwatch.forensics.statements import Backward, backward_at
 from gradwatch.forensics.update import update_origin
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ class Inspector:
         self._earlier: list[tuple[int, list[Call]]] = []  # of rows that a device has not sent yet
         self._sent = self._arrived = 0
         self._batch: Any = None
+        self._backward: Backward | None = None  # where the program has called it, if statements may be run again
 
     def start(self) -> None:
         """Register the hooks on the model."""
@@ -90,7 +94,7 @@ class Inspector:
     def _forget(self) -> None:
         self._capture.forget()
         self._singular.forget()
-        self._batch = None
+        self._batch = self._backward = None
 
     # What happens in a step.
 
@@ -98,6 +102,8 @@ class Inspector:
         """Prepare for a backward; find the origin of a loss that is not finite, while its graph is whole."""
         try:
             calls = self._capture.calls
+            if self._mode == "lines" and calls:
+                self._backward = backward_at(line_of(sys._getframe())[2], losses)
             if any(not math.isfinite(one) for one in losses if type(one) is float or self._mode == "wait"):
                 self._in_trouble = True
                 calls = [call for call in calls if not call.backward]
@@ -176,7 +182,7 @@ class Inspector:
         self._capture.pause(on=False)
         try:
             with torch.enable_grad():
-                origin = look(Investigation(model, calls, self._mode, self._batch))
+                origin = look(Investigation(model, calls, self._backward, self._batch))
             optimizer = self._optimizer() if self._optimizer is not None else None
             if origin.subject == "weight" and optimizer is not None and not self._was_in_trouble:
                 origin = update_origin(optimizer, self._step) or origin

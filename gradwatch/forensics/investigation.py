@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradwatch.forensics.explain import called_at, origin_of
+from gradwatch.errors import words_of
+from gradwatch.forensics import statements
+from gradwatch.forensics.explain import called_at, origin_of, sole
 from gradwatch.forensics.graph_walk import LossGraph
 from gradwatch.forensics.names import Names, tensors_in
 from gradwatch.forensics.operands import is_nonfinite
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 
     from gradwatch.forensics.capture import Call
     from gradwatch.forensics.marks import Mark
-    from gradwatch.forensics.settings import Mode
     from gradwatch.forensics.singular import Singular
+    from gradwatch.forensics.statements import Backward
     from gradwatch.origin import Origin
 
 
@@ -34,14 +36,14 @@ class Investigation:
     Args:
         model: the model.
         calls: its forwards in this step.
-        mode: how much may be done.
+        backward: where the program has called backward, if its statements may be run again; else None.
         batch: batch that the user has named; None if there is none.
     """
 
-    def __init__(self, model: nn.Module, calls: list[Call], mode: Mode, batch: Any = None) -> None:
+    def __init__(self, model: nn.Module, calls: list[Call], backward: Backward | None, batch: Any = None) -> None:
         self._model = model
         self._calls = calls
-        self._mode = mode
+        self._backward = backward
         self._given = batch
         self._reasons: list[str] = []
 
@@ -71,6 +73,8 @@ class Investigation:
             if faithful is not False:
                 return origin
             unfaithful = origin
+        if unfaithful is None and (again := self._statements(backward=False)) is not None:
+            return again
         mark = self._in_graph(losses, outputs)
         if mark is not None:
             origin = origin_of(mark, "graph", batch=self._batch, part="loss code" if outputs else "unknown")
@@ -107,6 +111,8 @@ class Investigation:
                     return found[0]
             elif not known:
                 self._reasons.append("the gradient of the model's output was not kept")
+        if (again := self._statements(backward=True)) is not None:
+            return again
         mark = singular.first(self._names(), self._batch)
         if mark is not None:
             return origin_of(mark, "graph", batch=self._batch)
@@ -155,6 +161,23 @@ class Investigation:
             return None
         origin = called_at(origin_of(mark, "replay", batch=repeat.batch, part="model"), call.file, call.line)
         return origin.repeated(faithful=faithful), faithful
+
+    def _statements(self, *, backward: bool) -> Origin | None:
+        """Return what running the statements of the loss again finds; None if that was not asked for, or finds nothing."""
+        if self._backward is None or len(self._calls) != 1:
+            return None
+        try:
+            marks = statements.again(
+                self._model, self._calls[0], self._backward, self._names(), self._batch, backward=backward
+            )
+        except CannotRepeatError as reason:
+            self._reasons.append(str(reason))
+            return None
+        except Exception as error:  # the user's code may raise anything
+            self._reasons.append(f"the statements of the loss cannot be run again ({words_of(error)[:200]})")
+            return None
+        mark = sole([one for one in marks if not one.mute])
+        return origin_of(mark, "statements", batch=self._batch, part="loss code") if mark is not None else None
 
     @property
     def _batch(self) -> int:

@@ -89,6 +89,8 @@ def forward_of(node: str) -> str:
         return "accumulate_grad"
     name = re.sub(r"Backward\d*$", "", name)
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    if not hasattr(torch.ops.aten, snake) and hasattr(torch.ops.aten, snake.replace("_", "")):  # log1_p
+        snake = snake.replace("_", "")
     return plain_op(snake)
 
 

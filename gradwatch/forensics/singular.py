@@ -40,7 +40,8 @@ def _one(kept: dict[str, Any]) -> Tensor:
 
 def _root(kept: dict[str, Any]) -> Tensor:
     exponent = kept["exponent"]
-    return (kept["self"] == 0) & torch.as_tensor((exponent < 1) & (exponent != 0), device=kept["self"].device)
+    zero: Tensor = (kept["self"] == 0) & torch.as_tensor((exponent < 1) & (exponent != 0), device=kept["self"].device)
+    return zero
 
 
 # by the type of a node: at which elements its backward is not finite

@@ -138,8 +138,9 @@ class Trace(TorchDispatchMode):
         each = [self.marks_of(one, func, order) for _, one in bad]
         each = self._that_count(func, args, kwargs, bad, each, outputs[0])
         inherited = ordered(mark for marks in each for mark in marks)
-        # NaN of infinities that were written on purpose, such as the softmax of a row that is masked altogether
-        if all(mark.mute for mark in inherited) and any(map(has_nan, outputs)):
+        # what infinities that were written on purpose become, such as the softmax of a row that is masked altogether
+        mute = all(mark.mute for mark in inherited)
+        if mute and (any(map(has_nan, outputs)) or ops.name_of(func) == "logsumexp"):
             return (self._new(func, args, kwargs, inputs, outputs[0], order),)
         if self._makes(func, args, kwargs, [one for _, one in bad]):
             inherited = ordered((*inherited, self._new(func, args, kwargs, inputs, outputs[0], order)))

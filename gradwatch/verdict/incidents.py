@@ -280,7 +280,7 @@ class Incidents:
         phase = before.phase if before is not None and before.phase else phase_of(self._history)
         moved, finding = self._suspects.moved() if before is None else (None, None)
         story.findings += [finding] if finding else []
-        if self._origin is not None and kind == "nonfinite":
+        if self._origin is not None and kind in EXPLOSION:
             story.origin, self._origin = story.origin or self._origin, None
         suspect = self._suspects.prime(signs, layers, phase, moved)
         if before is not None and before.suspect is not None and (before.kind == kind or phase is None):

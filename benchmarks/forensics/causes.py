@@ -1,4 +1,4 @@
-"""Programs that make a number that is not finite, each with the operation that makes it: for the tests of the forensics."""
+"""Operations that make a number that is not finite, each with what a tool should say of it; and some that only look like it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,21 @@ class Cause(NamedTuple):
         op: its name, as gradwatch should say it.
         direction: forward or backward.
         run: the operation, in one line; of activations of shape (16, 6), with some elements zero.
-        rows: rows that are not finite; None if all are, or if that cannot be said.
+        rows: rows that are not finite; empty if all are, or if that cannot be said.
+        inside: function in which the operation is written; None: in ``run`` itself.
     """
 
     op: str
     direction: str
     run: Callable[[Tensor], Tensor]
     rows: tuple[int, ...] = ()
+    inside: Callable[..., object] | None = None
+
+    @property
+    def lines(self) -> range:
+        """The lines on which the operation is written."""
+        code = (self.inside or self.run).__code__
+        return range(code.co_firstlineno, max(line for _, _, line in code.co_lines() if line is not None) + 1)
 
 
 def _at_zero(h: Tensor) -> Tensor:
@@ -39,6 +47,26 @@ def _at_zero(h: Tensor) -> Tensor:
 
 def _masked(h: Tensor) -> Tensor:
     return h.masked_fill(SOME[:, None] | ~LATE, -torch.inf)
+
+
+def _aligned(h: Tensor) -> Tensor:
+    """Return the loss of five labels in two frames."""
+    frames = h.log_softmax(1)[:2, None]
+    return nn.functional.ctc_loss(frames, torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([2]), torch.tensor([5]))
+
+
+def _vectors(h: Tensor) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(torch.eye(WIDTH) * h.mean())[1]
+    return vectors
+
+
+def _normalised(h: Tensor) -> Tensor:
+    return nn.functional.layer_norm(h.half(), (WIDTH,), eps=0.0).float()
+
+
+def _counted(h: Tensor) -> Tensor:
+    """Return a product of integers that is beyond their range, and so negative."""
+    return torch.full(h.shape, 2**62) * 2
 
 
 class Doubled(torch.autograd.Function):
@@ -81,8 +109,18 @@ CAUSES: dict[str, Cause] = {
     "std of one element": Cause("std", "forward", lambda h: h[:, :1].std(1, keepdim=True) + h),
     "normalisation at zero": Cause("div", "forward", lambda h: _at_zero(h) / _at_zero(h).norm(dim=1, keepdim=True), (5, 11)),
     "logit of 1": Cause("logit", "forward", lambda h: torch.logit((h * 0 + SOME[:, None]).clamp(0.5, 1)), (5, 11)),
-    "function of its own": Cause("div", "backward", lambda h: doubled(_at_zero(h)), (5, 11)),
+    "function of its own": Cause("div", "backward", lambda h: doubled(_at_zero(h)), (5, 11), Doubled.backward),
     "narrowed to float16": Cause("to_copy", "forward", lambda h: (h + 1e6 * SOME[:, None]).half().float(), (5, 11)),
+    "reciprocal square root of zero": Cause("rsqrt", "forward", lambda h: torch.rsqrt(_at_zero(h).abs()), (5, 11)),
+    "log1p of -1": Cause("log1p", "forward", lambda h: torch.log1p(_at_zero(h).abs() - 1.0 * SOME[:, None]), (5, 11)),
+    "labels that do not fit": Cause("ctc_loss", "forward", lambda h: _aligned(h) + h, (), _aligned),
+    "eigenvectors of equal eigenvalues": Cause("eigh", "backward", lambda h: _vectors(h)[0] + h, (), _vectors),
+    "layer normalisation of constants": Cause("layer_norm", "forward", lambda h: _normalised(_at_zero(h)), (5, 11), _normalised),
+    "integer overflow": Cause("sqrt", "forward", lambda h: torch.sqrt(_counted(h).float()) + h),
+    "deviation of an encoder": Cause("exp", "forward", lambda h: h + torch.exp(h * 0 + 99.0 * SOME[:, None]), (5, 11)),
+    "gamma function of zero": Cause("lgamma", "forward", lambda h: torch.lgamma(_at_zero(h)), (5, 11)),
+    "logsumexp of a masked row": Cause("logsumexp", "forward", lambda h: torch.logsumexp(_masked(h), 1)[:, None] + h, (5, 11)),
+    "product of many": Cause("prod", "forward", lambda h: torch.prod(h * 0 + 1e9, 1)[:, None] + h),
 }  # fmt: skip
 HEALTHY: dict[str, Callable[[Tensor], Tensor]] = {
     "a partial mask": lambda h: torch.softmax(h.masked_fill(~LATE, -torch.inf), 1),
@@ -122,8 +160,3 @@ class Net(nn.Module):
 
 
 MODULE = "blocks.1"
-
-
-def line_of(run: Callable[[Tensor], Tensor]) -> int:
-    """Return the line at which a cause is written."""
-    return run.__code__.co_firstlineno
