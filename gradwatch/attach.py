@@ -42,6 +42,7 @@ def attach(
     *,
     budget: float | None = None,
     forensics: bool | str = "auto",
+    save_batch: bool = False,
 ) -> Monitor:
     """Watch ``model``: from now on, optimizer steps are measured, judged and reported.
 
@@ -67,6 +68,8 @@ def attach(
             a step takes longer than a millisecond; True and False always or never. ``"lines"`` may also run the statements
             between the call of the model and ``backward()`` again, to find the line in the code of the loss. ``"wait"`` waits
             at each step for the loss if it is on a device. At most three times in a run is something repeated.
+        save_batch: whether to write the inputs of the step that failed into the folder of the run log, which
+            `gradwatch reproduce` loads. They may be large, and they are the user's data.
 
     Returns:
         The monitor. It need not be kept: it lives as long as the model, and `gradwatch.monitor_of` returns it. If the model is
@@ -104,7 +107,7 @@ def attach(
         )
     if not isinstance(strict, bool):
         raise UsageError(f"attach() got strict={shown(strict)}; expected True or False.")
-    mode = _mode(forensics)
+    mode = _mode(forensics, log, save_batch=save_batch)
     folder = _folder(log)
     before = monitor_of(model) or _of_a_cell_run_again(folder, model)
     if policy is not None:
@@ -118,6 +121,7 @@ def attach(
     if policy is not None:
         _check_clip(policy.clip, monitor, model)
     _replace(before, monitor, model, folder)
+    monitor.keep_batches(folder if save_batch and is_first() else None)
     monitor.start(optimizer)
     return monitor
 
@@ -187,10 +191,15 @@ def _folder(log: Any) -> Path | None:
     return folder
 
 
-def _mode(forensics: Any) -> Mode | None:
+def _mode(forensics: Any, log: Any, *, save_batch: Any) -> Mode | None:
     modes: dict[Any, Mode | None] = {"auto": "auto", "lines": "lines", "wait": "wait", True: "on", False: None}
     if not isinstance(forensics, (bool, str)) or forensics not in modes:
         raise UsageError(f'attach() got forensics={shown(forensics)}; expected "auto", True, False, "lines" or "wait".')
+    if not isinstance(save_batch, bool) or (save_batch and (log is None or forensics is False)):
+        raise UsageError(
+            f"attach() got save_batch={shown(save_batch)} with log={shown(log)} and forensics={shown(forensics)}; expected "
+            "True or False, and for True a log and forensics."
+        )
     return modes[forensics]
 
 

@@ -111,6 +111,11 @@ class Monitor:
             recording = Recording(store, self.history, self._notes.warn, environment, self._numbers_of_batch)
             self._pipeline.desk.keep(recording)
 
+    def keep_batches(self, folder: Path | None) -> None:
+        """Write the inputs of a step that fails into the folder of the run log, if one is given. Called by `gradwatch.attach`."""
+        if self._inspector is not None and folder is not None:
+            self._inspector.keep_in(folder)
+
     def start(self, optimizer: Optimizer | None = None) -> None:
         """Install the hooks and start the reports. Called by `gradwatch.attach`."""
         try:

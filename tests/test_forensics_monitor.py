@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import gradwatch
 from benchmarks.forensics import causes as failing
 from benchmarks.forensics.causes import CAUSES, HEALTHY, MODULE, Net
+from gradwatch.__main__ import main
 from gradwatch.forensics.capture import Capture
 from gradwatch.reports.log import LogReport
 from gradwatch.runlog import RunLog
@@ -437,3 +438,24 @@ def test_a_loss_in_one_statement_and_one_under_autocast_are_run_again() -> None:
         loss.backward()
         optimizer.step()
     assert "`sqrt` at test_forensics_monitor.py:" in str(monitor.incidents[0])
+
+
+def test_the_batch_of_the_step_that_failed_is_kept_and_its_program_names_the_operation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`gradwatch reproduce` prints lines that run once the model and the loss are put in."""
+    torch.manual_seed(1)
+    model = Net(CAUSES["log of zero"].run)
+    watched(model, log=tmp_path, save_batch=True)
+    kept = torch.load(tmp_path / "batch-0.pt", weights_only=True)
+    assert kept["args"][0].shape == (failing.ROWS, failing.WIDTH)
+    assert main(["reproduce", str(tmp_path)]) == 0
+    program = capsys.readouterr().out
+    assert len(program.splitlines()) == 10
+    assert "`log` at causes.py:" in program.splitlines()[0]
+    program = program.replace("model = ...", "model = the_model").replace("loss = ...", "loss = out.mean()")
+    with pytest.raises(gradwatch.NonFiniteError, match=r"`log` at causes\.py"):
+        exec(program, {"the_model": Net(CAUSES["log of zero"].run)})  # noqa: S102  it is what was printed
+    assert main(["reproduce", str(tmp_path), "--step", "7"]) == 2
+    with pytest.raises(gradwatch.UsageError, match="save_batch=True with log=None"):
+        gradwatch.attach(model, save_batch=True)

@@ -7,7 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from gradwatch.commands import blame, compare, demo, explain, export, list_, replay, report, rules, suggest, watch
+from gradwatch.commands import (
+    blame,
+    compare,
+    demo,
+    explain,
+    export,
+    list_,
+    replay,
+    report,
+    reproduce,
+    rules,
+    suggest,
+    watch,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -34,6 +47,7 @@ COMMANDS: tuple[Command, ...] = (
     watch,
     report,
     blame,
+    reproduce,
     replay,
     compare,
     list_,

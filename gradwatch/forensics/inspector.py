@@ -15,12 +15,14 @@ from gradwatch import device
 from gradwatch.forensics.capture import Call, Capture, called_module
 from gradwatch.forensics.frames import line_of
 from gradwatch.forensics.investigation import Investigation, NothingFound
+from gradwatch.forensics.keep import keep
 from gradwatch.forensics.singular import Singular
 from gradwatch.forensics.statements import Backward, backward_at
 from gradwatch.forensics.update import update_origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -68,6 +70,7 @@ class Inspector:
         self._earlier: list[tuple[int, list[Call]]] = []  # of rows that a device has not sent yet
         self._sent = self._arrived = 0
         self._batch: Any = None
+        self._folder: Path | None = None  # for the inputs of a step that failed
         self._backward: Backward | None = None  # where the program has called it, if statements may be run again
 
     def start(self) -> None:
@@ -86,6 +89,10 @@ class Inspector:
     def given(self, batch: Any) -> None:
         """Remember the batch that the user has named, for the names of its tensors."""
         self._batch = batch
+
+    def keep_in(self, folder: Path) -> None:
+        """Write the inputs of a step that fails into this folder."""
+        self._folder = folder
 
     def _capture_failed(self, error: Exception) -> None:
         self.stop()
@@ -182,11 +189,15 @@ class Inspector:
         self._capture.pause(on=False)
         try:
             with torch.enable_grad():
-                origin = look(Investigation(model, calls, self._backward, self._batch))
+                inquiry = Investigation(model, calls, self._backward, self._batch)
+                origin = look(inquiry)
             optimizer = self._optimizer() if self._optimizer is not None else None
             if origin.subject == "weight" and optimizer is not None and not self._was_in_trouble:
                 origin = update_origin(optimizer, self._step) or origin
-            self._tell(origin.at(self._step, perf_counter() - started))
+            origin = origin.at(self._step, perf_counter() - started)
+            self._tell(origin)
+            if self._folder is not None and inquiry.guilty is not None:
+                keep(self._folder, inquiry.guilty, origin)
         except NothingFound as reason:
             self._note(
                 f"step {self._step} was not finite, and which operation made it so is not known: {reason} "

@@ -38,6 +38,9 @@ class Investigation:
         calls: its forwards in this step.
         backward: where the program has called backward, if its statements may be run again; else None.
         batch: batch that the user has named; None if there is none.
+
+    Attributes:
+        guilty: the forward in question; None if it is not known.
     """
 
     def __init__(self, model: nn.Module, calls: list[Call], backward: Backward | None, batch: Any = None) -> None:
@@ -45,6 +48,7 @@ class Investigation:
         self._calls = calls
         self._backward = backward
         self._given = batch
+        self.guilty: Call | None = calls[0] if len(calls) == 1 else None
         self._reasons: list[str] = []
 
     # A loss that is not finite.
@@ -159,6 +163,7 @@ class Investigation:
         except RuntimeError as error:
             self._reasons.append(f"the forward could not be repeated ({' '.join(str(error).split())[:200]})")
             return None
+        self.guilty = call
         origin = called_at(origin_of(mark, "replay", batch=repeat.batch, part="model"), call.file, call.line)
         return origin.repeated(faithful=faithful), faithful
 

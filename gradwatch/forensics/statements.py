@@ -156,16 +156,15 @@ def _block(tree: ast.AST, call: int, backward: int) -> tuple[list[Any], int, int
 
 def _root_of(statement: ast.AST, line: int) -> ast.expr:
     """Return the expression of which a statement calls backward."""
-    for node in ast.walk(statement):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
-            if node.lineno <= line <= (node.end_lineno or 0):
-                target = node.args[0] if node.args else node.func.value
-                scaled = (
-                    isinstance(target, ast.Call)
-                    and isinstance(target.func, ast.Attribute)
-                    and target.func.attr == "scale"
-                )
-                return target.args[0] if scaled and isinstance(target, ast.Call) else target
+    calls = [one for one in ast.walk(statement) if isinstance(one, ast.Call)]
+    for node in calls:
+        here = isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
+        if here and isinstance(node.func, ast.Attribute) and node.lineno <= line <= (node.end_lineno or 0):
+            target = node.args[0] if node.args else node.func.value
+            scaled = (
+                isinstance(target, ast.Call) and isinstance(target.func, ast.Attribute) and target.func.attr == "scale"
+            )
+            return target.args[0] if scaled and isinstance(target, ast.Call) else target
     raise CannotRepeatError("the statement that calls backward is not understood")
 
 
