@@ -36,6 +36,7 @@ class Place(NamedTuple):
         module: path of the innermost module of the model; None if there is none.
         inside_backward: whether autograd runs it: itself, or Python code that it has called.
         own_backward: whether it belongs to the backward of a function that was written in Python.
+        in_optimizer: whether it belongs to the step of an optimizer, and not to a closure that the step evaluates.
         calls_model: whether the line is the one that called the model, because there is none further inside.
     """
 
@@ -45,6 +46,7 @@ class Place(NamedTuple):
     inside_backward: bool = False
     own_backward: bool = False
     calls_model: bool = False
+    in_optimizer: bool = False
 
 
 @cache
@@ -76,7 +78,7 @@ def place_of(names: Names, depth: int, until: CodeType | None = None) -> Place:
     frame: Any = sys._getframe(depth + 1)
     file, line, module, inside, recomputed = "", 0, None, False, False
     running: list[nn.Module] = []
-    outer = 0
+    outer, optimizes = 0, False
     while frame is not None and frame.f_code is not until:
         code = frame.f_code
         if code in CALLS:
@@ -86,6 +88,8 @@ def place_of(names: Names, depth: int, until: CodeType | None = None) -> Place:
             break
         elif code.co_filename == _CHECKPOINT:
             recomputed = True
+        elif not line and not running and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
+            optimizes = True
         elif not line and is_users(code.co_filename):
             file, line, outer = code.co_filename, frame.f_lineno, len(running)
         frame = frame.f_back
@@ -96,4 +100,4 @@ def place_of(names: Names, depth: int, until: CodeType | None = None) -> Place:
             break
     own = inside and bool(line) and not recomputed
     calls = bool(line) and module is not None and outer == len(running)
-    return Place(file, line, module, inside and not recomputed, own, calls)
+    return Place(file, line, module, inside and not recomputed, own, calls, optimizes)

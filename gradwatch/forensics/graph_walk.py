@@ -97,10 +97,16 @@ class LossGraph:
 
     def _gradients(self, inputs: Sequence[Any]) -> Sequence[Tensor | None]:
         """Return the gradients of the roots; the graph stays as it is."""
-        if not inputs or not self._roots:
+        if not inputs or not self._roots or self._may_exchange():
             return [None] * len(inputs)
         with torch.enable_grad():
             return torch.autograd.grad(self._roots, inputs, _ones(self._roots), retain_graph=True, allow_unused=True)
+
+    def _may_exchange(self) -> bool:
+        """Return whether a backward might wait for other processes, because functions written in Python take part in it."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self._nodes)
 
     @staticmethod
     def _counts(gradient: Tensor | None, output: Tensor | None) -> bool:

@@ -77,7 +77,7 @@ class Investigation:
             if faithful is not False:
                 return origin
             unfaithful = origin
-        if unfaithful is None and (again := self._statements(backward=False)) is not None:
+        if outputs and not any(map(is_nonfinite, outputs)) and (again := self._statements(backward=False)) is not None:
             return again
         mark = self._in_graph(losses, outputs)
         if mark is not None:
@@ -124,6 +124,20 @@ class Investigation:
             self._reason("no operation made a non-finite gradient of finite ones when the step was repeated")
         )
 
+    # A model whose weights are spread over processes.
+
+    def of_shards(self) -> Origin:
+        """Return the origin that repeating the forwards in all processes together finds in this one.
+
+        Raises:
+            NothingFound: it is not known.
+        """
+        for call in self._calls:
+            found = self._repeat(call, together=True)
+            if found is not None and found[1] is not False:
+                return found[0]
+        raise NothingFound(self._reason("the forward is finite in this process when it is repeated"))
+
     # Inputs of an earlier step.
 
     def of_inputs(self, lag: int) -> Origin:
@@ -140,19 +154,22 @@ class Investigation:
 
     # Parts.
 
-    def _repeat(self, call: Call, gradients: list[Tensor | None] | None = None) -> tuple[Origin, bool | None] | None:
+    def _repeat(
+        self, call: Call, gradients: list[Tensor | None] | None = None, *, together: bool = False
+    ) -> tuple[Origin, bool | None] | None:
         """Return what repeating a forward finds, and whether it was faithful; None if it finds nothing."""
         try:
-            repeat = Repeat(self._model, call, gradients)
+            repeat = Repeat(self._model, call, gradients, together=together)
             result: Replay = repeat.run()
-            mark = first_cause(repeat, result)
+            mark = first_cause(repeat, result) if not together else sole([one for one in result.marks if not one.mute])
             if mark is None:
                 if is_faithful(call, result.outputs) is False:
                     self._reasons.append("the repeated forward gave another result")
                 elif any(not one.mute for one in result.marks):
                     self._reasons.append("several operations made it, and which of them counts is not known")
                 return None
-            know_rows(repeat, mark)
+            if not together:  # each further run would be one of all processes
+                know_rows(repeat, mark)
             faithful = is_faithful(call, result.outputs)
         except CannotRepeatError as reason:
             self._reasons.append(str(reason))
@@ -181,7 +198,7 @@ class Investigation:
         except Exception as error:  # the user's code may raise anything
             self._reasons.append(f"the statements of the loss cannot be run again ({words_of(error)[:200]})")
             return None
-        mark = sole([one for one in marks if not one.mute])
+        mark = sole([one for one in marks if one.subject in ("operation", "written") and not one.mute])
         return origin_of(mark, "statements", batch=self._batch, part="loss code") if mark is not None else None
 
     @property

@@ -107,6 +107,12 @@ def _changes(func: Any) -> bool:
 
 
 @cache
+def is_collective(func: Any) -> bool:
+    """Return whether an operation is one of several processes."""
+    return str(func._schema.name).startswith(("c10d::", "_c10d_functional::", "c10d_functional::"))
+
+
+@cache
 def can_repeat(func: Any) -> bool:
     """Return whether an operation gives the same result when it is run again on copies of its inputs."""
     return torch.Tag.nondeterministic_seeded not in func.tags and name_of(func) not in _UNINITIALISED

@@ -45,12 +45,16 @@ class Repeat:
         model: the model.
         call: the forward.
         gradients: gradients that had reached the outputs; None: no backward.
+        together: whether all processes run it at the same time, on the weights that are spread over them.
     """
 
-    def __init__(self, model: nn.Module, call: Call, gradients: Gradients | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, call: Call, gradients: Gradients | None = None, *, together: bool = False
+    ) -> None:
         self.model = unwrapped(model)
         self.call = call
         self.gradients = gradients
+        self.together = together
         self.batch = batch_of(call.args, call.kwargs)
         if any(isinstance(one, AnIterator) for one in (*call.args, *call.kwargs.values())):
             raise CannotRepeatError("its input is an iterator, which can be read only once")
@@ -66,7 +70,7 @@ class Repeat:
         args, kwargs = self._inputs((self.call.args, self.call.kwargs), shift)
         names.add_inputs(self.model, args, kwargs)
         with ExitStack() as stack:
-            weights = stack.enter_context(stand_ins(self.model))
+            weights = stack.enter_context(stand_ins(self.model, spread=self.together))
             names.add_state(self.model)
             stack.enter_context(generators_kept(self.call.generator))
             stack.enter_context(eagerly())
@@ -75,7 +79,14 @@ class Repeat:
             if self.call.autocast is not None:
                 on, dtype, cache = self.call.autocast
                 stack.enter_context(torch.autocast("cpu", dtype=dtype, enabled=on, cache_enabled=cache))
-            trace = Trace(names, _called.__code__, repaired, self.batch, backward=self.gradients is not None)
+            trace = Trace(
+                names,
+                _called.__code__,
+                repaired,
+                self.batch,
+                backward=self.gradients is not None,
+                alone=not self.together,
+            )
             with trace:
                 output = _called(self.model, args, kwargs)
                 outputs = [one for _, one in outputs_in(output)]

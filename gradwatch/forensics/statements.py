@@ -59,7 +59,7 @@ def again(model: nn.Module, call: Call, at: Backward, names: Names, batch: int, 
     code = _code(model, call, at, space)
     output = _detached(call.output)
     space[_OUTPUT] = lambda: output
-    trace = Trace(names, _run.__code__, batch=batch)
+    trace = Trace(names, _run.__code__, batch=batch, alone=True)
     with ExitStack() as stack:
         stack.enter_context(generators_kept())
         stack.enter_context(eagerly())

@@ -16,6 +16,7 @@ from gradwatch.forensics import ops
 from gradwatch.forensics.frames import Place, place_of
 from gradwatch.forensics.marks import Mark, Marked, ordered
 from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, plain, rows_of
+from gradwatch.forensics.standins import CannotRepeatError
 from gradwatch.measure.wrappers import local_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Trace(TorchDispatchMode):
         repaired: indices of operations whose non-finite outputs are replaced by finite numbers, for a trial.
         batch: number of rows of the batch; 0 if it is not known.
         backward: whether a backward may follow, so that the lines of all forwards have to be remembered.
+        alone: whether other processes do not run the same now, so that an exchange with them would never end.
 
     Attributes:
         marked: marks of the tensors that are not finite.
@@ -56,6 +58,7 @@ class Trace(TorchDispatchMode):
         batch: int = 0,
         *,
         backward: bool = True,
+        alone: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
@@ -65,6 +68,7 @@ class Trace(TorchDispatchMode):
         self.failed: Exception | None = None
         self._until = until
         self._backward = backward
+        self._alone = alone
         self._updating = False
         self._repaired = repaired
         self._calls: dict[int, tuple[str, Place]] = {}  # number of a node of autograd -> the forward that made it
@@ -91,6 +95,8 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.failed is not None or ops.is_view(func):
             return func(*args, **kwargs)
+        if self._alone and ops.is_collective(func):
+            raise CannotRepeatError("it exchanges tensors with other processes, which do not repeat it")
         changed = ops.changed_by(func, args, kwargs)
         before = (args, kwargs)
         if changed:
@@ -222,7 +228,7 @@ class Trace(TorchDispatchMode):
             mute=writes and (ops.is_uninitialised(func) or not has_nan(output)),
             node=node.name() if backward and node is not None else "",
             backward=backward,
-            update=self._updating,
+            update=self._updating and place.in_optimizer,
             place=place,
             inputs=tuple(operand_of(name, one) for name, one in inputs[:_MOST]),
             output=operand_of("output", here),
