@@ -37,8 +37,10 @@ from gradwatch.clips import (
     ClipZScore,
     ScaleToNorm,
 )
-from gradwatch.errors import GradwatchError, TrainingUnstableError, UsageError
+from gradwatch.errors import GradwatchError, NonFiniteError, TrainingUnstableError, UsageError
+from gradwatch.forensics import find_nonfinite
 from gradwatch.monitor import Monitor, monitor_of
+from gradwatch.origin import Operand, Origin
 from gradwatch.records import Alarm, ClipRecord, Incident, Row, Snapshot
 from gradwatch.reports.base import Report
 from gradwatch.rules import Rule, default_rules
@@ -61,6 +63,9 @@ __all__ = [
     "GradwatchError",
     "Incident",
     "Monitor",
+    "NonFiniteError",
+    "Operand",
+    "Origin",
     "Report",
     "Row",
     "Rule",
@@ -71,5 +76,6 @@ __all__ = [
     "UsageError",
     "attach",
     "default_rules",
+    "find_nonfinite",
     "monitor_of",
 ]

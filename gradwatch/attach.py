@@ -27,6 +27,8 @@ from gradwatch.rules import Rule, default_rules
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from gradwatch.forensics import Mode
+
 
 def attach(
     model: nn.Module,
@@ -40,6 +42,8 @@ def attach(
     strict: bool = False,  # noqa: FBT001, FBT002  the public surface
     *,
     budget: float | None = None,
+    forensics: bool | str = "auto",
+    save_batch: bool = False,
 ) -> Monitor:
     """Watch ``model``: from now on, optimizer steps are measured, judged and reported.
 
@@ -60,6 +64,13 @@ def attach(
         strict: whether errors inside gradwatch are raised. Otherwise each is reported once and training goes on.
         budget: the share of the training time that measuring may take, such as 0.01; ``every`` is then chosen, and adjusted
             as the run goes on. The first 64 steps are all measured.
+        forensics: whether to find the operation that made the first NaN or infinity, by repeating the forward of the step that
+            failed. For that, references to the inputs of a step are kept until it is over. ``"auto"`` does so on the CPU where
+            a step takes longer than a millisecond; True and False always or never. ``"lines"`` may also run the statements
+            between the call of the model and ``backward()`` again, to find the line in the code of the loss. ``"wait"`` waits
+            at each step for the loss if it is on a device. At most three times in a run is something repeated.
+        save_batch: whether to write the inputs of the step that failed into the folder of the run log, which
+            `gradwatch reproduce` loads. They may be large, and they are the user's data.
 
     Returns:
         The monitor. It need not be kept: it lives as long as the model, and `gradwatch.monitor_of` returns it. If the model is
@@ -102,17 +113,21 @@ def attach(
         )
     if not isinstance(strict, bool):
         raise UsageError(f"attach() got strict={shown(strict)}; expected True or False.")
+    mode = _mode(forensics, log, save_batch=save_batch)
     folder = _folder(log)
     before = monitor_of(model) or _of_a_cell_run_again(folder, model)
     if policy is not None:
         _check_others(policy, model, before)
     pace = every if budget is None else Budget(budget)
-    monitor = Monitor(model, _rules(rules), policy, _reports(report), scaler=scaler, every=pace, strict=strict)
+    monitor = Monitor(
+        model, _rules(rules), policy, _reports(report), scaler=scaler, every=pace, strict=strict, forensics=mode
+    )
     if optimizer is not None:
         _check_optimizer(optimizer, monitor, model)
     if policy is not None:
         _check_clip(policy.clip, monitor, model)
     _replace(before, monitor, model, folder)
+    monitor.keep_batches(folder if save_batch and is_first() else None)
     monitor.start(optimizer)
     return monitor
 
@@ -180,6 +195,18 @@ def _folder(log: Any) -> Path | None:
             '"runs/today". Give another path.'
         ) from error
     return folder
+
+
+def _mode(forensics: Any, log: Any, *, save_batch: Any) -> Mode | None:
+    modes: dict[Any, Mode | None] = {"auto": "auto", "lines": "lines", "wait": "wait", True: "on", False: None}
+    if not isinstance(forensics, (bool, str)) or forensics not in modes:
+        raise UsageError(f'attach() got forensics={shown(forensics)}; expected "auto", True, False, "lines" or "wait".')
+    if not isinstance(save_batch, bool) or (save_batch and (log is None or forensics is False)):
+        raise UsageError(
+            f"attach() got save_batch={shown(save_batch)} with log={shown(log)} and forensics={shown(forensics)}; expected "
+            "True or False, and for True a log and forensics."
+        )
+    return modes[forensics]
 
 
 def _is_number(value: object) -> bool:

@@ -7,7 +7,8 @@
     │   └── RunLogError                      a run log that is damaged, foreign, of another model, or another's
     ├── TrainingUnstableError (RuntimeError) auto-clip stops the run: by its policy, or after all it may do
     ├── ExchangeError (RuntimeError)         another process of a distributed training is gone
-    └── PeerError (RuntimeError)             gradwatch itself failed in another process
+    ├── PeerError (RuntimeError)             gradwatch itself failed in another process
+    └── NonFiniteError (RuntimeError)        find_nonfinite found a number that is not finite; says which operation made it
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from gradwatch.origin import Origin
 
 
 class GradwatchError(Exception):
@@ -41,6 +44,18 @@ class ExchangeError(GradwatchError, RuntimeError):
 
 class PeerError(GradwatchError, RuntimeError):
     """Raised inside gradwatch when it failed in another process: rows cannot be exchanged, so it is switched off here too."""
+
+
+class NonFiniteError(GradwatchError, RuntimeError):
+    """Raised by `gradwatch.find_nonfinite` at the first loss, gradient or weight that is not finite.
+
+    Attributes:
+        origin: the `gradwatch.Origin`; None if the operation is not known.
+    """
+
+    def __init__(self, message: str, origin: Origin | None = None) -> None:
+        super().__init__(message)
+        self.origin = origin
 
 
 def words_of(error: BaseException) -> str:

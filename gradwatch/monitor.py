@@ -16,6 +16,7 @@ import torch
 from gradwatch.autoclip.engine import AutoClipEngine
 from gradwatch.autoclip.suggest import Suggestion, suggest
 from gradwatch.errors import UsageError, words_of
+from gradwatch.forensics import Inspector
 from gradwatch.history.history import History
 from gradwatch.history.saved import entries, refuse, whole_number
 from gradwatch.history.schedule import OwnTime
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.autoclip.policy import AutoClip
+    from gradwatch.forensics import Mode
     from gradwatch.records import Alarm, Incident, RunVerdict
     from gradwatch.reports import Report
     from gradwatch.reports.base import RunLogReport
@@ -66,6 +68,7 @@ class Monitor:
         scaler: torch.amp.GradScaler | None = None,
         every: int | Budget = 1,
         strict: bool = False,
+        forensics: Mode | None = None,
     ) -> None:
         layers = self._layers = Layers(model)
         self._model = weakref.ref(model)
@@ -80,7 +83,11 @@ class Monitor:
         self._pipeline = Pipeline(self.history, rules, autoclip, reports, self._notes, own_time, broken=broken)
         pace = {"every": 1, "budget": every.share} if isinstance(every, Budget) else {"every": every, "budget": None}
         installed = {"gradwatch": version("gradwatch")}
-        self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time)
+        self._inspector: Inspector | None = None
+        if forensics is not None:
+            told = self._pipeline.found, self._pipeline.note, partial(self._notes.part_failed, "finding the operation")
+            self._inspector = Inspector(model, forensics, *told)
+        self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time, self._inspector)
         self.attached = False
 
     def _damage(self) -> str:
@@ -115,6 +122,11 @@ class Monitor:
         else:
             recording = Recording(store, self.history, self._notes.warn, environment, self._numbers_of_batch)
             self._pipeline.desk.keep(recording)
+
+    def keep_batches(self, folder: Path | None) -> None:
+        """Write the inputs of a step that fails into the folder of the run log, if one is given. Called by `gradwatch.attach`."""
+        if self._inspector is not None and folder is not None:
+            self._inspector.keep_in(folder)
 
     def start(self, optimizer: Optimizer | None = None) -> None:
         """Install the hooks and start the reports. Called by `gradwatch.attach`."""
@@ -273,6 +285,8 @@ class Monitor:
             batch: a tensor, or tensors in lists, tuples and dicts.
         """
         self._batch = batch
+        if self._inspector is not None:
+            self._inspector.given(batch)
         return batch
 
     def _numbers_of_batch(self) -> list[dict[str, Any]] | None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.history.columns import Columns
     from gradwatch.history.history import History
+    from gradwatch.origin import Origin
     from gradwatch.records import Facts
     from gradwatch.reports import Report
     from gradwatch.reports.notes import Notes
@@ -118,6 +119,10 @@ class Pipeline:
         self._band = widened(self._band, len(self.history.layers), 0.0)
         known = self.history.facts
         self.history.know(replace(known, layers=facts.layers, parameters=facts.parameters, depth=facts.depth))
+
+    def found(self, origin: Origin) -> None:
+        """Record the operation that made the first non-finite number of the step that is judged next."""
+        self.incidents.record_origin(origin)
 
     def note(self, text: str) -> None:
         """Report once what gradwatch cannot do."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from gradwatch.origin import Origin  # noqa: TC001  pydantic reads the annotations
 from gradwatch.printable import printable
 from gradwatch.wording import apart
 
@@ -310,6 +311,7 @@ class Incident:
         phase: where non-finite values were seen first; None if there were none.
         clip: what auto-clip did about it; None: nothing.
         ranks: processes from which non-finite values originate, if that is known.
+        origin: the operation that made the first non-finite number; None if it is not known.
         number: index of the incident in the run, from 0.
         left: what is worse than before the fault although the incident is closed, in sentences.
     """
@@ -330,6 +332,7 @@ class Incident:
     ranks: tuple[int, ...] = ()
     number: int = 0
     left: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     @property
     def open(self) -> bool:
@@ -343,8 +346,9 @@ class Incident:
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
         word = "over, with damage" if self.verdict == "damaged" else self.verdict
+        origin = f": {self.origin}" if self.origin is not None else ""
         left = f": {'; '.join(self.left)}" if self.left else ""
-        return printable(f"{self.kind} {word} ({self.severity}), {steps}{suspect}{left}")
+        return printable(f"{self.kind} {word} ({self.severity}), {steps}{suspect}{origin}{left}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from tests.where import WHERE
 
 PACKAGE = Path(gradwatch.__file__).parent
 HOST = (
+    "origin",
     "records",
     "settings",
     "errors",
@@ -30,22 +31,23 @@ HOST = (
 )
 # who may know whom: each folder, or file at the root, and what it may import of the others, in type hints too
 MAY_KNOW: dict[str, set[str]] = {
-    "errors": set(),
+    "errors": {"origin"},
+    "origin": {"printable"},
     "printable": set(),
     "wording": set(),
     "answers": {"wording"},
     "device": set(),
     "shutdown": set(),
     "settings": {"errors"},
-    "records": {"answers", "printable", "wording"},
+    "records": {"answers", "origin", "printable", "wording"},
     "history": {"answers", "errors", "records"},
     "rules": {"errors", "history", "records", "settings", "wording"},
-    "verdict": {"history", "records", "rules", "settings", "wording"},
+    "verdict": {"history", "origin", "records", "rules", "settings", "wording"},
     "clips": {"device", "errors", "history", "measure", "records", "settings"},
     "autoclip": {"clips", "errors", "history", "measure", "records", "settings"},
     "reports": {"errors", "printable", "records", "shutdown"},
     "runlog": {"answers", "autoclip", "errors", "history", "printable", "records", "reports", "rules"},
-    "pipeline": {"autoclip", "errors", "history", "records", "reports", "rules", "verdict"},
+    "pipeline": {"autoclip", "errors", "history", "origin", "records", "reports", "rules", "verdict"},
     "offline": {"errors", "history", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
     "measure": {"device", "errors", "history", "records"},
     "distributed": {"autoclip", "errors", "measure", "records", "rules"},
@@ -65,11 +67,13 @@ MAY_KNOW: dict[str, set[str]] = {
             "skipping",
         ),
     },
+    "forensics": {"device", "errors", "measure", "origin", "probe", "records"},
     "page": {"errors", "history", "printable", "reports", "runlog"},
     "monitor": {
         *(
             "autoclip",
             "errors",
+            "forensics",
             "history",
             "measure",
             "pipeline",
@@ -86,6 +90,7 @@ MAY_KNOW: dict[str, set[str]] = {
             "device",
             "distributed",
             "errors",
+            "forensics",
             "measure",
             "monitor",
             "probe",
@@ -95,10 +100,22 @@ MAY_KNOW: dict[str, set[str]] = {
         ),
     },
     "__init__": {
-        *("attach", "autoclip", "clips", "errors", "monitor", "records", "reports", "rules"),
+        *("attach", "autoclip", "clips", "errors", "forensics", "monitor", "origin", "records", "reports", "rules"),
     },
     "commands": {
-        *("__init__", "autoclip", "errors", "history", "offline", "page", "printable", "records", "reports", "rules"),
+        *(
+            "__init__",
+            "autoclip",
+            "errors",
+            "forensics",
+            "history",
+            "offline",
+            "page",
+            "printable",
+            "records",
+            "reports",
+            "rules",
+        ),
         *("runlog", "verdict"),
     },
     "__main__": {"commands", "errors", "printable"},
@@ -177,7 +194,7 @@ def test_the_table_says_no_more_than_is_so() -> None:
 
 
 # what is one thing to others is imported from the folder; a toolbox, such as measure, from the file that a reader should open
-ONE_THING = ("verdict", "probe", "skipping", "page")
+ONE_THING = ("verdict", "probe", "skipping", "page", "forensics")
 
 
 def test_what_is_one_thing_to_others_is_imported_from_its_folder() -> None:
@@ -252,12 +269,12 @@ def test_rich_is_loaded_only_where_something_is_shown(name: str) -> None:
     assert "rich" not in tops
 
 
-def test_two_files_register_hooks() -> None:
-    """Two files to read when something hangs on a model or an optimizer."""
+def test_three_files_register_hooks() -> None:
+    """Three files to read when something hangs on a model or an optimizer."""
     registering = [
         name for name, path in FILES.items() if "register_" in path.read_text().replace("atexit.register", "")
     ]
-    assert sorted(registering) == ["probe/gradient_hooks", "probe/optimizer_hooks"]
+    assert sorted(registering) == ["forensics/capture", "probe/gradient_hooks", "probe/optimizer_hooks"]
 
 
 def test_one_file_replaces_torchs_attributes() -> None:
@@ -322,7 +339,7 @@ def test_nobody_writes_into_another_objects_attributes() -> None:
 
 
 # what is computed when it is first asked for, and kept
-CACHES = {"history/losses.stuck", "history/ring.row", "measure/layers.home"}
+CACHES = {"history/losses.stuck", "history/ring.row", "measure/layers.home", "probe/patches.losses"}
 QUESTION = re.compile(
     r"_?(is|has|was|are|may|can|needs|fits|holds|knows|keeps|stays|falls|waits|goes|rests|owns|writes|clips|acts|relapses)(_|$)"
 )

@@ -19,6 +19,7 @@ from tests.trainings import data, mlp
 
 PACKAGE = str(Path(gradwatch.__file__).parent)
 CALLS = 56  # Python functions of gradwatch in one quiet step, whatever the number of layers
+CAPTURED = 96  # the same where the inputs of a step are kept
 OPERATIONS = 5  # of torch in one quiet step: batched norm, stack, its copy, and detaching and reading the loss
 
 
@@ -34,12 +35,15 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def quiet_steps(depth: int, *, watched: bool, measure: Any, count: int = 10, log: Path | None = None) -> Any:
+def quiet_steps(
+    depth: int, *, watched: bool, measure: Any, count: int = 10, log: Path | None = None, forensics: bool = False
+) -> Any:
     """Train 96 steps, then ``count`` quiet ones under ``measure``, which is a context manager."""
     model = mlp(depth=depth)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     x, y = data()
-    monitor = gradwatch.attach(model, clip="norm", report=None, log=log, strict=True) if watched else None
+    settings: Any = {"clip": "norm", "report": None, "log": log, "strict": True, "forensics": forensics}
+    monitor = gradwatch.attach(model, **settings) if watched else None
 
     def step() -> None:
         optimizer.zero_grad()
@@ -85,6 +89,15 @@ def test_a_quiet_step_calls_as_many_functions_whatever_the_number_of_layers() ->
     few, many = (quiet_steps(depth, watched=True, measure=Calls()).count / 10 for depth in (10, 40))
     assert few == many
     assert 0 < few <= CALLS
+
+
+def test_keeping_the_inputs_of_a_step_takes_as_many_calls_whatever_the_number_of_layers() -> None:
+    """And one operation more: the copy of the gradient of the output."""
+    few, many = (quiet_steps(depth, watched=True, measure=Calls(), forensics=True).count / 10 for depth in (10, 40))
+    assert few == many
+    assert CALLS < few <= CAPTURED
+    kept = quiet_steps(10, watched=True, measure=Operations(), forensics=True).count
+    assert kept - quiet_steps(10, watched=True, measure=Operations()).count <= 10
 
 
 def test_a_run_log_adds_no_call_to_a_quiet_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from gradwatch.commands import compare, demo, explain, export, list_, replay, report, rules, suggest, watch
+from gradwatch.commands import (
+    blame,
+    compare,
+    demo,
+    explain,
+    export,
+    list_,
+    replay,
+    report,
+    reproduce,
+    rules,
+    suggest,
+    watch,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -29,6 +42,19 @@ class Command(Protocol):
         """Run the command and return the exit code."""
 
 
-COMMANDS: tuple[Command, ...] = (demo, watch, report, replay, compare, list_, export, suggest, rules, explain)
+COMMANDS: tuple[Command, ...] = (
+    demo,
+    watch,
+    report,
+    blame,
+    reproduce,
+    replay,
+    compare,
+    list_,
+    export,
+    suggest,
+    rules,
+    explain,
+)
 
 __all__ = ["COMMANDS", "Command"]

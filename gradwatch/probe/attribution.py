@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwatch.probe import patches
-from gradwatch.probe.backwards import Backward, has_changed, losses_of, parameters_behind
+from gradwatch.probe.backwards import Backward, has_changed, parameters_behind
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,7 +86,7 @@ class Attribution:
             return self._end(run, note, fused=fused)
         self.backwards += 1
         self._threads.add(run.thread)
-        owner.coming.add(losses_of(run.roots))
+        owner.coming.add(run.losses)
         return True
 
     def _end(self, run: Run, note: Any, *, fused: bool) -> bool:
@@ -99,7 +99,7 @@ class Attribution:
             return self._look_for_overlooked(run)
         self.backwards += 1
         self._threads.add(run.thread)
-        losses = losses_of(run.roots)
+        losses = run.losses
         for owner, columns in reached:
             _add(owner, losses, columns)
         return True
@@ -152,7 +152,7 @@ class Attribution:
         if parameter is None:
             return False
         if self._layers.column(parameter) is None:
-            self._strays.append((losses_of(run.roots), weakref.ref(parameter)))
+            self._strays.append((run.losses, weakref.ref(parameter)))
             return False
         rest = self._owners.look_at_the_rest()
         columns = rest.columns[[one.grad is not None for one in rest.parameters]]
@@ -160,7 +160,7 @@ class Attribution:
             return False
         self.backwards += 1
         self._threads.add(run.thread)
-        _add(rest, losses_of(run.roots), frozenset(columns.tolist()))
+        _add(rest, run.losses, frozenset(columns.tolist()))
         return True
 
 

@@ -34,6 +34,7 @@ class HostRecorder:
         self._layers, self._judge, self._hooks, self._losses = parts.layers, parts.judge, parts.hooks, parts.losses
         self._peers, self._sampling = parts.peers, parts.sampling
         self._skipping, self._applier = parts.skipping, parts.applier
+        self._investigator = parts.investigator
         self._last_provenance = Provenance()
 
     def make(
@@ -63,6 +64,8 @@ class HostRecorder:
         if sampled.weight_norm is None and self._peers.ranks is None and self._judge.is_unusual(row):
             looked = self._sampling.weights()
             row = row._replace(weight_norm=looked.weight_norm, nonfinite_weight=looked.nonfinite_weight)
+        if self._investigator is not None and (row.nonfinite is not None or row.poisoned):
+            self._investigator.gradients_arrived(row)
         decision, coefficient = self._decide(row, now, scale, mine, source, optimizer)
         if decision.skip:
             self._skipping.leave_out(row, decision, mine, source)
@@ -90,6 +93,8 @@ class HostRecorder:
         sampled = self._sampling.take(now, closely=closely)
         row = self._row(step, "optimizer in backward", now, now, sampled, rate, mine, None, word)
         row = row._replace(family=family, optimizer=-1, poisoned=False)
+        if self._investigator is not None and row.nonfinite is not None:
+            self._investigator.gradients_arrived(row)
         self._judge.judge(row)
         self._judge.done(row, NOTHING, 1.0)
 

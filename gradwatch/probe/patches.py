@@ -25,6 +25,7 @@ import torch
 import torch.nn.utils.clip_grad as torch_clip
 
 from gradwatch import device
+from gradwatch.probe.backwards import losses_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from gradwatch.probe.coming import Loss
     from gradwatch.records import Clipped
 
     Function = Callable[..., Any]
@@ -110,13 +112,21 @@ class Run:
         notes: what listeners keep from its beginning to its end.
     """
 
-    __slots__ = ("inside", "notes", "roots", "thread")
+    __slots__ = ("_losses", "inside", "notes", "roots", "thread")
 
     def __init__(self, roots: Any, thread: int) -> None:
         self.roots = roots
         self.thread = thread
         self.inside = bool(_under_way)
         self.notes: dict[int, Any] = {}
+        self._losses: list[Loss] | None = None
+
+    @property
+    def losses(self) -> list[Loss]:
+        """The losses from which it was started, read once."""
+        if self._losses is None:
+            self._losses = losses_of(self.roots)
+        return self._losses
 
 
 _under_way: list[Run] = []  # of all threads

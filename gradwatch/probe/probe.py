@@ -20,7 +20,6 @@ from gradwatch.measure.readback import PATIENCE
 from gradwatch.measure.wrappers import unmeasurable
 from gradwatch.probe import optimizer_hooks, patches
 from gradwatch.probe.attribution import Attribution
-from gradwatch.probe.backwards import losses_of
 from gradwatch.probe.fused_steps import FusedSteps
 from gradwatch.probe.gradient_hooks import GradientHooks
 from gradwatch.probe.loss_node import loss_kind
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from gradwatch.probe.budget import Budget
     from gradwatch.probe.coming import Loss, Root
     from gradwatch.probe.gradients import Gradients
+    from gradwatch.probe.investigator import Investigator
     from gradwatch.probe.judge import Judge
     from gradwatch.probe.patches import Run
     from gradwatch.records import Source
@@ -60,6 +60,7 @@ class Probe:
         every: number of optimizer steps between measurements, or a `Budget` that chooses it.
         scaler: the gradient scaler; None: it is found when it steps.
         own_time: counter of the time that watching takes.
+        investigator: finds the operation that made the first non-finite number; None: nothing does.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Probe:
         every: int | Budget,
         scaler: torch.amp.GradScaler | None,
         own_time: OwnTime,
+        investigator: Investigator | None = None,
     ) -> None:
         self._layers = layers
         self._judge = judge
@@ -82,11 +84,15 @@ class Probe:
         self.owners = Owners(layers, self._grow, self._find)
         self.gradient_hooks = GradientHooks(layers)
         self.attribution = Attribution(layers, self.owners, self.gradient_hooks)
-        self.backward_begins = self.attribution.begins  # see `patches.Listener`
+        self._investigator = investigator
+        # see `patches.Listener`
+        self.backward_begins = self.attribution.begins if investigator is None else self._begins
         self.losses = LossReader(scaler)
         self._loss_known = False
         peers = Peers(layers, judge, self.gradient_hooks, pace)
-        self.recorder = StepRecorder(layers, judge, self.gradient_hooks, self.losses, peers, every, own_time)
+        self.recorder = StepRecorder(
+            layers, judge, self.gradient_hooks, self.losses, peers, every, own_time, investigator
+        )
         self.active = False
 
     @property
@@ -105,6 +111,8 @@ class Probe:
         optimizer_hooks.listen(self)
         for patch in patches.ALL:
             patch.add(self)
+        if self._investigator is not None:
+            self._investigator.start()
 
     def stop(self) -> list[Failure]:
         """Remove all hooks and patches and restore what was hidden; return what failed.
@@ -134,6 +142,8 @@ class Probe:
         yield "hidden gradients", self.owners.close
         yield "the losses", self.losses.forget
         yield "the rows", self.recorder.close
+        if self._investigator is not None:
+            yield "what is kept of the step", self._investigator.stop
 
     def owns_any(self, optimizer: Optimizer) -> bool:
         """Return whether the optimizer holds at least one watched parameter."""
@@ -155,6 +165,11 @@ class Probe:
         self.recorder.fail(error)
         self._leave_if_over()
 
+    def _begins(self, run: Run) -> None:
+        self.attribution.begins(run)
+        if self._investigator is not None:
+            self._investigator.backward_begins(run.roots, run.losses)
+
     def backward_failed(self) -> None:
         """Discard what arrived in a backward that raised."""
         self.gradient_hooks.failed()
@@ -171,7 +186,7 @@ class Probe:
             if self.losses.given:
                 self.losses.backward_came()
             if self._fused.parts:
-                self._guarded(self._end_of_fused_backward, losses_of(run.roots))
+                self._guarded(self._end_of_fused_backward, run.losses)
             elif self._loop.kind != "optimizer":
                 self._guarded(self._end_of_backward)
         self._own_time.seconds += perf_counter() - started
@@ -234,6 +249,7 @@ class Probe:
             if self._left_out >= PATIENCE or self._guarded(self.recorder.meet_peers):
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)
+            self._step_over(None)
         self.losses.scaled_by(None)
 
     # The optimizer's hooks.
@@ -290,6 +306,12 @@ class Probe:
         if mine.outer is not None:
             self.recorder.skipping.inner_comes(mine.outer)
         self._used(mine)
+        if self._loop.kind != "optimizer":
+            self._step_over(None)
+
+    def _step_over(self, optimizer: Optimizer | None) -> None:
+        if self._investigator is not None:
+            self._investigator.step_over(optimizer)
 
     def _used(self, mine: Gradients) -> None:
         self.losses.used(mine.coming)
@@ -351,6 +373,8 @@ class Probe:
             mine.restore()
             self.owners.step_is_over(mine)
             self.recorder.skipping.over()
+            if self._investigator is not None:
+                self._investigator.step_over(optimizer)
             if self._stepping is not None and self._stepping() is optimizer:
                 self._stepping = None
 

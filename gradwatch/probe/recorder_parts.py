@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from gradwatch.measure.sampling import Sampling
     from gradwatch.probe.applier import Applier
     from gradwatch.probe.gradient_hooks import GradientHooks
+    from gradwatch.probe.investigator import Investigator
     from gradwatch.probe.judge import Judge
     from gradwatch.probe.loss_reader import LossReader
     from gradwatch.probe.peers import Peers
@@ -27,6 +28,7 @@ class RecorderParts(NamedTuple):
         sampling: statistics that are sampled.
         skipping: leaves steps out.
         applier: applies decisions to gradients.
+        investigator: is told of rows that are not finite.
     """
 
     layers: Layers
@@ -37,3 +39,4 @@ class RecorderParts(NamedTuple):
     sampling: Sampling
     skipping: Skipping
     applier: Applier
+    investigator: Investigator | None = None

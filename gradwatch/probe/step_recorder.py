@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.gradient_hooks import GradientHooks
     from gradwatch.probe.gradients import Gradients
+    from gradwatch.probe.investigator import Investigator
     from gradwatch.probe.judge import Judge
     from gradwatch.probe.loss_reader import LossReader
     from gradwatch.probe.peers import Peers
@@ -53,6 +54,7 @@ class StepRecorder:
         peers: the other processes.
         every: number of optimizer steps between measurements, or a `Budget` that chooses it.
         own_time: the time that watching has taken so far.
+        investigator: is told of rows that are not finite; None: nothing is.
 
     Attributes:
         step: step number of the next row.
@@ -70,6 +72,7 @@ class StepRecorder:
         peers: Peers,
         every: int | Budget,
         own_time: OwnTime,
+        investigator: Investigator | None = None,
     ) -> None:
         self._layers = layers
         self._judge = judge
@@ -83,7 +86,10 @@ class StepRecorder:
         self._sampling = Sampling(layers)
         self.skipping = Skipping(layers, judge)
         applier = Applier(layers, judge, peers)
-        parts = RecorderParts(layers, judge, gradient_hooks, losses, peers, self._sampling, self.skipping, applier)
+        parts = RecorderParts(
+            layers, judge, gradient_hooks, losses, peers, self._sampling, self.skipping, applier, investigator
+        )
+        self._investigator = investigator
         self._host = HostRecorder(parts)
         self._device = DeviceRecorder(parts)
         self._stop: TrainingUnstableError | None = None
@@ -300,6 +306,8 @@ class StepRecorder:
         rate = mine.rate(optimizer) if optimizer is not None else None
         now = mine.measure_unread(self._layers.home, getattr(optimizer, "grad_scale", None))
         self._read_all_before_moving()
+        if self._investigator is not None:
+            self._investigator.row_sent()
         self._device.send(
             *(now, source, rate, mine, optimizer, returned, mine.family, self._word(source)),
             closely=self._looks_closely,
@@ -352,6 +360,8 @@ class StepRecorder:
         for unnumbered, decision, numbers in self._device.rows(wait=wait):
             row = unnumbered._replace(step=self.step)
             self.step += 1
+            if self._investigator is not None:
+                self._investigator.row_arrived(row)
             self._judge.judge(row)
             self._follow()
             if self.peers.ranks is not None and decision.clip is not None and decision.clip.looks_inside:

@@ -49,6 +49,8 @@ def advise(
 def _lines(incident: Incident, history: History, told: Sequence[str], rate: float) -> Iterator[str]:
     facts = history.facts
     both = {sign.sign for sign in incident.signs} & {"growth"} and any(s.kind == "nonfinite" for s in incident.signs)
+    if incident.origin is not None:
+        yield from incident.origin.advice
     if incident.kind in ("exploding", "diverging"):
         yield from _explosion(incident, history, rate)
         yield from told
@@ -148,7 +150,9 @@ def _differ(history: History) -> bool:
 def _nonfinite(incident: Incident, history: History) -> Iterator[str]:
     facts = history.facts
     scaled = history.row.provenance.source == "left out by the scaler"
-    if incident.phase == "loss" and scaled:
+    if incident.origin is not None:
+        pass  # the operation is known
+    elif incident.phase == "loss" and scaled:
         yield (
             "float16 overflows in the forward pass, above 65,504: no loss scale can help. Use bfloat16, or run the layer that "
             "overflows in float32."
@@ -161,7 +165,8 @@ def _nonfinite(incident: Incident, history: History) -> Iterator[str]:
         yield _behind(incident, history)
     if facts.clip is None and not scaled:
         yield 'Skip such steps: attach(model, clip="norm") leaves parameters and optimizer state untouched.'
-    yield "Run that one batch under torch.autograd.detect_anomaly() to see the operation."
+    if incident.origin is None:
+        yield "Run that one batch under gradwatch.find_nonfinite(model), which names the operation."
 
 
 def _behind(incident: Incident, history: History) -> str:

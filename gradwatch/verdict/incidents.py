@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from gradwatch.history.history import History
+    from gradwatch.origin import Origin
     from gradwatch.records import Role
     from gradwatch.rules import Rule
     from gradwatch.verdict.settings import VerdictSettings
@@ -79,6 +80,7 @@ class Incidents:
         self._stories: dict[str, Story] = {}
         self._unhealed: dict[int, Before] = {}
         self._told = 0
+        self._origin: Origin | None = None  # of the row that is about to be judged
         self.all: list[Incident] = []
 
     def grow(self) -> None:
@@ -158,6 +160,10 @@ class Incidents:
         story = self._stories.get("explosion")
         if story is not None and story.incident is not None:
             self._replace(story, replace(story.incident, clip=record))
+
+    def record_origin(self, origin: Origin) -> None:
+        """Attach ``origin``, which has made a step non-finite, to the explosion that is open, or to the next one that opens."""
+        self._origin = origin
 
     def _judge(self, name: str, story: Story, step: int, *, touched: bool) -> Incident | None:
         active = any(code in self._opening for code, _ in story.firing)
@@ -303,10 +309,13 @@ class Incidents:
         phase = before.phase if before is not None and before.phase else phase_of(self._history)
         moved, finding = self._suspects.moved() if before is None else (None, None)
         story.findings += [finding] if finding else []
+        if self._origin is not None and kind in EXPLOSION:
+            story.origin, self._origin = story.origin or self._origin, None
         suspect = self._suspects.prime(signs, layers, kind, phase, moved)
         if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
             suspect = before.suspect
-        evidence = self._evidence.lines(signs, story, suspect)
+        details = story.origin.details if story.origin else ()
+        evidence = (*details, *self._evidence.lines(signs, story, suspect))
         after = replace(
             before or Incident(kind, severity, verdict, opened_step=step, number=self._told),
             kind=kind,
@@ -319,6 +328,7 @@ class Incidents:
             evidence=evidence,
             ranks=story.ranks,
             phase=phase,
+            origin=story.origin,
         )
         if before is None:
             story.rate = self._rate_of(suspect)

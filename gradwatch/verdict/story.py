@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gradwatch.origin import Origin  # noqa: TC001  of a dataclass
 from gradwatch.records import EXPLOSION, Alarm, Incident, Kind, Phase, Severity, Verdict
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Story:
     findings: list[str] = field(default_factory=list)
     rate: float = math.nan  # learning rate at the opening
     harmless: bool = False  # no gradient but zero came with a loss that is not finite
+    origin: Origin | None = None
 
 
 def kind_of(signs: Sequence[Alarm], *, lasting: bool) -> Kind:

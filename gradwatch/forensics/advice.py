@@ -1,0 +1,211 @@
+"""What happened at an operation and what to do about it, by the operation and by the numbers that it got."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from gradwatch.origin import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradwatch.forensics.marks import Mark
+    from gradwatch.origin import Operand
+
+_LOGS = frozenset({"log", "log2", "log10", "log1p", "xlogy", "special_xlog1py", "logit"})
+_PRODUCTS = frozenset(
+    {
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "matmul",
+        "mul",
+        "dot",
+        "mv",
+        "linear",
+        "convolution",
+        "scaled_dot_product_attention",
+        "addmv",
+        "mkldnn_rnn_layer",
+        "square",
+        "sum",
+        "cumsum",
+        "add",
+        "einsum",
+        "addcmul",
+        "cosh",
+        "sinh",
+        "to_copy",
+    }
+)
+# by what is wrong with the inputs; the first that holds is said
+_GROUPS: dict[str, frozenset[str]] = {
+    "divides": frozenset({"div", "reciprocal", "rsqrt"}),
+    "averages": frozenset({"mean", "nanmean", "nll_loss", "nll_loss2d"}),
+    "spreads": frozenset({"std", "var"}),
+    "of zero": _LOGS | {"pow"},
+    "of negative": _LOGS | {"sqrt", "pow", "lgamma"},
+    "in a range": frozenset({"acos", "asin", "atanh", "erfinv", "binary_cross_entropy"}),
+    "over a row": frozenset({"softmax", "log_softmax", "logsumexp"}),
+    "grows": frozenset({"exp", "expm1"}),
+    "multiplies": _PRODUCTS,
+}
+# backwards whose inner operation has the gradient that arrived as its first input
+_GRADIENT_FIRST = frozenset((op, "div") for op in ("sqrt", "log", "log2", "log10", "log1p"))
+_HALF = ("float16", "bfloat16")
+
+_FORWARD = {
+    "log": "clamp the argument: torch.log(p.clamp_min(1e-8)); of a softmax, use log_softmax.",
+    "log1p": "the argument must stay above -1: clamp it.",
+    "sqrt": "the argument must not be negative: torch.sqrt(x.clamp_min(0) + 1e-12).",
+    "rsqrt": "add a small number to the argument: torch.rsqrt(x + 1e-6).",
+    "div": "keep the divisor from zero: x / y.clamp_min(1e-8); a mean over a mask needs at least one element.",
+    "reciprocal": "keep the divisor from zero: 1 / x.clamp_min(1e-8).",
+    "pow": "keep the base above zero if the exponent is negative or a fraction: x.clamp_min(1e-8) ** e.",
+    "exp": "limit the argument, such as torch.exp(x.clamp_max(20)), or stay in logarithms: logsumexp, softplus.",
+    "expm1": "limit the argument, such as torch.expm1(x.clamp_max(20)).",
+    "cosh": "limit the argument.",
+    "sinh": "limit the argument.",
+    "acos": "clamp the argument: torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
+    "asin": "clamp the argument: torch.asin(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
+    "acosh": "the argument must be at least 1: clamp it.",
+    "atanh": "clamp the argument: torch.atanh(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
+    "logit": "give it eps: torch.logit(p, eps=1e-6), or train on logits with binary_cross_entropy_with_logits.",
+    "erfinv": "clamp the argument: torch.erfinv(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
+    "softmax": "a row is masked altogether: keep one position in it, or mask with torch.finfo(x.dtype).min.",
+    "log_softmax": "a row is masked altogether: keep one position in it, or mask with torch.finfo(x.dtype).min.",
+    "scaled_dot_product_attention": "a row may be masked altogether: keep one position in it.",
+    "logsumexp": "a row is masked altogether: keep one position in it.",
+    "mean": "skip the batch if nothing is selected, or divide the sum by count.clamp_min(1).",
+    "nll_loss": "all labels of this batch are ignored: skip it, or divide the sum of the losses by count.clamp_min(1).",
+    "nll_loss2d": "all labels of this batch are ignored: skip it, or divide the sum of the losses by count.clamp_min(1).",
+    "std": "it needs at least two elements: use correction=0, or skip groups of one.",
+    "var": "it needs at least two elements: use correction=0, or skip groups of one.",
+    "ctc_loss": "a target is longer than its input allows: zero_infinity=True, or leave such examples out.",
+    "binary_cross_entropy": "give it probabilities in [0, 1], or use binary_cross_entropy_with_logits on logits.",
+    "kl_div": "its targets must not be negative, and its inputs must be log-probabilities of positive numbers.",
+    "layer_norm": "its inputs are too large for their dtype, or all alike with eps=0: run it in float32.",
+    "batch_norm": "its inputs are too large for their dtype, or all alike with eps=0: run it in float32.",
+    "to_copy": "the numbers do not fit into the narrower dtype: scale them, or stay in float32.",
+    "clone": "the numbers do not fit into the narrower dtype.",
+    "copy": "the numbers do not fit into the narrower dtype.",
+}
+_BACKWARD = {
+    "sqrt": "its derivative at 0 is infinite: torch.sqrt(x + 1e-12), or choose the elements before the sqrt.",
+    "rsqrt": "add a small number to the argument: torch.rsqrt(x + 1e-6).",
+    "hypot": "its derivative at (0, 0) is 0 / 0: torch.sqrt(x * x + y * y + 1e-12).",
+    "atan2": "its derivative at (0, 0) is 0 / 0: move the points away from the origin.",
+    "pow": "its derivative at 0 is infinite for exponents below 1: x.clamp_min(1e-8) ** e.",
+    "acos": "its derivative at -1 and 1 is infinite: torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
+    "asin": "its derivative at -1 and 1 is infinite: torch.asin(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
+    "log": "its derivative at 0 is infinite: clamp the argument before the log, also where the result is dropped.",
+    "div": "keep the divisor from zero, also where the result is dropped: x / y.clamp_min(1e-8).",
+    "cdist": "its derivative is not finite for equal points: add a small number to the squared distance.",
+    "eigh": "its derivative is not finite for equal eigenvalues: add a small multiple of a diagonal of distinct numbers.",
+    "linalg_vector_norm": "normalisation at zero: add eps inside the root.",
+    "std": "its derivative is not finite where all elements are equal: torch.sqrt(x.var() + 1e-8).",
+}
+_WHERE = (
+    "A branch that `torch.where` or a mask drops still has a backward, and 0 · inf is NaN: replace the bad arguments before "
+    "the operation, torch.where(ok, f(torch.where(ok, x, 1)), 0)."
+)
+
+
+def cause_of(mark: Mark) -> str:
+    """Return what happened, such as "got 3 zeros of 512 and returned 3 infinities"."""
+    returned = _returned(mark.output)
+    if "got" in mark.scalars:
+        return f"{mark.scalars['got']} and returned {returned if mark.output is not None else 'NaN'}"
+    if "singular" in mark.scalars:
+        return f"is singular at {counted(mark.scalars['singular'], 'element')}: what its backward returns there is not finite"
+    if mark.backward:
+        inner = "" if mark.raw == mark.op else f" (in its `{mark.raw}`)"
+        dropped = ", where the gradient that arrived was 0: a dropped branch" if _is_dropped(mark) else ""
+        return f"returned {returned} in its backward{inner}{dropped}"
+    got = _got(mark)
+    return f"{got} and returned {returned}" if got else f"returned {returned}"
+
+
+def _returned(output: Operand | None) -> str:
+    if output is None:
+        return "a non-finite value"
+    parts = [counted(number, noun) for number, noun in ((output.nans, "NaN"), (output.infs, "infinity")) if number]
+    return f"{' and '.join(parts) or 'a non-finite value'} of {output.elements}"
+
+
+def _got(mark: Mark) -> str:
+    """Return what was wrong with the inputs of a forward; empty if that is not known."""
+    if not mark.inputs:
+        return ""
+    first, last = mark.inputs[0], mark.inputs[-1]
+    by_op: dict[str, tuple[bool, str]] = {
+        "divides": (bool(last.zeros), f"got {counted(last.zeros, 'zero')} of {last.elements} to divide by"),
+        "averages": (not first.elements, "got no element"),
+        "spreads": (bool(first.elements), "got too few elements"),
+        "of zero": (bool(first.zeros), f"got {counted(first.zeros, 'zero')} of {first.elements}"),
+        "of negative": (first.smallest < 0, f"got numbers down to {first.smallest:.3g}"),
+        "in a range": (True, f"got numbers from {first.smallest:.3g} to {first.largest:.3g}"),
+        "over a row": (bool(first.infs), "got a row of -inf"),
+        "grows": (True, f"got {first.dtype} numbers up to {first.largest:.3g}"),
+        "multiplies": (True, _largest(mark.inputs)),
+    }
+    target = next((one for one in mark.inputs if one.name == "target"), None)
+    if target is not None and target.smallest == target.largest == mark.scalars.get("ignore_index"):
+        return "got only labels that are ignored"
+    for group, ops in _GROUPS.items():
+        holds, words = by_op[group]
+        if mark.op in ops and holds:
+            return words
+    return ""
+
+
+def _largest(inputs: Sequence[Operand]) -> str:
+    sizes = {max(abs(one.smallest), abs(one.largest)): one.dtype for one in inputs if not math.isnan(one.largest)}
+    return f"got {sizes[max(sizes)]} numbers up to {max(sizes):.3g}" if sizes else ""
+
+
+def _is_dropped(mark: Mark) -> bool:
+    """Return whether a backward has made NaN of gradients of zero, as for the elements that `where` does not choose."""
+    return (
+        mark.output is not None
+        and bool(mark.output.nans)
+        and not mark.output.infs
+        and bool(mark.inputs)
+        and mark.inputs[0].zeros >= mark.output.nans
+        and (mark.op, mark.raw) in _GRADIENT_FIRST
+    )
+
+
+def advice_of(mark: Mark) -> tuple[str, ...]:
+    """Return what to do, the most likely to help first."""
+    if mark.subject in ("weight", "buffer"):
+        return (
+            f"`{mark.name}` was damaged before this step: look at the update of the step before, and go back to a checkpoint "
+            "with finite values.",
+        )
+    if mark.subject in ("input", "argument"):
+        return ("Look at these rows where they are loaded: assert torch.isfinite(x).all() in the Dataset.",)
+    if mark.subject == "written":
+        return ("Look at this line: what it writes must not reach the loss.",)
+    lines = []
+    if mark.backward and _is_dropped(mark):
+        lines.append(_WHERE)
+    known = (_BACKWARD if mark.backward else _FORWARD).get(mark.op)
+    if mark.op in _LOGS and known is None:
+        known = _FORWARD["log"]
+    if any(one.dtype in _HALF for one in mark.inputs) and mark.op in _PRODUCTS and not mark.backward:
+        known = (
+            "the result does not fit into float16 (at most 65504): use bfloat16, or run this operation in float32 under "
+            'torch.autocast("cpu", enabled=False).'
+        )
+    if known is not None:
+        lines.append(known[0].upper() + known[1:])
+    elif mark.op not in _PRODUCTS:
+        lines.append(
+            f"Keep what `{mark.op}` gets within the range in which it{' and its derivative are' * mark.backward or ' is'} finite."
+        )
+    elif not mark.backward:
+        lines.append("The inputs are too large: look at the steps before, normalise, or lower the learning rate.")
+    return tuple(lines)

@@ -1,0 +1,242 @@
+"""The investigations of one monitor: when to look, with what, how often, and whom to tell."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import weakref
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradwatch import device
+from gradwatch.forensics.capture import Call, Capture, called_module
+from gradwatch.forensics.frames import line_of
+from gradwatch.forensics.investigation import Investigation, NothingFound
+from gradwatch.forensics.keep import keep
+from gradwatch.forensics.singular import Singular
+from gradwatch.forensics.statements import Backward, backward_at
+from gradwatch.forensics.update import update_origin
+from gradwatch.measure.wrappers import is_dtensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from gradwatch.forensics.settings import Mode
+    from gradwatch.origin import Origin
+    from gradwatch.records import Row
+
+_MOST = 3  # investigations of a run
+_TIMED = 20  # steps after which "auto" decides
+_QUICK = 1e-3 / 3  # seconds from a forward to its backward, in a step that is too short for a capture
+_LARGEST = 16 * 2**20  # bytes of an output whose gradient is kept
+
+
+class Inspector:
+    """Implements `gradwatch.probe.investigator.Investigator`.
+
+    Args:
+        model: the model, held weakly.
+        mode: how much to do, as `gradwatch.attach` describes it.
+        found: called with each finding.
+        note: called with what the user should know.
+        failed: called with an error of the capture or of an investigation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: Mode,
+        found: Callable[[Origin], None],
+        note: Callable[[str], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._mode = mode
+        self._found, self._note, self._failed = found, note, failed
+        self._capture = Capture(called_module(model), self._capture_failed)
+        self._singular = Singular()
+        self._left = self._left_together = _MOST
+        self._explained = False  # whether the trouble that lasts is explained already
+        self._in_trouble = self._was_in_trouble = False  # whether this step, and the one before, are not finite
+        self._times: list[float] = []
+        self._step = 0
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._earlier: list[tuple[int, list[Call]]] = []  # of rows that a device has not sent yet
+        self._sent = self._arrived = 0
+        self._batch: Any = None
+        self._folder: Path | None = None  # for the inputs of a step that failed
+        self._backward: Backward | None = None  # where the program has called it, if statements may be run again
+
+    def start(self) -> None:
+        """Register the hooks on the model."""
+        parameter = next((one for model in [self._model()] if model is not None for one in model.parameters()), None)
+        on_device = parameter is not None and not device.reading_is_free(parameter.device)
+        if not (on_device and self._mode == "auto"):
+            self._capture.start()
+
+    def stop(self) -> None:
+        """Remove the hooks and drop everything."""
+        self._capture.stop()
+        self._forget()
+        self._earlier.clear()
+
+    def given(self, batch: Any) -> None:
+        """Remember the batch that the user has named, for the names of its tensors."""
+        self._batch = batch
+
+    def keep_in(self, folder: Path) -> None:
+        """Write the inputs of a step that fails into this folder."""
+        self._folder = folder
+
+    def _capture_failed(self, error: Exception) -> None:
+        self.stop()
+        self._failed(error)
+
+    def _forget(self) -> None:
+        self._capture.forget()
+        self._singular.forget()
+        self._batch = self._backward = None
+
+    # What happens in a step.
+
+    def backward_begins(self, roots: Any, losses: list[Any]) -> None:
+        """Prepare for a backward; find the origin of a loss that is not finite, while its graph is whole."""
+        try:
+            calls = self._capture.calls
+            if self._mode == "lines" and calls:
+                self._backward = backward_at(line_of(sys._getframe())[2], losses)
+            if any(not math.isfinite(one) for one in losses if type(one) is float or self._mode == "wait"):
+                self._in_trouble = True
+                if self._is_spread():  # no process may look alone: see `gradients_arrived`
+                    return
+                calls = [call for call in calls if not call.backward]
+                self._investigate(lambda inquiry: inquiry.of_loss(_tensors(roots)), calls)
+            elif calls:
+                self._prepare([call for call in calls if not call.backward], _tensors(roots))
+        except Exception as error:  # nothing of it may reach the training
+            self._capture_failed(error)
+
+    def _prepare(self, calls: list[Call], losses: list[Tensor]) -> None:
+        """Have the gradients of the model's outputs kept, and what the loss has that may be singular."""
+        if self._mode == "auto" and len(self._times) < _TIMED and calls:
+            self._decide(calls[0])
+        roots = {id(one) for one in losses}
+        ends = []
+        for call in calls:
+            call.begin_backward()
+            outputs = call.outputs
+            ends += [one.grad_fn for one in outputs]
+            roots_here = [one for one in outputs if id(one) in roots]
+            for one in roots_here or outputs:  # a model that returns its loss needs the gradients of nothing else
+                if one.requires_grad and not one.is_leaf and one.nbytes <= _LARGEST:
+                    one.retain_grad()
+        self._singular.keep([one.grad_fn for one in losses], frozenset(ends))
+
+    def gradients_arrived(self, row: Row) -> None:
+        """Find the origin of gradients, or of weights, that are not finite, before the step is judged."""
+        self._step = row.step
+        self._in_trouble = True
+        if self._is_spread():
+            if self._all_are_ready():
+                self._look(lambda inquiry: inquiry.of_shards(), list(self._capture.calls))
+            return
+        if row.loss_nonfinite:  # it was looked at when the backward began
+            return
+        self._investigate(lambda inquiry: inquiry.of_gradients(self._singular), list(self._capture.calls))
+
+    def _is_spread(self) -> bool:
+        """Return whether the weights are spread over processes, so that a forward is one of all of them together."""
+        model = self._model()
+        return model is not None and any(is_dtensor(one) for one in model.parameters())
+
+    def _all_are_ready(self) -> bool:
+        """Return whether all processes can repeat the same forwards now. All of them have the same row, and so call this."""
+        if not self._left_together or not torch.distributed.is_initialized():
+            return False
+        self._left_together -= 1  # counted alike everywhere, whatever each of them has found
+        count = len(self._capture.calls)
+        both = torch.tensor([count, -count], dtype=torch.int64, device="cpu")
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MIN)
+        return bool(both[0] == -both[1]) and count > 0
+
+    def step_over(self, optimizer: Optimizer | None) -> None:
+        """Drop what was kept of the step."""
+        if not self._in_trouble:
+            self._explained = False
+        self._was_in_trouble, self._in_trouble = self._in_trouble, False
+        if optimizer is not None and (self._optimizer is None or self._optimizer() is not optimizer):
+            self._optimizer = weakref.ref(optimizer)
+        self._step += 1
+        self._forget()
+
+    def _decide(self, call: Call) -> None:
+        """Capture nothing any more if steps are so short that it would be felt."""
+        self._times.append(perf_counter() - call.started)
+        if len(self._times) == _TIMED and statistics.median(self._times) < _QUICK:
+            self._capture.stop()
+
+    # Rows of a device, which come later.
+
+    def row_sent(self) -> None:
+        """Keep the inputs of the step whose row a device is about to send, without what would keep its graph alive."""
+        self._sent += 1
+        if self._capture.installed and self._mode != "wait":
+            self._earlier.append((self._sent, [call.without_output() for call in self._capture.calls]))
+
+    def row_arrived(self, row: Row) -> None:
+        """Find the origin of a row that a device has sent, with the weights of today."""
+        self._arrived += 1
+        calls = next((kept for number, kept in self._earlier if number == self._arrived), [])
+        self._earlier = [(number, kept) for number, kept in self._earlier if number > self._arrived]
+        if self._mode != "wait" and calls and (row.loss_nonfinite or row.nonfinite is not None):
+            self._step, lag = row.step, self._sent - self._arrived
+            self._investigate(lambda inquiry: inquiry.of_inputs(lag), calls)
+
+    # One investigation.
+
+    def _investigate(self, look: Callable[[Investigation], Origin], calls: list[Call]) -> None:
+        if not self._explained and self._left:
+            self._left -= 1
+            self._look(look, list(calls))
+
+    def _look(self, look: Callable[[Investigation], Origin], calls: list[Call]) -> None:
+        model = self._model()
+        if model is None:
+            return
+        started = perf_counter()
+        self._capture.pause(on=False)
+        try:
+            with torch.enable_grad():
+                inquiry = Investigation(model, calls, self._backward, self._batch)
+                origin = look(inquiry)
+            optimizer = self._optimizer() if self._optimizer is not None else None
+            if origin.subject == "weight" and optimizer is not None and not self._was_in_trouble:
+                origin = update_origin(optimizer, self._step) or origin
+            origin = origin.at(self._step, perf_counter() - started)
+            self._tell(origin)
+            if self._folder is not None and inquiry.guilty is not None:
+                keep(self._folder, inquiry.guilty, origin)
+        except NothingFound as reason:
+            self._note(
+                f"step {self._step} was not finite, and which operation made it so is not known: {reason} "
+                f"({1e3 * (perf_counter() - started):.3g} ms)."
+            )
+        except Exception as error:  # nothing of it may reach the training
+            self._failed(error)
+        finally:
+            self._capture.pause(on=True)
+
+    def _tell(self, origin: Origin) -> None:
+        self._explained = True
+        self._found(origin)
+
+
+def _tensors(roots: Any) -> list[Tensor]:
+    return [one for one in (roots if isinstance(roots, (list, tuple)) else [roots]) if isinstance(one, torch.Tensor)]

@@ -1,0 +1,221 @@
+"""One investigation: of a loss, of gradients, or of the inputs of an earlier step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradwatch.errors import words_of
+from gradwatch.forensics import statements
+from gradwatch.forensics.explain import called_at, origin_of, sole
+from gradwatch.forensics.graph_walk import LossGraph
+from gradwatch.forensics.names import Names, tensors_in
+from gradwatch.forensics.operands import is_nonfinite
+from gradwatch.forensics.replay import Repeat, Replay, batch_of, first_cause, is_faithful, know_rows
+from gradwatch.forensics.standins import CannotRepeatError
+from gradwatch.measure.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor, nn
+
+    from gradwatch.forensics.capture import Call
+    from gradwatch.forensics.marks import Mark
+    from gradwatch.forensics.singular import Singular
+    from gradwatch.forensics.statements import Backward
+    from gradwatch.origin import Origin
+
+
+class NothingFound(Exception):  # noqa: N818  an outcome, not an error
+    """Raised with the reason why the operation is not known."""
+
+
+class Investigation:
+    """Looks for the origin of one step.
+
+    Args:
+        model: the model.
+        calls: its forwards in this step.
+        backward: where the program has called backward, if its statements may be run again; else None.
+        batch: batch that the user has named; None if there is none.
+
+    Attributes:
+        guilty: the forward in question; None if it is not known.
+    """
+
+    def __init__(self, model: nn.Module, calls: list[Call], backward: Backward | None, batch: Any = None) -> None:
+        self._model = model
+        self._calls = calls
+        self._backward = backward
+        self._given = batch
+        self.guilty: Call | None = calls[0] if len(calls) == 1 else None
+        self._reasons: list[str] = []
+
+    # A loss that is not finite.
+
+    def of_loss(self, losses: list[Tensor]) -> Origin:
+        """Return the origin of losses that are not finite, before their backward.
+
+        Raises:
+            NothingFound: it is not known.
+        """
+        outputs = [one for call in self._calls for one in call.outputs]
+        unfaithful = None
+        for call in self._calls:
+            if call.outputs and not any(map(is_nonfinite, call.outputs)):
+                continue  # what the model returned is finite
+            if (
+                call.outputs
+                and not _are_in(call.outputs, losses)
+                and not LossGraph(losses, outputs).reaches(call.outputs)
+            ):
+                continue
+            found = self._repeat(call)
+            if found is None:
+                continue
+            origin, faithful = found
+            if faithful is not False:
+                return origin
+            unfaithful = origin
+        if outputs and not any(map(is_nonfinite, outputs)) and (again := self._statements(backward=False)) is not None:
+            return again
+        mark = self._in_graph(losses, outputs)
+        if mark is not None:
+            origin = origin_of(mark, "graph", batch=self._batch, part="loss code" if outputs else "unknown")
+            if unfaithful is not None and unfaithful.op == origin.op:
+                return unfaithful
+            return origin
+        raise NothingFound(self._reason("the graph of the loss does not keep enough"))
+
+    def _in_graph(self, losses: list[Tensor], outputs: list[Tensor]) -> Mark | None:
+        finite = [one for one in outputs if not is_nonfinite(one)]
+        try:
+            return LossGraph(losses, finite).origin(self._names(), self._batch)
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ) as error:  # a function of the user's, or a checkpoint that is run in a backward
+            self._reasons.append(f"the graph of the loss cannot be walked ({error})")
+            return None
+
+    # Gradients that are not finite.
+
+    def of_gradients(self, singular: Singular) -> Origin:
+        """Return the origin of gradients that are not finite although the losses are, after their backward.
+
+        Raises:
+            NothingFound: it is not known.
+        """
+        for call in self._calls:
+            gradients = [one.grad if one.retains_grad else None for one in call.outputs]
+            known = [one for one in gradients if one is not None]
+            if known and not any(map(is_nonfinite, known)):
+                found = self._repeat(call, gradients)
+                if found is not None and found[1] is not False:
+                    return found[0]
+            elif not known:
+                self._reasons.append("the gradient of the model's output was not kept")
+        if (again := self._statements(backward=True)) is not None:
+            return again
+        mark = singular.first(self._names(), self._batch)
+        if mark is not None:
+            return origin_of(mark, "graph", batch=self._batch)
+        raise NothingFound(
+            self._reason("no operation made a non-finite gradient of finite ones when the step was repeated")
+        )
+
+    # A model whose weights are spread over processes.
+
+    def of_shards(self) -> Origin:
+        """Return the origin that repeating the forwards in all processes together finds in this one.
+
+        Raises:
+            NothingFound: it is not known.
+        """
+        for call in self._calls:
+            found = self._repeat(call, together=True)
+            if found is not None and found[1] is not False:
+                return found[0]
+        raise NothingFound(self._reason("the forward is finite in this process when it is repeated"))
+
+    # Inputs of an earlier step.
+
+    def of_inputs(self, lag: int) -> Origin:
+        """Return the origin that the inputs of a step give with the weights of ``lag`` steps later.
+
+        Raises:
+            NothingFound: it is not known.
+        """
+        for call in self._calls:
+            found = self._repeat(call)
+            if found is not None and found[0].subject not in ("weight", "buffer"):
+                return found[0].later(lag)
+        raise NothingFound(self._reason("the model is finite on the inputs of that step"))
+
+    # Parts.
+
+    def _repeat(
+        self, call: Call, gradients: list[Tensor | None] | None = None, *, together: bool = False
+    ) -> tuple[Origin, bool | None] | None:
+        """Return what repeating a forward finds, and whether it was faithful; None if it finds nothing."""
+        try:
+            repeat = Repeat(self._model, call, gradients, together=together)
+            result: Replay = repeat.run()
+            mark = first_cause(repeat, result) if not together else sole([one for one in result.marks if not one.mute])
+            if mark is None:
+                if is_faithful(call, result.outputs) is False:
+                    self._reasons.append("the repeated forward gave another result")
+                elif any(not one.mute for one in result.marks):
+                    self._reasons.append("several operations made it, and which of them counts is not known")
+                return None
+            if not together:  # each further run would be one of all processes
+                know_rows(repeat, mark)
+            faithful = is_faithful(call, result.outputs)
+        except CannotRepeatError as reason:
+            self._reasons.append(str(reason))
+            return None
+        except MemoryError:
+            self._reasons.append("there was not enough memory to repeat the forward")
+            return None
+        except RuntimeError as error:
+            self._reasons.append(f"the forward could not be repeated ({' '.join(str(error).split())[:200]})")
+            return None
+        self.guilty = call
+        origin = called_at(origin_of(mark, "replay", batch=repeat.batch, part="model"), call.file, call.line)
+        return origin.repeated(faithful=faithful), faithful
+
+    def _statements(self, *, backward: bool) -> Origin | None:
+        """Return what running the statements of the loss again finds; None if that was not asked for, or finds nothing."""
+        if self._backward is None or len(self._calls) != 1:
+            return None
+        try:
+            marks = statements.again(
+                self._model, self._calls[0], self._backward, self._names(), self._batch, backward=backward
+            )
+        except CannotRepeatError as reason:
+            self._reasons.append(str(reason))
+            return None
+        except Exception as error:  # the user's code may raise anything
+            self._reasons.append(f"the statements of the loss cannot be run again ({words_of(error)[:200]})")
+            return None
+        mark = sole([one for one in marks if one.subject in ("operation", "written") and not one.mute])
+        return origin_of(mark, "statements", batch=self._batch, part="loss code") if mark is not None else None
+
+    @property
+    def _batch(self) -> int:
+        return batch_of(self._calls[0].args, self._calls[0].kwargs) if self._calls else 0
+
+    def _names(self) -> Names:
+        names = Names(self._model)
+        for call in self._calls:
+            names.add_inputs(unwrapped(self._model), call.args, call.kwargs)
+        if self._given is not None:
+            names.add_named(tensors_in(self._given))
+        return names
+
+    def _reason(self, last: str) -> str:
+        return "; ".join(dict.fromkeys([*self._reasons, last]))
+
+
+def _are_in(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    return any(one is other for one in tensors for other in others)

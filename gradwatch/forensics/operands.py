@@ -1,0 +1,67 @@
+"""Numbers of a tensor: its range, its zeros and what is not finite in it. Reading them waits for a device."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from gradwatch.measure.wrappers import local_of
+from gradwatch.origin import Operand
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def plain(tensor: Tensor) -> Tensor | None:
+    """Return the part of a tensor whose elements can be read here, without its graph; None if there are none."""
+    here = local_of(tensor.detach())
+    if here.layout is not torch.strided or here.is_meta or not (here.is_floating_point() or here.is_complex()):
+        return None
+    here = torch.view_as_real(here.resolve_conj()) if here.is_complex() else here
+    return here.float() if here.element_size() == 1 else here
+
+
+def is_nonfinite(tensor: Tensor) -> bool:
+    """Return whether any element is NaN or infinite; False for integers."""
+    here = plain(tensor)
+    if here is None or not here.numel():
+        return False
+    low, high = torch.aminmax(here)
+    return not (math.isfinite(low.item()) and math.isfinite(high.item()))
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Return whether any element is NaN."""
+    here = plain(tensor)
+    return here is not None and bool(here.numel()) and math.isnan(torch.aminmax(here).min.item())
+
+
+def operand_of(name: str, tensor: Tensor) -> Operand:
+    """Return the numbers of a tensor."""
+    told = str(tensor.dtype).removeprefix("torch.")
+    here = local_of(tensor.detach())
+    shape = tuple(here.shape)
+    if here.layout is not torch.strided or here.is_meta:
+        return Operand(name, shape, told, elements=math.prod(shape))
+    values = plain(here)
+    values = here if values is None else values
+    counts = {"elements": here.numel(), "zeros": int((here == 0).sum().item())}
+    if not values.is_floating_point():
+        low, high = (float(end.item()) for end in torch.aminmax(values)) if here.numel() else (math.nan, math.nan)
+        return Operand(name, shape, told, low, high, **counts)
+    finite = torch.isfinite(values)
+    kept = values[finite] if not finite.all() else values
+    low, high = (float(end.item()) for end in torch.aminmax(kept)) if kept.numel() else (math.nan, math.nan)
+    nans = int(torch.isnan(values).sum().item())
+    return Operand(name, shape, told, low, high, nans=nans, infs=int((~finite).sum().item()) - nans, **counts)
+
+
+def rows_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return the indices along the first dimension at which any element is not finite."""
+    here = plain(tensor)
+    if here is None or not here.dim():
+        return ()
+    bad = ~torch.isfinite(here)
+    return tuple(torch.nonzero(bad.reshape(len(bad), -1).any(1) if bad.numel() else bad[:0]).flatten().tolist())

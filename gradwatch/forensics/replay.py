@@ -1,0 +1,194 @@
+"""Repeating a forward, and if asked for its backward, while each operation is watched."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator as AnIterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from gradwatch.forensics.capture import Call, outputs_in
+from gradwatch.forensics.marks import Mark, ordered
+from gradwatch.forensics.names import Names, tensors_in
+from gradwatch.forensics.standins import CannotRepeatError, eagerly, generators_kept, stand_ins
+from gradwatch.forensics.trace import Trace, marks_in
+from gradwatch.measure.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Gradients = list[Tensor | None]
+
+_TRIALS = 4  # candidates among which a decision is tried
+
+
+class Replay(NamedTuple):
+    """What came of a forward that was run again.
+
+    Attributes:
+        outputs: tensors that the model returned.
+        marks: marks of those that are not finite or, with a backward, of the gradients that are not.
+        ops: number of operations that were watched.
+    """
+
+    outputs: list[Tensor]
+    marks: tuple[Mark, ...]
+    ops: int
+
+
+class Repeat:
+    """A forward of a model that can be run again.
+
+    Args:
+        model: the model.
+        call: the forward.
+        gradients: gradients that had reached the outputs; None: no backward.
+        together: whether all processes run it at the same time, on the weights that are spread over them.
+    """
+
+    def __init__(
+        self, model: nn.Module, call: Call, gradients: Gradients | None = None, *, together: bool = False
+    ) -> None:
+        self.model = unwrapped(model)
+        self.call = call
+        self.gradients = gradients
+        self.together = together
+        self.batch = batch_of(call.args, call.kwargs)
+        if any(isinstance(one, AnIterator) for one in (*call.args, *call.kwargs.values())):
+            raise CannotRepeatError("its input is an iterator, which can be read only once")
+
+    def run(self, repaired: frozenset[int] = frozenset(), shift: int = 0) -> Replay:
+        """Run it.
+
+        Args:
+            repaired: indices of operations whose non-finite outputs are replaced, see `Trace`.
+            shift: number of places by which the rows of the batch are moved.
+        """
+        names = Names(self.model)
+        args, kwargs = self._inputs((self.call.args, self.call.kwargs), shift)
+        names.add_inputs(self.model, args, kwargs)
+        with ExitStack() as stack:
+            weights = stack.enter_context(stand_ins(self.model, spread=self.together))
+            names.add_state(self.model)
+            stack.enter_context(generators_kept(self.call.generator))
+            stack.enter_context(eagerly())
+            stack.enter_context(warnings.catch_warnings(action="ignore"))  # the original has given them
+            stack.enter_context(torch.set_grad_enabled(self.gradients is not None))
+            if self.call.autocast is not None:
+                on, dtype, cache = self.call.autocast
+                stack.enter_context(torch.autocast("cpu", dtype=dtype, enabled=on, cache_enabled=cache))
+            trace = Trace(
+                names,
+                _called.__code__,
+                repaired,
+                self.batch,
+                backward=self.gradients is not None,
+                alone=not self.together,
+            )
+            with trace:
+                output = _called(self.model, args, kwargs)
+                outputs = [one for _, one in outputs_in(output)]
+                if self.gradients is not None:
+                    self._backward(outputs, self._shifted(shift))
+        if trace.failed is not None:
+            raise trace.failed
+        found = outputs
+        if self.gradients is not None:
+            inputs = [one for _, one in tensors_in([args, kwargs])]
+            found = [one.grad for one in (*weights, *inputs) if one.is_leaf and one.grad is not None]
+        return Replay(outputs, marks_in(trace, found), trace.count)
+
+    def _inputs(self, value: Any, shift: int) -> Any:
+        """Return copies of the inputs, so that the model may change them in place."""
+        if type(value) is torch.Tensor:
+            copy = value.detach().clone()
+            if shift and copy.dim() and len(copy) == self.batch:
+                copy = torch.roll(copy, shift, 0)
+            return copy.requires_grad_(value.requires_grad and self.gradients is not None)
+        if type(value) is dict:
+            return {key: self._inputs(one, shift) for key, one in value.items()}
+        return type(value)(self._inputs(one, shift) for one in value) if type(value) in (list, tuple) else value
+
+    def _shifted(self, shift: int) -> Gradients:
+        assert self.gradients is not None
+        return [
+            torch.roll(one, shift, 0) if one is not None and shift and one.dim() and len(one) == self.batch else one
+            for one in self.gradients
+        ]
+
+    @staticmethod
+    def _backward(outputs: list[Tensor], gradients: Gradients) -> None:
+        pairs = [
+            (output, gradient)
+            for output, gradient in zip(outputs, gradients, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        if pairs:
+            roots, given = zip(*pairs, strict=True)
+            run = torch.autograd.graph._engine_run_backward
+            run(roots, given, *(False, False, ()), allow_unreachable=True, accumulate_grad=True)  # on the stand-ins
+
+
+def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
+
+
+def batch_of(args: Any, kwargs: Any) -> int:
+    """Return the number of rows of the batch: the length of the first tensor among the inputs; 0 if there is none."""
+    for _, one in tensors_in([args, kwargs]):
+        if one.dim():
+            return len(one)
+    return 0
+
+
+def first_cause(repeat: Repeat, found: Replay) -> Mark | None:
+    """Return the first origin that reaches the result by itself; None if that cannot be decided.
+
+    If the result has several, each is tried: with the outputs of the others replaced by finite numbers, the result must still
+    not be finite.
+    """
+    marks = [mark for mark in found.marks if not mark.mute]
+    if len({mark.key for mark in marks}) <= 1:
+        return marks[0] if marks else None
+    made = [mark for mark in marks if mark.subject in ("operation", "written")]
+    outside = [mark for mark in marks if mark not in made]
+    if all(mark.subject in ("weight", "buffer") for mark in marks):
+        return marks[0]
+    for mark in ordered(marks)[:_TRIALS]:
+        if mark in outside and len(outside) > 1:
+            return None
+        if mark not in outside and outside:
+            continue
+        others = frozenset(one.order for one in made if one is not mark)
+        if any(one.order == mark.order for one in repeat.run(repaired=others).marks):
+            return mark
+    return None
+
+
+def know_rows(repeat: Repeat, mark: Mark) -> None:
+    """Make sure that the rows of a mark are those of the batch: with the batch moved by one row, they must move too."""
+    if not mark.rows or mark.rows_known:
+        return
+    moved = next((one for one in repeat.run(shift=1).marks if one.order == mark.order), None)
+    expected = tuple(sorted((row + 1) % repeat.batch for row in mark.rows))
+    mark.rows_known = moved is not None and moved.rows == expected
+
+
+def is_faithful(call: Call, outputs: list[Tensor]) -> bool | None:
+    """Return whether the outputs are those of the original forward; None if these are gone."""
+    if call.changed:
+        return False
+    before = [one for _, one in outputs_in(call.output)] if call.output is not None else []
+    if not before:
+        return None
+    return len(before) == len(outputs) and all(map(_alike, before, outputs))
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return torch.allclose(one.detach(), other.detach(), rtol=1e-3, atol=1e-5, equal_nan=True)
