@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Literal
 
 from gradwatch.printable import printable
+from gradwatch.wording import number
 
 Direction = Literal["forward", "backward", "update"]
 Subject = Literal["operation", "written", "weight", "buffer", "input", "argument", "optimizer"]
@@ -46,9 +47,9 @@ class Operand:
         size = ", ".join(map(str, self.shape)) + ("," if len(self.shape) == 1 else "")
         parts = [f"{self.name} ({size}) {self.dtype}"]
         if not math.isnan(self.smallest):
-            parts.append(f"min {self.smallest + 0.0:.3g}, max {self.largest + 0.0:.3g}")
+            parts.append(f"min {number(self.smallest + 0.0)}, max {number(self.largest + 0.0)}")
         counts = ((self.zeros, "zero"), (self.nans, "NaN"), (self.infs, "infinity"))
-        parts += [counted(number, noun) for number, noun in counts if number]
+        parts += [counted(count, noun) for count, noun in counts if count]
         return ", ".join(parts)
 
 
@@ -189,15 +190,15 @@ class Origin:
             told += f" with the weights of {counted(self.lag, 'step')} later"
         if self.faithful is False:
             told += ", whose result differed from the original"
-        return told + (f", in {1e3 * self.seconds:.3g} ms" if self.seconds == self.seconds else "")
+        return told + (f", in {number(1e3 * self.seconds)} ms" if self.seconds == self.seconds else "")
 
 
-def counted(number: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
     """Return "1 zero", "3 zeros", "2 infinities", "2 NaN"."""
     if noun == "NaN":
-        return f"{number} NaN"
+        return f"{count} NaN"
     plural = noun[:-1] + "ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number} {noun if number == 1 else plural}"
+    return f"{count} {noun if count == 1 else plural}"
 
 
 def _short(path: str) -> str:

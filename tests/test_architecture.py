@@ -32,7 +32,7 @@ HOST = (
 # who may know whom: each folder, or file at the root, and what it may import of the others, in type hints too
 MAY_KNOW: dict[str, set[str]] = {
     "errors": {"origin"},
-    "origin": {"printable"},
+    "origin": {"printable", "wording"},
     "printable": set(),
     "wording": set(),
     "answers": {"wording"},
@@ -48,7 +48,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "reports": {"errors", "printable", "records", "shutdown"},
     "runlog": {"answers", "autoclip", "errors", "history", "printable", "records", "reports", "rules"},
     "pipeline": {"autoclip", "errors", "history", "origin", "records", "reports", "rules", "verdict"},
-    "offline": {"errors", "history", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
+    "offline": {"errors", "history", "origin", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
     "measure": {"device", "errors", "history", "records"},
     "distributed": {"autoclip", "errors", "measure", "records", "rules"},
     "skipping": {"device", "errors", "measure"},
@@ -67,7 +67,7 @@ MAY_KNOW: dict[str, set[str]] = {
             "skipping",
         ),
     },
-    "forensics": {"device", "errors", "measure", "origin", "probe", "records"},
+    "forensics": {"device", "errors", "measure", "origin", "probe", "records", "wording"},
     "page": {"errors", "history", "printable", "reports", "runlog"},
     "monitor": {
         *(

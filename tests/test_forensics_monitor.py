@@ -390,7 +390,7 @@ def test_the_optimizers_arithmetic_is_told_with_rate_eps_and_second_moment() -> 
     found = origin_in(monitor)
     assert found is not None
     assert (found.subject, found.name, found.direction) == ("optimizer", "Adam", "update")
-    assert "Adam with rate 0.001, eps 1e-08, which is 0 in float16, smallest second moment 0" in str(found)
+    assert "Adam with rate 0.001, eps 1e-8, which is 0 in float16, smallest second moment 0" in str(found)
 
 
 @pytest.mark.parametrize("name", CAUSES)

@@ -61,7 +61,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             recorded, unknown = log.rules()
             rules, verdict = with_settings(recorded, options.rule)
             before, fired = log.incidents, _fired(log.alarms)
-            again = replay(log.history(), log.rows(), rules, verdict)
+            origins = [one.origin for one in before if one.origin is not None]
+            again = replay(log.history(), log.rows(), rules, verdict, origins)
     now = _fired(again.alarms)
     if options.json:
         told = {

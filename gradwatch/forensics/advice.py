@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from gradwatch.origin import counted
+from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,10 +146,10 @@ def _got(mark: Mark) -> str:
         "averages": (not first.elements, "got no element"),
         "spreads": (bool(first.elements), "got too few elements"),
         "of zero": (bool(first.zeros), f"got {counted(first.zeros, 'zero')} of {first.elements}"),
-        "of negative": (first.smallest < 0, f"got numbers down to {first.smallest:.3g}"),
-        "in a range": (True, f"got numbers from {first.smallest:.3g} to {first.largest:.3g}"),
+        "of negative": (first.smallest < 0, f"got numbers down to {number(first.smallest)}"),
+        "in a range": (True, f"got numbers from {number(first.smallest)} to {number(first.largest)}"),
         "over a row": (bool(first.infs), "got a row of -inf"),
-        "grows": (True, f"got {first.dtype} numbers up to {first.largest:.3g}"),
+        "grows": (True, f"got {first.dtype} numbers up to {number(first.largest)}"),
         "multiplies": (True, _largest(mark.inputs)),
     }
     target = next((one for one in mark.inputs if one.name == "target"), None)
@@ -163,7 +164,7 @@ def _got(mark: Mark) -> str:
 
 def _largest(inputs: Sequence[Operand]) -> str:
     sizes = {max(abs(one.smallest), abs(one.largest)): one.dtype for one in inputs if not math.isnan(one.largest)}
-    return f"got {sizes[max(sizes)]} numbers up to {max(sizes):.3g}" if sizes else ""
+    return f"got {sizes[max(sizes)]} numbers up to {number(max(sizes))}" if sizes else ""
 
 
 def _is_dropped(mark: Mark) -> bool:

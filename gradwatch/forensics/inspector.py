@@ -20,6 +20,7 @@ from gradwatch.forensics.singular import Singular
 from gradwatch.forensics.statements import Backward, backward_at
 from gradwatch.forensics.update import update_origin
 from gradwatch.measure.wrappers import is_dtensor
+from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -226,7 +227,7 @@ class Inspector:
         except NothingFound as reason:
             self._note(
                 f"step {self._step} was not finite, and which operation made it so is not known: {reason} "
-                f"({1e3 * (perf_counter() - started):.3g} ms)."
+                f"({number(1e3 * (perf_counter() - started))} ms)."
             )
         except Exception as error:  # nothing of it may reach the training
             self._failed(error)

@@ -9,6 +9,7 @@ import torch
 
 from gradwatch.forensics.operands import is_nonfinite, operand_of
 from gradwatch.origin import Operand, Origin
+from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,12 +32,13 @@ def update_origin(optimizer: Optimizer, step: int) -> Origin | None:
         return None
     group, weight = damaged[0]
     name, rate, eps = type(optimizer).__name__, float(group.get("lr", math.nan)), group.get("eps")
-    told = [f"{name} with rate {rate:.3g}"]
+    told = [f"{name} with rate {number(rate)}"]
     if isinstance(eps, float):
         own = torch.tensor(eps, dtype=weight.dtype, device="cpu").item()
         kind = str(weight.dtype).removeprefix("torch.")
         told.append(
-            f"eps {eps:.3g}" + (f", which is {own:.3g} in {kind}" if own != eps and abs(own - eps) > eps / 100 else "")
+            f"eps {number(eps)}"
+            + (f", which is {number(own)} in {kind}" if own != eps and abs(own - eps) > eps / 100 else "")
         )
     operands = list(_state_of(optimizer, weight))
     if not _shows(operands, weight, eps, rate):
@@ -45,7 +47,7 @@ def update_origin(optimizer: Optimizer, step: int) -> Origin | None:
         (one.smallest for name, one in operands if name in _SECOND and not math.isnan(one.smallest)), default=math.nan
     )
     if not math.isnan(smallest):
-        told.append(f"smallest second moment {smallest:.3g}")
+        told.append(f"smallest second moment {number(smallest)}")
     return Origin(
         subject="optimizer",
         op="step",
@@ -84,5 +86,5 @@ def _advice(weight: Tensor, eps: Any, rate: float) -> Iterator[str]:
     elif weight.dtype in (torch.float16, torch.bfloat16):
         yield f"Keep the weights in float32: the state of the optimizer does not fit into {kind}."
     if rate > 1:
-        yield f"The rate is {rate:.3g}: lower it."
+        yield f"The rate is {number(rate)}: lower it."
     yield "Go back to a checkpoint with finite weights and a finite state of the optimizer."

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gradwatch.history.history import History
+    from gradwatch.origin import Origin
     from gradwatch.records import Alarm, Incident, Row
     from gradwatch.rules import Rule
 
@@ -29,7 +30,11 @@ class Replayed:
 
 
 def replay(
-    history: History, rows: Iterable[Row], rules: Sequence[Rule], verdict: VerdictSettings | None = None
+    history: History,
+    rows: Iterable[Row],
+    rules: Sequence[Rule],
+    verdict: VerdictSettings | None = None,
+    origins: Iterable[Origin] = (),
 ) -> Replayed:
     """Judge rows by the whole pipeline, without auto-clip and reports, and return the alarms and incidents.
 
@@ -38,11 +43,15 @@ def replay(
         rows: rows as a training would produce them, oldest first.
         rules: rules to judge with.
         verdict: limits of the verdict; None: the defaults.
+        origins: operations that were found while the rows were recorded, which no rows can tell.
     """
+    found = {origin.step: origin for origin in origins}
     pipeline = Pipeline(history, rules, None, [], Notes(strict=True), verdict=verdict, keep=None)
     count = 0
     for row in rows:
         count += 1
+        if row.step in found:
+            pipeline.found(found[row.step])
         pipeline.judge(row)
     return Replayed(count, tuple(pipeline.changes), tuple(pipeline.incidents.all))
 

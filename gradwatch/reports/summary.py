@@ -59,17 +59,17 @@ class Summary:
                 f"  auto-clip {snapshot.clipping}: {snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped"
             )
         for incident in told[:_MOST]:
-            yield from self._story(incident, options.max_width)
+            yield from self._story(incident)
         if len(told) > _MOST:
             yield Line(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
         for incident in notices[:_MOST]:
-            yield _indented(headline(incident, options.max_width - 2), 2)
+            yield _indented(headline(incident), 2)
         for note in snapshot.notes:
             yield _indented(Line(f"note: {note}", "dim"), 2)
         yield Line(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
 
-    def _story(self, incident: Incident, width: int) -> RenderResult:
-        yield _indented(headline(incident, width - 2), 2)
+    def _story(self, incident: Incident) -> RenderResult:
+        yield _indented(headline(incident), 2)
         if len(incident.layers) > 1:
             more = f" and {len(incident.layers) - 4} more" if len(incident.layers) > 4 else ""
             yield _indented(Line(f"left their band in this order: {', '.join(incident.layers[:4])}{more}"), 4)

@@ -200,13 +200,14 @@ class View:
         return _cut(Line(f"{pace} · gradwatch itself {snapshot.cost_us:.0f} µs a step{share}", "dim"), width)
 
 
-def headline(incident: Incident, width: int) -> Text:
-    """Return an incident as one line of at most ``width`` cells: mark, kind, verdict, severity, steps, prime suspect."""
+def headline(incident: Incident, width: int | None = None) -> Text:
+    """Return an incident as one line of at most ``width`` cells: mark, kind, verdict, severity, steps, prime suspect, origin."""
     mark = {"notice": "·", "warning": "▲", "critical": "■"}[incident.severity]
     style = SEVERITY_STYLES[incident.severity]
     if not incident.open:
         mark, style = ("✓", "green") if incident.verdict == "resolved" else ("✗", STYLES["damaged"])
-    return _cut(Line(f"{mark} {incident}", style), width)
+    line = Line(f"{mark} {incident}", style)
+    return line if width is None else _cut(line, width)
 
 
 def _bar(share: float) -> Text:
