@@ -360,15 +360,15 @@ class Facts:
         layers: number of layers.
         parameters: number of parameter elements.
         recurrent, gated, normalised: whether the model has recurrent, gated recurrent, and normalisation layers.
-        embeds: whether the model has embeddings, so that inputs may be indices.
-        saturates, rectified: whether it has activations that saturate (sigmoid, tanh), and ReLUs.
-        loss: kind of the loss, such as ``"cross-entropy"``; "" if it is not known.
         depth: number of layers with two or more dimensions.
         optimizer: class of the optimizer; None if it is not known yet.
         family: family of the optimizer.
         rate: largest learning rate; NaN if it is not known.
         clip: clip of auto-clip, in words; None if gradwatch only watches.
         clips_always: whether auto-clip acts at each step.
+        embeds: whether the model has embeddings, so that inputs may be indices.
+        saturates, rectified: whether it has activations that saturate (sigmoid, tanh), and ReLUs.
+        loss: kind of the loss, such as ``"cross-entropy"``; "" if it is not known.
     """
 
     model: str = "model"
@@ -377,16 +377,16 @@ class Facts:
     recurrent: bool = False
     gated: bool = False
     normalised: bool = False
-    embeds: bool = False
-    saturates: bool = False
-    rectified: bool = False
-    loss: str = ""
     depth: int = 0
     optimizer: str | None = None
     family: Family = "other"
     rate: float = float("nan")
     clip: str | None = None
     clips_always: bool = False
+    embeds: bool = False
+    saturates: bool = False
+    rectified: bool = False
+    loss: str = ""
 
 
 @dataclass(frozen=True, slots=True)
