@@ -308,14 +308,23 @@ class Incident:
         """True until the incident is closed."""
         return self.closed_step is None
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What is known of the origin, which each process knows of its own, and the evidence."""
+        return (*(self.origin.details if self.origin is not None else ()), *self.evidence)
+
     def __repr__(self) -> str:
         return f"<Incident {self}>"
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
+        """Kind, verdict, severity, steps and suspect, without the origin."""
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
-        origin = f": {self.origin}" if self.origin is not None else ""
-        return printable(f"{self.kind} {self.verdict} ({self.severity}), {steps}{suspect}{origin}")
+        return printable(f"{self.kind} {self.verdict} ({self.severity}), {steps}{suspect}")
+
+    def __str__(self) -> str:
+        return self.headline + (f": {self.origin}" if self.origin is not None else "")
 
 
 @dataclass(frozen=True, slots=True)

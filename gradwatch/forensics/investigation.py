@@ -124,20 +124,6 @@ class Investigation:
             self._reason("no operation made a non-finite gradient of finite ones when the step was repeated")
         )
 
-    # A model whose weights are spread over processes.
-
-    def of_shards(self) -> Origin:
-        """Return the origin that repeating the forwards in all processes together finds in this one.
-
-        Raises:
-            NothingFound: it is not known.
-        """
-        for call in self._calls:
-            found = self._repeat(call, together=True)
-            if found is not None and found[1] is not False:
-                return found[0]
-        raise NothingFound(self._reason("the forward is finite in this process when it is repeated"))
-
     # Inputs of an earlier step.
 
     def of_inputs(self, lag: int) -> Origin:
@@ -154,22 +140,19 @@ class Investigation:
 
     # Parts.
 
-    def _repeat(
-        self, call: Call, gradients: list[Tensor | None] | None = None, *, together: bool = False
-    ) -> tuple[Origin, bool | None] | None:
+    def _repeat(self, call: Call, gradients: list[Tensor | None] | None = None) -> tuple[Origin, bool | None] | None:
         """Return what repeating a forward finds, and whether it was faithful; None if it finds nothing."""
         try:
-            repeat = Repeat(self._model, call, gradients, together=together)
+            repeat = Repeat(self._model, call, gradients)
             result: Replay = repeat.run()
-            mark = first_cause(repeat, result) if not together else sole([one for one in result.marks if not one.mute])
+            mark = first_cause(repeat, result)
             if mark is None:
                 if is_faithful(call, result.outputs) is False:
                     self._reasons.append("the repeated forward gave another result")
                 elif any(not one.mute for one in result.marks):
                     self._reasons.append("several operations made it, and which of them counts is not known")
                 return None
-            if not together:  # each further run would be one of all processes
-                know_rows(repeat, mark)
+            know_rows(repeat, mark)
             faithful = is_faithful(call, result.outputs)
         except CannotRepeatError as reason:
             self._reasons.append(str(reason))

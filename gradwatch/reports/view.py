@@ -154,6 +154,8 @@ class View:
         found.sort(key=lambda incident: (incident.open, incident.opened_step))
         for incident in found[-most:]:
             yield headline(incident, width)
+            if incident.open and incident.origin is not None:
+                yield _cut(Line(f"  {incident.origin}"), width)
             if incident.open and incident.advice:
                 yield _cut(Line(f"  do: {incident.advice[0]}"), width)
             elif incident.clip is not None:

@@ -285,7 +285,7 @@ class Incidents:
         suspect = self._suspects.prime(signs, layers, phase, moved)
         if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
             suspect = before.suspect
-        evidence = (*(story.origin.details if story.origin else ()), *self._evidence.lines(signs, story))
+        evidence = self._evidence.lines(signs, story)
         after = replace(
             before or Incident(kind, severity, verdict, opened_step=step, number=self._told),
             kind=kind,
