@@ -8,8 +8,9 @@ from gradwatch.errors import words_of
 from gradwatch.forensics import statements
 from gradwatch.forensics.explain import called_at, origin_of, sole
 from gradwatch.forensics.graph_walk import LossGraph
-from gradwatch.forensics.names import Names, tensors_in
-from gradwatch.forensics.operands import is_nonfinite
+from gradwatch.forensics.marks import Mark
+from gradwatch.forensics.names import Names, inputs_of, tensors_in
+from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, rows_of
 from gradwatch.forensics.replay import Repeat, Replay, batch_of, first_cause, is_faithful, know_rows
 from gradwatch.forensics.standins import CannotRepeatError
 from gradwatch.measure.wrappers import unwrapped
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gradwatch.forensics.capture import Call
-    from gradwatch.forensics.marks import Mark
     from gradwatch.forensics.singular import Singular
     from gradwatch.forensics.statements import Backward
     from gradwatch.origin import Origin
@@ -133,10 +133,27 @@ class Investigation:
             NothingFound: it is not known.
         """
         for call in self._calls:
+            names = {
+                name: one for name, one in inputs_of(unwrapped(self._model), call.args, call.kwargs) if has_nan(one)
+            }
             found = self._repeat(call)
-            if found is not None and found[0].subject not in ("weight", "buffer"):
-                return found[0].later(lag)
+            # weights of later steps may be damaged by this one, so that only an input that holds NaN is still known
+            if found is not None and (found[0].subject not in ("weight", "buffer") or names):
+                origin = (
+                    found[0]
+                    if found[0].subject not in ("weight", "buffer")
+                    else self._of_input(*next(iter(names.items())))
+                )
+                return origin.later(lag)
+            if names:
+                return self._of_input(*next(iter(names.items()))).later(lag)
         raise NothingFound(self._reason("the model is finite on the inputs of that step"))
+
+    def _of_input(self, name: str, tensor: Tensor) -> Origin:
+        """Return the record of an input that held NaN."""
+        rows = rows_of(tensor) if tensor.dim() and len(tensor) == self._batch else ()
+        mark = Mark(0, "input", "", name=name, inputs=(operand_of(name, tensor),), rows=rows, rows_known=True)
+        return origin_of(mark, "replay", batch=self._batch, part="model")
 
     # Parts.
 
