@@ -339,16 +339,26 @@ class Incident:
         """True until the incident is closed."""
         return self.closed_step is None
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What is known of the origin, which each process knows of its own, and the evidence."""
+        return (*(self.origin.details if self.origin is not None else ()), *self.evidence)
+
     def __repr__(self) -> str:
         return f"<Incident {self}>"
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
+        """Kind, verdict, severity, steps and suspect, without the origin."""
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
         word = "over, with damage" if self.verdict == "damaged" else self.verdict
+        return printable(f"{self.kind} {word} ({self.severity}), {steps}{suspect}")
+
+    def __str__(self) -> str:
         origin = f": {self.origin}" if self.origin is not None else ""
         left = f": {'; '.join(self.left)}" if self.left else ""
-        return printable(f"{self.kind} {word} ({self.severity}), {steps}{suspect}{origin}{left}")
+        return printable(f"{self.headline}{origin}{left}")
 
 
 @dataclass(frozen=True, slots=True)

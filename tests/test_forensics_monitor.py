@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import gradwatch
 from benchmarks.forensics import causes as failing
 from benchmarks.forensics.causes import CAUSES, HEALTHY, MODULE, Net
+from gradwatch import device
 from gradwatch.__main__ import main
 from gradwatch.forensics.capture import Capture
 from gradwatch.reports.log import LogReport
@@ -459,3 +460,31 @@ def test_the_batch_of_the_step_that_failed_is_kept_and_its_program_names_the_ope
     assert main(["reproduce", str(tmp_path), "--step", "7"]) == 2
     with pytest.raises(gradwatch.UsageError, match="save_batch=True with log=None"):
         gradwatch.attach(model, save_batch=True)
+
+
+def test_on_a_device_the_inputs_of_a_step_are_looked_at_when_its_row_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps later, with newer weights; a step is not waited for."""
+    monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+    model = Net(torch.tanh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True, forensics=True) as monitor:
+        for step in range(40):
+            optimizer.zero_grad()
+            x = torch.randn(failing.ROWS, failing.WIDTH)
+            if step == 20:
+                x[5, 1] = torch.nan
+            square(model(x), x).backward()
+            optimizer.step()
+    found = origin_in(monitor)
+    assert found is not None
+    assert (found.subject, found.name, found.rows, found.step) == ("input", "x", (5,), 20)
+    assert monitor._inspector is not None
+    assert monitor._inspector._earlier == []
+
+
+def test_on_a_device_wait_reads_the_loss_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is exact: module and line are those of the step itself."""
+    monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+    found = origin_in(watched(Net(CAUSES["log of zero"].run), steps=12, forensics="wait"))
+    assert found is not None
+    assert (found.op, found.module, found.lag) == ("log", MODULE, 0)

@@ -27,6 +27,7 @@ from benchmarks.overhead.others import MISSING, OTHERS
 from benchmarks.overhead.pages import write_overhead
 from benchmarks.overhead.variants import OWN, compare, device_counts, memory_of, parts_of
 from benchmarks.overhead.workloads import WORKLOADS
+from benchmarks.pages import ROOT, between_marks, markdown
 
 CACHED = Path("build") / "overhead.json"  # a later run of some variants replaces theirs
 
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True)")
     parser.add_argument("--device", default="cpu", help="where the models live: cpu or cuda")
     parser.add_argument("--scaling", action="store_true", help="cost by layers, parameters and steps done, instead")
+    parser.add_argument("--forensics", action="store_true", help="what finding the operation costs, instead")
     parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/performance.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -126,6 +128,14 @@ def main() -> None:
         from benchmarks.overhead import scaling  # its module for memory is not everywhere
 
         scaling.main(console, write=options.write)
+        return
+    if options.forensics:
+        from benchmarks.overhead import forensics
+
+        table = markdown(forensics.HEAD, forensics.rows(options.workloads, options.rounds, options.seconds))
+        console.print(f"{forensics.NOTE}, {options.rounds} rounds")
+        if options.write:
+            between_marks(ROOT / "docs" / "forensics.md", "cost", table)
         return
     found = json.loads(CACHED.read_text()) if CACHED.exists() else {}
     for letter, here in run(options, console).items():

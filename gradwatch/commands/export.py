@@ -170,7 +170,7 @@ def _write_events(log: RunLog, writer: SummaryWriter) -> None:
             for layer, value in zip(log.layers, norms[place].tolist(), strict=True):
                 writer.add_scalar(f"gradwatch/{name}/{layer}", value, int(steps[place]))
     for incident in log.incidents:
-        story = map(printable, (*incident.evidence, *(f"do: {line}" for line in incident.advice)))
+        story = map(printable, (*incident.told, *(f"do: {line}" for line in incident.advice)))
         text = "\n\n".join([f"**{incident}**", *story])
         writer.add_text("gradwatch/incidents", text, incident.opened_step)
 

@@ -112,12 +112,12 @@ def _show(
         table.add_row(Line(code, style), *(Line(count, style) for count in counts))
     if fired or now:
         console.print(table)
-    same = {str(one) for one in before or ()} & {str(one) for one in again.incidents}
+    same = {one.headline for one in before or ()} & {one.headline for one in again.incidents}
     for heading, incidents, _ in sides:
         console.print(Line(f"incidents, {heading}:", "bold"))
         for one in incidents:
-            console.print(Line(f"  {one}", "dim" if str(one) in same else ""))
-            for line in one.evidence if str(one) not in same else ():
+            console.print(Line(f"  {one}", "dim" if one.headline in same else ""))
+            for line in one.evidence if one.headline not in same else ():
                 console.print(Line(f"    {line}", "dim"))
         if not incidents:
             console.print("  none")

@@ -63,7 +63,7 @@ class Inspector:
         self._found, self._note, self._failed = found, note, failed
         self._capture = Capture(called_module(model), self._capture_failed)
         self._singular = Singular()
-        self._left = self._left_together = _MOST
+        self._left = _MOST
         self._explained = False  # whether the trouble that lasts is explained already
         self._in_trouble = self._was_in_trouble = False  # whether this step, and the one before, are not finite
         self._times: list[float] = []
@@ -115,7 +115,7 @@ class Inspector:
                 self._backward = backward_at(line_of(sys._getframe())[2], losses)
             if any(not math.isfinite(one) for one in losses if type(one) is float or self._mode == "wait"):
                 self._in_trouble = True
-                if self._is_spread():  # no process may look alone: see `gradients_arrived`
+                if self._is_spread():  # no process may repeat anything alone
                     return
                 calls = [call for call in calls if not call.backward]
                 self._investigate(lambda inquiry: inquiry.of_loss(_tensors(roots)), calls)
@@ -145,8 +145,10 @@ class Inspector:
         self._step = row.step
         self._in_trouble = True
         if self._is_spread():
-            if self._all_are_ready():
-                self._look(lambda inquiry: inquiry.of_shards(), list(self._capture.calls))
+            self._note(
+                "which operation made a step non-finite is not looked for, since the weights are spread over processes: run it "
+                "inside gradwatch.find_nonfinite(model) in all of them."
+            )
             return
         if row.loss_nonfinite:  # it was looked at when the backward began
             return
@@ -156,16 +158,6 @@ class Inspector:
         """Return whether the weights are spread over processes, so that a forward is one of all of them together."""
         model = self._model()
         return model is not None and any(is_dtensor(one) for one in model.parameters())
-
-    def _all_are_ready(self) -> bool:
-        """Return whether all processes can repeat the same forwards now. All of them have the same row, and so call this."""
-        if not self._left_together or not torch.distributed.is_initialized():
-            return False
-        self._left_together -= 1  # counted alike everywhere, whatever each of them has found
-        count = len(self._capture.calls)
-        both = torch.tensor([count, -count], dtype=torch.int64, device="cpu")
-        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MIN)
-        return bool(both[0] == -both[1]) and count > 0
 
     def step_over(self, optimizer: Optimizer | None) -> None:
         """Drop what was kept of the step."""
@@ -203,14 +195,11 @@ class Inspector:
     # One investigation.
 
     def _investigate(self, look: Callable[[Investigation], Origin], calls: list[Call]) -> None:
-        if not self._explained and self._left:
-            self._left -= 1
-            self._look(look, list(calls))
-
-    def _look(self, look: Callable[[Investigation], Origin], calls: list[Call]) -> None:
         model = self._model()
-        if model is None:
+        if model is None or self._explained or not self._left:
             return
+        self._left -= 1
+        calls = list(calls)
         started = perf_counter()
         self._capture.pause(on=False)
         try:

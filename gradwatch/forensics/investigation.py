@@ -8,8 +8,9 @@ from gradwatch.errors import words_of
 from gradwatch.forensics import statements
 from gradwatch.forensics.explain import called_at, origin_of, sole
 from gradwatch.forensics.graph_walk import LossGraph
-from gradwatch.forensics.names import Names, tensors_in
-from gradwatch.forensics.operands import is_nonfinite
+from gradwatch.forensics.marks import Mark
+from gradwatch.forensics.names import Names, inputs_of, tensors_in
+from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, rows_of
 from gradwatch.forensics.replay import Repeat, Replay, batch_of, first_cause, is_faithful, know_rows
 from gradwatch.forensics.standins import CannotRepeatError
 from gradwatch.measure.wrappers import unwrapped
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gradwatch.forensics.capture import Call
-    from gradwatch.forensics.marks import Mark
     from gradwatch.forensics.singular import Singular
     from gradwatch.forensics.statements import Backward
     from gradwatch.origin import Origin
@@ -124,20 +124,6 @@ class Investigation:
             self._reason("no operation made a non-finite gradient of finite ones when the step was repeated")
         )
 
-    # A model whose weights are spread over processes.
-
-    def of_shards(self) -> Origin:
-        """Return the origin that repeating the forwards in all processes together finds in this one.
-
-        Raises:
-            NothingFound: it is not known.
-        """
-        for call in self._calls:
-            found = self._repeat(call, together=True)
-            if found is not None and found[1] is not False:
-                return found[0]
-        raise NothingFound(self._reason("the forward is finite in this process when it is repeated"))
-
     # Inputs of an earlier step.
 
     def of_inputs(self, lag: int) -> Origin:
@@ -147,29 +133,43 @@ class Investigation:
             NothingFound: it is not known.
         """
         for call in self._calls:
+            names = {
+                name: one for name, one in inputs_of(unwrapped(self._model), call.args, call.kwargs) if has_nan(one)
+            }
             found = self._repeat(call)
-            if found is not None and found[0].subject not in ("weight", "buffer"):
-                return found[0].later(lag)
+            # weights of later steps may be damaged by this one, so that only an input that holds NaN is still known
+            if found is not None and (found[0].subject not in ("weight", "buffer") or names):
+                origin = (
+                    found[0]
+                    if found[0].subject not in ("weight", "buffer")
+                    else self._of_input(*next(iter(names.items())))
+                )
+                return origin.later(lag)
+            if names:
+                return self._of_input(*next(iter(names.items()))).later(lag)
         raise NothingFound(self._reason("the model is finite on the inputs of that step"))
+
+    def _of_input(self, name: str, tensor: Tensor) -> Origin:
+        """Return the record of an input that held NaN."""
+        rows = rows_of(tensor) if tensor.dim() and len(tensor) == self._batch else ()
+        mark = Mark(0, "input", "", name=name, inputs=(operand_of(name, tensor),), rows=rows, rows_known=True)
+        return origin_of(mark, "replay", batch=self._batch, part="model")
 
     # Parts.
 
-    def _repeat(
-        self, call: Call, gradients: list[Tensor | None] | None = None, *, together: bool = False
-    ) -> tuple[Origin, bool | None] | None:
+    def _repeat(self, call: Call, gradients: list[Tensor | None] | None = None) -> tuple[Origin, bool | None] | None:
         """Return what repeating a forward finds, and whether it was faithful; None if it finds nothing."""
         try:
-            repeat = Repeat(self._model, call, gradients, together=together)
+            repeat = Repeat(self._model, call, gradients)
             result: Replay = repeat.run()
-            mark = first_cause(repeat, result) if not together else sole([one for one in result.marks if not one.mute])
+            mark = first_cause(repeat, result)
             if mark is None:
                 if is_faithful(call, result.outputs) is False:
                     self._reasons.append("the repeated forward gave another result")
                 elif any(not one.mute for one in result.marks):
                     self._reasons.append("several operations made it, and which of them counts is not known")
                 return None
-            if not together:  # each further run would be one of all processes
-                know_rows(repeat, mark)
+            know_rows(repeat, mark)
             faithful = is_faithful(call, result.outputs)
         except CannotRepeatError as reason:
             self._reasons.append(str(reason))

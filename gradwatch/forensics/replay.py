@@ -45,16 +45,12 @@ class Repeat:
         model: the model.
         call: the forward.
         gradients: gradients that had reached the outputs; None: no backward.
-        together: whether all processes run it at the same time, on the weights that are spread over them.
     """
 
-    def __init__(
-        self, model: nn.Module, call: Call, gradients: Gradients | None = None, *, together: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, call: Call, gradients: Gradients | None = None) -> None:
         self.model = unwrapped(model)
         self.call = call
         self.gradients = gradients
-        self.together = together
         self.batch = batch_of(call.args, call.kwargs)
         if any(isinstance(one, AnIterator) for one in (*call.args, *call.kwargs.values())):
             raise CannotRepeatError("its input is an iterator, which can be read only once")
@@ -70,7 +66,7 @@ class Repeat:
         args, kwargs = self._inputs((self.call.args, self.call.kwargs), shift)
         names.add_inputs(self.model, args, kwargs)
         with ExitStack() as stack:
-            weights = stack.enter_context(stand_ins(self.model, spread=self.together))
+            weights = stack.enter_context(stand_ins(self.model))
             names.add_state(self.model)
             stack.enter_context(generators_kept(self.call.generator))
             stack.enter_context(eagerly())
@@ -85,7 +81,7 @@ class Repeat:
                 repaired,
                 self.batch,
                 backward=self.gradients is not None,
-                alone=not self.together,
+                alone=True,
             )
             with trace:
                 output = _called(self.model, args, kwargs)

@@ -30,22 +30,21 @@ class CannotRepeatError(Exception):
 
 
 @contextmanager
-def stand_ins(model: nn.Module, *, spread: bool = False) -> Iterator[list[torch.Tensor]]:
+def stand_ins(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Let a model run on stand-ins, and put back everything that its modules hold; yields the stand-ins of its weights.
 
     The stand-in of a weight shares its values, but has no hooks and a gradient of its own. Buffers and other tensors that
-    modules hold are copied. Hooks of the user are left out, those of torch, such as of `weight_norm`, are run. Weights that
-    are ``spread`` over processes are left as they are: without a graph, nothing reaches them.
+    modules hold are copied. Hooks of the user are left out, those of torch, such as of `weight_norm`, are run.
     """
     if any(isinstance(one, torch.jit.ScriptModule) for one in model.modules()):
         raise CannotRepeatError("a module of TorchScript cannot be run on other weights")
-    if not spread and any(is_dtensor(one) for one in model.parameters()):
+    if any(is_dtensor(one) for one in model.parameters()):
         raise CannotRepeatError("its weights are spread over processes")
     saved = [(module, dict(module.__dict__), _contents(module)) for module in model.modules()]
     copies: dict[int, torch.Tensor] = {}
     try:
         for module, _, _ in saved:
-            _replace(module, copies, spread=spread)
+            _replace(module, copies)
         yield [one for one in copies.values() if isinstance(one, nn.Parameter)]
     finally:
         for module, state, contents in saved:
@@ -71,10 +70,9 @@ def _put_back(container: Any, kept: Any) -> None:
         container.update(kept)
 
 
-def _replace(module: nn.Module, copies: dict[int, torch.Tensor], *, spread: bool) -> None:
+def _replace(module: nn.Module, copies: dict[int, torch.Tensor]) -> None:
     state = module.__dict__
-    if not spread:
-        state["_parameters"] = {name: _stand_in(one, copies) for name, one in state["_parameters"].items()}
+    state["_parameters"] = {name: _stand_in(one, copies) for name, one in state["_parameters"].items()}
     state["_buffers"] = {name: _copy(one, copies) for name, one in state["_buffers"].items()}
     for name, value in list(state.items()):
         if type(value) is torch.Tensor:

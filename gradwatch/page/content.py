@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def content_of(log: RunLog) -> dict[str, Any]:
         "skipped_steps": int(series.skipped.sum()),
         "gradient": cells_of(steps, norms, _COLUMNS, log.nonfinite()),
         "weight": cells_of(weight_steps, weights, _WEIGHT_COLUMNS, log.nonfinite(weight=True)),
-        "incidents": list(snapshot.incidents),
+        "incidents": [replace(incident, evidence=incident.told) for incident in snapshot.incidents],
         "headlines": [str(incident) for incident in snapshot.incidents],
         "clips": [None if one.clip is None else str(one.clip) for one in snapshot.incidents],
         "notes": list(snapshot.notes),

@@ -85,7 +85,7 @@ def incident_lines(incident: Incident) -> list[str]:
     """Return the incident as printable lines: headline, evidence and advice if it is open, and what auto-clip did."""
     lines = [str(incident)]
     if incident.open:
-        lines += [f"  {line}" for line in incident.evidence]
+        lines += [f"  {line}" for line in incident.told]
         lines += [f"  do: {line}" for line in incident.advice]
     if incident.clip is not None:
         lines.append(f"  auto-clip: {incident.clip}")

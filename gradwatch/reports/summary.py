@@ -73,7 +73,7 @@ class Summary:
         if len(incident.layers) > 1:
             more = f" and {len(incident.layers) - 4} more" if len(incident.layers) > 4 else ""
             yield _indented(Line(f"left their band in this order: {', '.join(incident.layers[:4])}{more}"), 4)
-        for line in incident.evidence:
+        for line in incident.told:
             yield _indented(Line(line), 4)
         if incident.clip is not None:
             yield _indented(Line(f"auto-clip: {incident.clip}"), 4)

@@ -171,7 +171,9 @@ class View:
         found.sort(key=lambda incident: (incident.open, incident.opened_step))
         for incident in found[-most:]:
             yield headline(incident, width)
-            if incident.open and incident.evidence and most > 1:
+            if incident.open and incident.origin is not None:
+                yield _cut(Line(f"  {incident.origin}"), width)
+            elif incident.open and incident.evidence and most > 1:
                 yield _cut(Line(f"  {incident.evidence[0]}"), width)
             if incident.open and incident.advice:
                 yield _cut(Line(f"  do: {incident.advice[0]}"), width)
@@ -201,13 +203,18 @@ class View:
 
 
 def headline(incident: Incident, width: int | None = None) -> Text:
-    """Return an incident as one line of at most ``width`` cells: mark, kind, verdict, severity, steps, prime suspect, origin."""
+    """Return an incident as one line of at most ``width`` cells: mark, kind, verdict, severity, steps, suspect.
+
+    Without a width, whole and with its origin.
+    """
     mark = {"notice": "·", "warning": "▲", "critical": "■"}[incident.severity]
     style = SEVERITY_STYLES[incident.severity]
     if not incident.open:
         mark, style = ("✓", "green") if incident.verdict == "resolved" else ("✗", STYLES["damaged"])
-    line = Line(f"{mark} {incident}", style)
-    return line if width is None else _cut(line, width)
+    if width is None:
+        return Line(f"{mark} {incident}", style)
+    left = f": {'; '.join(incident.left)}" if incident.left else ""
+    return _cut(Line(f"{mark} {incident.headline}{left}", style), width)
 
 
 def _bar(share: float) -> Text:

@@ -135,7 +135,7 @@ class Watching:
         story = [(f"do: {line}", "cyan") for line in one.advice]
         story += [(f"auto-clip: {one.clip}", "")] if one.clip is not None else []
         story += [(f"left their band in this order: {', '.join(one.layers)}", "")] if len(one.layers) > 1 else []
-        story += [(line, "") for line in one.evidence]
+        story += [(line, "") for line in one.told]
         for told, style in story:
             wrapped = textwrap.wrap(printable(told), max(10, width - 4)) or [""]
             lines += [Line(f"  {wrapped[0]}", style), *(Line(f"    {more}", style) for more in wrapped[1:])]

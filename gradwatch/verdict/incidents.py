@@ -314,8 +314,7 @@ class Incidents:
         suspect = self._suspects.prime(signs, layers, kind, phase, moved)
         if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
             suspect = before.suspect
-        details = story.origin.details if story.origin else ()
-        evidence = (*details, *self._evidence.lines(signs, story, suspect))
+        evidence = self._evidence.lines(signs, story, suspect)
         after = replace(
             before or Incident(kind, severity, verdict, opened_step=step, number=self._told),
             kind=kind,

@@ -1,0 +1,108 @@
+"""What finding the operation costs: keeping the inputs of each healthy step, and the step that failed.
+
+One monitor watches one model; the hooks that keep inputs, outputs and the gradient of the output are taken away and put back
+block by block, in random order, so that both kinds of steps are watched alike. The repetition of a step is timed by itself.
+"""
+
+from __future__ import annotations
+
+import random
+from time import perf_counter
+from typing import Any
+
+import torch
+
+import gradwatch
+from benchmarks.overhead.bench import Bench, shown
+from benchmarks.overhead.workloads import WORKLOADS
+from gradwatch.forensics.replay import Repeat
+
+
+def healthy(bench: Bench, rounds: int, seconds: float) -> tuple[list[float], list[float], float]:
+    """Return ratios of steps with to steps without what is kept, of the same without to without, and the seconds of a step."""
+    monitor = gradwatch.attach(bench.model, report=None, forensics=True, strict=True)
+    inspector = monitor._inspector
+    assert inspector is not None
+    step = bench.steps(70)
+    block = max(2, round(seconds / step))
+    ratios, noise = [], []
+    for _ in range(rounds):
+        times: dict[str, float] = {}
+        for which in random.sample(["kept", "not", "again"], 3):
+            if which == "kept":
+                inspector._capture.start()
+            else:
+                inspector._capture.stop()
+            times[which] = bench.steps(block)
+        ratios.append(times["kept"] / times["not"])
+        noise.append(times["again"] / times["not"])
+    monitor.detach()
+    return ratios, noise, step
+
+
+def failed(bench: Bench) -> tuple[float, float]:
+    """Return the seconds of repeating a forward, and a forward with its backward, each the smallest of five."""
+    monitor = gradwatch.attach(bench.model, report=None, forensics=True, strict=True)
+    inspector = monitor._inspector
+    assert inspector is not None
+    bench.loss().backward()
+    call = inspector._capture.calls[-1]
+    gradients = [one.grad if one.retains_grad else None for one in call.outputs]
+    inspector._capture.pause(on=False)
+    found = [_least(Repeat(bench.model, call, given)) for given in (None, gradients)]
+    monitor.detach()
+    return found[0], found[1]
+
+
+def _least(repeat: Repeat) -> float:
+    times = []
+    for _ in range(5):
+        started = perf_counter()
+        with torch.enable_grad():
+            repeat.run()
+        times.append(perf_counter() - started)
+    return min(times)
+
+
+def decided(bench: Bench) -> bool:
+    """Return whether ``forensics="auto"`` keeps anything of this model's steps."""
+    monitor = gradwatch.attach(bench.model, report=None)
+    bench.steps(25)
+    assert monitor._inspector is not None
+    kept = monitor._inspector._capture.installed
+    monitor.detach()
+    return kept
+
+
+def rows(letters: str, rounds: int, seconds: float) -> list[list[Any]]:
+    """Return one row for each workload."""
+    found = []
+    for letter in letters:
+        workload = WORKLOADS[letter]
+        ratios, noise, step = healthy(Bench(workload.make, fused=False), rounds, seconds)
+        forward, both = failed(Bench(workload.make, fused=False))
+        found.append(
+            [
+                f"({letter}) {workload.title}",
+                f"{1e3 * step:.3g}",
+                shown(ratios),
+                shown(noise),
+                f"{1e3 * forward:.3g} ({forward / step:.2f})",
+                f"{1e3 * both:.3g} ({both / step:.2f})",
+                "yes" if decided(Bench(workload.make, fused=False)) else "no",
+            ]
+        )
+        print(" | ".join(found[-1]), flush=True)
+    return found
+
+
+HEAD = [
+    "workload",
+    "step, ms",
+    "kept / not kept",
+    "noise",
+    "forward repeated, ms (steps)",
+    "forward and backward repeated, ms (steps)",
+    '"auto" keeps',
+]
+NOTE = f"medians and quartiles; the smallest of five repetitions; torch {torch.__version__}, one thread"
