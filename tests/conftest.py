@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from rich.live import _RefreshThread
 from torch.nn.utils import clip_grad as torch_clip
 from torch.optim import optimizer as torch_optimizer
 
@@ -71,10 +72,18 @@ def known_objects_stay() -> None:
     gc.freeze()
 
 
+def _join_told() -> None:
+    """Wait for threads of rich's that have been told to end; rich does not, and they need some moments."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _RefreshThread) and thread.done.is_set():
+            thread.join(5.0)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """After each test no hook, patch or thread remains."""
     yield
+    _join_told()
     gc.collect()
     found = left_behind()
     for one in list(monitor.attached.values()):
