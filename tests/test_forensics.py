@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import gradwatch
 from benchmarks.forensics import causes as failing
 from benchmarks.forensics.causes import CAUSES, HEALTHY, MODULE, Block, Net
+from gradwatch.__main__ import main
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,11 +203,10 @@ for step in range(3):
 """
 
 
-@pytest.mark.parametrize(("fails", "code"), [(True, 1), (False, 0)])
-def test_blame_runs_a_script_and_names_the_operation(*, fails: bool, code: int, tmp_path: Path) -> None:
-    """It passes on the arguments; the exit code says whether there is a finding."""
+def test_blame_runs_a_script_and_names_the_operation(tmp_path: Path) -> None:
+    """It passes on the arguments; the exit code says that there is a finding."""
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT if fails else SCRIPT.replace("step == 2", "False"))
+    script.write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "-m", "gradwatch", "blame", str(script), "0.01"],
         capture_output=True,
@@ -216,13 +216,19 @@ def test_blame_runs_a_script_and_names_the_operation(*, fails: bool, code: int, 
         cwd=Path(__file__).parent.parent,
     )
     told = " ".join(done.stdout.split())
-    assert done.returncode == code, done.stderr
-    if fails:
-        assert "`log` at train.py:13 in the model (forward) got" in told
-        assert "zeros of 56 and returned" in told
-        assert "2 optimizer steps" in told
-    else:
-        assert "every loss, gradient and weight was finite 3 optimizer steps" in told
+    assert done.returncode == 1, done.stderr
+    assert "`log` at train.py:13 in the model (forward) got" in told
+    assert "zeros of 56 and returned" in told
+    assert "2 optimizer steps" in told
+
+
+def test_blame_says_that_a_script_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the number of its steps; the exit code is 0."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.replace("step == 2", "False"))
+    assert main(["blame", str(script), "0.01"]) == 0
+    assert "every loss, gradient and weight was finite 3 optimizer steps" in " ".join(capsys.readouterr().out.split())
+    assert main(["blame", str(tmp_path / "missing.py")]) == 2
 
 
 def test_a_block_knows_its_path() -> None:
