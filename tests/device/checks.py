@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ctypes
 import math
 import os
@@ -351,6 +352,7 @@ def a_watched_step_needs_a_hundredth_more_memory(s: StandIn) -> None:
     """A hundredth of the gradients, in a unit check too and where the user clips."""
 
     def peak(clip: Any, user_clip: float | None) -> int:
+        gc.collect()  # of the run before
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(500, 500), nn.Linear(500, 4000)).to("cuda")
         optimizer = optimizer_of(model, fused=True, lr=1e-4)
