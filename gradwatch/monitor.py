@@ -85,7 +85,12 @@ class Monitor:
         installed = {"gradwatch": version("gradwatch")}
         self._inspector: Inspector | None = None
         if forensics is not None:
-            told = self._pipeline.found, self._pipeline.note, partial(self._notes.part_failed, "finding the operation")
+            told = (
+                self._pipeline.found,
+                self._pipeline.not_found,
+                self._pipeline.note,
+                partial(self._notes.part_failed, "finding the operation"),
+            )
             self._inspector = Inspector(model, forensics, *told)
         self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time, self._inspector)
         self.attached = False

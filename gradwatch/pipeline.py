@@ -124,6 +124,10 @@ class Pipeline:
         """Record the operation that made the first non-finite number of the step that is judged next."""
         self.incidents.record_origin(origin)
 
+    def not_found(self, reason: str) -> None:
+        """Record why the operation that made the step non-finite that is judged next is not known."""
+        self.incidents.record_unknown(reason)
+
     def note(self, text: str) -> None:
         """Report once what gradwatch cannot do."""
         self.notes.add(text)

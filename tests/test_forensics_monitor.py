@@ -86,7 +86,8 @@ def test_a_cause_in_the_loss_code_is_named_by_its_operation_or_not_at_all(name: 
     found = origin_in(monitor)
     if found is None:
         assert name in KEPT_TOO_LITTLE
-        assert "which operation made it so is not known" in monitor.notes[-1]
+        told = [line for incident in monitor.incidents for line in incident.evidence]
+        assert any(line.startswith("which operation made step") and "is not known" in line for line in told)
     else:
         assert (found.op, found.direction, found.module, found.part) == (cause.op, cause.direction, None, "loss code")
         assert found.rows in ((), cause.rows)
@@ -295,7 +296,8 @@ def test_at_most_three_investigations_are_made_and_each_says_what_it_cost() -> N
         monitor = watched(Net(torch.tanh), lambda out, _: Opaque.apply(out), steps=6)  # type: ignore[no-untyped-call]
     assert made.count(False) == 3
     assert origin_in(monitor) is None
-    assert len([note for note in monitor.notes if "is not known" in note and " ms)" in note]) >= 1
+    told = [line for incident in monitor.incidents for line in incident.evidence]
+    assert len([line for line in told if "is not known" in line and line.endswith(" ms)")]) >= 1
 
 
 def test_a_failure_of_an_investigation_does_not_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_each_entry_that_is_damaged_is_refused_whole_or_good_to_train_with(saved
             assert str(path[0]) in said or "other layers" in said
             assert "expected" in said or "Load it into a monitor of the same model" in said
             assert "Nothing was restored" in said
-        assert monitor.notes == []
+        assert all("no gradient has reached 5.weight" in note for note in monitor.notes)  # it is left out of the loss
         assert monitor.verdict == "healthy"
     assert refused > (20 if damage != "an array of the same length" else 0)
 

@@ -40,7 +40,7 @@ class DevicePlan:
         clip: clip to apply to each step while auto-clip is on; None: auto-clip is off.
         guard: corrections beyond the clip while auto-clip is on; None: no corrections.
         reserve: clip to apply to a step that surges (see `gradwatch.probe.surge`).
-        usual: usual gradient norm of each layer, shape (L,); NaN where it is unknown.
+        usual: norms that a surge of one step is measured by, shape (L,) (see `gradwatch.history.recurrence.one_step_norms`).
         skip: True to leave out a step whose gradients are not finite.
         surge: multiple of its usual norm above which a layer surges if the loss is above ``loss_ceiling``.
         far: multiple above which it surges if few layers do so, or if the loss is above ``loss_level``.

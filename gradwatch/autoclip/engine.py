@@ -19,6 +19,7 @@ from gradwatch.clips import ClipNorm
 from gradwatch.clips.base import OneFactor
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.history import SETTLED
+from gradwatch.history.recurrence import one_step_norms
 from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
 from gradwatch.records import SEVERITIES, ClipRecord, Severity
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Incident, Row
 
 
+_YOUNG = 64  # rows before which the bounds in reserve follow each row
 _LONGEST = 8  # multiple of the policy's hold that relapses cannot exceed
 
 
@@ -66,6 +68,7 @@ class AutoClipEngine:
         self._reserve = -LEAST_NORMS  # row at which the bounds for a surge on a device were set
         self._typical = math.nan
         self._usual: Floats = np.full(0, np.nan)
+        self._one_step: Floats = np.full(0, np.nan)
         self._narrowed = 1.0
         self._skips_in_a_row: dict[
             int, int
@@ -115,9 +118,11 @@ class AutoClipEngine:
     def plan(self, surge: float, far: float) -> DevicePlan:
         """Return what to do with the coming step, in advance; ``surge`` and ``far`` are the limits of the rules."""
         explosive = self.policy.when != "always" and "exploding" in self.policy.when
-        if explosive and not self.on and self.history.rows - self._reserve >= LEAST_NORMS:
+        rows = self.history.rows
+        # what is usual changes quickly at first
+        if explosive and not self.on and (rows - self._reserve >= LEAST_NORMS or self._reserve < rows < _YOUNG):
             self._set_bounds(0)
-            self._usual = self._settled_norms()
+            self._one_step = one_step_norms(self.history)
             self._reserve = self.history.rows
         clip = self.clip(self.history.rows) if self.on or explosive else None
         level, scatter = self.history.next_loss_level()
@@ -125,7 +130,7 @@ class AutoClipEngine:
             clip=clip if self.on else None,
             guard=self._guard() if self.on else None,
             reserve=self._in_reserve(clip) if explosive and not self.on and math.isinf(self._spared) else None,
-            usual=self._usual,
+            usual=self._one_step,
             skip=self.policy.on_nonfinite != "ignore",
             surge=surge,
             far=far,
@@ -139,7 +144,7 @@ class AutoClipEngine:
         """Return what clips a step that surges before a rule has judged it: one factor for all, which costs next to nothing."""
         if clip is None or clip.own or isinstance(clip, OneFactor):
             return clip
-        return None if math.isnan(self._typical) else ClipNorm(self._limits.wide * self._typical)
+        return clip if math.isnan(self._typical) else ClipNorm(self._limits.wide * self._typical)
 
     def _settled_norms(self) -> Floats:
         """Return the typical gradient norm of each layer, shape (L,); NaN where too few norms are known."""

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import distributed as dist
 
 from gradwatch import device
 from gradwatch.forensics.capture import Call, Capture, called_module
@@ -46,6 +47,7 @@ class Inspector:
         model: the model, held weakly.
         mode: how much to do, as `gradwatch.attach` describes it.
         found: called with each finding.
+        unknown: called with why an operation was not found.
         note: called with what the user should know.
         failed: called with an error of the capture or of an investigation.
     """
@@ -55,12 +57,13 @@ class Inspector:
         model: nn.Module,
         mode: Mode,
         found: Callable[[Origin], None],
+        unknown: Callable[[str], None],
         note: Callable[[str], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._model = weakref.ref(model)
         self._mode = mode
-        self._found, self._note, self._failed = found, note, failed
+        self._found, self._unknown, self._note, self._failed = found, unknown, note, failed
         self._capture = Capture(called_module(model), self._capture_failed)
         self._singular = Singular()
         self._left = _MOST
@@ -214,9 +217,11 @@ class Inspector:
             if self._folder is not None and inquiry.guilty is not None:
                 keep(self._folder, inquiry.guilty, origin)
         except NothingFound as reason:
-            self._note(
-                f"step {self._step} was not finite, and which operation made it so is not known: {reason} "
-                f"({number(1e3 * (perf_counter() - started))} ms)."
+            # evidence is the same in all processes, and each of them may look for itself
+            tell = self._note if _are_several() else self._unknown
+            tell(
+                f"which operation made step {self._step} non-finite is not known: {reason} "
+                f"({number(1e3 * (perf_counter() - started))} ms)"
             )
         except Exception as error:  # nothing of it may reach the training
             self._failed(error)
@@ -226,6 +231,10 @@ class Inspector:
     def _tell(self, origin: Origin) -> None:
         self._explained = True
         self._found(origin)
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _tensors(roots: Any) -> list[Tensor]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Floats
 
+ONE_STEP = 10.0  # a surge of a single step counts this many times less than one that lasts
+_KNOWN = 8  # norms that a layer needs before it has a typical one
 AT_REST = 2.0  # multiple of the typical size up to which values are ordinary
 _TIMES = 3  # excursions of a height that make it usual: two may be chance
 _MOMENTUM = 0.9  # assumed for SGD: an upper bound of the update where the momentum is smaller
@@ -58,6 +60,27 @@ def usual_norms(history: History, columns: Sequence[int]) -> Floats:
     past = history.grad_norm(last=history.task_rows)[:-1]
     typical = history.typical_grad.value
     return np.array([usual_size(past[:, column], float(typical[column])) for column in columns])
+
+
+def spread_of(history: History) -> Floats:
+    """Return the factor on the limit of a surge for layers whose norms scatter by more than a decade, shape (L,), at least 1."""
+    wide: Floats = np.maximum(1.0, np.exp(4 * history.typical_grad.scatter) / ONE_STEP)
+    return wide
+
+
+def one_step_norms(history: History) -> Floats:
+    """Return the norms that a surge of a single step is measured by, shape (L,); NaN where too few norms are known.
+
+    A surge that lasts for one step counts a tenth of one that lasts (GW301), so these are ten times the usual norms.
+    """
+    typical = history.typical_grad
+    usual, past = typical.value.copy(), history.grad_norm(last=history.task_rows)
+    with ignore_fp_warnings():
+        peaks = np.fmax.reduce(past, axis=0, initial=0.0)
+        high = np.flatnonzero(peaks > ONE_STEP * usual)  # only there larger norms may recur
+        if high.size:
+            usual[high] = usual_norms(history, high.tolist())
+        return np.where(typical.seen >= _KNOWN, ONE_STEP * spread_of(history) * usual, np.nan)
 
 
 def explained_rise(history: History) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from gradwatch.history.recurrence import usual_norms
+from gradwatch.history.recurrence import ONE_STEP, spread_of, usual_norms
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
 from gradwatch.wording import apart, number
@@ -69,8 +69,7 @@ class GradientSurge(Rule):
         if history.task_rows < 2:
             return now
         before = history.grad_norm(last=2)[0] / history.typical_grad.value
-        wide = np.maximum(1.0, np.exp(4 * history.typical_grad.scatter) / 10)
-        value: Floats = np.fmax(np.minimum(now, before), now / 10) / wide
+        value: Floats = np.fmax(np.minimum(now, before), now / ONE_STEP) / spread_of(history)
         high = np.flatnonzero(value > self.limit)
         if high.size:  # the lookup is expensive, so only where the rule would fire
             value[high] *= history.typical_grad.value[high] / usual_norms(history, high.tolist())

@@ -81,6 +81,7 @@ class Incidents:
         self._unhealed: dict[int, Before] = {}
         self._told = 0
         self._origin: Origin | None = None  # of the row that is about to be judged
+        self._unknown = ""
         self.all: list[Incident] = []
 
     def grow(self) -> None:
@@ -164,6 +165,10 @@ class Incidents:
     def record_origin(self, origin: Origin) -> None:
         """Attach ``origin``, which has made a step non-finite, to the explosion that is open, or to the next one that opens."""
         self._origin = origin
+
+    def record_unknown(self, reason: str) -> None:
+        """Record why the origin of the explosion that is open, or of the next one that opens, is not known."""
+        self._unknown = reason
 
     def _judge(self, name: str, story: Story, step: int, *, touched: bool) -> Incident | None:
         active = any(code in self._opening for code, _ in story.firing)
@@ -311,6 +316,9 @@ class Incidents:
         story.findings += [finding] if finding else []
         if self._origin is not None and kind in EXPLOSION:
             story.origin, self._origin = story.origin or self._origin, None
+        if self._unknown and kind in EXPLOSION and story.origin is None:
+            story.findings.append(self._unknown)
+            self._unknown = ""
         suspect = self._suspects.prime(signs, layers, kind, phase, moved)
         if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
             suspect = before.suspect
