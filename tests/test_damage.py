@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from gradwatch.reports.standing import standing
 from gradwatch.verdict import VerdictSettings
 
 INPUTS, CLASSES = 8, 5
+ROOT = Path(__file__).parent.parent
 
 
 def classifier(**settings: Any) -> tuple[nn.Sequential, gradwatch.Monitor]:
@@ -167,10 +169,10 @@ def test_a_run_that_ends_at_nan_says_since_when() -> None:
 
 
 def test_each_word_of_the_verdict_has_one_definition() -> None:
-    """It is printed by `gradwatch explain verdict`."""
-    page = VerdictSettings.documentation()
-    for word, meaning in VERDICTS.items():
-        assert page.count(f"* **{word}**: {meaning}.") == 1
+    """It is printed by `gradwatch explain verdict`, and stands in the documentation."""
+    for page in (VerdictSettings.documentation(), (ROOT / "docs" / "detection.md").read_text()):
+        for word, meaning in VERDICTS.items():
+            assert page.count(f"* **{word}**: {meaning}.") == 1
 
 
 def test_a_part_that_wakes_up_for_a_step_is_not_called_well() -> None:
