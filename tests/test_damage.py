@@ -94,9 +94,9 @@ def test_a_run_that_exploded_at_once_is_not_well_before_it_has_learned(name: str
     model, monitor = classifier()
     optimizer = getattr(torch.optim, name)(model.parameters(), lr=1.0 if name == "Adam" else 6.0)
     losses = learn(model, optimizer, 400)
-    if np.median(losses[-16:]) > 0.9 * losses[0]:
-        assert monitor.verdict != "healthy"
-        assert f"at which it began ({losses[0]:.3g})" in str(monitor.summary())
+    assert np.median(losses[-16:]) > 0.9 * losses[0]
+    assert monitor.verdict != "healthy"
+    assert f"at which it began ({losses[0]:.3g})" in str(monitor.summary())
     monitor.detach()
 
 

@@ -119,22 +119,24 @@ class AutoClipEngine:
         """Return what to do with the coming step, in advance; ``surge`` and ``far`` are the limits of the rules."""
         explosive = self.policy.when != "always" and "exploding" in self.policy.when
         rows = self.history.rows
-        # what is usual changes quickly at first
-        if explosive and not self.on and (rows - self._reserve >= LEAST_NORMS or self._reserve < rows < _YOUNG):
+        # what is usual changes quickly at first, and is not known of layers that were added
+        old = rows - self._reserve >= LEAST_NORMS or len(self._one_step) != len(self.history.layers)
+        if explosive and not self.on and (old or self._reserve < rows < _YOUNG):
             self._set_bounds(0)
             self._one_step = one_step_norms(self.history)
             self._reserve = self.history.rows
         clip = self.clip(self.history.rows) if self.on or explosive else None
-        level, scatter = self.history.next_loss_level()
+        reserve = self._in_reserve(clip) if explosive and not self.on and math.isinf(self._spared) else None
+        level, scatter = self.history.next_loss_level() if reserve is not None else (math.inf, 0.0)
         return DevicePlan(
             clip=clip if self.on else None,
             guard=self._guard() if self.on else None,
-            reserve=self._in_reserve(clip) if explosive and not self.on and math.isinf(self._spared) else None,
+            reserve=reserve,
             usual=self._one_step,
             skip=self.policy.on_nonfinite != "ignore",
             surge=surge,
             far=far,
-            loss_ceiling=self.history.next_loss_ceiling(),
+            loss_ceiling=self.history.next_loss_ceiling() if reserve is not None else math.inf,
             loss_level=level + scatter,
             skip_above=self._skip_above,
             rate=self.further.rate,

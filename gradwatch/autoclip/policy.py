@@ -28,7 +28,7 @@ class AutoClip(Settings):
             recur, such as those of a rare class, the typical norm is half of the size that they usually reach (see
             `gradwatch.history.recurrence`). ``"auto"`` starts at 2 and goes down to 0.5 while steps are too long. A run with
             fewer than 16 norms starts with the clip's own bounds, a norm of 1.0 by default, and goes down to a quarter of
-            them. With ``"auto"`` and gradients on the CPU, outlier layers are scaled first. With SGD, each group of layers that
+            them. With ``"auto"``, outlier layers are scaled first. With SGD, each group of layers that
             share a learning rate is also scaled so that its predicted decrease does not exceed the loss, and never below a
             quarter of the clipped gradient (see `gradwatch.autoclip.guard`). None: the clip's own bounds. The default is
             ``"auto"`` for a clip that is given by name and takes a threshold, unless ``when="always"``; otherwise None.

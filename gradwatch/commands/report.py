@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.commands.outputs import Output, check_outputs, write_outputs
 from gradwatch.commands.values import a_path
-from gradwatch.reports.standing import standing
+from gradwatch.reports.standing import sentences
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.own import beginning_of
@@ -92,7 +92,7 @@ def _plain(log: RunLog, snapshot: Snapshot) -> dict[str, Any]:
                 "steps": last + 1,
                 "rows": rows,
                 "verdict": snapshot.verdict,
-                "standing": [*standing(snapshot), *([f"the loss {snapshot.ending}"] if snapshot.ending else [])],
+                "standing": sentences(snapshot),
                 "loss": loss,
                 "facts": snapshot.facts,
                 "layers": list(log.layers),

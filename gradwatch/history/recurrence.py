@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.history.history import SETTLED
 from gradwatch.history.statistics import ignore_fp_warnings
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 ONE_STEP = 10.0  # a surge of a single step counts this many times less than one that lasts
-_KNOWN = 8  # norms that a layer needs before it has a typical one
 AT_REST = 2.0  # multiple of the typical size up to which values are ordinary
 _TIMES = 3  # excursions of a height that make it usual: two may be chance
 _MOMENTUM = 0.9  # assumed for SGD: an upper bound of the update where the momentum is smaller
@@ -80,7 +80,7 @@ def one_step_norms(history: History) -> Floats:
         high = np.flatnonzero(peaks > ONE_STEP * usual)  # only there larger norms may recur
         if high.size:
             usual[high] = usual_norms(history, high.tolist())
-        return np.where(typical.seen >= _KNOWN, ONE_STEP * spread_of(history) * usual, np.nan)
+        return np.where(typical.seen >= SETTLED, ONE_STEP * spread_of(history) * usual, np.nan)
 
 
 def explained_rise(history: History) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.history.statistics import ignore_fp_warnings
-from gradwatch.reports.standing import standing
+from gradwatch.reports.standing import sentences
 from gradwatch.runlog import Series
 from gradwatch.runlog.latest import snapshot_of
 from gradwatch.runlog.state import state_of
@@ -39,7 +39,7 @@ def content_of(log: RunLog) -> dict[str, Any]:
     return {
         "run": str(log.folder),
         "verdict": snapshot.verdict,
-        "standing": [*standing(snapshot), *([f"the loss {snapshot.ending}"] if snapshot.ending else [])],
+        "standing": sentences(snapshot),
         "state": state_of(log),
         "step": int(series.step[-1]) if len(series.step) else -1,
         "facts": snapshot.facts,

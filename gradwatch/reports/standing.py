@@ -23,6 +23,11 @@ def standing(snapshot: Snapshot) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def sentences(snapshot: Snapshot) -> list[str]:
+    """Return what belongs to the verdict, and how badly the loss stands, as sentences."""
+    return [*standing(snapshot), *([f"the loss {snapshot.ending}"] if snapshot.ending else [])]
+
+
 def above_limits(snapshot: Snapshot) -> tuple[str, ...]:
     """Return which rules are above their limit although no incident is open, and on how many layers; nothing if none is."""
     over = np.flatnonzero(snapshot.closeness > 1)

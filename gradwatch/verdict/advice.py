@@ -48,7 +48,7 @@ def advise(
 
 def _lines(incident: Incident, history: History, told: Sequence[str], rate: float) -> Iterator[str]:
     facts = history.facts
-    both = {sign.sign for sign in incident.signs} & {"growth"} and any(s.kind == "nonfinite" for s in incident.signs)
+    both = any(s.sign == "growth" for s in incident.signs) and any(s.kind == "nonfinite" for s in incident.signs)
     if incident.origin is not None and incident.kind == "nonfinite":
         yield from incident.origin.advice
     if incident.kind in ("exploding", "diverging"):
