@@ -267,6 +267,21 @@ def test_a_step_surges_far_out_or_beside_a_loss_that_suffers(norms: list[float],
 
 
 @pytest.mark.usefixtures("as_on_a_device")
+def test_layers_that_are_added_are_watched_while_a_clip_is_in_reserve() -> None:
+    """What is usual is not known of them yet, and the others keep theirs."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = data()
+    with watch(model, clip="norm") as monitor:
+        train(model, optimizer, 70, x_y=(x, y))
+        model.append(nn.Linear(1, 1))
+        optimizer.add_param_group({"params": list(model[-1].parameters())})
+        train(model, optimizer, 10, x_y=(x, y))
+        assert monitor.history.layers[-1] == "5.bias"
+        assert (monitor.history.grad_norm(last=5) > 0).all()
+
+
+@pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("fused", [False, True])
 def test_huge_finite_gradients_keep_their_direction(fused: bool) -> None:
     """Near 1e20, where torch's own clip zeroes everything, the update has the gradient's direction and length 1."""
