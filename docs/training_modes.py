@@ -91,7 +91,7 @@ each reads a row exactly 8 steps later. Incidents name the true step. `monitor.i
 wait for pending rows (with several processes, only the end does).
 
 Urgent decisions of auto-clip are made on the device, before any rule has seen the step. A step whose gradients are not finite is left
-out. A step whose global norm is 50 times its typical value, or 10 times while the loss suffers, is clipped, and so is each step while
+out. A step that surges is clipped (a layer at 100 times its usual norm while the loss is high, or at 500 times), and so is each step while
 auto-clip is on.
 
 | optimizer | clip by norm | clip by value | a step that is not finite |
