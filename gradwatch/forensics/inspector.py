@@ -116,7 +116,7 @@ class Inspector:
             calls = self._capture.calls
             if self._mode == "lines" and calls:
                 self._backward = backward_at(line_of(sys._getframe())[2], losses)
-            if any(not math.isfinite(one) for one in losses if type(one) is float or self._mode == "wait"):
+            if not self._are_finite(losses):
                 self._in_trouble = True
                 if self._is_spread():  # no process may repeat anything alone
                     return
@@ -126,6 +126,12 @@ class Inspector:
                 self._prepare([call for call in calls if not call.backward], _tensors(roots))
         except Exception as error:  # nothing of it may reach the training
             self._capture_failed(error)
+
+    def _are_finite(self, losses: list[Any]) -> bool:
+        for one in losses:  # on a device a loss is a tensor, which only "wait" waits for
+            if (type(one) is float or self._mode == "wait") and not math.isfinite(one):
+                return False
+        return True
 
     def _prepare(self, calls: list[Call], losses: list[Tensor]) -> None:
         """Have the gradients of the model's outputs kept, and what the loss has that may be singular."""
@@ -170,7 +176,8 @@ class Inspector:
         if optimizer is not None and (self._optimizer is None or self._optimizer() is not optimizer):
             self._optimizer = weakref.ref(optimizer)
         self._step += 1
-        self._forget()
+        if self._capture.calls or self._batch is not None or self._backward is not None:
+            self._forget()
 
     def _decide(self, call: Call) -> None:
         """Capture nothing any more if steps are so short that it would be felt."""
