@@ -364,14 +364,14 @@ def test_a_question_changes_nothing() -> None:
 
 
 def on_devices() -> list[ast.FunctionDef]:
-    """Return the functions whose tensors may lie on a device: those of two files, and by their names everywhere."""
+    """Return the functions whose tensors may lie on a device: those of a few files, and by their names everywhere."""
     return [
         node
         for name, path in FILES.items()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
         and (
-            name in ("device", "measure/readback", "probe/deferred_rows")
+            name in ("device", "measure/readback", "probe/deferred_rows", "probe/device_action", "probe/row_writer")
             or node.name.endswith(("_on", "_unread", "unread"))
         )
     ]
