@@ -14,6 +14,7 @@ from gradwatch.clips.base import OneFactor
 from gradwatch.measure.norms import on_device
 from gradwatch.measure.packed_row import COEFFICIENT, FAILED, LOSS, LOSSES, NOW, SKIPPED, SQUARE
 from gradwatch.probe.gradients import zero_where
+from gradwatch.probe.steering import is_fused
 from gradwatch.probe.surge import surges
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ class DeviceAction:
             bad, skips = bad | self.confirm(well=error is None), True
         if skips:
             slot.singles[SKIPPED].copy_(bad)
-        if optimizer is not None and mine.is_fused(optimizer):
-            mine.leave_to(optimizer, coefficient, bad if skips else None)
+        if optimizer is not None and is_fused(optimizer):
+            mine.steering.leave_to(optimizer, coefficient, bad if skips else None)
         elif skips:
             zero_where(now.gradients, bad)
         if error is not None:
