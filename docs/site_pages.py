@@ -6,6 +6,7 @@ reference lists all that the package exports. Links are those that work on GitHu
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
@@ -21,6 +22,8 @@ from gradwatch.rules import RULES
 from gradwatch.verdict import VerdictSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
@@ -53,7 +56,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             *_entries("rules", [rule.code for rule in RULES]),
             "rules/verdict.md",
         ],
-        "api/": [{title: f"api/{name}.md"} for name, (title, _) in REFERENCE.items()],
+        "api/": [f"api/{name}.md" for name in _reference()],
     }
     there = {*AT_THE_ROOT.values(), *(path.name for path in Path(config.docs_dir).glob("*.md"))}
     config.nav = _navigation(config.nav or [], written, there)
@@ -124,17 +127,31 @@ def _reference() -> dict[str, str]:
         if name == "reports":
             places |= {path.replace(":", "."): [] for path in sorted(REPORTS.values())}
         pages[name] = f"# {title}\n\n" + "\n".join(_entry(place, hidden) for place, hidden in places.items())
+    if (ROOT / "gradwatch" / "integrations").is_dir():
+        pages["integrations"] = "# Integrations\n\n" + "\n".join(map(_entry, _integrations()))
     return pages
+
+
+def _integrations() -> list[str]:
+    """Return the classes for trainers by their place; frameworks need not be installed."""
+    files = sorted((ROOT / "gradwatch" / "integrations").glob("*.py"))
+    classes = [
+        (file.stem, re.findall(r"(?m)^class (Gradwatch\w+)", file.read_text(encoding="utf-8"))) for file in files
+    ]
+    return [f"gradwatch.integrations.{module}.{name}" for module, names in classes for name in names]
 
 
 def _place(exported: Any) -> str:
     return f"{exported.__module__}.{exported.__qualname__}"
 
 
-def _entry(place: str, hidden: list[str]) -> str:
-    filters = ["!^_", *(f"!^{name}$" for name in hidden)]
-    shown = "false" if hidden else "true"  # what users do not make themselves has no signature
-    return f"::: {place}\n    options:\n      filters: {filters}\n      merge_init_into_class: {shown}\n"
+def _entry(place: str, hidden: Sequence[str] = ()) -> str:
+    options = {
+        "filters": ["!^_", *(f"!^{name}$" for name in hidden)],
+        "merge_init_into_class": not hidden,  # what users do not make themselves has no signature
+        "show_root_full_path": place.startswith("gradwatch.integrations."),  # where several have one name
+    }
+    return f"::: {place}\n    options: {json.dumps(options)}\n"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
