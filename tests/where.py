@@ -31,7 +31,10 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
     "distributed/": (("test_processes", "test_together"), "it needs several processes"),
     "commands/blame": (("test_forensics",), "its findings are those of the forensics"),
     "commands/reproduce": (("test_forensics_monitor",), "it loads what a monitor has kept"),
-    "forensics/": (("test_forensics", "test_forensics_monitor"), "one contract: what is found in programs that fail"),
+    "forensics/": (
+        ("test_forensics", "test_forensics_monitor", "test_loss_source"),
+        "one contract: what is found in programs that fail",
+    ),
     "origin": (("test_forensics",), "plain data, tested where it is created"),
     "history/": (("test_history",), "its files form a single object for their readers"),
     "measure/batch_statistics": (("test_flight_recorder",), "the flight recorder is its only user"),
