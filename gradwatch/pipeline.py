@@ -132,6 +132,12 @@ class Pipeline:
         """Report once what gradwatch cannot do."""
         self.notes.add(text)
 
+    def mistake(self, text: str) -> None:
+        """Report once a mistake of the program that is certain; advice names it first."""
+        known = self.history.facts
+        self.history.know(replace(known, mistakes=(*known.mistakes, text)))
+        self.note(text)
+
     def part_failed(self, part: str, error: Exception) -> None:
         """Report that a part of gradwatch raised and is switched off; raise its error if strict."""
         self.notes.part_failed(part, error)

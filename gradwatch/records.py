@@ -379,6 +379,7 @@ class Facts:
         embeds: whether the model has embeddings, so that inputs may be indices.
         saturates, rectified: whether it has activations that saturate (sigmoid, tanh), and ReLUs.
         loss: kind of the loss, such as ``"cross-entropy"``; "" if it is not known.
+        mistakes: mistakes of the program that are certain, in sentences.
     """
 
     model: str = "model"
@@ -397,6 +398,7 @@ class Facts:
     saturates: bool = False
     rectified: bool = False
     loss: str = ""
+    mistakes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

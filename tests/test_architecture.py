@@ -65,6 +65,7 @@ MAY_KNOW: dict[str, set[str]] = {
             "rules",
             "shutdown",
             "skipping",
+            "wording",
         ),
     },
     "forensics": {"device", "errors", "measure", "origin", "probe", "records", "wording"},

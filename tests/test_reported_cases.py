@@ -177,3 +177,38 @@ def test_cross_entropy_over_token_ids_is_not_advised_to_scale_targets_or_inputs(
         assert told
         for never in ("Scale the targets", "Scale the inputs", "Add normalisation", "ReLU"):
             assert never not in told
+
+
+def test_a_clip_after_the_step_is_the_first_advice_on_an_explosion() -> None:
+    """What is known comes first."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(150):
+            x = torch.randn(32, 8)
+            y = x[:, :1] + (100 if number >= 120 else 0) * (x[:, 1:2] > 2)
+            step(optimizer, nn.functional.mse_loss(model(x), y))
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        assert monitor.incidents[0].advice[0].startswith("Your clip comes after optimizer.step()")
+
+
+def test_a_clip_before_unscaling_is_the_first_advice_on_a_loss_that_stalls() -> None:
+    """And the norms are those without the loss scale."""
+    model = mlp(5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(320):
+            x = torch.randn(32, 8)
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(model(x), x[:, :5].argmax(1))).backward()
+            if number == 0:
+                true = (
+                    sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5 / 65536
+                )
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        assert monitor.history.global_norm()[0] == pytest.approx(true, rel=1e-5)
+        assert monitor.incidents[0].kind == "stalled"
+        assert "Your clip comes before scaler.unscale_(optimizer)" in monitor.incidents[0].advice[0]

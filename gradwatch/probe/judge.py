@@ -86,5 +86,8 @@ class Judge(Protocol):
     def note(self, text: str) -> None:
         """Report once what gradwatch cannot do."""
 
+    def mistake(self, text: str) -> None:
+        """Report once a mistake of the program that is certain; advice names it first."""
+
     def part_failed(self, part: str, error: Exception) -> None:
         """Report that a part of gradwatch raised and is switched off; raise its error if strict."""

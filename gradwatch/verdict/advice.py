@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _MOST = 4
 _BORNE = 0.03  # share of its weights that an update may change in the first steps
 _LARGE = 1e3  # first loss from which targets may need scaling
+_CLIPPABLE = ("exploding", "diverging", "spike", "stalled", "vanishing")  # kinds on which a misplaced clip bears
 _DEEP = 10  # weight matrices from which a model without normalisation is deep
 
 
@@ -39,8 +40,9 @@ def advise(
     lines: list[str] = []
     codes = dict.fromkeys(sign.code for sign in incident.signs)
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
-    found = _harmless() if harmless else _lines(incident, history, told, rate)
-    for line in found:
+    if incident.kind in _CLIPPABLE:
+        lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
+    for line in _harmless() if harmless else _lines(incident, history, told, rate):
         if line not in lines:
             lines.append(line)
     return tuple(lines[:_MOST])
