@@ -178,7 +178,8 @@ class Pipeline:
     def _decide(self, row: Row) -> Decision:
         if self.clipping is None or not self.armed:
             return NOTHING
-        decision = self.clipping.decide(row, self.incidents.treatable_explosion())
+        explosion = self.incidents.treatable_explosion(batches=self.clipping.policy.treats_spikes)
+        decision = self.clipping.decide(row, explosion)
         self._record_clip()
         self.notes.extend(self.clipping.further.take_news())
         return decision

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -212,3 +214,48 @@ def test_a_clip_before_unscaling_is_the_first_advice_on_a_loss_that_stalls() -> 
         assert monitor.history.global_norm()[0] == pytest.approx(true, rel=1e-5)
         assert monitor.incidents[0].kind == "stalled"
         assert "Your clip comes before scaler.unscale_(optimizer)" in monitor.incidents[0].advice[0]
+
+
+def one_odd_row(
+    *, watched: str | gradwatch.AutoClip | None, bound: float = float("inf")
+) -> tuple[gradwatch.Monitor, float]:
+    """Train by Adam with one target of 1e5 at step 150; return the monitor and the last loss."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    with gradwatch.attach(model, report=None, clip=watched, strict=True) as monitor:
+        for number in range(600):
+            x = torch.randn(32, 8, generator=generator)
+            y = x[:, :1] - x[:, 1:2]
+            if number == 150:
+                y[0] = 1e5
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            if bound < float("inf"):
+                nn.utils.clip_grad_norm_(model.parameters(), bound)
+            optimizer.step()
+    return monitor, loss.item()
+
+
+def test_an_odd_batch_under_adam_is_repaired_by_the_clip_that_is_advised() -> None:
+    """Without it Adam makes short steps for long; the rate is not blamed."""
+    monitor, unclipped = one_odd_row(watched=None)
+    (incident,) = monitor.incidents
+    assert (incident.kind, incident.severity, incident.opened_step) == ("spike", "notice", 150)
+    assert "learning rate" not in advice(monitor)
+    bound = re.search(r"clip each step to a norm of ([0-9.]+), twice what is usual here", advice(monitor))
+    assert bound
+    _, clipped = one_odd_row(watched=None, bound=float(bound[1]))
+    assert clipped < 0.1 * unclipped
+
+
+def test_auto_clip_leaves_a_single_odd_batch_alone_unless_it_is_to_act_on_spikes() -> None:
+    """What looks like one may be a rare signal; the advice says how to change that, and that it helps."""
+    monitor, alone = one_odd_row(watched="norm")
+    assert monitor.incidents[0].clip is None
+    assert 'AutoClip("norm", when="spike")' in advice(monitor)
+    monitor, treated = one_odd_row(watched=gradwatch.AutoClip("norm", when="spike"))
+    assert monitor.incidents[0].clip is not None
+    assert monitor.incidents[0].clip.clipped == 1
+    assert treated < 0.1 * alone

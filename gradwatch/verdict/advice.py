@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.history.in_use import usual_norms_of
+from gradwatch.wording import number
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -26,7 +29,13 @@ _DEEP = 10  # weight matrices from which a model without normalisation is deep
 
 
 def advise(
-    incident: Incident, history: History, remedies: Mapping[str, str], rate: float, *, harmless: bool = False
+    incident: Incident,
+    history: History,
+    remedies: Mapping[str, str],
+    rate: float,
+    *,
+    harmless: bool = False,
+    of_the_batch: bool = False,
 ) -> tuple[str, ...]:
     """Return at most four pieces of advice, the most likely to help first.
 
@@ -36,12 +45,17 @@ def advise(
         remedies: the remedies of rules, by code.
         rate: learning rate at which the incident opened; NaN if it is not known.
         harmless: whether the loss was not finite although every gradient of its step was zero.
+        of_the_batch: whether it opened with a loss farther up than the last update can have raised it.
     """
     lines: list[str] = []
     codes = dict.fromkeys(sign.code for sign in incident.signs)
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
     if incident.kind in _CLIPPABLE:
         lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
+    if of_the_batch and incident.kind in ("exploding", "diverging"):
+        lines.append(
+            f"Look at the batch of step {incident.opened_step}: the last update cannot have raised its loss so far."
+        )
     for line in _harmless() if harmless else _lines(incident, history, told, rate):
         if line not in lines:
             lines.append(line)
@@ -64,8 +78,7 @@ def _lines(incident: Incident, history: History, told: Sequence[str], rate: floa
             yield from _explosion(incident, history, rate)
     elif incident.kind == "spike":
         yield "Look at the batch of this step: a single jump that comes back is usually caused by one unusual batch."
-        if facts.clip is None and not history.clips_each_step:
-            yield 'If it happens again, clip by norm when it does: attach(model, clip="norm").'
+        yield from _odd_batches(incident, history)
     elif incident.kind == "stalled":
         yield from told
         yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
@@ -117,6 +130,22 @@ def _explosion(incident: Incident, history: History, rate: float) -> Iterator[st
         yield "Shorten the sequences: truncate backpropagation through time."
     if not facts.normalised and facts.depth > _DEEP:
         yield f"Add normalisation: the model has {facts.depth} weight matrices and no normalisation."
+
+
+def _odd_batches(incident: Incident, history: History) -> Iterator[str]:
+    """Yield what keeps single odd batches from doing harm."""
+    facts = history.facts
+    if history.clips_each_step:
+        return
+    usual = usual_norms_of(history, incident.opened_step)
+    if usual is not None:
+        why = ""
+        if facts.family == "adam":
+            why = f": {facts.optimizer} makes shorter steps for long after a gradient that large"
+        bound = number(2 * usual.high, 2)
+        yield f"If such batches recur, clip each step to a norm of {bound}, twice what is usual here{why}."
+    if facts.clip is not None:
+        yield 'Auto-clip acts on single batches only with when="spike": attach(model, clip=AutoClip("norm", when="spike")).'
 
 
 def _no_cure(facts: Facts) -> str:

@@ -103,13 +103,13 @@ class Incidents:
         story = self._stories.get("explosion")
         return story.incident if story else None
 
-    def treatable_explosion(self) -> Incident | None:
-        """Return the open explosion, or None if there is none or if the data or the task caused it.
+    def treatable_explosion(self, *, batches: bool = False) -> Incident | None:
+        """Return the open explosion, or None if there is none or, unless ``batches``, if the data or the task caused it.
 
         No clip lowers a loss that an update has not raised.
         """
         story = self._stories.get("explosion")
-        return None if story is None or (story.of_the_batch and not story.harmed) else story.incident
+        return None if story is None or (story.of_the_batch and not story.harmed and not batches) else story.incident
 
     @property
     def exploding(self) -> bool:
@@ -339,7 +339,8 @@ class Incidents:
         )
         if before is None:
             story.rate = self._rate_of(suspect)
-        told = advise(after, self._history, self._remedies, story.rate, harmless=story.harmless)
+        odd = story.of_the_batch
+        told = advise(after, self._history, self._remedies, story.rate, harmless=story.harmless, of_the_batch=odd)
         after = replace(after, advice=told)
         if before is None:
             story.before = self._before(signs)
