@@ -14,7 +14,7 @@ import numpy as np
 
 from gradwatch.origin import Origin  # noqa: TC001  pydantic reads the annotations
 from gradwatch.printable import printable
-from gradwatch.wording import apart
+from gradwatch.wording import apart, ordinal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -314,6 +314,8 @@ class Incident:
         origin: the operation that made the first non-finite number; None if it is not known.
         number: index of the incident in the run, from 0.
         left: what is worse than before the fault although the incident is closed, in sentences.
+        times: its number in a series of jumps that come back with a period; 1: there is no series.
+        period: number of steps from one of them to the next; None: there is no series.
     """
 
     kind: Kind
@@ -333,6 +335,8 @@ class Incident:
     number: int = 0
     left: tuple[str, ...] = ()
     origin: Origin | None = None
+    times: int = 1
+    period: int | None = None
 
     @property
     def open(self) -> bool:
@@ -353,7 +357,8 @@ class Incident:
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
         word = "over, with damage" if self.verdict == "damaged" else self.verdict
-        return printable(f"{self.kind} {word} ({self.severity}), {steps}{suspect}")
+        again = f", the {ordinal(self.times)} time, every {self.period} steps" if self.period is not None else ""
+        return printable(f"{self.kind} {word} ({self.severity}), {steps}{again}{suspect}")
 
     def __str__(self) -> str:
         origin = f": {self.origin}" if self.origin is not None else ""

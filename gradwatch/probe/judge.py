@@ -56,6 +56,9 @@ class Judge(Protocol):
     def loss_found(self, kind: str) -> None:
         """Record the kind of the loss of the first backward, such as "cross-entropy"; "" if it is not known."""
 
+    def losses_oppose(self) -> None:
+        """Record that two optimizers take turns, where the loss of one runs through what the other trains."""
+
     def grown(self, columns: Columns, facts: Facts) -> None:
         """Extend everything to the columns of parameters that were added to the model or replaced."""
 

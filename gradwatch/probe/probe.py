@@ -27,6 +27,7 @@ from gradwatch.probe.loss_reader import LossReader
 from gradwatch.probe.owners import Owners
 from gradwatch.probe.peers import Peers
 from gradwatch.probe.step_recorder import StepRecorder
+from gradwatch.probe.turns import Turns
 from gradwatch.probe.update_loop import UpdateLoop
 from gradwatch.probe.user_clips import UserClips
 from gradwatch.shutdown import Failure, all_done
@@ -93,6 +94,7 @@ class Probe:
         self.recorder = StepRecorder(
             layers, judge, self.gradient_hooks, self.losses, peers, every, own_time, investigator
         )
+        self._turns = Turns(self.owns_any, judge.losses_oppose)
         self._user_clips = UserClips(self.owners, self.attribution, self.recorder, self._loop, judge)
         self.active = False
 
@@ -178,6 +180,8 @@ class Probe:
     def backward_ended(self, run: Run) -> None:
         """Record the losses of a backward that has ended, and make a row if no optimizer step is going to follow."""
         started = perf_counter()
+        if self._turns.watches:
+            self._guarded(self._turns.backward_ended, run.roots)
         if self.attribution.end(run, fused=bool(self._fused.parts)):
             if not self._loss_known:
                 self._loss_known = True
@@ -230,7 +234,8 @@ class Probe:
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
             # other processes may make this step and wait for the row
-            if self._left_out >= PATIENCE or self._guarded(self.recorder.meet_peers):
+            patience = PATIENCE + (self.losses.scale_to_find() if not mine.steps else 0)
+            if self._left_out >= patience or self._guarded(self.recorder.meet_peers):
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)
             self._step_over(None)
@@ -248,6 +253,8 @@ class Probe:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Measure the gradients that the optimizer is about to use; return new arguments if it has a closure, else None."""
+        if self._turns.watches:
+            self._guarded(self._turns.stepped, optimizer)
         if len(args) == 1 and not kwargs and self._take_fast_path(optimizer):
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
@@ -410,6 +417,7 @@ class Probe:
     def _find(self, optimizer: Optimizer) -> None:
         """Record an optimizer that owns watched layers; raise `UsageError` if it cannot be watched."""
         self._loop.optimizer_found()
+        self._turns.again()
         self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer))
         if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
             self._judge.note("auto-clip does not clip inside a line search, such as that of LBFGS.")

@@ -52,7 +52,7 @@ def advise(
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
     if incident.kind in _CLIPPABLE:
         lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
-    if of_the_batch and incident.kind in ("exploding", "diverging"):
+    if of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
         lines.append(
             f"Look at the batch of step {incident.opened_step}: the last update cannot have raised its loss so far."
         )
@@ -68,6 +68,7 @@ def _lines(incident: Incident, history: History, told: Sequence[str], rate: floa
     if incident.origin is not None and incident.kind == "nonfinite":
         yield from incident.origin.advice
     if incident.kind in ("exploding", "diverging"):
+        yield from _runaway_series(incident)
         yield from _explosion(incident, history, rate)
         yield from told
         if both:
@@ -77,20 +78,44 @@ def _lines(incident: Incident, history: History, told: Sequence[str], rate: floa
         if both:
             yield from _explosion(incident, history, rate)
     elif incident.kind == "spike":
-        yield "Look at the batch of this step: a single jump that comes back is usually caused by one unusual batch."
-        yield from _odd_batches(incident, history)
+        yield from _spike(incident, history)
     elif incident.kind == "stalled":
-        yield from told
-        yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
-        yield f"Change the learning rate ({_at(rate)}) by factors of three in both directions."
-        if not facts.embeds:
-            yield "Scale the inputs to zero mean and unit variance."
+        yield from _stalled(facts, told, rate)
     elif incident.kind == "vanishing":
         yield from _vanishing(facts)
     elif incident.kind == "dead":
         yield from _dead(facts, rate)
     elif incident.kind == "frozen":
         yield from _frozen(history)
+
+
+def _runaway_series(incident: Incident) -> Iterator[str]:
+    if incident.period is not None:
+        yield (
+            f"Look at what the program does every {incident.period} steps: the loss jumps farther each time. If it updates a "
+            "target network, the values run away: check the discount and the end of episodes, bound the targets."
+        )
+
+
+def _spike(incident: Incident, history: History) -> Iterator[str]:
+    if incident.period is not None:
+        yield (
+            f"Look at what the program does every {incident.period} steps, such as updating a target network or changing the "
+            "task: the last update cannot have raised the loss so far. If it is meant, nothing is wrong."
+        )
+        return
+    yield "Look at the batch of this step: a single jump that comes back is usually caused by one unusual batch."
+    yield from _odd_batches(incident, history)
+
+
+def _stalled(facts: Facts, told: Sequence[str], rate: float) -> Iterator[str]:
+    yield from told
+    yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
+    yield f"Change the learning rate ({_at(rate)}) by factors of three in both directions."
+    if not facts.embeds:
+        yield "Scale the inputs to zero mean and unit variance."
+    if not told:
+        yield "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
 
 
 def _harmless() -> Iterator[str]:

@@ -20,7 +20,7 @@ def how_it_stands(history: History) -> str:
         return f"is {history.row.loss} since step {history.lost_since:,}"
     level, _ = median_and_mad(history.task_loss(last=_LEVEL))
     began = history.first_loss
-    if history.losses >= _ENOUGH and level >= began - _NEAR * abs(began):
+    if history.losses >= _ENOUGH and not history.resting and level >= began - _NEAR * abs(began):
         return (
             f"is {level:.3g}, at the level at which it began ({began:.3g})"
             if level <= began + _NEAR * abs(began)

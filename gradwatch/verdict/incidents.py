@@ -21,6 +21,7 @@ from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
 from gradwatch.verdict.damage import Before, before_fault, damage_since, level_now, recovered_after
 from gradwatch.verdict.evidence import Evidence
+from gradwatch.verdict.recurring import Recurring
 from gradwatch.verdict.story import Story, kind_of, phase_of, severity_of
 from gradwatch.verdict.suspects import Suspects
 
@@ -58,6 +59,9 @@ class Incidents:
         settings: the limits of the verdict.
         treatment: the treatment of explosions, which keeps them open until it has ended; None: there is none.
         broken: returns which weights and buffers are not finite, in words; empty if all are, as far as it is known.
+
+    Attributes:
+        recurring: the jumps of the loss that no update has caused.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class Incidents:
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
         self._unhealed: dict[int, Before] = {}
+        self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
+        self.recurring = Recurring()
         self._told = 0
         self._origin: Origin | None = None  # of the row that is about to be judged
         self._unknown = ""
@@ -191,7 +197,10 @@ class Incidents:
                 story.look_at = self._settings.lasting_steps
                 story.of_the_batch = step in story.odd_steps
                 story.young = self._history.losses < EARLY and story.of_the_batch
-        may_last = not story.lasting and (story.harmed or not story.young)
+                if story.of_the_batch and name == "explosion":
+                    story.recurrence = self.recurring.jumped(step, self._history.row.loss)
+                    story.lasting = story.recurrence.grows
+        may_last = not story.lasting and (story.harmed or not story.young) and not story.recurrence.routine
         if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
             story.lasting = self._compare_level(story)
             story.look_at *= 2
@@ -232,6 +241,12 @@ class Incidents:
         too_long = self._has("update", signs) or self._has("overshoot", signs)
         if not too_long and is_of_the_batch(self._history):
             story.odd_steps.add(now)
+        if (
+            story.recurrence.routine
+        ):  # the program changes its targets or data: what follows settles again, unless it breaks
+            return any(sign.kind == "nonfinite" or sign.sign == "numeric" for sign in signs) or self._has(
+                "damage", signs
+            )
         told = [sign for sign in signs if sign.step not in story.odd_steps]
         return (
             any((sign.sign == "subtle" and sign.kind != "spike") or sign.sign == "numeric" for sign in signs)
@@ -336,6 +351,8 @@ class Incidents:
             ranks=story.ranks,
             phase=phase,
             origin=story.origin,
+            times=story.recurrence.times,
+            period=story.recurrence.period,
         )
         if before is None:
             story.rate = self._rate_of(suspect)
@@ -343,7 +360,7 @@ class Incidents:
         told = advise(after, self._history, self._remedies, story.rate, harmless=story.harmless, of_the_batch=odd)
         after = replace(after, advice=told)
         if before is None:
-            story.before = self._before(signs)
+            story.before = self._before_series(story, self._before(signs))
             self._make_room()
             self._told += 1
             story.place = len(self.all)
@@ -373,6 +390,22 @@ class Incidents:
             if earlier.task == before.task and earlier.loss < before.loss:
                 before = earlier
         return before
+
+    def _before_series(self, story: Story, before: Before) -> Before:
+        """Return the run before an incident, given the one before its first sign, if the incident is one of a series.
+
+        In a routine of the program, no level of the loss is known to which the loss should come back.
+        """
+        if story.recurrence.period is None:
+            self._series = [(self._told, replace(before, ceiling=max(before.ceiling, story.peak)))]
+            return before
+        if story.recurrence.grows:
+            return self._series[0][1]
+        for number, earlier in self._series:
+            if number in self._unhealed:
+                self._unhealed[number] = replace(earlier, loss=math.nan, ceiling=math.nan)
+        self._series.append((self._told, before))
+        return replace(before, loss=math.nan, ceiling=math.nan)
 
     def _replace(self, story: Story, incident: Incident) -> None:
         story.incident = incident

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.origin import Origin  # noqa: TC001  of a dataclass
 from gradwatch.records import EXPLOSION, Alarm, Incident, Kind, Phase, Severity, Verdict
+from gradwatch.verdict.recurring import Recurrence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +43,7 @@ class Story:
     rate: float = math.nan  # learning rate at the opening
     harmless: bool = False  # no gradient but zero came with a loss that is not finite
     origin: Origin | None = None
+    recurrence: Recurrence = field(default_factory=Recurrence)
 
 
 def kind_of(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
