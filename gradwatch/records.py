@@ -14,7 +14,7 @@ import numpy as np
 
 from gradwatch.origin import Origin  # noqa: TC001  pydantic reads the annotations
 from gradwatch.printable import printable
-from gradwatch.wording import apart, ordinal
+from gradwatch.wording import apart, counted, ordinal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -270,7 +270,7 @@ class ClipRecord:
         if not math.isnan(self.loss_before) and not math.isnan(self.loss_after):
             parts.append(f"loss {self.loss_after:.3g}, {self.loss_before:.3g} before the fault")
             if self.recovered_after is not None:
-                parts[-1] += f", back at its level after {self.recovered_after} steps"
+                parts[-1] += f", back at its level after {counted(self.recovered_after, 'step')}"
         outcome = self._outcome
         return "; ".join([*parts, f"released at step {self.released_step}" + (f": {outcome}" if outcome else "")])
 

@@ -259,3 +259,46 @@ def test_auto_clip_leaves_a_single_odd_batch_alone_unless_it_is_to_act_on_spikes
     assert monitor.incidents[0].clip is not None
     assert monitor.incidents[0].clip.clipped == 1
     assert treated < 0.1 * alone
+
+
+@pytest.mark.parametrize("clip", [None, "norm"])
+def test_a_batch_with_nan_and_an_outlier_soon_after_are_two_incidents(clip: str | None) -> None:
+    """Each with its own advice: the rate is no cause of a NaN in the targets."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradwatch.attach(model, report=None, clip=clip, strict=True) as monitor:
+        for number in range(200):
+            x = torch.randn(32, 8)
+            y = x[:, :1] - x[:, 1:2]
+            if number in (80, 100):
+                y[0] = torch.nan if number == 80 else 300.0
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            if number == 80 and clip is None:
+                optimizer.zero_grad()  # as a loop does that leaves out a loss of NaN
+            optimizer.step()
+        first, second = monitor.incidents
+        assert (first.kind, first.opened_step, first.closed_step, first.verdict) == ("nonfinite", 80, 100, "resolved")
+        assert (second.kind, second.opened_step) == ("exploding", 100)
+        assert "rate" not in " ".join(first.advice)
+        assert "target" in str(first)
+        assert second.advice[0].startswith("Look at the batch of step 100")
+        if clip is not None:
+            assert first.clip is not None
+            assert second.clip is not None
+            assert (first.clip.skipped, first.clip.clipped, first.clip.recovered_after) == (1, 0, 1)
+            assert (second.clip.skipped, second.clip.clipped) == (0, 1)
+
+
+def test_an_explosion_that_ends_in_nan_is_one_incident() -> None:
+    """Growth that becomes infinite has one cause."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(90):
+            if number == 60:
+                optimizer.param_groups[0]["lr"] = 5.0
+            x = torch.randn(32, 8)
+            step(optimizer, nn.functional.mse_loss(model(x), x[:, :1] - x[:, 1:2]))
+        (incident,) = monitor.incidents
+        assert incident.kind == "exploding"

@@ -170,7 +170,10 @@ def _odd_batches(incident: Incident, history: History) -> Iterator[str]:
         bound = number(2 * usual.high, 2)
         yield f"If such batches recur, clip each step to a norm of {bound}, twice what is usual here{why}."
     if facts.clip is not None:
-        yield 'Auto-clip acts on single batches only with when="spike": attach(model, clip=AutoClip("norm", when="spike")).'
+        yield (
+            "Auto-clip leaves single batches alone, except soon after an explosion; to act on each of them: "
+            'attach(model, clip=AutoClip("norm", when="spike")).'
+        )
 
 
 def _no_cure(facts: Facts) -> str:

@@ -111,9 +111,12 @@ def dead_since(history: History, before: Before) -> list[str]:
     return [history.layers[index] for index in np.flatnonzero(silent[: len(flowed)] & flowed).tolist()]
 
 
-def recovered_after(history: History, before: Before, start: int) -> int | None:
-    """Return the number of steps from ``start`` until the loss stayed at its level before the fault; None if no loss is kept."""
+def recovered_after(history: History, before: Before, start: int, end: int | None = None) -> int | None:
+    """Return the number of steps from ``start`` until the loss stayed at its level before the fault; None if no loss is kept.
+
+    Steps from ``end`` on are not counted; None: all are.
+    """
     losses, steps = history.loss(), history.steps()
-    losses = losses[steps >= start]
+    losses = losses[(steps >= start) & (steps < (math.inf if end is None else end))]
     above = np.flatnonzero(~(losses <= before.ceiling))
     return None if not losses.size else int(above[-1]) + 1 if above.size else 0

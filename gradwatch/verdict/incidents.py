@@ -140,12 +140,33 @@ class Incidents:
             else:
                 story.firing.pop(key, None)
             touched.add(name)
-        news = []
+        news = self._end_by_another_cause(step)
         for name in list(self._stories):
             new = self._judge(name, self._stories[name], step, touched=name in touched)
             if new is not None:
                 news.append(new)
         return news + self._heal() if self._unhealed else news
+
+    def _end_by_another_cause(self, step: int) -> list[Incident]:
+        """Close the open explosion if a sign of another cause begins to fire after it is over; return it.
+
+        A step that was not finite and a surge of finite numbers have different causes, and so different advice.
+        """
+        story = self._stories.get("explosion")
+        if story is None or story.incident is None or step - story.last_fired < self._settings.apart_steps:
+            return []
+        told = [sign for sign in story.firing.values() if sign.code in self._opening]
+        nonfinite = [sign.kind == "nonfinite" for sign in told]
+        if not told or story.before is None or any(nonfinite) is (story.incident.kind == "nonfinite"):
+            return []
+        if any(nonfinite) and not all(nonfinite):
+            return []
+        if damage_since(self._history, story.before, ""):
+            return []
+        closed = self._close("explosion", story, step)
+        new = self._stories["explosion"]
+        new.signs = dict(new.firing)
+        return [closed]
 
     def _heal(self) -> list[Incident]:
         """Resolve the closed incidents whose damage is no longer there, and return them; say of the others what is left now."""
@@ -196,6 +217,7 @@ class Incidents:
                 story.jumped = self._has("jump", story.firing.values())
                 story.look_at = self._settings.lasting_steps
                 story.of_the_batch = step in story.odd_steps
+                story.odd_batch = story.of_the_batch or (story.jumped and is_of_the_batch(self._history))
                 story.young = self._history.losses < EARLY and story.of_the_batch
                 if story.of_the_batch and name == "explosion":
                     story.recurrence = self.recurring.jumped(step, self._history.row.loss)
@@ -356,7 +378,7 @@ class Incidents:
         )
         if before is None:
             story.rate = self._rate_of(suspect)
-        odd = story.of_the_batch
+        odd = story.odd_batch
         told = advise(after, self._history, self._remedies, story.rate, harmless=story.harmless, of_the_batch=odd)
         after = replace(after, advice=told)
         if before is None:
@@ -455,7 +477,7 @@ class Incidents:
         level = level_now(self._history)
         known = not math.isnan(before.loss) and not math.isnan(level) and clip.clipped + clip.skipped > 0
         helped = not left if known else None
-        since = recovered_after(self._history, before, clip.from_step) if helped else None
+        since = recovered_after(self._history, before, clip.from_step, clip.released_step) if helped else None
         return replace(
             clip,
             loss_before=before.loss,

@@ -22,6 +22,8 @@ class VerdictSettings(Settings):
     ## Settings
     * `calm_steps`: number of steps without a firing alarm after which an incident closes. With auto-clip, its `hold` is used
       instead for an explosion.
+    * `apart_steps`: number of steps without a firing alarm after which a sign of another cause is an incident of its own: one of
+      NaN or infinity after an explosion of finite numbers, or the other way round.
     * `far`: factor beyond its limit at which a surge opens an incident by itself; doubled during the first 24 rows. Otherwise
       growth opens an incident only if the loss suffers too.
     * `lasting_steps`: number of steps after which a loss that is still high no longer counts as a spike. It is checked then,
@@ -40,6 +42,7 @@ class VerdictSettings(Settings):
     """
 
     calm_steps: int = Field(default=20, ge=1)
+    apart_steps: int = Field(default=8, ge=1)
     far: float = Field(default=5.0, ge=1)
     lasting_steps: int = Field(default=12, ge=4)
     brief_steps: int = Field(default=3, ge=0)

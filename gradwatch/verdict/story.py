@@ -32,6 +32,7 @@ class Story:
     peak: float = math.nan
     jumped: bool = False
     of_the_batch: bool = False  # opened by a jump that the last update cannot have caused
+    odd_batch: bool = False  # opened with such a jump, whether or not an update was too long as well
     young: bool = False  # of_the_batch, and opened before the run had a usual loss level
     look_at: int = 0
     level: float = math.nan
