@@ -14,7 +14,7 @@ import numpy as np
 
 from gradwatch.origin import Origin  # noqa: TC001  pydantic reads the annotations
 from gradwatch.printable import printable
-from gradwatch.wording import apart, counted, ordinal
+from gradwatch.wording import apart, counted, number, ordinal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -262,17 +262,24 @@ class ClipRecord:
         if self.skipped:
             parts[0] += f", {self.skipped} skipped"
         if math.isfinite(self.norm_before):
-            left = f" -> {self.norm_after:.3g}" if math.isfinite(self.norm_after) else ""
-            parts.append(f"largest norm {self.norm_before:.3g}{left}")
+            parts.append(f"largest norm {number(self.norm_before)}{self._of_it}")
         parts += self.measures
         if self.released_step is None:
             return "; ".join([*parts, "still on"])
         if not math.isnan(self.loss_before) and not math.isnan(self.loss_after):
-            parts.append(f"loss {self.loss_after:.3g}, {self.loss_before:.3g} before the fault")
+            parts.append(f"loss {number(self.loss_after)}, {number(self.loss_before)} before the fault")
             if self.recovered_after is not None:
                 parts[-1] += f", back at its level after {counted(self.recovered_after, 'step')}"
         outcome = self._outcome
         return "; ".join([*parts, f"released at step {self.released_step}" + (f": {outcome}" if outcome else "")])
+
+    @property
+    def _of_it(self) -> str:
+        """What became of the largest norm, if it was changed."""
+        if self.norm_after == 0 and self.skipped:
+            return ", of a step that was left out"
+        before, after = number(self.norm_before), number(self.norm_after)
+        return f", clipped to {after}" if self.norm_after < self.norm_before and before != after else ""
 
     @property
     def _outcome(self) -> str:
@@ -281,8 +288,9 @@ class ClipRecord:
         if self.unlearned is not None:
             before, after = self.unlearned
             return (
-                f"the losses of the steps that it clipped did not come down, {before:.3g} -> {after:.3g}, while the others were "
-                f"well: they carry a rare signal. It is not switched on again for gradients up to {self.norm_before:.3g}"
+                f"the losses of the steps that it clipped did not come down, from {number(before)} to {number(after)}, while "
+                "the others were well: they carry a rare signal. It is not switched on again for gradients up to "
+                f"{number(self.norm_before)}"
             )
         if not self.clipped + self.skipped:
             return "it changed no step"

@@ -44,7 +44,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "rules": {"errors", "history", "records", "settings", "wording"},
     "verdict": {"history", "origin", "records", "rules", "settings", "wording"},
     "clips": {"device", "errors", "history", "measure", "records", "settings"},
-    "autoclip": {"clips", "errors", "history", "measure", "records", "settings"},
+    "autoclip": {"clips", "errors", "history", "measure", "records", "settings", "wording"},
     "reports": {"errors", "printable", "records", "shutdown"},
     "runlog": {"answers", "autoclip", "errors", "history", "printable", "records", "reports", "rules"},
     "pipeline": {"autoclip", "errors", "history", "origin", "records", "reports", "rules", "verdict", "wording"},

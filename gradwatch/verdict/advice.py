@@ -134,7 +134,7 @@ def _explosion(incident: Incident, history: History, rate: float) -> Iterator[st
     if own_clip:
         clip_line = "Your own clip bounds the length of a step, and the run leaves its range all the same."
     if math.isfinite(history.first_loss) and history.first_loss > _LARGE and facts.loss in ("", "squared error"):
-        yield f"Scale the targets: the loss of the first step was {history.first_loss:.3g}, so the gradients are large too."
+        yield f"Scale the targets: the loss of the first step was {number(history.first_loss)}, so the gradients are large too."
     if of_the_rate:
         yield rate_line
         if facts.family == "adam":
@@ -189,14 +189,14 @@ def _lower_rate(incident: Incident, history: History, rate: float) -> str:
     over = max((s.value for s in incident.signs if s.code == "GW305" and math.isfinite(s.value)), default=0.0)
     whose = f" of the group of {incident.suspect}" if incident.suspect and _differ(history) else ""
     if longest > _BORNE:
-        share = f"{100 * longest:.0f} %" if longest < 10 else f"{longest:.3g} times the size"
+        share = f"{100 * longest:.0f} %" if longest < 10 else f"{number(longest)} times the size"
         new = rate * min(_BORNE / longest, 1 / max(over, 1.0))
         told = f"An update was {share} of the weights in one step."
-        return f"Lower the learning rate{whose}: {new:.1g} instead of {rate:.3g}. {told}"
+        return f"Lower the learning rate{whose}: {number(new, 1)} instead of {number(rate)}. {told}"
     if over > 1:
         return (
-            f"Lower the learning rate{whose}: {rate / over:.1g} instead of {rate:.3g}. A step was to take {over:.3g} times as "
-            "much from the loss as it held."
+            f"Lower the learning rate{whose}: {number(rate / over, 1)} instead of {number(rate)}. A step was to "
+            f"take {number(over)} times as much from the loss as it held."
         )
     return f"Lower the learning rate{whose} ({_at(rate)}), or warm it up."
 
@@ -274,4 +274,4 @@ def _frozen(history: History) -> Iterator[str]:
 
 
 def _at(rate: float) -> str:
-    return f"{rate:.3g} when this began" if math.isfinite(rate) else "of its parameter group"
+    return f"{number(rate)} when this began" if math.isfinite(rate) else "of its parameter group"

@@ -10,6 +10,7 @@ import numpy as np
 
 from gradwatch.history.losses import EARLY
 from gradwatch.history.statistics import median, median_and_mad
+from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,9 +89,11 @@ def damage_since(history: History, before: Before, broken: str) -> tuple[str, ..
     level = level_now(history)
     high = same_task and not math.isnan(level) and level > before.ceiling
     if high:
-        now = f"{level:.3g}" if math.isfinite(level) else "not finite"
+        now = f"{number(level)}" if math.isfinite(level) else "not finite"
         then = (
-            f"it began at {before.loss:.3g}" if before.young else f"it was {before.loss:.3g} before step {before.step}"
+            f"it began at {number(before.loss)}"
+            if before.young
+            else f"it was {number(before.loss)} before step {before.step}"
         )
         found.append(f"at step {history.row.step} the loss is {now}, {then}")
     dead = dead_since(history, before) if same_task else []

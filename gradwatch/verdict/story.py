@@ -66,9 +66,9 @@ def severity_of(signs: Sequence[Alarm], kind: Kind, *, harmless: bool) -> tuple[
     confirmed = "confirming" in found and bool(found & {"subtle", "growth", "numeric"})
     verdict: Verdict = "confirmed" if confirmed else "suspected"
     if any(sign.kind == "nonfinite" for sign in signs):
-        return ("notice" if harmless else "critical"), verdict
+        return ("notice", "suspected") if harmless else ("critical", verdict)
     if kind == "spike" or (kind == "stalled" and "silent" not in found):
-        return "notice", verdict
+        return "notice", "suspected"
     return ("critical" if confirmed else "warning"), verdict
 
 
