@@ -10,6 +10,7 @@ from rich.padding import Padding
 
 from gradwatch.reports.line import Line
 from gradwatch.reports.standing import standing
+from gradwatch.reports.unsaid import unsaid
 from gradwatch.reports.view import SEVERITY_STYLES, STYLES, headline, number
 
 if TYPE_CHECKING:
@@ -58,8 +59,9 @@ class Summary:
             yield Line(
                 f"  auto-clip {snapshot.clipping}: {snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped"
             )
+        advised: dict[str, int] = {}
         for incident in told[:_MOST]:
-            yield from self._story(incident)
+            yield from self._story(incident, advised)
         if len(told) > _MOST:
             yield Line(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
         for incident in notices[:_MOST]:
@@ -68,7 +70,7 @@ class Summary:
             yield _indented(Line(f"note: {note}", "dim"), 2)
         yield Line(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
 
-    def _story(self, incident: Incident) -> RenderResult:
+    def _story(self, incident: Incident, advised: dict[str, int]) -> RenderResult:
         yield _indented(headline(incident), 2)
         if len(incident.layers) > 1:
             more = f" and {len(incident.layers) - 4} more" if len(incident.layers) > 4 else ""
@@ -77,7 +79,7 @@ class Summary:
             yield _indented(Line(line), 4)
         if incident.clip is not None:
             yield _indented(Line(f"auto-clip: {incident.clip}"), 4)
-        for line in incident.advice:
+        for line in unsaid(incident, advised):
             yield _indented(Line(f"do: {line}", SEVERITY_STYLES["notice"]), 4)
 
 
