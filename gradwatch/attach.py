@@ -44,6 +44,7 @@ def attach(
     budget: float | None = None,
     forensics: bool | str = "auto",
     save_batch: bool = False,
+    name: str | None = None,
 ) -> Monitor:
     """Watch ``model``: from now on, optimizer steps are measured, judged and reported.
 
@@ -71,6 +72,7 @@ def attach(
             at each step for the loss if it is on a device. At most three times in a run is something repeated.
         save_batch: whether to write the inputs of the step that failed into the folder of the run log, which
             `gradwatch reproduce` loads. They may be large, and they are the user's data.
+        name: name of the model in all reports and in the run log, such as ``"generator"``, where several models are trained.
 
     Returns:
         The monitor. It need not be kept: it lives as long as the model, and `gradwatch.monitor_of` returns it. If the model is
@@ -113,14 +115,22 @@ def attach(
         )
     if not isinstance(strict, bool):
         raise UsageError(f"attach() got strict={shown(strict)}; expected True or False.")
-    mode = _mode(forensics, log, save_batch=save_batch)
+    mode, called = _mode(forensics, log, save_batch=save_batch), _name(name)
     folder = _folder(log)
     before = monitor_of(model) or _of_a_cell_run_again(folder, model)
     if policy is not None:
         _check_others(policy, model, before)
     pace = every if budget is None else Budget(budget)
     monitor = Monitor(
-        model, _rules(rules), policy, _reports(report), scaler=scaler, every=pace, strict=strict, forensics=mode
+        model,
+        _rules(rules),
+        policy,
+        _reports(report),
+        scaler=scaler,
+        every=pace,
+        strict=strict,
+        forensics=mode,
+        name=called,
     )
     if optimizer is not None:
         _check_optimizer(optimizer, monitor, model)
@@ -207,6 +217,16 @@ def _mode(forensics: Any, log: Any, *, save_batch: Any) -> Mode | None:
             "True or False, and for True a log and forensics."
         )
     return modes[forensics]
+
+
+def _name(name: Any) -> str:
+    if name is None:
+        return ""
+    if not isinstance(name, str) or not name.strip():
+        raise UsageError(
+            f'attach() got name={shown(name)}; expected a name for the model, such as "generator", or None.'
+        )
+    return name.strip()
 
 
 def _is_number(value: object) -> bool:

@@ -69,6 +69,7 @@ class Monitor:
         every: int | Budget = 1,
         strict: bool = False,
         forensics: Mode | None = None,
+        name: str = "",
     ) -> None:
         layers = self._layers = Layers(model)
         self._model = weakref.ref(model)
@@ -76,7 +77,7 @@ class Monitor:
         self._batch: Any = None
         self.history = History(layers.names, layers.sizes, layers.matrices, layers.fan_in)
         facts = facts_of(model, layers, str(policy.clip) if policy else None)
-        self.history.know(replace(facts, clips_always=policy is not None and policy.when == "always"))
+        self.history.know(replace(facts, name=name, clips_always=policy is not None and policy.when == "always"))
         autoclip = AutoClipEngine(policy, self.history) if policy is not None else None
         own_time = OwnTime()
         broken = partial(_asked, weakref.WeakMethod(self._damage))
@@ -204,7 +205,7 @@ class Monitor:
             else "an earlier {} with the same layers and run log was still watched"
         )
         return (
-            f"{told.format(self.history.facts.model)}, for {steps:,} steps: that monitor is detached"
+            f"{told.format(self.history.facts.called)}, for {steps:,} steps: that monitor is detached"
             f"{f', its run log {log.folder} ended' if log is not None else ''}."
         )
 
@@ -257,7 +258,7 @@ class Monitor:
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
         return (
-            f"<gradwatch.Monitor of {self.history.facts.model}, {state}, step {self.history.row.step}: {self.verdict}>"
+            f"<gradwatch.Monitor of {self.history.facts.called}, {state}, step {self.history.row.step}: {self.verdict}>"
         )
 
     # What the user passes.

@@ -68,7 +68,7 @@ MAY_KNOW: dict[str, set[str]] = {
         ),
     },
     "forensics": {"device", "errors", "measure", "origin", "probe", "records", "wording"},
-    "page": {"errors", "history", "printable", "reports", "runlog"},
+    "page": {"errors", "history", "printable", "records", "reports", "runlog"},
     "monitor": {
         *(
             "autoclip",
@@ -481,6 +481,7 @@ def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
                     "desk",
                     "foot",
                     "line",
+                    "names",
                     "notes",
                     "others",
                     "scalars",
