@@ -36,6 +36,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "printable": set(),
     "wording": set(),
     "answers": {"wording"},
+    "cells": set(),
     "device": set(),
     "shutdown": set(),
     "settings": {"errors"},
@@ -45,7 +46,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "verdict": {"history", "origin", "records", "rules", "settings", "wording"},
     "clips": {"device", "errors", "history", "measure", "records", "settings"},
     "autoclip": {"clips", "errors", "history", "measure", "records", "settings"},
-    "reports": {"errors", "printable", "records", "shutdown"},
+    "reports": {"cells", "errors", "printable", "records", "shutdown"},
     "runlog": {"answers", "autoclip", "errors", "history", "printable", "records", "reports", "rules"},
     "pipeline": {"autoclip", "errors", "history", "origin", "records", "reports", "rules", "verdict"},
     "offline": {"errors", "history", "origin", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
@@ -67,11 +68,12 @@ MAY_KNOW: dict[str, set[str]] = {
             "skipping",
         ),
     },
-    "forensics": {"device", "errors", "measure", "origin", "probe", "records", "wording"},
+    "forensics": {"cells", "device", "errors", "measure", "origin", "probe", "records", "wording"},
     "page": {"errors", "history", "printable", "records", "reports", "runlog"},
     "monitor": {
         *(
             "autoclip",
+            "cells",
             "errors",
             "forensics",
             "history",
@@ -86,6 +88,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "attach": {
         *(
             "autoclip",
+            "cells",
             "clips",
             "device",
             "distributed",
@@ -478,6 +481,7 @@ def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
             {
                 *(
                     "base",
+                    "card",
                     "desk",
                     "foot",
                     "line",

@@ -35,6 +35,14 @@ class Summary:
         Console(file=text, width=10_000, color_system=None, legacy_windows=False, force_jupyter=False).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        from gradwatch.reports.card import card_of
+
+        return card_of(self.snapshot, live=False)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         snapshot, facts = self.snapshot, self.snapshot.facts
         told = [incident for incident in snapshot.incidents if incident.severity != "notice"]

@@ -189,11 +189,15 @@ class View:
         )
 
     def _footer(self, width: int) -> Text:
-        snapshot = self.snapshot
-        speed = snapshot.steps_per_second
-        pace = "- steps/s" if math.isnan(speed) else f"{speed:,.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
-        share = "" if math.isnan(speed) else f" ({snapshot.cost_us * speed / 1e4:.1f} %)"
-        return _cut(Line(f"{pace} · gradwatch itself {snapshot.cost_us:.0f} µs a step{share}", "dim"), width)
+        return _cut(Line(pace(self.snapshot), "dim"), width)
+
+
+def pace(snapshot: Snapshot) -> str:
+    """Return the speed of the training and what gradwatch takes of it."""
+    speed = snapshot.steps_per_second
+    steps = "- steps/s" if math.isnan(speed) else f"{speed:,.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
+    share = "" if math.isnan(speed) else f" ({snapshot.cost_us * speed / 1e4:.1f} %)"
+    return f"{steps} · gradwatch itself {snapshot.cost_us:.0f} µs a step{share}"
 
 
 def headline(incident: Incident, names: Names, width: int | None = None) -> Text:
