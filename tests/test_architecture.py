@@ -489,6 +489,7 @@ def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
                     "notes",
                     "others",
                     "scalars",
+                    "screen",
                     "sparkline",
                     "standing",
                     "streams",

@@ -223,7 +223,8 @@ def test_a_card_escapes_what_is_foreign_and_shows_every_number() -> None:
 
 CONTRAST = """
 function light(colour) {
-  const [r, g, b] = colour.match(/[0-9.]+/g).slice(0, 3).map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+  const linear = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const [r, g, b] = colour.match(/[0-9.]+/g).slice(0, 3).map((v) => linear(v / 255));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
 const card = document.querySelector(".gradwatch"), paper = light(getComputedStyle(card).backgroundColor);

@@ -81,7 +81,7 @@ class View:
     def lines(self, width: int, height: int) -> Iterator[RenderableType]:
         """Yield renderables that fit a terminal of this size, with one line to spare."""
         height = min(height - 1, self.most)
-        head = [self._headline(width), *self._curves(width)]
+        head = [self.headline(width), *self._curves(width)]
         head += self._answers(width) if height >= _ROOMY else ()
         foot = [
             *self._incidents(width, most=3 if height >= 20 else 1),
@@ -95,7 +95,8 @@ class View:
             yield self._layers(width, room)
         yield from foot[: max(1, height - len(head))]
 
-    def _headline(self, width: int) -> Text:
+    def headline(self, width: int) -> Text:
+        """Return the first line: name, verdict, step, model and optimizer, as far as they fit."""
         snapshot = self.snapshot
         facts, beside = snapshot.facts, standing(snapshot)
         line = Line.assemble((_who(facts.name, width), "bold"), (f"● {snapshot.verdict}", STYLES[snapshot.verdict]))
