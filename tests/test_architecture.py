@@ -36,6 +36,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "printable": set(),
     "wording": set(),
     "answers": {"wording"},
+    "cells": set(),
     "device": set(),
     "shutdown": set(),
     "settings": {"errors"},
@@ -45,7 +46,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "verdict": {"history", "origin", "records", "rules", "settings", "wording"},
     "clips": {"device", "errors", "history", "measure", "records", "settings"},
     "autoclip": {"clips", "errors", "history", "measure", "records", "settings", "wording"},
-    "reports": {"errors", "printable", "records", "shutdown"},
+    "reports": {"cells", "errors", "printable", "records", "shutdown"},
     "runlog": {"answers", "autoclip", "errors", "history", "printable", "records", "reports", "rules"},
     "pipeline": {"autoclip", "errors", "history", "origin", "records", "reports", "rules", "verdict", "wording"},
     "offline": {"errors", "history", "origin", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
@@ -68,11 +69,12 @@ MAY_KNOW: dict[str, set[str]] = {
             "wording",
         ),
     },
-    "forensics": {"device", "errors", "measure", "origin", "probe", "records", "wording"},
-    "page": {"errors", "history", "printable", "reports", "runlog"},
+    "forensics": {"cells", "device", "errors", "measure", "origin", "probe", "records", "wording"},
+    "page": {"errors", "history", "printable", "records", "reports", "runlog"},
     "monitor": {
         *(
             "autoclip",
+            "cells",
             "errors",
             "forensics",
             "history",
@@ -87,6 +89,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "attach": {
         *(
             "autoclip",
+            "cells",
             "clips",
             "device",
             "distributed",
@@ -479,12 +482,15 @@ def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
             {
                 *(
                     "base",
+                    "card",
                     "desk",
                     "foot",
                     "line",
+                    "names",
                     "notes",
                     "others",
                     "scalars",
+                    "screen",
                     "sparkline",
                     "standing",
                     "streams",
