@@ -33,6 +33,14 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
     "commands/reproduce": (("test_forensics_monitor",), "it loads what a monitor has kept"),
     "forensics/": (("test_forensics", "test_forensics_monitor"), "one contract: what is found in programs that fail"),
     "origin": (("test_forensics",), "plain data, tested where it is created"),
+    "integrations/session": (
+        ("test_huggingface", "test_integrations"),
+        "each trainer uses all of it, and is tested with it",
+    ),
+    "integrations/versions": (
+        ("test_integrations",),
+        "it is tested with frameworks that are missing, too old or changed",
+    ),
     "history/": (("test_history",), "its files form a single object for their readers"),
     "measure/batch_statistics": (("test_flight_recorder",), "the flight recorder is its only user"),
     "measure/": (
