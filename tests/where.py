@@ -59,6 +59,8 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
         "which backward belongs to a model depends on the whole program",
     ),
     "probe/deferred_rows": (("test_device", "test_together"), "deferred rows are tested in one process and in several"),
+    "probe/device_action": (("test_device",), "what is done at once is tested by the trainings it is done in"),
+    "probe/row_writer": (("test_device", "test_together"), "rows are tested by what has arrived of them"),
     "probe/device_recorder": (("test_device",), "the trainings of the CPU are repeated on a simulated device"),
     "probe/fast_path": (
         ("test_quiet",),
