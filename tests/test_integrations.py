@@ -19,6 +19,7 @@ from gradwatch.integrations.versions import framework
 FOLDER = Path(gradwatch.__file__).parent / "integrations"
 FRAMEWORKS = {
     "huggingface": ("transformers", "pip install 'transformers>=5.0'"),
+    "lightning": ("lightning", "pip install 'lightning>=2.6'"),
 }
 
 

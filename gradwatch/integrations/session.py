@@ -110,6 +110,7 @@ class Session:
         self._news = News()
         self._verdict_logged = ""
         self._stop_told = False
+        self._refused = ""
         self.monitor: Monitor | None = None
 
     # Life.
@@ -121,7 +122,7 @@ class Session:
             UsageError, RunLogError: as `gradwatch.attach`. Nothing is left attached.
         """
         self.end()
-        self._news, self._verdict_logged, self._stop_told = News(), "", False
+        self._news, self._verdict_logged, self._stop_told, self._refused = News(), "", False, ""
         self.monitor = attach(model, **{**self._settings, "report": [*self._settings["report"], self._news]})
         if saved is None:
             return
@@ -154,11 +155,12 @@ class Session:
         return True
 
     def refuses(self, checkpoint: str) -> bool:
-        """Return whether the model is not worth a checkpoint now, and log why; ``checkpoint`` is its name."""
+        """Return whether the model is not worth a checkpoint now, and log why, once for each name of a ``checkpoint``."""
         if self.monitor is None or not self.monitor.attached:
             return False
         guard = self.monitor.checkpoint_guard()
-        if not guard:
+        if not guard and checkpoint != self._refused:
+            self._refused = checkpoint
             self._warn(f"{checkpoint} is not saved: {guard.reason}")
         return not guard
 

@@ -11,7 +11,7 @@ import numpy as np
 from tests.trainings import true_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -36,12 +36,12 @@ class Loop:
     norms: list[dict[str, float]] = field(default_factory=list)
     left: list[float] = field(default_factory=list)
 
-    def step(self, parts: Sequence[Callable[[], Tensor]]) -> None:
-        """Make one step of the mean of the losses of its parts."""
+    def step(self, parts: Sequence[Callable[[], Tensor]], of: int | None = None) -> None:
+        """Make one step of the sum of the losses of its parts, divided by their number or by ``of``."""
         self.optimizer.zero_grad()
         total = 0.0
         for part in parts:
-            loss = part() / len(parts)
+            loss = part() / (of or len(parts))
             loss.backward()
             total += loss.item()
         self.losses.append(total)
@@ -72,9 +72,3 @@ def check(monitor: gradwatch.Monitor | None, loop: Loop, *, rtol: float = 1e-4) 
     totals = [math.sqrt(sum(one**2 for one in norms.values())) for norms in loop.norms]
     np.testing.assert_allclose(history.global_norm(), totals, rtol=rtol)
     np.testing.assert_allclose(history.clip_coefficient(), loop.left, rtol=rtol)
-
-
-def chunks(items: Iterable[Tensor], size: int) -> list[list[Tensor]]:
-    """Return the items in groups of ``size``; the last one may be smaller."""
-    listed = list(items)
-    return [listed[start : start + size] for start in range(0, len(listed), size)]
