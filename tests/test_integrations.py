@@ -18,6 +18,7 @@ from gradwatch.integrations.versions import framework
 
 FOLDER = Path(gradwatch.__file__).parent / "integrations"
 FRAMEWORKS = {
+    "accelerate": ("accelerate", "pip install 'accelerate>=1.10'"),
     "huggingface": ("transformers", "pip install 'transformers>=5.0'"),
     "lightning": ("lightning", "pip install 'lightning>=2.6'"),
 }

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.integrations.session import Session
+from gradwatch.integrations.session import Session, read
 from gradwatch.integrations.versions import framework
 
 if TYPE_CHECKING:
@@ -74,11 +73,8 @@ class GradwatchCallback(transformers.TrainerCallback):  # type: ignore[misc]
             callbacks.insert(drawn.index(True), self._quiet)
         if hasattr(trainer, "_determine_best_metric"):
             trainer._determine_best_metric = functools.partial(self._is_best, trainer, trainer._determine_best_metric)
-        if checkpoint is not None and (file := Path(checkpoint, _SAVED)).is_file():
-            try:
-                self._saved = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:  # the process was killed while it wrote
-                self._saved = {}
+        if checkpoint is not None:
+            self._saved = read(Path(checkpoint, _SAVED))
 
     def training_over(self, error: BaseException | None) -> None:
         """Detach; ``error`` is what the training raised."""
@@ -132,7 +128,7 @@ class GradwatchCallback(transformers.TrainerCallback):  # type: ignore[misc]
         """Write the reference values of the run into the checkpoint that was just saved."""
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and checkpoint.is_dir() and self._session.attached:
-            checkpoint.joinpath(_SAVED).write_text(json.dumps(self._session.state()), encoding="utf-8")
+            self._session.write(checkpoint / _SAVED)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach."""

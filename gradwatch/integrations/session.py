@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -16,6 +17,7 @@ from gradwatch.reports.scalars import scalars_of, text_of
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
+    from pathlib import Path
 
     import torch
     from torch import nn
@@ -124,10 +126,14 @@ class Session:
         self.end()
         self._news, self._verdict_logged, self._stop_told, self._refused = News(), "", False, ""
         self.monitor = attach(model, **{**self._settings, "report": [*self._settings["report"], self._news]})
-        if saved is None:
-            return
+        if saved is not None:
+            self.resume(saved)
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Use the reference values of a checkpoint; if they cannot be used, log why, and let them be learned anew."""
         try:
-            self.monitor.load_state_dict(saved)
+            if self.monitor is not None:
+                self.monitor.load_state_dict(saved)
         except UsageError as error:
             self._warn(f"the checkpoint's reference values are not used: {error} They are learned anew.")
 
@@ -168,6 +174,10 @@ class Session:
         """Return the reference values of the run for a checkpoint; empty before the first training."""
         return self.monitor.state_dict() if self.monitor is not None else {}
 
+    def write(self, file: Path) -> None:
+        """Write the reference values of the run into a checkpoint."""
+        file.write_text(json.dumps(self.state()), encoding="utf-8")
+
     # What the trainer's logger gets.
 
     def numbers(self, scaler: Any = None) -> dict[str, float]:
@@ -193,6 +203,17 @@ class Session:
 
     def _warn(self, text: str) -> None:
         _log.warning("gradwatch: %s", printable(text))
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """Return what `Session.write` wrote into a checkpoint; None if it is not there, empty if it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # the process was killed while it wrote
+        return {}
+    return saved if isinstance(saved, dict) else {}
 
 
 def _beside_bars(report: Any) -> list[Any]:
