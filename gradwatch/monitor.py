@@ -304,6 +304,10 @@ class Monitor:
         """Record a step just before its update. Only for loops without a ``torch.optim`` optimizer."""
         self._probe.explicit_step()
 
+    def clip_begins(self) -> None:
+        """Measure the gradients just before code of your own clips them in place. Clips of torch are found automatically."""
+        self._probe.own_clip_begins()
+
     # What the user reads.
 
     @property

@@ -20,6 +20,7 @@ FOLDER = Path(gradwatch.__file__).parent / "integrations"
 FRAMEWORKS = {
     "accelerate": ("accelerate", "pip install 'accelerate>=1.10'"),
     "huggingface": ("transformers", "pip install 'transformers>=5.0'"),
+    "keras": ("keras", "pip install 'keras>=3.10'"),
     "lightning": ("lightning", "pip install 'lightning>=2.6'"),
 }
 

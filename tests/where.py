@@ -34,7 +34,7 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
     "forensics/": (("test_forensics", "test_forensics_monitor"), "one contract: what is found in programs that fail"),
     "origin": (("test_forensics",), "plain data, tested where it is created"),
     "integrations/session": (
-        ("test_huggingface", "test_lightning", "test_accelerate", "test_integrations"),
+        ("test_huggingface", "test_lightning", "test_accelerate", "test_keras", "test_integrations"),
         "each trainer uses all of it, and is tested with it",
     ),
     "integrations/versions": (

@@ -147,6 +147,11 @@ class Session:
         """True while a training is watched."""
         return self.monitor is not None and self.monitor.attached
 
+    @property
+    def verdict(self) -> str:
+        """The verdict of the run at the last change of an incident."""
+        return self._news.verdict
+
     # What the trainer asks.
 
     def wants_stop(self) -> bool:

@@ -200,6 +200,11 @@ class Probe:
         if gradients and self.recorder.needs_norms_before_clip:
             self._guarded(self._see_clip, set(map(id, gradients)))
 
+    def own_clip_begins(self) -> None:
+        """Measure all gradients, which code of the user is about to clip."""
+        given = (parameter.grad for _, parameter in self._layers.measured())
+        self.user_clips([gradient for gradient in given if gradient is not None])
+
     def _see_clip(self, clipped: set[int]) -> None:
         if self.attribution.is_elsewhere():
             return
