@@ -42,7 +42,7 @@ class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         labels = self.ids[index].clone()
-        labels[: index % 4] = -100  # so that steps have different numbers of targets
+        labels[: 1 + index % 4] = -100  # so that steps have different numbers of targets; the first token is never one
         return {"input_ids": self.ids[index], "labels": labels}
 
 
