@@ -20,7 +20,9 @@ import torch.distributed as dist
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from gradwatch.integrations.accelerate import GradwatchMonitor
 from gradwatch.integrations.huggingface import GradwatchCallback as HuggingFace
@@ -146,7 +148,16 @@ class Module(pl.LightningModule):  # type: ignore[misc]
         return torch.optim.SGD(self.parameters(), lr=RATE)
 
 
-def with_lightning(folder: Path, *, stop: bool) -> dict[str, Any]:
+class Sharded(Module):
+    """The same, of which each process holds a part (FSDP2)."""
+
+    def configure_model(self) -> None:
+        """Shard the network."""
+        if not isinstance(self.net, FSDPModule):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def with_lightning(folder: Path, *, stop: bool, sharded: bool = False) -> dict[str, Any]:
     """The Trainer of Lightning, which either ends or saves."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     callback = Lightning(report=None, strict=True, stop_on="confirmed" if stop else None)
@@ -154,7 +165,7 @@ def with_lightning(folder: Path, *, stop: bool) -> dict[str, Any]:
         max_epochs=1,
         accelerator="cpu",
         devices=2,
-        strategy="ddp",
+        strategy=ModelParallelStrategy(2, 1) if sharded else "ddp",
         logger=CSVLogger(folder),
         log_every_n_steps=5,
         use_distributed_sampler=False,
@@ -163,7 +174,9 @@ def with_lightning(folder: Path, *, stop: bool) -> dict[str, Any]:
         callbacks=[callback, ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=40)],
     )
     share: Any = torch.utils.data.DistributedSampler(data(), shuffle=False)  # Lightning's own would shuffle
-    trainer.fit(Module(), torch.utils.data.DataLoader(data(), batch_size=BATCH, sampler=share))
+    trainer.fit(
+        Sharded() if sharded else Module(), torch.utils.data.DataLoader(data(), batch_size=BATCH, sampler=share)
+    )
     steps = trainer.global_step
     dist.barrier()
     kept = sorted(one.name for one in folder.glob("*.ckpt"))
@@ -179,11 +192,12 @@ def see() -> dict[str, Any]:
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     root = Path(str(folder[0]))
-    for name in ("transformers", "stops", "saves"):
+    for name in ("transformers", "stops", "saves", "sharded"):
         (root / name).mkdir(exist_ok=True)
     return {
         "accelerate": with_accelerate(),
         "transformers": with_transformers(root / "transformers"),
         "lightning stops": with_lightning(root / "stops", stop=True),
         "lightning saves": with_lightning(root / "saves", stop=False),
+        "lightning sharded": with_lightning(root / "sharded", stop=True, sharded=True),
     }
