@@ -37,6 +37,14 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
         "one contract: what is found in programs that fail",
     ),
     "origin": (("test_forensics",), "plain data, tested where it is created"),
+    "integrations/session": (
+        ("test_huggingface", "test_lightning", "test_accelerate", "test_keras", "test_integrations"),
+        "each trainer uses all of it, and is tested with it",
+    ),
+    "integrations/versions": (
+        ("test_integrations",),
+        "it is tested with frameworks that are missing, too old or changed",
+    ),
     "history/": (("test_history",), "its files form a single object for their readers"),
     "measure/batch_statistics": (("test_flight_recorder",), "the flight recorder is its only user"),
     "measure/": (
