@@ -23,7 +23,7 @@ HERE = Path(gradwatch.__file__).parent
 def command(*arguments: str) -> str:
     """Run the command of the installed package and return what it prints."""
     program = Path(sys.executable).with_name("gradwatch")
-    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([program, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main() -> None:
