@@ -6,13 +6,20 @@ import math
 from enum import IntFlag
 from typing import TYPE_CHECKING, NamedTuple
 
+from gradwatch.records.kinds import (  # noqa: TC001  pydantic reads the annotations of `Provenance`
+    Clipped,
+    CulpritSign,
+    Family,
+    Floats,
+    LossSource,
+    Source,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy as np
     from numpy.typing import NDArray
-
-    from gradwatch.records.kinds import Clipped, CulpritSign, Family, Floats, LossSource, Source
 
 
 class NonFinite(IntFlag):
