@@ -162,6 +162,25 @@ def test_a_training_thread_keeps_to_the_card_of_the_cell_that_began_it(book: Ker
     assert "300 steps" in visible(book.outputs(first)[0])
 
 
+def test_a_process_that_is_forked_from_a_kernel_writes_lines(book: Kernel) -> None:
+    """What it displays would be dropped; a card that was begun before stays with its kernel."""
+    first = book.run(NEW + "monitor = gradwatch.attach(model)\nfor _ in steps(range(3)): pass")
+    forked = book.run(
+        "import os, sys\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    for _ in steps(range(3)): pass\n"
+        "    gradwatch.attach(model)\n"
+        "    for _ in steps(range(5)): pass\n"
+        "    gradwatch.monitor_of(model).detach(); sys.stderr.flush(); sys.stdout.flush(); os._exit(0)\n"
+        "print('ended', os.waitpid(child, 0)[1])\ntime.sleep(0.5)"
+    )
+    told = "".join(book.outputs(forked))
+    assert "ended 0" in told
+    assert "healthy: 5 steps of Sequential" in told
+    assert "step 2 ·" in visible(book.outputs(first)[0])
+
+
 def test_monitor_and_summary_draw_themselves(book: Kernel) -> None:
     """As cards, with plain text beside them for whoever cannot show HTML; before the first step too."""
     book.run(NEW + "monitor = gradwatch.attach(model, report=None, name='<b>critic')")
