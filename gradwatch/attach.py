@@ -68,9 +68,10 @@ def attach(
             as the run goes on. The first 64 steps are all measured.
         forensics: whether to find the operation that made the first NaN or infinity, by repeating the forward of the step that
             failed. For that, references to the inputs of a step are kept until it is over. ``"auto"`` does so on the CPU where
-            a step takes longer than a millisecond; True and False always or never. ``"lines"`` may also run the statements
-            between the call of the model and ``backward()`` again, to find the line in the code of the loss. ``"wait"`` waits
-            at each step for the loss if it is on a device. At most three times in a run is something repeated.
+            a step takes longer than a millisecond; True and False always or never. The code of a loss is computed again from its
+            source, without calling a function of the program; ``"lines"`` may run its statements again where that is not
+            possible. ``"wait"`` waits at each step for the loss if it is on a device. At most three times in a run is something
+            repeated.
         save_batch: whether to write the inputs of the step that failed into the folder of the run log, which
             `gradwatch reproduce` loads. They may be large, and they are the user's data.
         name: name of the model in all reports and in the run log, such as ``"generator"``, where several models are trained.

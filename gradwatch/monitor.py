@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.forensics import Mode
-    from gradwatch.records import Alarm, Incident, RunVerdict
+    from gradwatch.records import Alarm, Incident, RunVerdict, Snapshot
     from gradwatch.reports import Report
     from gradwatch.reports.base import RunLogReport
     from gradwatch.rules import Rule
@@ -317,6 +317,10 @@ class Monitor:
         """Record a step just before its update. Only for loops without a ``torch.optim`` optimizer."""
         self._probe.explicit_step()
 
+    def clip_begins(self) -> None:
+        """Measure the gradients just before code of your own clips them in place. Clips of torch are found automatically."""
+        self._probe.own_clip_begins()
+
     # What the user reads.
 
     @property
@@ -371,6 +375,10 @@ class Monitor:
             return Checkpoint("the model is gone")
         well, incidents = self._probe.recorder.peers.buffers_are_well, self._pipeline.incidents
         return worth_of(model, self.history, [*incidents.open, *incidents.damaged], buffers_are_well=well)
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the run as reports receive it. It does not wait for rows that are under way on a device."""
+        return self._pipeline.snapshot()
 
     def summary(self) -> RenderableType:
         """Return a summary of the run so far as a rich renderable; ``str()`` of it is plain text."""

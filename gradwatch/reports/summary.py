@@ -11,6 +11,7 @@ from rich.padding import Padding
 from gradwatch.reports.line import Line
 from gradwatch.reports.names import names_of
 from gradwatch.reports.standing import standing
+from gradwatch.reports.unsaid import unsaid
 from gradwatch.reports.view import SEVERITY_STYLES, STYLES, headline, number
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ class Summary:
             yield Line(
                 f"  auto-clip {snapshot.clipping}: {snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped"
             )
+        advised: dict[str, int] = {}
         for incident in told[:_MOST]:
-            yield from self._story(incident)
+            yield from self._story(incident, advised)
         if len(told) > _MOST:
             yield Line(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
         for incident in notices[:_MOST]:
@@ -80,7 +82,7 @@ class Summary:
             yield Line(f"  {self.names}", "dim")
         yield Line(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
 
-    def _story(self, incident: Incident) -> RenderResult:
+    def _story(self, incident: Incident, advised: dict[str, int]) -> RenderResult:
         yield _indented(headline(incident, self.names), 2)
         if len(incident.layers) > 1:
             more = f" and {len(incident.layers) - 4} more" if len(incident.layers) > 4 else ""
@@ -90,7 +92,7 @@ class Summary:
             yield _indented(Line(self.names.told(line)), 4)
         if incident.clip is not None:
             yield _indented(Line(f"auto-clip: {self.names.told(str(incident.clip))}"), 4)
-        for line in incident.advice:
+        for line in unsaid(incident, advised):
             yield _indented(Line(f"do: {self.names.told(line)}", SEVERITY_STYLES["notice"]), 4)
 
 
