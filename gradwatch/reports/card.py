@@ -143,8 +143,8 @@ def _chart(values: Floats, title: str) -> str:
     )
     # colours and size once more for viewers that remove style sheets
     return (
-        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" width="{_WIDTH:g}" height="{_HEIGHT:g}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{title}"><path fill="none" stroke="#2b62b8" d="{"".join(path)}"/>{broken}</svg>'
+        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" width="{_WIDTH:g}" height="{_HEIGHT:g}" preserveAspectRatio="none" '
+        f'role="img" aria-label="{title}"><path fill="none" stroke="#2b62b8" d="{"".join(path)}"/>{broken}</svg>'
     )
 
 
