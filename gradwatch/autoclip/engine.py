@@ -144,7 +144,9 @@ class AutoClipEngine:
         """Return what clips a step that surges before a rule has judged it: one factor for all, which costs next to nothing."""
         if clip is None or clip.own or isinstance(clip, OneFactor):
             return clip
-        return clip if math.isnan(self._typical) else ClipNorm(self._limits.wide * self._typical)
+        # in the first steps only the norms of layers are settled
+        typical = math.sqrt(np.nansum(self._settled_norms() ** 2)) if math.isnan(self._typical) else self._typical
+        return ClipNorm(self._limits.wide * typical) if typical > 0 else None
 
     def _settled_norms(self) -> Floats:
         """Return the typical gradient norm of each layer, shape (L,); NaN where too few norms are known."""

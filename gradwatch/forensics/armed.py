@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from gradwatch.origin import Origin
+    from gradwatch.records import Origin
 
 _STEPS = 4  # that are watched after one whose origin was not found
 _FORWARDS = 16  # without a backward, after which a step is watched no longer

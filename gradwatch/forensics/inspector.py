@@ -23,7 +23,7 @@ from gradwatch.forensics.singular import Singular
 from gradwatch.forensics.spread import can_repeat_together, is_spread
 from gradwatch.forensics.statements import Backward, backward_at
 from gradwatch.forensics.update import update_origin
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.forensics.settings import Mode
-    from gradwatch.origin import Origin
     from gradwatch.probe import Together
-    from gradwatch.records import Row
+    from gradwatch.records import Origin, Row
 
 _MOST = 3  # investigations of a run
 _TIMED = 20  # steps after which "auto" decides

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradwatch.origin import Origin
     from gradwatch.probe import Together
+    from gradwatch.records import Origin
 
 _MOST = 3  # exchanges of a run
 

@@ -39,10 +39,22 @@ def apart(value: float, limit: float) -> tuple[str, str]:
 def counted(count: float, noun: str) -> str:
     """Return a count with its noun, in the plural unless the count is one.
 
-    >>> counted(1, "more layer"), counted(1200, "step")
-    ('1 more layer', '1,200 steps')
+    >>> counted(1, "more layer"), counted(1200, "step"), counted(2, "infinity"), counted(3, "NaN")
+    ('1 more layer', '1,200 steps', '2 infinities', '3 NaN')
     """
-    return f"{count:,.0f} {noun}" + ("" if count == 1 else "s")
+    if count != 1 and noun != "NaN":
+        noun = noun[:-1] + "ies" if noun.endswith("ity") else f"{noun}s"
+    return f"{count:,.0f} {noun}"
+
+
+def ordinal(count: int) -> str:
+    """Return the ordinal of a count.
+
+    >>> ordinal(1), ordinal(2), ordinal(9), ordinal(12), ordinal(23)
+    ('1st', '2nd', '9th', '12th', '23rd')
+    """
+    last = count % 100
+    return f"{count:,}" + ("th" if 10 < last < 20 else {1: "st", 2: "nd", 3: "rd"}.get(last % 10, "th"))
 
 
 def last_steps(count: float, first: float, last: float) -> str:
