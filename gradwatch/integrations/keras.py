@@ -13,6 +13,7 @@ import torch
 from gradwatch.errors import IntegrationError
 from gradwatch.integrations.session import Session, read
 from gradwatch.integrations.versions import framework
+from gradwatch.reports.log import LogReport
 
 if TYPE_CHECKING:
     import os
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from gradwatch.integrations.session import Settings, StopOn
     from gradwatch.monitor import Monitor
+    from gradwatch.records import Snapshot
 
 framework("keras", "3.10", needs="optimizers.Optimizer._clip_gradients")
 import keras  # noqa: E402  the line above says so if it cannot be imported
@@ -42,6 +44,23 @@ class _OffTheBar(keras.callbacks.Callback):  # type: ignore[misc]
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         for name in [name for name in logs or () if name.startswith("gradwatch/")]:
             del logs[name]
+
+
+class _Lines(LogReport):
+    """Log lines that begin below the progress bar of Keras, whose line has no end yet."""
+
+    def step(self, snapshot: Snapshot) -> None:
+        self._inside_a_line = True
+        super().step(snapshot)
+        self._inside_a_line = False
+
+    def _write(self, text: str) -> None:
+        if self._inside_a_line:
+            super()._write("")
+        self._inside_a_line = False
+        super()._write(text)
+
+    _inside_a_line = False
 
 
 class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
@@ -75,6 +94,8 @@ class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
         **settings: Unpack[Settings],
     ) -> None:
         super().__init__()
+        if settings.get("report", "auto") in ("auto", "log"):
+            settings["report"] = _Lines()
         self._session = Session(stop_on, worst, settings)
         self._resume = Path(resume) if resume is not None else None
         self._saving: list[Any] = []

@@ -12,6 +12,7 @@ from gradwatch.attach import attach
 from gradwatch.errors import UsageError, did_you_mean, shown
 from gradwatch.printable import printable
 from gradwatch.reports.base import Report
+from gradwatch.reports.log import write_line
 from gradwatch.reports.scalars import scalars_of, text_of
 
 if TYPE_CHECKING:
@@ -207,7 +208,11 @@ class Session:
         return told
 
     def _warn(self, text: str) -> None:
-        _log.warning("gradwatch: %s", printable(text))
+        text = f"gradwatch: {text}"
+        if _log.hasHandlers():
+            _log.warning("%s", printable(text))
+        else:  # logging itself would write over a progress bar
+            write_line(text)
 
 
 def read(file: Path) -> dict[str, Any] | None:

@@ -54,9 +54,10 @@ class BeforeClip:
 
     Attributes:
         measured: the norms; None if they are not known yet.
+        clips: whether the user clips; False if the clips so far had no bound, by which programs compute a norm.
     """
 
-    __slots__ = ("_marks", "_open", "_versions", "measured")
+    __slots__ = ("_clipped", "_marks", "_open", "_versions", "clips", "measured")
 
     def __init__(self, parameters: Sequence[nn.Parameter], measured: Measured | Unread | None = None) -> None:
         if measured is not None:
@@ -67,6 +68,8 @@ class BeforeClip:
         self._marks = [(parameter, weakref.ref(gradient)) for parameter, gradient in marked]
         self._versions = [version_of(gradient) for _, gradient in marked]
         self._open = True  # whether the clip may still be under way
+        self._clipped = False  # by a clip before that one
+        self.clips = True
 
     @property
     def holds(self) -> bool:
@@ -75,19 +78,22 @@ class BeforeClip:
 
     def next_begins(self) -> bool:
         """Record that another clip begins; return whether it belongs to the same step: only clips have changed the gradients."""
-        most = _BY_VALUE if self._open else 0
-        before = self._versions
+        was_open, clips, before = self._open, self.clips, self._versions
         self.ended()
         self._open = True
-        return self.holds and all(now - then <= most for now, then in zip(self._versions, before, strict=True))
+        changes = [now - then for now, then in zip(self._versions, before, strict=True)]
+        # torch announces a clip by norm twice, before either half; one by value is not seen to end
+        self._clipped = self._clipped or any(changes) if was_open else clips
+        return self.holds and all(change <= (_BY_VALUE if was_open else 0) for change in changes)
 
     def take(self, measured: Measured) -> None:
         """Set the norms, if they become known only after the clip."""
         self.measured = measured
 
-    def ended(self) -> None:
+    def ended(self, *, bounded: bool = True) -> None:
         """Record that the user's clip is over, so that later changes of the gradients are not due to it."""
         self._open = False
+        self.clips = bounded or self._clipped
         self._versions = [version_of(one.grad) if one.grad is not None else 0 for one, _ in self._marks]
 
     def joined_by(self, measured: Measured | Unread, layers: int) -> Measured | Unread:
@@ -125,7 +131,7 @@ class BeforeClip:
             codes = widened(part.nonfinite, layers, 0) if part.nonfinite is not None else None
             part = replace(part, norms=widened(part.norms, layers, math.nan), nonfinite=codes)
         mine = BeforeClip(parameters, part)
-        mine._open = self._open
+        mine._open, mine._clipped, mine.clips = self._open, self._clipped, self.clips
         return mine
 
 
@@ -150,6 +156,11 @@ class Coming:
         self.earlier: list[Root] = []
         self.before_clip: BeforeClip | None = None
         self._left: tuple[weakref.ref[Tensor], int] | None = None
+
+    @property
+    def clips(self) -> bool:
+        """True if the user has clipped, other than without a bound to compute a norm."""
+        return self.before_clip is not None and self.before_clip.clips
 
     def clip_begins(self, before: BeforeClip) -> None:
         """Set the norms before the user's clip."""
@@ -256,6 +267,7 @@ def united(parts: Iterable[Coming], layers: int, parameters: Sequence[nn.Paramet
         whole.before_clip = before[0]
     elif before:
         whole.before_clip = BeforeClip(parameters, _together([one.measured for one in before if one.measured], layers))
+        whole.before_clip.clips = any(one.clips for one in before)
     return whole
 
 

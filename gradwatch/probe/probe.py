@@ -6,6 +6,7 @@ One process-wide pair of optimizer hooks serves all probes. The only other hooks
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from time import perf_counter
@@ -237,7 +238,7 @@ class Probe:
             self._guarded(self.recorder.user_scaled, total, max_norm)
         for owner in self.owners.current():
             if owner.coming.before_clip is not None:
-                owner.coming.before_clip.ended()
+                owner.coming.before_clip.ended(bounded=max_norm != math.inf)
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """Record the gradient scaler of the coming step of an optimizer."""
