@@ -22,7 +22,7 @@ from gradwatch.probe.applier import Applier
 from gradwatch.probe.budget import Budget
 from gradwatch.probe.coming import BeforeClip
 from gradwatch.probe.device_recorder import DeviceRecorder
-from gradwatch.probe.fast_path import FastPath
+from gradwatch.probe.fast_path import FastPath, UserClip
 from gradwatch.probe.host_recorder import HostRecorder
 from gradwatch.probe.recorder_parts import RecorderParts
 from gradwatch.probe.skipping import Skipping
@@ -158,7 +158,7 @@ class StepRecorder:
         rows = min(bounds.rows, self._sampling.rest) if bounds is not None else 0
         if bounds is not None and (rows or self._every > 1):
             bounds, before = replace(bounds, rows=rows), mine.coming.before_clip
-            clip = None if before is None else "bounded" if before.clips else "unbounded"
+            clip: UserClip | None = None if before is None else "bounded" if before.clips else "unbounded"
             self._fast_path = FastPath(bounds, mine, optimizer, row.provenance.loss, self._every, clip)
 
     # The user's own clip.
@@ -189,6 +189,11 @@ class StepRecorder:
         """Record that the user has clipped gradients of the norm ``total`` to ``max_norm``."""
         if self._fast_path is not None:
             self._fast_path.scaled(total, max_norm)
+
+    def settle_norms(self) -> None:
+        """Leave the fast path if the norms before the user's clip are still with it, so that they can be changed."""
+        if self._fast_path is not None and self._fast_path.shared:
+            self._leave_fast_path()
 
     # One row.
 
