@@ -50,6 +50,7 @@ class Settings(TypedDict, total=False):
     budget: float | None
     forensics: bool | str
     save_batch: bool
+    name: str | None
 
 
 class News(Report):
