@@ -21,7 +21,7 @@ from gradwatch.forensics.singular import Singular
 from gradwatch.forensics.statements import Backward, backward_at
 from gradwatch.forensics.update import update_origin
 from gradwatch.measure.wrappers import is_dtensor
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.forensics.settings import Mode
-    from gradwatch.origin import Origin
-    from gradwatch.records import Row
+    from gradwatch.records import Origin, Row
 
 _MOST = 3  # investigations of a run
 _TIMED = 20  # steps after which "auto" decides

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradwatch.forensics.capture import Call
     from gradwatch.forensics.singular import Singular
     from gradwatch.forensics.statements import Backward
-    from gradwatch.origin import Origin, Way
+    from gradwatch.records import Origin, Way
 
 
 class NothingFound(Exception):  # noqa: N818  an outcome, not an error

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from gradwatch.attach import attach
 from gradwatch.errors import UsageError, did_you_mean, shown
-from gradwatch.printable import printable
 from gradwatch.reports.base import Report
 from gradwatch.reports.log import write_line
 from gradwatch.reports.scalars import scalars_of, text_of
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     import os

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.printable import printable
 from gradwatch.reports.names import labels_of, names_of
 from gradwatch.reports.standing import sentences
 from gradwatch.reports.view import headline, number, pace
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

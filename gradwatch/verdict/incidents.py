@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from gradwatch.history.history import History
-    from gradwatch.origin import Origin
-    from gradwatch.records import Role
+    from gradwatch.records import Origin, Role
     from gradwatch.rules import Rule
     from gradwatch.verdict.settings import VerdictSettings
 

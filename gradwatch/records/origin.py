@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Literal
 
-from gradwatch.printable import printable
-from gradwatch.wording import number
+from gradwatch.text.printable import printable
+from gradwatch.text.wording import counted, number
 
 Direction = Literal["forward", "backward", "update"]
 Subject = Literal["operation", "written", "weight", "buffer", "input", "argument", "optimizer"]
@@ -192,14 +192,6 @@ class Origin:
         if self.faithful is False:
             told += ", whose result differed from the original"
         return told + (f", in {number(1e3 * self.seconds)} ms" if self.seconds == self.seconds else "")
-
-
-def counted(count: int, noun: str) -> str:
-    """Return "1 zero", "3 zeros", "2 infinities", "2 NaN"."""
-    if noun == "NaN":
-        return f"{count} NaN"
-    plural = noun[:-1] + "ies" if noun.endswith("y") else f"{noun}s"
-    return f"{count} {noun if count == 1 else plural}"
 
 
 def _short(path: str) -> str:
