@@ -286,15 +286,15 @@ def _tell_of_ends() -> None:
     @functools.wraps(original)
     def fit(*args: Any, **kwargs: Any) -> Any:
         given = form.bind(*args, **kwargs)
-        others = given.arguments.get("callbacks")
-        listed = list(others) if isinstance(others, (list, tuple)) else [] if others is None else [others]
+        told = given.arguments.get("callbacks")
+        listed = told.callbacks if isinstance(told, keras.callbacks.CallbackList) else told
+        listed = list(listed) if isinstance(listed, (list, tuple)) else [] if listed is None else [listed]
         mine = [one for one in listed if isinstance(one, GradwatchCallback)]
-        if not mine:
-            return original(*args, **kwargs)
         others = [one for one in listed if one not in mine]
-        if not any(isinstance(one, keras.callbacks.History) for one in others):
-            others.append(keras.callbacks.History())
-        given.arguments["callbacks"] = [*mine, *others, _OffTheBar()]
+        if mine and not isinstance(told, keras.callbacks.CallbackList):  # a list that is made already keeps its order
+            if not any(isinstance(one, keras.callbacks.History) for one in others):
+                others.append(keras.callbacks.History())
+            given.arguments["callbacks"] = [*mine, *others, _OffTheBar()]
         for one in mine:
             one.trains(others)
         try:
