@@ -159,7 +159,7 @@ class HostRecorder:
             arrived=self._hooks.arrived,
             order=self._hooks.order,
             culprits=culprits,
-            provenance=self._provenance(source, whole is not now, loss_source, processes),
+            provenance=self._provenance(source, whole is not now and mine.coming.clips, loss_source, processes),
         )
 
     def _provenance(self, source: Source, before: bool, loss: LossSource, processes: int) -> Provenance:  # noqa: FBT001
