@@ -71,7 +71,7 @@ class Turns:
             if foreign is not None:
                 self._count(key, foreign[1], opposed=mine > foreign[0])
             for other, backward in self._reached.items():
-                if other != key and backward == mine:
+                if backward == mine and self._train_apart(key, other):
                     self._foreign[other] = (backward, key)
         self.watches = not self._known and self._steps < _LONGEST
 
@@ -84,6 +84,10 @@ class Turns:
         if any(map(self._owns, both)):
             self._known = True
             self._found()
+
+    def _train_apart(self, one: int, other: int) -> bool:
+        """Return whether each of two optimizers trains something that the other does not, unlike a wrapper and what it wraps."""
+        return not (self._held[one] <= self._held[other] or self._held[other] <= self._held[one])
 
     def _follows(self, optimizer: Optimizer) -> bool:
         key = id(optimizer)
