@@ -15,6 +15,7 @@ from gradwatch.commands.outputs import Output, check_outputs, write_outputs
 from gradwatch.commands.values import a_path
 from gradwatch.errors import UsageError
 from gradwatch.printable import printable
+from gradwatch.records import Scalars
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.own import beginning_of
 from gradwatch.runlog.plain import to_json
@@ -66,8 +67,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def tables(log: RunLog) -> dict[str, Table]:
     """Return the tables of a run by name, each as a list of columns, since a layer may have the name of another column."""
     series = log.series()
-    scalars = ("step", "loss", "global_norm", "clip_coefficient", "skipped")
-    found = {"steps": [(name, getattr(series, name)) for name in scalars]}
+    found = {"steps": [(name, getattr(series, name)) for name in Scalars._fields]}
     for name, weight in (("gradient_norms", False), ("weight_norms", True)):
         steps, norms = log.norms(weight)
         found[name] = [("step", steps), *((layer, norms[:, place]) for place, layer in enumerate(log.layers))]
@@ -160,9 +160,9 @@ def _write_events(log: RunLog, writer: SummaryWriter) -> None:
     times = log.times(series.id)
     for place in _evenly(len(series.step), _MOST_STEPS):
         step, when = int(series.step[place]), float(times[place])
-        for name in ("loss", "global_norm", "clip_coefficient"):
+        for name in ("loss", "global_norm", "clip_coefficient", "learning_rate", "loss_scale"):
             value = float(getattr(series, name)[place])
-            if not (name == "loss" and np.isnan(value)):
+            if name == "global_norm" or not np.isnan(value):
                 writer.add_scalar(f"gradwatch/{name}", value, step, when)
     for name, weight in (("gradient_norm", False), ("weight_norm", True)):
         steps, norms = log.norms(weight)
