@@ -102,7 +102,7 @@ class Pipeline:
         self._opposed = ""
         self._newest = -1  # largest index of an optimizer so far
         self._speed = math.nan
-        self.desk = ReportDesk(reports, notes, self.snapshot)
+        self.desk = ReportDesk(reports, notes, self.snapshot, history)
 
     # Facts of the run.
 

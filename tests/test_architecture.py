@@ -492,6 +492,7 @@ def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
                     "names",
                     "notes",
                     "others",
+                    "outbox",
                     "scalars",
                     "screen",
                     "sparkline",
