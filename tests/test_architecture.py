@@ -38,6 +38,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "answers": {"wording"},
     "cells": set(),
     "device": set(),
+    "extras": set(),
     "shutdown": set(),
     "settings": {"errors"},
     "records": {"answers", "origin", "printable", "wording"},
@@ -46,7 +47,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "verdict": {"history", "origin", "records", "rules", "settings", "wording"},
     "clips": {"device", "errors", "history", "measure", "records", "settings"},
     "autoclip": {"clips", "errors", "history", "measure", "records", "settings", "wording"},
-    "reports": {"cells", "errors", "printable", "records", "shutdown"},
+    "reports": {"cells", "errors", "extras", "printable", "records", "shutdown"},
     "runlog": {"answers", "autoclip", "errors", "history", "printable", "records", "reports", "rules"},
     "pipeline": {"autoclip", "errors", "history", "origin", "records", "reports", "rules", "verdict", "wording"},
     "offline": {"errors", "history", "origin", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
@@ -70,7 +71,7 @@ MAY_KNOW: dict[str, set[str]] = {
         ),
     },
     "forensics": {"cells", "device", "errors", "measure", "origin", "probe", "records", "wording"},
-    "page": {"errors", "history", "printable", "records", "reports", "runlog"},
+    "page": {"errors", "extras", "history", "printable", "records", "reports", "runlog"},
     "monitor": {
         *(
             "autoclip",
@@ -112,6 +113,7 @@ MAY_KNOW: dict[str, set[str]] = {
             "__init__",
             "autoclip",
             "errors",
+            "extras",
             "forensics",
             "history",
             "offline",
@@ -123,7 +125,7 @@ MAY_KNOW: dict[str, set[str]] = {
         ),
         *("runlog", "verdict"),
     },
-    "__main__": {"commands", "errors", "printable"},
+    "__main__": {"__init__", "commands", "errors", "printable"},
 }
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
 

@@ -12,6 +12,7 @@ import torch
 
 import gradwatch
 from gradwatch.__main__ import main
+from gradwatch.extras import install_command
 from gradwatch.history.history import History
 from gradwatch.page.content import cells_of, line_of
 from gradwatch.pipeline import Pipeline
@@ -315,4 +316,4 @@ def test_without_plotly_it_says_what_to_install(
     run_of(tmp_path / "run", 40, 3)
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     assert main(["report", str(tmp_path / "run"), "--html", str(tmp_path / "page.html")]) == 2
-    assert "pip install 'gradwatch[report]'" in capsys.readouterr().err
+    assert install_command("report") in capsys.readouterr().err

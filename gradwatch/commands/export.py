@@ -14,6 +14,7 @@ import numpy as np
 from gradwatch.commands.outputs import Output, check_outputs, write_outputs
 from gradwatch.commands.values import a_path
 from gradwatch.errors import UsageError
+from gradwatch.extras import missing
 from gradwatch.printable import printable
 from gradwatch.records import Scalars
 from gradwatch.runlog import RunLog
@@ -33,8 +34,8 @@ NAME = "export"
 HELP = "write the numbers of a run as CSV, Parquet or TensorBoard files"
 EXAMPLES = """\
   gradwatch export runs/today --to csv                        runs/today/csv/steps.csv and so on
-  gradwatch export runs/today --to parquet --out numbers      needs: pip install 'gradwatch[export]'
-  gradwatch export runs/today --to tensorboard --out tb       needs: pip install 'gradwatch[tensorboard]'
+  gradwatch export runs/today --to parquet --out numbers      needs the extra export
+  gradwatch export runs/today --to tensorboard --out tb       needs the extra tensorboard
 
 csv and parquet: steps (one row per step), gradient_norms and weight_norms (one column per layer, only rows that have
 norms), incidents. tensorboard: scalars of at most 10,000 rows and norms of at most 1,000, evenly spaced, incidents as text.
@@ -107,9 +108,7 @@ def _parquet(log: RunLog, folder: Path) -> list[Output]:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
-        raise UsageError(
-            "Writing Parquet needs pyarrow, which is not installed. Install it with: pip install 'gradwatch[export]'"
-        ) from None
+        raise UsageError(missing("Writing Parquet", "pyarrow", "export")) from None
 
     def write(columns: Table, path: Path) -> None:
         names, values = zip(*columns, strict=True)
@@ -131,10 +130,7 @@ def _tensorboard(log: RunLog, folder: Path) -> list[Output]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UsageError(
-            "Writing TensorBoard files needs tensorboard, which is not installed. Install it with: "
-            "pip install 'gradwatch[tensorboard]'"
-        ) from None
+        raise UsageError(missing("Writing TensorBoard files", "tensorboard", "tensorboard")) from None
 
     def write(path: Path) -> None:
         parts = path.with_name(f"{path.name}-parts")

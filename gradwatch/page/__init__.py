@@ -9,6 +9,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from gradwatch.errors import UsageError
+from gradwatch.extras import missing
 from gradwatch.page.content import content_of
 from gradwatch.printable import printable, printable_all
 from gradwatch.reports.card import palette
@@ -37,9 +38,7 @@ def page_of(log: RunLog) -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UsageError(
-            "The page needs plotly, which is not installed. Install it with: pip install 'gradwatch[report]'"
-        ) from None
+        raise UsageError(missing("The page", "plotly", "report")) from None
     parts = resources.files(__name__)
     content = json.dumps(printable_all(json.loads(to_json(content_of(log)))))
     pieces = {

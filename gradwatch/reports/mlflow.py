@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
+from gradwatch.extras import missing
 from gradwatch.reports.base import Report
 from gradwatch.reports.outbox import Outbox
 from gradwatch.reports.scalars import NamedRows, standing_of, text_of
@@ -103,7 +104,7 @@ class MLflow(Report):
         try:
             import mlflow
         except ImportError:
-            raise UsageError("mlflow is not installed: pip install 'gradwatch[mlflow]'") from None
+            raise UsageError(missing("The report", "mlflow", "mlflow")) from None
         if self._run_id is None:
             run = mlflow.active_run()
             if run is None:

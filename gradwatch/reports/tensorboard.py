@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
+from gradwatch.extras import missing
 from gradwatch.reports.base import Report
 from gradwatch.reports.scalars import NamedRows, standing_of, text_of
 
@@ -41,7 +42,7 @@ class TensorBoard(Report):
             try:
                 writer = pkgutil.resolve_name("torch.utils.tensorboard:SummaryWriter")()
             except ImportError:
-                raise UsageError("tensorboard is not installed: pip install 'gradwatch[tensorboard]'") from None
+                raise UsageError(missing("The report", "tensorboard", "tensorboard")) from None
         self._writer = writer
         self._worst = worst
         self._named = NamedRows(time.time())

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
+from gradwatch.extras import missing
 from gradwatch.printable import printable
 from gradwatch.reports.base import Report
 from gradwatch.reports.scalars import NamedRows, standing_of, text_of
@@ -79,7 +80,7 @@ class WeightsAndBiases(Report):
             try:
                 import wandb
             except ImportError:
-                raise UsageError("wandb is not installed: pip install 'gradwatch[wandb]'") from None
+                raise UsageError(missing("The report", "wandb", "wandb")) from None
             self._run = wandb.run
             if self._run is None:
                 raise UsageError("There is no active Weights & Biases run: call wandb.init() before the first step.")
