@@ -50,7 +50,9 @@ MAY_KNOW: dict[str, set[str]] = {
     "reports": {"cells", "errors", "extras", "printable", "records", "shutdown"},
     "runlog": {"answers", "autoclip", "errors", "history", "printable", "records", "reports", "rules"},
     "pipeline": {"autoclip", "errors", "history", "origin", "records", "reports", "rules", "verdict", "wording"},
-    "offline": {"errors", "history", "origin", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
+    "offline": {
+        *("errors", "history", "origin", "pipeline", "records", "reports", "rules", "runlog", "verdict", "wording"),
+    },
     "measure": {"device", "errors", "history", "records"},
     "distributed": {"autoclip", "errors", "measure", "records", "rules"},
     "skipping": {"device", "errors", "measure"},
