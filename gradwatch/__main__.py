@@ -11,7 +11,7 @@ from gradwatch import __version__
 from gradwatch.commands import COMMANDS
 from gradwatch.commands.streams import console_on, standard_streams
 from gradwatch.errors import GradwatchError
-from gradwatch.printable import printable
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

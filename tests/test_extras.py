@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gradwatch.__main__ import main
-from gradwatch.extras import install_command
+from gradwatch.text.extras import install_command
 
 PACKAGE = Path(__file__).parent.parent / "gradwatch"
 # what a wheel of gradwatch says of itself once it is installed
@@ -33,7 +33,7 @@ def told(place: Path, folder: Path) -> str:
     program = "from extras import install_command; print(install_command('report'))"
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(place), str(place.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(place), str(place.parent.parent)]),
         "PATH": "/usr/bin:/bin",
     }
     command = [sys.executable, "-P", "-c", program]
@@ -43,9 +43,9 @@ def told(place: Path, folder: Path) -> str:
 
 def installed(folder: Path) -> Path:
     """Put the module into a folder as a package manager does; return the folder of the package."""
-    (folder / "gradwatch").mkdir(parents=True)
-    shutil.copy(PACKAGE / "extras.py", folder / "gradwatch")
-    return folder / "gradwatch"
+    (folder / "gradwatch" / "text").mkdir(parents=True)
+    shutil.copy(PACKAGE / "text" / "extras.py", folder / "gradwatch" / "text")
+    return folder / "gradwatch" / "text"
 
 
 def test_in_a_clone_it_installs_the_extra_of_the_clone(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_in_a_clone_it_installs_the_extra_of_the_clone(tmp_path: Path) -> None:
 def test_of_a_wheel_it_installs_what_the_extra_consists_of(tmp_path: Path) -> None:
     """As the metadata beside the package say, whether or not an index has gradwatch."""
     package = installed(tmp_path / "site-packages")
-    about = package.parent / "gradwatch-0.1.0.dist-info"
+    about = package.parent.parent / "gradwatch-0.1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text(METADATA)
     assert told(package, tmp_path) == f'{sys.executable} -m pip install "plotly>=6" "jinja2>=3"'

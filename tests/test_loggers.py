@@ -17,8 +17,8 @@ import torch
 
 import gradwatch
 from gradwatch.errors import UsageError
-from gradwatch.extras import install_command
 from gradwatch.reports import mlflow as mlflow_report
+from gradwatch.text.extras import install_command
 from tests.trainings import mlp, train
 
 if TYPE_CHECKING:

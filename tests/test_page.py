@@ -12,7 +12,6 @@ import torch
 
 import gradwatch
 from gradwatch.__main__ import main
-from gradwatch.extras import install_command
 from gradwatch.history.history import History
 from gradwatch.page.content import cells_of, line_of
 from gradwatch.pipeline import Pipeline
@@ -23,6 +22,7 @@ from gradwatch.runlog import RunLog
 from gradwatch.runlog.environment import environment_of
 from gradwatch.runlog.recording import Recording, columns_of
 from gradwatch.runlog.store import Store
+from gradwatch.text.extras import install_command
 from tests.browser import needs_browser, page
 from tests.trainings import data, mlp, train
 

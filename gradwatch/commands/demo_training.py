@@ -17,7 +17,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.errors import UsageError
-from gradwatch.extras import missing
+from gradwatch.text.extras import missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable

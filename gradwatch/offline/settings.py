@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from gradwatch.records import Floats
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gradwatch.runlog.session import Series
 
 UNKNOWN = "not known"
+_OF_OPTIMIZER = " of the optimizer"
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,21 @@ class Setting:
 def settings_of(left: RunLog, right: RunLog) -> list[Setting]:
     """Return the settings of two runs: those of their last sessions, and the learning rate and loss scale of all steps."""
     a, b = left.series(), right.series()
-    found = [
+    of_each = _of_session(left), _of_session(right)
+    return [
         _of_steps("learning rate", a, b, (a.learning_rate, b.learning_rate), UNKNOWN),
         _of_steps("loss scale", a, b, (a.loss_scale, b.loss_scale), "none"),
+        *(
+            Setting(name, *(told.get(name) or _absent(name, told) for told in of_each))
+            for name in of_each[0] | of_each[1]
+        ),
     ]
-    of_left, of_right = _of_session(left), _of_session(right)
-    for name in {**of_left, **of_right}:
-        missing = "no such rule" if name.startswith("rule ") else UNKNOWN
-        found.append(Setting(name, of_left.get(name, missing), of_right.get(name, missing)))
-    return found
+
+
+def _absent(name: str, told: dict[str, str]) -> str:
+    """Return what it means that a run does not have a setting which another one has."""
+    kind = next((mark for mark in ("rule ", _OF_OPTIMIZER) if mark in name), None)
+    return "none" if kind is not None and any(kind in other for other in told) else UNKNOWN
 
 
 def _of_steps(name: str, a: Series, b: Series, values: tuple[Floats, Floats], missing: str) -> Setting:
@@ -70,7 +77,7 @@ def _course(values: Floats, missing: str) -> str:
     known = values[~np.isnan(values)]
     if not len(known):
         return missing
-    first, last, largest = (number(float(one), 6) for one in (known[0], known[-1], known.max()))
+    first, last, largest = (number(float(one), 6).removesuffix(".0") for one in (known[0], known[-1], known.max()))
     if (known == known[0]).all():
         return first
     peak = "" if largest in (first, last) else f" up to {largest} and"
@@ -84,7 +91,7 @@ def _of_session(log: RunLog) -> dict[str, str]:
     shape = " x ".join(map(str, facts.prediction))
     told = {
         "optimizer": facts.optimizer or UNKNOWN,
-        **{f"{name} of the optimizer": value for name, value in facts.optimizer_options.items()},
+        **{f"{name}{_OF_OPTIMIZER}": value for name, value in facts.optimizer_options.items()},
         "batch (shape of the first prediction)": shape or UNKNOWN,
         "loss": facts.loss or UNKNOWN,
         "model": facts.model,

@@ -7,9 +7,9 @@ import time
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
-from gradwatch.extras import missing
 from gradwatch.reports.base import Report
 from gradwatch.reports.scalars import NamedRows, standing_of, text_of
+from gradwatch.text.extras import missing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
-from gradwatch.extras import missing
-from gradwatch.printable import printable
 from gradwatch.reports.base import Report
 from gradwatch.reports.scalars import NamedRows, standing_of, text_of
+from gradwatch.text.extras import missing
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from typing import Any

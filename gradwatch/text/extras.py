@@ -21,7 +21,7 @@ def install_command(extra: str) -> str:
     In a clone, it installs the extra of the clone. Otherwise it names what the extra consists of, since the index that pip asks
     need not have gradwatch.
     """
-    clone = Path(__file__).resolve().parent.parent
+    clone = Path(__file__).resolve().parents[2]
     if (clone / "pyproject.toml").is_file():
         folder = "." if clone == Path.cwd().resolve() else str(clone)
         return f'{_pip_install()} -e "{folder}[{extra}]"'
