@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Family
 
+_NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
+_PLAIN = (bool, int, float, str, type(None))
+_MOST_TEXTS = 4  # different values of an option
 _NAMED = 3  # most layers that a sentence names
 _SELF_SCALING = ("adam", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "muon", "adafactor", "lamb")
 
@@ -237,6 +240,25 @@ def family_of(optimizer: Optimizer) -> Family:
     if any(word in names for word in _SELF_SCALING):
         return "adam"
     return "sgd" if "sgd" in names else "other"
+
+
+def options_of(optimizer: Optimizer) -> dict[str, str]:
+    """Return the options of an optimizer except its learning rates, as text by name; different ones of its groups together.
+
+    Tensors are left out, since reading one may wait for a device.
+    """
+    found: dict[str, list[str]] = {}
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if name not in _NO_OPTIONS and all(isinstance(one, _PLAIN) for one in _parts(value)):
+                texts = found.setdefault(str(name), [])
+                if str(value) not in texts and len(texts) < _MOST_TEXTS:
+                    texts.append(str(value))
+    return {name: " / ".join(texts) for name, texts in found.items()}
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _weights_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:

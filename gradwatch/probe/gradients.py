@@ -59,6 +59,9 @@ class Gradients:
         sharded: True if this process holds only parts of the parameters.
         skip: leaves steps out.
         steering: what the optimizer is given for one step.
+        told_rates: learning rates from which ``largest_rate`` was computed; None if it is to be computed at each step, because
+            it is not known yet, or a rate is a tensor, which may change in place.
+        largest_rate: largest learning rate of the layers; NaN if none is known.
         left_out: columns whose gradients turned out not to be measurable, with the reason.
     """
 
@@ -97,6 +100,8 @@ class Gradients:
         self._plan: NormPlan | None = None
         self._planned: list[bool] | None = None  # which gradients the plan is for; None: all
         self._rates: list[float] = []
+        self.told_rates: list[Any] | None = None
+        self.largest_rate = math.nan
         self._rate = np.full(layers, np.nan)
         self.skip = Skip(optimizer, model) if optimizer is not None else None
         self.steering = Steering()
@@ -278,6 +283,12 @@ class Gradients:
             self._rate = np.full(self._layers, np.nan)
             self._rate[self.columns] = np.array(rates)[self._groups]
         return self._rate
+
+    def look_at_rates(self, told: list[Any]) -> None:
+        """Update ``largest_rate`` from the learning rates of all parameter groups."""
+        rates = [rate for group in set(self._groups.tolist()) if not math.isnan(rate := _number(told[group]))]
+        self.largest_rate = max(rates, default=math.nan)
+        self.told_rates = None if any(isinstance(rate, torch.Tensor) for rate in told) else told
 
     def folds(self, optimizer: Optimizer | None) -> bool:
         """Return whether the optimizer can apply a factor on all gradients: it is fused, and all its parameters are watched."""

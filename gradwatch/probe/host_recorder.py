@@ -160,6 +160,7 @@ class HostRecorder:
             order=self._hooks.order,
             culprits=culprits,
             provenance=self._provenance(source, whole is not now and mine.coming.clips, loss_source, processes),
+            loss_scale=self._losses.loss_scale(),
         )
 
     def _provenance(self, source: Source, before: bool, loss: LossSource, processes: int) -> Provenance:  # noqa: FBT001

@@ -15,14 +15,14 @@ import torch
 
 from gradwatch import device
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
-from gradwatch.measure.layers import facts_of, family_of
+from gradwatch.measure.layers import facts_of, family_of, options_of
 from gradwatch.measure.readback import PATIENCE
 from gradwatch.measure.wrappers import unmeasurable
 from gradwatch.probe import optimizer_hooks, patches
 from gradwatch.probe.attribution import Attribution
 from gradwatch.probe.fused_steps import FusedSteps
 from gradwatch.probe.gradient_hooks import GradientHooks
-from gradwatch.probe.loss_node import loss_kind
+from gradwatch.probe.loss_node import seen_loss
 from gradwatch.probe.loss_reader import LossReader
 from gradwatch.probe.owners import Owners
 from gradwatch.probe.peers import Peers
@@ -187,7 +187,7 @@ class Probe:
         if self.attribution.end(run, fused=bool(self._fused.parts)):
             if not self._loss_known:
                 self._loss_known = True
-                self._guarded(self._judge.loss_found, loss_kind(run.roots))
+                self._guarded(self._judge.loss_found, *seen_loss(run.roots))
             if self.gradient_hooks.came and not run.inside:
                 self.gradient_hooks.end()
             if self.losses.given:
@@ -425,7 +425,7 @@ class Probe:
         """Record an optimizer that owns watched layers; raise `UsageError` if it cannot be watched."""
         self._loop.optimizer_found()
         self._turns.again()
-        self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer))
+        self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer), options_of(optimizer))
         if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
             self._judge.note("auto-clip does not clip inside a line search, such as that of LBFGS.")
         reason = unmeasurable(optimizer=optimizer)
