@@ -380,6 +380,7 @@ class Facts:
 
     Attributes:
         model: class of the model.
+        name: name that the user gave to the run; "" if none.
         layers: number of layers.
         parameters: number of parameter elements.
         recurrent, gated, normalised: whether the model has recurrent, gated recurrent, and normalisation layers.
@@ -412,6 +413,12 @@ class Facts:
     rectified: bool = False
     loss: str = ""
     mistakes: tuple[str, ...] = ()
+    name: str = ""  # last, because logs of earlier versions have none
+
+    @property
+    def called(self) -> str:
+        """The name that the user gave and the class of the model; only the class if there is no name."""
+        return f"{self.name} ({self.model})" if self.name else self.model
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class Inspector:
         self._sent = self._arrived = 0
         self._batch: Any = None
         self._folder: Path | None = None  # for the inputs of a step that failed
-        self._backward: Backward | None = None  # where the program has called it, if statements may be run again
+        self._backward: Backward | None = None  # where the program has called it
 
     def start(self) -> None:
         """Register the hooks on the model."""
@@ -114,8 +114,8 @@ class Inspector:
         """Prepare for a backward; find the origin of a loss that is not finite, while its graph is whole."""
         try:
             calls = self._capture.calls
-            if self._mode == "lines" and calls:
-                self._backward = backward_at(line_of(sys._getframe())[2], losses)
+            if calls:
+                self._backward = backward_at(line_of(sys._getframe())[2], losses, _tensors(roots))
             if not self._are_finite(losses):
                 self._in_trouble = True
                 if self._is_spread():  # no process may repeat anything alone
@@ -128,7 +128,8 @@ class Inspector:
             self._capture_failed(error)
 
     def _are_finite(self, losses: list[Any]) -> bool:
-        for one in losses:  # on a device a loss is a tensor, which only "wait" waits for
+        """Return whether all losses that may be read are finite; one on a device is a tensor, which only "wait" waits for."""
+        for one in losses:  # noqa: SIM110  a generator costs more, on each backward
             if (type(one) is float or self._mode == "wait") and not math.isfinite(one):
                 return False
         return True
@@ -214,7 +215,7 @@ class Inspector:
         self._capture.pause(on=False)
         try:
             with torch.enable_grad():
-                inquiry = Investigation(model, calls, self._backward, self._batch)
+                inquiry = Investigation(model, calls, self._backward, self._batch, may_run=self._mode == "lines")
                 origin = look(inquiry)
             optimizer = self._optimizer() if self._optimizer is not None else None
             if origin.subject == "weight" and optimizer is not None and not self._was_in_trouble:

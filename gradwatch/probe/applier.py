@@ -72,7 +72,7 @@ class Applier:
         if rate == 1.0:
             return
         if optimizer is not None:
-            mine.slow(optimizer, rate)
+            mine.steering.slow(optimizer, rate)
             return
         self._judge.note(
             "the learning rate is not lowered: without a torch optimizer that makes the update it is not known."

@@ -10,6 +10,7 @@ from gradwatch.measure.readback import Unread
 from gradwatch.probe.applier import clippable
 from gradwatch.probe.deferred_rows import DeferredRows, HostFacts
 from gradwatch.probe.patches import clip_seen
+from gradwatch.probe.steering import is_fused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +82,7 @@ class DeviceRecorder:
         own_norms = self._hooks.own_norms()
         bad = rows.take(mine, now, before, facts, loss, optimizer, plan, own_norms, closely=closely)
         if bad is not None:
-            facts.problem = self._skipping.leave_out_where(bad, real=mine.is_fused(optimizer))
+            facts.problem = self._skipping.leave_out_where(bad, real=is_fused(optimizer))
         elif not inside:
             self._skipping.made()
 
@@ -90,7 +91,7 @@ class DeviceRecorder:
         plan = self._judge.plan()
         if plan is None:
             return None
-        if plan.skip and not mine.is_fused(optimizer):
+        if plan.skip and not is_fused(optimizer):
             self._judge.note(
                 "on a device, gradients that are not finite are set to zero, and no step is counted as skipped: of torch's "
                 "optimizers only fused ones (fused=True) can leave a step out there."

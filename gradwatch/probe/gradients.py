@@ -1,4 +1,4 @@
-"""The gradients of the watched parameters of one optimizer: how they are measured, and how the optimizer is steered."""
+"""The gradients of the watched parameters of one optimizer: which there are, and how they are measured."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from gradwatch.measure.measured_gradients import Measured
 from gradwatch.measure.norms import NormPlan, bits_of, code_of, count_nonfinite, global_norm_of, has_bits, unfit
 from gradwatch.measure.readback import Unread
 from gradwatch.measure.wrappers import is_dtensor, local_of, summed
+from gradwatch.probe.held import Held
+from gradwatch.probe.steering import Steering, is_fused
 from gradwatch.skipping import Skip
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from gradwatch.records import Family, Floats
 
 
-_ABSENT = object()  # stands for an attribute that did not exist
 _WAITED = 16  # steps of an outer optimizer without one of its inner optimizer, which is then assumed never to step
 
 
@@ -57,6 +58,7 @@ class Gradients:
         outer: gradients of the optimizer that wraps this one, while that one steps.
         sharded: True if this process holds only parts of the parameters.
         skip: leaves steps out.
+        steering: what the optimizer is given for one step.
         left_out: columns whose gradients turned out not to be measurable, with the reason.
     """
 
@@ -97,10 +99,7 @@ class Gradients:
         self._rates: list[float] = []
         self._rate = np.full(layers, np.nan)
         self.skip = Skip(optimizer, model) if optimizer is not None else None
-        self._slowed: list[tuple[dict[str, Any], Any, Any]] = []
-        self._born: tuple[weakref.ref[Optimizer], int, Tensor] | None = None
-        self._lent: list[tuple[weakref.ref[Optimizer], str, Any, Tensor]] = []
-        self._with_host: tuple[NormPlan | None, bool] | None = None  # whether the optimizer has parameters on the CPU
+        self.steering = Steering()
 
     def count_step(self) -> None:
         """Count a step of this optimizer."""
@@ -207,6 +206,7 @@ class Gradients:
             return there, columns, None
         if self._plan is None or present != self._planned or there[0].device != self._plan.device:
             self._plan, self._planned = NormPlan(there), present
+            self.steering.moved()
         return there, columns, self._plan
 
     def with_gradient(self) -> list[nn.Parameter]:
@@ -279,87 +279,18 @@ class Gradients:
             self._rate[self.columns] = np.array(rates)[self._groups]
         return self._rate
 
-    def slow(self, optimizer: Optimizer, factor: float) -> None:
-        """Multiply the learning rate of each parameter group by ``factor`` until `restore` is called."""
-        for group in optimizer.param_groups:
-            if "lr" in group:
-                lowered = group["lr"] * factor
-                self._slowed.append((group, group["lr"], lowered))
-                group["lr"] = lowered
-
     def folds(self, optimizer: Optimizer | None) -> bool:
         """Return whether the optimizer can apply a factor on all gradients: it is fused, and all its parameters are watched."""
-        return self.is_fused(optimizer) and self.total == len(self.parameters)
-
-    def is_fused(self, optimizer: Optimizer | None) -> bool:
-        """Return whether the optimizer can leave out a step on the device, which fused optimizers can."""
-        return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-    def leave_to(self, optimizer: Optimizer, factor: Tensor | None, skip: Tensor | None) -> None:
-        """Let a fused optimizer multiply its gradients by ``factor``, and leave the step out if ``skip``, without extra pass.
-
-        Both are passed in the attributes that a `GradScaler` sets on the optimizer, combined with its own values.
-        """
-        scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        if factor is not None:
-            divisor = (1.0 if scale is None else device.moved(scale, factor.device)) / factor
-            self._lend(optimizer, "grad_scale", self._for_all_of(optimizer, divisor.to(torch.float32)))
-        if skip is not None:
-            found = skip.to(torch.float32)
-            found = found if overflow is None else torch.maximum(found, device.moved(overflow, found.device))
-            found = self._for_all_of(optimizer, found)
-            self._lend(optimizer, "found_inf", found)
-            self._born = weakref.ref(optimizer), len(optimizer.state), found
-
-    def _for_all_of(self, optimizer: Optimizer, value: Tensor) -> Tensor:
-        """Return a number from where the optimizer may copy it to all its parameters.
-
-        It copies without waiting, so that for parameters on the CPU a number from a device would not have arrived yet.
-        """
-        if self._with_host is None or self._with_host[0] is not self._plan:
-            there = (parameter.is_cpu for group in optimizer.param_groups for parameter in group["params"])
-            self._with_host = self._plan, any(there)
-        return device.moved(value, torch.device("cpu")) if self._with_host[1] else value
-
-    def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
-        # None differs from absent: a `GradScaler` deletes what it has set, even None
-        self._lent.append((weakref.ref(optimizer), name, vars(optimizer).get(name, _ABSENT), value))
-        setattr(optimizer, name, value)
+        return is_fused(optimizer) and self.total == len(self.parameters)
 
     def restore(self, *, late: bool = False) -> None:
-        """Undo what was changed for a step: `slow`, `leave_to`, and what a step that is left out required.
+        """Undo what was changed for a step: the optimizer's attributes, and what a step that is left out required.
 
         ``late`` is True if the step was made some time ago and raised.
         """
-        for group, rate, lowered in self._slowed:
-            if group.get("lr") is lowered:  # where the step raised, somebody else may have set it since
-                group["lr"] = rate
-        self._slowed.clear()
-        for ref, name, before, lent in reversed(self._lent):
-            optimizer = ref()
-            if optimizer is None or vars(optimizer).get(name) is not lent:
-                continue
-            if before is _ABSENT:
-                del vars(optimizer)[name]
-            else:
-                setattr(optimizer, name, before)
-        self._lent.clear()
-        if self._born is not None:
-            self._clear_born()
+        self.steering.end()
         if self.skip is not None:
             self.skip.end(late=late)
-
-    def _clear_born(self) -> None:
-        """Zero the momenta that were created in a step that was left out, which torch's fused SGD leaves uninitialised."""
-        assert self._born is not None
-        (ref, before, found), self._born = self._born, None
-        optimizer = ref()
-        if optimizer is None or len(optimizer.state) == before:
-            return
-        for state in list(optimizer.state.values())[before:]:
-            momentum = state.get("momentum_buffer")
-            if isinstance(momentum, torch.Tensor):
-                momentum.masked_fill_(device.moved(found, momentum.device, torch.bool), 0)
 
     def zero(self) -> None:
         """Set all gradients to zero, for steps that cannot be left out, so that nothing non-finite reaches the weights."""
@@ -373,36 +304,6 @@ def _number(rate: Any) -> float:
     if isinstance(rate, torch.Tensor):
         return rate.item() if rate.is_cpu else math.nan
     return math.nan if rate is None else float(rate)
-
-
-class Held:
-    """The parameters of an optimizer at one moment."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._groups: list[list[Tensor]] = [list(group["params"]) for group in optimizer.param_groups]
-        self._single = [
-            (number, index)
-            for number, group in enumerate(self._groups)
-            for index, parameter in enumerate(group)
-            if parameter.numel() == 1
-        ]
-
-    def is_held_by(self, optimizer: Optimizer) -> bool:
-        """Return whether the optimizer still holds the same parameters in the same order.
-
-        Comparing lists takes a nanosecond for each element that is the same object in both. Comparing two different tensors
-        gives a tensor, which has a truth value only if it has one element; those elements are compared by identity.
-        """
-        groups = optimizer.param_groups
-        if len(groups) != len(self._groups):
-            return False
-        try:
-            for group, held in zip(groups, self._groups, strict=True):
-                if group["params"] != held:
-                    return False
-        except Exception:  # of any kind: the tensors are not the same object
-            return False
-        return all(groups[number]["params"][index] is self._groups[number][index] for number, index in self._single)
 
 
 def zero_where(gradients: Sequence[Tensor], bad: Tensor) -> None:

@@ -205,6 +205,11 @@ class Probe:
         if gradients and self.recorder.needs_norms_before_clip:
             self._guarded(self._user_clips.begins, gradients)
 
+    def own_clip_begins(self) -> None:
+        """Measure all gradients, which code of the user is about to clip."""
+        given = (parameter.grad for _, parameter in self._layers.measured())
+        self.user_clips([gradient for gradient in given if gradient is not None])
+
     def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """Return the total norm of gradients that the user is about to clip; None if torch has to compute it."""
         if not self.recorder.has_fast_path or not isinstance(gradients, list):

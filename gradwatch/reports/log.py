@@ -39,8 +39,9 @@ class LogReport(Report):
             new = [line for line in incident_lines(incident, self._advised) if line not in said]
             said.update(new)
             lines += new
+        name = f"{snapshot.facts.name} | " if snapshot.facts.name else ""
         for line in lines:
-            self._write(f"gradwatch | step {snapshot.step} | {line}")
+            self._write(f"gradwatch | {name}step {snapshot.step} | {line}")
 
     def close(self, snapshot: Snapshot) -> None:
         """Write the summary, unless no step was made."""

@@ -24,7 +24,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations
 
 from gradwatch import device
+from gradwatch.skipping.buffer_group import BufferGroup, can_be_grouped, grouped
 from gradwatch.skipping.forwards import Forwards
+from gradwatch.skipping.loose_buffers import LooseBuffers, doubt_about
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,48 +36,6 @@ if TYPE_CHECKING:
 _LOOKED = 16  # first steps, after each of which every buffer is compared with its copy
 _SELDOM = 64  # steps between comparisons after that
 _WRITTEN_BY_FORWARDS = (nn.modules.batchnorm._NormBase, parametrizations._SpectralNorm)  # and by nothing else
-
-
-class _Group:
-    """Buffers of one device and dtype.
-
-    Attributes:
-        tensors: the buffers.
-        now: flat views of the buffers.
-        last: their values after the last step, concatenated.
-        before: their values before the forwards of the current step, concatenated.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = list(tensors)
-        self.now = [
-            tensor.data.view(-1) for tensor in tensors
-        ]  # writing through ``.data`` is not a change for autograd
-        self.last = torch.cat(self.now)
-        self.before = self.last.clone()
-        self._sizes = [view.numel() for view in self.now]
-
-    def keep(self) -> None:
-        torch.cat(self.now, out=self.last)
-
-    def parts(self) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = self.before.split(self._sizes)
-        return parts
-
-    def give_back(self) -> None:
-        torch._foreach_copy_(self.now, self.parts())
-        self.last.copy_(self.before)
-
-    def give_back_where(self, bad: Tensor) -> None:
-        self.keep()
-        chosen = torch.where(device.moved(bad, self.last.device), self.before, self.last)
-        self.last.copy_(chosen)
-        torch._foreach_copy_(self.now, chosen.split(self._sizes))
-
-    @property
-    def strayed(self) -> bool:
-        """True if the memory of a buffer has been replaced."""
-        return any(one.data_ptr() != view.data_ptr() for one, view in zip(self.tensors, self.now, strict=True))
 
 
 class Buffers:
@@ -91,18 +51,16 @@ class Buffers:
         self._objects: list[Tensor | None] = []
         self._ids: list[int] = []
         self._changing: set[int] = set()
-        self._groups: list[_Group] = []  # buffers that only forwards write
-        self._others: list[_Group] = []  # other buffers that change
-        self._constant: list[_Group] = []
+        self._groups: list[BufferGroup] = []  # buffers that only forwards write
+        self._others: list[BufferGroup] = []  # other buffers that change
+        self._constant: list[BufferGroup] = []
         self._statistics: list[Tensor] = []  # running statistics, whose version forwards do not increment
         self._counters: list[Tensor] = []  # buffers whose version each forward increments
         self._forwards = Forwards()
         self._usual = True
         self._uncounted = self._versions_then = 0
         self._versions = 0
-        self._loose: set[tuple[int, str]] = set()  # buffers that are replaced, or are not plain tensors
-        self._now: dict[tuple[int, str], tuple[Tensor | None, Tensor | None]] = {}
-        self._before: dict[tuple[int, str], tuple[Tensor | None, Tensor | None]] = {}
+        self._loose = LooseBuffers()
         self._kept = 0
         self._marker: weakref.ref[nn.Parameter] | None = None
         self._mark = -1
@@ -133,13 +91,10 @@ class Buffers:
             self._objects.append(one)
             old = was.get(key, one)
             if old is not one:
-                self._loose.add(key)
                 copy = known[id(old)].view_as(old).clone() if old is not None and id(old) in known else None
-                self._now[key] = self._before[key] = (old, copy)
-            if key in self._loose or (one is not None and not _is_plain(one)):
-                self._loose.add(key)
-                self._now.setdefault(key, _held(one))
-                self._before.setdefault(key, self._now[key])
+                self._loose.replaced(key, old, copy)
+            if key in self._loose or (one is not None and not can_be_grouped(one)):
+                self._loose.add(key, one)
             elif one is not None:
                 plain[id(one)] = one
                 if isinstance(module, _WRITTEN_BY_FORWARDS):
@@ -148,13 +103,13 @@ class Buffers:
                     self._statistics.append(one)
                 if id(one) in own or self._unread(one):
                     self._changing.add(id(one))
-        self._groups = _grouped([one for one in plain.values() if id(one) in own], known)
-        self._others = _grouped([one for one in plain.values() if id(one) in self._changing - own], known)
+        self._groups = grouped([one for one in plain.values() if id(one) in own], known)
+        self._others = grouped([one for one in plain.values() if id(one) in self._changing - own], known)
         self._counters = [
             one for one in plain.values() if id(one) in own and id(one) not in set(map(id, self._statistics))
         ]
         self._uncounted = _versions(self._statistics)
-        self._constant = _grouped([one for one in plain.values() if id(one) not in self._changing], known)
+        self._constant = grouped([one for one in plain.values() if id(one) not in self._changing], known)
         self._fixed = [(d, name) for d, name, _ in self._places if (id(d), name) not in self._loose]
         self._ids = [id(d[name]) for d, name in self._fixed]
         self._versions = self._count()
@@ -172,6 +127,9 @@ class Buffers:
     def _tensors_of_others(self) -> list[Tensor]:
         return [tensor for group in self._others for tensor in group.tensors]
 
+    def _loose_places(self) -> Iterator[tuple[dict[str, Any], str, str]]:
+        return (one for one in self._places if (id(one[0]), one[1]) in self._loose) if self._loose else iter(())
+
     # Each step.
 
     def begin(self, optimizer: int, backwards: int, *, fresh: bool) -> None:
@@ -187,9 +145,8 @@ class Buffers:
         if self._counters:
             self._usual = self._forwards.took(optimizer, _versions(self._counters), backwards)
         for group in (*self._groups, *self._others):
-            group.before, group.last = group.last, group.before
-        if self._loose:
-            self._before = dict(self._now)
+            group.begin()
+        self._loose.begin()
         marker = self._marker() if self._marker is not None else None
         self._habit, self._written = (
             self._written,
@@ -219,9 +176,8 @@ class Buffers:
             self._plan()
         for group in (*self._groups, *self._others):
             group.keep()
-        for d, name, _ in self._places if self._loose else ():
-            if (id(d), name) in self._loose:
-                self._now[id(d), name] = _held(d.get(name))
+        for d, name, _ in self._loose_places():
+            self._loose.keep(d, name)
         if self._others:
             self._versions_then = _versions(self._tensors_of_others())
         if self._constant and self._count() != self._versions:
@@ -304,7 +260,7 @@ class Buffers:
         self.keep()
         return problem
 
-    def _give_back_doubtful(self, groups: Sequence[_Group], poisoned: set[int]) -> str:
+    def _give_back_doubtful(self, groups: Sequence[BufferGroup], poisoned: set[int]) -> str:
         """Restore the buffers in these groups whose module is poisoned; return why the others may have changed, or ""."""
         problem, unseen = "", self._count() == self._versions
         constant = {id(tensor) for group in self._constant for tensor in group.tensors}
@@ -315,7 +271,7 @@ class Buffers:
         }
         for (d, name, full), one in zip(self._places, self._objects, strict=True):
             if (id(d), name) in self._loose:
-                problem = self._give_back_loose(d, name, full, poisoned=id(d) in poisoned) or problem
+                problem = self._loose.give_back(d, name, full, poisoned=id(d) in poisoned) or problem
             elif one is None or id(one) not in parts:  # a buffer of a normalisation layer
                 d[name] = one
             else:
@@ -323,26 +279,13 @@ class Buffers:
                 if d.get(name) is one and torch.equal(view, part):
                     continue
                 if id(d) not in poisoned:
-                    problem = _doubt(full)
+                    problem = doubt_about(full)
                 elif d.get(name) is one and id(one) in constant and unseen:
                     problem = f"the buffer {full} is not finite, and its earlier value is not known"
                 else:
                     d[name] = one
                     view.copy_(part)
         return problem
-
-    def _give_back_loose(self, d: dict[str, Any], name: str, full: str, *, poisoned: bool) -> str:
-        one, copy = self._before.get((id(d), name), (None, None))
-        if d.get(name) is one and (one is None or (copy is not None and _same(one, copy))):
-            return ""
-        if not poisoned:
-            return _doubt(full)
-        if one is not None and copy is None:
-            return f"the earlier value of the buffer {full} is not known"
-        d[name] = one
-        if one is not None and copy is not None:
-            one.data.copy_(copy)
-        return ""
 
     def give_back_where(self, bad: Tensor) -> str:
         """Restore the buffers on devices where ``bad``, a bool tensor of shape (), is True, and copy them as `keep` does.
@@ -365,9 +308,8 @@ class Buffers:
                 group.keep()
             else:
                 group.give_back_where(bad if group in self._groups else others)
-        for d, name, full in self._places if self._loose else ():
-            if (id(d), name) in self._loose:
-                problem = self._give_back_loose_where(others, d, name, full) or problem
+        for d, name, full in self._loose_places():
+            problem = self._loose.give_back_where(others, d, name, full) or problem
         doubt = doubt or not self._usual or _versions(self._statistics) != self._uncounted
         self._uncounted = _versions(self._statistics)
         self._versions_then = _versions(self._tensors_of_others())
@@ -377,24 +319,11 @@ class Buffers:
     def _is_poisoned(self, bad: Tensor) -> Tensor:
         """Return whether any buffer that the program may write is not finite, as a bool tensor; nothing is read."""
         held = [torch.cat(group.now) for group in self._others]
-        held += [one for d, name in self._loose_places() if isinstance(one := d.get(name), Tensor) and not is_lazy(one)]
+        held += [
+            one for d, name, _ in self._loose_places() if isinstance(one := d.get(name), Tensor) and not is_lazy(one)
+        ]
         found = [device.moved(~torch.isfinite(one).all(), bad.device) for one in held]
         return torch.stack(found).any() if found else torch.zeros_like(bad)
-
-    def _loose_places(self) -> Iterator[tuple[dict[str, Any], str]]:
-        return ((d, name) for d, name, _ in self._places if (id(d), name) in self._loose)
-
-    def _give_back_loose_where(self, bad: Tensor, d: dict[str, Any], name: str, full: str) -> str:
-        now, (_, copy) = d.get(name), self._before.get((id(d), name), (None, None))
-        same = (
-            now is not None
-            and copy is not None
-            and (now.shape, now.dtype, now.device) == (copy.shape, copy.dtype, copy.device)
-        )
-        if same and now is not None and copy is not None:
-            now.data.copy_(torch.where(device.moved(bad, now.device), copy, now))
-        self._now[id(d), name] = _held(now)
-        return "" if same or (now is None and copy is None) else f"the buffer {full} is of another kind than before"
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -402,40 +331,6 @@ def is_finite(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all())
 
 
-def _doubt(full: str) -> str:
-    return f"the buffer {full} has changed since the last step, by this step's forwards or by the program: it is left as it is"
-
-
 def _versions(tensors: Sequence[Tensor]) -> int:
     """Return the sum of the versions of these tensors, which changes whenever torch counts a change of one of them."""
     return sum(tensor._version for tensor in tensors)
-
-
-def _same(one: Tensor, copy: Tensor) -> bool:
-    try:
-        return torch.equal(one, copy)
-    except (RuntimeError, NotImplementedError):  # tensors of a kind that cannot be compared
-        return False
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided or is_lazy(tensor):
-        return False
-    common = tensor.dtype.itemsize > 1 or tensor.dtype in (torch.bool, torch.uint8, torch.int8)  # float8 does not join
-    return common and not tensor.is_quantized and tensor.is_contiguous()
-
-
-def _held(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return tensor, None if tensor is None or is_lazy(tensor) else tensor.detach().clone()
-
-
-def _grouped(tensors: Sequence[Tensor], known: dict[int, Tensor]) -> list[_Group]:
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    groups = [_Group(together) for together in kinds.values()]
-    for group in groups:
-        for tensor, part in zip(group.tensors, group.parts(), strict=True):
-            if id(tensor) in known and known[id(tensor)].numel() == part.numel():
-                part.copy_(known[id(tensor)])
-    return groups

@@ -40,9 +40,6 @@ _KEPT = 1000  # most incidents to keep
 class Treatment(Protocol):
     """What is done about an explosion. It keeps the incident open until the treatment ends."""
 
-    def relapses(self, step: int) -> bool:
-        """Return True if an explosion at ``step`` is a return of the previous one."""
-
     def try_to_let_go(self, step: int, calm: int) -> bool:
         """Reduce the treatment after ``calm`` calm steps; return True when the run needs no more of it."""
 
@@ -206,7 +203,7 @@ class Incidents:
         if active:
             story.last_fired = step
             story.fired_steps += 1
-            if name == "explosion" and not story.harmed and (self._relapses(step) or self._look_for_harm(story)):
+            if name == "explosion" and not story.harmed and self._look_for_harm(story):
                 story.harmed = touched = True
             if story.incident is None:
                 jumped = any(sign.kind == "spike" for sign in story.firing.values())
@@ -294,9 +291,6 @@ class Incidents:
 
     def _has(self, role: Role, signs: Iterable[Alarm]) -> bool:
         return any(self._role[sign.code] == role for sign in signs)
-
-    def _relapses(self, step: int) -> bool:
-        return self._treatment is not None and self._treatment.relapses(step)
 
     def _far_beyond(self, signs: Iterable[Alarm]) -> bool:
         """Return True if a surge is far beyond its limit, and either most layers do not surge so far or the loss is high.
