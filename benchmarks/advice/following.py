@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-_TO_NUMBER = re.compile(r"^Lower the learning rate.*: ([\d.,e-]+) instead of ([\d.,e-]+)\. ")
-_BOUND = re.compile(r"clip each step to a norm of ([\d.,e-]+)")
 _WARM = 100  # steps over which the rate is warmed up, of the 400 of a program
 _LOWER = 0.1  # factor on a rate that is to be lowered without a number
 _DECAY = 1e-3  # of an L2 penalty
@@ -36,6 +35,9 @@ class Change:
         bound: norm to which each step is clipped; None: none is.
         decay: factor of an L2 penalty.
         swap: modules that are replaced, from a class to another.
+        cap: the largest learning rate.
+        anew: names of modules or parameters that are initialised anew; "": all of them, by He.
+        no_growth: whether a negative weight decay is set to zero.
     """
 
     rate: float = 1.0
@@ -44,6 +46,9 @@ class Change:
     bound: float | None = None
     decay: float = 0.0
     swap: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = ()
+    cap: float = math.inf
+    anew: tuple[str, ...] = ()
+    no_growth: bool = False
 
     def with_(self, other: Change) -> Change:
         """Return both changes together."""
@@ -55,31 +60,38 @@ class Change:
             bound=other.bound if self.bound is None else self.bound,
             decay=max(self.decay, other.decay),
             swap=self.swap + other.swap,
+            cap=min(self.cap, other.cap),
+            anew=self.anew + other.anew,
+            no_growth=self.no_growth or other.no_growth,
         )
+
+
+_RATE = r"(?:Lower|Raise) the learning rate.*: ([\d.,e-]+) instead of ([\d.,e-]+)[.,] "
+_READ: tuple[tuple[str, Callable[..., tuple[Change, ...]]], ...] = (
+    (_RATE, lambda new, old: (Change(rate=_number(new) / _number(old)),)),
+    (r"The learning rate has risen .* keep it below ([\d.,e-]+)\. ", lambda cap: (Change(cap=_number(cap)),)),
+    (r".*clip each step to a norm of ([\d.,e-]+), ", lambda bound: (Change(bound=_number(bound)),)),
+    (r"Initialise the weights anew", lambda: (Change(anew=("",)),)),
+    (r"Initialise (\S+) anew", lambda name: (Change(anew=(name,)),)),
+    (r"The weight decay of a parameter group is -", lambda: (Change(no_growth=True),)),
+    (r"Lower the learning rate", lambda: (Change(rate=_LOWER),)),
+    (r"Change the learning rate", lambda: tuple(Change(rate=factor) for factor in (3.0, 1 / 3, 9.0, 1 / 9))),
+    (r"Warm the rate up", lambda: (Change(warm_up=_WARM),)),
+    (r"(?:Clip by norm|If single batches cause it, clip|Skip such steps)", lambda: (Change(clip=True),)),
+    (r"Put an L2 penalty", lambda: (Change(decay=_DECAY),)),
+    (r"Use ReLU-like activations", lambda: (Change(swap=((nn.Tanh, nn.ReLU), (nn.Sigmoid, nn.ReLU))),)),
+    (r"Use LeakyReLU", lambda: (Change(swap=((nn.ReLU, nn.LeakyReLU),)),)),
+)
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
 
 
 def changes_for(advice: str) -> tuple[Change, ...]:
     """Return the changes by which a user may follow a piece of advice, each a way of its own; none if it names no change."""
-    numbers, bound = _TO_NUMBER.match(advice), _BOUND.search(advice)
-    if numbers is not None:
-        new, old = (float(text.replace(",", "")) for text in numbers.groups())
-        return (Change(rate=new / old),)
-    if bound is not None:
-        return (Change(bound=float(bound[1].replace(",", ""))),)
-    if advice.startswith("Lower the learning rate"):
-        return (Change(rate=_LOWER),)
-    if advice.startswith("Change the learning rate"):
-        return tuple(Change(rate=factor) for factor in (3.0, 1 / 3, 9.0, 1 / 9))
-    fixed = {
-        "Warm the rate up": Change(warm_up=_WARM),
-        "Clip by norm": Change(clip=True),
-        "If single batches cause it, clip": Change(clip=True),
-        "Skip such steps": Change(clip=True),
-        "Put an L2 penalty": Change(decay=_DECAY),
-        "Use ReLU-like activations": Change(swap=((nn.Tanh, nn.ReLU), (nn.Sigmoid, nn.ReLU))),
-        "Use LeakyReLU": Change(swap=((nn.ReLU, nn.LeakyReLU),)),
-    }
-    return tuple(change for start, change in fixed.items() if advice.startswith(start))
+    found = ((re.match(pattern, advice), make) for pattern, make in _READ)
+    return next((make(*match.groups()) for match, make in found if match is not None), ())
 
 
 class Following(Trace):
@@ -103,10 +115,12 @@ class Following(Trace):
         """See `benchmarks.faults.program.Watcher`."""
         for old, new in self._change.swap:
             self.changed |= swapped(model, old, new)
+        for name in self._change.anew:
+            _initialise(model if not name else part_of(model, name))
         super().watch(model)
         if self._change.clip:
             self.monitor = gradwatch.attach(model, report=None, clip="norm")
-        if self._change != Change(swap=self._change.swap, clip=self._change.clip):
+        if self._change != Change(swap=self._change.swap, clip=self._change.clip, anew=self._change.anew):
             self._handles = [
                 register_optimizer_step_pre_hook(self._before),
                 register_optimizer_step_post_hook(self._after),
@@ -123,7 +137,9 @@ class Following(Trace):
             if change.bound is not None:
                 nn.utils.clip_grad_norm_(held, change.bound)
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * change.rate * warmth
+            group["lr"] = min(group["lr"] * change.rate * warmth, change.cap)
+            if change.no_growth and group.get("weight_decay", 0) < 0:
+                group["weight_decay"] = 0.0
         self._made += 1
 
     def _after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -148,6 +164,12 @@ def swapped(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> boo
     if found and old in (nn.Tanh, nn.Sigmoid):
         _initialise(model)
     return bool(found)
+
+
+def part_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the module of this name, or the one that holds the parameter of this name."""
+    modules = dict(model.named_modules())
+    return modules[name] if name in modules else modules[name.rpartition(".")[0]]
 
 
 def _initialise(model: nn.Module) -> None:
