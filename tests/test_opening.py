@@ -36,7 +36,7 @@ def test_a_single_matrix_that_is_too_large_is_named() -> None:
     """Compared with the median one."""
     model = mlp(depth=4)
     with torch.no_grad():
-        model[2].weight.mul_(300.0)  # type: ignore[operator,union-attr]
+        model[2].weight.mul_(300.0)  # type: ignore[operator]
     assert advice(model, torch.optim.SGD(model.parameters(), lr=0.05))[0].startswith("Initialise 2.weight anew: ")
 
 

@@ -168,7 +168,7 @@ def swapped(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> boo
 
 def part_of(model: nn.Module, name: str) -> nn.Module:
     """Return the module of this name, or the one that holds the parameter of this name."""
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     return modules[name] if name in modules else modules[name.rpartition(".")[0]]
 
 
