@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradwatch.history.in_use import usual_norms_of
+from gradwatch.text.wording import number
 from gradwatch.verdict.rates import at, lower_rate, raise_rate
-from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.statistics import median, median_and_mad
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
