@@ -426,6 +426,11 @@ class Probe:
         self._loop.optimizer_found()
         self._turns.again()
         self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer), options_of(optimizer))
+        grows = [group["weight_decay"] for group in optimizer.param_groups if _is_negative(group.get("weight_decay"))]
+        if grows:
+            self._judge.mistake(
+                f"the weight decay of a parameter group is {grows[0]:g}: below zero it makes weights grow. Set it to 0 or more."
+            )
         if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
             self._judge.note("auto-clip does not clip inside a line search, such as that of LBFGS.")
         reason = unmeasurable(optimizer=optimizer)
@@ -468,6 +473,10 @@ class Probe:
     def _leave_if_over(self) -> None:
         if self.recorder.over and self.active:
             self._give_up()
+
+
+def _is_negative(setting: Any) -> bool:
+    return isinstance(setting, (int, float)) and setting < 0
 
 
 def _steps_under_way(optimizer: Optimizer) -> int:
