@@ -33,7 +33,13 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
     "commands/blame": (("test_forensics",), "its findings are those of the forensics"),
     "commands/reproduce": (("test_forensics_monitor",), "it loads what a monitor has kept"),
     "forensics/": (
-        ("test_forensics", "test_forensics_monitor", "test_loss_source"),
+        (
+            "test_forensics",
+            "test_forensics_monitor",
+            "test_forensics_processes",
+            "test_armed_steps",
+            "test_loss_source",
+        ),
         "one contract: what is found in programs that fail",
     ),
     "records/origin": (("test_forensics",), "plain data, tested where it is created"),

@@ -6,13 +6,15 @@ import math
 from enum import IntFlag
 from typing import TYPE_CHECKING, NamedTuple
 
+from gradwatch.records.kinds import Clipped, CulpritSign, Family, LossSource, Source  # noqa: TC001  pydantic reads them
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from gradwatch.records.kinds import Clipped, CulpritSign, Family, Floats, LossSource, Source
+    from gradwatch.records.kinds import Floats
 
 
 class NonFinite(IntFlag):
