@@ -20,6 +20,7 @@ from gradwatch.forensics.keep import keep
 from gradwatch.forensics.singular import Singular
 from gradwatch.forensics.statements import Backward, backward_at
 from gradwatch.forensics.update import update_origin
+from gradwatch.measure.deepspeed import engine_of
 from gradwatch.measure.wrappers import is_dtensor
 from gradwatch.wording import number
 
@@ -156,8 +157,10 @@ class Inspector:
         self._in_trouble = True
         if self._is_spread():
             self._note(
-                "which operation made a step non-finite is not looked for, since the weights are spread over processes: run it "
-                "inside gradwatch.find_nonfinite(model) in all of them."
+                "which operation made a step non-finite is not looked for under DeepSpeed."
+                if self._is_under_deepspeed()
+                else "which operation made a step non-finite is not looked for, since the weights are spread over processes: run "
+                "it inside gradwatch.find_nonfinite(model) in all of them."
             )
             return
         if row.loss_nonfinite:  # it was looked at when the backward began
@@ -167,7 +170,13 @@ class Inspector:
     def _is_spread(self) -> bool:
         """Return whether the weights are spread over processes, so that a forward is one of all of them together."""
         model = self._model()
-        return model is not None and any(is_dtensor(one) for one in model.parameters())
+        spread = model is not None and any(is_dtensor(one) for one in model.parameters())
+        return spread or self._is_under_deepspeed()
+
+    def _is_under_deepspeed(self) -> bool:
+        """Return whether DeepSpeed trains the model, whose modules call DeepSpeed in each forward."""
+        model = self._model()
+        return model is not None and engine_of(model) is not None
 
     def step_over(self, optimizer: Optimizer | None) -> None:
         """Drop what was kept of the step."""

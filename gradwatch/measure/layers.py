@@ -11,8 +11,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from gradwatch.errors import UsageError
+from gradwatch.measure.deepspeed import Zero, zero_of
 from gradwatch.measure.norms import unfit
-from gradwatch.measure.wrappers import own_name, plain_name, unwrapped, whole_shapes
+from gradwatch.measure.wrappers import local_of, own_name, plain_name, unwrapped, whole_shapes
 from gradwatch.records import Facts
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Layers:
         names, sizes, matrices, fan_in, with_units: per column, the name, the number of elements, whether it has two or more
             dimensions, the inputs of each unit, and whether its rows are units.
         untold: sentences about parameters that cannot be measured, which have not been reported yet.
+        zero: DeepSpeed's own optimizer of the model, and what this process holds under it; None if there is none.
 
     Raises:
         UsageError: the model has no trainable parameter, or a parameter whose shape is not known yet.
@@ -56,6 +58,7 @@ class Layers:
         self._ends: list[torch.device] = []  # where the first and the last parameter lie
         self._home = torch.device("cpu")
         self._columns: dict[int, int] = {}
+        self.zero: Zero | None = zero_of(model)
         self.look_again()
         if not any(parameter.requires_grad for _, parameter in self.parameters()):
             raise UsageError(
@@ -70,11 +73,14 @@ class Layers:
 
     @property
     def home(self) -> torch.device:
-        """The device on which the numbers of all layers are gathered: the first that is not the CPU, or else the CPU."""
+        """The device on which the numbers of all layers are gathered: the first that is not the CPU, or else the CPU.
+
+        It is the CPU if DeepSpeed makes the step, since that waits for the norm of the gradients itself.
+        """
         ends = [one.device for one in (self._refs[0](), self._refs[-1]()) if one is not None]
         if ends and ends != self._ends:  # the first call, or the model or a part of it has moved
             self._ends = ends
-            devices = [parameter.device for _, parameter in self.measured()]
+            devices = [parameter.device for _, parameter in self.measured()] if self.zero is None else []
             self._home = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         return self._home
 
@@ -147,6 +153,17 @@ class Layers:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def held(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the part of a weight that this process holds. Call it with autograd disabled."""
+        return local_of(parameter) if self.zero is None else self.zero.weight(parameter)
+
+    def meet_zero(self) -> bool:
+        """Look for DeepSpeed's own optimizer, which may have been made after the monitor; return whether there is one."""
+        model = self._model()
+        self.zero = zero_of(model) if model is not None else None
+        self._ends = []
+        return self.zero is not None
 
     def take_untold(self) -> list[str]:
         """Return the sentences about what was left out that nobody has asked for yet."""

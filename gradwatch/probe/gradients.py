@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from gradwatch.probe.coming import Coming
+    from gradwatch.probe.coming import Coming, Loss
     from gradwatch.records import Family, Floats
 
 
@@ -60,7 +60,10 @@ class Gradients:
         skip: leaves steps out.
         steering: what the optimizer is given for one step.
         left_out: columns whose gradients turned out not to be measurable, with the reason.
+        hidden: True if gradients are not in ``grad`` when a backward is over.
     """
+
+    hidden = False
 
     def __init__(
         self,
@@ -204,10 +207,28 @@ class Gradients:
             columns = columns[present]
         if not there:
             return there, columns, None
+        return self.planned(there, columns, present)
+
+    def planned(
+        self, there: list[Tensor], columns: NDArray[np.intp], present: list[bool] | None = None
+    ) -> tuple[list[Tensor], NDArray[np.intp], NormPlan]:
+        """Return these gradients and columns with a plan, which is renewed if others are ``present`` than before."""
         if self._plan is None or present != self._planned or there[0].device != self._plan.device:
             self._plan, self._planned = NormPlan(there), present
             self.steering.moved()
         return there, columns, self._plan
+
+    def is_behind(self, roots: Any) -> bool:
+        """Return whether a backward from ``roots`` has reached the parameters; only asked if gradients are ``hidden``."""
+        raise NotImplementedError
+
+    def clips_to(self) -> float | None:
+        """Return the norm that the optimizer itself clips to in its step; None if it does not."""
+        return None
+
+    def own(self, losses: list[Loss]) -> list[Loss]:
+        """Return the losses of a backward as their gradients count in the coming step."""
+        return losses
 
     def with_gradient(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients `present` returns."""

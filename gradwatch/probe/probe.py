@@ -20,6 +20,7 @@ from gradwatch.measure.readback import PATIENCE
 from gradwatch.measure.wrappers import unmeasurable
 from gradwatch.probe import optimizer_hooks, patches
 from gradwatch.probe.attribution import Attribution
+from gradwatch.probe.deepspeed import DeepSpeed
 from gradwatch.probe.fused_steps import FusedSteps
 from gradwatch.probe.gradient_hooks import GradientHooks
 from gradwatch.probe.loss_node import loss_kind
@@ -82,6 +83,7 @@ class Probe:
         self._strange = 0  # gradients in the user's clip that do not belong to the model
         self._stepping: weakref.ref[Optimizer] | None = None
         self.owners = Owners(layers, self._grow, self._find)
+        self._deepspeed = DeepSpeed(self, layers, self.owners)
         self.gradient_hooks = GradientHooks(layers)
         self.attribution = Attribution(layers, self.owners, self.gradient_hooks)
         self._investigator = investigator
@@ -111,6 +113,7 @@ class Probe:
         optimizer_hooks.listen(self)
         for patch in patches.ALL:
             patch.add(self)
+        self._deepspeed.start()
         if self._investigator is not None:
             self._investigator.start()
 
@@ -138,6 +141,7 @@ class Probe:
         yield "the hooks on parameters", self.gradient_hooks.stop
         for patch in patches.ALL:
             yield f"the patch of {patch.name}", lambda patch=patch: patch.remove(self)  # type: ignore[misc]
+        yield "the patches of DeepSpeed", self._deepspeed.stop
         # a monitor that is kept for its summary must not keep the parameters alive
         yield "hidden gradients", self.owners.close
         yield "the losses", self.losses.forget
@@ -322,6 +326,11 @@ class Probe:
         # an optimizer of other parameters steps after a backward of this model
         if mine is None:
             self._loop.stepped_in_vain(self.attribution.backwards)
+            if self._deepspeed.appears():
+                self.recorder.grow(set(range(len(self._layers))))
+                self.gradient_hooks.grow()
+                for owner in self.owners.current():  # the step under way was not seen to begin
+                    self._used(owner)
         if mine is None or self._is_inside_another(optimizer):
             return None
         mine.restore(late=True)
@@ -424,7 +433,9 @@ class Probe:
     def _find(self, optimizer: Optimizer) -> None:
         """Record an optimizer that owns watched layers; raise `UsageError` if it cannot be watched."""
         self._loop.optimizer_found()
-        self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer))
+        zero = self._layers.zero
+        named = zero.inner if zero is not None and optimizer is zero.optimizer else optimizer
+        self._judge.optimizer_found(type(named).__name__, family_of(named))
         if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
             self._judge.note("auto-clip does not clip inside a line search, such as that of LBFGS.")
         reason = unmeasurable(optimizer=optimizer)
