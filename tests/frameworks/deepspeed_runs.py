@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 os.environ["DS_ACCELERATOR"] = "cpu"  # where there is a GPU too
 
 import deepspeed
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a sum for inference alone, which would be compiled
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
@@ -296,9 +298,12 @@ def _seen(monitor: gradwatch.Monitor) -> dict[str, Any]:
 def accelerated(stage: int) -> dict[str, Any]:
     """Train the same under Accelerate, where the engine steps inside `Accelerator.backward`."""
     from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
 
     setup = Setup("", stage, accumulate=2)
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings(setup)), cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process makes several here
+    plugin = DeepSpeedPlugin(hf_ds_config=settings(setup))
+    accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=setup.accumulate, cpu=True)
     model = plain()
     engine, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=LR))
     monitor = gradwatch.attach(engine, optimizer, report=None, strict=True)
@@ -317,7 +322,10 @@ def under_the_trainer(stage: int) -> dict[str, Any]:
     """Train under transformers' Trainer; return what was seen and what the Trainer logged."""
     import tempfile
 
+    from accelerate.state import AcceleratorState
     from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
     monitors = []
 
@@ -344,6 +352,7 @@ def under_the_trainer(stage: int) -> dict[str, Any]:
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
             max_steps=STEPS,
+            max_grad_norm=0.0,
             logging_steps=1,
             report_to=[],
             save_strategy="no",
