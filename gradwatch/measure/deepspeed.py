@@ -205,7 +205,7 @@ class _Fragments(Zero):
     groups = "bit16_groups"
     hides = spread = True
 
-    def reader(self, parameters: Iterable[nn.Parameter]) -> Read:
+    def reader(self, parameters: Iterable[Any]) -> Read:
         places = [(one._hp_mapping, getattr(one, "_index_in_param_group", 0), one.new_empty(0)) for one in parameters]
 
         def read() -> list[Tensor] | None:
@@ -220,11 +220,8 @@ class _Fragments(Zero):
         buffers: dict[int, Any] = optimizer.offload_gradient_dict if self.offloads else optimizer.averaged_gradients
         return buffers
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        if id(parameter) not in self._trained:
-            return parameter
-        held = parameter._hp_mapping
-        return parameter.new_empty(0) if held is None else held.hp_fragment.detach()
+    def weight(self, parameter: Any) -> Tensor:
+        return _master_of(parameter) if id(parameter) in self._trained else parameter
 
     def parts(self, parameter: nn.Parameter, processes: int) -> tuple[int, int]:
         return (processes, processes) if id(parameter) in self._trained else (1, 1)
@@ -247,6 +244,13 @@ def _fragment(held: Any, index: int, empty: Tensor) -> Tensor:
     return empty if group is None else group[index]
 
 
+def _master_of(parameter: Any) -> Tensor:
+    """Return the fragment of the optimizer's own copy of a weight that this process holds under stages 1 and 2."""
+    held = parameter._hp_mapping
+    master: Tensor = parameter.new_empty(0) if held is None else held.hp_fragment.detach()
+    return master
+
+
 class _Parts(Zero):
     """Stage 3: each process holds a part of each parameter, of its gradient and of its master weight."""
 
@@ -267,7 +271,7 @@ class _Parts(Zero):
         group: int = optimizer.sub_group_to_group_id[number]
         return group
 
-    def reader(self, parameters: Iterable[nn.Parameter]) -> Read:
+    def reader(self, parameters: Iterable[Any]) -> Read:
         optimizer = self.optimizer
         places = {id(one): (i, j) for i, group in enumerate(optimizer.fp16_groups) for j, one in enumerate(group)}
         found = [(*places[id(one)], *self._place(optimizer, one)) for one in parameters]
@@ -291,7 +295,7 @@ class _Parts(Zero):
         """Return where the part of a parameter begins in its flat group, and how many of its elements are not padding."""
         return optimizer.grad_position[optimizer.get_param_id(parameter)][1], _held(parameter)
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
+    def weight(self, parameter: Any) -> Tensor:
         optimizer = self.optimizer
         if id(parameter) in self._trained and not optimizer._swappable_optimizer_subgroup(
             group := optimizer.grad_position[optimizer.get_param_id(parameter)][0]
@@ -318,7 +322,7 @@ class _WholeInBuffers(Zero):
     groups = "bf16_groups"
     hides = True
 
-    def reader(self, parameters: Iterable[nn.Parameter]) -> Read:
+    def reader(self, parameters: Iterable[Any]) -> Read:
         optimizer = self.optimizer
         places = {
             id(one): gradient.view(one.shape)
@@ -328,11 +332,8 @@ class _WholeInBuffers(Zero):
         found = [places[id(one)] for one in parameters]  # which are made once and cleared after each step
         return lambda: found
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        if id(parameter) not in self._trained:
-            return parameter
-        held = parameter._hp_mapping
-        return parameter.new_empty(0) if held is None else held.hp_fragment.detach()
+    def weight(self, parameter: Any) -> Tensor:
+        return _master_of(parameter) if id(parameter) in self._trained else parameter
 
     def parts(self, parameter: nn.Parameter, processes: int) -> tuple[int, int]:
         return 1, processes if id(parameter) in self._trained else 1

@@ -154,7 +154,7 @@ class ZeroSkip(Skip):
     """Leaves out steps of one of DeepSpeed's optimizers, as it does itself after an overflow: the engine counts them."""
 
     def __init__(self, zero: Zero) -> None:
-        self._zero = zero
+        self._from = zero
         self._told: Told | None = None
         self._reason = ""
 
@@ -169,7 +169,7 @@ class ZeroSkip(Skip):
         """Drop the gradients instead of making the step, if it is to be left out; return whether it is."""
         if self._told is not None:
             try:
-                self._zero.discard()
+                self._from.discard()
             except Exception as error:
                 self._reason = f"DeepSpeed's gradients could not be dropped: {words_of(error)}"
         return self._told is not None

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 os.environ["DS_ACCELERATOR"] = "cpu"  # where there is a GPU too
 
 import deepspeed
-
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a sum for inference alone, which would be compiled
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
@@ -30,6 +28,7 @@ from tests.trainings import data
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a sum for inference alone, which would be compiled
 mse = nn.functional.mse_loss
 STEPS = 6
 LR = 0.05
@@ -329,9 +328,9 @@ def under_the_trainer(stage: int) -> dict[str, Any]:
 
     monitors = []
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-            monitors.append(gradwatch.attach(model, report=None, strict=True))
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            monitors.append(gradwatch.attach(kwargs["model"], report=None, strict=True))
 
     class Squares(nn.Module):
         def __init__(self) -> None:

@@ -56,7 +56,8 @@ def test_rows_agree_with_whole_gradients(setup: Setup, seen: Seen) -> None:
     np.testing.assert_allclose(first["global"], np.sqrt(np.nansum(norms**2, axis=1)), rtol=1e-5)
     np.testing.assert_allclose(first["losses"], truth["losses"][from_step:], rtol=1e-5 if not setup.bf16 else 1e-2)
     np.testing.assert_allclose(first["weights"], truth["weights"][from_step:], rtol=1e-5)
-    assert first["coefficients"] == [1.0] * (STEPS - from_step)
+    left = np.minimum(1.0, 0.1 / np.array(first["global"])) if setup.more == "clipping" else [1.0] * (STEPS - from_step)
+    np.testing.assert_allclose(first["coefficients"], left, rtol=1e-5)
     assert not any(first["skipped"])
     assert first["family"] == "sgd"
     assert first["notes"] == []
@@ -75,6 +76,7 @@ def test_own_clips_are_measured_before(seen: Seen) -> None:
     for stage in (0, 1, 3):
         one = seen[f"stage {stage}, gradient_clipping"][0]
         assert one["global"][-1] > 0.1
+        assert one["clipped"] == "before the user's clip"
         assert one["truth"]["moves"][-1] == pytest.approx(LR * 0.1, rel=1e-3)
 
 
@@ -132,8 +134,8 @@ def test_a_clip_that_needs_whole_layers_is_refused(seen: Seen) -> None:
 def test_accelerate_which_steps_inside_backward_gives_the_same_rows(stage: int, seen: Seen) -> None:
     """As the training with the engine's own calls."""
     for one, plain in zip(seen[f"accelerated, stage {stage}"], seen[f"stage {stage}, accumulation"], strict=True):
-        np.testing.assert_allclose(one["norms"], plain["norms"], rtol=1e-6)
-        np.testing.assert_allclose(one["losses"], plain["losses"], rtol=1e-6)
+        np.testing.assert_allclose(one["norms"], plain["norms"], rtol=1e-5)
+        np.testing.assert_allclose(one["losses"], plain["losses"], rtol=1e-5)
         assert one["notes"] == []
 
 
