@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gradwatch.autoclip.policy import AutoClip
+from gradwatch.cells import is_interactive, running_cell
 from gradwatch.clips import CLIPS, Clip
 from gradwatch.device import unreadable
 from gradwatch.distributed.group import is_first
@@ -19,7 +20,7 @@ from gradwatch.errors import RunLogError, UsageError, did_you_mean, shown
 from gradwatch.measure.deepspeed import is_deepspeeds, zero_of
 from gradwatch.measure.layers import Layers
 from gradwatch.measure.wrappers import is_dtensor, is_fully_sharded, unmeasurable
-from gradwatch.monitor import Monitor, attached, is_interactive, monitor_of
+from gradwatch.monitor import Monitor, attached, monitor_of
 from gradwatch.probe import Budget
 from gradwatch.records import Kind, Sign
 from gradwatch.reports import REPORTS, Report, report_by_name
@@ -45,6 +46,7 @@ def attach(
     budget: float | None = None,
     forensics: bool | str = "auto",
     save_batch: bool = False,
+    name: str | None = None,
 ) -> Monitor:
     """Watch ``model``: from now on, optimizer steps are measured, judged and reported.
 
@@ -55,8 +57,8 @@ def attach(
         rules: the rules to judge with; None for the default set (`gradwatch.default_rules`).
         clip: None only watches. The name of a clip, such as ``"norm"``, switches auto-clip on with its defaults; a `Clip`
             with the bounds of that clip, an `AutoClip` with that policy.
-        report: ``"auto"`` (live in a terminal, log lines elsewhere), the name of a report such as ``"live"`` or ``"log"``,
-            a `Report`, a list of these, or None for no report.
+        report: ``"auto"`` (live in a terminal, a card in a notebook, log lines elsewhere), the name of a report such as
+            ``"live"`` or ``"log"``, a `Report`, a list of these, or None for no report.
         log: the folder of a run log, such as ``"runs/today"``, which `gradwatch watch`, `report` and `replay` read. A resumed
             run continues in the same folder. None keeps only the last rows, in memory.
         every: number of optimizer steps between measurements. While an explosion is open, each step is measured. In between,
@@ -67,15 +69,18 @@ def attach(
             as the run goes on. The first 64 steps are all measured.
         forensics: whether to find the operation that made the first NaN or infinity, by repeating the forward of the step that
             failed. For that, references to the inputs of a step are kept until it is over. ``"auto"`` does so on the CPU where
-            a step takes longer than a millisecond; True and False always or never. ``"lines"`` may also run the statements
-            between the call of the model and ``backward()`` again, to find the line in the code of the loss. ``"wait"`` waits
-            at each step for the loss if it is on a device. At most three times in a run is something repeated.
+            a step takes longer than a millisecond; True and False always or never. The code of a loss is computed again from its
+            source, without calling a function of the program; ``"lines"`` may run its statements again where that is not
+            possible. ``"wait"`` waits at each step for the loss if it is on a device. At most three times in a run is something
+            repeated.
         save_batch: whether to write the inputs of the step that failed into the folder of the run log, which
             `gradwatch reproduce` loads. They may be large, and they are the user's data.
+        name: name of the model in all reports and in the run log, such as ``"generator"``, where several models are trained.
 
     Returns:
         The monitor. It need not be kept: it lives as long as the model, and `gradwatch.monitor_of` returns it. If the model is
-        watched already, the old monitor is detached, which the new one notes.
+        watched already, the old monitor is detached, which the new one notes. So are monitors of the same ``name`` that the same
+        cell of a notebook attached when it was run before.
 
     Raises:
         UsageError: an argument is invalid. Nothing is left attached, and a monitor that was there before goes on.
@@ -114,14 +119,22 @@ def attach(
         )
     if not isinstance(strict, bool):
         raise UsageError(f"attach() got strict={shown(strict)}; expected True or False.")
-    mode = _mode(forensics, log, save_batch=save_batch)
+    mode, called = _mode(forensics, log, save_batch=save_batch), _name(name)
     folder = _folder(log)
     before = monitor_of(model) or _of_a_cell_run_again(folder, model)
     if policy is not None:
-        _check_others(policy, model, before)
+        _check_others(policy, model, [before, *_of_earlier_runs_of_this_cell(called)])
     pace = every if budget is None else Budget(budget)
     monitor = Monitor(
-        model, _rules(rules), policy, _reports(report), scaler=scaler, every=pace, strict=strict, forensics=mode
+        model,
+        _rules(rules),
+        policy,
+        _reports(report),
+        scaler=scaler,
+        every=pace,
+        strict=strict,
+        forensics=mode,
+        name=called,
     )
     if optimizer is not None and not is_deepspeeds(optimizer):
         _check_optimizer(optimizer, monitor, model)
@@ -146,6 +159,22 @@ def _of_a_cell_run_again(folder: Path | None, model: nn.Module) -> Monitor | Non
     return next(found, None)
 
 
+def _of_earlier_runs_of_this_cell(name: str) -> list[Monitor]:
+    """Return the monitors of this name that the cell of a notebook attached when it was run before.
+
+    Their models may live on, for example in a traceback or in a circle of references, but the cell has made new ones.
+    """
+    cell = running_cell()
+    return [
+        one
+        for one in list(attached.values())
+        if cell is not None
+        and one.cell is not None
+        and (one.cell.key, one.history.facts.name) == (cell.key, name)
+        and one.cell.run != cell.run
+    ]
+
+
 def _replace(before: Monitor | None, monitor: Monitor, model: nn.Module, folder: Path | None) -> None:
     """Open the run log and end the monitor ``before``, which goes on if the log is refused."""
     if not is_first():  # only one of the processes that train together writes
@@ -157,6 +186,8 @@ def _replace(before: Monitor | None, monitor: Monitor, model: nn.Module, folder:
         if same:
             _check_same_log(before, monitor, folder)
         monitor.note(before.replaced(model))
+    for one in _of_earlier_runs_of_this_cell(monitor.history.facts.name):
+        monitor.note(one.replaced(model))
     if folder is not None and same:
         monitor.record(folder)
 
@@ -171,10 +202,10 @@ def _check_same_log(before: Monitor, monitor: Monitor, folder: Path | None) -> N
             )
 
 
-def _check_others(policy: AutoClip, model: nn.Module, before: Monitor | None) -> None:
-    """Raise `UsageError` if auto-clip of another monitor acts on parameters of the model already."""
+def _check_others(policy: AutoClip, model: nn.Module, ending: list[Monitor | None]) -> None:
+    """Raise `UsageError` if auto-clip of a monitor that is not ``ending`` acts on parameters of the model already."""
     for other in list(attached.values()):
-        if other is not before and other.clips_any(model):
+        if other not in ending and other.clips_any(model):
             raise UsageError(
                 f"attach() got clip={policy.clip}, but auto-clip of {other!r} acts on parameters of this "
                 f"{type(model).__name__} already. Leave out clip here, or call that monitor's detach() first."
@@ -209,6 +240,16 @@ def _mode(forensics: Any, log: Any, *, save_batch: Any) -> Mode | None:
             "True or False, and for True a log and forensics."
         )
     return modes[forensics]
+
+
+def _name(name: Any) -> str:
+    if name is None:
+        return ""
+    if not isinstance(name, str) or not name.strip():
+        raise UsageError(
+            f'attach() got name={shown(name)}; expected a name for the model, such as "generator", or None.'
+        )
+    return name.strip()
 
 
 def _is_number(value: object) -> bool:

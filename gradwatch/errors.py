@@ -8,6 +8,7 @@
     ├── TrainingUnstableError (RuntimeError) auto-clip stops the run: by its policy, or after all it may do
     ├── ExchangeError (RuntimeError)         another process of a distributed training is gone
     ├── PeerError (RuntimeError)             gradwatch itself failed in another process
+    ├── IntegrationError (ImportError)       a framework is missing, too old, or without something that is needed
     └── NonFiniteError (RuntimeError)        find_nonfinite found a number that is not finite; says which operation made it
 """
 
@@ -44,6 +45,10 @@ class ExchangeError(GradwatchError, RuntimeError):
 
 class PeerError(GradwatchError, RuntimeError):
     """Raised inside gradwatch when it failed in another process: rows cannot be exchanged, so it is switched off here too."""
+
+
+class IntegrationError(GradwatchError, ImportError):
+    """Raised when an integration is imported whose framework is missing, too old, or without something that it needs."""
 
 
 class NonFiniteError(GradwatchError, RuntimeError):

@@ -15,6 +15,7 @@ import torch
 
 from gradwatch.autoclip.engine import AutoClipEngine
 from gradwatch.autoclip.suggest import Suggestion, suggest
+from gradwatch.cells import is_interactive, running_cell
 from gradwatch.errors import UsageError, words_of
 from gradwatch.forensics import Inspector
 from gradwatch.history.history import History
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.forensics import Mode
-    from gradwatch.records import Alarm, Incident, RunVerdict
+    from gradwatch.records import Alarm, Incident, RunVerdict, Snapshot
     from gradwatch.reports import Report
     from gradwatch.reports.base import RunLogReport
     from gradwatch.rules import Rule
@@ -56,6 +57,7 @@ class Monitor:
     Attributes:
         history: the last rows of the run and the reference values learned from them.
         attached: True until `detach`.
+        cell: cell of a notebook that attached it; None outside notebooks.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Monitor:
         every: int | Budget = 1,
         strict: bool = False,
         forensics: Mode | None = None,
+        name: str = "",
     ) -> None:
         layers = self._layers = Layers(model)
         self._model = weakref.ref(model)
@@ -76,7 +79,7 @@ class Monitor:
         self._batch: Any = None
         self.history = History(layers.names, layers.sizes, layers.matrices, layers.fan_in)
         facts = facts_of(model, layers, str(policy.clip) if policy else None)
-        self.history.know(replace(facts, clips_always=policy is not None and policy.when == "always"))
+        self.history.know(replace(facts, name=name, clips_always=policy is not None and policy.when == "always"))
         autoclip = AutoClipEngine(policy, self.history) if policy is not None else None
         own_time = OwnTime()
         broken = partial(_asked, weakref.WeakMethod(self._damage))
@@ -94,6 +97,7 @@ class Monitor:
             self._inspector = Inspector(model, forensics, *told)
         self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time, self._inspector)
         self.attached = False
+        self.cell = running_cell()
 
     def _damage(self) -> str:
         """Return what of the model is not finite, in words; nothing where all of it is."""
@@ -197,14 +201,17 @@ class Monitor:
         """End because ``model`` is attached anew; return the note in which the new monitor reports it."""
         steps, log, mine = self.history.row.step + 1, self._log, self._model()
         same = mine is not None and unwrapped(mine) is unwrapped(model)
+        again = running_cell()
         self._raise_first([failure for failure in self.end() if not isinstance(failure.error, Exception)])
         told = (
             "this {} was watched already"
             if same
+            else "an earlier run of this cell attached to another {}, which was still watched"
+            if again is not None and self.cell is not None and self.cell.key == again.key
             else "an earlier {} with the same layers and run log was still watched"
         )
         return (
-            f"{told.format(self.history.facts.model)}, for {steps:,} steps: that monitor is detached"
+            f"{told.format(self.history.facts.called)}, for {steps:,} steps: that monitor is detached"
             f"{f', its run log {log.folder} ended' if log is not None else ''}."
         )
 
@@ -257,8 +264,14 @@ class Monitor:
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
         return (
-            f"<gradwatch.Monitor of {self.history.facts.model}, {state}, step {self.history.row.step}: {self.verdict}>"
+            f"<gradwatch.Monitor of {self.history.facts.called}, {state}, step {self.history.row.step}: {self.verdict}>"
         )
+
+    def _repr_html_(self) -> str:
+        from gradwatch.reports.card import card_of  # rich is loaded only when something is shown
+
+        self._probe.catch_up()
+        return card_of(self._pipeline.snapshot(), live=self.attached)
 
     # What the user passes.
 
@@ -303,6 +316,10 @@ class Monitor:
     def step(self) -> None:
         """Record a step just before its update. Only for loops without a ``torch.optim`` optimizer."""
         self._probe.explicit_step()
+
+    def clip_begins(self) -> None:
+        """Measure the gradients just before code of your own clips them in place. Clips of torch are found automatically."""
+        self._probe.own_clip_begins()
 
     # What the user reads.
 
@@ -359,6 +376,10 @@ class Monitor:
         well, incidents = self._probe.recorder.peers.buffers_are_well, self._pipeline.incidents
         return worth_of(model, self.history, [*incidents.open, *incidents.damaged], buffers_are_well=well)
 
+    def snapshot(self) -> Snapshot:
+        """Return the state of the run as reports receive it. It does not wait for rows that are under way on a device."""
+        return self._pipeline.snapshot()
+
     def summary(self) -> RenderableType:
         """Return a summary of the run so far as a rich renderable; ``str()`` of it is plain text."""
         from gradwatch.reports.summary import Summary  # rich is loaded only when something is shown
@@ -397,12 +418,6 @@ class Monitor:
         self.history.load_state_dict(kept["history"])
         self._probe.recorder.go_on_from(step)
         self._pipeline.desk.went_back()
-
-
-def is_interactive() -> bool:
-    """Return whether this is a notebook or a prompt; IPython may also have been imported as a library."""
-    ipython = sys.modules.get("IPython")
-    return hasattr(sys, "ps1") or (ipython is not None and ipython.get_ipython() is not None)
 
 
 def monitor_of(model: nn.Module) -> Monitor | None:

@@ -16,7 +16,7 @@ from gradwatch.wording import number
 Direction = Literal["forward", "backward", "update"]
 Subject = Literal["operation", "written", "weight", "buffer", "input", "argument", "optimizer"]
 Part = Literal["model", "loss code", "optimizer", "unknown"]
-Way = Literal["replay", "graph", "watched step", "statements", "optimizer state"]
+Way = Literal["replay", "graph", "watched step", "source", "statements", "optimizer state"]
 
 _ROWS = 8  # rows of the batch that are written out
 
@@ -182,6 +182,7 @@ class Origin:
             + (" and backward" if self.direction == "backward" else ""),
             "graph": "found in the graph of the loss",
             "watched step": "found by watching each operation of the step",
+            "source": "found by computing the loss again from its source",
             "statements": "found by running the statements of the loss again",
             "optimizer state": "found in the state of the optimizer",
         }

@@ -23,6 +23,7 @@ from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Alarm, Family, Incident, Row, RunVerdict, Snapshot
 from gradwatch.reports.desk import ReportDesk
 from gradwatch.verdict import Alarms, Incidents, VerdictSettings, how_it_stands
+from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -98,6 +99,8 @@ class Pipeline:
         self._timed_step = 0
         self._first_step: int | None = None
         self._looked_for_idle = False
+        self._opposed = ""
+        self._newest = -1  # largest index of an optimizer so far
         self._speed = math.nan
         self.desk = ReportDesk(reports, notes, self.snapshot)
 
@@ -110,6 +113,23 @@ class Pipeline:
     def loss_found(self, kind: str) -> None:
         """Record the kind of the loss, such as "cross-entropy"."""
         self.history.know(replace(self.history.facts, loss=kind))
+
+    def losses_oppose(self) -> None:
+        """Record that two optimizers take turns, where the loss of one runs through what the other trains."""
+        self._opposed = "two optimizers take turns, and the loss of one runs through what the other trains"
+        self._rest_losses()
+
+    def _rest_losses(self) -> None:
+        """Let the rules that expect the loss to fall rest where it need not, and note it."""
+        last = self.incidents.recurring.last
+        routine = (
+            f"it jumps every {last.period} steps farther than an update can raise it (a target network, a new task)"
+        )
+        why = self._opposed or (routine if last.routine else "")
+        if why != self.history.resting:
+            self.history.rest_loss(why)
+            if why:
+                self.note(f"the loss need not fall: {why}. The rules that expect it rest (GW101, GW104, GW405).")
 
     def grown(self, columns: Columns, facts: Facts) -> None:
         """Extend everything to the columns of added layers, whose gradients are judged until a typical norm is known."""
@@ -132,6 +152,12 @@ class Pipeline:
         """Report once what gradwatch cannot do."""
         self.notes.add(text)
 
+    def mistake(self, text: str) -> None:
+        """Report once a mistake of the program that is certain; advice names it first."""
+        known = self.history.facts
+        self.history.know(replace(known, mistakes=(*known.mistakes, text)))
+        self.note(text)
+
     def part_failed(self, part: str, error: Exception) -> None:
         """Report that a part of gradwatch raised and is switched off; raise its error if strict."""
         self.notes.part_failed(part, error)
@@ -147,6 +173,8 @@ class Pipeline:
             TrainingUnstableError: the policy of auto-clip is to stop the run here.
         """
         self.history.push(row)
+        if row.optimizer > self._newest:
+            self._look_for_new_task(row)
         self.desk.row(row)
         try:
             if self._is_quiet(row):
@@ -172,7 +200,8 @@ class Pipeline:
     def _decide(self, row: Row) -> Decision:
         if self.clipping is None or not self.armed:
             return NOTHING
-        decision = self.clipping.decide(row, self.incidents.treatable_explosion())
+        explosion = self.incidents.treatable_explosion(batches=self.clipping.policy.treats_spikes)
+        decision = self.clipping.decide(row, explosion)
         self._record_clip()
         self.notes.extend(self.clipping.further.take_news())
         return decision
@@ -229,6 +258,7 @@ class Pipeline:
                 self._told.add(alarm.code)
                 self.note(f"{alarm}.")
         self.desk.judged(changes, self.incidents.update(changes, row.step))
+        self._rest_losses()
         # a layer without a typical norm yet is out of the ordinary whenever it has a gradient
         typical = self.history.typical_grad
         band = typical.value * np.maximum(self.verdict_settings.band, np.exp(4 * typical.scatter))
@@ -240,6 +270,18 @@ class Pipeline:
             self.history.rows == _NO_LOSS and not self.history.losses
         ):  # all of the first rows are judged, so this one is
             self.note("no loss seen: the loss rules are inactive. Pass it with monitor.loss(loss).")
+
+    def _look_for_new_task(self, row: Row) -> None:
+        """Begin a new task if a new optimizer makes its first step at a loss far above the usual, which it cannot have raised."""
+        first, self._newest = self._newest < 0, row.optimizer
+        if first or self.history.losses < 2 or not row.loss > self._loss_band:
+            return
+        usual, _ = self.history.loss_level()
+        self.history.begin_task(row)
+        self.note(
+            f"a new optimizer makes its first step at step {row.step}, where the loss is {number(row.loss)}; it was about "
+            f"{number(usual)}. This is taken for a new task, whose usual loss and norms are not known yet."
+        )
 
     def _note_idle_layers(self) -> None:
         """Note the layers that an optimizer holds and that no gradient has ever reached."""

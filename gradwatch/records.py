@@ -14,7 +14,7 @@ import numpy as np
 
 from gradwatch.origin import Origin  # noqa: TC001  pydantic reads the annotations
 from gradwatch.printable import printable
-from gradwatch.wording import apart
+from gradwatch.wording import apart, counted, number, ordinal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -262,17 +262,24 @@ class ClipRecord:
         if self.skipped:
             parts[0] += f", {self.skipped} skipped"
         if math.isfinite(self.norm_before):
-            left = f" -> {self.norm_after:.3g}" if math.isfinite(self.norm_after) else ""
-            parts.append(f"largest norm {self.norm_before:.3g}{left}")
+            parts.append(f"largest norm {number(self.norm_before)}{self._of_it}")
         parts += self.measures
         if self.released_step is None:
             return "; ".join([*parts, "still on"])
         if not math.isnan(self.loss_before) and not math.isnan(self.loss_after):
-            parts.append(f"loss {self.loss_after:.3g}, {self.loss_before:.3g} before the fault")
+            parts.append(f"loss {number(self.loss_after)}, {number(self.loss_before)} before the fault")
             if self.recovered_after is not None:
-                parts[-1] += f", back at its level after {self.recovered_after} steps"
+                parts[-1] += f", back at its level after {counted(self.recovered_after, 'step')}"
         outcome = self._outcome
         return "; ".join([*parts, f"released at step {self.released_step}" + (f": {outcome}" if outcome else "")])
+
+    @property
+    def _of_it(self) -> str:
+        """What became of the largest norm, if it was changed."""
+        if self.norm_after == 0 and self.skipped:
+            return ", of a step that was left out"
+        before, after = number(self.norm_before), number(self.norm_after)
+        return f", clipped to {after}" if self.norm_after < self.norm_before and before != after else ""
 
     @property
     def _outcome(self) -> str:
@@ -281,8 +288,9 @@ class ClipRecord:
         if self.unlearned is not None:
             before, after = self.unlearned
             return (
-                f"the losses of the steps that it clipped did not come down, {before:.3g} -> {after:.3g}, while the others were "
-                f"well: they carry a rare signal. It is not switched on again for gradients up to {self.norm_before:.3g}"
+                f"the losses of the steps that it clipped did not come down, from {number(before)} to {number(after)}, while "
+                "the others were well: they carry a rare signal. It is not switched on again for gradients up to "
+                f"{number(self.norm_before)}"
             )
         if not self.clipped + self.skipped:
             return "it changed no step"
@@ -314,6 +322,8 @@ class Incident:
         origin: the operation that made the first non-finite number; None if it is not known.
         number: index of the incident in the run, from 0.
         left: what is worse than before the fault although the incident is closed, in sentences.
+        times: its number in a series of jumps that come back with a period; 1: there is no series.
+        period: number of steps from one of them to the next; None: there is no series.
     """
 
     kind: Kind
@@ -333,6 +343,8 @@ class Incident:
     number: int = 0
     left: tuple[str, ...] = ()
     origin: Origin | None = None
+    times: int = 1
+    period: int | None = None
 
     @property
     def open(self) -> bool:
@@ -353,7 +365,8 @@ class Incident:
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
         word = "over, with damage" if self.verdict == "damaged" else self.verdict
-        return printable(f"{self.kind} {word} ({self.severity}), {steps}{suspect}")
+        again = f", the {ordinal(self.times)} time, every {self.period} steps" if self.period is not None else ""
+        return printable(f"{self.kind} {word} ({self.severity}), {steps}{again}{suspect}")
 
     def __str__(self) -> str:
         origin = f": {self.origin}" if self.origin is not None else ""
@@ -367,6 +380,7 @@ class Facts:
 
     Attributes:
         model: class of the model.
+        name: name that the user gave to the run; "" if none.
         layers: number of layers.
         parameters: number of parameter elements.
         recurrent, gated, normalised: whether the model has recurrent, gated recurrent, and normalisation layers.
@@ -379,6 +393,7 @@ class Facts:
         embeds: whether the model has embeddings, so that inputs may be indices.
         saturates, rectified: whether it has activations that saturate (sigmoid, tanh), and ReLUs.
         loss: kind of the loss, such as ``"cross-entropy"``; "" if it is not known.
+        mistakes: mistakes of the program that are certain, in sentences.
     """
 
     model: str = "model"
@@ -397,6 +412,13 @@ class Facts:
     saturates: bool = False
     rectified: bool = False
     loss: str = ""
+    mistakes: tuple[str, ...] = ()
+    name: str = ""  # last, because logs of earlier versions have none
+
+    @property
+    def called(self) -> str:
+        """The name that the user gave and the class of the model; only the class if there is no name."""
+        return f"{self.name} ({self.model})" if self.name else self.model
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,16 @@ def counted(count: float, noun: str) -> str:
     return f"{count:,.0f} {noun}" + ("" if count == 1 else "s")
 
 
+def ordinal(count: int) -> str:
+    """Return the ordinal of a count.
+
+    >>> ordinal(1), ordinal(2), ordinal(9), ordinal(12), ordinal(23)
+    ('1st', '2nd', '9th', '12th', '23rd')
+    """
+    last = count % 100
+    return f"{count:,}" + ("th" if 10 < last < 20 else {1: "st", 2: "nd", 3: "rd"}.get(last % 10, "th"))
+
+
 def last_steps(count: float, first: float, last: float) -> str:
     """Return the last ``count`` measured steps as a phrase, which says so if others from ``first`` to ``last`` were not measured.
 

@@ -266,7 +266,12 @@ def _lbfgs(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
 
 
 def _scaled(
-    watch: Callable[[nn.Module], gradwatch.Monitor], *, fused: bool, unscale: bool, growth: int = 2000
+    watch: Callable[[nn.Module], gradwatch.Monitor],
+    *,
+    fused: bool,
+    unscale: bool,
+    growth: int = 2000,
+    clip_before: bool = False,
 ) -> Iterator[Truth]:
     model = mlp()
     optimizer = sgd(model, fused=fused)
@@ -278,6 +283,11 @@ def _scaled(
         scale = scaler.get_scale()
         scaler.scale(loss).backward()
         truth = Truth(norms_of(model, scale), loss.item())
+        if clip_before:
+            before = norms_of(model)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            truth.left = math.hypot(*norms_of(model).values()) / math.hypot(*before.values())
+            truth.clipped = "before the user's clip"
         if unscale:
             scaler.unscale_(optimizer)
         yield truth
@@ -311,6 +321,24 @@ def _scaler_fused_unscaled(watch: Callable[[nn.Module], gradwatch.Monitor]) -> I
 @mode("GradScaler whose scale grows", UNSCALED)
 def _scaler_grows(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     yield from _scaled(watch, fused=False, unscale=False, growth=2)
+
+
+BEFORE_UNSCALING = "gradient and loss before your clip and without the loss scale; the mistake is noted"
+
+
+@mode("your own clip before `unscale_`", BEFORE_UNSCALING, "at the clip")
+def _scaler_clipped_too_early(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    yield from _scaled(watch, fused=False, unscale=True, clip_before=True)
+
+
+@mode("your own clip before the GradScaler unscales inside its step", BEFORE_UNSCALING, "at the clip")
+def _scaler_clipped_without_unscale(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    yield from _scaled(watch, fused=False, unscale=False, clip_before=True)
+
+
+@mode("your own clip before a fused optimizer unscales", BEFORE_UNSCALING, "at the clip")
+def _scaler_fused_clipped_too_early(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    yield from _scaled(watch, fused=True, unscale=False, clip_before=True)
 
 
 @mode("GradScaler that leaves steps out", "the steps that are made; ten left out in a row are an incident")

@@ -19,7 +19,7 @@ from gradwatch import device
 from gradwatch.autoclip.decision import DevicePlan
 from gradwatch.measure.readback import ReadbackRing
 from gradwatch.probe.gradients import zero_where
-from gradwatch.probe.surge import surges
+from gradwatch.probe.surge import squared_limits, surges
 from tests.trainings import data, mlp, step_in_backward, train
 
 CLIPS = [None, *(clip() for clip in gradwatch.clips.CLIPS.values())]
@@ -262,8 +262,10 @@ def test_a_ring_reads_in_order_and_never_holds_more_than_its_lag() -> None:
 def test_a_step_surges_far_out_or_beside_a_loss_that_suffers(norms: list[float], loss: float, expected: bool) -> None:
     """Ten times the usual norm is learning that begins, unless the loss is up; a hundred times is not, except in all layers."""
     plan = DevicePlan(surge=10, far=100, loss_ceiling=1.0, loss_level=0.8)
-    usual = torch.tensor([1.0, 1.0, math.nan])
-    assert bool(surges(torch.tensor(norms), usual.nan_to_num(1.0), torch.tensor(loss), plan)) is expected
+    limits = squared_limits(np.array([1.0, 1.0, 1.0]), plan, torch.device("cpu"))
+    assert bool(surges(torch.tensor(norms) ** 2, limits, torch.tensor(loss), plan)) is expected
+    unknown = squared_limits(np.full(3, math.nan), plan, torch.device("cpu"))
+    assert not surges(torch.tensor(norms) ** 2, unknown, torch.tensor(loss), plan)
 
 
 @pytest.mark.usefixtures("as_on_a_device")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import gradwatch
-from examples import digits_classifier, regression_mlp, rnn_long_sequence
+from examples import digits_classifier, regression_mlp, rnn_long_sequence, survival_nan
 
 SEEDS = range(5)
 
@@ -90,3 +90,17 @@ def test_an_example_runs_as_a_script(name: str, capsys: pytest.CaptureFixture[st
     """As a user would start it."""
     runpy.run_path(str(Path(__file__).parent.parent / "examples" / f"{name}.py"), run_name="__main__")
     assert "exploding" in capsys.readouterr().out
+
+
+def test_the_survival_model_says_which_line_makes_nan_although_the_loss_is_finite(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The operation, the line, the direction and what to do are in the lines that the README shows."""
+    survival_nan.main()
+    said = capsys.readouterr().err
+    code = Path(survival_nan.__file__).read_text().splitlines()
+    (line,) = [number for number, text in enumerate(code, 1) if "torch.log(" in text]
+    assert f"`log` at survival_nan.py:{line} in the model (backward)" in said
+    assert "a dropped branch" in said
+    assert "clamp the argument before the log" in said
+    assert "2 skipped" in said

@@ -162,7 +162,7 @@ def test_a_vanilla_rnn_is_advised_gates_and_shorter_sequences() -> None:
 def test_unscaled_targets_are_named_with_the_loss_they_began_with() -> None:
     """The figure comes from the run."""
     case = Case("explosion", None, grad="10x40 10*5x9", loss="2e4x40 2e4*5x9", weight="1x49", family="other")
-    assert "Scale the targets: the loss of the first step was 2e+04" in only(run(case)).advice[0]
+    assert "Scale the targets: the loss of the first step was 20,000" in only(run(case)).advice[0]
 
 
 def test_a_written_run_needs_no_torch() -> None:
@@ -309,3 +309,10 @@ def test_the_verdicts_own_limits_can_be_changed() -> None:
     for settings, opened in ((VerdictSettings(), 1), (VerdictSettings(far=7), 0)):
         incidents = replay(*case.rows(), default_rules(), settings).incidents
         assert len([one for one in incidents if one.severity != "notice"]) == opened
+
+
+def test_a_notice_is_never_confirmed() -> None:
+    """A jump at large gradients in each layer that comes back is a notice, and no confirmed trouble."""
+    incident = only(run(Case("spike", None, loss="1x40 9 1x60", grad="3x101")))
+    assert (incident.kind, incident.severity, incident.confirmed_step) == ("spike", "notice", None)
+    assert "confirmed" not in str(incident)

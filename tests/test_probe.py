@@ -397,6 +397,25 @@ def test_a_step_that_the_scaler_leaves_out_is_no_row_and_no_incident(*, fused: b
         assert not [incident for incident in monitor.incidents if incident.kind == "nonfinite"]
 
 
+@pytest.mark.parametrize(("scale", "told"), [(2.0**40, False), (2.0**16, True)])
+def test_a_scale_that_begins_high_is_searched_without_an_incident(scale: float, *, told: bool) -> None:
+    """As many steps may be left out as it takes to come down to the usual scale; beyond that it is a fault."""
+    x, y = data()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    with watch(model) as monitor:
+        for step in range(40):
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
+            if step < 24:  # as of float16, of which products this large overflow
+                for parameter in model.parameters():
+                    parameter.grad.fill_(math.inf)  # type: ignore[union-attr]
+            scaler.step(optimizer)
+            scaler.update()
+        assert bool(monitor.incidents) is told
+
+
 def test_detach_leaves_nothing_registered_and_a_dropped_optimizer_is_forgotten() -> None:
     """No finalizer on model or optimizer, nothing to run at exit; the gradients of an optimizer that is gone are let go."""
     registered = weakref.finalize._registry  # type: ignore[attr-defined]

@@ -12,15 +12,44 @@ from tests.trainings import mlp, train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {page: (ROOT / page).read_text() for page in ("docs/quick-start.md", "docs/reading.md", "docs/auto-clip.md")}
 
 
 def test_every_rule_stands_in_the_table_with_its_sign() -> None:
     """And no other."""
-    rows = dict(re.findall(r"^\| (GW\d+) \| (\w+) \|", README, re.MULTILINE))
+    rows = dict(re.findall(r"^\| (GW\d+) \| (\w+) \|", PAGES["docs/reading.md"], re.MULTILINE))
     assert rows == {rule.code: rule.sign for rule in RULES}
+    assert f"lists the {len(RULES)} that are\nthere" in README
 
 
-def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_is_read_in_five_minutes() -> None:
+    """It has at most 1,200 words; the rest is in the docs."""
+    assert len(README.split()) <= 1200
+
+
+def test_figures_stand_in_the_tables_that_commands_write() -> None:
+    """The README repeats them in sentences, so they must be those of the pages that it links to."""
+    detection = (ROOT / "docs/detection.md").read_text()
+    recall = re.search(r"\| recall, all faulty runs .* (\d+) % \([^|]*\|\n", detection)
+    alarms = re.search(r"\| healthy runs with a false alarm .* (\d+) % \([^|]*\|\n", detection)
+    repaired = re.search(r"\| auto-clip \| .*?\((\d+)/(\d+)\).*?\((\d+)/(\d+)\)", (ROOT / "docs/repair.md").read_text())
+    own = re.search(
+        r"\| own time / `clip_grad_norm_`'s own time \|(.*)\|\n", (ROOT / "docs/performance.md").read_text()
+    )
+    assert recall is not None
+    assert alarms is not None
+    assert repaired is not None
+    assert own is not None
+    words = " ".join(README.split())
+    assert f"{recall[1]} % of faulty runs get an alarm, and {alarms[1]} % of healthy ones" in words
+    one, of_one, other, of_other = map(int, repaired.groups())
+    assert f"repairs {one + other} of the {of_one + of_other} runs that always clipping repairs" in words
+    shares = [round(100 * float(cell.split()[0])) for cell in own[1].split("|")]
+    assert f"{min(shares)} to {max(shares)} % of that of a `clip_grad_norm_` call" in words
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_the_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, with a model and a training that the reader has, in a folder of its own."""
     import torch
 
@@ -32,8 +61,8 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def train_it() -> None:
         train(model, torch.optim.SGD(model.parameters(), lr=0.01), 3)
 
-    names = {"model": model, "train": train_it}
-    for block in re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+    names = {"model": model, "train": train_it, "gradwatch": gradwatch}
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
         for line in re.split(r"(?m)^(?=gradwatch\.attach)", block):
             code = (
                 line.replace("gradwatch.attach(model", "gradwatch.attach(model, report=None")

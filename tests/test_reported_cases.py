@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -177,3 +179,126 @@ def test_cross_entropy_over_token_ids_is_not_advised_to_scale_targets_or_inputs(
         assert told
         for never in ("Scale the targets", "Scale the inputs", "Add normalisation", "ReLU"):
             assert never not in told
+
+
+def test_a_clip_after_the_step_is_the_first_advice_on_an_explosion() -> None:
+    """What is known comes first."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(150):
+            x = torch.randn(32, 8)
+            y = x[:, :1] + (100 if number >= 120 else 0) * (x[:, 1:2] > 2)
+            step(optimizer, nn.functional.mse_loss(model(x), y))
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        assert monitor.incidents[0].advice[0].startswith("Your clip comes after optimizer.step()")
+
+
+def test_a_clip_before_unscaling_is_the_first_advice_on_a_loss_that_stalls() -> None:
+    """And the norms are those without the loss scale."""
+    model = mlp(5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(320):
+            x = torch.randn(32, 8)
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(model(x), x[:, :5].argmax(1))).backward()
+            if number == 0:
+                true = (
+                    sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5 / 65536
+                )
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        assert monitor.history.global_norm()[0] == pytest.approx(true, rel=1e-5)
+        assert monitor.incidents[0].kind == "stalled"
+        assert "Your clip comes before scaler.unscale_(optimizer)" in monitor.incidents[0].advice[0]
+
+
+def one_odd_row(
+    *, watched: str | gradwatch.AutoClip | None, bound: float = float("inf")
+) -> tuple[gradwatch.Monitor, float]:
+    """Train by Adam with one target of 1e5 at step 150; return the monitor and the last loss."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    with gradwatch.attach(model, report=None, clip=watched, strict=True) as monitor:
+        for number in range(600):
+            x = torch.randn(32, 8, generator=generator)
+            y = x[:, :1] - x[:, 1:2]
+            if number == 150:
+                y[0] = 1e5
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            if bound < float("inf"):
+                nn.utils.clip_grad_norm_(model.parameters(), bound)
+            optimizer.step()
+    return monitor, loss.item()
+
+
+def test_an_odd_batch_under_adam_is_repaired_by_the_clip_that_is_advised() -> None:
+    """Without it Adam makes short steps for long; the rate is not blamed."""
+    monitor, unclipped = one_odd_row(watched=None)
+    (incident,) = monitor.incidents
+    assert (incident.kind, incident.severity, incident.opened_step) == ("spike", "notice", 150)
+    assert "learning rate" not in advice(monitor)
+    bound = re.search(r"clip each step to a norm of ([0-9.]+), twice what is usual here", advice(monitor))
+    assert bound
+    _, clipped = one_odd_row(watched=None, bound=float(bound[1]))
+    assert clipped < 0.1 * unclipped
+
+
+def test_auto_clip_leaves_a_single_odd_batch_alone_unless_it_is_to_act_on_spikes() -> None:
+    """What looks like one may be a rare signal; the advice says how to change that, and that it helps."""
+    monitor, alone = one_odd_row(watched="norm")
+    assert monitor.incidents[0].clip is None
+    assert 'AutoClip("norm", when="spike")' in advice(monitor)
+    monitor, treated = one_odd_row(watched=gradwatch.AutoClip("norm", when="spike"))
+    assert monitor.incidents[0].clip is not None
+    assert monitor.incidents[0].clip.clipped == 1
+    assert treated < 0.1 * alone
+
+
+@pytest.mark.parametrize("clip", [None, "norm"])
+def test_a_batch_with_nan_and_an_outlier_soon_after_are_two_incidents(clip: str | None) -> None:
+    """Each with its own advice: the rate is no cause of a NaN in the targets."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradwatch.attach(model, report=None, clip=clip, strict=True) as monitor:
+        for number in range(200):
+            x = torch.randn(32, 8)
+            y = x[:, :1] - x[:, 1:2]
+            if number in (80, 100):
+                y[0] = torch.nan if number == 80 else 300.0
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            if number == 80 and clip is None:
+                optimizer.zero_grad()  # as a loop does that leaves out a loss of NaN
+            optimizer.step()
+        first, second = monitor.incidents
+        assert (first.kind, first.opened_step, first.closed_step, first.verdict) == ("nonfinite", 80, 100, "resolved")
+        assert (second.kind, second.opened_step) == ("exploding", 100)
+        assert "rate" not in " ".join(first.advice)
+        assert "target" in str(first)
+        assert second.advice[0].startswith("Look at the batch of step 100")
+        if clip is not None:
+            assert first.clip is not None
+            assert second.clip is not None
+            assert (first.clip.skipped, first.clip.clipped, first.clip.recovered_after) == (1, 0, 1)
+            assert (second.clip.skipped, second.clip.clipped) == (0, 1)
+
+
+def test_an_explosion_that_ends_in_nan_is_one_incident() -> None:
+    """Growth that becomes infinite has one cause."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(90):
+            if number == 60:
+                optimizer.param_groups[0]["lr"] = 5.0
+            x = torch.randn(32, 8)
+            step(optimizer, nn.functional.mse_loss(model(x), x[:, :1] - x[:, 1:2]))
+        (incident,) = monitor.incidents
+        assert incident.kind == "exploding"

@@ -21,9 +21,10 @@ import gradwatch
 from gradwatch import device
 from gradwatch.records import Alarm, ClipRecord, Facts, Incident, Provenance, Snapshot
 from gradwatch.reports.log import LogReport
+from gradwatch.reports.names import shorten
 from gradwatch.reports.sparkline import BLOCKS, NOT_FINITE, sparkline
 from gradwatch.reports.summary import Summary
-from gradwatch.reports.view import View, number, shorten
+from gradwatch.reports.view import View, number
 from tests.terminal import EXPLODING
 
 LONG = "encoder.blocks.11.attention.projection.[red]weight[/red]." + "x" * 63
@@ -92,7 +93,7 @@ def test_the_view_at_80_by_24() -> None:
     assert lines[2].endswith("×")
     assert lines[3] == "closest to their limits                           gradient weight of limit"
     assert lines[4] == "encoder.blocks…xxxxxxxxxxxxxxxxxxxxxxxxxxxxx            40      3 ████████ 3.10"
-    assert lines[-5].startswith("■ exploding confirmed (critical), step 95, prime suspect encoder.blocks.11")
+    assert lines[-5].startswith("■ exploding confirmed (critical), step 95, prime suspect encoder…xxx")
     assert lines[-4].startswith("  gradient norm surges in encoder.blocks.11")
     assert lines[-3] == "  do: Lower the learning rate (now 0.1), or warm it up."
     assert lines[-2] == "auto-clip on  ClipNorm(max_norm=1.0), 5 clipped, 0 skipped"

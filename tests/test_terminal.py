@@ -7,12 +7,17 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Group
 
+from gradwatch.reports.screen import _headlines
 from tests import terminal
 from tests.terminal import EXPLODING
+from tests.test_reports import drawn as drawn_on
+from tests.test_reports import snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -406,19 +411,115 @@ print("the same")
     assert "the same" in session.everything
 
 
-def test_two_models_share_a_terminal() -> None:
-    """The first has the picture, the second writes log lines above it and says so; either may end first."""
+PAIR = (
+    EXPLODING
+    + """
+other = nn.Sequential(nn.Linear(8, 1))
+opt2 = torch.optim.SGD(other.parameters(), lr=0.01)
+def both(n):
+    for step in steps(n):
+        opt2.zero_grad(); nn.functional.mse_loss(other(x), y).backward(); opt2.step()
+        yield step
+first = gradwatch.attach(model, name="generator")
+second = gradwatch.attach(other, name="critic")
+"""
+)
+
+
+def heads(screen: list[str]) -> list[str]:
+    """Return the names of the runs of which a screen shows the picture, from top to bottom."""
+    return [line.split()[1] for line in screen if re.match(r"gradwatch \w+ ● ", line)]
+
+
+def test_two_models_share_one_picture() -> None:
+    """One below the other, with their names; prints stay above, and each summary is written where its run ends."""
     session = terminal.run(
-        EXPLODING
+        PAIR
         + """
-first = gradwatch.attach(model)
-second = gradwatch.attach(nn.Linear(3, 1))
-for _ in steps(range(40)): pass
+for step in both(range(150)):
+    if step % 10 == 0: print("line", step)
+first.detach()
+print("between")
+for step in both(range(150, 200)): pass
+second.detach()
+"""
+    )
+    assert session.code == 0
+    assert ["generator", "critic"] in [heads(screen) for screen in session.screens]
+    assert ["critic"] in [heads(screen) for screen in session.screens]
+    assert all(heads(screen) in ([], ["generator"], ["generator", "critic"], ["critic"]) for screen in session.screens)
+    assert "log lines instead" not in session.everything
+    left = [line for line in session.everything.splitlines() if line]
+    assert [line for line in left if line.startswith("line")] == [f"line {step}" for step in range(0, 150, 10)]
+    firsts = [
+        left.index(next(line for line in left if start in line)) for start in ("of generator", "between", "of critic")
+    ]
+    assert firsts == sorted(firsts)
+    assert "150 steps of generator (Sequential)" in session.everything
+    assert "200 steps of critic (Sequential)" in session.everything
+    assert heads(session.last) == []
+    assert not any("closest to their limits" in line for line in session.last)
+
+
+@pytest.mark.parametrize("rows", [24, 10, 6])
+def test_a_picture_of_two_fits_any_terminal(rows: int) -> None:
+    """In a small one, each run has its headline."""
+    session = terminal.run(PAIR + "for _ in both(range(60)): pass\nfirst.detach(); second.detach()", rows=rows)
+    seen = [screen for screen in session.screens if heads(screen) == ["generator", "critic"]]
+    assert seen
+    losses = [sum(line.startswith("loss  ") for line in screen) for screen in seen]
+    assert max(losses) == (2 if rows >= 10 else 0)
+
+
+def test_runs_of_which_there_is_no_room_are_counted() -> None:
+    """The worst come first."""
+    shown = [replace(snapshot(1), verdict=verdict) for verdict in ("healthy", "confirmed", "healthy", "suspected")]
+    lines = drawn_on(Group(*_headlines(shown, 60, 3)), 60, 24)
+    assert [line.partition("  ")[0] for line in lines] == [
+        "gradwatch ● confirmed",
+        "gradwatch ● suspected",
+        "and 2 more runs",
+    ]
+
+
+def test_runs_that_share_a_picture_give_way_together() -> None:
+    """Another live display starts: that is said once, and both go on in lines with their names."""
+    session = terminal.run(
+        PAIR
+        + """
+from rich.status import Status
+for _ in both(range(40)): pass
+with Status("busy"):
+    for _ in both(range(40, 120)): pass
 first.detach(); second.detach()
 """
     )
     assert session.code == 0
-    assert drawn(session)
     assert session.everything.count("another live display is running: log lines instead") == 1
-    assert "40 steps of Sequential" in session.everything
+    assert "gradwatch | generator | step 100 | exploding" in session.everything
+    assert "120 steps of critic" in session.everything
     assert PICTURE not in session.everything
+
+
+def test_one_run_that_fails_leaves_the_picture_to_the_other() -> None:
+    """Its report is switched off and noted; the streams are restored when the other ends."""
+    session = terminal.run(
+        PAIR
+        + """
+import sys
+from gradwatch.reports.live import LiveReport
+step_of = LiveReport.step
+for _ in both(range(30)): pass
+def failing(self, snapshot):
+    if snapshot.facts.name == "generator": raise RuntimeError("broken")
+    step_of(self, snapshot)
+LiveReport.step = failing
+for _ in both(range(30, 130)): pass
+first.detach(); second.detach()
+print(vars(sys.stdout).get("write"), vars(sys.stderr).get("write"))
+"""
+    )
+    assert session.code == 0
+    assert ["critic"] in [heads(screen) for screen in session.screens]
+    assert "130 steps of critic" in session.everything
+    assert session.everything.rstrip().endswith("None None")

@@ -472,6 +472,7 @@ LISTENING = [
     ("", "user_clips"),
     ("", "user_norms"),
     ("", "user_scales"),
+    ("", "scaler_unscales"),
     ("", "scaler_steps"),
     ("", "scaler_stepped"),
     ("", "backward_begins"),

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from gradwatch.wording import apart, counted, last_steps, number, percent
+from gradwatch.records import ClipRecord
+from gradwatch.wording import apart, counted, last_steps, number, ordinal, percent
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,33 @@ def test_a_small_share_keeps_a_digit() -> None:
     assert [percent(share) for share in (0.0, 0.004, 0.042, 0.34, 0.999, 1.0)] == [
         *("0 %", "0.4 %", "4.2 %", "34 %", "99 %", "100 %")
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (9, "9th"), (11, "11th"), (112, "112th"), (1021, "1,021st")]
+)
+def test_an_ordinal_ends_as_it_is_spoken(count: int, text: str) -> None:
+    """Those from 11 to 19 end in th."""
+    assert ordinal(count) == text
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (
+            ClipRecord("ClipNorm(max_norm=1)", 7, clipped=3, steps=9, norm_before=2713.0, norm_after=1.0),
+            "2,713, clipped to 1;",
+        ),
+        (
+            ClipRecord("ClipNorm(max_norm=1)", 7, clipped=0, steps=9, norm_before=1.74, norm_after=1.74),
+            "largest norm 1.74;",
+        ),
+        (
+            ClipRecord("ClipNorm(max_norm=1)", 7, skipped=1, steps=9, norm_before=99.0, norm_after=0.0),
+            "99, of a step that was left",
+        ),
+    ],
+)
+def test_what_a_clip_left_of_the_largest_norm_is_said_only_if_it_changed_it(record: ClipRecord, told: str) -> None:
+    """Without exponents."""
+    assert told in str(record)

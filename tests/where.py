@@ -28,11 +28,23 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "commands/keyboard": (("test_watch",), "the keys are typed in a real terminal"),
     "commands/demo_training": (("test_examples",), "it is an example training and is run like the other examples"),
+    "cells": (("test_notebook",), "which cell is running is known only in a real kernel"),
     "distributed/": (("test_processes", "test_together"), "it needs several processes"),
     "commands/blame": (("test_forensics",), "its findings are those of the forensics"),
     "commands/reproduce": (("test_forensics_monitor",), "it loads what a monitor has kept"),
-    "forensics/": (("test_forensics", "test_forensics_monitor"), "one contract: what is found in programs that fail"),
+    "forensics/": (
+        ("test_forensics", "test_forensics_monitor", "test_loss_source"),
+        "one contract: what is found in programs that fail",
+    ),
     "origin": (("test_forensics",), "plain data, tested where it is created"),
+    "integrations/session": (
+        ("test_huggingface", "test_lightning", "test_accelerate", "test_keras", "test_integrations"),
+        "each trainer uses all of it, and is tested with it",
+    ),
+    "integrations/versions": (
+        ("test_integrations",),
+        "it is tested with frameworks that are missing, too old or changed",
+    ),
     "history/": (("test_history",), "its files form a single object for their readers"),
     "measure/batch_statistics": (("test_flight_recorder",), "the flight recorder is its only user"),
     "measure/": (

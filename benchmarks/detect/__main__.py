@@ -43,7 +43,7 @@ def main() -> None:
     )
     parser.add_argument("--half", choices=("development", "report", "both"), default="both")
     parser.add_argument("--misses", action="store_true", help="list the errors of gradwatch")
-    parser.add_argument("--write", action="store_true", help="write the tables to README.md and docs/detection.md")
+    parser.add_argument("--write", action="store_true", help="write the tables to docs/detection.md")
     options = parser.parse_args()
     console = Console()
     half_of = halves()
@@ -93,7 +93,7 @@ def _write(
     ]
     second = f"Compared with untuned detectors on the same runs, {half} half:\n\n" + markdown(["", *four], beside)
     third = "On the toy trainings on which other tools were tested:\n\n" + markdown(["", OURS], toys)
-    between_marks(ROOT / "README.md", "detection", "\n\n".join((first, second, third)))
+    between_marks(ROOT / "docs" / "detection.md", "summary", "\n\n".join((first, second, third)))
     parts = []
     for _, title, ours, on_devices, others in texts:
         named = ((OURS, ours), (on_device(OURS), on_devices), *others.items())

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where the models live: cpu or cuda")
     parser.add_argument("--scaling", action="store_true", help="cost by layers, parameters and steps done, instead")
     parser.add_argument("--forensics", action="store_true", help="what finding the operation costs, instead")
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_default_device(options.device)

@@ -1,4 +1,4 @@
-"""Write the measured costs to README.md and docs/performance.md."""
+"""Write the measured costs to docs/performance.md."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def write_overhead(found: dict[str, dict[str, Any]], title: str) -> None:
         line("budget of 1 %: step / plain step", "budget 1 %", "to plain", "budget"),
     ]
     core = [cells for cells in core if any(cells[1:])]
-    between_marks(ROOT / "README.md", "overhead", markdown(head, core))
     plain = row("plain step, ms", (f"{found[letter]['plain']:.3g}" for letter in letters))
     clip = row("`clip_grad_norm_`: step / plain step", (f"{found[letter]['clip']:.3f}" for letter in letters))
     names = list(

@@ -103,12 +103,11 @@ def _print(console: Console, tables: dict[str, Table], lists: dict[str, list[str
         console.print(title, *(lines or ["none"]), sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 
-def _write(tables: dict[str, Table], lists: dict[str, list[str]], repaired: list[Row]) -> None:
+def _write(tables: dict[str, Table], lists: dict[str, list[str]]) -> None:
     parts = [f"## {title}\n\n{markdown(head, rows)}" for title, (head, rows) in tables.items()]
     for title, lines in lists.items():
         parts.append(f"## {title[:-1]}\n\n" + "\n".join(f"* {line}" for line in lines or ["none"]))
     between_marks(ROOT / "docs" / "repair.md", "repair", "\n\n".join(parts))
-    between_marks(ROOT / "README.md", "repair", markdown(["", *_HALVES], repaired))
 
 
 def main() -> None:
@@ -116,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.repair", description="Measure repair and harm by auto-clip and by other ways to clip."
     )
-    parser.add_argument("--write", action="store_true", help="write the tables to README.md and docs/repair.md")
+    parser.add_argument("--write", action="store_true", help="write the tables to docs/repair.md")
     parser.add_argument(
         "--ablate", action="store_true", help="run auto-clip without one of its parts at a time instead"
     )
@@ -133,7 +132,7 @@ def main() -> None:
     tables, lists = _told(results, names, healthy)
     _print(console, tables, lists)
     if options.write:
-        _write(tables, lists, fault_rows(results, names))
+        _write(tables, lists)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ ABLATED: dict[str, dict[str, Any]] = {
     "narrowing": {"narrowest": 1.0},
     "release by degrees": {"loosen": 10.0},
     "longer holds": {"longer": 1.0},
-    "relapse": {"relapse": 0.0},
     "letting go of what does harm": {"compared": 10**6},
 }
 

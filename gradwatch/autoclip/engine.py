@@ -21,7 +21,7 @@ from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.history import SETTLED
 from gradwatch.history.recurrence import one_step_norms
 from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
-from gradwatch.records import SEVERITIES, ClipRecord, Severity
+from gradwatch.records import SEVERITIES, ClipRecord
 
 if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 
 _YOUNG = 64  # rows before which the bounds in reserve follow each row
-_LONGEST = 8  # multiple of the policy's hold that relapses cannot exceed
 
 
 class AutoClipEngine:
@@ -75,7 +74,6 @@ class AutoClipEngine:
         ] = {}  # by optimizer, since a step of another optimizer does not end a series of skips
         self._hold: float = policy.hold
         self._held_since = 0
-        self._released = -math.inf
         self._looseness = 1.0
         self._loss_ceiling = math.inf
         self._well_below = math.inf
@@ -146,7 +144,9 @@ class AutoClipEngine:
         """Return what clips a step that surges before a rule has judged it: one factor for all, which costs next to nothing."""
         if clip is None or clip.own or isinstance(clip, OneFactor):
             return clip
-        return clip if math.isnan(self._typical) else ClipNorm(self._limits.wide * self._typical)
+        # in the first steps only the norms of layers are settled
+        typical = math.sqrt(np.nansum(self._settled_norms() ** 2)) if math.isnan(self._typical) else self._typical
+        return ClipNorm(self._limits.wide * typical) if typical > 0 else None
 
     def _settled_norms(self) -> Floats:
         """Return the typical gradient norm of each layer, shape (L,); NaN where too few norms are known."""
@@ -199,13 +199,9 @@ class AutoClipEngine:
         return behind
 
     def _switches_on(self, incident: Incident, row: Row) -> bool:
-        least: Severity = "notice" if self.relapses(row.step) else self.policy.severity
-        enough = SEVERITIES.index(incident.severity) >= SEVERITIES.index(least) and not row.global_norm <= self._spared
+        least = SEVERITIES.index(self.policy.severity)
+        enough = SEVERITIES.index(incident.severity) >= least and not row.global_norm <= self._spared
         return enough and self.policy.when != "always" and incident.kind in self.policy.when
-
-    def relapses(self, step: int) -> bool:
-        """Return True if an explosion at ``step`` is a return of the previous one; the signs are then enough."""
-        return step - self._released <= self._limits.relapse * self.policy.hold
 
     def _begin(self, row: Row, earlier: ClipRecord | None) -> None:
         before, scatter = self.history.loss_level()
@@ -213,12 +209,9 @@ class AutoClipEngine:
         # a run that began with the explosion has recovered only once it has learned something since
         young = self.history.losses < self._limits.level
         self._well_below = before - abs(before) / 10 if young else before + max(scatter, abs(before) / 20)
-        if self.relapses(row.step):
-            self._hold = min(self._limits.longer * self._hold, _LONGEST * self.policy.hold)
-        else:
-            self._hold = self.policy.hold
-            self._set_bounds(1)
-            self._usual = self._settled_norms()
+        self._hold = self.policy.hold
+        self._set_bounds(1)
+        self._usual = self._settled_norms()
         told = (str(earlier),) if earlier is not None else ()  # it was released during this same incident
         self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family, measures=told)
         self._held_since, self._idle = row.step, 0
@@ -310,7 +303,7 @@ class AutoClipEngine:
         if self.record is None:
             return None
         record = replace(self.record, released_step=step)
-        self.record, self._looseness, self._released = None, 1.0, step
+        self.record, self._looseness = None, 1.0
         return record
 
     # Further measures.

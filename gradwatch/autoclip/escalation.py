@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradwatch.errors import TrainingUnstableError
+from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
@@ -67,7 +68,7 @@ class Escalation:
         told = f"Clipping has not helped for {self._patience} steps: "
         if measure == "stop":
             raise TrainingUnstableError(
-                f"{told}the loss was {before:.3g} or below before step {began} and is {level:.3g}. Stopped before step "
+                f"{told}the loss was {number(before)} or below before step {began} and is {number(level)}. Stopped before step "
                 f"{row.step}, as the policy's last measure; parameters are those after the step before. Lower the learning "
                 "rate, or go back to a checkpoint from before the incident."
             )

@@ -21,8 +21,7 @@ class AutoClipLimits(Settings):
         idle: steps without a bite after which a loosened clip is released.
         level: number of losses whose median is the level of the loss. It must not rise during release.
         long: multiple of ``hold`` after which the clip is loosened although the loss is still high: the task may have changed.
-        relapse: multiple of ``hold`` after a release within which an explosion is a relapse: the first sign is enough then.
-        longer: factor on ``hold`` after a relapse, and after loosening has done harm.
+        longer: factor on ``hold`` after loosening has done harm.
         falls: factor over its previous level below which a loss has come down.
         bites: share of clipped steps from which the clip determines the step length.
         kept: share of the predicted decrease below which steps are too long.
@@ -40,7 +39,6 @@ class AutoClipLimits(Settings):
     idle: int = Field(default=10, ge=1)
     level: int = Field(default=16, ge=1)
     long: float = Field(default=4.0, ge=1)
-    relapse: float = Field(default=10.0, ge=0)
     longer: float = Field(default=2.0, ge=1)
     falls: float = Field(default=0.9, gt=0, le=1)
     bites: float = Field(default=0.5, ge=0, le=1)

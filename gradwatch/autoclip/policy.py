@@ -20,7 +20,9 @@ class AutoClip(Settings):
 
     Args:
         clip: a `Clip`, or the name of a clip (``"norm"``, ``"value"``, ...), which is used with its defaults.
-        when: incident kinds that switch the clip on, or ``"always"`` for ordinary clipping with telemetry.
+        when: incident kinds that switch the clip on, or ``"always"`` for ordinary clipping with telemetry. ``"spike"`` also acts
+            on single odd batches, which the default leaves alone: what looks like one may be a rare signal. On a device such a
+            step is over before it is judged.
         severity: lowest severity that switches the clip on. Default: ``"warning"``, or ``"notice"`` if ``when`` contains
             ``"spike"``.
         threshold: how the bounds of the clip are chosen. A number between 0.5 and 10 is a multiple of the run's own typical
@@ -76,6 +78,11 @@ class AutoClip(Settings):
                 f'threshold={self.threshold!r} is applied when an incident opens, but with when="always" auto-clip does not '
                 "wait for one. Leave out the threshold."
             )
+
+    @property
+    def treats_spikes(self) -> bool:
+        """True if the policy acts on a loss that jumped because of its batch, which is only a notice."""
+        return self.when != "always" and "spike" in self.when and self.severity == "notice"
 
     @property
     def skips(self) -> bool:

@@ -53,7 +53,8 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting) -> None
     from rich.table import Table
 
     from gradwatch.reports.line import Line
-    from gradwatch.reports.view import number, shorten
+    from gradwatch.reports.names import shorten
+    from gradwatch.reports.view import number
 
     def say(text: str, style: str = "") -> None:
         console.print(Line(text, style))

@@ -58,6 +58,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def _show(folder: Path, found: list[dict[str, Any]], console: Console) -> None:
     from rich.table import Table
 
+    from gradwatch.records import Facts
     from gradwatch.reports.line import Line
     from gradwatch.reports.view import SEVERITY_STYLES, number
 
@@ -74,7 +75,7 @@ def _show(folder: Path, found: list[dict[str, Any]], console: Console) -> None:
         loss, worst = told["loss"], told["worst"]
         table.add_row(
             Line(str(Path(told["run"]).relative_to(folder))),
-            Line(told["model"]),
+            Line(Facts(model=told["model"], name=told["name"]).called),
             datetime.fromtimestamp(told["started"]).astimezone().strftime("%m-%d %H:%M"),
             told["state"],
             f"{told['steps']:,}",
@@ -98,6 +99,7 @@ def _told(folder: Path) -> dict[str, Any]:
             ended = sessions[-1].ended is not None
             told |= {
                 "model": sessions[-1].facts.model,
+                "name": sessions[-1].facts.name,
                 "started": sessions[0].started,
                 "state": "running" if log.is_written else "ended" if ended else "cut off",
                 "steps": last + 1,

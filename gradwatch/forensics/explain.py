@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from gradwatch.cells import called
 from gradwatch.forensics.advice import advice_of, cause_of
 from gradwatch.origin import Origin, counted
 
@@ -27,7 +28,7 @@ def origin_of(mark: Mark, found_by: Way, *, batch: int = 0, part: Part | None = 
         part=part,
         node=mark.node,
         module=place.module,
-        file=place.file,
+        file=called(place.file),
         line=place.line,
         calls_model=place.calls_model,
         name=mark.name,
@@ -54,7 +55,7 @@ def called_at(origin: Origin, file: str, line: int) -> Origin:
     """Return the record with the line that called the model, if no line further inside is known."""
     if origin.file or not line or origin.module is None:
         return origin
-    return replace(origin, file=file, line=line, calls_model=True)
+    return replace(origin, file=called(file), line=line, calls_model=True)
 
 
 def sole(marks: Sequence[Mark]) -> Mark | None:

@@ -136,12 +136,14 @@ class LossGraph:
         inputs = {name: one for name, one in tensors.items() if name not in (*_RESULTS, "total_weight")}
         bad = {name: one for name, one in inputs.items() if is_nonfinite(one)}
         below = [following for following, _ in node.next_functions]
-        if bad:
-            return self._from_outside(node, op, bad, names, batch, output) if None in below or not below else None
-        # of infinities that may have been written on purpose, only NaN is made anew
-        mute = output is not None and has_nan(output)
+        # of infinities that may have been written on purpose, only NaN is made anew, and the logarithm of a sum of nothing
+        mute = (output is not None and has_nan(output)) or op == "logsumexp"
+        if bad and (None in below or not below):
+            return self._from_outside(node, op, bad, names, batch, output)
+        if bad and not (mute and not any(map(has_nan, bad.values()))):
+            return None
         finite = all(self._bounds.of(one, mute=mute) is not None for one in below if one is not None)
-        if not (certain or finite or _is_whole(op, inputs)):
+        if not (certain or finite or (not bad and _is_whole(op, inputs))):
             return None
         rows = _rows_of(output, names, batch)
         mark = Mark(

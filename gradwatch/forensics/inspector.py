@@ -77,7 +77,7 @@ class Inspector:
         self._sent = self._arrived = 0
         self._batch: Any = None
         self._folder: Path | None = None  # for the inputs of a step that failed
-        self._backward: Backward | None = None  # where the program has called it, if statements may be run again
+        self._backward: Backward | None = None  # where the program has called it
 
     def start(self) -> None:
         """Register the hooks on the model."""
@@ -115,8 +115,8 @@ class Inspector:
         """Prepare for a backward; find the origin of a loss that is not finite, while its graph is whole."""
         try:
             calls = self._capture.calls
-            if self._mode == "lines" and calls:
-                self._backward = backward_at(line_of(sys._getframe())[2], losses)
+            if calls:
+                self._backward = backward_at(line_of(sys._getframe())[2], losses, _tensors(roots))
             if not self._are_finite(losses):
                 self._in_trouble = True
                 if self._is_spread():  # no process may repeat anything alone
@@ -224,7 +224,7 @@ class Inspector:
         self._capture.pause(on=False)
         try:
             with torch.enable_grad():
-                inquiry = Investigation(model, calls, self._backward, self._batch)
+                inquiry = Investigation(model, calls, self._backward, self._batch, may_run=self._mode == "lines")
                 origin = look(inquiry)
             optimizer = self._optimizer() if self._optimizer is not None else None
             if origin.subject == "weight" and optimizer is not None and not self._was_in_trouble:

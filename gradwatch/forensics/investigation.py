@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradwatch.errors import words_of
-from gradwatch.forensics import statements
 from gradwatch.forensics.explain import called_at, origin_of, sole
 from gradwatch.forensics.graph_walk import LossGraph
+from gradwatch.forensics.loss_again import LossAgain
 from gradwatch.forensics.marks import Mark
 from gradwatch.forensics.names import Names, inputs_of, tensors_in
 from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, rows_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradwatch.forensics.capture import Call
     from gradwatch.forensics.singular import Singular
     from gradwatch.forensics.statements import Backward
-    from gradwatch.origin import Origin
+    from gradwatch.origin import Origin, Way
 
 
 class NothingFound(Exception):  # noqa: N818  an outcome, not an error
@@ -36,18 +36,28 @@ class Investigation:
     Args:
         model: the model.
         calls: its forwards in this step.
-        backward: where the program has called backward, if its statements may be run again; else None.
+        backward: where the program has called backward; None if that is not known.
+        may_run: whether the statements of the loss may be run again.
         batch: batch that the user has named; None if there is none.
 
     Attributes:
         guilty: the forward in question; None if it is not known.
     """
 
-    def __init__(self, model: nn.Module, calls: list[Call], backward: Backward | None, batch: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: list[Call],
+        backward: Backward | None,
+        batch: Any = None,
+        *,
+        may_run: bool = False,
+    ) -> None:
         self._model = model
         self._calls = calls
         self._backward = backward
         self._given = batch
+        self._may_run = may_run
         self.guilty: Call | None = calls[0] if len(calls) == 1 else None
         self._reasons: list[str] = []
 
@@ -77,7 +87,7 @@ class Investigation:
             if faithful is not False:
                 return origin
             unfaithful = origin
-        if outputs and not any(map(is_nonfinite, outputs)) and (again := self._statements(backward=False)) is not None:
+        if outputs and not any(map(is_nonfinite, outputs)) and (again := self._source(backward=False)) is not None:
             return again
         mark = self._in_graph(losses, outputs)
         if mark is not None:
@@ -115,7 +125,7 @@ class Investigation:
                     return found[0]
             elif not known:
                 self._reasons.append("the gradient of the model's output was not kept")
-        if (again := self._statements(backward=True)) is not None:
+        if (again := self._source(backward=True)) is not None:
             return again
         mark = singular.first(self._names(), self._batch)
         if mark is not None:
@@ -184,22 +194,28 @@ class Investigation:
         origin = called_at(origin_of(mark, "replay", batch=repeat.batch, part="model"), call.file, call.line)
         return origin.repeated(faithful=faithful), faithful
 
-    def _statements(self, *, backward: bool) -> Origin | None:
-        """Return what running the statements of the loss again finds; None if that was not asked for, or finds nothing."""
-        if self._backward is None or len(self._calls) != 1:
+    def _source(self, *, backward: bool) -> Origin | None:
+        """Return what computing the loss again from its source finds; None if it finds nothing or is not understood.
+
+        Only if that was asked for, and if the source is not understood, its statements are run.
+        """
+        if self._backward is None or len(self._calls) != 1 or not self._calls[0].outputs:
             return None
+        again = LossAgain(self._model, self._calls[0], self._backward, self._names(), self._batch)
+        marks: tuple[Mark, ...] = ()
+        way: Way = "source"
         try:
-            marks = statements.again(
-                self._model, self._calls[0], self._backward, self._names(), self._batch, backward=backward
-            )
-        except CannotRepeatError as reason:
-            self._reasons.append(str(reason))
-            return None
-        except Exception as error:  # the user's code may raise anything
-            self._reasons.append(f"the statements of the loss cannot be run again ({words_of(error)[:200]})")
-            return None
+            marks = again.evaluated(backward=backward)
+        except Exception as error:
+            self._reasons.append(_told("the source of the loss cannot be evaluated", error))
+            if self._may_run:
+                way = "statements"
+                try:
+                    marks = again.run(backward=backward)
+                except Exception as failure:  # the user's code may raise anything
+                    self._reasons.append(_told("the statements of the loss cannot be run again", failure))
         mark = sole([one for one in marks if one.subject in ("operation", "written") and not one.mute])
-        return origin_of(mark, "statements", batch=self._batch, part="loss code") if mark is not None else None
+        return origin_of(mark, way, batch=self._batch, part="loss code") if mark is not None else None
 
     @property
     def _batch(self) -> int:
@@ -215,6 +231,10 @@ class Investigation:
 
     def _reason(self, last: str) -> str:
         return "; ".join(dict.fromkeys([*self._reasons, last]))
+
+
+def _told(what: str, error: Exception) -> str:
+    return str(error) if isinstance(error, CannotRepeatError) else f"{what} ({words_of(error)[:200]})"
 
 
 def _are_in(tensors: list[Tensor], others: list[Tensor]) -> bool:

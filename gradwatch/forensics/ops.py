@@ -113,9 +113,15 @@ def is_collective(func: Any) -> bool:
 
 
 @cache
+def is_random(func: Any) -> bool:
+    """Return whether an operation draws from a generator."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+@cache
 def can_repeat(func: Any) -> bool:
     """Return whether an operation gives the same result when it is run again on copies of its inputs."""
-    return torch.Tag.nondeterministic_seeded not in func.tags and name_of(func) not in _UNINITIALISED
+    return not is_random(func) and name_of(func) not in _UNINITIALISED
 
 
 @cache

@@ -44,6 +44,12 @@ def _root(kept: dict[str, Any]) -> Tensor:
     return zero
 
 
+def _alike(kept: dict[str, Any]) -> Tensor:
+    """Return which eigenvalues are equal to the next one; they are sorted."""
+    values: Tensor = kept["eigenvalues"]
+    return values[..., 1:] == values[..., :-1]
+
+
 # by the type of a node: at which elements its backward is not finite
 _SINGULAR: dict[str, Test] = {
     "SqrtBackward0": _zero("result"),
@@ -61,8 +67,12 @@ _SINGULAR: dict[str, Test] = {
     "DivBackward0": _zero("other"),
     "ReciprocalBackward0": lambda kept: torch.isinf(kept["result"]),
     "RsqrtBackward0": lambda kept: torch.isinf(kept["result"]),
+    "LinalgEighBackward0": _alike,
     "ExpBackward0": lambda kept: torch.isinf(kept["result"]),
 }
+_SECOND = frozenset(
+    ("LinalgEighBackward0",)
+)  # singular only in the derivative of their second output, the eigenvectors
 # nodes that pass on whatever is not finite; others, such as of `where` and relu, may put it to zero
 _PASSES = frozenset(
     (
@@ -112,8 +122,11 @@ class Singular:
 
     def keep(self, roots: Iterable[Any], ends: frozenset[Any]) -> None:
         """Keep what the nodes above the outputs of the model hold, which are ``ends``, if their backward may be singular."""
-        for node in nodes_below(roots, ends, _MOST):
-            if type(node).__name__ in _SINGULAR:
+        nodes = nodes_below(roots, ends, _MOST)
+        for node in nodes:
+            if (kind := type(node).__name__) in _SINGULAR:
+                if kind in _SECOND and not any((node, 1) in one.next_functions for one in nodes):
+                    continue
                 saved = saved_in(node)
                 if isinstance(exponent := saved.get("exponent"), (int, float)) and exponent >= 1:
                     continue

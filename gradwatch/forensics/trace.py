@@ -43,6 +43,7 @@ class Trace(TorchDispatchMode):
         batch: number of rows of the batch; 0 if it is not known.
         backward: whether a backward may follow, so that the lines of all forwards have to be remembered.
         alone: whether other processes do not run the same now, so that an exchange with them would never end.
+        random: whether operations may draw random numbers, because generators are in the state in which they were.
 
     Attributes:
         marked: marks of the tensors that are not finite.
@@ -59,6 +60,7 @@ class Trace(TorchDispatchMode):
         *,
         backward: bool = True,
         alone: bool = False,
+        random: bool = True,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
@@ -69,6 +71,7 @@ class Trace(TorchDispatchMode):
         self._until = until
         self._backward = backward
         self._alone = alone
+        self._random = random
         self._updating = False
         self._repaired = repaired
         self._calls: dict[int, tuple[str, Place]] = {}  # number of a node of autograd -> the forward that made it
@@ -97,6 +100,8 @@ class Trace(TorchDispatchMode):
             return func(*args, **kwargs)
         if self._alone and ops.is_collective(func):
             raise CannotRepeatError("it exchanges tensors with other processes, which do not repeat it")
+        if not self._random and ops.is_random(func):
+            raise CannotRepeatError("it draws random numbers")
         changed = ops.changed_by(func, args, kwargs)
         before = (args, kwargs)
         if changed:

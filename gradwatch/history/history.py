@@ -154,6 +154,14 @@ class History(LossLevels):
         self._widen(count)
         self._begin_task()
 
+    def begin_task(self, row: Row) -> None:
+        """Begin a new task with the last row, ``row``, which is already there."""
+        self._begin_task()
+        self._task = self._learned = self.rows - 1
+        self._take_loss(row)
+        if row.weight_norm is not None:
+            self._take_weight(row, row.weight_norm)
+
     def _begin_task(self) -> None:
         """Begin a new task: reset the reference values, since new layers change the scale of the loss and the gradients."""
         count = len(self.layers)
@@ -247,6 +255,20 @@ class History(LossLevels):
     def rows_at_top_rate(self) -> int:
         """The number of rows since the learning rate last reached a new maximum of the run, that row included."""
         return self.rows - self._rose_at + (self._rose_at > 0)
+
+    @property
+    def chance_loss(self) -> float:
+        """The cross-entropy of guessing among as many classes as the last matrix has units; NaN if there is no matrix."""
+        if not self.matrices.any():
+            return math.nan
+        last = int(np.argmin(np.where(self.matrices, self.order, np.inf)))
+        return math.log(max(self.sizes[last] / self.fan_in[last], 1.0))
+
+    def is_good_cross_entropy(self, loss: float) -> bool:
+        """Return whether ``loss`` is known to be good: a cross-entropy of less than half that of guessing."""
+        if self.facts.loss == "binary cross-entropy":
+            return loss < math.log(2) / 2
+        return self.facts.loss == "cross-entropy" and loss < self.chance_loss / 2
 
     @property
     def large_matrices(self) -> NDArray[np.bool_]:

@@ -26,6 +26,7 @@ class LossLevels(Ring):
         reference_loss: median of the first 16 finite losses of the current task; NaN before the first.
         losses: number of losses of the current task.
         lost_since: step since which each loss was NaN or infinite; None if the last one is finite, or none was seen.
+        resting: why the loss need not fall, as a clause; "" while rules may expect it to.
     """
 
     def __init__(self, count: int, window: int) -> None:
@@ -34,6 +35,7 @@ class LossLevels(Ring):
         self._first_losses: list[float] = []
         self.losses = 0
         self.lost_since: int | None = None
+        self.resting = ""
         self._harder = 0.0
         self._stuck_at, self._stuck = -1, False
 
@@ -64,6 +66,11 @@ class LossLevels(Ring):
         if math.isfinite(self.row.loss):
             self._harder = max(self._harder, abs(self.row.loss))
 
+    def rest_loss(self, why: str) -> None:
+        """Set why the loss need not fall; "": rules expect it to fall again."""
+        self.resting = why
+        self._stuck_at = -1
+
     def loss_level(self, window: int = 32) -> tuple[float, float]:
         """Return the median and the scaled MAD of the ``window`` losses before the last one."""
         return median_and_mad(self.task_loss(last=window + 1)[:-1])
@@ -84,9 +91,13 @@ class LossLevels(Ring):
 
     @property
     def stuck(self) -> bool:
-        """True if at least 100 losses were seen and the median of the last 32 is less than a tenth below the reference."""
+        """True if at least 100 losses were seen and the median of the last 32 is less than a tenth below the reference.
+
+        False where the loss need not fall.
+        """
         if self._stuck_at != self.rows:
-            self._stuck_at, self._stuck = self.rows, self.losses >= 100 and not self.gained(0.1, last=32)
+            waits = self.losses >= 100 and not self.resting
+            self._stuck_at, self._stuck = self.rows, waits and not self.gained(0.1, last=32)
         return self._stuck
 
     def gained(self, share: float, last: int = 16) -> bool:

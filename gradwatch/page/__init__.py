@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gradwatch.errors import UsageError
 from gradwatch.page.content import content_of
 from gradwatch.printable import printable, printable_all
+from gradwatch.reports.card import palette
 from gradwatch.runlog.plain import to_json
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def page_of(log: RunLog) -> str:
     content = json.dumps(printable_all(json.loads(to_json(content_of(log)))))
     pieces = {
         "title": html.escape(printable(f"{log.folder.name or 'run'} · gradwatch")),
-        "style": (parts / "page.css").read_text(encoding="utf-8"),
+        "style": palette() + (parts / "page.css").read_text(encoding="utf-8"),
         "content": content.replace("<", "\\u003c"),  # only "<" could end the script element
         "plotly": get_plotlyjs(),
         "script": (parts / "page.js").read_text(encoding="utf-8"),

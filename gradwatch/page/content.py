@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.history.statistics import ignore_fp_warnings
+from gradwatch.reports.names import labels_of, names_of
 from gradwatch.reports.standing import sentences
 from gradwatch.runlog import Series
 from gradwatch.runlog.latest import snapshot_of
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from gradwatch.records import Incident
+    from gradwatch.reports.names import Names
     from gradwatch.runlog import RunLog
 
     Numbers = NDArray[np.floating[Any]]
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 _COLUMNS = 600  # of the heat map; a screen cannot show many more
 _WEIGHT_COLUMNS = 300
 _POINTS = 1200  # groups of rows of a line; each is drawn as its smallest and its largest value
+_LABEL = 30  # characters of a layer's name beside the heat map
 _MISSING = -32768
 _NOTHING = -46.0  # the logarithm shown for a norm of zero
 _DECADES = 700.0  # a cell is 700 times the decimal logarithm; 16 bits cover all of float32, from 1e-45
@@ -34,16 +38,20 @@ _DECADES = 700.0  # a cell is 700 times the decimal logarithm; 16 bits cover all
 def content_of(log: RunLog) -> dict[str, Any]:
     """Return everything that the page shows."""
     snapshot, series, sessions = snapshot_of(log), _ascending(log.series()), log.sessions
+    names = names_of(tuple(log.layers))
     steps, norms = log.norms()
     weight_steps, weights = log.norms(weight=True)
     return {
         "run": str(log.folder),
         "verdict": snapshot.verdict,
-        "standing": sentences(snapshot),
+        "standing": [names.told(line) for line in sentences(snapshot)],
         "state": state_of(log),
         "step": int(series.step[-1]) if len(series.step) else -1,
         "facts": snapshot.facts,
-        "layers": list(log.layers),
+        "called": snapshot.facts.called,
+        "layers": [names.short(layer) for layer in log.layers],
+        "labels": labels_of(tuple(log.layers), _LABEL),
+        "common": names.common,
         "loss": line_of(series.step, series.loss) if snapshot.provenance.loss != "none" else None,
         "global_norm": line_of(series.step, series.global_norm),
         "clip_coefficient": line_of(series.step, series.clip_coefficient)
@@ -54,15 +62,27 @@ def content_of(log: RunLog) -> dict[str, Any]:
         "skipped_steps": int(series.skipped.sum()),
         "gradient": cells_of(steps, norms, _COLUMNS, log.nonfinite()),
         "weight": cells_of(weight_steps, weights, _WEIGHT_COLUMNS, log.nonfinite(weight=True)),
-        "incidents": [replace(incident, evidence=incident.told) for incident in snapshot.incidents],
-        "headlines": [str(incident) for incident in snapshot.incidents],
-        "clips": [None if one.clip is None else str(one.clip) for one in snapshot.incidents],
-        "notes": list(snapshot.notes),
+        "incidents": [_told(incident, names) for incident in snapshot.incidents],
+        "headlines": [names.told(str(incident)) for incident in snapshot.incidents],
+        "clips": [None if one.clip is None else names.told(str(one.clip)) for one in snapshot.incidents],
+        "notes": [names.told(note) for note in snapshot.notes],
         "provenance": str(snapshot.provenance),
         "cost_us": snapshot.cost_us,
         "sessions": sessions,
         "rows": len(series.step),
     }
+
+
+def _told(incident: Incident, names: Names) -> Incident:
+    """Return an incident with all that is known of it as evidence, in the short names of layers."""
+    return replace(
+        incident,
+        evidence=tuple(map(names.told, incident.told)),
+        advice=tuple(map(names.told, incident.advice)),
+        layers=tuple(map(names.short, incident.layers)),
+        suspect=None if incident.suspect is None else names.short(incident.suspect),
+        left=tuple(map(names.told, incident.left)),
+    )
 
 
 def _ascending(series: Series) -> Series:

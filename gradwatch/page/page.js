@@ -70,7 +70,6 @@ function ticks(low, high) {
 function power(value) {
   return value >= -3 && value <= 3 ? String(+(10 ** value).toPrecision(1)) : `10<sup>${value}</sup>`;
 }
-const shortened = (name) => (name.length <= 30 ? name : name.slice(0, 9) + "…" + name.slice(-20));
 
 // Panels from top to bottom: key, height in pixels, title.
 const layerHeight = Math.max(240, Math.min(780, run.layers.length * (run.layers.length > 60 ? 3 : 13)));
@@ -168,7 +167,7 @@ function shapes() {
 function layout() {
   const soft = colour("soft"), grid = colour("grid");
   const made = {
-    height: inner + TOP + BOTTOM, margin: { l: 24 + Math.max(40, ...run.layers.map((name) => 6.5 * shortened(name).length)), r: 84, t: TOP, b: BOTTOM },
+    height: inner + TOP + BOTTOM, margin: { l: 24 + Math.max(40, ...run.labels.map((label) => 6.5 * label.length)), r: 84, t: TOP, b: BOTTOM },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: "zoom",
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", size: 12, color: colour("ink") },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: colour("ink") },
@@ -183,7 +182,7 @@ function layout() {
       const each = Math.ceil(run.layers.length / (axes[key].domain[1] - axes[key].domain[0]) / (inner / 13));
       const places = run.layers.map((_, place) => place).filter((place) => place % each === 0);
       Object.assign(axis, { range: [run.layers.length - 0.5, -0.5], tickvals: places, showgrid: false, ticks: "",
-        ticktext: places.map((place) => entities(shortened(run.layers[place]))),
+        ticktext: places.map((place) => entities(run.labels[place])),
         tickfont: { size: 10.5, color: soft, family: "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace" } });
     } else if (key === "clip") {
       axis.range = [0, 1.05];
@@ -206,7 +205,7 @@ function showTip(event) {
   const part = point.data.name === "weight" ? weight : gradient, layer = Math.round(point.y), column = point.pointIndex ? point.pointIndex[1] : point.pointNumber[1];
   const value = part.rows[layer][column], from = Math.ceil(part.x[column] - part.width / 2), to = Math.floor(part.x[column] + part.width / 2);
   const typical = middle(part.rows[layer]);
-  const lines = [run.layers[layer], to > from ? `steps ${whole(from)} to ${whole(to)}` : `step ${whole(Math.round(part.x[column]))}`];
+  const lines = [run.common + run.layers[layer], to > from ? `steps ${whole(from)} to ${whole(to)}` : `step ${whole(Math.round(part.x[column]))}`];
   const kind = part === weight ? "weight norm" : "gradient norm";
   if (part.broken(layer, column)) lines.push("not finite");
   if (value !== null) lines.push(`${kind} ${value <= NOTHING ? "0" : number(10 ** value)}` + (typical === null ? "" : ` · median ${number(10 ** typical)}`));
@@ -226,7 +225,7 @@ function fillHead() {
   $("run").textContent = run.run;
   const facts = run.facts, session = run.sessions[run.sessions.length - 1];
   const optimizer = facts.optimizer ? `${facts.optimizer}, rate ${number(facts.rate)}` : null;
-  $("facts").textContent = [facts.model, `${whole(run.layers.length)} layers`, `${whole(facts.parameters)} parameters`, optimizer,
+  $("facts").textContent = [run.called, `${whole(run.layers.length)} layers`, `${whole(facts.parameters)} parameters`, optimizer,
     "began " + new Date(run.sessions[0].started * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" }),
     run.sessions.length > 1 ? `resumed ${run.sessions.length - 1}×, last at step ${whole(session.first_step ?? 0)}` : null, run.state].filter(Boolean).join(" · ");
   const lastOf = (values) => (values && values.y.length ? number(values.y[values.y.length - 1]) : "not seen");
@@ -300,6 +299,7 @@ function fillEnvironment() {
   const session = run.sessions[run.sessions.length - 1], told = session.environment;
   const rows = [...Object.entries(told.versions ?? {}), ["platform", told.platform ?? ""], ["host", session.host], ["program", told.program ?? ""],
     ["auto-clip", told.clip ?? "off"], ["gradient norms", run.provenance], ["gradwatch's own time", `${Math.round(run.cost_us)} µs a step`]];
+  if (run.common) rows.push(["names of layers", `all begin with ${run.common}, which is left out here`]);
   $("environment").append(tableOf(rows));
   const more = element("details");
   more.append(element("summary", `${(told.rules ?? []).length} rules and their thresholds`));

@@ -54,9 +54,10 @@ class BeforeClip:
 
     Attributes:
         measured: the norms; None if they are not known yet.
+        bound: norm to which the user clipped; None if that was not seen, as of a clip by value.
     """
 
-    __slots__ = ("_marks", "_open", "_versions", "measured")
+    __slots__ = ("_marks", "_open", "_versions", "bound", "measured")
 
     def __init__(self, parameters: Sequence[nn.Parameter], measured: Measured | Unread | None = None) -> None:
         if measured is not None:
@@ -67,6 +68,27 @@ class BeforeClip:
         self._marks = [(parameter, weakref.ref(gradient)) for parameter, gradient in marked]
         self._versions = [version_of(gradient) for _, gradient in marked]
         self._open = True  # whether the clip may still be under way
+        self.bound: float | None = None
+
+    @property
+    def acted(self) -> bool:
+        """True if the gradients were clipped, and not only measured."""
+        return self._changed if self.bound is None else self.bound < math.inf
+
+    @property
+    def _changed(self) -> bool:
+        marked = zip(self._marks, self._versions, strict=True)
+        return any(one.grad is not None and version_of(one.grad) != then for (one, _), then in marked)
+
+    def divide(self, scale: float | Tensor) -> None:
+        """Divide the norms by the loss scale that the gradients had when they were clipped."""
+        measured = self.measured
+        if isinstance(measured, Unread):
+            by = device.moved(scale, measured.norms.device) if isinstance(scale, torch.Tensor) else scale
+            self.measured = replace(measured, norms=measured.norms / by)
+        elif measured is not None:
+            norm = measured.global_norm / float(scale)
+            self.measured = replace(measured, norms=measured.norms / float(scale), global_norm=norm)
 
     @property
     def holds(self) -> bool:
@@ -85,9 +107,9 @@ class BeforeClip:
         """Set the norms, if they become known only after the clip."""
         self.measured = measured
 
-    def ended(self) -> None:
-        """Record that the user's clip is over, so that later changes of the gradients are not due to it."""
-        self._open = False
+    def ended(self, bound: float | None = None) -> None:
+        """Record that the user's clip to ``bound`` is over, so that later changes of the gradients are not due to it."""
+        self._open, self.bound = False, bound
         self._versions = [version_of(one.grad) if one.grad is not None else 0 for one, _ in self._marks]
 
     def joined_by(self, measured: Measured | Unread, layers: int) -> Measured | Unread:
@@ -125,7 +147,7 @@ class BeforeClip:
             codes = widened(part.nonfinite, layers, 0) if part.nonfinite is not None else None
             part = replace(part, norms=widened(part.norms, layers, math.nan), nonfinite=codes)
         mine = BeforeClip(parameters, part)
-        mine._open = self._open
+        mine._open, mine.bound = self._open, self.bound
         return mine
 
 
@@ -141,14 +163,16 @@ class Coming:
             columns that it reached (None: all of the owner).
         earlier: those of the roots that came before the closure under evaluation.
         before_clip: norms before the user's clip; None if the user has not clipped.
+        spent: whether a step has used the gradients of the last backward.
     """
 
-    __slots__ = ("_left", "before_clip", "earlier", "roots")
+    __slots__ = ("_left", "before_clip", "earlier", "roots", "spent")
 
     def __init__(self) -> None:
         self.roots: list[Root] = []
         self.earlier: list[Root] = []
         self.before_clip: BeforeClip | None = None
+        self.spent = False
         self._left: tuple[weakref.ref[Tensor], int] | None = None
 
     def clip_begins(self, before: BeforeClip) -> None:
@@ -164,7 +188,7 @@ class Coming:
 
         Norms before an earlier clip are dropped, since the backward has changed the gradients.
         """
-        self.before_clip = None
+        self.before_clip, self.spent = None, False
         if len(self.roots) >= _KEPT:  # for example of an optimizer that never steps again
             self._collapse()
         for loss in losses:
@@ -231,6 +255,7 @@ class Coming:
 
     def used(self) -> None:
         """Clear everything, because a step was made with the gradients or they were cleared."""
+        self.spent = self.spent or bool(self.roots)
         self.roots.clear()
         self.earlier.clear()
         self.before_clip = None

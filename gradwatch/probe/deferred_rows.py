@@ -130,12 +130,13 @@ class DeferredRows:
             if facts.word is not None:
                 self._writer.write_word(slot, facts.word, self._ranks.rank)
             self._ranks.exchange(slot.flat)
-        slot.singles[COEFFICIENT].fill_(1.0)
         bad = None
         if plan is not None:
             facts.clip, bad = self._action.act(mine, now, slot, plan, optimizer, scale, own=before is None)
         elif self._confirms:
             self._action.confirm()
+        if facts.clip is None:
+            slot.singles[COEFFICIENT].fill_(1.0)
         self._ring.send(facts)
         return bad
 

@@ -11,11 +11,10 @@ import torch
 from gradwatch import device
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
-from gradwatch.measure.norms import on_device
 from gradwatch.measure.packed_row import COEFFICIENT, FAILED, LOSS, LOSSES, NOW, SKIPPED, SQUARE
 from gradwatch.probe.gradients import zero_where
 from gradwatch.probe.steering import is_fused
-from gradwatch.probe.surge import surges
+from gradwatch.probe.surge import squared_limits, surges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +47,7 @@ class DeviceAction:
     ) -> None:
         self._layers, self._writer, self._home = layers, writer, home
         self._ranks, self._confirms = ranks, confirms
-        self._usual: tuple[Floats, Tensor] | None = None
+        self._limits: tuple[Floats, Tensor] | None = None  # of these usual norms
 
     def act(
         self,
@@ -70,7 +69,8 @@ class DeviceAction:
         bad = ~(norm < math.inf) if plan.skip else norm > plan.skip_above
         if plan.skip and plan.skip_above < math.inf:
             bad = bad | (norm > plan.skip_above)
-        clip, fires = plan.clip or plan.reserve, self._fires(slot, plan)
+        loss = slot.singles[LOSS] / slot.singles[LOSSES] if plan.clip is not None or plan.reserve is not None else None
+        clip, fires = self._clip_of(slot, plan, loss)
         if self._ranks is not None:  # if gradwatch failed in one process, which no longer acts, none of them acts
             together = slot.singles[FAILED] == 0
             bad, fires = bad & together, together if fires is None else fires & together
@@ -87,10 +87,7 @@ class DeviceAction:
                 fires,
             )
             fold = isinstance(clip, OneFactor) and plan.guard is None and mine.folds(optimizer)
-            whole = torch.sqrt(slot.rows[SQUARE][self._writer.index(now.columns)])
-            left, error = self._apply(
-                clip, step, plan.guard, whole, slot.singles[LOSS] / slot.singles[LOSSES], fold=fold
-            )
+            left, error = self._apply(clip, step, plan.guard, slot, loss, fold=fold)
             coefficient = left if fold else None
             slot.singles[COEFFICIENT].copy_(left)
             if clip.looks_inside and self._ranks is not None:
@@ -108,26 +105,29 @@ class DeviceAction:
             raise error
         return clip, bad if skips else None
 
-    def _fires(self, slot: Slot, plan: DevicePlan) -> Tensor | None:
-        """Return whether the clip in reserve acts; None if a clip is in force or there is no reserve."""
-        if plan.clip is not None or plan.reserve is None or plan.usual is None:
-            return None
+    def _clip_of(self, slot: Slot, plan: DevicePlan, loss: Tensor | None) -> tuple[Clip | None, Tensor | None]:
+        """Return the clip of this step, and whether it acts: None if it does in any case, because auto-clip is on.
+
+        Without usual norms no step surges, so that nothing is in reserve.
+        """
+        if plan.clip is not None or plan.reserve is None or plan.usual is None or loss is None:
+            return plan.clip, None
         if not np.isfinite(plan.usual).any():
-            return torch.zeros((), dtype=torch.bool, device=self._home)
-        if self._usual is None or self._usual[0] is not plan.usual:
-            self._usual = plan.usual, on_device(plan.usual, self._home)
-        norms, loss = torch.sqrt(slot.rows[SQUARE]), slot.singles[LOSS] / slot.singles[LOSSES]
-        return surges(norms, self._usual[1], loss, plan)
+            return None, None
+        if self._limits is None or self._limits[0] is not plan.usual:
+            self._limits = plan.usual, squared_limits(plan.usual, plan, self._home)
+        return plan.reserve, surges(slot.rows[SQUARE], self._limits[1], loss, plan)
 
     def _apply(
-        self, clip: Clip, step: UnreadStep, guard: Guard | None, whole: Tensor, loss: Tensor, *, fold: bool
+        self, clip: Clip, step: UnreadStep, guard: Guard | None, slot: Slot, loss: Tensor | None, *, fold: bool
     ) -> tuple[Tensor, Exception | None]:
         """Clip, or only compute the factor if the optimizer applies it (``fold``); return the factor and the clip's error.
 
         If the clip was written by the user and there are other processes, its error is returned. Any other error is raised.
         """
         try:
-            if guard is not None:
+            if guard is not None and loss is not None:
+                whole = torch.sqrt(slot.rows[SQUARE][self._writer.index(step.columns)])
                 return guard.around(clip, step, whole, loss), None
             return clip.factor_unread(step) if fold and isinstance(clip, OneFactor) else clip.apply_unread(step), None
         except Exception as error:

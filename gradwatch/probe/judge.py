@@ -56,6 +56,9 @@ class Judge(Protocol):
     def loss_found(self, kind: str) -> None:
         """Record the kind of the loss of the first backward, such as "cross-entropy"; "" if it is not known."""
 
+    def losses_oppose(self) -> None:
+        """Record that two optimizers take turns, where the loss of one runs through what the other trains."""
+
     def grown(self, columns: Columns, facts: Facts) -> None:
         """Extend everything to the columns of parameters that were added to the model or replaced."""
 
@@ -85,6 +88,9 @@ class Judge(Protocol):
 
     def note(self, text: str) -> None:
         """Report once what gradwatch cannot do."""
+
+    def mistake(self, text: str) -> None:
+        """Report once a mistake of the program that is certain; advice names it first."""
 
     def part_failed(self, part: str, error: Exception) -> None:
         """Report that a part of gradwatch raised and is switched off; raise its error if strict."""

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from gradwatch.records import LossSource
 
 
+_USUAL_SCALE = 2.0**16  # at which a scaler begins by default
+
+
 class LossReader:
     """Reads the loss of a step: the user's own, that of a closure, or the roots of backwards (`gradwatch.probe.coming.Coming`).
 
@@ -50,6 +53,14 @@ class LossReader:
     def scaled_by(self, scaler: torch.amp.GradScaler | None) -> None:
         """Set the gradient scaler of the step under way; None when the step is over."""
         self.scaler = scaler
+
+    def scale_to_find(self) -> int:
+        """Return how often the scaler of this step may have to lower a scale that began higher than usual, at 2^16."""
+        scaler = self._scaler()
+        if scaler is None or not 0 < scaler._backoff_factor < 1:
+            return 0
+        over = math.log(max(scaler._init_scale, 1.0) / _USUAL_SCALE) / -math.log(scaler._backoff_factor)
+        return max(0, math.ceil(over))
 
     def forget(self) -> None:
         """Discard the given losses."""

@@ -5,6 +5,7 @@ If other code has patched the same attribute on top of it, it stays and only pas
 
 * `BACKWARD` (`torch.autograd.backward`): the loss, and the end of a backward.
 * `SCALER` (`torch.amp.GradScaler.step`): the loss scale, and steps that the scaler leaves out.
+* `UNSCALE` (`torch.amp.GradScaler.unscale_`): the moment from which gradients no longer have the loss scale in them.
 * `USER_NORM` and `USER_SCALE` (`torch.nn.utils.clip_grad._get_total_norm`, `_clip_grads_with_norm_`): the two halves of
   the user's `clip_grad_norm_`, so that the norm need not be computed twice.
 * `USER_CLIP` (`torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype`): gradients before the user's own
@@ -68,6 +69,9 @@ class Listener(Fallible, Protocol):
 
     def user_scales(self, total: Tensor, max_norm: float) -> None:
         """Called after the user has clipped gradients whose norm was ``total`` to ``max_norm``."""
+
+    def scaler_unscales(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+        """Called before a gradient scaler divides the gradients of this optimizer by the loss scale."""
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """Called before a gradient scaler steps this optimizer."""
@@ -276,12 +280,22 @@ def _wrap_scaler_step(original: Function, patch: Patch) -> Function:
     return step
 
 
+def _wrap_unscaling(original: Function, patch: Patch) -> Function:
+    @functools.wraps(original)
+    def unscale_(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+        tell(patch.listeners, "scaler_unscales", scaler, optimizer)
+        original(scaler, optimizer)
+
+    return unscale_
+
+
 BACKWARD = Patch("backward", torch.autograd, "backward", _wrap_backward)
 SCALER = Patch("scaler", torch.amp.GradScaler, "step", _wrap_scaler_step)
+UNSCALE = Patch("unscaling", torch.amp.GradScaler, "unscale_", _wrap_unscaling)
 USER_CLIP = Patch("user's clip", torch_clip, "_group_tensors_by_device_and_dtype", _wrap_grouping)
 USER_NORM = Patch("user's norm", torch_clip, "_get_total_norm", _wrap_total_norm)
 USER_SCALE = Patch("user's scaling", torch_clip, "_clip_grads_with_norm_", _wrap_scaling)
-ALL = (BACKWARD, SCALER, USER_CLIP, USER_NORM, USER_SCALE)
+ALL = (BACKWARD, SCALER, UNSCALE, USER_CLIP, USER_NORM, USER_SCALE)
 
 
 def clip_seen(*, before: bool) -> Clipped:

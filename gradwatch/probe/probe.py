@@ -28,7 +28,9 @@ from gradwatch.probe.loss_reader import LossReader
 from gradwatch.probe.owners import Owners
 from gradwatch.probe.peers import Peers
 from gradwatch.probe.step_recorder import StepRecorder
+from gradwatch.probe.turns import Turns
 from gradwatch.probe.update_loop import UpdateLoop
+from gradwatch.probe.user_clips import UserClips
 from gradwatch.shutdown import Failure, all_done
 
 if TYPE_CHECKING:
@@ -80,7 +82,6 @@ class Probe:
         self._loop = UpdateLoop(layers)
         self._fused = FusedSteps()
         self._left_out = self._left_out_before = 0
-        self._strange = 0  # gradients in the user's clip that do not belong to the model
         self._stepping: weakref.ref[Optimizer] | None = None
         self.owners = Owners(layers, self._grow, self._find)
         self._deepspeed = DeepSpeed(self, layers, self.owners)
@@ -95,6 +96,8 @@ class Probe:
         self.recorder = StepRecorder(
             layers, judge, self.gradient_hooks, self.losses, peers, every, own_time, investigator
         )
+        self._turns = Turns(self.owns_any, judge.losses_oppose)
+        self._user_clips = UserClips(self.owners, self.attribution, self.recorder, self._loop, judge)
         self.active = False
 
     @property
@@ -181,6 +184,8 @@ class Probe:
     def backward_ended(self, run: Run) -> None:
         """Record the losses of a backward that has ended, and make a row if no optimizer step is going to follow."""
         started = perf_counter()
+        if self._turns.watches:
+            self._guarded(self._turns.backward_ended, run.roots)
         if self.attribution.end(run, fused=bool(self._fused.parts)):
             if not self._loss_known:
                 self._loss_known = True
@@ -202,41 +207,29 @@ class Probe:
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
         """Measure the gradients that the user is about to clip, which cannot be measured unclipped later."""
         if gradients and self.recorder.needs_norms_before_clip:
-            self._guarded(self._see_clip, set(map(id, gradients)))
+            self._guarded(self._user_clips.begins, gradients)
 
-    def _see_clip(self, clipped: set[int]) -> None:
-        if self.attribution.is_elsewhere():
-            return
-        self.owners.look_at_optimizers()
-        strange = self._strangers(clipped)
-        if strange and strange != self._strange:  # they may belong to layers that were just added or unfrozen
-            self.owners.look_again()
-            self.owners.look_at_the_rest()
-            self._strange = self._strangers(clipped)
-        for owner in self.owners.current():
-            if any(id(parameter.grad) in clipped for parameter in owner.parameters):
-                self.recorder.measure_before_clip(owner)
-
-    def _strangers(self, clipped: set[int]) -> int:
-        return len(clipped - {id(one.grad) for owner in self.owners.current() for one in owner.parameters})
+    def own_clip_begins(self) -> None:
+        """Measure all gradients, which code of the user is about to clip."""
+        given = (parameter.grad for _, parameter in self._layers.measured())
+        self.user_clips([gradient for gradient in given if gradient is not None])
 
     def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """Return the total norm of gradients that the user is about to clip; None if torch has to compute it."""
         if not self.recorder.has_fast_path or not isinstance(gradients, list):
             return None
-        total: Tensor | None = self._guarded(self._share, gradients)
+        total: Tensor | None = self._guarded(self._user_clips.total_of, gradients)
         return total
-
-    def _share(self, gradients: list[Tensor]) -> Tensor | None:
-        return None if self.attribution.is_elsewhere() else self.recorder.share_norm(gradients)
 
     def user_scales(self, total: Tensor, max_norm: float) -> None:
         """Record that the user has clipped gradients of the norm ``total`` to ``max_norm``."""
-        if self.recorder.has_fast_path:
-            self._guarded(self.recorder.user_scaled, total, max_norm)
-        for owner in self.owners.current():
-            if owner.coming.before_clip is not None:
-                owner.coming.before_clip.ended()
+        self._guarded(self._user_clips.ends, total, max_norm)
+
+    def scaler_unscales(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+        """Divide the norms before the user's clip by the loss scale if that clip came before the scaler has done so."""
+        mine = self._guarded(self.owners.stepping, optimizer)
+        if mine is not None and mine.coming.before_clip is not None:
+            self._guarded(self._user_clips.unscaled, mine, scaler._get_scale_async())
 
     def scaler_steps(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """Record the gradient scaler of the coming step of an optimizer."""
@@ -250,7 +243,8 @@ class Probe:
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
             # other processes may make this step and wait for the row
-            if self._left_out >= PATIENCE or self._guarded(self.recorder.meet_peers):
+            patience = PATIENCE + (self.losses.scale_to_find() if not mine.steps else 0)
+            if self._left_out >= patience or self._guarded(self.recorder.meet_peers):
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)
             self._step_over(None)
@@ -268,6 +262,8 @@ class Probe:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Measure the gradients that the optimizer is about to use; return new arguments if it has a closure, else None."""
+        if self._turns.watches:
+            self._guarded(self._turns.stepped, optimizer)
         if len(args) == 1 and not kwargs and self._take_fast_path(optimizer):
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
@@ -305,6 +301,8 @@ class Probe:
         return changed
 
     def _take(self, mine: Gradients, source: Source, optimizer: Optimizer | None = None, returned: Any = None) -> None:
+        if mine.coming.before_clip is not None:
+            self._user_clips.unscaled(mine, getattr(optimizer, "grad_scale", None))
         if self.recorder.take(mine, source, optimizer, returned) and source != "left out by the scaler":
             self._left_out = 0
         if mine.outer is not None:
@@ -433,6 +431,7 @@ class Probe:
     def _find(self, optimizer: Optimizer) -> None:
         """Record an optimizer that owns watched layers; raise `UsageError` if it cannot be watched."""
         self._loop.optimizer_found()
+        self._turns.again()
         zero = self._layers.zero
         named = zero.inner if zero is not None and optimizer is zero.optimizer else optimizer
         self._judge.optimizer_found(type(named).__name__, family_of(named))

@@ -44,7 +44,8 @@ class Steering:
         """
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if factor is not None:
-            divisor = (1.0 if scale is None else device.moved(scale, factor.device)) / factor
+            # a reciprocal is one kernel, a quotient of a number two
+            divisor = torch.reciprocal(factor) if scale is None else device.moved(scale, factor.device) / factor
             self._lend(optimizer, "grad_scale", self._for_all_of(optimizer, divisor.to(torch.float32)))
         if skip is not None:
             found = skip.to(torch.float32)

@@ -189,6 +189,11 @@ class StepRecorder:
         if self._fast_path is not None:
             self._fast_path.scaled(total, max_norm)
 
+    def settle_norms(self) -> None:
+        """Leave the fast path if the norms before the user's clip are still with it, so that they can be changed."""
+        if self._fast_path is not None and self._fast_path.shared:
+            self._leave_fast_path()
+
     # One row.
 
     def _follow(self) -> None:

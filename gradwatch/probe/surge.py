@@ -1,31 +1,51 @@
-"""Whether a step on a device surges, decided before any rule has seen it, by the limits of the rules and the run so far."""
+"""Whether a step on a device surges, decided before any rule has seen it, by the limits of the rules and the run so far.
+
+Each line is a kernel or two on a quiet step of an armed run, so limits are squared and laid out once for each plan's norms.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+
+from gradwatch.measure.norms import on_device
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from gradwatch.autoclip.decision import DevicePlan
+    from gradwatch.records import Floats
 
 
-def surges(norms: Tensor, usual: Tensor, loss: Tensor, plan: DevicePlan) -> Tensor:
+def squared_limits(usual: Floats, plan: DevicePlan, home: torch.device) -> Tensor:
+    """Return the squared norms above which layers are far beyond the limit, and surge, on the device, shape (2, L).
+
+    Args:
+        usual: usual norms, shape (L,); NaN where they are unknown: such layers never surge.
+        plan: the limits.
+        home: the device.
+    """
+    with np.errstate(over="ignore"):
+        return on_device(np.nan_to_num(np.array([[plan.far], [plan.surge]]) * usual, nan=np.inf) ** 2, home)
+
+
+def surges(squares: Tensor, limits: Tensor, loss: Tensor, plan: DevicePlan) -> Tensor:
     """Return whether a step surges, as a bool tensor without dimensions; nothing is read on the host.
 
     It does if a layer is above the limit and the loss above its ceiling, or if a layer is far above the limit and either most
     layers are not or the loss is above its level: as for an incident of the same step on the CPU.
 
     Args:
-        norms: gradient norms of all layers before any clip, shape (L,); 0 where there is none.
-        usual: usual norms, shape (L,); NaN where they are unknown.
+        squares: squared gradient norms of all layers before any clip, shape (L,); 0 where there is none.
+        limits: the result of `squared_limits`.
         loss: loss of the step, shape (); NaN if none was seen, which counts as above.
-        plan: the limits.
+        plan: the limits of the loss.
     """
-    surge = torch.where(torch.isfinite(norms), norms / usual, math.nan)
-    far = torch.count_nonzero(surge > plan.far)
-    alone = (far > 0) & ((2 * far <= len(norms)) | ~(loss <= plan.loss_level))
-    return alone | ((surge > plan.surge).any() & ~(loss <= plan.loss_ceiling))
+    beyond = (squares > limits).sum(1)
+    far, surging = (beyond > 0).unbind()
+    level = loss <= plan.loss_level
+    # of two truth values, "greater" is one kernel for "and not"
+    alone = far > ((beyond[0] > len(squares) // 2) & level)
+    return alone | (surging > (loss <= plan.loss_ceiling))

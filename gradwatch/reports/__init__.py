@@ -10,6 +10,7 @@ import pkgutil
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
+from gradwatch.cells import is_notebook
 from gradwatch.reports.base import Report
 from gradwatch.reports.streams import is_terminal
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gradwatch.reports.live import LiveReport
     from gradwatch.reports.log import LogReport
     from gradwatch.reports.mlflow import MLflow
+    from gradwatch.reports.notebook import NotebookReport
     from gradwatch.reports.tensorboard import TensorBoard
     from gradwatch.reports.wandb import WeightsAndBiases
 
@@ -24,6 +26,7 @@ REPORTS = {
     "live": "gradwatch.reports.live:LiveReport",
     "log": "gradwatch.reports.log:LogReport",
     "mlflow": "gradwatch.reports.mlflow:MLflow",
+    "notebook": "gradwatch.reports.notebook:NotebookReport",
     "tensorboard": "gradwatch.reports.tensorboard:TensorBoard",
     "wandb": "gradwatch.reports.wandb:WeightsAndBiases",
 }
@@ -38,10 +41,10 @@ def __getattr__(name: str) -> Any:
 
 
 def report_by_name(name: str) -> Report:
-    """Return the report of this name. ``"auto"`` is the live view in a terminal and log lines elsewhere."""
+    """Return the report of this name. ``"auto"`` is a card in a notebook, the live view in a terminal, log lines elsewhere."""
     if name == "auto":
         drawable = is_terminal(sys.stderr) and os.environ.get("TERM") not in (None, "dumb", "unknown")
-        name = "live" if drawable else "log"
+        name = "notebook" if is_notebook() else "live" if drawable else "log"
     return cast("Report", pkgutil.resolve_name(REPORTS[name])())
 
 
@@ -50,6 +53,7 @@ __all__ = [
     "LiveReport",
     "LogReport",
     "MLflow",
+    "NotebookReport",
     "Report",
     "TensorBoard",
     "WeightsAndBiases",

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from gradwatch.records import Alarm, Row, Snapshot
@@ -23,6 +23,9 @@ class Report:
     """
 
     period: ClassVar[float] = math.inf
+
+    def connect(self, now: Callable[[], Snapshot]) -> None:
+        """Receive a function that returns the state of the run when it is called. Called before `start`."""
 
     def start(self) -> None:
         """Prepare for a run. Called when the monitor is attached, before the first step."""

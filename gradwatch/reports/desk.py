@@ -58,8 +58,9 @@ class ReportDesk:
         self._reports.append(log)
 
     def start(self) -> None:
-        """Call `Report.start` of all reports."""
+        """Call `Report.connect` and `Report.start` of all reports."""
         for report in tuple(self._reports):
+            self._tell(report, "connect", partial(self._snapshot, ()))
             self._tell(report, "start")
 
     def row(self, row: Row) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import weakref
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gradwatch.errors import words_of
@@ -23,14 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _SETTLING = 0.1  # longest time, in seconds, that a prompt waits for a picture to be drawn
-
-
-_feet: weakref.WeakSet[Foot] = weakref.WeakSet()
-
-
-def is_drawn_on(stream: Any) -> bool:
-    """Return True if this process already draws a picture on the terminal of ``stream``."""
-    return any(foot.draws_on(stream) for foot in list(_feet))
 
 
 class _Shared(StreamTap):
@@ -83,7 +74,6 @@ class Foot:
             for stream in (self.stream, sys.stdout, sys.stderr):
                 if same_terminal(stream, self.stream) and all(tap.stream is not stream for tap in self._taps):
                     self._taps.append(_Shared(stream, self._written, self._flushed))
-            _feet.add(self)
         except BaseException:
             self.leave()
             raise
@@ -130,6 +120,16 @@ class Foot:
             below = self._tail.below
             self._emit("\r\n" * (below + (not self._tail.blank or below > 0)) + "\r" + text)
             self.leave()
+
+    def say(self, text: str) -> None:
+        """Write whole lines above the picture, on rows of their own."""
+        if not text or os.getpid() != self._process:
+            return
+        with self._lock:
+            if not self.over:
+                tap = next(tap for tap in self._taps if tap.stream is self.stream)
+                begun = not self._tail.blank and not bars_of_tqdm()
+                self._written(tap, "\n" * begun + text)
 
     def leave(self, reason: str = "") -> None:
         """Stop drawing and restore the streams."""

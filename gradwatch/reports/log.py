@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from gradwatch.printable import printable, writable
 from gradwatch.reports.base import Report
+from gradwatch.reports.unsaid import unsaid
 
 if TYPE_CHECKING:
     from gradwatch.records import Incident, Snapshot
@@ -23,10 +24,11 @@ class LogReport(Report):
         self._stream = stream
         self._notes = 0
         self._said: dict[int, set[str]] = {}
+        self._advised: dict[str, int] = {}
 
     def start(self) -> None:
         """Forget what was written in an earlier run."""
-        self._notes, self._said = 0, {}
+        self._notes, self._said, self._advised = 0, {}, {}
 
     def step(self, snapshot: Snapshot) -> None:
         """Write the notes and the lines of changed incidents that have not been written yet."""
@@ -34,11 +36,12 @@ class LogReport(Report):
         self._notes = len(snapshot.notes)
         for incident in snapshot.news:
             said = self._said.setdefault(incident.opened_step, set())
-            new = [line for line in incident_lines(incident) if line not in said]
+            new = [line for line in incident_lines(incident, self._advised) if line not in said]
             said.update(new)
             lines += new
+        name = f"{snapshot.facts.name} | " if snapshot.facts.name else ""
         for line in lines:
-            self._write(f"gradwatch | step {snapshot.step} | {line}")
+            self._write(f"gradwatch | {name}step {snapshot.step} | {line}")
 
     def close(self, snapshot: Snapshot) -> None:
         """Write the summary, unless no step was made."""
@@ -81,12 +84,16 @@ def _write(text: str, stream: Any, tqdm: Any = None) -> None:
         flush()
 
 
-def incident_lines(incident: Incident) -> list[str]:
-    """Return the incident as printable lines: headline, evidence and advice if it is open, and what auto-clip did."""
+def incident_lines(incident: Incident, advised: dict[str, int] | None = None) -> list[str]:
+    """Return the incident as printable lines: headline, evidence and advice if it is open, and what auto-clip did.
+
+    Advice that ``advised`` holds, by text with the step of the incident on which it was given, is not repeated but referred to;
+    what is new is added to it.
+    """
     lines = [str(incident)]
     if incident.open:
         lines += [f"  {line}" for line in incident.told]
-        lines += [f"  do: {line}" for line in incident.advice]
+        lines += [f"  do: {line}" for line in unsaid(incident, {} if advised is None else advised)]
     if incident.clip is not None:
         lines.append(f"  auto-clip: {incident.clip}")
     return [printable(line) for line in lines]

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 def scalars_of(snapshot: Snapshot, worst: int) -> dict[str, float]:
     """Return the numbers to log for a snapshot, by name.
 
-    These are the global norm, the clip coefficient, the number of open incidents, and the gradient norms of the ``worst``
-    layers closest to their limits.
+    These are the global norm before and after clipping, the clip coefficient, the number of open incidents, and the gradient
+    norms of the ``worst`` layers closest to their limits.
     """
+    norm = float(snapshot.global_norm[-1]) if len(snapshot.global_norm) else float("nan")
     told = {
-        "gradwatch/global_norm": float(snapshot.global_norm[-1]) if len(snapshot.global_norm) else float("nan"),
+        "gradwatch/global_norm": norm,
+        "gradwatch/global_norm_after_clip": norm * snapshot.clip_coefficient,
         "gradwatch/clip_coefficient": snapshot.clip_coefficient,
         "gradwatch/open_incidents": float(sum(one.open for one in snapshot.incidents)),
     }

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.padding import Padding
 
 from gradwatch.reports.line import Line
+from gradwatch.reports.names import names_of
 from gradwatch.reports.standing import standing
+from gradwatch.reports.unsaid import unsaid
 from gradwatch.reports.view import SEVERITY_STYLES, STYLES, headline, number
 
 if TYPE_CHECKING:
@@ -26,12 +28,21 @@ class Summary:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
+        self.names = names_of(tuple(snapshot.layers))
 
     def __str__(self) -> str:
         text = io.StringIO()
         # lines are never wrapped; in a notebook a console would show the text at once instead of writing it to its file
         Console(file=text, width=10_000, color_system=None, legacy_windows=False, force_jupyter=False).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        from gradwatch.reports.card import card_of
+
+        return card_of(self.snapshot, live=False)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         snapshot, facts = self.snapshot, self.snapshot.facts
@@ -40,11 +51,11 @@ class Summary:
         yield Line.assemble(
             ("gradwatch ", "bold"),
             (snapshot.verdict, STYLES[snapshot.verdict]),
-            f": {snapshot.step + 1:,} steps of {facts.model} ({facts.layers} layers, {facts.parameters:,} parameters)",
+            f": {snapshot.step + 1:,} steps of {facts.called} ({facts.layers} layers, {facts.parameters:,} parameters)",
             f" with {facts.optimizer}" if facts.optimizer else "",
         )
         for line in standing(snapshot):
-            yield Line(f"  {line}", STYLES[snapshot.verdict] if snapshot.verdict == "damaged" else "")
+            yield Line(f"  {self.names.told(line)}", STYLES[snapshot.verdict] if snapshot.verdict == "damaged" else "")
         if snapshot.ending:
             yield Line(f"  the loss {snapshot.ending}", "bold" if snapshot.verdict != "healthy" else "")
         if snapshot.step >= 0:
@@ -58,27 +69,31 @@ class Summary:
             yield Line(
                 f"  auto-clip {snapshot.clipping}: {snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped"
             )
+        advised: dict[str, int] = {}
         for incident in told[:_MOST]:
-            yield from self._story(incident)
+            yield from self._story(incident, advised)
         if len(told) > _MOST:
             yield Line(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
         for incident in notices[:_MOST]:
-            yield _indented(headline(incident), 2)
+            yield _indented(headline(incident, self.names), 2)
         for note in snapshot.notes:
-            yield _indented(Line(f"note: {note}", "dim"), 2)
+            yield _indented(Line(f"note: {self.names.told(note)}", "dim"), 2)
+        if self.names.common:
+            yield Line(f"  {self.names}", "dim")
         yield Line(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
 
-    def _story(self, incident: Incident) -> RenderResult:
-        yield _indented(headline(incident), 2)
+    def _story(self, incident: Incident, advised: dict[str, int]) -> RenderResult:
+        yield _indented(headline(incident, self.names), 2)
         if len(incident.layers) > 1:
             more = f" and {len(incident.layers) - 4} more" if len(incident.layers) > 4 else ""
-            yield _indented(Line(f"left their band in this order: {', '.join(incident.layers[:4])}{more}"), 4)
+            first = ", ".join(map(self.names.short, incident.layers[:4]))
+            yield _indented(Line(f"left their band in this order: {first}{more}"), 4)
         for line in incident.told:
-            yield _indented(Line(line), 4)
+            yield _indented(Line(self.names.told(line)), 4)
         if incident.clip is not None:
-            yield _indented(Line(f"auto-clip: {incident.clip}"), 4)
-        for line in incident.advice:
-            yield _indented(Line(f"do: {line}", SEVERITY_STYLES["notice"]), 4)
+            yield _indented(Line(f"auto-clip: {self.names.told(str(incident.clip))}"), 4)
+        for line in unsaid(incident, advised):
+            yield _indented(Line(f"do: {self.names.told(line)}", SEVERITY_STYLES["notice"]), 4)
 
 
 def _indented(text: Text, by: int) -> Padding:

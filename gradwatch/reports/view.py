@@ -11,6 +11,7 @@ from rich.table import Table
 
 from gradwatch.printable import printable
 from gradwatch.reports.line import Line
+from gradwatch.reports.names import labels_of, names_of, shorten
 from gradwatch.reports.sparkline import sparkline
 from gradwatch.reports.standing import standing
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from gradwatch.records import Incident, RunVerdict, Snapshot
+    from gradwatch.reports.names import Names
 
 STYLES: dict[RunVerdict, str] = {
     "healthy": "bold green",
@@ -42,20 +44,6 @@ def number(value: float) -> str:
     if math.isinf(value):
         return "Inf"
     return f"{value:.4g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
-
-
-def shorten(name: str, width: int) -> str:
-    """Return a printable name in at most ``width`` cells, shortened in the middle so that more of the end is kept.
-
-    >>> shorten("blocks.11.mlp.up.weight", 15)
-    'bloc….up.weight'
-    """
-    name = printable(name)
-    if cell_len(name) <= width:
-        return name
-    head = max(0, (width - 1) // 3)
-    tail = max(0, width - 1 - head)
-    return f"{name[:head]}…{name[len(name) - tail :]}"
 
 
 class View:
@@ -85,6 +73,7 @@ class View:
         self.heading = heading
         self.selected = selected
         self.most = most
+        self.names = names_of(tuple(snapshot.layers))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.lines(options.max_width, console.size.height)
@@ -92,7 +81,7 @@ class View:
     def lines(self, width: int, height: int) -> Iterator[RenderableType]:
         """Yield renderables that fit a terminal of this size, with one line to spare."""
         height = min(height - 1, self.most)
-        head = [self._headline(width), *self._curves(width)]
+        head = [self.headline(width), *self._curves(width)]
         head += self._answers(width) if height >= _ROOMY else ()
         foot = [
             *self._incidents(width, most=3 if height >= 20 else 1),
@@ -106,12 +95,13 @@ class View:
             yield self._layers(width, room)
         yield from foot[: max(1, height - len(head))]
 
-    def _headline(self, width: int) -> Text:
+    def headline(self, width: int) -> Text:
+        """Return the first line: name, verdict, step, model and optimizer, as far as they fit."""
         snapshot = self.snapshot
-        line = Line.assemble(("gradwatch ", "bold"), (f"● {snapshot.verdict}", STYLES[snapshot.verdict]))
         facts, beside = snapshot.facts, standing(snapshot)
+        line = Line.assemble((_who(facts.name, width), "bold"), (f"● {snapshot.verdict}", STYLES[snapshot.verdict]))
         for part in (
-            f", {beside[0]}" if beside else "",
+            f", {self.names.told(beside[0])}" if beside else "",
             f"  step {snapshot.step:,}",
             f"  {facts.model}",
             f"  {facts.optimizer} {facts.rate:.3g}" if facts.optimizer else "",
@@ -140,21 +130,22 @@ class View:
     def _layers(self, width: int, most: int) -> Table:
         snapshot = self.snapshot
         table = Table(box=None, expand=True, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold dim")
-        table.add_column(self.heading, no_wrap=True, ratio=1)
+        name_width = max(8, width - 10 - (10 if width >= 60 else 0) - (_BAR + 8) - (40 if width >= 100 else 0))
+        table.add_column(self._list_heading(name_width), no_wrap=True, ratio=1)
         table.add_column("gradient", justify="right", no_wrap=True)
         if width >= 60:
             table.add_column("weight", justify="right", no_wrap=True)
         table.add_column("of limit", no_wrap=True, width=_BAR + 6)
         if width >= 100:
             table.add_column("sign", no_wrap=True)
-        name_width = max(8, width - 10 - (10 if width >= 60 else 0) - (_BAR + 8) - (40 if width >= 100 else 0))
+        labels = labels_of(tuple(snapshot.layers), name_width)
         first = 0 if self.selected is None else max(0, min(self.selected - most // 2, len(self.order) - most))
         for place, column in enumerate(self.order[first : first + most], first):
             share = float(snapshot.closeness[column])
             norm = float(snapshot.grad_norm[column])
             missing = math.isnan(norm) and not snapshot.nonfinite[column]
             cells: list[Text] = [
-                Line(shorten(snapshot.layers[column], name_width)),
+                Line(labels[column]),
                 Line("-" if missing else number(norm)),
             ]
             if width >= 60:
@@ -166,17 +157,21 @@ class View:
             table.add_row(*cells, style="reverse" if place == self.selected else None)
         return table
 
+    def _list_heading(self, width: int) -> str:
+        whole = f"{self.heading} · {self.names.common}…"
+        return printable(whole) if self.names.common and cell_len(whole) <= width else self.heading
+
     def _incidents(self, width: int, most: int) -> Iterator[Text]:
         found = [incident for incident in self.snapshot.incidents if incident.severity != "notice"]
         found.sort(key=lambda incident: (incident.open, incident.opened_step))
         for incident in found[-most:]:
-            yield headline(incident, width)
+            yield headline(incident, self.names, width)
             if incident.open and incident.origin is not None:
-                yield _cut(Line(f"  {incident.origin}"), width)
+                yield _cut(Line(f"  {self.names.told(str(incident.origin))}"), width)
             elif incident.open and incident.evidence and most > 1:
-                yield _cut(Line(f"  {incident.evidence[0]}"), width)
+                yield _cut(Line(f"  {self.names.told(incident.evidence[0])}"), width)
             if incident.open and incident.advice:
-                yield _cut(Line(f"  do: {incident.advice[0]}"), width)
+                yield _cut(Line(f"  do: {self.names.told(incident.advice[0])}"), width)
             elif incident.clip is not None:
                 yield _cut(Line(f"  auto-clip: {incident.clip}"), width)
 
@@ -195,14 +190,18 @@ class View:
         )
 
     def _footer(self, width: int) -> Text:
-        snapshot = self.snapshot
-        speed = snapshot.steps_per_second
-        pace = "- steps/s" if math.isnan(speed) else f"{speed:,.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
-        share = "" if math.isnan(speed) else f" ({snapshot.cost_us * speed / 1e4:.1f} %)"
-        return _cut(Line(f"{pace} · gradwatch itself {snapshot.cost_us:.0f} µs a step{share}", "dim"), width)
+        return _cut(Line(pace(self.snapshot), "dim"), width)
 
 
-def headline(incident: Incident, width: int | None = None) -> Text:
+def pace(snapshot: Snapshot) -> str:
+    """Return the speed of the training and what gradwatch takes of it."""
+    speed = snapshot.steps_per_second
+    steps = "- steps/s" if math.isnan(speed) else f"{speed:,.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
+    share = "" if math.isnan(speed) else f" ({snapshot.cost_us * speed / 1e4:.1f} %)"
+    return f"{steps} · gradwatch itself {snapshot.cost_us:.0f} µs a step{share}"
+
+
+def headline(incident: Incident, names: Names, width: int | None = None) -> Text:
     """Return an incident as one line of at most ``width`` cells: mark, kind, verdict, severity, steps, suspect.
 
     Without a width, whole and with its origin.
@@ -212,9 +211,21 @@ def headline(incident: Incident, width: int | None = None) -> Text:
     if not incident.open:
         mark, style = ("✓", "green") if incident.verdict == "resolved" else ("✗", STYLES["damaged"])
     if width is None:
-        return Line(f"{mark} {incident}", style)
+        return Line(f"{mark} {names.told(str(incident))}", style)
     left = f": {'; '.join(incident.left)}" if incident.left else ""
-    return _cut(Line(f"{mark} {incident.headline}{left}", style), width)
+    text, suspect = f"{mark} {names.told(incident.headline)}", printable(names.short(incident.suspect or ""))
+    if suspect and cell_len(text) > width and text.endswith(suspect):
+        before = text.removesuffix(suspect)
+        text = before + shorten(suspect, max(8, width - cell_len(before)))
+    return _cut(Line(text + names.told(left), style), width)
+
+
+def _who(name: str, width: int) -> str:
+    """Return what stands before the verdict, for which at least 12 of the ``width`` cells are left."""
+    room = width - len("gradwatch ● suspected ")
+    if not name:
+        return "gradwatch "
+    return f"gradwatch {shorten(name, room)} " if room >= min(8, len(name)) else f"{shorten(name, width - 12)} "
 
 
 def _bar(share: float) -> Text:

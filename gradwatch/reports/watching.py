@@ -10,6 +10,7 @@ from rich.console import Group
 
 from gradwatch.printable import printable
 from gradwatch.reports.line import Line
+from gradwatch.reports.names import names_of
 from gradwatch.reports.view import View, headline
 
 if TYPE_CHECKING:
@@ -120,12 +121,13 @@ class Watching:
         incidents = snapshot.incidents
         if not incidents:
             return [Line("no incident so far", "green")]
+        names = names_of(tuple(snapshot.layers))
         most = max(1, min(len(incidents), room // 3))
         place = min(self._place, len(incidents) - 1)
         first = max(0, min(place - most // 2, len(incidents) - most))
         lines: list[RenderableType] = [Line(f"incident {place + 1} of {len(incidents)}", "bold")]
         for number, incident in enumerate(incidents[first : first + most], first):
-            line = headline(incident, width)
+            line = headline(incident, names, width)
             if number == place:
                 line.stylize("reverse")
             lines.append(line)
@@ -134,9 +136,10 @@ class Watching:
         # advice before evidence, because a small terminal cuts off the end
         story = [(f"do: {line}", "cyan") for line in one.advice]
         story += [(f"auto-clip: {one.clip}", "")] if one.clip is not None else []
-        story += [(f"left their band in this order: {', '.join(one.layers)}", "")] if len(one.layers) > 1 else []
+        order = ", ".join(map(names.short, one.layers))
+        story += [(f"left their band in this order: {order}", "")] if len(one.layers) > 1 else []
         story += [(line, "") for line in one.told]
         for told, style in story:
-            wrapped = textwrap.wrap(printable(told), max(10, width - 4)) or [""]
+            wrapped = textwrap.wrap(printable(names.told(told)), max(10, width - 4)) or [""]
             lines += [Line(f"  {wrapped[0]}", style), *(Line(f"    {more}", style) for more in wrapped[1:])]
         return lines[:room]

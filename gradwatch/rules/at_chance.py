@@ -68,9 +68,9 @@ class AtChance(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the required improvement over the actual one, shape (1,); 0 away from chance level."""
-        if history.losses < self.min_steps or history.warming_up or not history.matrices.any():
+        if history.losses < self.min_steps or history.resting or history.warming_up or not history.matrices.any():
             return np.zeros(1)
-        chance = self._chance(history)
+        chance = history.chance_loss
         # a run that has learned nothing also began there; this test rejects most runs
         if not abs(history.reference_loss - chance) <= 2 * self.near * chance:
             return np.zeros(1)
@@ -82,7 +82,7 @@ class AtChance(Rule):
         return {
             "loss": history.loss_level(self.window)[0],
             "began": history.reference_loss,
-            "classes": math.exp(self._chance(history)),
+            "classes": math.exp(history.chance_loss),
         }
 
     def sentence(self, alarm: Alarm) -> str:
@@ -92,9 +92,3 @@ class AtChance(Rule):
             f"the loss was about {number(loss)} at step {alarm.step}, within {percent(self.near)} of guessing among "
             f"{classes:.0f} classes (ln {classes:.0f} = {number(math.log(classes))}), where it began ({number(began)})"
         )
-
-    @staticmethod
-    def _chance(history: History) -> float:
-        """Return the loss of guessing, by the number of units of the last matrix."""
-        last = int(np.argmin(np.where(history.matrices, history.order, np.inf)))
-        return math.log(max(history.sizes[last] / history.fan_in[last], 1.0))

@@ -31,7 +31,8 @@ class Dead(Rule):
     initialisation a deep unit is on or off for all inputs alike, so two standard deviations of that chance share are
     subtracted (the value reported is the difference). `value = 1` where the gradient norm of the whole layer is exactly zero
     at this step and was not above zero in any of the 48 rows before: a head that is used now and then is only idle. If it was,
-    `value` is at least half the share of zeros among these 49 rows, up to the limit. A layer without elements cannot die. It
+    `value` is at least half the share of zeros among these 49 rows, up to the limit. A layer without elements cannot die, nor
+    can a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a critic. It
     fires where `value > limit` (0.5) for `for_steps` (16) steps, and resolves once `value` was at most `release * limit`
     (0.25) for more than `keep_steps` (16) steps: a layer that wakes up for one step stays dead. Only the weights of linear
     and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead while
@@ -81,6 +82,9 @@ class Dead(Rule):
             return units
         zero = np.where(history.sizes > 0, np.mean(norms == 0, axis=0), 0.0)  # a layer without elements cannot die
         silent = (history.row.grad_norm == 0) & ~(norms > 0).any(axis=0) & (zero > 0)
+        for column in np.flatnonzero(silent & ~history.matrices).tolist():
+            if _cancels(history, column):
+                zero[column] = silent[column] = 0
         asleep: Floats = np.where(silent, 1.0, np.minimum(zero / 2, self.limit))
         return np.where(zero > 0, np.fmax(np.where(history.row.grad_norm == 0, 0.0, units), asleep), units)
 
@@ -115,3 +119,10 @@ class Dead(Rule):
         known = np.isfinite(history.dead_share)
         first = known & (history.order == np.max(history.order, where=known, initial=-1))
         return np.where(first, 0.0, 1 / np.sqrt(units))
+
+
+def _cancels(history: History, column: int) -> bool:
+    """Return whether the weights of the module that a bias or gain belongs to have a gradient."""
+    module = history.layers[column].rpartition(".")[0]
+    own = [history.layers[other].rpartition(".")[0] == module for other in np.flatnonzero(history.matrices).tolist()]
+    return bool(module) and bool((history.row.grad_norm[history.matrices][own] > 0).any())

@@ -67,7 +67,7 @@ class LossRunaway(Rule):
         beginning = history.largest_first_loss
         now, _ = median_and_mad(history.task_loss(last=8))
         before, _ = median_and_mad(history.task_loss(last=40)[:-8])
-        if abs(now) < self.moving * abs(before):
+        if history.resting or abs(now) < self.moving * abs(before):
             return np.zeros(1)
         return np.array([max(now, -now / self.downwards) / beginning if beginning > 0 else np.nan])
 

@@ -28,7 +28,10 @@ class NoTraction(Rule):
     `value = max(s, |r| / 50) / (r - m)`, infinite where `m >= r`: the smallest improvement that counts, divided by the
     improvement so far. `r` is the reference loss (median of the run's first 16 finite losses); `m` and `s` are the median
     and the scaled MAD of the last `window` (50) losses. It fires where `value > limit` (1.0) for `for_steps` (50) steps:
-    the loss has improved by less than two per cent, or by less than it varies from batch to batch.
+    the loss has improved by less than two per cent, or by less than it varies from batch to batch. It is `0` for a cross-entropy
+    of less than half that of guessing among as many classes as the last matrix has units, which is not poor. It rests where the
+    loss need not fall: where two optimizers take turns and the loss of one runs through what the other trains, and where it
+    jumps with a period, farther than an update can raise it.
 
     ## Why it is bad
     Steps are spent and nothing is learned. Possible causes are a learning rate that is zero, far too small, or so large
@@ -40,8 +43,8 @@ class NoTraction(Rule):
     the program, not in the data. Then change the learning rate by factors of three in both directions, and scale the inputs.
 
     ## When it is harmless
-    A plateau before learning starts; a resumed or pretrained model that was good from the first step; adversarial and
-    reinforcement losses, which need not fall.
+    A plateau before learning starts; a resumed or pretrained model that was good from the first step, unless its loss is a
+    cross-entropy, of which this is known.
 
     ## Source
     The first of the signs by which practitioners suspect exploding gradients: Brownlee, "Gradient clipping" (2019).
@@ -67,8 +70,10 @@ class NoTraction(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the required improvement over the actual one, shape (1,); NaN before ``min_steps`` losses."""
-        if history.losses < self.min_steps:
+        if history.losses < self.min_steps or history.resting:
             return np.array([np.nan])
+        if history.is_good_cross_entropy(history.loss_level(self.window)[0]):
+            return np.zeros(1)
         return np.array([gain_missing(history, self.window)])
 
     def numbers(self, history: History, column: int) -> dict[str, float]:

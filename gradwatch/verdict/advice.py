@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.history.in_use import usual_norms_of
+from gradwatch.wording import number
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -21,11 +24,18 @@ if TYPE_CHECKING:
 _MOST = 4
 _BORNE = 0.03  # share of its weights that an update may change in the first steps
 _LARGE = 1e3  # first loss from which targets may need scaling
+_CLIPPABLE = ("exploding", "diverging", "spike", "stalled", "vanishing")  # kinds on which a misplaced clip bears
 _DEEP = 10  # weight matrices from which a model without normalisation is deep
 
 
 def advise(
-    incident: Incident, history: History, remedies: Mapping[str, str], rate: float, *, harmless: bool = False
+    incident: Incident,
+    history: History,
+    remedies: Mapping[str, str],
+    rate: float,
+    *,
+    harmless: bool = False,
+    of_the_batch: bool = False,
 ) -> tuple[str, ...]:
     """Return at most four pieces of advice, the most likely to help first.
 
@@ -35,12 +45,18 @@ def advise(
         remedies: the remedies of rules, by code.
         rate: learning rate at which the incident opened; NaN if it is not known.
         harmless: whether the loss was not finite although every gradient of its step was zero.
+        of_the_batch: whether it opened with a loss farther up than the last update can have raised it.
     """
     lines: list[str] = []
     codes = dict.fromkeys(sign.code for sign in incident.signs)
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
-    found = _harmless() if harmless else _lines(incident, history, told, rate)
-    for line in found:
+    if incident.kind in _CLIPPABLE:
+        lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
+    if of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
+        lines.append(
+            f"Look at the batch of step {incident.opened_step}: the last update cannot have raised its loss so far."
+        )
+    for line in _harmless() if harmless else _lines(incident, history, told, rate):
         if line not in lines:
             lines.append(line)
     return tuple(lines[:_MOST])
@@ -52,6 +68,7 @@ def _lines(incident: Incident, history: History, told: Sequence[str], rate: floa
     if incident.origin is not None and incident.kind == "nonfinite":
         yield from incident.origin.advice
     if incident.kind in ("exploding", "diverging"):
+        yield from _runaway_series(incident)
         yield from _explosion(incident, history, rate)
         yield from told
         if both:
@@ -61,21 +78,44 @@ def _lines(incident: Incident, history: History, told: Sequence[str], rate: floa
         if both:
             yield from _explosion(incident, history, rate)
     elif incident.kind == "spike":
-        yield "Look at the batch of this step: a single jump that comes back is usually caused by one unusual batch."
-        if facts.clip is None and not history.clips_each_step:
-            yield 'If it happens again, clip by norm when it does: attach(model, clip="norm").'
+        yield from _spike(incident, history)
     elif incident.kind == "stalled":
-        yield from told
-        yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
-        yield f"Change the learning rate ({_at(rate)}) by factors of three in both directions."
-        if not facts.embeds:
-            yield "Scale the inputs to zero mean and unit variance."
+        yield from _stalled(facts, told, rate)
     elif incident.kind == "vanishing":
         yield from _vanishing(facts)
     elif incident.kind == "dead":
         yield from _dead(facts, rate)
     elif incident.kind == "frozen":
         yield from _frozen(history)
+
+
+def _runaway_series(incident: Incident) -> Iterator[str]:
+    if incident.period is not None:
+        yield (
+            f"Look at what the program does every {incident.period} steps: the loss jumps farther each time. If it updates a "
+            "target network, the values run away: check the discount and the end of episodes, bound the targets."
+        )
+
+
+def _spike(incident: Incident, history: History) -> Iterator[str]:
+    if incident.period is not None:
+        yield (
+            f"Look at what the program does every {incident.period} steps, such as updating a target network or changing the "
+            "task: the last update cannot have raised the loss so far. If it is meant, nothing is wrong."
+        )
+        return
+    yield "Look at the batch of this step: a single jump that comes back is usually caused by one unusual batch."
+    yield from _odd_batches(incident, history)
+
+
+def _stalled(facts: Facts, told: Sequence[str], rate: float) -> Iterator[str]:
+    yield from told
+    yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
+    yield f"Change the learning rate ({_at(rate)}) by factors of three in both directions."
+    if not facts.embeds:
+        yield "Scale the inputs to zero mean and unit variance."
+    if not told:
+        yield "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
 
 
 def _harmless() -> Iterator[str]:
@@ -94,7 +134,7 @@ def _explosion(incident: Incident, history: History, rate: float) -> Iterator[st
     if own_clip:
         clip_line = "Your own clip bounds the length of a step, and the run leaves its range all the same."
     if math.isfinite(history.first_loss) and history.first_loss > _LARGE and facts.loss in ("", "squared error"):
-        yield f"Scale the targets: the loss of the first step was {history.first_loss:.3g}, so the gradients are large too."
+        yield f"Scale the targets: the loss of the first step was {number(history.first_loss)}, so the gradients are large too."
     if of_the_rate:
         yield rate_line
         if facts.family == "adam":
@@ -117,6 +157,25 @@ def _explosion(incident: Incident, history: History, rate: float) -> Iterator[st
         yield f"Add normalisation: the model has {facts.depth} weight matrices and no normalisation."
 
 
+def _odd_batches(incident: Incident, history: History) -> Iterator[str]:
+    """Yield what keeps single odd batches from doing harm."""
+    facts = history.facts
+    if history.clips_each_step:
+        return
+    usual = usual_norms_of(history, incident.opened_step)
+    if usual is not None:
+        why = ""
+        if facts.family == "adam":
+            why = f": {facts.optimizer} makes shorter steps for long after a gradient that large"
+        bound = number(2 * usual.high, 2)
+        yield f"If such batches recur, clip each step to a norm of {bound}, twice what is usual here{why}."
+    if facts.clip is not None:
+        yield (
+            "Auto-clip leaves single batches alone, except soon after an explosion; to act on each of them: "
+            'attach(model, clip=AutoClip("norm", when="spike")).'
+        )
+
+
 def _no_cure(facts: Facts) -> str:
     why = f"because {facts.optimizer} divides gradients by their own size"
     return f"a clip does not repair a rate that is too high for long, {why}"
@@ -130,14 +189,14 @@ def _lower_rate(incident: Incident, history: History, rate: float) -> str:
     over = max((s.value for s in incident.signs if s.code == "GW305" and math.isfinite(s.value)), default=0.0)
     whose = f" of the group of {incident.suspect}" if incident.suspect and _differ(history) else ""
     if longest > _BORNE:
-        share = f"{100 * longest:.0f} %" if longest < 10 else f"{longest:.3g} times the size"
+        share = f"{100 * longest:.0f} %" if longest < 10 else f"{number(longest)} times the size"
         new = rate * min(_BORNE / longest, 1 / max(over, 1.0))
         told = f"An update was {share} of the weights in one step."
-        return f"Lower the learning rate{whose}: {new:.1g} instead of {rate:.3g}. {told}"
+        return f"Lower the learning rate{whose}: {number(new, 1)} instead of {number(rate)}. {told}"
     if over > 1:
         return (
-            f"Lower the learning rate{whose}: {rate / over:.1g} instead of {rate:.3g}. A step was to take {over:.3g} times as "
-            "much from the loss as it held."
+            f"Lower the learning rate{whose}: {number(rate / over, 1)} instead of {number(rate)}. A step was to "
+            f"take {number(over)} times as much from the loss as it held."
         )
     return f"Lower the learning rate{whose} ({_at(rate)}), or warm it up."
 
@@ -215,4 +274,4 @@ def _frozen(history: History) -> Iterator[str]:
 
 
 def _at(rate: float) -> str:
-    return f"{rate:.3g} when this began" if math.isfinite(rate) else "of its parameter group"
+    return f"{number(rate)} when this began" if math.isfinite(rate) else "of its parameter group"

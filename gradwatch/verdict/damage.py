@@ -10,6 +10,7 @@ import numpy as np
 
 from gradwatch.history.losses import EARLY
 from gradwatch.history.statistics import median, median_and_mad
+from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,9 +89,11 @@ def damage_since(history: History, before: Before, broken: str) -> tuple[str, ..
     level = level_now(history)
     high = same_task and not math.isnan(level) and level > before.ceiling
     if high:
-        now = f"{level:.3g}" if math.isfinite(level) else "not finite"
+        now = f"{number(level)}" if math.isfinite(level) else "not finite"
         then = (
-            f"it began at {before.loss:.3g}" if before.young else f"it was {before.loss:.3g} before step {before.step}"
+            f"it began at {number(before.loss)}"
+            if before.young
+            else f"it was {number(before.loss)} before step {before.step}"
         )
         found.append(f"at step {history.row.step} the loss is {now}, {then}")
     dead = dead_since(history, before) if same_task else []
@@ -111,9 +114,12 @@ def dead_since(history: History, before: Before) -> list[str]:
     return [history.layers[index] for index in np.flatnonzero(silent[: len(flowed)] & flowed).tolist()]
 
 
-def recovered_after(history: History, before: Before, start: int) -> int | None:
-    """Return the number of steps from ``start`` until the loss stayed at its level before the fault; None if no loss is kept."""
+def recovered_after(history: History, before: Before, start: int, end: int | None = None) -> int | None:
+    """Return the number of steps from ``start`` until the loss stayed at its level before the fault; None if no loss is kept.
+
+    Steps from ``end`` on are not counted; None: all are.
+    """
     losses, steps = history.loss(), history.steps()
-    losses = losses[steps >= start]
+    losses = losses[(steps >= start) & (steps < (math.inf if end is None else end))]
     above = np.flatnonzero(~(losses <= before.ceiling))
     return None if not losses.size else int(above[-1]) + 1 if above.size else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradwatch.history.statistics import median_and_mad
+from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
@@ -20,10 +21,10 @@ def how_it_stands(history: History) -> str:
         return f"is {history.row.loss} since step {history.lost_since:,}"
     level, _ = median_and_mad(history.task_loss(last=_LEVEL))
     began = history.first_loss
-    if history.losses >= _ENOUGH and level >= began - _NEAR * abs(began):
+    if history.losses >= _ENOUGH and not history.resting and level >= began - _NEAR * abs(began):
         return (
-            f"is {level:.3g}, at the level at which it began ({began:.3g})"
+            f"is {number(level)}, at the level at which it began ({number(began)})"
             if level <= began + _NEAR * abs(began)
-            else f"is {level:.3g}, above the level at which it began ({began:.3g})"
+            else f"is {number(level)}, above the level at which it began ({number(began)})"
         )
     return ""

@@ -21,6 +21,7 @@ from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
 from gradwatch.verdict.damage import Before, before_fault, damage_since, level_now, recovered_after
 from gradwatch.verdict.evidence import Evidence
+from gradwatch.verdict.recurring import Recurring
 from gradwatch.verdict.story import Story, kind_of, phase_of, severity_of
 from gradwatch.verdict.suspects import Suspects
 
@@ -39,9 +40,6 @@ _KEPT = 1000  # most incidents to keep
 class Treatment(Protocol):
     """What is done about an explosion. It keeps the incident open until the treatment ends."""
 
-    def relapses(self, step: int) -> bool:
-        """Return True if an explosion at ``step`` is a return of the previous one."""
-
     def try_to_let_go(self, step: int, calm: int) -> bool:
         """Reduce the treatment after ``calm`` calm steps; return True when the run needs no more of it."""
 
@@ -58,6 +56,9 @@ class Incidents:
         settings: the limits of the verdict.
         treatment: the treatment of explosions, which keeps them open until it has ended; None: there is none.
         broken: returns which weights and buffers are not finite, in words; empty if all are, as far as it is known.
+
+    Attributes:
+        recurring: the jumps of the loss that no update has caused.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class Incidents:
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
         self._unhealed: dict[int, Before] = {}
+        self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
+        self.recurring = Recurring()
         self._told = 0
         self._origin: Origin | None = None  # of the row that is about to be judged
         self._unknown = ""
@@ -103,13 +106,13 @@ class Incidents:
         story = self._stories.get("explosion")
         return story.incident if story else None
 
-    def treatable_explosion(self) -> Incident | None:
-        """Return the open explosion, or None if there is none or if the data or the task caused it.
+    def treatable_explosion(self, *, batches: bool = False) -> Incident | None:
+        """Return the open explosion, or None if there is none or, unless ``batches``, if the data or the task caused it.
 
         No clip lowers a loss that an update has not raised.
         """
         story = self._stories.get("explosion")
-        return None if story is None or (story.of_the_batch and not story.harmed) else story.incident
+        return None if story is None or (story.of_the_batch and not story.harmed and not batches) else story.incident
 
     @property
     def exploding(self) -> bool:
@@ -134,12 +137,33 @@ class Incidents:
             else:
                 story.firing.pop(key, None)
             touched.add(name)
-        news = []
+        news = self._end_by_another_cause(step)
         for name in list(self._stories):
             new = self._judge(name, self._stories[name], step, touched=name in touched)
             if new is not None:
                 news.append(new)
         return news + self._heal() if self._unhealed else news
+
+    def _end_by_another_cause(self, step: int) -> list[Incident]:
+        """Close the open explosion if a sign of another cause begins to fire after it is over; return it.
+
+        A step that was not finite and a surge of finite numbers have different causes, and so different advice.
+        """
+        story = self._stories.get("explosion")
+        if story is None or story.incident is None or step - story.last_fired < self._settings.apart_steps:
+            return []
+        told = [sign for sign in story.firing.values() if sign.code in self._opening]
+        nonfinite = [sign.kind == "nonfinite" for sign in told]
+        if not told or story.before is None or any(nonfinite) is (story.incident.kind == "nonfinite"):
+            return []
+        if any(nonfinite) and not all(nonfinite):
+            return []
+        if damage_since(self._history, story.before, ""):
+            return []
+        closed = self._close("explosion", story, step)
+        new = self._stories["explosion"]
+        new.signs = dict(new.firing)
+        return [closed]
 
     def _heal(self) -> list[Incident]:
         """Resolve the closed incidents whose damage is no longer there, and return them; say of the others what is left now."""
@@ -179,7 +203,7 @@ class Incidents:
         if active:
             story.last_fired = step
             story.fired_steps += 1
-            if name == "explosion" and not story.harmed and (self._relapses(step) or self._look_for_harm(story)):
+            if name == "explosion" and not story.harmed and self._look_for_harm(story):
                 story.harmed = touched = True
             if story.incident is None:
                 jumped = any(sign.kind == "spike" for sign in story.firing.values())
@@ -190,8 +214,12 @@ class Incidents:
                 story.jumped = self._has("jump", story.firing.values())
                 story.look_at = self._settings.lasting_steps
                 story.of_the_batch = step in story.odd_steps
+                story.odd_batch = story.of_the_batch or (story.jumped and is_of_the_batch(self._history))
                 story.young = self._history.losses < EARLY and story.of_the_batch
-        may_last = not story.lasting and (story.harmed or not story.young)
+                if story.of_the_batch and name == "explosion":
+                    story.recurrence = self.recurring.jumped(step, self._history.row.loss)
+                    story.lasting = story.recurrence.grows
+        may_last = not story.lasting and (story.harmed or not story.young) and not story.recurrence.routine
         if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
             story.lasting = self._compare_level(story)
             story.look_at *= 2
@@ -232,6 +260,12 @@ class Incidents:
         too_long = self._has("update", signs) or self._has("overshoot", signs)
         if not too_long and is_of_the_batch(self._history):
             story.odd_steps.add(now)
+        if (
+            story.recurrence.routine
+        ):  # the program changes its targets or data: what follows settles again, unless it breaks
+            return any(sign.kind == "nonfinite" or sign.sign == "numeric" for sign in signs) or self._has(
+                "damage", signs
+            )
         told = [sign for sign in signs if sign.step not in story.odd_steps]
         return (
             any((sign.sign == "subtle" and sign.kind != "spike") or sign.sign == "numeric" for sign in signs)
@@ -257,9 +291,6 @@ class Incidents:
 
     def _has(self, role: Role, signs: Iterable[Alarm]) -> bool:
         return any(self._role[sign.code] == role for sign in signs)
-
-    def _relapses(self, step: int) -> bool:
-        return self._treatment is not None and self._treatment.relapses(step)
 
     def _far_beyond(self, signs: Iterable[Alarm]) -> bool:
         """Return True if a surge is far beyond its limit, and either most layers do not surge so far or the loss is high.
@@ -336,13 +367,16 @@ class Incidents:
             ranks=story.ranks,
             phase=phase,
             origin=story.origin,
+            times=story.recurrence.times,
+            period=story.recurrence.period,
         )
         if before is None:
             story.rate = self._rate_of(suspect)
-        told = advise(after, self._history, self._remedies, story.rate, harmless=story.harmless)
+        odd = story.odd_batch
+        told = advise(after, self._history, self._remedies, story.rate, harmless=story.harmless, of_the_batch=odd)
         after = replace(after, advice=told)
         if before is None:
-            story.before = self._before(signs)
+            story.before = self._before_series(story, self._before(signs))
             self._make_room()
             self._told += 1
             story.place = len(self.all)
@@ -372,6 +406,22 @@ class Incidents:
             if earlier.task == before.task and earlier.loss < before.loss:
                 before = earlier
         return before
+
+    def _before_series(self, story: Story, before: Before) -> Before:
+        """Return the run before an incident, given the one before its first sign, if the incident is one of a series.
+
+        In a routine of the program, no level of the loss is known to which the loss should come back.
+        """
+        if story.recurrence.period is None:
+            self._series = [(self._told, replace(before, ceiling=max(before.ceiling, story.peak)))]
+            return before
+        if story.recurrence.grows:
+            return self._series[0][1]
+        for number, earlier in self._series:
+            if number in self._unhealed:
+                self._unhealed[number] = replace(earlier, loss=math.nan, ceiling=math.nan)
+        self._series.append((self._told, before))
+        return replace(before, loss=math.nan, ceiling=math.nan)
 
     def _replace(self, story: Story, incident: Incident) -> None:
         story.incident = incident
@@ -421,7 +471,7 @@ class Incidents:
         level = level_now(self._history)
         known = not math.isnan(before.loss) and not math.isnan(level) and clip.clipped + clip.skipped > 0
         helped = not left if known else None
-        since = recovered_after(self._history, before, clip.from_step) if helped else None
+        since = recovered_after(self._history, before, clip.from_step, clip.released_step) if helped else None
         return replace(
             clip,
             loss_before=before.loss,

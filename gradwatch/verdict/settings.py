@@ -16,11 +16,14 @@ class VerdictSettings(Settings):
     ## What it means
     Rules detect what is unusual. The verdict decides whether that is an incident. An incident closes once the run is calm:
     resolved if the loss is back near its level before the first sign, gradients arrive in each layer in which they did, and
-    weights and buffers are finite; else over, with damage, until that holds.
+    weights and buffers are finite; else over, with damage, until that holds. Jumps that the program makes with a period are not
+    measured by the loss before them: it changes its targets or its data then.
 
     ## Settings
     * `calm_steps`: number of steps without a firing alarm after which an incident closes. With auto-clip, its `hold` is used
       instead for an explosion.
+    * `apart_steps`: number of steps without a firing alarm after which a sign of another cause is an incident of its own: one of
+      NaN or infinity after an explosion of finite numbers, or the other way round.
     * `far`: factor beyond its limit at which a surge opens an incident by itself; doubled during the first 24 rows. Otherwise
       growth opens an incident only if the loss suffers too.
     * `lasting_steps`: number of steps after which a loss that is still high no longer counts as a spike. It is checked then,
@@ -39,6 +42,7 @@ class VerdictSettings(Settings):
     """
 
     calm_steps: int = Field(default=20, ge=1)
+    apart_steps: int = Field(default=8, ge=1)
     far: float = Field(default=5.0, ge=1)
     lasting_steps: int = Field(default=12, ge=4)
     brief_steps: int = Field(default=3, ge=0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.origin import Origin  # noqa: TC001  of a dataclass
 from gradwatch.records import EXPLOSION, Alarm, Incident, Kind, Phase, Severity, Verdict
+from gradwatch.verdict.recurring import Recurrence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,7 @@ class Story:
     peak: float = math.nan
     jumped: bool = False
     of_the_batch: bool = False  # opened by a jump that the last update cannot have caused
+    odd_batch: bool = False  # opened with such a jump, whether or not an update was too long as well
     young: bool = False  # of_the_batch, and opened before the run had a usual loss level
     look_at: int = 0
     level: float = math.nan
@@ -42,6 +44,7 @@ class Story:
     rate: float = math.nan  # learning rate at the opening
     harmless: bool = False  # no gradient but zero came with a loss that is not finite
     origin: Origin | None = None
+    recurrence: Recurrence = field(default_factory=Recurrence)
 
 
 def kind_of(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
@@ -63,9 +66,9 @@ def severity_of(signs: Sequence[Alarm], kind: Kind, *, harmless: bool) -> tuple[
     confirmed = "confirming" in found and bool(found & {"subtle", "growth", "numeric"})
     verdict: Verdict = "confirmed" if confirmed else "suspected"
     if any(sign.kind == "nonfinite" for sign in signs):
-        return ("notice" if harmless else "critical"), verdict
+        return ("notice", "suspected") if harmless else ("critical", verdict)
     if kind == "spike" or (kind == "stalled" and "silent" not in found):
-        return "notice", verdict
+        return "notice", "suspected"
     return ("critical" if confirmed else "warning"), verdict
 
 

@@ -396,7 +396,7 @@ class Passes(TorchDispatchMode):
 
 
 def _launches(s: StandIn, clip: Any, *, fused: bool, user_clips: bool = False) -> tuple[int, Counter[str]]:
-    """Return the launches of a quiet step with 150 gradients of two shapes, and its passes over them."""
+    """Return the launches of a quiet step with 150 gradients of two shapes once the run is settled, and its passes over them."""
     shapes = [(6, 5), (6,)]
     model = nn.ParameterList([torch.ones(shapes[number % 2]) for number in range(150)]).to("cuda")
     parameters = list(model)
@@ -422,7 +422,7 @@ def _launches(s: StandIn, clip: Any, *, fused: bool, user_clips: bool = False) -
         found.append(s.launches)
     if monitor is not None:
         monitor.detach()
-    return min(found), passes.calls
+    return found[-1], passes.calls
 
 
 @check("watching")
@@ -430,18 +430,12 @@ def a_quiet_step_takes_few_launches_and_passes(s: StandIn) -> None:
     """Beside a plain one of 150 tensors, with nothing to clip."""
     own = _launches(s, "unwatched", fused=True, user_clips=True)[0] - _launches(s, "unwatched", fused=True)[0]
     assert own == 8  # of `clip_grad_norm_`
-    most = {
-        None: own + 10,
-        "norm": own + 60,
-        "value": 150 + own + 70,
-        "layer norm": 150 + own + 70,
-        "agc": 300 + own + 80,
-    }
+    most = {None: own + 10, "norm": own + 34, "value": own + 34, "layer norm": own + 34, "agc": own + 34}
     for fused, clips in ((True, list(most)), (False, [None, "norm"])):
         plain, passes = _launches(s, "unwatched", fused=fused)
         seen = {clip: _launches(s, clip, fused=fused) for clip in clips}
         more = {clip: launches - plain for clip, (launches, _) in seen.items()}
-        assert all(more[clip] <= most[clip] for clip in clips), more
+        assert all(more[clip] <= most[clip] + 2 * (not fused) for clip in clips), more
         both = [seen[clip][1] - passes for clip in (None, "norm")]
         assert both[0] == Counter(_foreach_norm=1)
         # if the optimizer is fused, it takes the factor; otherwise there are one for the factor and one for steps left out

@@ -1,0 +1,65 @@
+"""Jumps of the loss that no update has caused and that come back with a period: targets or data that the program changes then."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_NEAR = 0.01  # share of the period within which two distances are the same, at least one step
+_MISSED = 10  # periods without a jump after which a series is over
+_GROWN = 10.0  # multiple of the first jump's loss beyond which a series is no routine of the program
+
+
+class Recurrence(NamedTuple):
+    """The place of a jump in a series of them.
+
+    Attributes:
+        times: number of jumps of the series so far, this one included.
+        period: number of steps between them; None if there is no series.
+        grows: whether the loss jumps far higher than at first.
+    """
+
+    times: int = 1
+    period: int | None = None
+    grows: bool = False
+
+    @property
+    def routine(self) -> bool:
+        """True if it is one of a series whose jumps stay at their size."""
+        return self.period is not None and not self.grows
+
+
+class Recurring:
+    """The jumps of one run so far that the last update cannot have caused.
+
+    Attributes:
+        last: place of the last jump in the series.
+    """
+
+    def __init__(self) -> None:
+        self._last = 0  # the start of the run stands before the first jump
+        self._gap: int | None = None
+        self._first_loss = 0.0
+        self._others = False  # whether the last jump was not the first
+        self.last = Recurrence()
+
+    def jumped(self, step: int, loss: float) -> Recurrence:
+        """Record a jump to ``loss`` at ``step``, and return its place.
+
+        A series begins with two distances that are the same, where that of the first jump of the run is counted from its start.
+        """
+        gap, before, known = step - self._last, self._gap, self.last.period
+        self._last, self._gap = step, gap
+        if known is not None and self._fits(gap, known):
+            self.last = Recurrence(self.last.times + 1, known, self.last.grows or loss > _GROWN * self._first_loss)
+        elif before is not None and abs(gap - before) <= max(1.0, _NEAR * before):
+            self.last = Recurrence(3 if self._others else 2, before)
+        else:
+            self.last = Recurrence()
+        if self.last.period is None:
+            self._others, self._first_loss = before is not None, loss
+        return self.last
+
+    @staticmethod
+    def _fits(gap: int, period: int) -> bool:
+        periods = round(gap / period)
+        return 1 <= periods <= _MISSED and abs(gap - periods * period) <= max(1.0, _NEAR * gap)

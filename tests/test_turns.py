@@ -1,0 +1,97 @@
+"""Two optimizers that take turns: adversarial losses need not fall, those of a joint training do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradwatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+OPPOSED = "the loss need not fall: two optimizers take turns"
+bce = nn.functional.binary_cross_entropy_with_logits
+
+
+def net(inputs: int, outputs: int) -> nn.Sequential:
+    """A small network."""
+    return nn.Sequential(nn.Linear(inputs, 32), nn.LeakyReLU(0.2), nn.Linear(32, outputs))
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Make one step."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def adversarial(first: nn.Module, second: nn.Module, one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
+    """One turn of a generator and its discriminator."""
+    real, fake = torch.randn(32, 2) + 1, first(torch.randn(32, 4))
+    step(other, bce(second(real), torch.ones(32, 1)) + bce(second(fake.detach()), torch.zeros(32, 1)))
+    step(one, bce(second(first(torch.randn(32, 4))), torch.ones(32, 1)))
+
+
+def joint(first: nn.Module, second: nn.Module, one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
+    """Both are trained by one loss."""
+    x = torch.randn(32, 4)
+    for optimizer in (one, other):
+        optimizer.zero_grad()
+    (second(first(x)) - x[:, :1]).square().mean().backward()
+    one.step()
+    other.step()
+
+
+def apart(first: nn.Module, second: nn.Module, one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
+    """Each by a loss of its own, which does not run through the other."""
+    x = torch.randn(32, 4)
+    step(one, (first(x) - x[:, :2]).square().mean())
+    step(other, (second(x[:, :2]) - x[:, :1]).square().mean())
+
+
+@pytest.mark.parametrize("watched", ["both in one", "the first", "the second"])
+@pytest.mark.parametrize(("turn", "opposed"), [(adversarial, True), (joint, False), (apart, False)])
+def test_losses_oppose_where_one_runs_through_what_the_other_trains(
+    turn: Callable[[nn.Module, nn.Module, torch.optim.Optimizer, torch.optim.Optimizer], None],
+    opposed: bool,
+    watched: str,
+) -> None:
+    """Whichever of the models is watched; it is noted once."""
+    torch.manual_seed(0)
+    both = nn.ModuleDict({"first": net(4, 2), "second": net(2, 1)})
+    first, second = both["first"], both["second"]
+    one, other = (torch.optim.Adam(part.parameters(), lr=1e-3) for part in (first, second))
+    model = {"both in one": both, "the first": first, "the second": second}[watched]
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(40):
+            turn(first, second, one, other)
+        assert sum(note.startswith(OPPOSED) for note in monitor.notes) == opposed
+
+
+def test_a_pair_of_other_models_says_nothing_about_this_one() -> None:
+    """They are trained in the same process."""
+    torch.manual_seed(0)
+    first, second, mine = net(4, 2), net(2, 1), net(4, 1)
+    one, other, own = (torch.optim.Adam(part.parameters(), lr=1e-3) for part in (first, second, mine))
+    with gradwatch.attach(mine, report=None, strict=True) as monitor:
+        for _ in range(40):
+            adversarial(first, second, one, other)
+            x = torch.randn(32, 4)
+            step(own, (mine(x) - x[:, :1]).square().mean())
+        assert not [note for note in monitor.notes if note.startswith(OPPOSED)]
+
+
+def test_a_healthy_adversarial_training_is_not_called_stalled_or_diverging() -> None:
+    """And nobody is told to overfit one batch."""
+    torch.manual_seed(0)
+    both = nn.ModuleDict({"first": net(4, 2), "second": net(2, 1)})
+    one, other = (torch.optim.Adam(part.parameters(), lr=1e-3, betas=(0.5, 0.999)) for part in both.values())
+    with gradwatch.attach(both, report=None, strict=True) as monitor:
+        for _ in range(400):
+            adversarial(both["first"], both["second"], one, other)
+        assert not {incident.kind for incident in monitor.incidents} & {"stalled", "diverging"}
+        assert monitor.verdict == "healthy"
