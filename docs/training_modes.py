@@ -71,10 +71,10 @@ at the `step` of DeepSpeed's optimizer. `tests/frameworks/test_deepspeed.py` tra
 against DeepSpeed's own `safe_get_full_grad` and `safe_get_full_fp32_param`; norms agree within 1e-5. Nothing is gathered: the one
 sum of each step is all that is sent.
 
-| stage | gradients | weights | a step that auto-clip leaves out |
+| stage | gradients | weights | a step that is left out |
 |---|---|---|---|
-| 0, float32 | `grad`, as of any torch optimizer | as of any model | left out; the engine does not count it |
-| 0, bfloat16 | `grad` | bfloat16 | dropped as after an overflow: in `skipped_steps`, the schedule waits |
+| 0, float32 | `grad` | float32 | counts in `skipped_steps`, and the schedule waits, as after an overflow |
+| 0, bfloat16 | `grad` | bfloat16 | as above |
 | 1, 2 | the fragments that each process holds | the optimizer's float32 copies | as above |
 | 1, bfloat16 accumulated in float32 | whole, from the optimizer's buffers | the optimizer's float32 copies | as above |
 | 3 | the parts that each process holds | the optimizer's float32 copies; of frozen layers, the parts | as above |

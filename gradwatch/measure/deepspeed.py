@@ -83,7 +83,11 @@ def _unknown(optimizer: Any) -> str | None:
 
 def zero_of(model: nn.Module) -> Zero | None:
     """Return what DeepSpeed's own optimizer of a model holds; None if there is none, as in stage 0 with float32."""
-    engine = engine_of(model)
+    return zero_under(engine_of(model))
+
+
+def zero_under(engine: Any) -> Zero | None:
+    """Return what the own optimizer of a DeepSpeed engine holds; None if there is no engine, or a torch optimizer under it."""
     if engine is None or engine.optimizer is None or isinstance(engine.optimizer, torch.optim.Optimizer):
         return None
     kind = _KINDS.get(type(engine.optimizer).__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from gradwatch.errors import UsageError
-from gradwatch.measure.deepspeed import Zero, zero_of
+from gradwatch.measure.deepspeed import Zero, engine_of, zero_under
 from gradwatch.measure.norms import unfit
 from gradwatch.measure.wrappers import local_of, own_name, plain_name, unwrapped, whole_shapes
 from gradwatch.records import Facts
@@ -58,7 +58,9 @@ class Layers:
         self._ends: list[torch.device] = []  # where the first and the last parameter lie
         self._home = torch.device("cpu")
         self._columns: dict[int, int] = {}
-        self.zero: Zero | None = zero_of(model)
+        self.zero: Zero | None = None
+        self._engine: weakref.ref[nn.Module] | None = None
+        self.meet_zero()
         self.look_again()
         if not any(parameter.requires_grad for _, parameter in self.parameters()):
             raise UsageError(
@@ -159,11 +161,17 @@ class Layers:
         return local_of(parameter) if self.zero is None else self.zero.weight(parameter)
 
     def meet_zero(self) -> bool:
-        """Look for DeepSpeed's own optimizer, which may have been made after the monitor; return whether there is one."""
+        """Look for DeepSpeed, which may have been started after the monitor; return whether it has an optimizer of its own."""
         model = self._model()
-        self.zero = zero_of(model) if model is not None else None
+        engine = engine_of(model) if model is not None else None
+        self.zero, self._engine = zero_under(engine), weakref.ref(engine) if engine is not None else None
         self._ends = []
         return self.zero is not None
+
+    def are_stepped_by_engine(self, optimizer: Optimizer) -> bool:
+        """Return whether a DeepSpeed engine trains the model and steps this optimizer."""
+        engine: Any = self._engine() if self._engine is not None else None
+        return engine is not None and engine.optimizer is optimizer
 
     def take_untold(self) -> list[str]:
         """Return the sentences about what was left out that nobody has asked for yet."""

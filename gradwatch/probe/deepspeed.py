@@ -1,4 +1,4 @@
-"""The steps of DeepSpeed's own optimizers: a patch of their ``step``, and gradients that are not in ``grad``.
+"""The steps of DeepSpeed's own optimizers, by a patch of their ``step``.
 
 The optimizer is patched rather than the engine, since Trainers call ``engine.step()`` inside their own backward. What it holds is
 known by `gradwatch.measure.deepspeed`.
@@ -11,30 +11,20 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.errors import UsageError, words_of
+from gradwatch.errors import UsageError
 from gradwatch.measure.deepspeed import refusal
-from gradwatch.measure.layers import family_of
-from gradwatch.probe.backwards import parameters_behind
-from gradwatch.probe.gradients import Gradients
 from gradwatch.probe.patches import Patch, tell
-from gradwatch.skipping import Skip
+from gradwatch.probe.zero_gradients import ZeroGradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
+    from torch import Tensor
 
-    from gradwatch.measure.deepspeed import Zero
     from gradwatch.measure.layers import Layers
-    from gradwatch.measure.norms import NormPlan
-    from gradwatch.probe.coming import Loss
     from gradwatch.probe.optimizer_hooks import StepListener
     from gradwatch.probe.owners import Owners
     from gradwatch.probe.patches import Function
-    from gradwatch.skipping.skip import Told
 
 _LOOKS = (
     4  # steps of other optimizers after which DeepSpeed is looked for, which may have been started after the monitor
@@ -115,7 +105,7 @@ class DeepSpeed:
         probe, zero = self._probe(), self._layers.zero
         if probe is None or zero is None or zero.optimizer is not optimizer:
             return False
-        probe.before_step(optimizer, (optimizer,), {})
+        probe.before_step_without_hook(optimizer)
         mine = self._owners.known(optimizer)
         return isinstance(mine, ZeroGradients) and mine.skip.discards()
 
@@ -148,101 +138,3 @@ def _wrap_step(original: Function, patch: Patch) -> Function:
         return result
 
     return step
-
-
-class ZeroSkip(Skip):
-    """Leaves out steps of one of DeepSpeed's optimizers, as it does itself after an overflow: the engine counts them."""
-
-    def __init__(self, zero: Zero) -> None:
-        self._from = zero
-        self._told: Told | None = None
-        self._reason = ""
-
-    def leave_out(self, told: Told) -> None:
-        """Leave out the step that is about to be made."""
-        self._told, self._reason = told, ""
-
-    def expect(self) -> None:
-        """Do nothing: a step is never left out in its middle."""
-
-    def discards(self) -> bool:
-        """Drop the gradients instead of making the step, if it is to be left out; return whether it is."""
-        if self._told is not None:
-            try:
-                self._from.discard()
-            except Exception as error:
-                self._reason = f"DeepSpeed's gradients could not be dropped: {words_of(error)}"
-        return self._told is not None
-
-    def end(self, *, late: bool = False) -> None:
-        """Report whether the step was left out."""
-        told, self._told = self._told, None
-        if told is not None:
-            told("its step raised" if late else self._reason)
-
-
-class ZeroGradients(Gradients):
-    """The gradients of one of DeepSpeed's optimizers, as this process holds them at its step."""
-
-    skip: ZeroSkip
-
-    def __init__(
-        self,
-        zero: Zero,
-        pairs: list[tuple[int, nn.Parameter]],
-        layers: int,
-        groups: list[int],
-        total: int,
-        optimizer: Optimizer,
-        model: nn.Module | None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(pairs, layers, groups, total, optimizer, model, **settings)
-        self._engine = zero
-        self._ids = {id(one) for one in self.parameters}
-        self._read = zero.reader(self.parameters)
-        self.family = family_of(zero.inner)
-        self.skip = ZeroSkip(zero)
-        self.sharded = True
-        self.hidden = zero.hides
-
-    def is_stale(self, optimizer: Optimizer) -> bool:
-        """Return whether this was made for another optimizer: DeepSpeed's keep their parameters."""
-        return self.optimizer is None or self.optimizer() is not optimizer
-
-    def present(self) -> tuple[list[Tensor], NDArray[np.intp], NormPlan | None]:
-        """Return the parts of gradients that this process holds; see `Gradients.present`."""
-        if self._read is None:
-            return super().present()
-        there = self._read()
-        return self.planned(there, self.columns) if there else ([], self.columns[:0], None)
-
-    def with_gradient(self) -> list[nn.Parameter]:
-        """Return the parameters whose gradients `present` returns."""
-        return super().with_gradient() if self._read is None else self.parameters
-
-    def columns_with_gradient(self) -> frozenset[int]:
-        """Return the columns of the parameters that have a gradient."""
-        return super().columns_with_gradient() if self._read is None else frozenset(self.columns.tolist())
-
-    def clips_to(self) -> float | None:
-        """Return the norm that DeepSpeed itself clips to after the measurement; None if it does not."""
-        return self._engine.clips_to
-
-    def is_behind(self, roots: Any) -> bool:
-        """Return whether a backward from ``roots`` has reached the parameters, whose gradients are gone from ``grad`` by now."""
-        return self._engine.runs_backward or any(id(one) in self._ids for one in parameters_behind(roots))
-
-    def own(self, losses: list[Loss]) -> list[Loss]:
-        """Return losses as their gradients count: DeepSpeed divides those of a plain ``loss.backward()`` by their number."""
-        if self._engine.runs_backward or self._engine.accumulates == 1:
-            return losses
-        return [loss / self._engine.accumulates for loss in losses]
-
-
-class Inside(Gradients):
-    """No gradients: those of the torch optimizer inside DeepSpeed's, which holds parameters of DeepSpeed alone."""
-
-    def is_stale(self, optimizer: Optimizer) -> bool:
-        """Return whether this was made for another optimizer. DeepSpeed hands its groups out one at a time."""
-        return self.optimizer is None or self.optimizer() is not optimizer

@@ -63,6 +63,7 @@ class Gradients:
         hidden: True if gradients are not in ``grad`` when a backward is over.
     """
 
+    skips: type[Skip] = Skip
     hidden = False
 
     def __init__(
@@ -101,7 +102,7 @@ class Gradients:
         self._planned: list[bool] | None = None  # which gradients the plan is for; None: all
         self._rates: list[float] = []
         self._rate = np.full(layers, np.nan)
-        self.skip = Skip(optimizer, model) if optimizer is not None else None
+        self.skip = self.skips(optimizer, model) if optimizer is not None else None
         self.steering = Steering()
 
     def count_step(self) -> None:

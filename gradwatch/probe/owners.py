@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from torch.optim import Optimizer
 
 from gradwatch.probe.coming import Coming, united
-from gradwatch.probe.deepspeed import Inside, ZeroGradients
 from gradwatch.probe.gradients import Gradients
+from gradwatch.probe.zero_gradients import EngineGradients, Inside, ZeroGradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,7 +180,9 @@ class Owners:
         if zero is not None and optimizer is zero.optimizer:
             return zero.parameters, partial(ZeroGradients, zero)
         held = [(one, number) for number, group in enumerate(optimizer.param_groups) for one in group["params"]]
-        return held, Inside if zero is not None and optimizer is zero.inner else Gradients
+        if zero is not None and optimizer is zero.inner:
+            return held, Inside
+        return held, EngineGradients if self._layers.are_stepped_by_engine(optimizer) else Gradients
 
     def _hand_over(self, before: list[Gradients], mine: Gradients) -> None:
         columns, layers = frozenset(mine.columns.tolist()), len(self._layers)

@@ -268,6 +268,10 @@ class Probe:
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
 
+    def before_step_without_hook(self, optimizer: Any) -> None:
+        """Measure the gradients that an optimizer without torch's hooks is about to use."""
+        self._guarded(self._prepare, optimizer, (optimizer,), {})
+
     def _take_fast_path(self, optimizer: Optimizer) -> bool:
         """Record a step on the fast path; return False if it is unusual in any way and has to be prepared as usual."""
         if (

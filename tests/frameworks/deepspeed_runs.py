@@ -244,7 +244,7 @@ def train(setup: Setup, *, watch: bool = True, look: bool = True) -> dict[str, A
     policy = gradwatch.AutoClip(setup.clip, hold=5) if setup.clip else None
     first = gradwatch.attach(model, clip=policy, report=None, strict=True) if setup.more == "attached first" else None
     engine = engine_for(setup, model)
-    untouched = type(engine.optimizer).step, vars(engine.optimizer).get("step")
+    untouched = type(engine.optimizer).step, sorted(vars(engine.optimizer))
     monitor = first
     if watch and first is None:
         inner = setup.more == "inner model"
@@ -264,7 +264,7 @@ def train(setup: Setup, *, watch: bool = True, look: bool = True) -> dict[str, A
     seen = {
         "truth": {name: getattr(truth, name) for name in ("grads", "weights", "losses", "moves")},
         "optimizer": type(engine.optimizer).__name__,
-        "restored": (type(engine.optimizer).step, vars(engine.optimizer).get("step")) == untouched,
+        "restored": (type(engine.optimizer).step, sorted(vars(engine.optimizer))) == untouched,
         "counts": dict(counts),
         "skipped steps": engine.skipped_steps,
         "scheduled": engine.lr_scheduler.last_epoch,
@@ -328,7 +328,7 @@ def under_the_trainer(stage: int) -> dict[str, Any]:
 
     monitors = []
 
-    class Watch(TrainerCallback):
+    class Watch(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             monitors.append(gradwatch.attach(kwargs["model"], report=None, strict=True))
 
