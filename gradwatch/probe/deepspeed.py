@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gradwatch.errors import UsageError
 from gradwatch.measure.deepspeed import refusal
 from gradwatch.probe.patches import Patch, tell
-from gradwatch.probe.zero_gradients import ZeroGradients
+from gradwatch.probe.zero_gradients import EngineSkip, ZeroGradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +59,10 @@ class DeepSpeed:
             self._listen(owner, "step", _wrap_step)
 
     def stop(self) -> None:
-        """Remove the patches."""
+        """Remove the patches, and what says of an optimizer that its last step was left out."""
+        for owner in self._owners.current() if self._patches else ():
+            if isinstance(owner.skip, EngineSkip):
+                owner.skip.unmark()
         for patch in self._patches:
             patch.remove(self)
         self._patches.clear()

@@ -127,17 +127,21 @@ class EngineSkip(Skip):
     _marked = False
 
     def end(self, *, late: bool = False) -> None:
-        """Restore everything after the step, as `Skip` does, and let the engine count it; the next step takes that back."""
+        """Restore everything after the step, as `Skip` does, and let the engine count it; before the next one, take that back."""
         leaving = self.busy
         super().end(late=late)
+        if late:
+            self.unmark()
+        elif leaving and not self.busy and not self._reason:
+            optimizer: Any = self._optimizer()
+            optimizer.overflow = self._marked = True
+
+    def unmark(self) -> None:
+        """Take back that a step was left out, which the engine has read by now."""
         optimizer: Any = self._optimizer()
-        if optimizer is None or self.busy:
-            return
-        if leaving and not late and not self._reason:
-            optimizer.overflow, self._marked = True, True
-        elif self._marked:
+        if self._marked and optimizer is not None:
             del optimizer.overflow
-            self._marked = False
+        self._marked = False
 
 
 class EngineGradients(Gradients):

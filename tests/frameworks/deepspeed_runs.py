@@ -71,6 +71,7 @@ MODES = [
     *[Setup(f"stage {stage}, frozen layers", stage, more="frozen") for stage in (2, 3)],
     *[Setup(f"stage {stage}, gradient_clipping", stage, more="clipping") for stage in (0, 1, 3)],
     *[Setup(f"stage {stage}, optimizer on the host", stage, more="offload") for stage in (2, 3)],
+    *[Setup(f"stage {stage}, AdamW", stage, more="AdamW") for stage in (0, 1, 3)],
     Setup("stage 2, attached before DeepSpeed", 2, more="attached first"),
     Setup("stage 3, attached before DeepSpeed", 3, more="attached first"),
 ]
@@ -83,6 +84,8 @@ EVENTS = [
     Setup("nan, accumulation", 2, False, 2, "nan", "norm"),
     Setup("nan, float32 sums", 1, True, 1, "nan", "norm", "float32"),
 ]
+FAILURE = Setup("gradwatch fails", 3, event="gradwatch fails")
+ALONE = [Setup(f"alone, stage {stage}", stage) for stage in range(4)]
 
 
 def plain() -> nn.Sequential:
@@ -209,7 +212,9 @@ def engine_for(setup: Setup, model: nn.Module) -> Any:
     groups: Any = trained
     if setup.more == "groups":
         groups = [{"params": trained[:3]}, {"params": trained[3:], "lr": LR / 2}]
-    optimizer = torch.optim.SGD(groups, lr=LR)
+    optimizer: Any = torch.optim.SGD(groups, lr=LR)
+    if setup.more == "AdamW":
+        optimizer = torch.optim.AdamW(groups, lr=LR)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     return deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings(setup), model_parameters=trained
@@ -236,26 +241,34 @@ def backward(setup: Setup, engine: Any, step: int) -> float:
     return total
 
 
+def of_steps(optimizer: Any) -> tuple[Any, ...]:
+    """Return what gradwatch changes of an optimizer while it watches."""
+    return type(optimizer).step, vars(optimizer).get("step"), "overflow" in vars(optimizer)
+
+
 def train(setup: Setup, *, watch: bool = True, look: bool = True) -> dict[str, Any]:
     """Train; return what was seen."""
     model = plain()
     if setup.more == "frozen":
         model[2].requires_grad_(False)
     policy = gradwatch.AutoClip(setup.clip, hold=5) if setup.clip else None
+    strict = setup.event != "gradwatch fails"
     first = gradwatch.attach(model, clip=policy, report=None, strict=True) if setup.more == "attached first" else None
     engine = engine_for(setup, model)
-    untouched = type(engine.optimizer).step, sorted(vars(engine.optimizer))
+    untouched = of_steps(engine.optimizer)
     monitor = first
     if watch and first is None:
         inner = setup.more == "inner model"
         watched, optimizer = (model, None) if inner else (engine, engine.optimizer)
-        monitor = gradwatch.attach(watched, optimizer, clip=policy, report=None, strict=True)
+        monitor = gradwatch.attach(watched, optimizer, clip=policy, report=None, strict=strict)
     with Traffic() as counts:
         truth = Truth(model, counts)
-        for step in range({"": STEPS, "nan": 8, "explodes": 40}[setup.event]):
+        for step in range({"nan": 8, "explodes": 40}.get(setup.event, STEPS)):
             loss = backward(setup, engine, step)
             if look:
                 truth.before_step(loss)
+            if setup.event == "gradwatch fails" and step == 3 and dist.get_rank() == 1 and monitor is not None:
+                monitor._probe.recorder._sampling.take = None  # type: ignore[method-assign, assignment]
             engine.step()
             if look:
                 truth.after_step()
@@ -264,7 +277,7 @@ def train(setup: Setup, *, watch: bool = True, look: bool = True) -> dict[str, A
     seen = {
         "truth": {name: getattr(truth, name) for name in ("grads", "weights", "losses", "moves")},
         "optimizer": type(engine.optimizer).__name__,
-        "restored": (type(engine.optimizer).step, sorted(vars(engine.optimizer))) == untouched,
+        "restored": of_steps(engine.optimizer) == untouched,
         "counts": dict(counts),
         "skipped steps": engine.skipped_steps,
         "scheduled": engine.lr_scheduler.last_epoch,
@@ -366,6 +379,20 @@ def under_the_trainer(stage: int) -> dict[str, Any]:
     return _seen(monitors[0]) | {name: [float(log[name]) for log in logs] for name in ("grad_norm", "loss")}
 
 
+def damaged() -> str:
+    """Return what the guard of checkpoints says of a model whose empty parameters hide a NaN, under stage 3."""
+    engine = engine_for(Setup("", 3), plain())
+    monitor = gradwatch.attach(engine, report=None, strict=True)
+    backward(Setup("", 3), engine, 0)
+    engine.step()
+    well = monitor.checkpoint_guard().reason
+    next(engine.module.parameters()).ds_tensor.view(-1)[0] = math.nan
+    reason = monitor.checkpoint_guard().reason
+    monitor.detach()
+    engine.destroy()
+    return well or reason
+
+
 def refused() -> str:
     """Return what a clip is told that needs whole layers."""
     engine = engine_for(Setup("", 2), plain())
@@ -381,7 +408,9 @@ def see() -> dict[str, Any]:
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     found: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        for setup in MODES + EVENTS:
+        if dist.get_world_size() == 1:
+            return {setup.name: train(setup) for setup in ALONE} | {"damaged": damaged()}
+        for setup in [*MODES, *EVENTS, FAILURE]:
             found[setup.name] = {**train(setup), "setup": asdict(setup)}
         for stage in range(4):
             setup = Setup("", stage)

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed")
 pytest.importorskip("transformers", reason="needs the extra `frameworks`")
 pytest.importorskip("accelerate", reason="needs the extra `frameworks`")
-from tests.frameworks.deepspeed_runs import EVENTS, LR, MODES, STEPS, Setup
+from tests.frameworks.deepspeed_runs import ALONE, EVENTS, FAILURE, LR, MODES, STEPS, Setup
 from tests.torchrun import played
 
 pytestmark = pytest.mark.filterwarnings("default")  # DeepSpeed's own
@@ -59,7 +59,7 @@ def test_rows_agree_with_whole_gradients(setup: Setup, seen: Seen) -> None:
     left = np.minimum(1.0, 0.1 / np.array(first["global"])) if setup.more == "clipping" else [1.0] * (STEPS - from_step)
     np.testing.assert_allclose(first["coefficients"], left, rtol=1e-5)
     assert not any(first["skipped"])
-    assert first["family"] == "sgd"
+    assert first["family"] == ("adam" if setup.more == "AdamW" else "sgd")
     assert first["notes"] == []
     assert first["restored"]
 
@@ -123,6 +123,41 @@ def test_a_step_that_is_not_finite_is_left_out_as_after_an_overflow(setup: Setup
     assert one["skipped steps"] == 1
     assert one["scheduled"] == 7
     assert one["restored"]
+
+
+def test_a_failure_of_gradwatch_in_one_process_stops_nobody(seen: Seen) -> None:
+    """Training goes on in both, and each says what happened."""
+    first, second = seen[FAILURE.name]
+    same([first, second], "parameters", "norms")
+    assert len(first["norms"]) == 3
+    assert first["skipped steps"] == 0
+    assert min(first["truth"]["moves"]) > 0
+    assert "failed in another process" in first["notes"][0]
+    assert "TypeError" in second["notes"][0]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Trainings in one process."""
+    found: dict[str, Any] = played(tmp_path_factory, 1, "tests.frameworks.deepspeed_runs", patience=300)[0]
+    return found
+
+
+@pytest.mark.parametrize("setup", ALONE, ids=by_name)
+def test_one_process_alone_is_watched_too(setup: Setup, alone: dict[str, Any]) -> None:
+    """Against the same calls of DeepSpeed."""
+    one = alone[setup.name]
+    np.testing.assert_allclose(one["norms"], one["truth"]["grads"], rtol=1e-5)
+    np.testing.assert_allclose(one["weights"], one["truth"]["weights"], rtol=1e-5)
+    np.testing.assert_allclose(one["losses"], one["truth"]["losses"], rtol=1e-5)
+    assert one["processes"] == 1
+    assert one["notes"] == []
+    assert one["restored"]
+
+
+def test_a_parameter_that_is_empty_while_it_is_not_in_use_is_read_where_it_is(alone: dict[str, Any]) -> None:
+    """The guard of checkpoints sees the NaN in the part."""
+    assert "parameter 0.weight holds 1 NaN" in alone["damaged"]
 
 
 def test_a_clip_that_needs_whole_layers_is_refused(seen: Seen) -> None:
