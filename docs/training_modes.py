@@ -86,11 +86,11 @@ sum of each step is all that is sent.
 * Which process made a gradient that is not finite is unknown at stages 1 to 3, where gradients of all processes are mixed before they
   can be seen; a loss that is not finite names its rank. Dead units are unknown at stages 2 and 3, and at 1 unless gradients are
   accumulated in float32. The operation that made a NaN is not looked for.
-* What is attached before `deepspeed.initialize` misses the first step.
+* What is attached before `deepspeed.initialize` misses the first step, and at stage 0 the engine does not count a step left out.
 * With `offload_optimizer`, gradients and weights are measured on the host, but auto-clip is refused: DeepSpeed clips there by norms
   that it has taken before.
-* Refused, with the reason: float16 and its loss scale, pipelines, tensor, expert and sequence parallelism, MiCS, ZenFlow and
-  SuperOffload, and versions of DeepSpeed whose optimizers hold something else (0.19.8 was tested; on the CPU, not on a GPU).
+* Refused, with the reason: float16 and its loss scale, pipelines, tensor, expert and sequence parallelism,
+  `round_robin_gradients`, Muon, ZenFlow and SuperOffload, and versions of DeepSpeed whose optimizers hold something else (0.19.8 was tested; on the CPU, not on a GPU).
 
 ### Deciding together
 

@@ -17,7 +17,7 @@ from gradwatch.clips import CLIPS, Clip
 from gradwatch.device import unreadable
 from gradwatch.distributed.group import is_first
 from gradwatch.errors import RunLogError, UsageError, did_you_mean, shown
-from gradwatch.measure.deepspeed import is_deepspeeds, zero_of
+from gradwatch.measure.deepspeed import OFFLOADED, is_deepspeeds, zero_of
 from gradwatch.measure.layers import Layers
 from gradwatch.measure.wrappers import is_dtensor, is_fully_sharded, unmeasurable
 from gradwatch.monitor import Monitor, attached, monitor_of
@@ -335,10 +335,7 @@ def _check_clip(clip: Clip, monitor: Monitor, model: nn.Module) -> None:
     clip.check(monitor.history.layers)
     zero = zero_of(model)
     if zero is not None and zero.offloads:
-        raise UsageError(
-            f"attach() got clip={clip}, but DeepSpeed keeps the gradients of this {type(model).__name__} on the host or on disk "
-            "(offload_optimizer), with norms of its own that a clip would not change. Leave out clip, or offload_optimizer."
-        )
+        raise UsageError(f"attach() got clip={clip}, but {OFFLOADED}. Leave out clip here, or offload_optimizer there.")
     if clip.needs_whole_layers and (is_fully_sharded(model) or any(is_dtensor(p) for p in model.parameters())):
         raise UsageError(
             f"{clip} needs whole layers, and each process holds parts of those of this {type(model).__name__}. "

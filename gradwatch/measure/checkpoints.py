@@ -12,7 +12,7 @@ from torch import distributed as dist
 from gradwatch import device
 from gradwatch.measure.deepspeed import is_partitioned, part_of
 from gradwatch.measure.norms import count_nonfinite, norm_of, unfit
-from gradwatch.measure.wrappers import local_of, plain_name
+from gradwatch.measure.wrappers import local_of, plain_name, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -106,6 +106,7 @@ def buffers_are_bad(model: nn.Module, home: torch.device) -> Tensor:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    model = unwrapped(model)
     named = [("parameter", *one) for one in model.named_parameters()] + [
         ("buffer", *one) for one in model.named_buffers()
     ]

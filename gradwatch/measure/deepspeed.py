@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     Read = Callable[[], list[Tensor] | None]
 
+OFFLOADED = "DeepSpeed keeps the gradients on the host or on disk (offload_optimizer), with norms of its own that a clip would not change"
+
 
 def is_engine(model: nn.Module) -> bool:
     """Return whether a model is a DeepSpeed engine."""
@@ -54,6 +56,8 @@ def refusal(model: nn.Module) -> str | None:
         "DeepSpeed's pipeline stages hold different layers": _has_stages(engine),
         "DeepSpeed splits layers over processes by tensor, expert or sequence parallelism": parallel,
         "DeepSpeed scales the loss for float16 (bfloat16 and float32 are watched)": _scales_loss(engine),
+        "DeepSpeed's round_robin_gradients puts gradients elsewhere than its own map says": _deals_out(optimizer),
+        "DeepSpeed's Muon puts updates in the place of gradients before its step": _has_muon(optimizer),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     return reason or (None if isinstance(optimizer, torch.optim.Optimizer) else _unknown(optimizer))
@@ -69,6 +73,14 @@ def _scales_loss(engine: Any) -> bool:
         getattr(engine.optimizer, "torch_autocast_gradscaler", None),
     )
     return bool(engine.fp16_enabled()) or any(one is not None for one in scalers)
+
+
+def _deals_out(optimizer: Any) -> bool:
+    return bool(getattr(optimizer, "round_robin_gradients", False))
+
+
+def _has_muon(optimizer: Any) -> bool:
+    return any(group.get("use_muon", False) for group in getattr(optimizer, "param_groups", ()))
 
 
 def _unknown(optimizer: Any) -> str | None:

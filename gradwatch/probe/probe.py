@@ -15,6 +15,7 @@ import torch
 
 from gradwatch import device
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
+from gradwatch.measure.deepspeed import OFFLOADED
 from gradwatch.measure.layers import facts_of, family_of
 from gradwatch.measure.readback import PATIENCE
 from gradwatch.measure.wrappers import unmeasurable
@@ -329,10 +330,7 @@ class Probe:
         if mine is None:
             self._loop.stepped_in_vain(self.attribution.backwards)
             if self._deepspeed.appears():
-                self.recorder.grow(set(range(len(self._layers))))
-                self.gradient_hooks.grow()
-                for owner in self.owners.current():  # the step under way was not seen to begin
-                    self._used(owner)
+                self._meet_deepspeed()
         if mine is None or self._is_inside_another(optimizer):
             return None
         mine.restore(late=True)
@@ -356,6 +354,15 @@ class Probe:
         self.recorder.skipping.expect_closure(mine)
         wrapped = self._wrap(closure, optimizer)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+
+    def _meet_deepspeed(self) -> None:
+        self.recorder.grow(set(range(len(self._layers))))
+        self.gradient_hooks.grow()
+        for owner in self.owners.current():  # the step under way was not seen to begin
+            self._used(owner)
+        zero = self._layers.zero
+        if zero is not None and zero.offloads and self._judge.policy is not None:
+            self._judge.disarm(f"{OFFLOADED}, so that auto-clip does not act.")
 
     def _is_inside_another(self, optimizer: Optimizer) -> bool:
         """Return whether this step is part of another one under way, by `super().step()` or by a wrapper."""

@@ -34,6 +34,13 @@ STEPS = 6
 LR = 0.05
 
 
+MORE: dict[str, dict[str, Any]] = {
+    "persistent": {"stage3_param_persistence_threshold": 100},  # so that some layers are divided and some are not
+    "round robin": {"round_robin_gradients": True},
+    "overlapped": {"overlap_comm": True, "reduce_bucket_size": 200},
+}
+
+
 @dataclass(frozen=True)
 class Setup:
     """A training.
@@ -71,6 +78,9 @@ MODES = [
     *[Setup(f"stage {stage}, frozen layers", stage, more="frozen") for stage in (2, 3)],
     *[Setup(f"stage {stage}, gradient_clipping", stage, more="clipping") for stage in (0, 1, 3)],
     *[Setup(f"stage {stage}, optimizer on the host", stage, more="offload") for stage in (2, 3)],
+    Setup("stage 3, small layers whole", 3, more="persistent"),
+    Setup("stage 2, overlapped", 2, accumulate=2, more="overlapped"),
+    Setup("stage 3, made inside zero.Init, attached before DeepSpeed", 3, more="init"),
     *[Setup(f"stage {stage}, AdamW", stage, more="AdamW") for stage in (0, 1, 3)],
     Setup("stage 2, attached before DeepSpeed", 2, more="attached first"),
     Setup("stage 3, attached before DeepSpeed", 3, more="attached first"),
@@ -99,6 +109,7 @@ def settings(setup: Setup) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": setup.stage}
     if setup.stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # so that small parameters are divided too
+    zero |= MORE.get(setup.more, {})
     if setup.more == "offload":
         zero["offload_optimizer"] = {"device": "cpu"}
     found: dict[str, Any] = {
@@ -248,12 +259,20 @@ def of_steps(optimizer: Any) -> tuple[Any, ...]:
 
 def train(setup: Setup, *, watch: bool = True, look: bool = True) -> dict[str, Any]:
     """Train; return what was seen."""
-    model = plain()
+    outer = (
+        deepspeed.zero.Init(config_dict_or_path=settings(setup)) if setup.more == "init" else contextlib.nullcontext()
+    )
+    with outer:
+        model = plain()
     if setup.more == "frozen":
         model[2].requires_grad_(False)
     policy = gradwatch.AutoClip(setup.clip, hold=5) if setup.clip else None
     strict = setup.event != "gradwatch fails"
-    first = gradwatch.attach(model, clip=policy, report=None, strict=True) if setup.more == "attached first" else None
+    first = (
+        gradwatch.attach(model, clip=policy, report=None, strict=True)
+        if setup.more in ("attached first", "init")
+        else None
+    )
     engine = engine_for(setup, model)
     untouched = of_steps(engine.optimizer)
     monitor = first
@@ -393,14 +412,17 @@ def damaged() -> str:
     return well or reason
 
 
-def refused() -> str:
-    """Return what a clip is told that needs whole layers."""
-    engine = engine_for(Setup("", 2), plain())
-    try:
-        gradwatch.attach(engine, clip=gradwatch.ClipAGC(), report=None)
-    except gradwatch.errors.UsageError as error:
-        return str(error)
-    return ""
+def refused() -> list[str]:
+    """Return what is said where something cannot be done: a clip of whole layers, of offloaded gradients, another order."""
+    said = []
+    for more, clip in (("", gradwatch.ClipAGC()), ("offload", gradwatch.ClipNorm()), ("round robin", None)):
+        engine = engine_for(Setup("", 2, more=more), plain())
+        try:
+            gradwatch.attach(engine, clip=clip, report=None)
+        except gradwatch.errors.UsageError as error:
+            said.append(str(error))
+        engine.destroy()
+    return said
 
 
 def see() -> dict[str, Any]:

@@ -160,9 +160,12 @@ def test_a_parameter_that_is_empty_while_it_is_not_in_use_is_read_where_it_is(al
     assert "parameter 0.weight holds 1 NaN" in alone["damaged"]
 
 
-def test_a_clip_that_needs_whole_layers_is_refused(seen: Seen) -> None:
-    """With a sentence that says why."""
-    assert "needs whole layers, and each process holds parts of those" in seen["refused"][0]
+def test_what_cannot_be_done_is_refused_with_the_reason(seen: Seen) -> None:
+    """A clip of whole layers, one of gradients on the host, and gradients that DeepSpeed itself cannot find."""
+    for whole, offloaded, elsewhere in seen["refused"]:
+        assert "needs whole layers, and each process holds parts of those" in whole
+        assert "keeps the gradients on the host or on disk" in offloaded
+        assert "round_robin_gradients puts gradients elsewhere" in elsewhere
 
 
 @pytest.mark.parametrize("stage", [2, 3])
