@@ -68,8 +68,9 @@ def _forked(processes: int, folder: Path, module: str, patience: int) -> None:
 
 def forked(processes: int, module: str, argument: str, patience: int = PATIENCE) -> list[tuple[int, str]]:
     """Run a module with an argument in several processes; return how each has ended, and its standard error."""
-    command = [sys.executable, "-m", "tests.torchrun", str(processes), module, argument, str(patience)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "tests.torchrun", str(processes), module, argument]
+    environment = {**ENVIRONMENT, "GRADWATCH_TEST_PATIENCE": str(patience)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return [(code, said) for code, said in json.loads(done.stdout)]
 
 
@@ -87,7 +88,7 @@ def play(see: Callable[[], Any]) -> None:
 
 def main() -> None:
     """Fork the processes and wait for them; print how each has ended, and its standard error."""
-    processes, module, patience = int(sys.argv[1]), importlib.import_module(sys.argv[2]), int(sys.argv[4])
+    processes, module = int(sys.argv[1]), importlib.import_module(sys.argv[2])
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)  # torch loads a good part of itself at the first one
     sys.argv[:] = sys.argv[2:]
     with socket.socket() as found:
@@ -101,7 +102,7 @@ def main() -> None:
             os.environ.update(meeting, RANK=str(rank), WORLD_SIZE=str(processes))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(errors[rank], 2)
-            signal.alarm(patience)  # a process that hangs is ended, and its test fails
+            signal.alarm(int(os.environ["GRADWATCH_TEST_PATIENCE"]))  # a process that hangs is ended, and its test fails
             play(module.see)
         children.append(child)
     ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     Read = Callable[[], list[Tensor] | None]
 
-OFFLOADED = "DeepSpeed keeps the gradients on the host or on disk (offload_optimizer), with norms of its own that a clip would not change"
+OFFLOADED = (
+    "DeepSpeed keeps gradients on the host or on disk (offload_optimizer), with norms of its own that no clip changes"
+)
 
 
 def is_engine(model: nn.Module) -> bool:

@@ -82,14 +82,14 @@ class DeepSpeed:
         if self._layers.zero is not None or not self._looks or "deepspeed" not in sys.modules:
             return False
         self._looks -= 1
-        if not self._layers.meet_zero():
-            return False
         model = self._layers.model
         reason = refusal(model) if model is not None else None
         if reason is not None:
             raise UsageError(f"this model cannot be watched: {reason}.")
-        self.start()
-        return True
+        found = self._layers.meet_zero()
+        if found:
+            self.start()
+        return found
 
     # Called by the patches.
 

@@ -354,15 +354,11 @@ def under_the_trainer(stage: int) -> dict[str, Any]:
     import tempfile
 
     from accelerate.state import AcceleratorState
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
+
+    from gradwatch.integrations.huggingface import GradwatchCallback
 
     AcceleratorState._reset_state(reset_partial_state=True)
-
-    monitors = []
-
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            monitors.append(gradwatch.attach(kwargs["model"], report=None, strict=True))
 
     class Squares(nn.Module):
         def __init__(self) -> None:
@@ -375,6 +371,7 @@ def under_the_trainer(stage: int) -> dict[str, Any]:
     x, y = data(n=2 * 8 * 2 * STEPS)
     rows = [{"x": one, "labels": target} for one, target in zip(x, y, strict=True)]
     config = settings(Setup("", stage, accumulate=2))
+    callback = GradwatchCallback(strict=True)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -391,11 +388,15 @@ def under_the_trainer(stage: int) -> dict[str, Any]:
             remove_unused_columns=False,
             learning_rate=LR,
         )
-        trainer = Trainer(model=Squares(), args=arguments, train_dataset=rows, callbacks=[Watch()])
+        trainer = Trainer(model=Squares(), args=arguments, train_dataset=rows, callbacks=[callback])
         trainer.train()
-    monitors[0].detach()
+    assert callback.monitor is not None
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
-    return _seen(monitors[0]) | {name: [float(log[name]) for log in logs] for name in ("grad_norm", "loss")}
+    return _seen(callback.monitor) | {
+        name: [float(log[name]) for log in logs]
+        for name in ("grad_norm", "loss", "gradwatch/global_norm")
+        if name in logs[0]
+    }
 
 
 def damaged() -> str:
