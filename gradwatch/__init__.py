@@ -40,8 +40,7 @@ from gradwatch.clips import (
 from gradwatch.errors import GradwatchError, NonFiniteError, TrainingUnstableError, UsageError
 from gradwatch.forensics import find_nonfinite
 from gradwatch.monitor import Monitor, monitor_of
-from gradwatch.origin import Operand, Origin
-from gradwatch.records import Alarm, ClipRecord, Incident, Row, Snapshot
+from gradwatch.records import Alarm, ClipRecord, Incident, Operand, Origin, Row, Snapshot
 from gradwatch.reports.base import Report
 from gradwatch.rules import Rule, default_rules
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from gradwatch.commands import COMMANDS
 from gradwatch.commands.streams import console_on, standard_streams
 from gradwatch.errors import GradwatchError
-from gradwatch.printable import printable
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

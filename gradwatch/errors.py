@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from gradwatch.origin import Origin
+    from gradwatch.records import Origin
 
 
 class GradwatchError(Exception):

@@ -22,8 +22,8 @@ from gradwatch.history.schedule import Bounds, OwnTime, cadence
 from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Alarm, Family, Incident, Row, RunVerdict, Snapshot
 from gradwatch.reports.desk import ReportDesk
+from gradwatch.text.wording import number
 from gradwatch.verdict import Alarms, Incidents, VerdictSettings, how_it_stands
-from gradwatch.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.history.columns import Columns
     from gradwatch.history.history import History
-    from gradwatch.origin import Origin
-    from gradwatch.records import Facts
+    from gradwatch.records import Facts, Origin
     from gradwatch.reports import Report
     from gradwatch.reports.notes import Notes
     from gradwatch.rules import Rule

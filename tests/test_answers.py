@@ -15,7 +15,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.__main__ import main
-from gradwatch.answers import ClipUse, UsualNorms
+from gradwatch.records import ClipUse, UsualNorms
 from gradwatch.reports.view import View
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.latest import snapshot_of

@@ -16,7 +16,7 @@ from tests.where import WHERE
 
 PACKAGE = Path(gradwatch.__file__).parent
 HOST = (
-    "origin",
+    "text",
     "records",
     "settings",
     "errors",
@@ -31,99 +31,46 @@ HOST = (
 )
 # who may know whom: each folder, or file at the root, and what it may import of the others, in type hints too
 MAY_KNOW: dict[str, set[str]] = {
-    "errors": {"origin"},
-    "origin": {"printable", "wording"},
-    "printable": set(),
-    "wording": set(),
-    "answers": {"wording"},
+    "errors": {"records"},
+    "text": set(),
     "cells": set(),
     "device": set(),
     "shutdown": set(),
     "settings": {"errors"},
-    "records": {"answers", "origin", "printable", "wording"},
-    "history": {"answers", "errors", "records"},
-    "rules": {"errors", "history", "records", "settings", "wording"},
-    "verdict": {"history", "origin", "records", "rules", "settings", "wording"},
+    "records": {"text"},
+    "history": {"errors", "records"},
+    "rules": {"errors", "history", "records", "settings", "text"},
+    "verdict": {"history", "records", "rules", "settings", "text"},
     "clips": {"device", "errors", "history", "measure", "records", "settings"},
-    "autoclip": {"clips", "errors", "history", "measure", "records", "settings", "wording"},
-    "reports": {"cells", "errors", "printable", "records", "shutdown"},
-    "runlog": {"answers", "autoclip", "errors", "history", "printable", "records", "reports", "rules"},
-    "pipeline": {"autoclip", "errors", "history", "origin", "records", "reports", "rules", "verdict", "wording"},
-    "offline": {"errors", "history", "origin", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
+    "autoclip": {"clips", "errors", "history", "measure", "records", "settings", "text"},
+    "reports": {"cells", "errors", "records", "shutdown", "text"},
+    "runlog": {"autoclip", "errors", "history", "records", "reports", "rules", "text"},
+    "pipeline": {"autoclip", "errors", "history", "records", "reports", "rules", "text", "verdict"},
+    "offline": {"errors", "history", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
     "measure": {"device", "errors", "history", "records"},
     "distributed": {"autoclip", "errors", "measure", "records", "rules"},
     "skipping": {"device", "errors", "measure"},
     "probe": {
-        *(
-            "device",
-            "autoclip",
-            "clips",
-            "distributed",
-            "errors",
-            "history",
-            "measure",
-            "records",
-            "rules",
-            "shutdown",
-            "skipping",
-            "wording",
-        ),
+        *("autoclip", "clips", "device", "distributed", "errors", "history"),
+        *("measure", "records", "rules", "shutdown", "skipping", "text"),
     },
-    "forensics": {"cells", "device", "errors", "measure", "origin", "probe", "records", "wording"},
-    "page": {"errors", "history", "printable", "records", "reports", "runlog"},
+    "forensics": {"cells", "device", "errors", "measure", "probe", "records", "text"},
+    "page": {"errors", "history", "records", "reports", "runlog", "text"},
     "monitor": {
-        *(
-            "autoclip",
-            "cells",
-            "errors",
-            "forensics",
-            "history",
-            "measure",
-            "pipeline",
-            "probe",
-            "records",
-            "reports",
-        ),
-        *("rules", "runlog", "shutdown"),
+        *("autoclip", "cells", "errors", "forensics", "history", "measure", "pipeline"),
+        *("probe", "records", "reports", "rules", "runlog", "shutdown"),
     },
     "attach": {
-        *(
-            "autoclip",
-            "cells",
-            "clips",
-            "device",
-            "distributed",
-            "errors",
-            "forensics",
-            "measure",
-            "monitor",
-            "probe",
-            "records",
-            "reports",
-            "rules",
-        ),
+        *("autoclip", "cells", "clips", "device", "distributed", "errors", "forensics"),
+        *("measure", "monitor", "probe", "records", "reports", "rules"),
     },
-    "__init__": {
-        *("attach", "autoclip", "clips", "errors", "forensics", "monitor", "origin", "records", "reports", "rules"),
-    },
-    "integrations": {"attach", "autoclip", "clips", "errors", "monitor", "printable", "records", "reports", "rules"},
+    "__init__": {"attach", "autoclip", "clips", "errors", "forensics", "monitor", "records", "reports", "rules"},
+    "integrations": {"attach", "autoclip", "clips", "errors", "monitor", "records", "reports", "rules", "text"},
     "commands": {
-        *(
-            "__init__",
-            "autoclip",
-            "errors",
-            "forensics",
-            "history",
-            "offline",
-            "page",
-            "printable",
-            "records",
-            "reports",
-            "rules",
-        ),
-        *("runlog", "verdict"),
+        *("__init__", "autoclip", "errors", "forensics", "history", "offline", "page"),
+        *("records", "reports", "rules", "runlog", "text", "verdict"),
     },
-    "__main__": {"commands", "errors", "printable"},
+    "__main__": {"commands", "errors", "text"},
 }
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
 
@@ -199,7 +146,7 @@ def test_the_table_says_no_more_than_is_so() -> None:
 
 
 # what is one thing to others is imported from the folder; a toolbox, such as measure, from the file that a reader should open
-ONE_THING = ("verdict", "probe", "skipping", "page", "forensics")
+ONE_THING = ("verdict", "probe", "skipping", "page", "forensics", "records")
 
 
 def test_what_is_one_thing_to_others_is_imported_from_its_folder() -> None:

@@ -23,10 +23,10 @@ import gradwatch
 from gradwatch.__main__ import main
 from gradwatch.commands.watch import _look
 from gradwatch.page.content import content_of
-from gradwatch.printable import printable, writable
 from gradwatch.reports.view import View
 from gradwatch.reports.watching import Watching
 from gradwatch.runlog import RunLog
+from gradwatch.text.printable import printable, writable
 from tests import terminal
 from tests.test_run_log import watched
 from tests.trainings import train

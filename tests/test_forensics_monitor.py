@@ -503,7 +503,7 @@ def test_on_a_device_the_inputs_of_a_step_are_looked_at_when_its_row_arrives(mon
     assert found is not None
     assert (found.subject, found.name, found.rows, found.step) == ("input", "x", (5,), 20)
     assert monitor._inspector is not None
-    assert monitor._inspector._earlier == []
+    assert monitor._inspector._earlier._kept == []
 
 
 def test_on_a_device_wait_reads_the_loss_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:

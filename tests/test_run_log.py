@@ -152,7 +152,8 @@ def test_a_log_is_read_while_it_is_written(tmp_path: Path) -> None:
             after = log.series(since=int(before.id[-1]))
     assert len(before.step) == 100
     assert after.step.tolist() == list(range(100, 200))
-    assert not RunLog(tmp_path).is_written
+    with RunLog(tmp_path) as log:
+        assert not log.is_written
 
 
 def test_a_reader_in_the_same_process_takes_no_lock_from_the_writer(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_a_killed_training_goes_on_in_its_log(tmp_path: Path) -> None:
     assert kept.tolist() == list(range(len(kept)))
     assert len(kept) >= sum(when < killed - 1 for when in steps) > 0
     watched(tmp_path, steps=20)
-    assert RunLog(tmp_path).series().step.tolist() == list(range(20))
+    with RunLog(tmp_path) as log:
+        assert log.series().step.tolist() == list(range(20))
 
 
 def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
@@ -203,7 +204,8 @@ def test_a_disk_that_is_full_is_said_once_and_training_goes_on(tmp_path: Path) -
     assert said.count("cannot be written") == 1
     assert "database or disk is full" in said
     assert said.count("lacks the last") == 1
-    kept = RunLog(Path(f"{tmp_path}-after") / "run").series().step
+    with RunLog(Path(f"{tmp_path}-after") / "run") as log:
+        kept = log.series().step
     assert kept.tolist() == list(range(len(kept)))
     assert len(kept) > 50
 
@@ -271,5 +273,5 @@ def test_a_slow_disk_takes_no_more_memory(tmp_path: Path) -> None:
     assert len(told) == 2
     assert "slower than the training" in told[0]
     assert "lacks" in told[1]
-    log = RunLog(tmp_path)
-    assert len(log.norms()[0]) < len(log.series().step) < 40_000
+    with RunLog(tmp_path) as log:
+        assert len(log.norms()[0]) < len(log.series().step) < 40_000

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from gradwatch.records import ClipRecord
-from gradwatch.wording import apart, counted, last_steps, number, ordinal, percent
+from gradwatch.text.wording import apart, counted, last_steps, number, ordinal, percent
 
 
 @pytest.mark.parametrize(

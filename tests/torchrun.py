@@ -102,7 +102,9 @@ def main() -> None:
             os.environ.update(meeting, RANK=str(rank), WORLD_SIZE=str(processes))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(errors[rank], 2)
-            signal.alarm(int(os.environ["GRADWATCH_TEST_PATIENCE"]))  # a process that hangs is ended, and its test fails
+            signal.alarm(
+                int(os.environ["GRADWATCH_TEST_PATIENCE"])
+            )  # a process that hangs is ended, and its test fails
             play(module.see)
         children.append(child)
     ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

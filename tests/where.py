@@ -14,8 +14,8 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
         ("test_incidents", "test_any_series", "test_quiet"),
         "it connects all parts and is tested by its inputs and outputs",
     ),
-    "printable": (("test_foreign_text",), "the test is named after the purpose of the module"),
-    "records": (("test_incidents", "test_reports"), "plain data, tested where it is created and displayed"),
+    "text/printable": (("test_foreign_text",), "the test is named after the purpose of the module"),
+    "records/": (("test_incidents", "test_reports"), "plain data, tested where it is created and displayed"),
     "autoclip/": (
         ("test_autoclip",),
         "its parts only act together, so one run is simulated and the result of each part is checked",
@@ -33,10 +33,16 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
     "commands/blame": (("test_forensics",), "its findings are those of the forensics"),
     "commands/reproduce": (("test_forensics_monitor",), "it loads what a monitor has kept"),
     "forensics/": (
-        ("test_forensics", "test_forensics_monitor", "test_loss_source"),
+        (
+            "test_forensics",
+            "test_forensics_monitor",
+            "test_forensics_processes",
+            "test_armed_steps",
+            "test_loss_source",
+        ),
         "one contract: what is found in programs that fail",
     ),
-    "origin": (("test_forensics",), "plain data, tested where it is created"),
+    "records/origin": (("test_forensics",), "plain data, tested where it is created"),
     "integrations/session": (
         ("test_huggingface", "test_lightning", "test_accelerate", "test_keras", "test_integrations"),
         "each trainer uses all of it, and is tested with it",

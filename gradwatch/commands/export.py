@@ -14,10 +14,10 @@ import numpy as np
 from gradwatch.commands.outputs import Output, check_outputs, write_outputs
 from gradwatch.commands.values import a_path
 from gradwatch.errors import UsageError
-from gradwatch.printable import printable
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.own import beginning_of
 from gradwatch.runlog.plain import to_json
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     import argparse

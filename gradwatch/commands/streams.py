@@ -8,7 +8,7 @@ import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from gradwatch.printable import writable
+from gradwatch.text.printable import writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

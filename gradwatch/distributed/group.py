@@ -316,6 +316,22 @@ class Ranks:
         self.exchange(failures)
         return not failures.item()
 
+    def gather(self, value: Any) -> list[tuple[int, Any]]:
+        """Exchange one object and return those of all processes, each with its rank in the world.
+
+        Raises:
+            ExchangeError: the collective failed, probably because a process has ended.
+        """
+        found: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(found, value, group=self._group)
+        except Exception as error:
+            raise ExchangeError(
+                f"gradwatch could not exchange a finding with the other {self.size - 1} processes: {error} "
+                "One of them has probably ended; look at its output."
+            ) from error
+        return [(int(rank), one) for rank, one in zip(self.world, found, strict=True)]
+
     def part_of_square(self, measured: Measured) -> float:
         """Return the part of this process in the squared global norm."""
         there = measured.columns

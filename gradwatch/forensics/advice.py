@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gradwatch.origin import counted
-from gradwatch.wording import number
+from gradwatch.text.wording import counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gradwatch.forensics.marks import Mark
-    from gradwatch.origin import Operand
+    from gradwatch.records import Operand
 
 _LOGS = frozenset({"log", "log2", "log10", "log1p", "xlogy", "special_xlog1py", "logit"})
 _PRODUCTS = frozenset(

@@ -152,13 +152,17 @@ class Capture:
 
     Args:
         model: the model as it is called: what DistributedDataParallel wraps, but with the wrapper of `torch.compile`.
+        begun: called with the arguments of each forward, when it was captured.
         failed: called with an error of the capture itself.
 
     Attributes:
         calls: forwards that may still be followed by a backward or a step.
     """
 
-    def __init__(self, model: nn.Module, failed: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, model: nn.Module, begun: Callable[[Any, Any], None], failed: Callable[[Exception], None]
+    ) -> None:
+        self._begun = begun
         self._model = weakref.ref(model)
         self._handles: list[RemovableHandle] = []
         self._failed = failed
@@ -204,6 +208,7 @@ class Capture:
             call = Call(args, kwargs)
             call.called_from(3)
             self.calls.append(call)
+            self._begun(args, kwargs)
         except Exception as error:  # without it, less is known
             self.calls.clear()
             self._failed(error)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from gradwatch.cells import called
 from gradwatch.forensics.advice import advice_of, cause_of
-from gradwatch.origin import Origin, counted
+from gradwatch.records import Origin
+from gradwatch.text.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gradwatch.forensics.marks import Mark
-    from gradwatch.origin import Part, Way
+    from gradwatch.records import Part, Way
 
 
 def origin_of(mark: Mark, found_by: Way, *, batch: int = 0, part: Part | None = None) -> Origin:

@@ -15,7 +15,7 @@ from gradwatch.forensics import ops
 from gradwatch.forensics.bounds import Bounds
 from gradwatch.forensics.marks import Mark
 from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, plain, rows_of
-from gradwatch.origin import counted
+from gradwatch.text.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -10,19 +10,21 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed as dist
 
 from gradwatch import device
+from gradwatch.forensics.armed import ArmedSteps, are_several, gradients_of
 from gradwatch.forensics.capture import Call, Capture, called_module
+from gradwatch.forensics.earlier import EarlierSteps
 from gradwatch.forensics.frames import line_of
 from gradwatch.forensics.investigation import Investigation, NothingFound
 from gradwatch.forensics.keep import keep
+from gradwatch.forensics.sharing import Sharing
 from gradwatch.forensics.singular import Singular
+from gradwatch.forensics.spread import can_repeat_together, is_spread
 from gradwatch.forensics.statements import Backward, backward_at
 from gradwatch.forensics.update import update_origin
 from gradwatch.measure.deepspeed import engine_of
-from gradwatch.measure.wrappers import is_dtensor
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.forensics.settings import Mode
-    from gradwatch.origin import Origin
-    from gradwatch.records import Row
+    from gradwatch.probe import Together
+    from gradwatch.records import Origin, Row
 
 _MOST = 3  # investigations of a run
 _TIMED = 20  # steps after which "auto" decides
@@ -51,6 +53,9 @@ class Inspector:
         unknown: called with why an operation was not found.
         note: called with what the user should know.
         failed: called with an error of the capture or of an investigation.
+
+    Attributes:
+        watching: whether operations are watched now.
     """
 
     def __init__(
@@ -65,7 +70,12 @@ class Inspector:
         self._model = weakref.ref(model)
         self._mode = mode
         self._found, self._unknown, self._note, self._failed = found, unknown, note, failed
-        self._capture = Capture(called_module(model), self._capture_failed)
+        self._capture = Capture(called_module(model), self._forward_begins, self._capture_failed)
+        self._armed = ArmedSteps()
+        self.watching = False
+        self._only_armed = False  # whether forwards are captured for watched steps alone
+        self._sharing = Sharing()
+        self._origin: Origin | None = None  # that was found in this step
         self._singular = Singular()
         self._left = _MOST
         self._explained = False  # whether the trouble that lasts is explained already
@@ -73,8 +83,8 @@ class Inspector:
         self._times: list[float] = []
         self._step = 0
         self._optimizer: weakref.ref[Optimizer] | None = None
-        self._earlier: list[tuple[int, list[Call]]] = []  # of rows that a device has not sent yet
-        self._sent = self._arrived = 0
+        self._earlier = EarlierSteps()
+        self._reason = ""  # why the origin of this step is not known here, if other processes may know it
         self._batch: Any = None
         self._folder: Path | None = None  # for the inputs of a step that failed
         self._backward: Backward | None = None  # where the program has called it
@@ -89,8 +99,9 @@ class Inspector:
     def stop(self) -> None:
         """Remove the hooks and drop everything."""
         self._capture.stop()
+        self._armed.disarm()
         self._forget()
-        self._earlier.clear()
+        self._earlier.forget()
 
     def given(self, batch: Any) -> None:
         """Remember the batch that the user has named, for the names of its tensors."""
@@ -107,9 +118,15 @@ class Inspector:
     def _forget(self) -> None:
         self._capture.forget()
         self._singular.forget()
-        self._batch = self._backward = None
+        self._batch = self._backward = self._origin = None
 
     # What happens in a step.
+
+    def _forward_begins(self, args: Any, kwargs: Any) -> None:
+        model = self._model()
+        if model is not None:
+            self._armed.forward_begins(model, args, kwargs)
+            self.watching = self._armed.on
 
     def backward_begins(self, roots: Any, losses: list[Any]) -> None:
         """Prepare for a backward; find the origin of a loss that is not finite, while its graph is whole."""
@@ -119,6 +136,7 @@ class Inspector:
                 self._backward = backward_at(line_of(sys._getframe())[2], losses, _tensors(roots))
             if not self._are_finite(losses):
                 self._in_trouble = True
+                self._watched(_tensors(roots))
                 if self._is_spread():  # no process may repeat anything alone
                     return
                 calls = [call for call in calls if not call.backward]
@@ -151,37 +169,83 @@ class Inspector:
                     one.retain_grad()
         self._singular.keep([one.grad_fn for one in losses], frozenset(ends))
 
-    def gradients_arrived(self, row: Row) -> None:
+    def backward_ended(self) -> None:
+        """End the watching of a step, if it was watched; find the origin of gradients that are not finite."""
+        model = self._model()
+        if not self._armed.on or model is None:
+            return
+        try:
+            self._watched(gradients_of(model))
+            self._armed.stop()
+            self.watching = False
+        except Exception as error:  # nothing of it may reach the training
+            self._capture_failed(error)
+
+    def gradients_arrived(self, row: Row, together: Together | None = None) -> None:
         """Find the origin of gradients, or of weights, that are not finite, before the step is judged."""
         self._step = row.step
         self._in_trouble = True
-        if self._is_spread():
+        together = together if row.nonfinite is not None and self._sharing.is_due(together) else None
+        try:
+            if self._is_spread():
+                self._look_together(row, together)
+            elif not row.loss_nonfinite:  # else it was looked at when the backward began
+                self._investigate(lambda inquiry: inquiry.of_gradients(self._singular), list(self._capture.calls))
+        finally:
+            if row.nonfinite is not None:
+                self._sharing.trouble()
+            if together is not None:
+                self._share(together)
+            self._tell_reason()
+
+    def _share(self, together: Together) -> None:
+        """Tell the other processes what was found here, and show what one of them has found if nothing was."""
+        found = self._sharing.share(together, self._origin)
+        if found is not None and found is not self._origin:
+            self._tell(found)
+
+    def _look_together(self, row: Row, together: Together | None) -> None:
+        """Repeat the forward in all processes at once, if all of them can: each has a part of the weights."""
+        model, calls = self._model(), list(self._capture.calls)
+        if model is None or self._explained:
+            ready = False
+        else:
+            ready = self._left > 0 and len(calls) == 1 and can_repeat_together(model, calls[0])
+        if together is not None and self._sharing.agree(together, ready=ready):
+            backward = not row.loss_nonfinite
+            self._investigate(lambda inquiry: inquiry.of_all_together(backward=backward), calls)
+        elif not self._explained:
             self._note(
                 "which operation made a step non-finite is not looked for under DeepSpeed."
-                if self._is_under_deepspeed()
-                else "which operation made a step non-finite is not looked for, since the weights are spread over processes: run "
-                "it inside gradwatch.find_nonfinite(model) in all of them."
+                if model is not None and engine_of(model) is not None
+                else "which operation made a step non-finite is not looked for, since the weights are spread over processes and "
+                "not all of them can repeat the step: run it inside gradwatch.find_nonfinite(model) in all of them."
             )
+
+    def _watched(self, tensors: list[Tensor]) -> None:
+        """Find the origin of tensors in a step that is being watched."""
+        if not self._armed.on or self._explained:
             return
-        if row.loss_nonfinite:  # it was looked at when the backward began
-            return
-        self._investigate(lambda inquiry: inquiry.of_gradients(self._singular), list(self._capture.calls))
+        started = perf_counter()
+        origin = self._armed.origin_in(tensors)
+        if origin is not None:
+            self._armed.disarm()
+            self._tell(origin.at(self._step, perf_counter() - started))
 
     def _is_spread(self) -> bool:
-        """Return whether the weights are spread over processes, so that a forward is one of all of them together."""
         model = self._model()
-        spread = model is not None and any(is_dtensor(one) for one in model.parameters())
-        return spread or self._is_under_deepspeed()
-
-    def _is_under_deepspeed(self) -> bool:
-        """Return whether DeepSpeed trains the model, whose modules call DeepSpeed in each forward."""
-        model = self._model()
-        return model is not None and engine_of(model) is not None
+        return model is not None and is_spread(model)
 
     def step_over(self, optimizer: Optimizer | None) -> None:
         """Drop what was kept of the step."""
-        if not self._in_trouble:
-            self._explained = False
+        if self._in_trouble or self._was_in_trouble:
+            self._explained = self._explained and self._in_trouble
+            self._sharing.step_over()
+            self._tell_reason()
+        if self._armed.steps:
+            self._armed.step_over()
+            if not self._armed.steps and self._only_armed:  # its inputs are not kept otherwise
+                self._capture.stop()
         self._was_in_trouble, self._in_trouble = self._in_trouble, False
         if optimizer is not None and (self._optimizer is None or self._optimizer() is not optimizer):
             self._optimizer = weakref.ref(optimizer)
@@ -198,18 +262,14 @@ class Inspector:
     # Rows of a device, which come later.
 
     def row_sent(self) -> None:
-        """Keep the inputs of the step whose row a device is about to send, without what would keep its graph alive."""
-        self._sent += 1
-        if self._capture.installed and self._mode != "wait":
-            self._earlier.append((self._sent, [call.without_output() for call in self._capture.calls]))
+        """Keep the inputs of the step whose row a device is about to send."""
+        self._earlier.row_sent(self._capture.calls if self._mode != "wait" else [])
 
     def row_arrived(self, row: Row) -> None:
         """Find the origin of a row that a device has sent, with the weights of today."""
-        self._arrived += 1
-        calls = next((kept for number, kept in self._earlier if number == self._arrived), [])
-        self._earlier = [(number, kept) for number, kept in self._earlier if number > self._arrived]
-        if self._mode != "wait" and calls and (row.loss_nonfinite or row.nonfinite is not None):
-            self._step, lag = row.step, self._sent - self._arrived
+        calls, lag = self._earlier.row_arrived(), self._earlier.lag
+        if calls and (row.loss_nonfinite or row.nonfinite is not None):
+            self._step = row.step
             self._investigate(lambda inquiry: inquiry.of_inputs(lag), calls)
 
     # One investigation.
@@ -222,6 +282,7 @@ class Inspector:
         calls = list(calls)
         started = perf_counter()
         self._capture.pause(on=False)
+        self._armed.stop()
         try:
             with torch.enable_grad():
                 inquiry = Investigation(model, calls, self._backward, self._batch, may_run=self._mode == "lines")
@@ -234,24 +295,35 @@ class Inspector:
             if self._folder is not None and inquiry.guilty is not None:
                 keep(self._folder, inquiry.guilty, origin)
         except NothingFound as reason:
-            # evidence is the same in all processes, and each of them may look for itself
-            tell = self._note if _are_several() else self._unknown
-            tell(
+            self._reason = (
                 f"which operation made step {self._step} non-finite is not known: {reason} "
                 f"({number(1e3 * (perf_counter() - started))} ms)"
             )
+            self._arm(model)
+            if not are_several():
+                self._tell_reason()
         except Exception as error:  # nothing of it may reach the training
             self._failed(error)
         finally:
             self._capture.pause(on=True)
 
+    def _arm(self, model: nn.Module) -> None:
+        """Watch the next steps, whether or not their inputs were kept so far."""
+        if self._armed.arm(model):
+            self._only_armed = self._only_armed or not self._capture.installed
+            self._capture.start()
+
+    def _tell_reason(self) -> None:
+        """Say why nothing was found. Evidence is the same in all processes, so that one of several writes a note."""
+        reason, self._reason = self._reason, ""
+        if reason:
+            (self._note if are_several() else self._unknown)(reason)
+
     def _tell(self, origin: Origin) -> None:
         self._explained = True
+        self._reason = ""
+        self._origin = origin
         self._found(origin)
-
-
-def _are_several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _tensors(roots: Any) -> list[Tensor]:

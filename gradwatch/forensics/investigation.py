@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradwatch.forensics.capture import Call
     from gradwatch.forensics.singular import Singular
     from gradwatch.forensics.statements import Backward
-    from gradwatch.origin import Origin, Way
+    from gradwatch.records import Origin, Way
 
 
 class NothingFound(Exception):  # noqa: N818  an outcome, not an error
@@ -133,6 +133,30 @@ class Investigation:
         raise NothingFound(
             self._reason("no operation made a non-finite gradient of finite ones when the step was repeated")
         )
+
+    # A step of all processes together.
+
+    def of_all_together(self, *, backward: bool) -> Origin:
+        """Return the origin of a step whose weights are spread over processes, all of which call this at once.
+
+        Args:
+            backward: whether the losses are finite, and gradients are not.
+
+        Raises:
+            NothingFound: it is not known, or it was in another process.
+        """
+        (call,) = self._calls
+        repeat = Repeat(self._model, call, together=True)
+        result = repeat.run()  # only once: the other processes run it once
+        mark = sole([one for one in result.marks if not one.mute])
+        if mark is not None and (mark.subject in ("operation", "written") or (mark.subject == "input" and mark.name)):
+            self.guilty = call
+            faithful = is_faithful(call, result.outputs)
+            origin = origin_of(mark, "replay", batch=repeat.batch, part="model")
+            return called_at(origin, call.file, call.line).repeated(faithful=faithful)
+        if not result.marks and (again := self._source(backward=backward)) is not None:
+            return again
+        raise NothingFound(self._reason("the model of this process was finite when all of them repeated its forward"))
 
     # Inputs of an earlier step.
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gradwatch.forensics.capture import Call
-    from gradwatch.origin import Origin
+    from gradwatch.records import Origin
 
 _PLAIN = (int, float, bool, str, type(None))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from gradwatch.origin import Operand, Subject
+    from gradwatch.records import Operand, Subject
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class Mark:
 
     Attributes:
         order: index of the operation among those that were watched.
-        subject: what it is, as in `gradwatch.origin.Origin`.
+        subject: what it is, as in `gradwatch.records.origin.Origin`.
         op: the operation that made it or, for a tensor from elsewhere, that met it first.
         raw: name of the operation that ran, which in a backward is another one than ``op``.
         mute: whether it holds only infinities that were written on purpose, such as those of a mask.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from gradwatch.origin import Subject
+    from gradwatch.records import Subject
 
 _MOST = 256  # tensors among the inputs of a call
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradwatch.measure.wrappers import local_of
-from gradwatch.origin import Operand
+from gradwatch.records import Operand
 
 if TYPE_CHECKING:
     from torch import Tensor

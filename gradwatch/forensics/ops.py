@@ -120,8 +120,8 @@ def is_random(func: Any) -> bool:
 
 @cache
 def can_repeat(func: Any) -> bool:
-    """Return whether an operation gives the same result when it is run again on copies of its inputs."""
-    return not is_random(func) and name_of(func) not in _UNINITIALISED
+    """Return whether an operation gives the same result when it is run again on copies of its inputs, in this process alone."""
+    return not is_random(func) and not is_collective(func) and name_of(func) not in _UNINITIALISED
 
 
 @cache

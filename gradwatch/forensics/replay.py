@@ -12,6 +12,7 @@ import torch
 from gradwatch.forensics.capture import Call, outputs_in
 from gradwatch.forensics.marks import Mark, ordered
 from gradwatch.forensics.names import Names, tensors_in
+from gradwatch.forensics.spread import gathered
 from gradwatch.forensics.standins import CannotRepeatError, eagerly, generators_kept, stand_ins
 from gradwatch.forensics.trace import Trace, marks_in
 from gradwatch.measure.wrappers import unwrapped
@@ -45,9 +46,13 @@ class Repeat:
         model: the model.
         call: the forward.
         gradients: gradients that had reached the outputs; None: no backward.
+        together: whether all processes repeat it at once, because each has a part of the weights.
     """
 
-    def __init__(self, model: nn.Module, call: Call, gradients: Gradients | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, call: Call, gradients: Gradients | None = None, *, together: bool = False
+    ) -> None:
+        self._together = together
         self.model = unwrapped(model)
         self.call = call
         self.gradients = gradients
@@ -66,7 +71,7 @@ class Repeat:
         args, kwargs = self._inputs((self.call.args, self.call.kwargs), shift)
         names.add_inputs(self.model, args, kwargs)
         with ExitStack() as stack:
-            weights = stack.enter_context(stand_ins(self.model))
+            weights = stack.enter_context((gathered if self._together else stand_ins)(self.model))
             names.add_state(self.model)
             stack.enter_context(generators_kept(self.call.generator))
             stack.enter_context(eagerly())
@@ -81,7 +86,7 @@ class Repeat:
                 repaired,
                 self.batch,
                 backward=self.gradients is not None,
-                alone=True,
+                alone=not self._together,
             )
             with trace:
                 output = _called(self.model, args, kwargs)

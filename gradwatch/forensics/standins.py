@@ -40,12 +40,24 @@ def stand_ins(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         raise CannotRepeatError("a module of TorchScript cannot be run on other weights")
     if any(is_dtensor(one) for one in model.parameters()):
         raise CannotRepeatError("its weights are spread over processes")
+    with copied_state(model, weights=True) as copies:
+        yield [one for one in copies if isinstance(one, nn.Parameter)]
+
+
+@contextmanager
+def copied_state(model: nn.Module, *, weights: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Let a model run on copies of its buffers, and put back everything that its modules hold; yields what stands in for it.
+
+    Args:
+        model: the model.
+        weights: whether its weights have stand-ins too.
+    """
     saved = [(module, dict(module.__dict__), _contents(module)) for module in model.modules()]
     copies: dict[int, torch.Tensor] = {}
     try:
         for module, _, _ in saved:
-            _replace(module, copies)
-        yield [one for one in copies.values() if isinstance(one, nn.Parameter)]
+            _replace(module, copies, weights=weights)
+        yield list(copies.values())
     finally:
         for module, state, contents in saved:
             module.__dict__.clear()
@@ -70,9 +82,10 @@ def _put_back(container: Any, kept: Any) -> None:
         container.update(kept)
 
 
-def _replace(module: nn.Module, copies: dict[int, torch.Tensor]) -> None:
+def _replace(module: nn.Module, copies: dict[int, torch.Tensor], *, weights: bool) -> None:
     state = module.__dict__
-    state["_parameters"] = {name: _stand_in(one, copies) for name, one in state["_parameters"].items()}
+    if weights:
+        state["_parameters"] = {name: _stand_in(one, copies) for name, one in state["_parameters"].items()}
     state["_buffers"] = {name: _copy(one, copies) for name, one in state["_buffers"].items()}
     for name, value in list(state.items()):
         if type(value) is torch.Tensor:

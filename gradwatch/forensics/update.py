@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwatch.forensics.operands import is_nonfinite, operand_of
-from gradwatch.origin import Operand, Origin
-from gradwatch.wording import number
+from gradwatch.records import Operand, Origin
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

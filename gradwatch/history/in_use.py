@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.answers import ClipUse, UsualNorms
 from gradwatch.history.typical_norm import LEAST_NORMS, PAST
+from gradwatch.records import ClipUse, UsualNorms
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from gradwatch.attach import attach
 from gradwatch.errors import UsageError, did_you_mean, shown
-from gradwatch.printable import printable
 from gradwatch.reports.base import Report
+from gradwatch.reports.log import write_line
 from gradwatch.reports.scalars import scalars_of, text_of
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     import os
@@ -49,6 +50,7 @@ class Settings(TypedDict, total=False):
     budget: float | None
     forensics: bool | str
     save_batch: bool
+    name: str | None
 
 
 class News(Report):
@@ -207,7 +209,11 @@ class Session:
         return told
 
     def _warn(self, text: str) -> None:
-        _log.warning("gradwatch: %s", printable(text))
+        text = f"gradwatch: {text}"
+        if _log.hasHandlers():
+            _log.warning("%s", printable(text))
+        else:  # logging itself would write over a progress bar
+            write_line(text)
 
 
 def read(file: Path) -> dict[str, Any] | None:

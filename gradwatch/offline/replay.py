@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gradwatch.history.history import History
-    from gradwatch.origin import Origin
-    from gradwatch.records import Alarm, Incident, Row
+    from gradwatch.records import Alarm, Incident, Origin, Row
     from gradwatch.rules import Rule
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from gradwatch.errors import UsageError
 from gradwatch.page.content import content_of
-from gradwatch.printable import printable, printable_all
 from gradwatch.reports.card import palette
 from gradwatch.runlog.plain import to_json
+from gradwatch.text.printable import printable, printable_all
 
 if TYPE_CHECKING:
     from gradwatch.runlog import RunLog

@@ -67,7 +67,7 @@ class DeviceRecorder:
         loss, loss_source = self._losses.unread(mine.coming, returned, self._layers.home)
         facts = HostFacts(
             source=source,
-            clipped=clip_seen(before=before is not None),
+            clipped=clip_seen(before=before is not None and mine.coming.clips),
             loss_source=loss_source,
             rate=rate,
             family=family,

@@ -65,7 +65,7 @@ class HostRecorder:
             looked = self._sampling.weights()
             row = row._replace(weight_norm=looked.weight_norm, nonfinite_weight=looked.nonfinite_weight)
         if self._investigator is not None and (row.nonfinite is not None or row.poisoned):
-            self._investigator.gradients_arrived(row)
+            self._investigator.gradients_arrived(row, self._peers.together)
         decision, coefficient = self._decide(row, now, scale, mine, source, optimizer)
         if decision.skip:
             self._skipping.leave_out(row, decision, mine, source)
@@ -94,7 +94,7 @@ class HostRecorder:
         row = self._row(step, "optimizer in backward", now, now, sampled, rate, mine, None, word)
         row = row._replace(family=family, optimizer=-1, poisoned=False)
         if self._investigator is not None and row.nonfinite is not None:
-            self._investigator.gradients_arrived(row)
+            self._investigator.gradients_arrived(row, self._peers.together)
         self._judge.judge(row)
         self._judge.done(row, NOTHING, 1.0)
 
@@ -159,7 +159,9 @@ class HostRecorder:
             arrived=self._hooks.arrived,
             order=self._hooks.order,
             culprits=culprits,
-            provenance=self._provenance(source, whole is not now or limit is not None, loss_source, processes),
+            provenance=self._provenance(
+                source, (whole is not now and mine.coming.clips) or limit is not None, loss_source, processes
+            ),
         )
 
     def _provenance(self, source: Source, before: bool, loss: LossSource, processes: int) -> Provenance:  # noqa: FBT001

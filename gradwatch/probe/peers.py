@@ -31,6 +31,7 @@ class Peers:
         judge: learns what all processes agree on.
         gradient_hooks: know whether this process's own backward was finite.
         pace: version and measuring interval, which are compared between processes.
+        looks: whether this process looks for the origin of non-finite numbers.
 
     Attributes:
         ranks: the group of processes; None if this process is alone or `meet` was not called yet.
@@ -39,14 +40,19 @@ class Peers:
         closely: whether all processes watch closely, as agreed with the last row.
         left_out: number of consecutive steps that the gradient scalers of all processes left out.
         leaving: True if all processes switch off at the next step.
+        all_look: whether all processes look for the origin of non-finite numbers.
         buffers_are_well: whether the buffers of all processes were finite when they were last checked.
     """
 
-    def __init__(self, layers: Layers, judge: Judge, gradient_hooks: GradientHooks, pace: dict[str, Any]) -> None:
+    def __init__(
+        self, layers: Layers, judge: Judge, gradient_hooks: GradientHooks, pace: dict[str, Any], *, looks: bool = False
+    ) -> None:
         self._layers = layers
         self._judge = judge
         self._hooks = gradient_hooks
         self._pace = pace
+        self._looks = looks
+        self.all_look = False
         self.ranks: Ranks | None = None
         self.met = False
         self.every = 0
@@ -63,6 +69,11 @@ class Peers:
     def count(self) -> int:
         """The number of processes whose values are combined into one row."""
         return self.ranks.size if self.ranks is not None else 1
+
+    @property
+    def together(self) -> Ranks | None:
+        """The processes, if all of them look for the origin of non-finite numbers."""
+        return self.ranks if self.all_look else None
 
     @property
     def apart(self) -> bool:
@@ -85,16 +96,20 @@ class Peers:
         if ranks is None:
             return False
         own = settings_of(judge.rules, judge.policy, self._pace)
-        settings = ranks.agree(own | {"weights left out": ", ".join(self._layers.left_out)})
+        own |= {"weights left out": ", ".join(self._layers.left_out), "forensics": str(self._looks)}
+        settings = ranks.agree(own)
         if settings is None:
             judge.disarm(
                 f"only some of the {ranks.size} processes watch this model, so that numbers are those of this process alone "
                 "and auto-clip does not act: call attach() in each of them."
             )
             return False
-        if settings and not self._report_differences(differences(settings, ranks.world)):
+        found = differences(settings, ranks.world) if settings else {}
+        found.pop("forensics", None)
+        self.all_look = all(one["forensics"] == str(True) for one in settings or [own])
+        if found and not self._report_differences(found):
             return False
-        self.ranks, self._alike = ranks, not settings
+        self.ranks, self._alike = ranks, not found
         if self._alike:
             judge.follow_peers(1 if device.reading_is_free(self._layers.home) else LAG)
         if ranks.averages:

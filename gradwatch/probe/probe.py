@@ -93,7 +93,7 @@ class Probe:
         self.backward_begins = self.attribution.begins if investigator is None else self._begins
         self.losses = LossReader(scaler)
         self._loss_known = False
-        peers = Peers(layers, judge, self.gradient_hooks, pace)
+        peers = Peers(layers, judge, self.gradient_hooks, pace, looks=investigator is not None)
         self.recorder = StepRecorder(
             layers, judge, self.gradient_hooks, self.losses, peers, every, own_time, investigator
         )
@@ -185,6 +185,8 @@ class Probe:
     def backward_ended(self, run: Run) -> None:
         """Record the losses of a backward that has ended, and make a row if no optimizer step is going to follow."""
         started = perf_counter()
+        if self._investigator is not None and self._investigator.watching:
+            self._investigator.backward_ended()
         if self._turns.watches:
             self._guarded(self._turns.backward_ended, run.roots)
         if self.attribution.end(run, fused=bool(self._fused.parts)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch.nn.utils.clip_grad as torch_clip
 
 from gradwatch import device
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,7 +18,7 @@ class Report:
     `step` is called at the first step, at once when an incident changed or there is a new note, and otherwise when ``period``
     seconds have passed since the last call.
 
-    Class variables:
+    Attributes:
         period: time in seconds between two calls of `step` if there is no news; infinite by default.
     """
 

@@ -13,10 +13,10 @@ import threading
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gradwatch.errors import words_of
-from gradwatch.printable import writable
 from gradwatch.reports.others import bars_of_tqdm
 from gradwatch.reports.streams import StreamTap, same_terminal
 from gradwatch.reports.tail import Tail, finished, is_plain
+from gradwatch.text.printable import writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

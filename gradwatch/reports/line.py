@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from gradwatch.printable import printable
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from typing import Any
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Line(Text):
-    """One line of text, in which control characters and line ends are escaped as by `gradwatch.printable`."""
+    """One line of text, in which control characters and line ends are escaped as by `gradwatch.text.printable`."""
 
     def __init__(self, text: object = "", style: str | Style = "", **settings: Any) -> None:
         super().__init__(printable(text), style, **settings)

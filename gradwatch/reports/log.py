@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
-from gradwatch.printable import printable, writable
 from gradwatch.reports.base import Report
 from gradwatch.reports.unsaid import unsaid
+from gradwatch.text.printable import printable, writable
 
 if TYPE_CHECKING:
     from gradwatch.records import Incident, Snapshot

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-from gradwatch.printable import printable
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

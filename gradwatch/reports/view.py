@@ -9,11 +9,11 @@ import numpy as np
 from rich.cells import cell_len
 from rich.table import Table
 
-from gradwatch.printable import printable
 from gradwatch.reports.line import Line
 from gradwatch.reports.names import labels_of, names_of, shorten
 from gradwatch.reports.sparkline import sparkline
 from gradwatch.reports.standing import standing
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
-from gradwatch.printable import printable
 from gradwatch.reports.base import Report
 from gradwatch.reports.scalars import scalars_of, text_of
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from typing import Any

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from rich.console import Group
 
-from gradwatch.printable import printable
 from gradwatch.reports.line import Line
 from gradwatch.reports.names import names_of
 from gradwatch.reports.view import View, headline
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

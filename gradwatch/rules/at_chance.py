@@ -11,7 +11,7 @@ from pydantic import Field
 from gradwatch.rules.base import Rule
 from gradwatch.rules.no_traction import gain_missing
 from gradwatch.rules.notation import Case
-from gradwatch.wording import number, percent
+from gradwatch.text.wording import number, percent
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History

@@ -12,7 +12,7 @@ from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule
 from gradwatch.rules.no_traction import in_words, stuck_at
 from gradwatch.rules.notation import Case
-from gradwatch.wording import last_steps, number, percent
+from gradwatch.text.wording import last_steps, number, percent
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History

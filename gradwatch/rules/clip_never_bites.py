@@ -9,7 +9,7 @@ from pydantic import Field
 
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
-from gradwatch.wording import last_steps, number
+from gradwatch.text.wording import last_steps, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History

@@ -10,7 +10,7 @@ from pydantic import Field
 from gradwatch.rules.base import Rule
 from gradwatch.rules.no_traction import in_words, stuck_at
 from gradwatch.rules.notation import Case
-from gradwatch.wording import counted, number
+from gradwatch.text.wording import counted, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History

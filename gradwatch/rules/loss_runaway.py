@@ -10,7 +10,7 @@ from pydantic import Field
 from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
-from gradwatch.wording import apart, number
+from gradwatch.text.wording import apart, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History

@@ -11,7 +11,7 @@ from pydantic import Field
 from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History

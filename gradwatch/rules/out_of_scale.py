@@ -11,7 +11,7 @@ from pydantic import Field
 from gradwatch.rules.base import Rule
 from gradwatch.rules.no_traction import in_words, stuck_at
 from gradwatch.rules.notation import Case
-from gradwatch.wording import apart
+from gradwatch.text.wording import apart
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from gradwatch.errors import RunLogError
-from gradwatch.printable import printable
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from pathlib import Path

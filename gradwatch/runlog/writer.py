@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gradwatch.errors import words_of
-from gradwatch.printable import printable
+from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

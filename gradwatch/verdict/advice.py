@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.in_use import usual_norms_of
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradwatch.history.losses import EARLY
 from gradwatch.history.statistics import median, median_and_mad
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

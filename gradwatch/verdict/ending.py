@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradwatch.history.statistics import median_and_mad
-from gradwatch.wording import number
+from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.statistics import doubling
-from gradwatch.wording import counted, number
+from gradwatch.text.wording import counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

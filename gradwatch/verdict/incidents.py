@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from gradwatch.history.history import History
-    from gradwatch.origin import Origin
-    from gradwatch.records import Role
+    from gradwatch.records import Origin, Role
     from gradwatch.rules import Rule
     from gradwatch.verdict.settings import VerdictSettings
 
@@ -196,6 +195,7 @@ class Incidents:
 
     def _judge(self, name: str, story: Story, step: int, *, touched: bool) -> Incident | None:
         active = any(code in self._opening for code, _ in story.firing)
+        touched = touched or (name == "explosion" and self._origin is not None)  # found in a later step of the incident
         aftermath = name != "explosion" and self.open_explosion() is not None  # a consequence of the explosion
         if story.incident is None and (aftermath or not active):
             story.signs, story.fired_steps = dict(story.firing), 0
@@ -382,7 +382,12 @@ class Incidents:
             story.place = len(self.all)
             self.all.append(after)
         self._replace(story, after)
-        if before is not None and (before.kind, before.severity, before.verdict) == (kind, severity, verdict):
+        explained = before is not None and before.origin is None and after.origin is not None
+        if (
+            before is not None
+            and not explained
+            and (before.kind, before.severity, before.verdict) == (kind, severity, verdict)
+        ):
             return None
         return after
 

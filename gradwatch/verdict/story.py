@@ -6,8 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gradwatch.origin import Origin  # noqa: TC001  of a dataclass
-from gradwatch.records import EXPLOSION, Alarm, Incident, Kind, Phase, Severity, Verdict
+from gradwatch.records import (
+    EXPLOSION,
+    Alarm,
+    Incident,
+    Kind,
+    Origin,
+    Phase,
+    Severity,
+    Verdict,
+)
 from gradwatch.verdict.recurring import Recurrence
 
 if TYPE_CHECKING:

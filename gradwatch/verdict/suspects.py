@@ -10,7 +10,7 @@ import numpy as np
 from gradwatch.history.columns import widened
 from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import EXPLOSION
-from gradwatch.wording import counted, number
+from gradwatch.text.wording import counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

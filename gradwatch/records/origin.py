@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Literal
 
-from gradwatch.printable import printable
-from gradwatch.wording import number
+from gradwatch.text.printable import printable
+from gradwatch.text.wording import counted, number
 
 Direction = Literal["forward", "backward", "update"]
 Subject = Literal["operation", "written", "weight", "buffer", "input", "argument", "optimizer"]
@@ -79,6 +79,7 @@ class Origin:
         found_by: way in which it was found.
         lag: number of steps by which the weights were newer than those of the step.
         step: optimizer step.
+        rank: process in which it was found; None if that is this one, or the only one.
         seconds: time that the investigation took.
     """
 
@@ -102,13 +103,14 @@ class Origin:
     found_by: Way = "replay"
     lag: int = 0
     step: int = -1
+    rank: int | None = None
     seconds: float = math.nan
 
     def __repr__(self) -> str:
         return f"<Origin {self}>"
 
     def __str__(self) -> str:
-        return printable(self._headline())
+        return printable(("" if self.rank is None else f"on rank {self.rank}, ") + self._headline())
 
     def at(self, step: int, seconds: float) -> Origin:
         """Return the record with its step and with the time that the investigation took."""
@@ -121,6 +123,10 @@ class Origin:
     def later(self, lag: int) -> Origin:
         """Return the record with the number of steps by which the weights were newer."""
         return replace(self, lag=lag)
+
+    def of_rank(self, rank: int) -> Origin:
+        """Return the record as other processes show it."""
+        return replace(self, rank=rank)
 
     def _headline(self) -> str:
         if self.subject in ("weight", "buffer"):
@@ -192,14 +198,6 @@ class Origin:
         if self.faithful is False:
             told += ", whose result differed from the original"
         return told + (f", in {number(1e3 * self.seconds)} ms" if self.seconds == self.seconds else "")
-
-
-def counted(count: int, noun: str) -> str:
-    """Return "1 zero", "3 zeros", "2 infinities", "2 NaN"."""
-    if noun == "NaN":
-        return f"{count} NaN"
-    plural = noun[:-1] + "ies" if noun.endswith("y") else f"{noun}s"
-    return f"{count} {noun if count == 1 else plural}"
 
 
 def _short(path: str) -> str:

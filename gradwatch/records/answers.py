@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gradwatch.wording import counted, number, percent
+from gradwatch.text.wording import counted, number, percent
 
 
 @dataclass(frozen=True, slots=True)

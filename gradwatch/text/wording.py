@@ -39,10 +39,12 @@ def apart(value: float, limit: float) -> tuple[str, str]:
 def counted(count: float, noun: str) -> str:
     """Return a count with its noun, in the plural unless the count is one.
 
-    >>> counted(1, "more layer"), counted(1200, "step")
-    ('1 more layer', '1,200 steps')
+    >>> counted(1, "more layer"), counted(1200, "step"), counted(2, "infinity"), counted(3, "NaN")
+    ('1 more layer', '1,200 steps', '2 infinities', '3 NaN')
     """
-    return f"{count:,.0f} {noun}" + ("" if count == 1 else "s")
+    if count != 1 and noun != "NaN":
+        noun = noun[:-1] + "ies" if noun.endswith("ity") else f"{noun}s"
+    return f"{count:,.0f} {noun}"
 
 
 def ordinal(count: int) -> str:

@@ -1,0 +1,95 @@
+"""`ClipRecord`: what auto-clip did about an incident."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gradwatch.records.kinds import Family  # noqa: TC001  pydantic reads the annotations
+from gradwatch.text.wording import counted, number
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRecord:
+    """What auto-clip did about an incident, and whether it helped.
+
+    Attributes:
+        clip: the clip, in words.
+        from_step: step at which auto-clip was switched on.
+        clipped: number of steps that were clipped.
+        skipped: number of steps that were left out.
+        steps: number of steps while it was on.
+        norm_before: largest global norm meanwhile.
+        norm_after: what the clip left of ``norm_before``.
+        loss_before: level of the loss before the incident.
+        loss_after: last loss while auto-clip is on; level of the loss when the incident closes.
+        released_step: step at which auto-clip was switched off; None: it is still on.
+        helped: whether everything is as well as before the fault, after it had changed steps; None: not known.
+        recovered_after: number of steps after which the loss was back at its level for good; None: it was not yet.
+        measures: measures beyond clipping, in words.
+        unlearned: first and last level of the losses of clipped steps, if clipping kept them high while all other losses
+            were well. The clip was then released at once.
+        family: family of the optimizer.
+        damage: what was worse than before the fault when the incident closed, in words.
+    """
+
+    clip: str
+    from_step: int
+    clipped: int = 0
+    skipped: int = 0
+    steps: int = 0
+    norm_before: float = float("nan")
+    norm_after: float = float("nan")
+    loss_before: float = float("nan")
+    loss_after: float = float("nan")
+    released_step: int | None = None
+    helped: bool | None = None
+    recovered_after: int | None = None
+    measures: tuple[str, ...] = ()
+    unlearned: tuple[float, float] | None = None
+    family: Family = "other"
+    damage: str = ""
+
+    @property
+    def share(self) -> float:
+        """The share of clipped steps since ``from_step``; NaN before the first step."""
+        return self.clipped / self.steps if self.steps else math.nan
+
+    def __str__(self) -> str:
+        parts = [f"{self.clip} clipped {self.clipped} of {self.steps} steps"]
+        if self.skipped:
+            parts[0] += f", {self.skipped} skipped"
+        if math.isfinite(self.norm_before):
+            parts.append(f"largest norm {number(self.norm_before)}{self._of_it}")
+        parts += self.measures
+        if self.released_step is None:
+            return "; ".join([*parts, "still on"])
+        if not math.isnan(self.loss_before) and not math.isnan(self.loss_after):
+            parts.append(f"loss {number(self.loss_after)}, {number(self.loss_before)} before the fault")
+            if self.recovered_after is not None:
+                parts[-1] += f", back at its level after {counted(self.recovered_after, 'step')}"
+        outcome = self._outcome
+        return "; ".join([*parts, f"released at step {self.released_step}" + (f": {outcome}" if outcome else "")])
+
+    @property
+    def _of_it(self) -> str:
+        """What became of the largest norm, if it was changed."""
+        if self.norm_after == 0 and self.skipped:
+            return ", of a step that was left out"
+        before, after = number(self.norm_before), number(self.norm_after)
+        return f", clipped to {after}" if self.norm_after < self.norm_before and before != after else ""
+
+    @property
+    def _outcome(self) -> str:
+        if self.helped:
+            return "it helped"
+        if self.unlearned is not None:
+            before, after = self.unlearned
+            return (
+                f"the losses of the steps that it clipped did not come down, from {number(before)} to {number(after)}, while "
+                "the others were well: they carry a rare signal. It is not switched on again for gradients up to "
+                f"{number(self.norm_before)}"
+            )
+        if not self.clipped + self.skipped:
+            return "it changed no step"
+        return f"over, with damage: {self.damage}" if self.damage else ""

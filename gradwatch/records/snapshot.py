@@ -1,0 +1,127 @@
+"""`Snapshot`: the state of a run at one step, and the `Facts` of its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gradwatch.records.kinds import Family  # noqa: TC001  pydantic reads the annotations
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gradwatch.records.answers import ClipUse, UsualNorms
+    from gradwatch.records.incident import Incident
+    from gradwatch.records.kinds import Floats, RunVerdict
+    from gradwatch.records.row import Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of the model and its optimizer, for advice and reports.
+
+    Attributes:
+        model: class of the model.
+        name: name that the user gave to the run; "" if none.
+        layers: number of layers.
+        parameters: number of parameter elements.
+        recurrent, gated, normalised: whether the model has recurrent, gated recurrent, and normalisation layers.
+        depth: number of layers with two or more dimensions.
+        optimizer: class of the optimizer; None if it is not known yet.
+        family: family of the optimizer.
+        rate: largest learning rate; NaN if it is not known.
+        clip: clip of auto-clip, in words; None if gradwatch only watches.
+        clips_always: whether auto-clip acts at each step.
+        embeds: whether the model has embeddings, so that inputs may be indices.
+        saturates, rectified: whether it has activations that saturate (sigmoid, tanh), and ReLUs.
+        loss: kind of the loss, such as ``"cross-entropy"``; "" if it is not known.
+        mistakes: mistakes of the program that are certain, in sentences.
+    """
+
+    model: str = "model"
+    layers: int = 0
+    parameters: int = 0
+    recurrent: bool = False
+    gated: bool = False
+    normalised: bool = False
+    depth: int = 0
+    optimizer: str | None = None
+    family: Family = "other"
+    rate: float = float("nan")
+    clip: str | None = None
+    clips_always: bool = False
+    embeds: bool = False
+    saturates: bool = False
+    rectified: bool = False
+    loss: str = ""
+    mistakes: tuple[str, ...] = ()
+    name: str = ""  # last, because logs of earlier versions have none
+
+    @property
+    def called(self) -> str:
+        """The name that the user gave and the class of the model; only the class if there is no name."""
+        return f"{self.name} ({self.model})" if self.name else self.model
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state of a run at one step, which is all that a report receives. The series hold the last rows, oldest first.
+
+    Attributes:
+        facts: what is known of the model and its optimizer.
+        step: last step.
+        layers: names of the ``L`` layers.
+        loss, global_norm: series of losses and global norms.
+        grad_norm, nonfinite, weight_norm: last values of each layer, shape (L,).
+        closeness: largest value over limit of each layer among all rules, shape (L,).
+        closest: index in ``rules`` of the rule to which that value belongs, shape (L,).
+        rules: code and name of each rule.
+        firing: rules that fire now.
+        incidents: incidents so far.
+        verdict: state of the run, one of `VERDICTS`.
+        clipping: clip of auto-clip, in words; None if gradwatch only watches.
+        clip_on: whether auto-clip is on.
+        clipped, skipped: number of steps that auto-clip clipped and left out.
+        seconds: time since the run began.
+        steps_per_second: speed of the training.
+        cost_us: time that gradwatch takes per optimizer step, in microseconds.
+        provenance: origin of the last row.
+        notes: what gradwatch reported about the run.
+        news: incidents that changed since the previous snapshot.
+        clip_coefficient: norm after clipping over norm before it, of the last row.
+        ending: how badly the loss stands at the last row, in words; empty if it does not.
+        usual_norms: the usual range of the global norm; None: it is not known.
+        clip_use: what a clip that may act on each step did; None: there is none.
+    """
+
+    facts: Facts
+    step: int
+    layers: Sequence[str]
+    loss: Floats
+    global_norm: Floats
+    grad_norm: Floats
+    nonfinite: NDArray[np.uint8]
+    weight_norm: Floats
+    closeness: Floats
+    closest: NDArray[np.intp]
+    rules: Sequence[str]
+    firing: tuple[str, ...]
+    incidents: tuple[Incident, ...]
+    verdict: RunVerdict
+    clipping: str | None
+    clip_on: bool
+    clipped: int
+    skipped: int
+    seconds: float
+    steps_per_second: float
+    cost_us: float
+    provenance: Provenance
+    notes: tuple[str, ...] = ()
+    news: tuple[Incident, ...] = field(default=())
+    clip_coefficient: float = 1.0
+    ending: str = ""
+    usual_norms: UsualNorms | None = None
+    clip_use: ClipUse | None = None

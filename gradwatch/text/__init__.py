@@ -1,0 +1,1 @@
+"""Text for people: numbers and counts as they stand in sentences, and foreign text without control characters."""

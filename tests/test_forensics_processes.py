@@ -1,0 +1,68 @@
+"""The operation that made the first non-finite number, where one of two processes has made it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.torchrun import played as played_by
+
+Both = tuple[dict[str, Any], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
+    """All trainings, played once in two processes."""
+    first, second = played_by(tmp_path_factory, 2, "tests.forensic_processes")
+    return {name: (first[name], second[name]) for name in first}
+
+
+CASES = [
+    ("DDP", "in the model", ("log", "forward", "blocks.1"), "replay"),
+    ("DDP", "in the model's backward", ("sqrt", "backward", "blocks.1"), "replay"),
+    ("DDP", "in the loss", ("log", "forward", None), "source"),
+    ("FSDP2", "in the model", ("log", "forward", "blocks.1"), "replay"),
+    ("FSDP2", "in the loss", ("log", "forward", None), "source"),
+]
+
+
+@pytest.mark.parametrize(("wrapper", "case", "expected", "way"), CASES)
+def test_the_process_that_failed_names_the_operation_and_the_other_one_shows_it(
+    wrapper: str, case: str, expected: tuple[Any, ...], way: str, played: dict[str, Both]
+) -> None:
+    """Rank 0, whose lines people read, says on which rank it was."""
+    first, second = played[f"{wrapper}, {case}"]
+    assert tuple(second["origin"][:3]) == tuple(first["origin"][:3]) == expected
+    assert (first["origin"][3], second["origin"][3]) == (1, None)
+    assert (first["way"], second["way"]) == (way, way)
+    op, line = expected[0], first["origin"][4]
+    assert f"on rank 1, `{op}` at causes.py:" in line
+    assert f"on rank 1, `{op}`" in " ".join(first["told"].split())
+    assert first["skipped"] == second["skipped"] == 2
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("case", ["in the model", "in the model's backward", "in the loss"])
+def test_the_training_goes_on_bit_for_bit(wrapper: str, case: str, played: dict[str, Both]) -> None:
+    """As one whose failed steps are left out by hand."""
+    for watched, plain in zip(played[f"{wrapper}, {case}"], played[f"{wrapper}, unwatched"], strict=True):
+        assert watched["parameters"] == plain["parameters"]
+        assert watched["generator"] == plain["generator"]
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_where_only_one_process_looks_none_waits_for_the_other(wrapper: str, played: dict[str, Both]) -> None:
+    """Nothing is exchanged about it."""
+    first, second = played[f"{wrapper}, one looks"]
+    assert first["origin"] is None
+    assert (second["origin"] is None) == (wrapper == "FSDP2")
+    assert first["skipped"] == second["skipped"] == 2
+
+
+def test_a_backward_under_fsdp2_is_not_repeated_and_says_so(played: dict[str, Both]) -> None:
+    """It would reduce gradients of the training."""
+    first, second = played["FSDP2, in the model's backward"]
+    for one in (first, second):
+        assert one["origin"] is None or one["way"] == "watched step"
+        assert any("is not known" in note for note in one["notes"])
