@@ -208,12 +208,6 @@ class Gradients:
             columns = columns[present]
         if not there:
             return there, columns, None
-        return self.planned(there, columns, present)
-
-    def planned(
-        self, there: list[Tensor], columns: NDArray[np.intp], present: list[bool] | None = None
-    ) -> tuple[list[Tensor], NDArray[np.intp], NormPlan]:
-        """Return these gradients and columns with a plan, which is renewed if others are ``present`` than before."""
         if self._plan is None or present != self._planned or there[0].device != self._plan.device:
             self._plan, self._planned = NormPlan(there), present
             self.steering.moved()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.errors import words_of
 from gradwatch.measure.layers import family_of
+from gradwatch.measure.norms import NormPlan
 from gradwatch.probe.backwards import parameters_behind
 from gradwatch.probe.gradients import Gradients
 from gradwatch.skipping import Skip
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.measure.deepspeed import Zero
-    from gradwatch.measure.norms import NormPlan
     from gradwatch.probe.coming import Loss
 
 
@@ -88,7 +88,11 @@ class ZeroGradients(Gradients):
         if self._read is None:
             return super().present()
         there = self._read()
-        return self.planned(there, self.columns) if there else ([], self.columns[:0], None)
+        if not there:
+            return [], self.columns[:0], None
+        if self._plan is None or there[0].device != self._plan.device:
+            self._plan = NormPlan(there)
+        return there, self.columns, self._plan
 
     def with_gradient(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients `present` returns."""
