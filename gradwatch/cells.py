@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NamedTuple
 
@@ -30,8 +31,13 @@ def is_interactive() -> bool:
 
 
 def is_notebook() -> bool:
-    """Return whether this is the kernel of a notebook, whose output may be HTML and may be replaced later."""
-    return getattr(ipython(), "kernel", None) is not None
+    """Return whether this is the kernel of a notebook, whose output may be HTML and may be replaced later.
+
+    A process that was forked from a kernel is none: what it publishes is dropped, while its standard streams are not.
+    """
+    kernel = getattr(ipython(), "kernel", None)
+    here = os.getpid()
+    return kernel is not None and getattr(getattr(kernel, "session", None), "pid", here) == here
 
 
 def called(file: str) -> str:

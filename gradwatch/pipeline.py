@@ -26,13 +26,13 @@ from gradwatch.text.wording import number
 from gradwatch.verdict import Alarms, Incidents, VerdictSettings, how_it_stands
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from gradwatch.autoclip.engine import AutoClipEngine
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.history.columns import Columns
     from gradwatch.history.history import History
-    from gradwatch.records import Facts, Origin
+    from gradwatch.records import Facts, Origin, Role
     from gradwatch.reports import Report
     from gradwatch.reports.notes import Notes
     from gradwatch.rules import Rule
@@ -89,7 +89,7 @@ class Pipeline:
         self.changes: deque[Alarm] = deque(maxlen=keep)
         self.notes = notes
         self._own_time = own_time or OwnTime()
-        self._surge = next((rule.limit for rule in rules if rule.role == "surge"), math.inf)
+        self._surge, self._overshoot = _limit(rules, "surge"), _limit(rules, "overshoot")
         self._told: set[str] = set()  # the codes of the clip signs that were noted
         self._band = np.full(len(history.layers), np.inf)
         self._loss_band = math.inf
@@ -101,17 +101,18 @@ class Pipeline:
         self._opposed = ""
         self._newest = -1  # largest index of an optimizer so far
         self._speed = math.nan
-        self.desk = ReportDesk(reports, notes, self.snapshot)
+        self.desk = ReportDesk(reports, notes, self.snapshot, history)
 
     # Facts of the run.
 
-    def optimizer_found(self, name: str, family: Family) -> None:
-        """Record the class and the family of an optimizer of watched parameters."""
-        self.history.know(replace(self.history.facts, optimizer=name, family=family))
+    def optimizer_found(self, name: str, family: Family, options: Mapping[str, str] | None = None) -> None:
+        """Record the class, the family and the options of an optimizer of watched parameters."""
+        known = self.history.facts
+        self.history.know(replace(known, optimizer=name, family=family, optimizer_options=dict(options or {})))
 
-    def loss_found(self, kind: str) -> None:
-        """Record the kind of the loss, such as "cross-entropy"."""
-        self.history.know(replace(self.history.facts, loss=kind))
+    def loss_found(self, kind: str, prediction: tuple[int, ...] = ()) -> None:
+        """Record the kind of the loss, such as "cross-entropy", and the shape of what it compares with a target."""
+        self.history.know(replace(self.history.facts, loss=kind, prediction=prediction))
 
     def losses_oppose(self) -> None:
         """Record that two optimizers take turns, where the loss of one runs through what the other trains."""
@@ -335,7 +336,7 @@ class Pipeline:
         if self.clipping is None or not self.armed:
             return None
         with ignore_fp_warnings():
-            return self.clipping.plan(self._surge, self.verdict_settings.far * self._surge)
+            return self.clipping.plan(self._surge, self.verdict_settings.far * self._surge, self._overshoot)
 
     def disarm(self, reason: str) -> None:
         """Stop auto-clip for the rest of the run and report the reason."""
@@ -421,3 +422,8 @@ class Pipeline:
             return "confirmed" if "confirmed" in found else "suspected"
         left = any(incident.severity != "notice" for incident in self.incidents.damaged)
         return "damaged" if left else "healthy"
+
+
+def _limit(rules: Sequence[Rule], role: Role) -> float:
+    """Return the limit of the rule with this role; infinity if there is none, so that nothing exceeds it."""
+    return next((rule.limit for rule in rules if rule.role == role), math.inf)

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -422,6 +422,27 @@ BEFORE = "the gradient before your clip; as clip coefficient, the share of its n
 @mode("your own `clip_grad_norm_`", BEFORE, "at the clip")
 def _user_norm(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
     yield from _clipped(watch, lambda model: clip_grad_norm_(model.parameters(), 0.05))
+
+
+@mode(
+    "`clip_grad_norm_` without a bound, to log the norm, and a clip of your own after it or before it",
+    BEFORE,
+    "at the clip",
+)
+def _user_logs_and_clips(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    def clip(model: nn.Module) -> None:
+        for bound in (math.inf, 0.05, math.inf):
+            clip_grad_norm_(model.parameters(), bound)
+
+    yield from _clipped(watch, clip)
+
+
+@mode(
+    "`clip_grad_norm_` without a bound, to log the norm", "the gradient that the optimizer uses; it counts as no clip"
+)
+def _user_logs(watch: Callable[[nn.Module], gradwatch.Monitor]) -> Iterator[Truth]:
+    for truth in _clipped(watch, lambda model: clip_grad_norm_(model.parameters(), math.inf)):
+        yield replace(truth, clipped="no clip before it seen")
 
 
 @mode("your own `clip_grad_value_`", BEFORE, "at the clip")

@@ -441,3 +441,24 @@ def test_detach_leaves_nothing_registered_and_a_dropped_optimizer_is_forgotten()
         optimizers.clear()
         gc.collect()
         assert known == {}
+
+
+def test_a_clip_without_a_bound_is_no_clip() -> None:
+    """Programs compute the norm by it, to log it; on the fast path too. Once there is a bound, it is one."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    x, y = data()
+    monitor = gradwatch.attach(model, report=None, strict=True)
+    for step in range(300):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.001 if step >= 200 else math.inf)
+        optimizer.step()
+        if step == 199:
+            assert monitor.history.provenance.clipped == "no clip before it seen"
+            assert monitor.snapshot().clip_use is None
+    monitor.detach()
+    assert monitor.history.provenance.clipped == "before the user's clip"
+    coefficients = monitor.history.clip_coefficient()
+    assert (coefficients[:200] == 1.0).all()
+    assert (coefficients[200:] < 1.0).all()

@@ -196,7 +196,10 @@ class Run:
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             if not trained:
                 continue
-            gradients = torch.autograd.grad(total, trained, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(total, trained, allow_unused=True, materialize_grads=True)
+            gradients = [
+                gradient.detach() for gradient in found
+            ]  # in torch 2.6, zeros for unused parameters require one
             for parameter, gradient in zip(trained, gradients, strict=True):
                 if self.style.by_hand == "in place" and parameter.grad is not None:
                     parameter.grad.copy_(gradient)

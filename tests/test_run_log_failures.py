@@ -18,7 +18,7 @@ import torch
 
 import gradwatch
 from gradwatch.errors import RunLogError
-from gradwatch.records import Facts
+from gradwatch.records import Facts, Scalars
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.batch import Batch
 from gradwatch.runlog.store import Store
@@ -82,7 +82,8 @@ def test_a_killed_training_goes_on_in_its_log(tmp_path: Path) -> None:
     assert kept.tolist() == list(range(len(kept)))
     assert len(kept) >= sum(when < killed - 1 for when in steps) > 0
     watched(tmp_path, steps=20)
-    assert RunLog(tmp_path).series().step.tolist() == list(range(20))
+    with RunLog(tmp_path) as log:
+        assert log.series().step.tolist() == list(range(20))
 
 
 def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
@@ -203,7 +204,8 @@ def test_a_disk_that_is_full_is_said_once_and_training_goes_on(tmp_path: Path) -
     assert said.count("cannot be written") == 1
     assert "database or disk is full" in said
     assert said.count("lacks the last") == 1
-    kept = RunLog(Path(f"{tmp_path}-after") / "run").series().step
+    with RunLog(Path(f"{tmp_path}-after") / "run") as log:
+        kept = log.series().step
     assert kept.tolist() == list(range(len(kept)))
     assert len(kept) > 50
 
@@ -264,12 +266,12 @@ def test_a_slow_disk_takes_no_more_memory(tmp_path: Path) -> None:
         numbers = np.ones(32)
         steps = np.arange(start, start + 32)
         gradient = np.ones((32, 100), dtype=np.float32)
-        writer.put(Batch(0.0, steps, numbers, numbers, numbers, numbers < 0, gradient))
+        writer.put(Batch(0.0, Scalars(steps, numbers, numbers, numbers, numbers < 0, numbers, numbers), gradient))
         held.append(writer._bytes)
     writer.close(10.0)
     assert max(held) <= 2 * most + 64 * 32
     assert len(told) == 2
     assert "slower than the training" in told[0]
     assert "lacks" in told[1]
-    log = RunLog(tmp_path)
-    assert len(log.norms()[0]) < len(log.series().step) < 40_000
+    with RunLog(tmp_path) as log:
+        assert len(log.norms()[0]) < len(log.series().step) < 40_000

@@ -440,7 +440,7 @@ for step in both(range(150)):
     if step % 10 == 0: print("line", step)
 first.detach()
 print("between")
-for step in both(range(150, 200)): pass
+for step in both(range(150, 450)): pass
 second.detach()
 """
     )
@@ -456,7 +456,7 @@ second.detach()
     ]
     assert firsts == sorted(firsts)
     assert "150 steps of generator (Sequential)" in session.everything
-    assert "200 steps of critic (Sequential)" in session.everything
+    assert "450 steps of critic (Sequential)" in session.everything
     assert heads(session.last) == []
     assert not any("closest to their limits" in line for line in session.last)
 
@@ -514,12 +514,12 @@ def failing(self, snapshot):
     if snapshot.facts.name == "generator": raise RuntimeError("broken")
     step_of(self, snapshot)
 LiveReport.step = failing
-for _ in both(range(30, 130)): pass
+for _ in both(range(30, 330)): pass
 first.detach(); second.detach()
 print(vars(sys.stdout).get("write"), vars(sys.stderr).get("write"))
 """
     )
     assert session.code == 0
     assert ["critic"] in [heads(screen) for screen in session.screens]
-    assert "130 steps of critic" in session.everything
+    assert "330 steps of critic" in session.everything
     assert session.everything.rstrip().endswith("None None")

@@ -85,6 +85,8 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
         "one contract for all reports, and their output in a real terminal",
     ),
     "reports/mlflow": (("test_loggers",), "it is tested with the real library"),
+    "reports/outbox": (("test_loggers",), "the report for MLflow is its only user"),
+    "reports/scalars": (("test_loggers",), "its numbers are read back with the real libraries"),
     "reports/tensorboard": (("test_loggers",), "it is tested with the real library"),
     "reports/wandb": (("test_loggers",), "it is tested with the real library"),
     "rules/": (

@@ -90,7 +90,7 @@ class Baseline(Protocol):
 class Clip(Settings):
     """The base class of clips. Your own clip implements `apply` and `loosened`, and `apply_unread` for devices.
 
-    Class variables:
+    Attributes:
         looks_inside: True if it works on single elements or units, so that the norm has to be measured again afterwards.
         by_layer: True if it scales each layer by the layer's own norm.
         takes_threshold: True if `at_norm` can set its bounds.

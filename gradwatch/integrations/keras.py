@@ -13,6 +13,7 @@ import torch
 from gradwatch.errors import IntegrationError
 from gradwatch.integrations.session import Session, read
 from gradwatch.integrations.versions import framework
+from gradwatch.reports.log import LogReport
 
 if TYPE_CHECKING:
     import os
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from gradwatch.integrations.session import Settings, StopOn
     from gradwatch.monitor import Monitor
+    from gradwatch.records import Snapshot
 
 framework("keras", "3.10", needs="optimizers.Optimizer._clip_gradients")
 import keras  # noqa: E402  the line above says so if it cannot be imported
@@ -42,6 +44,23 @@ class _OffTheBar(keras.callbacks.Callback):  # type: ignore[misc]
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         for name in [name for name in logs or () if name.startswith("gradwatch/")]:
             del logs[name]
+
+
+class _Lines(LogReport):
+    """Log lines that begin below the progress bar of Keras, whose line has no end yet."""
+
+    def step(self, snapshot: Snapshot) -> None:
+        self._inside_a_line = True
+        super().step(snapshot)
+        self._inside_a_line = False
+
+    def _write(self, text: str) -> None:
+        if self._inside_a_line:
+            super()._write("")
+        self._inside_a_line = False
+        super()._write(text)
+
+    _inside_a_line = False
 
 
 class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
@@ -75,6 +94,8 @@ class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
         **settings: Unpack[Settings],
     ) -> None:
         super().__init__()
+        if settings.get("report", "auto") in ("auto", "log"):
+            settings["report"] = _Lines()
         self._session = Session(stop_on, worst, settings)
         self._resume = Path(resume) if resume is not None else None
         self._saving: list[Any] = []
@@ -265,15 +286,15 @@ def _tell_of_ends() -> None:
     @functools.wraps(original)
     def fit(*args: Any, **kwargs: Any) -> Any:
         given = form.bind(*args, **kwargs)
-        others = given.arguments.get("callbacks")
-        listed = list(others) if isinstance(others, (list, tuple)) else [] if others is None else [others]
+        told = given.arguments.get("callbacks")
+        listed = told.callbacks if isinstance(told, keras.callbacks.CallbackList) else told
+        listed = list(listed) if isinstance(listed, (list, tuple)) else [] if listed is None else [listed]
         mine = [one for one in listed if isinstance(one, GradwatchCallback)]
-        if not mine:
-            return original(*args, **kwargs)
         others = [one for one in listed if one not in mine]
-        if not any(isinstance(one, keras.callbacks.History) for one in others):
-            others.append(keras.callbacks.History())
-        given.arguments["callbacks"] = [*mine, *others, _OffTheBar()]
+        if mine and not isinstance(told, keras.callbacks.CallbackList):  # a list that is made already keeps its order
+            if not any(isinstance(one, keras.callbacks.History) for one in others):
+                others.append(keras.callbacks.History())
+            given.arguments["callbacks"] = [*mine, *others, _OffTheBar()]
         for one in mine:
             one.trains(others)
         try:

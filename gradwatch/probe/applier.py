@@ -84,7 +84,7 @@ class Applier:
             return ""
         if clip.needs_whole_layers:
             return f"{clip} needs whole layers, and here each process holds parts of them: it does not act."
-        if clip.by_layer and mine.coming.before_clip is not None:
+        if clip.by_layer and mine.coming.clips:
             return (
                 f"{clip} does not act after a clip of your own if layers are sharded: what your clip left of each whole "
                 "layer is not known."

@@ -57,7 +57,7 @@ class BeforeClip:
         bound: norm to which the user clipped; None if that was not seen, as of a clip by value.
     """
 
-    __slots__ = ("_marks", "_open", "_versions", "bound", "measured")
+    __slots__ = ("_clipped", "_marks", "_open", "_versions", "bound", "measured")
 
     def __init__(self, parameters: Sequence[nn.Parameter], measured: Measured | Unread | None = None) -> None:
         if measured is not None:
@@ -68,7 +68,13 @@ class BeforeClip:
         self._marks = [(parameter, weakref.ref(gradient)) for parameter, gradient in marked]
         self._versions = [version_of(gradient) for _, gradient in marked]
         self._open = True  # whether the clip may still be under way
+        self._clipped = False  # by a clip before that one
         self.bound: float | None = None
+
+    @property
+    def clips(self) -> bool:
+        """True if the user clips; False if no clip so far had a bound, since programs compute a norm by such ones."""
+        return self._clipped or self.bound != math.inf
 
     @property
     def acted(self) -> bool:
@@ -97,11 +103,13 @@ class BeforeClip:
 
     def next_begins(self) -> bool:
         """Record that another clip begins; return whether it belongs to the same step: only clips have changed the gradients."""
-        most = _BY_VALUE if self._open else 0
-        before = self._versions
+        was_open, clips, before = self._open, self.clips, self._versions
         self.ended()
         self._open = True
-        return self.holds and all(now - then <= most for now, then in zip(self._versions, before, strict=True))
+        changes = [now - then for now, then in zip(self._versions, before, strict=True)]
+        # torch announces a clip by norm twice, before either half; one by value is not seen to end
+        self._clipped = self._clipped or any(changes) if was_open else clips
+        return self.holds and all(change <= (_BY_VALUE if was_open else 0) for change in changes)
 
     def take(self, measured: Measured) -> None:
         """Set the norms, if they become known only after the clip."""
@@ -147,7 +155,7 @@ class BeforeClip:
             codes = widened(part.nonfinite, layers, 0) if part.nonfinite is not None else None
             part = replace(part, norms=widened(part.norms, layers, math.nan), nonfinite=codes)
         mine = BeforeClip(parameters, part)
-        mine._open, mine.bound = self._open, self.bound
+        mine._open, mine._clipped, mine.bound = self._open, self._clipped, self.bound
         return mine
 
 
@@ -174,6 +182,11 @@ class Coming:
         self.before_clip: BeforeClip | None = None
         self.spent = False
         self._left: tuple[weakref.ref[Tensor], int] | None = None
+
+    @property
+    def clips(self) -> bool:
+        """True if the user has clipped, other than without a bound to compute a norm."""
+        return self.before_clip is not None and self.before_clip.clips
 
     def clip_begins(self, before: BeforeClip) -> None:
         """Set the norms before the user's clip."""
@@ -281,6 +294,7 @@ def united(parts: Iterable[Coming], layers: int, parameters: Sequence[nn.Paramet
         whole.before_clip = before[0]
     elif before:
         whole.before_clip = BeforeClip(parameters, _together([one.measured for one in before if one.measured], layers))
+        whole.before_clip.ended(None if any(one.clips for one in before) else math.inf)
     return whole
 
 

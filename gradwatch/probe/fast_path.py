@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, LossSource
 
 _LARGEST = float(np.finfo(np.float64).max)
+_LEARNING_RATE = operator.itemgetter("lr")
 
 
 Passed = Literal["not", "with alarm", "resting", "noted"]
+UserClip = Literal["bounded", "unbounded"]  # without a bound, clips compute a norm
 
 
 class FastPath:
@@ -44,7 +46,7 @@ class FastPath:
         optimizer: the optimizer; held weakly.
         loss: the expected source of the loss.
         every: number of optimizer steps between rows.
-        clipped: whether the user clips before each step.
+        clip: the user's clip before each step; None: there is none.
 
     Attributes:
         mine: gradients of the optimizer.
@@ -58,13 +60,12 @@ class FastPath:
         optimizer: Optimizer,
         loss: LossSource,
         every: int,
-        *,
-        clipped: bool,
+        clip: UserClip | None,
     ) -> None:
         self._history = bounds.history
         self._left = bounds.rows
         self._every = every
-        self._clipped = clipped
+        self._clip = clip
         self._total: Tensor | None = None  # of the user's clip of this step, and the norms that it came from
         self._norms: Floats | None = None
         self._coefficient = math.nan
@@ -81,6 +82,7 @@ class FastPath:
         band = bounds.grad_norm if self._columns is None else bounds.grad_norm[columns]
         self._band = np.minimum(band, _LARGEST)  # an infinite norm is never within bounds
         self._probe = mine.cheapest_probe(columns)
+        self._has_rates = all("lr" in group for group in optimizer.param_groups)
 
     @property
     def resting(self) -> bool:
@@ -108,7 +110,7 @@ class FastPath:
             return None
         self.mine.coming.forget_clip()
         self._before = None
-        if not self._left or self.resting or plan is None or not plan.shareable or not self._clipped:
+        if not self._left or self.resting or plan is None or not plan.shareable or self._clip is None:
             return None
         if self.optimizer() is None:  # another optimizer will use these gradients
             return None
@@ -125,7 +127,7 @@ class FastPath:
 
     def scaled(self, total: Tensor, max_norm: float) -> None:
         """Record the coefficient of the user's clip, if its norm was computed here."""
-        if total is self._total:
+        if total is self._total and (self._clip == "bounded") is (max_norm != math.inf):
             self._coefficient = min(1.0, max_norm / (total.item() + 1e-6))
 
     def _probe_is_within(self, losses: LossReader) -> bool:
@@ -174,12 +176,16 @@ class FastPath:
         expected = source == self._loss_source and (loss <= self._loss or source == "none")
         if not self._left or not expected or perf_counter() > self._until or mine.is_stale(optimizer):
             return "not"
-        norms, coefficient = (self._clipped_norms(), self._coefficient) if self._clipped else (self._measured(), 1.0)
+        norms, coefficient = (self._clipped_norms(), self._coefficient) if self._clip else (self._measured(), 1.0)
         if norms is None or not coefficient > 0:
             return "not"
         self._left -= 1
         mine.count_step()
-        self._history.note(step, loss, norms, self._columns, coefficient)
+        if self._has_rates:
+            rates = list(map(_LEARNING_RATE, optimizer.param_groups))
+            if mine.told_rates is None or rates != mine.told_rates:
+                mine.look_at_rates(rates)
+        self._history.note(step, loss, norms, self._columns, coefficient, mine.largest_rate)
         self._used(losses)
         return "noted"
 

@@ -22,7 +22,7 @@ from gradwatch.probe.applier import Applier
 from gradwatch.probe.budget import Budget
 from gradwatch.probe.coming import BeforeClip
 from gradwatch.probe.device_recorder import DeviceRecorder
-from gradwatch.probe.fast_path import FastPath
+from gradwatch.probe.fast_path import FastPath, UserClip
 from gradwatch.probe.host_recorder import HostRecorder
 from gradwatch.probe.recorder_parts import RecorderParts
 from gradwatch.probe.skipping import Skipping
@@ -157,8 +157,9 @@ class StepRecorder:
         bounds = self._judge.bounds()
         rows = min(bounds.rows, self._sampling.rest) if bounds is not None else 0
         if bounds is not None and (rows or self._every > 1):
-            bounds, clipped = replace(bounds, rows=rows), row.provenance.clipped == "before the user's clip"
-            self._fast_path = FastPath(bounds, mine, optimizer, row.provenance.loss, self._every, clipped=clipped)
+            bounds, before = replace(bounds, rows=rows), mine.coming.before_clip
+            clip: UserClip | None = None if before is None else "bounded" if before.clips else "unbounded"
+            self._fast_path = FastPath(bounds, mine, optimizer, row.provenance.loss, self._every, clip)
 
     # The user's own clip.
 

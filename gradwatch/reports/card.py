@@ -76,7 +76,7 @@ def card_of(snapshot: Snapshot, *, live: bool) -> str:
     parts = [
         '<div class="gw-head">'
         f'<span class="gw-title"><span class="gw-{COLOURS[snapshot.verdict]}">● {_text(snapshot.verdict)}</span> '
-        f"{_text(facts.called)}</span>"
+        f"{_text(facts.called)}</span> "
         f'<span class="gw-soft"><b>gradwatch</b> · {_text(_progress(snapshot, live=live))}</span></div>',
         *(f"<div>{_text(names.told(line))}</div>" for line in sentences(snapshot)),
     ]
@@ -138,12 +138,13 @@ def _chart(values: Floats, title: str) -> str:
             path.append(f"{'L' if drawing else 'M'}{at:.1f} {y:.1f}")
         drawing = well
     broken = "".join(
-        f'<rect x="{x[first] - 1:.1f}" width="{x[last] - x[first] + 2:.1f}" height="{_HEIGHT:g}"/>'
+        f'<rect fill="#c0243a" opacity="0.45" x="{x[first] - 1:.1f}" width="{x[last] - x[first] + 2:.1f}" height="{_HEIGHT:g}"/>'
         for first, last in _stretches(~finite)
     )
+    # colours and size once more for viewers that remove style sheets
     return (
-        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" preserveAspectRatio="none" role="img" aria-label="{title}">'
-        f'<path d="{"".join(path)}"/>{broken}</svg>'
+        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" width="{_WIDTH:g}" height="{_HEIGHT:g}" preserveAspectRatio="none" '
+        f'role="img" aria-label="{title}"><path fill="none" stroke="#2b62b8" d="{"".join(path)}"/>{broken}</svg>'
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -44,6 +45,7 @@ class NotebookReport(Report):
         self._drawn_at = 0.0
         self._drawn: tuple[int, int] | None = None  # steps and notes that it shows
         self._thread = 0
+        self._process = os.getpid()  # a copy in a forked child draws nothing
 
     def connect(self, now: Callable[[], Snapshot]) -> None:
         """Keep the function that returns the state of the run, for the end of a cell."""
@@ -66,7 +68,7 @@ class NotebookReport(Report):
             self._instead.step(snapshot)
             return
         self._thread = threading.get_ident()
-        if not self._card or perf_counter() - self._drawn_at >= self.period:
+        if os.getpid() == self._process and (not self._card or perf_counter() - self._drawn_at >= self.period):
             self._draw(snapshot, live=True)
 
     def close(self, snapshot: Snapshot) -> None:
@@ -74,7 +76,7 @@ class NotebookReport(Report):
         self._leave()
         if self._instead is not None:
             self._instead.close(snapshot)
-        elif snapshot.step >= 0:
+        elif snapshot.step >= 0 and os.getpid() == self._process:
             self._draw(snapshot, live=False)
         self._now = None
 

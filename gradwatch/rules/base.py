@@ -23,12 +23,13 @@ class Rule(Settings):
 
     The alarm resolves after more than ``keep_steps`` steps at or below ``release * limit``.
 
-    To write your own rule, subclass `Rule`, set the class variables below, implement `measure` and document the rule under
+    To write your own rule, subclass `Rule`, set the class attributes below, implement `measure` and document the rule under
     the fixed headings. Pass an instance: ``attach(model, rules=[*gradwatch.default_rules(), MyRule()])``. What an alarm says to
     people is its name, value and limit, unless you implement `sentence`, and `numbers` for what it needs beside these.
 
-    Class variables:
-        code, name: identifier such as ``"GW203"``, and a short name in words.
+    Attributes:
+        code: identifier such as ``"GW203"``.
+        name: short name in words.
         sign: category of the alarm in the verdict: subtle, confirming, growth, numeric, silent or clip.
         kind: the incident kind that the alarm indicates.
         per_layer: True if `measure` returns shape (L,), False if it returns shape (1,).

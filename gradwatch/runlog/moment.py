@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradwatch.records import ClipUse, Facts, Provenance, RunVerdict, UsualNorms  # noqa: TC001  pydantic reads the annotations  # noqa: TC001
+from gradwatch.records import ClipUse, Facts, Provenance, RunVerdict, UsualNorms  # noqa: TC001  pydantic reads them
 
 if TYPE_CHECKING:
     from gradwatch.records import Snapshot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import math
@@ -259,6 +260,16 @@ def test_it_detaches_when_training_raises_and_can_train_again() -> None:
     assert "_clip_gradients" not in vars(model.optimizer)
     fit(model, callback)
     assert monitor_of(callback).history.rows == BATCHES
+
+
+def test_a_list_of_callbacks_that_is_made_already_is_watched() -> None:
+    """It keeps its order, and the monitor ends when training raises."""
+    for more in ([], [Raises()]):
+        callback, model = GradwatchCallback(report=None), network()
+        made = keras.callbacks.CallbackList([callback, *more], model=model, add_history=True)
+        with pytest.raises(RuntimeError, match="no more data") if more else contextlib.nullcontext():
+            model.fit(*data(), batch_size=BATCH, shuffle=False, verbose=0, callbacks=made)
+        assert monitor_of(callback).history.rows == (5 if more else BATCHES)
 
 
 def test_auto_clip_acts_on_the_gradients_that_the_optimizer_uses() -> None:
