@@ -112,7 +112,7 @@ def left_by(seed: int, *, look: bool) -> tuple[list[Tensor], list[str], gradwatc
 
 @pytest.mark.parametrize("seed", range(16))
 def test_a_training_after_a_replay_is_bit_identical(seed: int) -> None:
-    """As one in which nothing is looked for: losses, gradients, weights, buffers, moments, the generator, and what hooks heard."""
+    """As one in which nothing is looked for: losses, gradients, weights, buffers, moments, generator, and what hooks heard."""
     with_it, heard, monitor = left_by(seed, look=True)
     without, heard_without, _ = left_by(seed, look=False)
     assert monitor.incidents
