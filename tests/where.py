@@ -37,6 +37,8 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
             "test_forensics",
             "test_forensics_monitor",
             "test_forensics_processes",
+            "test_forensics_random",
+            "test_forensic_advice",
             "test_armed_steps",
             "test_loss_source",
         ),
