@@ -7,6 +7,7 @@ import pkgutil
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch.errors import IntegrationError
 
 HERE = Path(gradwatch.__file__).parent
 
@@ -21,7 +23,7 @@ HERE = Path(gradwatch.__file__).parent
 def command(*arguments: str) -> str:
     """Run the command of the installed package and return what it prints."""
     program = Path(sys.executable).with_name("gradwatch")
-    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([program, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main() -> None:
@@ -31,7 +33,9 @@ def main() -> None:
     assert (HERE / "py.typed").exists(), "type checkers would ignore the package's types"
     for module in pkgutil.walk_packages([str(HERE)], "gradwatch."):
         if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+            needs_a_framework = module.name.startswith("gradwatch.integrations.")
+            with suppress(IntegrationError) if needs_a_framework else nullcontext():
+                importlib.import_module(module.name)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

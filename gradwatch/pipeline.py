@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.history.columns import Columns
     from gradwatch.history.history import History
-    from gradwatch.records import Facts, Origin
+    from gradwatch.records import Facts, Origin, Role
     from gradwatch.reports import Report
     from gradwatch.reports.notes import Notes
     from gradwatch.rules import Rule
@@ -89,7 +89,7 @@ class Pipeline:
         self.changes: deque[Alarm] = deque(maxlen=keep)
         self.notes = notes
         self._own_time = own_time or OwnTime()
-        self._surge = next((rule.limit for rule in rules if rule.role == "surge"), math.inf)
+        self._surge, self._overshoot = _limit(rules, "surge"), _limit(rules, "overshoot")
         self._told: set[str] = set()  # the codes of the clip signs that were noted
         self._band = np.full(len(history.layers), np.inf)
         self._loss_band = math.inf
@@ -336,7 +336,7 @@ class Pipeline:
         if self.clipping is None or not self.armed:
             return None
         with ignore_fp_warnings():
-            return self.clipping.plan(self._surge, self.verdict_settings.far * self._surge)
+            return self.clipping.plan(self._surge, self.verdict_settings.far * self._surge, self._overshoot)
 
     def disarm(self, reason: str) -> None:
         """Stop auto-clip for the rest of the run and report the reason."""
@@ -422,3 +422,8 @@ class Pipeline:
             return "confirmed" if "confirmed" in found else "suspected"
         left = any(incident.severity != "notice" for incident in self.incidents.damaged)
         return "damaged" if left else "healthy"
+
+
+def _limit(rules: Sequence[Rule], role: Role) -> float:
+    """Return the limit of the rule with this role; infinity if there is none, so that nothing exceeds it."""
+    return next((rule.limit for rule in rules if rule.role == role), math.inf)

@@ -599,3 +599,37 @@ def test_a_lowered_rate_and_left_out_surges_reach_the_device_too(fused: bool) ->
     told = " ".join(monitor.notes)
     assert "left out from step" in told
     assert "learning rate x 0.5" in told
+
+
+@pytest.mark.parametrize("clip", ["norm", "value"])
+@pytest.mark.parametrize("clips_too", [False, True])
+def test_a_first_step_that_overshoots_is_clipped_in_that_step(
+    clip: str, clips_too: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the CPU: the rates are known and the loss lies on the device, so that nothing has to be waited for."""
+    steps = {}
+    for on_device in (False, True):
+        monkeypatch.setattr(device, "reading_is_free", lambda _, free=not on_device: free)
+        model = mlp()
+        x, y = data()
+        optimizer = torch.optim.SGD(model.parameters(), lr=30.0)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with watch(model, clip=clip) as monitor:
+            clips = (lambda _, model=model: nn.utils.clip_grad_norm_(model.parameters(), 1e3)) if clips_too else None
+            train(model, optimizer, 1, x_y=(x, 10 * y), each=clips)
+        after = [parameter.detach() for parameter in model.parameters()]
+        steps[on_device] = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True)))
+        assert monitor.history.clip_coefficient()[0] < 1, on_device
+    assert steps[False] <= steps[True] * 1.001
+    assert 0 < steps[True] < 1.001 * 30 * (1 if clip == "norm" else 1e3)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_a_first_step_is_left_alone_where_nothing_says_that_it_overshoots() -> None:
+    """Adam normalises its gradients, and a loss that is large enough can lose that much."""
+    for optimizer_of, factor in ((torch.optim.Adam, 1000.0), (torch.optim.SGD, 1.0)):
+        model = mlp()
+        x, y = data()
+        with watch(model, clip="norm") as monitor:
+            train(model, optimizer_of(model.parameters(), lr=1e-3), 3, x_y=(x, factor * y))
+        assert (monitor.history.clip_coefficient() == 1).all()

@@ -39,11 +39,14 @@ class DevicePlan:
     Args:
         clip: clip to apply to each step while auto-clip is on; None: auto-clip is off.
         guard: corrections beyond the clip while auto-clip is on; None: no corrections.
-        reserve: clip to apply to a step that surges (see `gradwatch.probe.surge`).
+        reserve: clip to apply to a step that surges or overshoots (see `gradwatch.probe.surge`).
         usual: norms that a surge of one step is measured by, shape (L,) (see `gradwatch.history.recurrence.one_step_norms`).
         skip: True to leave out a step whose gradients are not finite.
         surge: multiple of its usual norm above which a layer surges if the loss is above ``loss_ceiling``.
         far: multiple above which it surges if few layers do so, or if the loss is above ``loss_level``.
+        overshoot: multiple of the loss that a step of SGD may be predicted to take in the first steps of a run, as in GW305;
+            infinite after them.
+        reference: reference loss of the run, a tenth of which bounds the loss in that comparison; NaN if it is not known yet.
         loss_ceiling, loss_level: usual upper bound of the loss, and its level with its scatter.
         skip_above: global norm above which a step is left out.
         rate: factor on the learning rates of the step.
@@ -56,6 +59,8 @@ class DevicePlan:
     skip: bool = False
     surge: float = math.inf
     far: float = math.inf
+    overshoot: float = math.inf
+    reference: float = math.nan
     loss_ceiling: float = math.inf
     loss_level: float = math.inf
     skip_above: float = math.inf

@@ -19,6 +19,7 @@ from gradwatch.clips import ClipNorm
 from gradwatch.clips.base import OneFactor
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.history import SETTLED
+from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import one_step_norms
 from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
 from gradwatch.records import SEVERITIES, ClipRecord
@@ -113,8 +114,12 @@ class AutoClipEngine:
             bound = float(np.fmax(bound, self._spared))
         self._bounds = self.policy.clip if math.isnan(bound) else self.policy.clip.at_norm(bound, self.history)
 
-    def plan(self, surge: float, far: float) -> DevicePlan:
-        """Return what to do with the coming step, in advance; ``surge`` and ``far`` are the limits of the rules."""
+    def plan(self, surge: float, far: float, overshoot: float) -> DevicePlan:
+        """Return what to do with the coming step, in advance.
+
+        ``surge``, ``far`` and ``overshoot`` are the limits of the rules. A step that overshoots is an incident by itself only
+        in the first steps, and only while no loss below zero was seen.
+        """
         explosive = self.policy.when != "always" and "exploding" in self.policy.when
         rows = self.history.rows
         # what is usual changes quickly at first, and is not known of layers that were added
@@ -134,6 +139,8 @@ class AutoClipEngine:
             skip=self.policy.on_nonfinite != "ignore",
             surge=surge,
             far=far,
+            overshoot=overshoot if self.history.losses < EARLY and self.history.least_loss >= 0 else math.inf,
+            reference=self.history.reference_loss,
             loss_ceiling=self.history.next_loss_ceiling() if reserve is not None else math.inf,
             loss_level=level + scatter,
             skip_above=self._skip_above,
@@ -146,7 +153,7 @@ class AutoClipEngine:
             return clip
         # in the first steps only the norms of layers are settled
         typical = math.sqrt(np.nansum(self._settled_norms() ** 2)) if math.isnan(self._typical) else self._typical
-        return ClipNorm(self._limits.wide * typical) if typical > 0 else None
+        return ClipNorm(self._limits.wide * typical) if typical > 0 else clip
 
     def _settled_norms(self) -> Floats:
         """Return the typical gradient norm of each layer, shape (L,); NaN where too few norms are known."""

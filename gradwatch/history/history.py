@@ -75,6 +75,7 @@ class History(LossLevels):
         self.rate: Floats = np.full(count, np.nan)
         self.previous_rate: Floats = self.rate
         self._top_rate, self._rose_at = -math.inf, 0
+        self.first_rate = math.nan  # the first one above zero
         self.still_since: int | None = None  # step since which every learning rate is 0
 
     # Writing.
@@ -100,6 +101,8 @@ class History(LossLevels):
             top = self._largest_rate
             with ignore_fp_warnings():
                 self.facts = replace(self.facts, rate=float(np.nanmax(row.rate, initial=0.0)))
+            if math.isnan(self.first_rate) and top > 0:
+                self.first_rate = top
             if top != 0:
                 self.still_since = None
             elif self.still_since is None:

@@ -25,16 +25,16 @@ import accelerate  # noqa: E402  the line above says so if it cannot be imported
 class GradwatchMonitor:
     """Watches a model in a loop with an `accelerate.Accelerator`, until the end of the ``with`` block.
 
-    ::
-
-        with GradwatchMonitor(accelerator, model, stop_on="confirmed") as watched:
-            for step, batch in enumerate(loader):
-                ...
-                accelerator.log({"loss": loss.item()} | watched.logs(), step=step)
-                if watched.should_stop:
-                    break
-                if step % 1000 == 0 and watched.is_worth_saving(f"step {step}"):
-                    accelerator.save_state(folder)
+    ```python
+    with GradwatchMonitor(accelerator, model, stop_on="confirmed") as watched:
+        for step, batch in enumerate(loader):
+            ...
+            accelerator.log({"loss": loss.item()} | watched.logs(), step=step)
+            if watched.should_stop:
+                break
+            if step % 1000 == 0 and watched.is_worth_saving(f"step {step}"):
+                accelerator.save_state(folder)
+    ```
 
     The loop is yours, so it logs, stops and saves itself. `Accelerator.save_state` keeps the reference values of the run in each
     checkpoint, and `Accelerator.load_state` inside the block restores them.

@@ -136,7 +136,9 @@ class DeferredRows:
             self._ranks.exchange(slot.flat)
         bad = None
         if plan is not None:
-            facts.clip, bad = self._action.act(mine, now, slot, plan, optimizer, scale, own=before is None)
+            known = facts.family == "sgd" and facts.loss_source in ("closure", "backward root")
+            rates = facts.rate if known else None
+            facts.clip, bad = self._action.act(mine, now, slot, plan, optimizer, scale, rates, own=before is None)
         elif self._confirms:
             self._action.confirm()
         if facts.clip is None:

@@ -11,10 +11,11 @@ import torch
 from gradwatch import device
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
+from gradwatch.measure.norms import on_device
 from gradwatch.measure.packed_row import COEFFICIENT, FAILED, LOSS, LOSSES, NOW, SKIPPED, SQUARE
 from gradwatch.probe.gradients import zero_where
 from gradwatch.probe.steering import is_fused
-from gradwatch.probe.surge import squared_limits, surges
+from gradwatch.probe.surge import overshoots, squared_limits, surges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,11 +58,13 @@ class DeviceAction:
         plan: DevicePlan,
         optimizer: Optimizer | None,
         scale: Tensor | None,
+        rates: Floats | None,
         *,
         own: bool,
     ) -> tuple[Clip | None, Tensor | None]:
         """Clip or skip by values that stay on the device; return the clip in force and whether the step is left out.
 
+        ``rates`` are the learning rates of the layers if this is a step of SGD whose loss was seen, shape (L,).
         ``own`` is True if the exchanged norms are those that the optimizer sees, because the user did not clip before.
         """
         norm = torch.sqrt(slot.singles[NOW])
@@ -70,7 +73,7 @@ class DeviceAction:
         if plan.skip and plan.skip_above < math.inf:
             bad = bad | (norm > plan.skip_above)
         loss = slot.singles[LOSS] / slot.singles[LOSSES] if plan.clip is not None or plan.reserve is not None else None
-        clip, fires = self._clip_of(slot, plan, loss)
+        clip, fires = self._clip_of(slot, plan, loss, rates, own=own)
         if self._ranks is not None:  # if gradwatch failed in one process, which no longer acts, none of them acts
             together = slot.singles[FAILED] == 0
             bad, fires = bad & together, together if fires is None else fires & together
@@ -105,18 +108,27 @@ class DeviceAction:
             raise error
         return clip, bad if skips else None
 
-    def _clip_of(self, slot: Slot, plan: DevicePlan, loss: Tensor | None) -> tuple[Clip | None, Tensor | None]:
+    def _clip_of(
+        self, slot: Slot, plan: DevicePlan, loss: Tensor | None, rates: Floats | None, *, own: bool
+    ) -> tuple[Clip | None, Tensor | None]:
         """Return the clip of this step, and whether it acts: None if it does in any case, because auto-clip is on.
 
-        Without usual norms no step surges, so that nothing is in reserve.
+        While neither the usual norms nor the rates are known, no step is known to be too large, and nothing is in reserve.
         """
         if plan.clip is not None or plan.reserve is None or plan.usual is None or loss is None:
             return plan.clip, None
-        if not np.isfinite(plan.usual).any():
+        fires: list[Tensor] = []
+        if np.isfinite(plan.usual).any():
+            if self._limits is None or self._limits[0] is not plan.usual:
+                self._limits = plan.usual, squared_limits(plan.usual, plan, self._home)
+            fires.append(surges(slot.rows[SQUARE], self._limits[1], loss, plan))
+        if rates is not None and plan.overshoot < math.inf:
+            squares = slot.rows[SQUARE] if own else slot.rows[SQUARE] * (slot.singles[NOW] / slot.rows[SQUARE].sum())
+            known = on_device(np.nan_to_num(rates), self._home)
+            fires.append(overshoots(squares, known, loss, plan))
+        if not fires:
             return None, None
-        if self._limits is None or self._limits[0] is not plan.usual:
-            self._limits = plan.usual, squared_limits(plan.usual, plan, self._home)
-        return plan.reserve, surges(slot.rows[SQUARE], self._limits[1], loss, plan)
+        return plan.reserve, fires[0] if len(fires) == 1 else fires[0] | fires[1]
 
     def _apply(
         self, clip: Clip, step: UnreadStep, guard: Guard | None, slot: Slot, loss: Tensor | None, *, fold: bool

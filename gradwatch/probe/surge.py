@@ -1,18 +1,19 @@
-"""Whether a step on a device surges, decided before any rule has seen it, by the limits of the rules and the run so far.
+"""Whether a step on a device surges or overshoots, before any rule has seen it, by the limits of the rules and the run so far.
 
 Each line is a kernel or two on a quiet step of an armed run, so limits are squared and laid out once for each plan's norms.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from gradwatch.measure.norms import on_device
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from gradwatch.autoclip.decision import DevicePlan
@@ -49,3 +50,16 @@ def surges(squares: Tensor, limits: Tensor, loss: Tensor, plan: DevicePlan) -> T
     # of two truth values, "greater" is one kernel for "and not"
     alone = far > ((beyond[0] > len(squares) // 2) & level)
     return alone | (surging > (loss <= plan.loss_ceiling))
+
+
+def overshoots(squares: Tensor, rates: Tensor, loss: Tensor, plan: DevicePlan) -> Tensor:
+    """Return whether a step of SGD is predicted to take far more from the loss than it holds, as a bool tensor of shape ().
+
+    Args:
+        squares: squared gradient norms of all layers as the optimizer sees them, shape (L,).
+        rates: learning rates of the layers, shape (L,); 0 where nothing is predicted.
+        loss: loss of the step, shape (); NaN if none was seen, which nothing exceeds.
+        plan: the limits.
+    """
+    held = loss if math.isnan(plan.reference) else torch.clamp(loss, min=abs(plan.reference) / 10)
+    return ((squares * rates).sum() > plan.overshoot * held) & (held > 0)
