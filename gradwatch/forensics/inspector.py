@@ -23,6 +23,7 @@ from gradwatch.forensics.singular import Singular
 from gradwatch.forensics.spread import can_repeat_together, is_spread
 from gradwatch.forensics.statements import Backward, backward_at
 from gradwatch.forensics.update import update_origin
+from gradwatch.measure.deepspeed import engine_of
 from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
@@ -215,8 +216,10 @@ class Inspector:
             self._investigate(lambda inquiry: inquiry.of_all_together(backward=backward), calls)
         elif not self._explained:
             self._note(
-                "which operation made a step non-finite is not looked for, since the weights are spread over processes and not "
-                "all of them can repeat the step: run it inside gradwatch.find_nonfinite(model) in all of them."
+                "which operation made a step non-finite is not looked for under DeepSpeed."
+                if model is not None and engine_of(model) is not None
+                else "which operation made a step non-finite is not looked for, since the weights are spread over processes and "
+                "not all of them can repeat the step: run it inside gradwatch.find_nonfinite(model) in all of them."
             )
 
     def _watched(self, tensors: list[Tensor]) -> None:

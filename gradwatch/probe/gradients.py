@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from gradwatch.probe.coming import Coming
+    from gradwatch.probe.coming import Coming, Loss
     from gradwatch.records import Family, Floats
 
 
@@ -63,7 +63,11 @@ class Gradients:
             it is not known yet, or a rate is a tensor, which may change in place.
         largest_rate: largest learning rate of the layers; NaN if none is known.
         left_out: columns whose gradients turned out not to be measurable, with the reason.
+        hidden: True if gradients are not in ``grad`` when a backward is over.
     """
+
+    skips: type[Skip] = Skip
+    hidden = False
 
     def __init__(
         self,
@@ -103,7 +107,7 @@ class Gradients:
         self.told_rates: list[Any] | None = None
         self.largest_rate = math.nan
         self._rate = np.full(layers, np.nan)
-        self.skip = Skip(optimizer, model) if optimizer is not None else None
+        self.skip = self.skips(optimizer, model) if optimizer is not None else None
         self.steering = Steering()
 
     def count_step(self) -> None:
@@ -213,6 +217,18 @@ class Gradients:
             self._plan, self._planned = NormPlan(there), present
             self.steering.moved()
         return there, columns, self._plan
+
+    def is_behind(self, roots: Any) -> bool:
+        """Return whether a backward from ``roots`` has reached the parameters; only asked if gradients are ``hidden``."""
+        raise NotImplementedError
+
+    def clips_to(self) -> float | None:
+        """Return the norm that the optimizer itself clips to in its step; None if it does not."""
+        return None
+
+    def own(self, losses: list[Loss]) -> list[Loss]:
+        """Return the losses of a backward as their gradients count in the coming step."""
+        return losses
 
     def with_gradient(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients `present` returns."""
