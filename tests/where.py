@@ -10,6 +10,7 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "__main__": (("test_command_line",), "it is run as by a user, in a separate process"),
     "errors": (("test_attach", "test_first_use"), "each error is tested with its message where it is raised"),
+    "offline/settings": (("test_commands",), "the command `compare` is its only user"),
     "pipeline": (
         ("test_incidents", "test_any_series", "test_quiet"),
         "it connects all parts and is tested by its inputs and outputs",
@@ -37,6 +38,8 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
             "test_forensics",
             "test_forensics_monitor",
             "test_forensics_processes",
+            "test_forensics_random",
+            "test_forensic_advice",
             "test_armed_steps",
             "test_loss_source",
         ),
@@ -58,7 +61,7 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
         "norms are compared with float64, on the CPU and on a simulated device",
     ),
     "measure/wrappers": (("test_training_modes",), "wrappers are created by the training modes that use them"),
-    "offline/settings": (("test_commands",), "it is tested by the command that uses it"),
+    "offline/settings": (("test_commands",), "it is tested by the command that compares them"),
     "offline/compare": (("test_commands",), "it is tested by the command that uses it"),
     "page/": (("test_page",), "the whole page is tested in a browser"),
     "probe/": (

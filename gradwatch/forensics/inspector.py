@@ -89,6 +89,11 @@ class Inspector:
         self._folder: Path | None = None  # for the inputs of a step that failed
         self._backward: Backward | None = None  # where the program has called it
 
+    @property
+    def investigations(self) -> int:
+        """The number of steps that were investigated."""
+        return _MOST - self._left
+
     def start(self) -> None:
         """Register the hooks on the model."""
         parameter = next((one for model in [self._model()] if model is not None for one in model.parameters()), None)

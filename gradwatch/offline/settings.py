@@ -51,15 +51,14 @@ def settings_of(left: RunLog, right: RunLog) -> list[Setting]:
     return [
         _of_steps("learning rate", a, b, (a.learning_rate, b.learning_rate), UNKNOWN),
         _of_steps("loss scale", a, b, (a.loss_scale, b.loss_scale), "none"),
-        *(
-            Setting(name, *(told.get(name) or _absent(name, told) for told in of_each))
-            for name in of_each[0] | of_each[1]
-        ),
+        *(Setting(name, _told(name, of_each[0]), _told(name, of_each[1])) for name in of_each[0] | of_each[1]),
     ]
 
 
-def _absent(name: str, told: dict[str, str]) -> str:
-    """Return what it means that a run does not have a setting which another one has."""
+def _told(name: str, told: dict[str, str]) -> str:
+    """Return a setting of a run; where it lacks one but has others of its kind, it is known that it has none."""
+    if told.get(name):
+        return told[name]
     kind = next((mark for mark in ("rule ", _OF_OPTIMIZER) if mark in name), None)
     return "none" if kind is not None and any(kind in other for other in told) else UNKNOWN
 
@@ -68,8 +67,8 @@ def _of_steps(name: str, a: Series, b: Series, values: tuple[Floats, Floats], mi
     steps, at_a, at_b = np.intersect1d(a.step, b.step, return_indices=True)
     one, other = values[0][at_a], values[1][at_b]
     differ = np.flatnonzero(~((one == other) | (np.isnan(one) & np.isnan(other))))
-    texts = [_course(of_run, missing) for of_run in values]
-    return Setting(name, *texts, from_step=int(steps[differ[0]]) if len(differ) else None)
+    since = int(steps[differ[0]]) if len(differ) else None
+    return Setting(name, _course(values[0], missing), _course(values[1], missing), since)
 
 
 def _course(values: Floats, missing: str) -> str:

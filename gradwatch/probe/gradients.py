@@ -315,7 +315,8 @@ class Gradients:
 
         ``late`` is True if the step was made some time ago and raised.
         """
-        self.steering.end()
+        if self.steering.used:
+            self.steering.end()
         if self.skip is not None:
             self.skip.end(late=late)
 

@@ -48,6 +48,6 @@ def seen_loss(roots: Any) -> SeenLoss:
 def _shape_before(node: Any) -> tuple[int, ...]:
     """Return the shape of the first input of a node, which its gradient will have. No tensor is looked at."""
     before = next((before for before, _ in node.next_functions if before is not None), None)
-    told = getattr(before, "_input_metadata", ())
+    told: Any = getattr(before, "_input_metadata", ())
     shape = getattr(told[0], "shape", ()) if len(told) == 1 else ()
     return tuple(size for size in shape if isinstance(size, int))

@@ -176,7 +176,9 @@ class RunLog:
             rows = self._db.execute(statement, (since,)).fetchall()
             columns = list(zip(*rows, strict=True)) if rows else [()] * 6
             kinds = (np.int64, np.int64, np.float64, np.float64, np.float64, np.bool_)
-            made = [np.array(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)]
+            made: list[NDArray[Any]] = [
+                np.array(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)
+            ]
             return Series(*made, *self._settings_of(made[0]).T)
 
     def _settings_of(self, ids: NDArray[np.int64]) -> Floats:
