@@ -61,7 +61,6 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
         "norms are compared with float64, on the CPU and on a simulated device",
     ),
     "measure/wrappers": (("test_training_modes",), "wrappers are created by the training modes that use them"),
-    "offline/settings": (("test_commands",), "it is tested by the command that compares them"),
     "offline/compare": (("test_commands",), "it is tested by the command that uses it"),
     "page/": (("test_page",), "the whole page is tested in a browser"),
     "probe/": (
