@@ -63,6 +63,35 @@ TAIL = """
 * All processes must make the same optimizer steps in the same order, because each step is one exchange. A step that a gradient scaler
   leaves out, in one process or in all, is exchanged as well.
 
+### DeepSpeed
+
+`gradwatch.attach(engine)` (or the model inside it) after `deepspeed.initialize`, in each process, is all that is needed; a Trainer or
+Accelerate may call the engine. ZeRO reduces gradients into buffers of its own and clears `grad`, so the numbers are taken from there,
+at the `step` of DeepSpeed's optimizer. `tests/frameworks/test_deepspeed.py` trains in two processes with gloo and holds each row
+against DeepSpeed's own `safe_get_full_grad` and `safe_get_full_fp32_param`; norms agree within 1e-5. Nothing is gathered: the one
+sum of each step is all that is sent.
+
+| stage | gradients | weights | a step that is left out |
+|---|---|---|---|
+| 0, float32 | `grad` | float32 | counts in `skipped_steps`, and the schedule waits, as after an overflow |
+| 0, bfloat16 | `grad` | bfloat16 | as above |
+| 1, 2 | the fragments that each process holds | the optimizer's float32 copies | as above |
+| 1, bfloat16 accumulated in float32 | whole, from the optimizer's buffers | the optimizer's float32 copies | as above |
+| 3 | the parts that each process holds | the optimizer's float32 copies; of frozen layers, the parts | as above |
+
+* The loss of a row is that of `engine.backward` without its division by accumulation: the mean over the backwards of a step.
+* Norms are those before DeepSpeed's `gradient_clipping`. Auto-clip scales the gradients in DeepSpeed's buffers, before that: a
+  `get_global_grad_norm()` of such a step is that of the clipped gradients.
+* DeepSpeed waits for the norm of the gradients at each step itself, so rows are read at once there, on a device too.
+* Which process made a gradient that is not finite is unknown at stages 1 to 3, where gradients of all processes are mixed before they
+  can be seen; a loss that is not finite names its rank. Dead units are unknown at stages 2 and 3, and at 1 unless gradients are
+  accumulated in float32. The operation that made a NaN is not looked for.
+* What is attached before `deepspeed.initialize` misses the first step, and at stage 0 the engine does not count a step left out.
+* With `offload_optimizer`, gradients and weights are measured on the host, but auto-clip is refused: DeepSpeed clips there by norms
+  that it has taken before.
+* Refused, with the reason: float16 and its loss scale, pipelines, tensor, expert and sequence parallelism,
+  `round_robin_gradients`, Muon, ZenFlow and SuperOffload, and versions of DeepSpeed whose optimizers hold something else (0.19.8 was tested; on the CPU, not on a GPU).
+
 ### Deciding together
 
 What is exchanged and what auto-clip does never depends on anything that only one process knows. What the others need to know is sent
@@ -128,7 +157,8 @@ again in float64, so that finite gradients near 1e20 have their true norm and ar
 
 ## Not supported
 
-* DeepSpeed and Megatron-LM keep gradients in their own buffers. `attach` says so and refuses; zeros are never reported.
+* Megatron-LM keeps gradients in buffers of its own, and so does DeepSpeed in the cases named above. `attach` says so and refuses;
+  zeros are never reported.
 * Several processes with a model that is neither DistributedDataParallel nor FSDP nor made of DTensors (gradients averaged by hand,
   pipeline stages): each process watches its own part alone, and the summary says so.
 * Parameters whose norm torch cannot compute (nested, in float8, in a sparse layout other than COO, on the meta device together with

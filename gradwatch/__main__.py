@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
+from gradwatch import __version__
 from gradwatch.commands import COMMANDS
 from gradwatch.commands.streams import console_on, standard_streams
 from gradwatch.errors import GradwatchError
@@ -49,6 +50,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"gradwatch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         one = commands.add_parser(

@@ -17,6 +17,7 @@ from gradwatch.clips import CLIPS, Clip
 from gradwatch.device import unreadable
 from gradwatch.distributed.group import is_first
 from gradwatch.errors import RunLogError, UsageError, did_you_mean, shown
+from gradwatch.measure.deepspeed import OFFLOADED, is_deepspeeds, zero_of
 from gradwatch.measure.layers import Layers
 from gradwatch.measure.wrappers import is_dtensor, is_fully_sharded, unmeasurable
 from gradwatch.monitor import Monitor, attached, monitor_of
@@ -91,7 +92,7 @@ def attach(
         )
     reason = unmeasurable(model, optimizer)
     if reason is not None:
-        raise UsageError(f"This {type(model).__name__} cannot be watched: {reason}, where gradwatch does not look yet.")
+        raise UsageError(f"This {type(model).__name__} cannot be watched: {reason}. gradwatch does not look there yet.")
     reason = next(filter(None, map(unreadable, {parameter.device for parameter in model.parameters()})), None)
     if reason is not None:
         raise UsageError(
@@ -135,13 +136,14 @@ def attach(
         forensics=mode,
         name=called,
     )
-    if optimizer is not None:
+    if optimizer is not None and not is_deepspeeds(optimizer):
         _check_optimizer(optimizer, monitor, model)
     if policy is not None:
         _check_clip(policy.clip, monitor, model)
     _replace(before, monitor, model, folder)
     monitor.keep_batches(folder if save_batch and is_first() else None)
-    monitor.start(optimizer)
+    # one of DeepSpeed's own is found from the model
+    monitor.start(None if is_deepspeeds(optimizer) else optimizer)
     return monitor
 
 
@@ -331,6 +333,9 @@ def _check_optimizer(optimizer: Any, monitor: Monitor, model: nn.Module) -> None
 
 def _check_clip(clip: Clip, monitor: Monitor, model: nn.Module) -> None:
     clip.check(monitor.history.layers)
+    zero = zero_of(model)
+    if zero is not None and zero.offloads:
+        raise UsageError(f"attach() got clip={clip}, but {OFFLOADED}. Leave out clip here, or offload_optimizer there.")
     if clip.needs_whole_layers and (is_fully_sharded(model) or any(is_dtensor(p) for p in model.parameters())):
         raise UsageError(
             f"{clip} needs whole layers, and each process holds parts of those of this {type(model).__name__}. "

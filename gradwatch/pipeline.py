@@ -26,7 +26,7 @@ from gradwatch.text.wording import number
 from gradwatch.verdict import Alarms, Incidents, VerdictSettings, how_it_stands
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from gradwatch.autoclip.engine import AutoClipEngine
     from gradwatch.autoclip.policy import AutoClip
@@ -101,17 +101,18 @@ class Pipeline:
         self._opposed = ""
         self._newest = -1  # largest index of an optimizer so far
         self._speed = math.nan
-        self.desk = ReportDesk(reports, notes, self.snapshot)
+        self.desk = ReportDesk(reports, notes, self.snapshot, history)
 
     # Facts of the run.
 
-    def optimizer_found(self, name: str, family: Family) -> None:
-        """Record the class and the family of an optimizer of watched parameters."""
-        self.history.know(replace(self.history.facts, optimizer=name, family=family))
+    def optimizer_found(self, name: str, family: Family, options: Mapping[str, str] | None = None) -> None:
+        """Record the class, the family and the options of an optimizer of watched parameters."""
+        known = self.history.facts
+        self.history.know(replace(known, optimizer=name, family=family, optimizer_options=dict(options or {})))
 
-    def loss_found(self, kind: str) -> None:
-        """Record the kind of the loss, such as "cross-entropy"."""
-        self.history.know(replace(self.history.facts, loss=kind))
+    def loss_found(self, kind: str, prediction: tuple[int, ...] = ()) -> None:
+        """Record the kind of the loss, such as "cross-entropy", and the shape of what it compares with a target."""
+        self.history.know(replace(self.history.facts, loss=kind, prediction=prediction))
 
     def losses_oppose(self) -> None:
         """Record that two optimizers take turns, where the loss of one runs through what the other trains."""

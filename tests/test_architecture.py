@@ -46,7 +46,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "reports": {"cells", "errors", "records", "shutdown", "text"},
     "runlog": {"autoclip", "errors", "history", "records", "reports", "rules", "text"},
     "pipeline": {"autoclip", "errors", "history", "records", "reports", "rules", "text", "verdict"},
-    "offline": {"errors", "history", "pipeline", "records", "reports", "rules", "runlog", "verdict"},
+    "offline": {"errors", "history", "pipeline", "records", "reports", "rules", "runlog", "text", "verdict"},
     "measure": {"device", "errors", "history", "records"},
     "distributed": {"autoclip", "errors", "measure", "records", "rules"},
     "skipping": {"device", "errors", "measure"},
@@ -70,7 +70,7 @@ MAY_KNOW: dict[str, set[str]] = {
         *("__init__", "autoclip", "errors", "forensics", "history", "offline", "page"),
         *("records", "reports", "rules", "runlog", "text", "verdict"),
     },
-    "__main__": {"commands", "errors", "text"},
+    "__main__": {"__init__", "commands", "errors", "text"},
 }
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
 
@@ -439,6 +439,7 @@ def test_a_reports_file_sees_snapshots_and_nothing_else() -> None:
                     "names",
                     "notes",
                     "others",
+                    "outbox",
                     "scalars",
                     "screen",
                     "sparkline",

@@ -238,3 +238,12 @@ def test_attaching_computes_no_parametrised_weight() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     gradwatch.attach(model, report=None).detach()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_megatron_is_refused_with_the_reason() -> None:
+    """Its gradients are not where torch has them, and zeros are never reported."""
+    model = nn.Linear(2, 1)
+    model.weight.main_grad = torch.zeros(1, 2)  # type: ignore[attr-defined]
+    with pytest.raises(gradwatch.errors.UsageError, match="Megatron-LM keeps gradients in main_grad"):
+        gradwatch.attach(model, report=None)
+    assert gradwatch.monitor_of(model) is None

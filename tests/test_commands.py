@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
+import gradwatch
 from gradwatch.__main__ import main
 from gradwatch.autoclip.suggest import suggest
 from gradwatch.commands import COMMANDS
 from gradwatch.runlog import RunLog
 from tests.test_run_log import watched
+from tests.trainings import data, mlp
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,6 +123,62 @@ def test_compare_says_where_two_runs_part(runs: Path, capsys: pytest.CaptureFixt
     assert (same["first_difference"], same["losses"], same["layers"]) == (None, None, [])
     assert "losses: equal at every common step" in said(capsys, "compare", runs / "well", runs / "well")
     assert "gradient norms diverge" in said(capsys, "compare", runs / "well", runs / "explodes")
+
+
+def test_compare_says_first_in_which_settings_two_runs_differ(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rate and since when, the optimizer and its options, the batch, the model, auto-clip, thresholds, versions."""
+    found = told(capsys, "compare", runs / "well", runs / "faster")
+    assert found["settings"] == [{"name": "learning rate", "left": "0.05", "right": "0.4", "from_step": 0}]
+    assert told(capsys, "compare", runs / "well", runs / "well")["settings"] == []
+
+    model = mlp(width=24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.3)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    x, y = data(n=48)
+    rules = [gradwatch.rules.LossJump(limit=33.0), *(r for r in gradwatch.default_rules() if r.code != "GW102")]
+    with gradwatch.attach(model, report=None, log=tmp_path / "other", clip="norm", rules=rules, strict=True):
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            schedule.step()
+    with closing(sqlite3.connect(tmp_path / "other" / "run.sqlite")) as db, db:
+        db.execute("UPDATE sessions SET environment = replace(environment, ?, ?)", (torch.__version__, "1.2.3"))
+    found = told(capsys, "compare", runs / "well", tmp_path / "other")
+    differ = {one["name"]: (one["left"], one["right"]) for one in found["settings"]}
+    assert differ["learning rate"] == ("0.05", "from 0.1 to 0.025")
+    assert differ["optimizer"] == ("SGD", "AdamW")
+    assert differ["weight_decay of the optimizer"] == ("0", "0.3")
+    assert differ["batch (shape of the first prediction)"] == ("32 x 1", "48 x 1")
+    assert differ["parameters"] == ("433", "841")
+    assert differ["auto-clip"][0] == "off"
+    assert "ClipNorm" in differ["auto-clip"][1]
+    assert differ["rule GW102 limit"][1] == "33.0"
+    assert differ["version of torch"] == (torch.__version__, "1.2.3")
+    assert not {"model", "loss", "version of numpy"} & differ.keys()
+    text = said(capsys, "compare", runs / "well", tmp_path / "other")
+    assert "learning rate, from step 0 on 0.05 from 0.1 to 0.025" in text
+    assert "otherwise the same: loss scale, " in text
+    assert text.index("settings that differ") < text.index("losses: first difference")
+
+
+def test_compare_says_what_is_not_known(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a log from before rates and batches were kept."""
+    shutil.copytree(runs / "well", tmp_path / "old")
+    with closing(sqlite3.connect(tmp_path / "old" / "run.sqlite")) as db, db:
+        db.execute("DROP TABLE step_settings")
+        facts = json.loads(db.execute("SELECT facts FROM sessions").fetchone()[0])
+        del facts["prediction"], facts["optimizer_options"]
+        db.execute("UPDATE sessions SET facts = ?", (json.dumps(facts),))
+    found = told(capsys, "compare", runs / "well", tmp_path / "old")
+    differ = {one["name"]: (one["left"], one["right"]) for one in found["settings"]}
+    assert differ["learning rate"] == ("0.05", "not known")
+    assert differ["batch (shape of the first prediction)"] == ("32 x 1", "not known")
+    assert (found["first_difference"], found["losses"], found["layers"]) == (None, None, [])
+    text = said(capsys, "compare", tmp_path / "old", tmp_path / "old")
+    assert "not known of either: learning rate, batch" in text
 
 
 def test_suggest_finds_a_threshold_in_the_runs_own_norms(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

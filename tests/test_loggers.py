@@ -7,8 +7,9 @@ import os
 import re
 import struct
 import sys
+import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ import torch
 
 import gradwatch
 from gradwatch.errors import UsageError
+from gradwatch.reports import mlflow as mlflow_report
+from gradwatch.text.extras import install_command
 from tests.trainings import mlp, train
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from gradwatch.history.history import History
     from gradwatch.reports import Report
 
 # neither shall call home from a test; both read this when they are imported
@@ -28,6 +32,7 @@ os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", WANDB_ERROR_REPORTING="false"
 tensorboard = pytest.importorskip("tensorboard", reason="an extra: pip install 'gradwatch[tensorboard]'")
 mlflow = pytest.importorskip("mlflow", reason="an extra: pip install 'gradwatch[mlflow]'")
 wandb = pytest.importorskip("wandb", reason="an extra: pip install 'gradwatch[wandb]'")
+EventAccumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
 
 
 def exploding(report: Report | str, steps: int = 60) -> gradwatch.Monitor:
@@ -39,19 +44,33 @@ def exploding(report: Report | str, steps: int = 60) -> gradwatch.Monitor:
     return monitor
 
 
+def numbers_of(history: History) -> dict[str, Any]:
+    """Return what a logger must have of each row, by name."""
+    return {
+        "loss": history.loss(),
+        "global_norm": history.global_norm(),
+        "global_norm_after_clip": history.global_norm() * history.clip_coefficient(),
+        "clip_coefficient": history.clip_coefficient(),
+        "learning_rate": history.learning_rate(),
+    }
+
+
 def test_tensorboard_has_scalars_and_incidents(tmp_path: Path) -> None:
-    """Read by TensorBoard's own reader: the last global norm and clip coefficient, five layers, the story."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    """Read by TensorBoard's own reader: the numbers of each step, five layers, the story."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path)) as writer:
         monitor = exploding(gradwatch.reports.TensorBoard(writer))
-    events = EventAccumulator(str(tmp_path))
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
     events.Reload()
     history = monitor.history
-    last = events.Scalars("gradwatch/global_norm")[-1]
-    assert (last.step, last.value) == (59, pytest.approx(history.global_norm()[-1]))
-    assert events.Scalars("gradwatch/clip_coefficient")[-1].value == pytest.approx(history.clip_coefficient()[-1])
+    for name, values in numbers_of(history).items():
+        found = events.Scalars(f"gradwatch/{name}")
+        assert [one.step for one in found] == list(range(60))
+        assert [one.value for one in found] == pytest.approx(values, rel=1e-6, nan_ok=True)
+        times = np.diff([one.wall_time for one in found])
+        assert (times >= 0).all()
+    assert "gradwatch/loss_scale" not in events.Tags()["scalars"]
     layers = {tag for tag in events.Tags()["scalars"] if tag.startswith("gradwatch/gradient_norm/")}
     assert len(layers) >= 5
     assert layers <= {f"gradwatch/gradient_norm/{name}" for name in history.layers}
@@ -99,7 +118,7 @@ def logged(file: Path) -> list[dict[str, float]]:
 
     raw, place, whole, rows = file.read_bytes(), 7, b"", []  # seven bytes say what the file is
     while place + 7 <= len(raw):
-        if -place % 32768 < 7:  # the rest of a block is too short for a head
+        if 0 < -place % 32768 < 7:  # the rest of a block is too short for a head
             place += -place % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", raw, place)
@@ -117,6 +136,88 @@ def logged(file: Path) -> list[dict[str, float]]:
     return rows
 
 
+def test_weights_and_biases_has_each_step_where_its_steps_are_free(tmp_path: Path) -> None:
+    """Asked for, beside a user who does not count steps: a row for each recorded step, and all of the user's."""
+    run = wandb.init(mode="offline", dir=tmp_path, project="test", settings=wandb.Settings(console="off", silent=True))
+    model = mlp()
+    report = gradwatch.reports.WeightsAndBiases(run, every_step=True)
+    with gradwatch.attach(model, report=report, strict=True) as monitor:
+        train(model, torch.optim.SGD(model.parameters(), lr=0.05), 300, each=lambda step: run.log({"mine": step}))
+    run.finish()
+    (file,) = tmp_path.rglob("*.wandb")
+    deadline = time.monotonic() + 30
+    while len(rows := logged(file)) < 600 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [row["mine"] for row in rows if "mine" in row] == list(range(300))
+    ours = {row["gradwatch/step"]: row for row in rows if "gradwatch/loss" in row}
+    assert sorted(ours) == list(range(300))
+    for name, values in numbers_of(monitor.history).items():
+        assert [ours[step][f"gradwatch/{name}"] for step in range(300)] == pytest.approx(values)
+
+
+def test_a_slow_server_of_mlflow_neither_stops_the_training_nor_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches beyond the bound are left out, and a tag says how many."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setattr(mlflow_report, "_WAITING", 2)
+    monkeypatch.setattr(mlflow_report, "_BATCH", 100)
+    client = mlflow.MlflowClient((tmp_path / "mlflow").as_uri())
+    run_id = client.create_run(client.create_experiment("test")).info.run_id
+    ready = threading.Event()
+    send = client.log_batch
+    monkeypatch.setattr(client, "log_batch", lambda *args, **told: ready.wait(60) and send(*args, **told))
+    model = mlp()
+    with gradwatch.attach(model, report=gradwatch.reports.MLflow(run_id, client=client), strict=True) as monitor:
+        train(model, torch.optim.SGD(model.parameters(), lr=0.05), 300)
+        assert monitor.history.rows == 300  # although nothing was sent yet
+        ready.set()
+    kept = client.get_metric_history(run_id, "gradwatch/loss")
+    left_out = int(client.get_run(run_id).data.tags["gradwatch.batches_left_out"])
+    assert 0 < len(kept) < 300
+    assert left_out >= 10
+    losses = monitor.history.loss()
+    assert [one.value for one in kept] == pytest.approx([losses[one.step] for one in kept])
+
+
+def test_a_logger_has_each_step_of_a_fast_run(tmp_path: Path) -> None:
+    """Also when far more steps than the history keeps are made within a second."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    steps = 3000
+    model = mlp()
+    with (
+        SummaryWriter(str(tmp_path)) as writer,
+        gradwatch.attach(model, report=gradwatch.reports.TensorBoard(writer), strict=True),
+    ):
+        losses = train(model, torch.optim.SGD(model.parameters(), lr=0.01), steps)
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
+    events.Reload()
+    found = events.Scalars("gradwatch/loss")
+    assert [one.step for one in found] == list(range(steps))
+    assert [one.value for one in found] == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_writer_of_another_kind_gets_the_same() -> None:
+    """One that has `add_scalar` and no event file, such as tensorboardX's."""
+    kept: dict[str, list[tuple[int, float]]] = {}
+
+    class Writer:
+        def add_scalar(self, name: str, value: float, step: int, when: float) -> None:
+            kept.setdefault(name, []).append((step, value))
+
+        def add_text(self, name: str, text: str, step: int) -> None:
+            pass
+
+        def flush(self) -> None:
+            pass
+
+    monitor = exploding(gradwatch.reports.TensorBoard(Writer()))
+    for name, values in numbers_of(monitor.history).items():
+        assert [step for step, _ in kept[f"gradwatch/{name}"]] == list(range(60))
+        assert [value for _, value in kept[f"gradwatch/{name}"]] == pytest.approx(values, nan_ok=True)
+
+
 def test_mlflow_has_metrics_and_incidents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a local store: metrics by step, the verdict as a tag, the story as an artifact."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the other local store needs the whole of mlflow
@@ -124,10 +225,11 @@ def test_mlflow_has_metrics_and_incidents(tmp_path: Path, monkeypatch: pytest.Mo
     experiment = client.create_experiment("test", artifact_location=(tmp_path / "artifacts").as_uri())
     run_id = client.create_run(experiment).info.run_id
     monitor = exploding(gradwatch.reports.MLflow(run_id, client=client))
-    last = client.get_metric_history(run_id, "gradwatch/global_norm")[-1]
-    assert (last.step, last.value) == (59, pytest.approx(monitor.history.global_norm()[-1]))
+    for name, values in numbers_of(monitor.history).items():
+        found = client.get_metric_history(run_id, f"gradwatch/{name}")
+        assert [one.step for one in found] == list(range(60))
+        assert [one.value for one in found] == pytest.approx(values, nan_ok=True)
     metrics = client.get_run(run_id).data.metrics
-    assert metrics["gradwatch/clip_coefficient"] == pytest.approx(monitor.history.clip_coefficient()[-1])
     assert any(name.startswith("gradwatch/gradient_norm/") for name in metrics)
     assert client.get_run(run_id).data.tags["gradwatch.verdict"] == monitor.verdict
     text = (tmp_path / "artifacts" / run_id / "artifacts" / "gradwatch" / "incidents.md").read_text()
@@ -151,11 +253,11 @@ def test_without_the_library_it_says_what_to_install(module: str, report: str, m
     """The extra; training goes on."""
     monkeypatch.setitem(sys.modules, module, None)
     if report == "TensorBoard":
-        with pytest.raises(UsageError, match=r"pip install 'gradwatch\[tensorboard\]'"):
+        with pytest.raises(UsageError, match=re.escape(install_command("tensorboard"))):
             gradwatch.reports.TensorBoard()
         return
     model = mlp()
     with gradwatch.attach(model, report=getattr(gradwatch.reports, report)()) as monitor:
         losses = train(model, torch.optim.SGD(model.parameters(), lr=0.01), 3)
     assert np.isfinite(losses).all()
-    assert any("pip install 'gradwatch[" in note for note in monitor.notes)
+    assert any(install_command(module) in note for note in monitor.notes)

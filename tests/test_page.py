@@ -22,8 +22,9 @@ from gradwatch.runlog import RunLog
 from gradwatch.runlog.environment import environment_of
 from gradwatch.runlog.recording import Recording, columns_of
 from gradwatch.runlog.store import Store
+from gradwatch.text.extras import install_command
 from tests.browser import needs_browser, page
-from tests.trainings import train
+from tests.trainings import data, mlp, train
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,6 +142,43 @@ def test_the_page_shows_the_run(exploding: Path) -> None:
         assert script(driver, "return performance.getEntriesByType('resource').length") == 0
         assert [one for one in driver.get_log("browser") if one["level"] == "SEVERE"] == []  # type: ignore[no-untyped-call]
         assert script(driver, "return document.documentElement.scrollWidth <= innerWidth")
+
+
+@needs_browser
+def test_a_schedule_and_a_loss_scale_have_panels(tmp_path: Path) -> None:
+    """Under the clip coefficient, with the numbers of each step; a rate that never changes takes no room."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=20)
+    x, y = data()
+    for name, steps in (("still", 40), ("changing", 60)):
+        with gradwatch.attach(model, report=None, log=tmp_path / name):
+            for _ in range(steps):
+                optimizer.zero_grad()
+                loss = torch.nn.functional.mse_loss(model(x), y)
+                if name == "still":
+                    loss.backward()
+                    optimizer.step()
+                else:
+                    scaler.scale(loss).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                    schedule.step()
+        assert main(["report", str(tmp_path / name), "--html", str(tmp_path / f"{name}.html")]) == 0
+    with page(tmp_path / "still.html") as driver:
+        assert "learning rate" not in visible(driver)
+        assert "loss scale" not in visible(driver)
+    with page(tmp_path / "changing.html") as driver:
+        text = visible(driver)
+        assert "learning rate" in text
+        assert "loss scale 1024" in text
+        lines = script(
+            driver, "return Object.fromEntries(document.getElementById('picture').data.map((one) => [one.name, one.y]))"
+        )
+    with RunLog(tmp_path / "changing") as log:
+        assert lines["learning rate"] == pytest.approx(log.series().learning_rate, rel=1e-5)
+        assert lines["loss scale"] == log.series().loss_scale.tolist()
 
 
 @needs_browser
@@ -278,4 +316,4 @@ def test_without_plotly_it_says_what_to_install(
     run_of(tmp_path / "run", 40, 3)
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     assert main(["report", str(tmp_path / "run"), "--html", str(tmp_path / "page.html")]) == 2
-    assert "pip install 'gradwatch[report]'" in capsys.readouterr().err
+    assert install_command("report") in capsys.readouterr().err

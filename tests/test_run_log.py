@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sqlite3
 import struct
@@ -15,12 +16,12 @@ import torch
 
 import gradwatch
 from gradwatch import device
-from gradwatch.records import Facts, Row
+from gradwatch.records import Facts, Row, Scalars
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.batch import Batch
 from gradwatch.runlog.store import Store
 from gradwatch.runlog.thinning import AROUND, EACH, FIRST, LAST
-from tests.trainings import mlp, train
+from tests.trainings import data, mlp, train
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +63,76 @@ def test_every_row_of_a_training_is_in_its_log(home: str, tmp_path: Path, monkey
     kept = ~np.isnan(history.weight_norm()).all(axis=1)
     assert np.array_equal(sampled, history.steps()[kept])
     assert np.array_equal(weight, history.weight_norm()[kept].astype(np.float32))
+
+
+@pytest.mark.parametrize("home", ["processor", "device"])
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_the_learning_rate_of_each_step_is_kept(
+    home: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a schedule that changes it at each step, also on quiet steps, and where it is a tensor that changes in place."""
+    if home == "device":
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+    model = mlp()
+    optimizer = torch.optim.SGD([{"params": [parameter]} for parameter in model.parameters()], lr=0.05)
+
+    def follow_schedule(step: int) -> None:
+        for number, group in enumerate(optimizer.param_groups):
+            rate = 0.05 * (1 + number) / (1 + step)
+            if kind == "number":
+                group["lr"] = rate
+            elif step:
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = torch.tensor(rate)
+
+    with gradwatch.attach(model, report=None, log=tmp_path, strict=True) as monitor:
+        train(model, optimizer, 300, each=follow_schedule)
+    asked = 0.05 * len(optimizer.param_groups) / (1 + np.arange(300))
+    with RunLog(tmp_path) as log:
+        series = log.series()
+    assert np.array_equal(series.learning_rate, monitor.history.learning_rate())
+    assert series.learning_rate == pytest.approx(asked, rel=1e-6)
+    assert np.isnan(series.loss_scale).all()
+
+
+@pytest.mark.parametrize("home", ["processor", "device"])
+def test_the_loss_scale_of_each_step_is_kept(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the scaler had it when it made the step, also where it grows every few steps."""
+    if home == "device":
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=50)
+    x, y = data()
+    scales = []
+    with gradwatch.attach(model, report=None, log=tmp_path, strict=True):
+        for _ in range(180):
+            optimizer.zero_grad()
+            scaler.scale(torch.nn.functional.mse_loss(model(x), y)).backward()
+            scales.append(scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+    with RunLog(tmp_path) as log:
+        assert log.series().loss_scale.tolist() == scales
+        assert set(scales) == {2.0**8, 2.0**9, 2.0**10, 2.0**11}
+        assert log.series().learning_rate.tolist() == [0.01] * 180
+
+
+def test_a_log_from_before_rates_were_kept_is_read_and_goes_on(tmp_path: Path) -> None:
+    """Its steps have no rate; a resumed run adds what is new, with its rates."""
+    monitor = watched(tmp_path / "run", steps=40)
+    state = monitor.state_dict()
+    with contextlib.closing(sqlite3.connect(tmp_path / "run" / "run.sqlite")) as db:
+        db.execute("DROP TABLE step_settings")
+    with RunLog(tmp_path / "run") as log:
+        assert np.isnan(log.series().learning_rate).all()
+        assert len(list(log.rows())) == 40
+    watched(tmp_path / "run", steps=40, state=state)
+    with RunLog(tmp_path / "run") as log:
+        rates = log.series().learning_rate
+    assert np.isnan(rates[:40]).all()
+    assert rates[40:].tolist() == [0.05] * 40
 
 
 @pytest.mark.parametrize("home", ["processor", "device"])
@@ -222,11 +293,15 @@ def filled(folder: Path, rows: int, layers: int, incident: gradwatch.Incident | 
         sampled = Row(start + 31, 1.0, norms[-1], 1.0, weight_norm=norms[-1])
         batch = Batch(
             time=float(start),
-            steps=np.arange(start, start + 32),
-            loss=random.random(32),
-            global_norm=random.random(32),
-            coefficient=np.ones(32),
-            skipped=np.zeros(32, dtype=bool),
+            scalars=Scalars(
+                step=np.arange(start, start + 32),
+                loss=random.random(32),
+                global_norm=random.random(32),
+                clip_coefficient=np.ones(32),
+                skipped=np.zeros(32, dtype=bool),
+                learning_rate=np.full(32, 0.1),
+                loss_scale=np.full(32, np.nan),
+            ),
             gradient=norms.astype(np.float32),
             special=[(31, sampled)],
         )

@@ -18,7 +18,7 @@ import torch
 
 import gradwatch
 from gradwatch.errors import RunLogError
-from gradwatch.records import Facts
+from gradwatch.records import Facts, Scalars
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.batch import Batch
 from gradwatch.runlog.store import Store
@@ -266,7 +266,7 @@ def test_a_slow_disk_takes_no_more_memory(tmp_path: Path) -> None:
         numbers = np.ones(32)
         steps = np.arange(start, start + 32)
         gradient = np.ones((32, 100), dtype=np.float32)
-        writer.put(Batch(0.0, steps, numbers, numbers, numbers, numbers < 0, gradient))
+        writer.put(Batch(0.0, Scalars(steps, numbers, numbers, numbers, numbers < 0, numbers, numbers), gradient))
         held.append(writer._bytes)
     writer.close(10.0)
     assert max(held) <= 2 * most + 64 * 32

@@ -25,7 +25,7 @@ from torch import nn
 import gradwatch
 from gradwatch.__main__ import main
 from gradwatch.errors import RunLogError
-from gradwatch.records import Facts
+from gradwatch.records import Facts, Scalars
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.batch import Batch
 from gradwatch.runlog.recording import Recording
@@ -197,7 +197,12 @@ def batch_of(start: int, **more: Any) -> Batch:
     """Return 32 rows of one layer."""
     numbers = np.ones(32)
     steps = np.arange(start, start + 32)
-    return Batch(0.0, steps, numbers, numbers, numbers, numbers < 0, np.ones((32, 1), np.float32), **more)
+    return Batch(
+        0.0,
+        Scalars(steps, numbers, numbers, numbers, numbers < 0, numbers, numbers),
+        np.ones((32, 1), np.float32),
+        **more,
+    )
 
 
 def test_what_no_file_takes_costs_itself_and_not_the_rows(tmp_path: Path) -> None:

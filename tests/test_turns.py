@@ -72,6 +72,21 @@ def test_losses_oppose_where_one_runs_through_what_the_other_trains(
         assert sum(note.startswith(OPPOSED) for note in monitor.notes) == opposed
 
 
+@pytest.mark.parametrize("shared", ["all of the model", "its head"])
+def test_two_optimizers_of_the_same_parameters_do_not_oppose(shared: str) -> None:
+    """They train one loss by turns, as some do who change the optimizer back and forth, or train a head twice."""
+    torch.manual_seed(0)
+    model = net(4, 1)
+    one = torch.optim.SGD(model.parameters(), lr=1e-3)
+    other = torch.optim.SGD((model if shared == "all of the model" else model[-1]).parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(20):
+            for optimizer in (one, other):
+                x = torch.randn(32, 4)
+                step(optimizer, (model(x) - x[:, :1]).square().mean())
+        assert monitor.notes == []
+
+
 def test_a_pair_of_other_models_says_nothing_about_this_one() -> None:
     """They are trained in the same process."""
     torch.manual_seed(0)

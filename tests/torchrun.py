@@ -30,8 +30,13 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PATIENCE = 120
 
 
-def played(factory: pytest.TempPathFactory, processes: int, module: str, *, torchrun: bool = False) -> list[Any]:
-    """Run a module of the tests in several processes, once for all workers of a test run; return what each has seen."""
+def played(
+    factory: pytest.TempPathFactory, processes: int, module: str, *, torchrun: bool = False, patience: int = PATIENCE
+) -> list[Any]:
+    """Run a module of the tests in several processes, once for all workers of a test run; return what each has seen.
+
+    ``patience`` is the time in seconds after which forked processes are ended.
+    """
     root = factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         root = root.parent
@@ -39,7 +44,10 @@ def played(factory: pytest.TempPathFactory, processes: int, module: str, *, torc
     with FileLock(f"{folder}.lock"):
         if not (folder / "0.json").exists():
             folder.mkdir(exist_ok=True)
-            (_torchrun if torchrun else _forked)(processes, folder, module)
+            if torchrun:
+                _torchrun(processes, folder, module)
+            else:
+                _forked(processes, folder, module, patience)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
@@ -53,15 +61,16 @@ def _torchrun(processes: int, folder: Path, module: str) -> None:
     assert done.returncode == 0, "\n".join(logs) + done.stderr
 
 
-def _forked(processes: int, folder: Path, module: str) -> None:
-    ended = forked(processes, module, str(folder))
+def _forked(processes: int, folder: Path, module: str, patience: int) -> None:
+    ended = forked(processes, module, str(folder), patience)
     assert [code for code, _ in ended] == [0] * processes, "\n".join(said for _, said in ended)
 
 
-def forked(processes: int, module: str, argument: str) -> list[tuple[int, str]]:
+def forked(processes: int, module: str, argument: str, patience: int = PATIENCE) -> list[tuple[int, str]]:
     """Run a module with an argument in several processes; return how each has ended, and its standard error."""
     command = [sys.executable, "-m", "tests.torchrun", str(processes), module, argument]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    environment = {**ENVIRONMENT, "GRADWATCH_TEST_PATIENCE": str(patience)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return [(code, said) for code, said in json.loads(done.stdout)]
 
 
@@ -93,7 +102,9 @@ def main() -> None:
             os.environ.update(meeting, RANK=str(rank), WORLD_SIZE=str(processes))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(errors[rank], 2)
-            signal.alarm(PATIENCE)  # a process that hangs is ended, and its test fails
+            signal.alarm(
+                int(os.environ["GRADWATCH_TEST_PATIENCE"])
+            )  # a process that hangs is ended, and its test fails
             play(module.see)
         children.append(child)
     ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

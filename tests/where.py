@@ -10,6 +10,7 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "__main__": (("test_command_line",), "it is run as by a user, in a separate process"),
     "errors": (("test_attach", "test_first_use"), "each error is tested with its message where it is raised"),
+    "offline/settings": (("test_commands",), "the command `compare` is its only user"),
     "pipeline": (
         ("test_incidents", "test_any_series", "test_quiet"),
         "it connects all parts and is tested by its inputs and outputs",
@@ -37,6 +38,8 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
             "test_forensics",
             "test_forensics_monitor",
             "test_forensics_processes",
+            "test_forensics_random",
+            "test_forensic_advice",
             "test_armed_steps",
             "test_loss_source",
         ),
@@ -83,6 +86,8 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
         "one contract for all reports, and their output in a real terminal",
     ),
     "reports/mlflow": (("test_loggers",), "it is tested with the real library"),
+    "reports/outbox": (("test_loggers",), "the report for MLflow is its only user"),
+    "reports/scalars": (("test_loggers",), "its numbers are read back with the real libraries"),
     "reports/tensorboard": (("test_loggers",), "it is tested with the real library"),
     "reports/wandb": (("test_loggers",), "it is tested with the real library"),
     "rules/": (

@@ -15,6 +15,7 @@ from benchmarks.faults.programs import PROGRAMS
 from benchmarks.faults.toys import STEPS, TOYS
 from benchmarks.pages import ROOT
 from benchmarks.runs import digest, kept_at, run_missing
+from gradwatch.reports.summary import Summary
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +52,8 @@ def watched_run(train: Any, seed: int, steps: int, onset: int) -> Result:
     trace = Watched()
     run_program(train, seed, steps, trace)
     trace.monitor.detach()
-    incidents = trace.monitor.incidents
+    incidents, summary = trace.monitor.incidents, trace.monitor.summary()
+    assert isinstance(summary, Summary)
     outcome = outcome_of(trace, onset)
     return {
         "alarm": trace.alarm,
@@ -60,6 +62,7 @@ def watched_run(train: Any, seed: int, steps: int, onset: int) -> Result:
         "codes": sorted({sign.code for i in incidents if i.severity != "notice" for sign in i.signs}),
         "baselines": {name: detect(trace) for name, detect in BASELINES.items()},
         "verdict": trace.monitor.verdict,
+        "ending": summary.snapshot.ending,
         "final": outcome.final,
         "diverged": outcome.diverged,
         "nonfinite": outcome.nonfinite,

@@ -76,7 +76,11 @@ def scores(programs: Sequence[Program], results: dict[str, Result], detector: st
             "the last word is not healthy, of runs that end worse than their twin": _share(
                 r["verdict"] != "healthy" for _, r in worse
             ),
+            "or a sentence beside it says how the loss stands": _share(
+                r["verdict"] != "healthy" or bool(r["ending"]) for _, r in worse
+            ),
             "the last word is healthy, of healthy runs": _share(r["verdict"] == "healthy" for r in healthy),
+            "and no sentence beside it": _share(r["verdict"] == "healthy" and not r["ending"] for r in healthy),
         }
     return rows
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.forensics import causes
+from benchmarks.forensics.healthy import healthy_told
 from benchmarks.forensics.processes import in_processes
 from benchmarks.forensics.programs import PROGRAMS, Program
 from benchmarks.forensics.tools import TOOLS, said
@@ -120,7 +121,18 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="NAME", help="only programs whose name contains this")
     parser.add_argument("--tools", default=",".join(TOOLS), help="which of: " + ", ".join(TOOLS))
     parser.add_argument("--write", action="store_true", help="write the tables to docs/forensics.md")
+    parser.add_argument(
+        "--healthy",
+        action="store_true",
+        help="count investigations of the healthy programs of the fault set instead; with --write into the same page",
+    )
     options = parser.parse_args()
+    if options.healthy:
+        text = healthy_told(Console(stderr=True), options.only)
+        print(text)
+        if options.write:
+            between_marks(ROOT / "docs" / "forensics.md", "healthy", text)
+        return
     torch.set_num_threads(1)
     tools = [one for one in TOOLS if one in options.tools]
     if find_spec("transformers") is None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.overhead.bench import Bench, Watched
-from gradwatch.records import Facts, Provenance, Row
+from gradwatch.records import Facts, Provenance, Row, Scalars
 from gradwatch.runlog.batch import Batch
 from gradwatch.runlog.recording import Recording
 from gradwatch.runlog.store import Store
@@ -116,11 +116,15 @@ def size(folder: Path, layers: int, rows: int) -> float:
         sampled = Row(start + 31, 1.0, norms[-1], 1.0, weight_norm=norms[-1], provenance=seen)
         batch = Batch(
             time=time.time(),
-            steps=np.arange(start, start + 32),
-            loss=drawn.random(32),
-            global_norm=drawn.random(32),
-            coefficient=np.ones(32),
-            skipped=np.zeros(32, dtype=bool),
+            scalars=Scalars(
+                step=np.arange(start, start + 32),
+                loss=drawn.random(32),
+                global_norm=drawn.random(32),
+                clip_coefficient=np.ones(32),
+                skipped=np.zeros(32, dtype=bool),
+                learning_rate=np.full(32, 0.1),
+                loss_scale=np.full(32, np.nan),
+            ),
             gradient=norms.astype(np.float32),
             special=[(31, sampled)],
         )

@@ -1,4 +1,4 @@
-"""`gradwatch compare`: where two runs diverge."""
+"""`gradwatch compare`: in which settings two runs differ, and where they diverge."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 
 from gradwatch.commands.values import a_path
 from gradwatch.offline.compare import Parting, parting
+from gradwatch.offline.settings import Setting, settings_of
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.plain import to_json
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from rich.console import Console
 
 NAME = "compare"
-HELP = "show where two runs diverge: losses, layers, incidents"
+HELP = "show in which settings two runs differ, and where they diverge: losses, layers, incidents"
 EXAMPLES = """\
   gradwatch compare runs/before runs/after
   gradwatch compare runs/before runs/after --json"""
@@ -34,22 +36,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Compare two run logs; return the exit code."""
     with RunLog(options.left) as left, RunLog(options.right) as right:
-        found = parting(left, right)
+        found, settings = parting(left, right), settings_of(left, right)
         if options.json:
             told = {
                 "left": str(left.folder),
                 "right": str(right.folder),
+                "settings": [one for one in settings if one.differs],
                 **{name: getattr(found, name) for name in Parting.__dataclass_fields__},
                 "layers": [{"step": step, "layer": layer, "left": a, "right": b} for step, layer, a, b in found.layers],
                 "incidents": {"left": left.incidents, "right": right.incidents},
             }
             sys.stdout.write(json.dumps(json.loads(to_json(told)), indent=2) + "\n")
         else:
-            _show(console, left, right, found)
+            _show(console, left, right, found, settings)
     return 0
 
 
-def _show(console: Console, left: RunLog, right: RunLog, found: Parting) -> None:
+def _show(console: Console, left: RunLog, right: RunLog, found: Parting, settings: Sequence[Setting]) -> None:
     from rich.table import Table
 
     from gradwatch.reports.line import Line
@@ -60,6 +63,7 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting) -> None
         console.print(Line(text, style))
 
     say(f"{left.folder} against {right.folder}: {found.steps:,} steps in common", "bold")
+    _show_settings(console, settings)
     if found.first_difference is None:
         say("  losses: equal at every common step")
     else:
@@ -88,3 +92,24 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting) -> None
             say(f"  {one}")
         if not log.incidents:
             say("  none")
+
+
+def _show_settings(console: Console, settings: Sequence[Setting]) -> None:
+    from rich.table import Table
+
+    from gradwatch.reports.line import Line
+
+    different = [one for one in settings if one.differs]
+    if different:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for heading in ("  settings that differ", "left", "right"):
+            table.add_column(heading)
+        for one in different:
+            since = "" if one.from_step is None else f", from step {one.from_step:,} on"
+            table.add_row(Line(f"  {one.name}{since}"), Line(one.left), Line(one.right))
+        console.print(table)
+    same = [one.name for one in settings if not one.differs and one.known and not one.name.startswith("rule ")]
+    console.print(Line(f"  {'otherwise ' if different else ''}the same: {', '.join(same) or 'nothing that is known'}"))
+    unknown = [one.name for one in settings if not one.known]
+    if unknown:
+        console.print(Line(f"  not known of either: {', '.join(unknown)}"))

@@ -17,6 +17,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.errors import UsageError
+from gradwatch.text.extras import missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,9 +38,7 @@ def regression() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
         from sklearn.datasets import make_regression
     except ImportError:
-        raise UsageError(
-            "The demo needs scikit-learn, which is not installed. Install it with: pip install 'gradwatch[demo]'"
-        ) from None
+        raise UsageError(missing("The demo", "scikit-learn", "demo")) from None
     x, y = make_regression(n_samples=1000, n_features=20, noise=0.1, random_state=1)
     x, y = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)[:, None]
     return x[:500], y[:500], x[500:], y[500:]

@@ -14,9 +14,11 @@ import numpy as np
 from gradwatch.commands.outputs import Output, check_outputs, write_outputs
 from gradwatch.commands.values import a_path
 from gradwatch.errors import UsageError
+from gradwatch.records import Scalars
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.own import beginning_of
 from gradwatch.runlog.plain import to_json
+from gradwatch.text.extras import missing
 from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ NAME = "export"
 HELP = "write the numbers of a run as CSV, Parquet or TensorBoard files"
 EXAMPLES = """\
   gradwatch export runs/today --to csv                        runs/today/csv/steps.csv and so on
-  gradwatch export runs/today --to parquet --out numbers      needs: pip install 'gradwatch[export]'
-  gradwatch export runs/today --to tensorboard --out tb       needs: pip install 'gradwatch[tensorboard]'
+  gradwatch export runs/today --to parquet --out numbers      needs the extra export
+  gradwatch export runs/today --to tensorboard --out tb       needs the extra tensorboard
 
 csv and parquet: steps (one row per step), gradient_norms and weight_norms (one column per layer, only rows that have
 norms), incidents. tensorboard: scalars of at most 10,000 rows and norms of at most 1,000, evenly spaced, incidents as text.
@@ -66,8 +68,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def tables(log: RunLog) -> dict[str, Table]:
     """Return the tables of a run by name, each as a list of columns, since a layer may have the name of another column."""
     series = log.series()
-    scalars = ("step", "loss", "global_norm", "clip_coefficient", "skipped")
-    found = {"steps": [(name, getattr(series, name)) for name in scalars]}
+    found = {"steps": [(name, getattr(series, name)) for name in Scalars._fields]}
     for name, weight in (("gradient_norms", False), ("weight_norms", True)):
         steps, norms = log.norms(weight)
         found[name] = [("step", steps), *((layer, norms[:, place]) for place, layer in enumerate(log.layers))]
@@ -107,9 +108,7 @@ def _parquet(log: RunLog, folder: Path) -> list[Output]:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
-        raise UsageError(
-            "Writing Parquet needs pyarrow, which is not installed. Install it with: pip install 'gradwatch[export]'"
-        ) from None
+        raise UsageError(missing("Writing Parquet", "pyarrow", "export")) from None
 
     def write(columns: Table, path: Path) -> None:
         names, values = zip(*columns, strict=True)
@@ -131,10 +130,7 @@ def _tensorboard(log: RunLog, folder: Path) -> list[Output]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UsageError(
-            "Writing TensorBoard files needs tensorboard, which is not installed. Install it with: "
-            "pip install 'gradwatch[tensorboard]'"
-        ) from None
+        raise UsageError(missing("Writing TensorBoard files", "tensorboard", "tensorboard")) from None
 
     def write(path: Path) -> None:
         parts = path.with_name(f"{path.name}-parts")
@@ -160,9 +156,9 @@ def _write_events(log: RunLog, writer: SummaryWriter) -> None:
     times = log.times(series.id)
     for place in _evenly(len(series.step), _MOST_STEPS):
         step, when = int(series.step[place]), float(times[place])
-        for name in ("loss", "global_norm", "clip_coefficient"):
+        for name in ("loss", "global_norm", "clip_coefficient", "learning_rate", "loss_scale"):
             value = float(getattr(series, name)[place])
-            if not (name == "loss" and np.isnan(value)):
+            if name == "global_norm" or not np.isnan(value):
                 writer.add_scalar(f"gradwatch/{name}", value, step, when)
     for name, weight in (("gradient_norm", False), ("weight_norm", True)):
         steps, norms = log.norms(weight)

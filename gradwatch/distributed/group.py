@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from gradwatch.errors import ExchangeError, PeerError
+from gradwatch.measure.deepspeed import group_of
 from gradwatch.measure.packed_row import (
     AFTER,
     BACKWARD_BAD,
@@ -143,7 +144,8 @@ class Ranks:
     """The group of processes that train a model together, and the part of each layer that this process holds.
 
     Attributes:
-        share: one over the number of processes that hold the same part of a layer, shape (L,).
+        share: one over the number of processes that hold the same part of a layer's gradient, shape (L,).
+        weight_share: the same of a layer's weights, of which ZeRO may divide more than of gradients, shape (L,).
         part: share of the elements of the whole layer that this process accounts for, shape (L,).
         sharded: whether processes hold parts of layers.
         averages: whether DistributedDataParallel averages the gradients.
@@ -164,31 +166,38 @@ class Ranks:
         self.rank = dist.get_rank(group)
         self.world = [dist.get_global_rank(group, rank) for rank in range(self.size)] if group else range(self.size)
         self.home = _home(group)
+        # ZeRO's parts are of gradients that all processes have made: who holds a NaN has not made it
+        self._own_gradients = layers.zero is None or not layers.zero.spread
         self._find_parts()
 
     def _find_parts(self) -> None:
-        """Determine which part of each layer this process holds, and set `share`, `part` and `sharded`."""
-        self.share, self.part = np.zeros((2, len(self._layers)))
+        """Determine which part of each layer this process holds, and set `share`, `weight_share`, `part` and `sharded`."""
+        self.share, self.weight_share, self.part = np.zeros((3, len(self._layers)))
         self.sharded = False
         parameter: Any
-        model = self._layers.model
+        model, zero = self._layers.model, self._layers.zero
         flat = whole_shapes(model) if model is not None else {}
         for column, parameter in self._layers.parameters():
-            pieces = self._pieces if id(parameter) in flat else 1
+            pieces = of_weights = self._pieces if id(parameter) in flat else 1
             held = parameter
-            if is_dtensor(parameter):
+            if zero is not None:
+                pieces, of_weights = zero.parts(parameter, self.size)
+                held = zero.weight(parameter)
+                if pieces > 1:
+                    self._layers.split_units(column)
+            elif is_dtensor(parameter):
                 split = [
                     (length, placement)
                     for length, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True)
                     if not placement.is_replicate()
                 ]
-                pieces = math.prod(length for length, _ in split)
+                pieces = of_weights = math.prod(length for length, _ in split)
                 held = parameter.to_local()
                 if any(getattr(placement, "dim", 0) for _, placement in split):
                     self._layers.split_units(column)
             self.sharded |= pieces > 1
-            self.share[column] = pieces / self.size
-            self.part[column] = self.share[column] * held.numel() / max(1, self._layers.sizes[column])
+            self.share[column], self.weight_share[column] = pieces / self.size, of_weights / self.size
+            self.part[column] = self.weight_share[column] * held.numel() / max(1, self._layers.sizes[column])
 
     @property
     def apart(self) -> bool:
@@ -255,7 +264,7 @@ class Ranks:
         for column, (nans, infs) in (whole.counts or {}).items():
             rows[[NANS, INFS], column] = np.array([nans, infs]) * self.share[column]
         if sampled.weight_norm is not None:
-            rows[WEIGHT] = np.where(self.part > 0, sampled.weight_norm**2 * self.share, 0.0)
+            rows[WEIGHT] = np.where(self.part > 0, sampled.weight_norm**2 * self.weight_share, 0.0)
         if sampled.dead_share is not None and sampled.unchanged is not None:
             rows[DEAD] = np.where(self.part > 0, sampled.dead_share * self.part, 0.0)
             rows[CHANGED] = (sampled.unchanged == 0) & (self.part > 0)
@@ -268,7 +277,7 @@ class Ranks:
             LOSS_BAD * (mine.loss is not None and not math.isfinite(mine.loss))
             + BACKWARD_BAD * mine.backward_bad
             + BUFFER_BAD * mine.buffer_bad
-            + GRADIENT_BAD * (now.nonfinite is not None or whole.nonfinite is not None)
+            + GRADIENT_BAD * (self._own_gradients and (now.nonfinite is not None or whole.nonfinite is not None))
             + CLOSELY * word.closely
             + LEAVES_OUT * word.leaves_out,
             word.every,
@@ -388,6 +397,9 @@ def find_ranks(model: nn.Module, layers: Layers) -> Ranks | None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
+    group = group_of(model)
+    if group is not None:
+        return Ranks(layers, group) if dist.get_world_size(group) > 1 else None
     world = dist.get_world_size()
     replica = replica_of(model)
     parameters: list[Any] = [parameter for _, parameter in layers.parameters()]

@@ -58,19 +58,19 @@ _HALF = ("float16", "bfloat16")
 
 _FORWARD = {
     "log": "clamp the argument: torch.log(p.clamp_min(1e-8)); of a softmax, use log_softmax.",
-    "log1p": "the argument must stay above -1: clamp it.",
+    "log1p": "the argument must stay above -1: torch.log1p(x.clamp_min(-1 + 1e-6)).",
     "sqrt": "the argument must not be negative: torch.sqrt(x.clamp_min(0) + 1e-12).",
-    "rsqrt": "add a small number to the argument: torch.rsqrt(x + 1e-6).",
+    "rsqrt": "keep the argument above zero: torch.rsqrt(x.clamp_min(1e-6)).",
     "div": "keep the divisor from zero: x / y.clamp_min(1e-8); a mean over a mask needs at least one element.",
     "reciprocal": "keep the divisor from zero: 1 / x.clamp_min(1e-8).",
-    "pow": "keep the base above zero if the exponent is negative or a fraction: x.clamp_min(1e-8) ** e.",
+    "pow": "keep the base above zero if the exponent is negative or a fraction: x.clamp_min(1e-4) ** e.",
     "exp": "limit the argument, such as torch.exp(x.clamp_max(20)), or stay in logarithms: logsumexp, softplus.",
     "expm1": "limit the argument, such as torch.expm1(x.clamp_max(20)).",
-    "cosh": "limit the argument.",
-    "sinh": "limit the argument.",
+    "cosh": "limit the argument, such as torch.cosh(x.clamp(-20, 20)).",
+    "sinh": "limit the argument, such as torch.sinh(x.clamp(-20, 20)).",
     "acos": "clamp the argument: torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
     "asin": "clamp the argument: torch.asin(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
-    "acosh": "the argument must be at least 1: clamp it.",
+    "acosh": "the argument must be above 1: torch.acosh(x.clamp_min(1 + 1e-6)).",
     "atanh": "clamp the argument: torch.atanh(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
     "logit": "give it eps: torch.logit(p, eps=1e-6), or train on logits with binary_cross_entropy_with_logits.",
     "erfinv": "clamp the argument: torch.erfinv(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
@@ -86,15 +86,15 @@ _FORWARD = {
     "ctc_loss": "a target is longer than its input allows: zero_infinity=True, or leave such examples out.",
     "binary_cross_entropy": "give it probabilities in [0, 1], or use binary_cross_entropy_with_logits on logits.",
     "kl_div": "its targets must not be negative, and its inputs must be log-probabilities of positive numbers.",
-    "layer_norm": "its inputs are too large for their dtype, or all alike with eps=0: run it in float32.",
-    "batch_norm": "its inputs are too large for their dtype, or all alike with eps=0: run it in float32.",
+    "layer_norm": "its inputs are too large for their dtype, or all alike with eps=0: run it in float32 with eps=1e-5.",
+    "batch_norm": "its inputs are too large for their dtype, or all alike with eps=0: run it in float32 with eps=1e-5.",
     "to_copy": "the numbers do not fit into the narrower dtype: scale them, or stay in float32.",
     "clone": "the numbers do not fit into the narrower dtype.",
     "copy": "the numbers do not fit into the narrower dtype.",
 }
 _BACKWARD = {
     "sqrt": "its derivative at 0 is infinite: torch.sqrt(x + 1e-12), or choose the elements before the sqrt.",
-    "rsqrt": "add a small number to the argument: torch.rsqrt(x + 1e-6).",
+    "rsqrt": "keep the argument above zero: torch.rsqrt(x.clamp_min(1e-6)).",
     "hypot": "its derivative at (0, 0) is 0 / 0: torch.sqrt(x * x + y * y + 1e-12).",
     "atan2": "its derivative at (0, 0) is 0 / 0: move the points away from the origin.",
     "pow": "its derivative at 0 is infinite for exponents below 1: x.clamp_min(1e-8) ** e.",
@@ -201,7 +201,10 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
             'torch.autocast("cpu", enabled=False).'
         )
     if known is not None:
-        lines.append(known[0].upper() + known[1:])
+        narrow = any(one.dtype in _HALF for one in mark.inputs) and "1e-" in known and "float32" not in known
+        lines.append(
+            known[0].upper() + known[1:] + " Do it in float32: narrower numbers round such constants away." * narrow
+        )
     elif mark.op not in _PRODUCTS:
         lines.append(
             f"Keep what `{mark.op}` gets within the range in which it{' and its derivative are' * mark.backward or ' is'} finite."

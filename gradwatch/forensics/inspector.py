@@ -23,6 +23,7 @@ from gradwatch.forensics.singular import Singular
 from gradwatch.forensics.spread import can_repeat_together, is_spread
 from gradwatch.forensics.statements import Backward, backward_at
 from gradwatch.forensics.update import update_origin
+from gradwatch.measure.deepspeed import engine_of
 from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ class Inspector:
         self._batch: Any = None
         self._folder: Path | None = None  # for the inputs of a step that failed
         self._backward: Backward | None = None  # where the program has called it
+
+    @property
+    def investigations(self) -> int:
+        """The number of steps that were investigated."""
+        return _MOST - self._left
 
     def start(self) -> None:
         """Register the hooks on the model."""
@@ -215,8 +221,10 @@ class Inspector:
             self._investigate(lambda inquiry: inquiry.of_all_together(backward=backward), calls)
         elif not self._explained:
             self._note(
-                "which operation made a step non-finite is not looked for, since the weights are spread over processes and not "
-                "all of them can repeat the step: run it inside gradwatch.find_nonfinite(model) in all of them."
+                "which operation made a step non-finite is not looked for under DeepSpeed."
+                if model is not None and engine_of(model) is not None
+                else "which operation made a step non-finite is not looked for, since the weights are spread over processes and "
+                "not all of them can repeat the step: run it inside gradwatch.find_nonfinite(model) in all of them."
             )
 
     def _watched(self, tensors: list[Tensor]) -> None:

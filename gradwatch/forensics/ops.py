@@ -46,6 +46,14 @@ _WRITERS = _UNINITIALISED.union(
         "index_fill",
     )
 )
+# operations that only add and multiply what they get
+_LINEAR = frozenset(
+    (
+        *("add", "addmm", "baddbmm", "bmm", "clone", "convolution", "convolution_backward", "dot", "mm", "mul", "mv"),
+        *("neg", "sub", "sum", "threshold_backward"),
+    )
+)
+_TAME = 1e6  # numbers of which sums of products do not overflow in float32
 _PLAIN = {
     "log_softmax_backward_data": "log_softmax",
     "native_layer_norm": "layer_norm",
@@ -122,6 +130,25 @@ def is_random(func: Any) -> bool:
 def can_repeat(func: Any) -> bool:
     """Return whether an operation gives the same result when it is run again on copies of its inputs, in this process alone."""
     return not is_random(func) and not is_collective(func) and name_of(func) not in _UNINITIALISED
+
+
+def only_passes_on(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], bad: Sequence[Tensor]) -> bool:
+    """Return whether an operation makes nothing non-finite of the finite numbers in what it gets, by their size."""
+    if name_of(func) not in _LINEAR or any(
+        one.dtype not in (torch.float32, torch.bfloat16, torch.float64) for one in bad
+    ):
+        return False
+    numbers = [one for one in scalars_of(func, args, kwargs).values() if isinstance(one, float)]
+    if not all(-_TAME < one < _TAME for one in numbers):
+        return False
+    for one in tensors:
+        here = one.detach()
+        if not here.is_floating_point() or not here.numel():
+            continue
+        known = here.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) if any(one is other for other in bad) else here
+        if not torch.linalg.vector_norm(known).item() < _TAME:
+            return False
+    return True
 
 
 @cache

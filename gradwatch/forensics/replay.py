@@ -14,11 +14,12 @@ from gradwatch.forensics.marks import Mark, ordered
 from gradwatch.forensics.names import Names, tensors_in
 from gradwatch.forensics.spread import gathered
 from gradwatch.forensics.standins import CannotRepeatError, eagerly, generators_kept, stand_ins
-from gradwatch.forensics.trace import Trace, marks_in
+from gradwatch.forensics.trace import ReachedError, RowsAt, Trace, marks_in
 from gradwatch.measure.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     Gradients = list[Tensor | None]
 
@@ -60,19 +61,47 @@ class Repeat:
         if any(isinstance(one, AnIterator) for one in (*call.args, *call.kwargs.values())):
             raise CannotRepeatError("its input is an iterator, which can be read only once")
 
-    def run(self, repaired: frozenset[int] = frozenset(), shift: int = 0) -> Replay:
+    def run(self, repaired: frozenset[int] = frozenset()) -> Replay:
         """Run it.
 
         Args:
             repaired: indices of operations whose non-finite outputs are replaced, see `Trace`.
+        """
+        trace = Trace(
+            Names(self.model),
+            _called.__code__,
+            repaired,
+            self.batch,
+            backward=self.gradients is not None,
+            alone=not self._together,
+        )
+        outputs, gradients = self._play(trace, trace.names)
+        if trace.failed is not None:
+            raise trace.failed
+        return Replay(outputs, marks_in(trace, gradients if self.gradients is not None else outputs), trace.count)
+
+    def rows_at(self, order: int, shift: int) -> tuple[int, ...]:
+        """Return the rows of the batch at which the output of one operation is not finite, and run no further.
+
+        Args:
+            order: index of the operation.
             shift: number of places by which the rows of the batch are moved.
         """
-        names = Names(self.model)
+        until = RowsAt(order)
+        try:
+            self._play(until, None, shift)
+        except ReachedError:
+            return until.rows
+        return ()
+
+    def _play(self, mode: TorchDispatchMode, names: Names | None, shift: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+        """Run it in a mode; return the outputs and the gradients of weights and inputs."""
         args, kwargs = self._inputs((self.call.args, self.call.kwargs), shift)
-        names.add_inputs(self.model, args, kwargs)
         with ExitStack() as stack:
             weights = stack.enter_context((gathered if self._together else stand_ins)(self.model))
-            names.add_state(self.model)
+            if names is not None:
+                names.add_inputs(self.model, args, kwargs)
+                names.add_state(self.model)
             stack.enter_context(generators_kept(self.call.generator))
             stack.enter_context(eagerly())
             stack.enter_context(warnings.catch_warnings(action="ignore"))  # the original has given them
@@ -80,26 +109,13 @@ class Repeat:
             if self.call.autocast is not None:
                 on, dtype, cache = self.call.autocast
                 stack.enter_context(torch.autocast("cpu", dtype=dtype, enabled=on, cache_enabled=cache))
-            trace = Trace(
-                names,
-                _called.__code__,
-                repaired,
-                self.batch,
-                backward=self.gradients is not None,
-                alone=not self._together,
-            )
-            with trace:
+            with mode:
                 output = _called(self.model, args, kwargs)
                 outputs = [one for _, one in outputs_in(output)]
                 if self.gradients is not None:
                     self._backward(outputs, self._shifted(shift))
-        if trace.failed is not None:
-            raise trace.failed
-        found = outputs
-        if self.gradients is not None:
-            inputs = [one for _, one in tensors_in([args, kwargs])]
-            found = [one.grad for one in (*weights, *inputs) if one.is_leaf and one.grad is not None]
-        return Replay(outputs, marks_in(trace, found), trace.count)
+        inputs = [one for _, one in tensors_in([args, kwargs])]
+        return outputs, [one.grad for one in (*weights, *inputs) if one.is_leaf and one.grad is not None]
 
     def _inputs(self, value: Any, shift: int) -> Any:
         """Return copies of the inputs, so that the model may change them in place."""
@@ -172,9 +188,8 @@ def know_rows(repeat: Repeat, mark: Mark) -> None:
     """Make sure that the rows of a mark are those of the batch: with the batch moved by one row, they must move too."""
     if not mark.rows or mark.rows_known:
         return
-    moved = next((one for one in repeat.run(shift=1).marks if one.order == mark.order), None)
     expected = tuple(sorted((row + 1) % repeat.batch for row in mark.rows))
-    mark.rows_known = moved is not None and moved.rows == expected
+    mark.rows_known = repeat.rows_at(mark.order, shift=1) == expected
 
 
 def is_faithful(call: Call, outputs: list[Tensor]) -> bool | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.forensics.operands import is_nonfinite
 from gradwatch.forensics.standins import CannotRepeatError, copied_state
+from gradwatch.measure.deepspeed import engine_of
 from gradwatch.measure.wrappers import is_dtensor
 
 if TYPE_CHECKING:
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Return whether the weights are spread over processes, so that a forward is one of all of them together."""
-    return any(is_dtensor(one) for one in model.parameters())
+    """Return whether the weights are spread over processes, so that a forward is one of all of them together.
+
+    Under DeepSpeed it counts as one at every stage, since its hooks on modules act on other processes.
+    """
+    return any(is_dtensor(one) for one in model.parameters()) or engine_of(model) is not None
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:

@@ -153,7 +153,7 @@ class Trace(TorchDispatchMode):
         mute = all(mark.mute for mark in inherited)
         if mute and (any(map(has_nan, outputs)) or ops.name_of(func) == "logsumexp"):
             return (self._new(func, args, kwargs, inputs, outputs[0], order),)
-        if self._makes(func, args, kwargs, [one for _, one in bad]):
+        if self._makes(func, args, kwargs, [one for _, one in bad], [one for _, one in inputs]):
             inherited = ordered((*inherited, self._new(func, args, kwargs, inputs, outputs[0], order)))
         return inherited
 
@@ -205,9 +205,9 @@ class Trace(TorchDispatchMode):
         return next((here for one in ops.tensors(result) if (here := plain(one)) is not None), None)
 
     @staticmethod
-    def _makes(func: Any, args: Any, kwargs: Any, bad: list[Tensor]) -> bool:
+    def _makes(func: Any, args: Any, kwargs: Any, bad: list[Tensor], given: list[Tensor]) -> bool:
         """Return whether an operation makes something non-finite also of the finite elements of its inputs."""
-        if not ops.can_repeat(func) or ops.is_writer(func):
+        if not ops.can_repeat(func) or ops.is_writer(func) or ops.only_passes_on(func, args, kwargs, given, bad):
             return False
         return any(map(is_nonfinite, ops.tensors(ops.repeated(func, args, kwargs, bad, _FINITE))))
 
@@ -241,6 +241,44 @@ class Trace(TorchDispatchMode):
             rows=rows if len(rows) < self.batch else (),
             rows_known=self.names.has_no_dimension_of(self.batch),
         )
+
+
+class ReachedError(Exception):
+    """Raised when the operation that was asked for has run."""
+
+
+class RowsAt(TorchDispatchMode):
+    """Ends a repetition at one operation, counted as `Trace` counts them.
+
+    Args:
+        order: index of the operation.
+
+    Attributes:
+        rows: rows at which its output is not finite.
+    """
+
+    def __init__(self, order: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rows: tuple[int, ...] = ()
+        self._left = order
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and look at what the one that was asked for returns."""
+        result = func(*args, **(kwargs or {}))
+        if ops.is_view(func):
+            return result
+        if not self._left:
+            outputs = [
+                one for one in (*ops.tensors(result), *ops.changed_by(func, args, kwargs or {})) if is_nonfinite(one)
+            ]
+            self.rows = rows_of(local_of(outputs[0].detach())) if outputs else ()
+            raise ReachedError
+        self._left -= 1
+        return result
 
 
 def _repair(tensor: Tensor) -> None:

@@ -75,6 +75,7 @@ class History(LossLevels):
         self.rate: Floats = np.full(count, np.nan)
         self.previous_rate: Floats = self.rate
         self._top_rate, self._rose_at = -math.inf, 0
+        self.first_rate = math.nan  # the first one above zero
         self.still_since: int | None = None  # step since which every learning rate is 0
 
     # Writing.
@@ -97,9 +98,11 @@ class History(LossLevels):
         self.previous_rate = self.rate
         if row.rate is not None and row.rate is not self.rate:
             self.rate = row.rate
+            top = self._largest_rate
             with ignore_fp_warnings():
-                top = float(np.fmax.reduce(row.rate, initial=-math.inf))
                 self.facts = replace(self.facts, rate=float(np.nanmax(row.rate, initial=0.0)))
+            if math.isnan(self.first_rate) and top > 0:
+                self.first_rate = top
             if top != 0:
                 self.still_since = None
             elif self.still_since is None:
@@ -113,7 +116,15 @@ class History(LossLevels):
         if row.weight_norm is not None:
             self._take_weight(row, row.weight_norm)
 
-    def note(self, step: int, loss: float, grad_norm: Floats, columns: NDArray[np.intp] | None, applied: float) -> None:
+    def note(
+        self,
+        step: int,
+        loss: float,
+        grad_norm: Floats,
+        columns: NDArray[np.intp] | None,
+        applied: float,
+        rate: float = math.nan,
+    ) -> None:
         """Add a row that need not be judged: it is finite and equals the previous one except for the given values.
 
         Args:
@@ -122,12 +133,13 @@ class History(LossLevels):
             grad_norm: gradient norms of the layers in ``columns``, shape (n,).
             columns: columns of ``grad_norm``, shape (n,); None: all layers.
             applied: factor that the user's clip put on the gradients.
+            rate: largest learning rate of its optimizer.
         """
         if columns is not None:
             spread = np.full(len(self.layers), np.nan)
             spread[columns] = grad_norm
             grad_norm = spread
-        self._note_row(step, loss, grad_norm, applied)
+        self._note_row(step, loss, grad_norm, applied, rate)
         self.losses += self._row.has_loss
         self._to_learn = self.rows
 

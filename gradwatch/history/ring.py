@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradwatch.history.columns import widened
 from gradwatch.history.statistics import ignore_fp_warnings
-from gradwatch.records import Provenance, Row
+from gradwatch.records import Provenance, Row, Scalars
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,17 +17,6 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 _BUDGET = 16 * 2**20  # bytes of ring; 1,024 rows of 300 layers take 5 MB
-
-
-class Copied(NamedTuple):
-    """Copies of rows of the ring, oldest first; shape (n,), and (n, L) for ``grad_norm``."""
-
-    steps: NDArray[np.int64]
-    loss: Floats
-    global_norm: Floats
-    coefficient: Floats
-    skipped: NDArray[np.bool_]
-    grad_norm: Floats
 
 
 class Ring:
@@ -52,6 +41,10 @@ class Ring:
         self._norm = np.full(self.window, np.nan)
         self._coefficient = np.full(self.window, np.nan)
         self._skipped = np.zeros(self.window, dtype=bool)
+        self._learning_rate = np.full(self.window, np.nan)
+        self._loss_scale = np.full(self.window, np.nan)
+        self._rates: Floats | None = None  # of the last row, and the largest of them
+        self._largest_rate = math.nan
         self._step = np.full(self.window, -1, dtype=np.int64)
         self._normed = 0  # rows whose global norm is known
         self._row = Row(-1, math.nan, np.full(count, np.nan), math.nan)
@@ -60,19 +53,23 @@ class Ring:
     def _push_row(self, row: Row) -> int:
         """Add a row and return its slot."""
         self._add_norms()
-        slot = self._put(row.step, row.loss, row.grad_norm)
+        if row.rate is not self._rates:
+            self._rates, self._largest_rate = row.rate, _largest(row.rate)
+        slot = self._put(row.step, row.loss, row.grad_norm, self._largest_rate)
         self._row, self._row_is_last, self._normed = row, True, self.rows
         self._norm[slot] = row.global_norm
         self._coefficient[slot] = row.applied
         self._weight[slot] = np.nan if row.weight_norm is None else row.weight_norm
+        self._loss_scale[slot] = row.loss_scale
         return slot
 
-    def _note_row(self, step: int, loss: float, grad_norm: Floats, applied: float) -> None:
+    def _note_row(self, step: int, loss: float, grad_norm: Floats, applied: float, rate: float) -> None:
         """Add a row that equals the last one except for the given values; its global norm is computed on request."""
-        slot = self._put(step, loss, grad_norm)
+        slot = self._put(step, loss, grad_norm, rate)
         self._row_is_last = False
         self._coefficient[slot] = applied
         self._weight[slot] = np.nan
+        self._loss_scale[slot] = np.nan
 
     def _widen(self, count: int) -> None:
         """Extend the ring to ``count`` layers; past values of new ones are missing."""
@@ -87,10 +84,11 @@ class Ring:
             self._norm[slots] = np.sqrt(np.nansum(np.square(self._grad[slots]), axis=1))
             self._normed = self.rows
 
-    def _put(self, step: int, loss: float, grad_norm: Floats) -> int:
+    def _put(self, step: int, loss: float, grad_norm: Floats, rate: float) -> int:
         slot = self.rows % self.window
         self._grad[slot] = grad_norm
         self._loss[slot] = loss
+        self._learning_rate[slot] = rate
         self._skipped[slot] = False
         self._step[slot] = step
         self.rows += 1  # last: another thread may read
@@ -102,10 +100,10 @@ class Ring:
         self._coefficient[slot] *= coefficient
         self._skipped[slot] = skipped
 
-    def copied(self, first: int, until: int) -> Copied:
-        """Return copies of the rows with numbers in ``range(first, until)``; the first row of the run has number 0.
+    def copied(self, first: int, until: int) -> tuple[Scalars, Floats]:
+        """Return copies of the rows with numbers in ``range(first, until)``, and of their gradient norms, shape (n, L).
 
-        The rows must still be kept. Nothing is changed, so another thread may call this.
+        The first row of the run has number 0. The rows must still be kept. Nothing is changed, so another thread may call this.
         """
         numbers = np.arange(first, until)
         slots = numbers % self.window
@@ -113,8 +111,23 @@ class Ring:
         missing = numbers >= self._normed
         with ignore_fp_warnings():
             norm[missing] = np.sqrt(np.nansum(np.square(grad_norm[missing]), axis=1))
-        return Copied(
-            self._step[slots], self._loss[slots], norm, self._coefficient[slots], self._skipped[slots], grad_norm
+        return self._scalars(slots, norm), grad_norm
+
+    def scalars(self, first: int, until: int) -> Scalars:
+        """Return copies of the scalars of the rows with numbers in ``range(first, until)``, which must still be kept."""
+        self._add_norms()
+        slots = np.arange(first, until) % self.window
+        return self._scalars(slots, self._norm[slots])
+
+    def _scalars(self, slots: NDArray[np.int64], norm: Floats) -> Scalars:
+        return Scalars(
+            step=self._step[slots],
+            loss=self._loss[slots],
+            global_norm=norm,
+            clip_coefficient=self._coefficient[slots],
+            skipped=self._skipped[slots],
+            learning_rate=self._learning_rate[slots],
+            loss_scale=self._loss_scale[slots],
         )
 
     @property
@@ -171,6 +184,14 @@ class Ring:
         """Return whether auto-clip skipped the optimizer step, shape (n,), oldest first."""
         return self._last(self._skipped, last)
 
+    def learning_rate(self, last: int | None = None) -> Floats:
+        """Return the largest learning rate of each step's optimizer, shape (n,), oldest first; NaN where it is not known."""
+        return self._last(self._learning_rate, last)
+
+    def loss_scale(self, last: int | None = None) -> Floats:
+        """Return the factors of the gradient scaler, shape (n,), oldest first; NaN for steps that no scaler made."""
+        return self._last(self._loss_scale, last)
+
     def steps(self, last: int | None = None) -> NDArray[np.int64]:
         """Return the optimizer steps of the rows, shape (n,), oldest first."""
         return self._last(self._step, last)
@@ -193,3 +214,8 @@ class Ring:
     def loss_nonfinite(self) -> bool:
         """True if the last row has a loss and it is NaN or infinite."""
         return self.row.loss_nonfinite
+
+
+def _largest(rates: Floats | None) -> float:
+    """Return the largest of the learning rates that are known; NaN if none is."""
+    return math.nan if rates is None else float(np.fmax.reduce(rates, initial=math.nan))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import math
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import numpy as np
 
 from gradwatch.attach import attach
 from gradwatch.errors import UsageError, did_you_mean, shown
@@ -195,10 +196,14 @@ class Session:
         """
         if self.monitor is None or not self.monitor.history.rows:
             return {}
-        told = scalars_of(self.monitor.snapshot(), self._worst)
+        snapshot = self.monitor.snapshot()
+        told = scalars_of(snapshot, self._worst)
+        absent = np.flatnonzero(np.isnan(snapshot.grad_norm) & (snapshot.nonfinite == 0))
+        for column in absent.tolist():  # a layer without a gradient has no norm; NaN would say that it is not finite
+            told.pop(f"gradwatch/gradient_norm/{snapshot.layers[column]}", None)
         if scaler is not None and scaler.is_enabled():
             told["gradwatch/loss_scale"] = float(scaler.get_scale())
-        return {name: value for name, value in told.items() if not math.isnan(value)}
+        return told
 
     def texts(self) -> dict[str, str]:
         """Return what changed since the last call, as text by name: incidents, and the verdict."""

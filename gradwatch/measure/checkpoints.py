@@ -10,8 +10,9 @@ import torch
 from torch import distributed as dist
 
 from gradwatch import device
+from gradwatch.measure.deepspeed import is_partitioned, part_of
 from gradwatch.measure.norms import count_nonfinite, norm_of, unfit
-from gradwatch.measure.wrappers import local_of, plain_name
+from gradwatch.measure.wrappers import local_of, plain_name, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,7 +63,8 @@ def worth_of(
 
 def damage_without_waiting(model: nn.Module, history: History, *, buffers_are_well: bool) -> str:
     """Return the same as `damage_of`; where the model is on a device, what its rows have said last."""
-    if all(device.reading_is_free(parameter.device) for parameter in model.parameters()):
+    # of parts, a process knows its own alone
+    if all(device.reading_is_free(one.device) and not is_partitioned(one) for one in model.parameters()):
         return damage_of(model)
     return _damage_seen(history, buffers_are_well=buffers_are_well)
 
@@ -104,9 +106,11 @@ def buffers_are_bad(model: nn.Module, home: torch.device) -> Tensor:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    model = unwrapped(model)
     named = [("parameter", *one) for one in model.named_parameters()] + [
         ("buffer", *one) for one in model.named_buffers()
     ]
-    numbers = ((kind, name, one.detach()) for kind, name, one in named if one.is_floating_point() or one.is_complex())
+    held = ((kind, name, part_of(one) if is_partitioned(one) else one.detach()) for kind, name, one in named)
+    numbers = ((kind, name, one) for kind, name, one in held if one.is_floating_point() or one.is_complex())
     # other tensors cannot be measured; raising for them would cost the user the checkpoint
     return (one for one in numbers if not one[2].is_meta and unfit(one[2]) is None)

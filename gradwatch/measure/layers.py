@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,8 +11,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from gradwatch.errors import UsageError
+from gradwatch.measure.deepspeed import Zero, engine_of, zero_under
 from gradwatch.measure.norms import unfit
-from gradwatch.measure.wrappers import own_name, plain_name, unwrapped, whole_shapes
+from gradwatch.measure.wrappers import local_of, own_name, plain_name, unwrapped, whole_shapes
 from gradwatch.records import Facts
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Family
 
+_NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
+_PLAIN = (bool, int, float, str, type(None))
+_MOST_TEXTS = 4  # different values of an option
 _NAMED = 3  # most layers that a sentence names
 _SELF_SCALING = ("adam", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "muon", "adafactor", "lamb")
 
@@ -38,6 +42,7 @@ class Layers:
         names, sizes, matrices, fan_in, with_units: per column, the name, the number of elements, whether it has two or more
             dimensions, the inputs of each unit, and whether its rows are units.
         untold: sentences about parameters that cannot be measured, which have not been reported yet.
+        zero: DeepSpeed's own optimizer of the model, and what this process holds under it; None if there is none.
 
     Raises:
         UsageError: the model has no trainable parameter, or a parameter whose shape is not known yet.
@@ -56,6 +61,9 @@ class Layers:
         self._ends: list[torch.device] = []  # where the first and the last parameter lie
         self._home = torch.device("cpu")
         self._columns: dict[int, int] = {}
+        self.zero: Zero | None = None
+        self._engine: weakref.ref[nn.Module] | None = None
+        self.meet_zero()
         self.look_again()
         if not any(parameter.requires_grad for _, parameter in self.parameters()):
             raise UsageError(
@@ -70,11 +78,14 @@ class Layers:
 
     @property
     def home(self) -> torch.device:
-        """The device on which the numbers of all layers are gathered: the first that is not the CPU, or else the CPU."""
+        """The device on which the numbers of all layers are gathered: the first that is not the CPU, or else the CPU.
+
+        It is the CPU if DeepSpeed makes the step, since that waits for the norm of the gradients itself.
+        """
         ends = [one.device for one in (self._refs[0](), self._refs[-1]()) if one is not None]
         if ends and ends != self._ends:  # the first call, or the model or a part of it has moved
             self._ends = ends
-            devices = [parameter.device for _, parameter in self.measured()]
+            devices = [parameter.device for _, parameter in self.measured()] if self.zero is None else []
             self._home = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         return self._home
 
@@ -147,6 +158,23 @@ class Layers:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def held(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the part of a weight that this process holds. Call it with autograd disabled."""
+        return local_of(parameter) if self.zero is None else self.zero.weight(parameter)
+
+    def meet_zero(self) -> bool:
+        """Look for DeepSpeed, which may have been started after the monitor; return whether it has an optimizer of its own."""
+        model = self._model()
+        engine = engine_of(model) if model is not None else None
+        self.zero, self._engine = zero_under(engine), weakref.ref(engine) if engine is not None else None
+        self._ends = []
+        return self.zero is not None
+
+    def are_stepped_by_engine(self, optimizer: Optimizer) -> bool:
+        """Return whether a DeepSpeed engine trains the model and steps this optimizer."""
+        engine: Any = self._engine() if self._engine is not None else None
+        return engine is not None and engine.optimizer is optimizer
 
     def take_untold(self) -> list[str]:
         """Return the sentences about what was left out that nobody has asked for yet."""
@@ -237,6 +265,25 @@ def family_of(optimizer: Optimizer) -> Family:
     if any(word in names for word in _SELF_SCALING):
         return "adam"
     return "sgd" if "sgd" in names else "other"
+
+
+def options_of(optimizer: Optimizer) -> dict[str, str]:
+    """Return the options of an optimizer except its learning rates, as text by name; different ones of its groups together.
+
+    Tensors are left out, since reading one may wait for a device.
+    """
+    found: dict[str, list[str]] = {}
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if name not in _NO_OPTIONS and all(isinstance(one, _PLAIN) for one in _parts(value)):
+                texts = found.setdefault(str(name), [])
+                if str(value) not in texts and len(texts) < _MOST_TEXTS:
+                    texts.append(str(value))
+    return {name: " / ".join(texts) for name, texts in found.items()}
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _weights_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:

@@ -57,6 +57,7 @@ class NormPlan:
         self._groups = [(np.asarray(indices), indices, _wide(tensors[indices[0]])) for indices in together.values()]
         self._picks = [(columns, _picker(indices), wide) for columns, indices, wide in self._groups]
         self._simple = len(self._groups) == 1 and not self._alone and not self._pieces
+        self._not_empty = [index for index in self._alone if tensors[index].numel()]
         self._large = np.array([index for index, _ in self._pieces], dtype=np.intp)
         counts = [-(-tensors[index].numel() // piece) for index, piece in self._pieces]
         self._starts = np.cumsum([0, *counts[:-1]], dtype=np.intp)
@@ -70,12 +71,12 @@ class NormPlan:
         """Return the L2 norm of each tensor on the host, float64 of shape (n,). Use it only where reading is free."""
         if self._simple:
             return _read(_batched(tensors, self._groups[0][2]))
-        norms = np.empty(self._count)
+        norms = np.zeros(self._count)
         for columns, pick, wide in self._picks:
             norms[columns] = _read(_batched(pick(tensors), wide))
         if self._pieces:
             norms[self._large] = self._in_pieces(tensors)
-        for index in self._alone:
+        for index in self._not_empty:
             norms[index] = norm_of(tensors[index])
         return norms
 

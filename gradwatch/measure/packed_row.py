@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 SQUARE, PRESENT, NANS, INFS, WEIGHT, DEAD, CHANGED = range(7)
 _ROWS = 7
 # followed by single numbers
-NOW, LOSS, LOSSES, FAILED, AFTER, COEFFICIENT, SKIPPED, LEFT_OUT = range(8)
-_SINGLES = 8
+NOW, LOSS, LOSSES, FAILED, AFTER, COEFFICIENT, SKIPPED, LEFT_OUT, SCALE = range(9)
+_SINGLES = 9
 # followed by rows with one number per process, by which all processes reach the same decision
 FLAGS, EVERY, FAILED_RULES, DECIDED = range(4)
 _OF_EACH = 4
@@ -41,7 +41,7 @@ class PackedRow:
 
     Attributes:
         rows: numbers per layer, shape (7, L).
-        singles: single numbers, shape (8,).
+        singles: single numbers, shape (9,).
         ranks: numbers per process, shape (4, W).
     """
 
@@ -76,6 +76,7 @@ class UnpackedRow:
     skipped: bool
     left_out: float
     ranks: NDArray[np.int64]
+    loss_scale: float
 
     @classmethod
     def of(cls, table: PackedRow) -> UnpackedRow:
@@ -106,4 +107,6 @@ class UnpackedRow:
             skipped=bool(singles[SKIPPED] > 0),
             left_out=float(singles[LEFT_OUT]),
             ranks=table.ranks.astype(np.int64),
+            # each process adds that of its own scaler; none adds one if there is no scaler
+            loss_scale=float(singles[SCALE]) / table.ranks.shape[1] if singles[SCALE] > 0 else np.nan,
         )

@@ -13,7 +13,6 @@ from gradwatch.history.columns import widened
 from gradwatch.history.schedule import cadence
 from gradwatch.measure.norms import NormPlan, count_nonfinite, fingerprint, has_units, live_units, on_device
 from gradwatch.measure.packed_row import CHANGED, DEAD, WEIGHT
-from gradwatch.measure.wrappers import local_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -181,7 +180,7 @@ class Sampling:
     def _planned_for(self, home: torch.device | None) -> tuple[list[int], list[Tensor], NormPlan]:
         """Return the columns and the weights that can be measured, and a plan for them, which is renewed if it is stale."""
         measured = list(self._layers.measured())
-        parameters = [local_of(parameter) for _, parameter in measured]
+        parameters = [self._layers.held(parameter) for _, parameter in measured]
         plan, lie = self._plan, [parameter.device for parameter in parameters]
         if plan is None or self._planned != (lie, home):
             plan, self._planned = NormPlan(parameters), (lie, home)
@@ -198,11 +197,12 @@ class Sampling:
 
     def _compare_on(self, changed: Tensor, *, first: bool) -> None:
         for column, parameter in self._layers.measured():
-            if parameter.requires_grad and local_of(parameter).numel() and (first or column in self._prints_on):
-                now = fingerprint(parameter)
+            held = self._layers.held(parameter)
+            if parameter.requires_grad and held.numel() and (first or column in self._prints_on):
+                now = fingerprint(held)
                 differs = now != moved(self._prints_on.setdefault(column, now), now.device)
                 changed[column].copy_(moved(differs, changed.device))
-            elif local_of(parameter).numel():  # has no fingerprint from the first row
+            elif held.numel():  # has no fingerprint from the first row
                 changed[column].fill_(1)
 
     def _weights(self, sample: Sample) -> None:
@@ -239,9 +239,10 @@ class Sampling:
         for column, parameter in self._layers.measured():
             if row and column not in self._prints:  # it has changed before, so it is never frozen
                 continue
-            if not parameter.requires_grad or not parameter.numel():
+            held = self._layers.held(parameter)
+            if not parameter.requires_grad or not held.numel():
                 continue
-            now = int(fingerprint(parameter).item())
+            now = int(fingerprint(held).item())
             if self._prints.setdefault(column, now) == now:
                 self._unchanged[column] = row
             else:

@@ -1,6 +1,6 @@
-"""Access to models and tensors inside torch's wrappers: DistributedDataParallel, FSDP, DTensor, `torch.compile`.
+"""Access to models and tensors inside wrappers: DistributedDataParallel, FSDP, DTensor, `torch.compile`, DeepSpeed.
 
-Modules of torch that the user has not imported are not imported here either, since no object of theirs can exist.
+Modules that the user has not imported are not imported here either, since no object of theirs can exist.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch.measure import deepspeed
+
 _IN_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_ELSEWHERE = {
-    "deepspeed": "DeepSpeed keeps gradients in flat buffers of its own",
-    "megatron": "Megatron-LM keeps gradients in main_grad",
-}
+_MEGATRON = "Megatron-LM keeps gradients in main_grad"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's own module inside DistributedDataParallel and `torch.compile`."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in model._modules:
+    """Return the user's own module inside DistributedDataParallel, `torch.compile` and a DeepSpeed engine."""
+    kinds = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, kinds) or "_orig_mod" in model._modules or deepspeed.is_engine(model):
         model = model._orig_mod if "_orig_mod" in model._modules else model.module  # type: ignore[assignment]
     return model
 
@@ -81,10 +81,13 @@ def optimizers_alive() -> list[Optimizer]:
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Return True under FSDP2's `fully_shard` and FSDP1, where hooks on parameters do not fire or do harm."""
+    """Return True under FSDP2's `fully_shard`, FSDP1 and ZeRO, where hooks on parameters do not fire or do harm."""
     module = sys.modules.get("torch.distributed.fsdp")
     kinds = (module.FSDPModule, module.FullyShardedDataParallel) if module is not None else ()
-    return any(isinstance(part, kinds) for part in model.modules())
+    if any(isinstance(part, kinds) for part in model.modules()):
+        return True
+    zero = deepspeed.zero_of(model)
+    return zero is not None and zero.hides
 
 
 def unreduced(model: nn.Module | None) -> list[torch.Tensor | None]:
@@ -110,8 +113,8 @@ def flat_modules(model: nn.Module) -> list[Any]:
 
 
 def whole_shapes(model: nn.Module) -> dict[int, torch.Size]:
-    """Return the full shape of each parameter that FSDP1 shards, by the id of the local piece."""
-    shapes = {}
+    """Return the full shape of each parameter that FSDP1 or ZeRO's stage 3 shards, by the id of the local piece."""
+    shapes = {id(one): one.ds_shape for one in model.parameters() if hasattr(one, "ds_shape")}
     for module in flat_modules(model):
         flat = getattr(module._handle, "flat_param", None)
         if flat is None:
@@ -127,17 +130,14 @@ def unmeasurable(model: nn.Module | None = None, optimizer: Optimizer | None = N
 
     Without this check gradwatch would report zeros.
     """
-    for thing in (model, optimizer):
-        for kind in type(thing).__mro__:
-            reason = _ELSEWHERE.get(kind.__module__.split(".")[0])
-            if reason is not None:
-                return reason
-    for parameter in model.parameters() if model is not None else ():
-        if hasattr(parameter, "ds_id"):
-            return _ELSEWHERE["deepspeed"]
-        if hasattr(parameter, "main_grad"):
-            return _ELSEWHERE["megatron"]
-    return None
+    kinds = [kind for thing in (model, optimizer) for kind in type(thing).__mro__]
+    if any(kind.__module__.split(".")[0] == "megatron" for kind in kinds):
+        return _MEGATRON
+    if model is None:
+        return None
+    if any(hasattr(parameter, "main_grad") for parameter in model.parameters()):
+        return _MEGATRON
+    return deepspeed.refusal(model)
 
 
 def version_of(gradient: Tensor) -> int:

@@ -12,6 +12,7 @@ from gradwatch.errors import UsageError
 from gradwatch.page.content import content_of
 from gradwatch.reports.card import palette
 from gradwatch.runlog.plain import to_json
+from gradwatch.text.extras import missing
 from gradwatch.text.printable import printable, printable_all
 
 if TYPE_CHECKING:
@@ -37,9 +38,7 @@ def page_of(log: RunLog) -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UsageError(
-            "The page needs plotly, which is not installed. Install it with: pip install 'gradwatch[report]'"
-        ) from None
+        raise UsageError(missing("The page", "plotly", "report")) from None
     parts = resources.files(__name__)
     content = json.dumps(printable_all(json.loads(to_json(content_of(log)))))
     pieces = {

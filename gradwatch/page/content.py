@@ -57,6 +57,9 @@ def content_of(log: RunLog) -> dict[str, Any]:
         "clip_coefficient": line_of(series.step, series.clip_coefficient)
         if (series.clip_coefficient < 1).any()
         else None,
+        "learning_rate": _changing(series.step, series.learning_rate),
+        "loss_scale": _changing(series.step, series.loss_scale),
+        "last_loss_scale": float(series.loss_scale[-1]) if len(series.step) else float("nan"),
         "skipped": series.step[series.skipped][:2000].tolist(),
         "clipped_steps": int((series.clip_coefficient < 1).sum()),
         "skipped_steps": int(series.skipped.sum()),
@@ -89,6 +92,12 @@ def _ascending(series: Series) -> Series:
     """Return the rows sorted by step, since a damaged or edited log may hold them in another order."""
     order = np.argsort(series.step, kind="stable")
     return Series(**{name: getattr(series, name)[order] for name in Series.__dataclass_fields__})
+
+
+def _changing(steps: NDArray[np.int64], values: Numbers) -> dict[str, list[float]] | None:
+    """Return the line of values; None if they are the same at all steps at which they are known, or known nowhere."""
+    known = values[~np.isnan(values)]
+    return line_of(steps, values) if len(known) and (known != known[0]).any() else None
 
 
 def line_of(steps: NDArray[np.int64], values: Numbers) -> dict[str, list[float]]:

@@ -78,6 +78,8 @@ const panels = [
   ["norm", 150, "global gradient norm"],
   ["gradient", gradient ? layerHeight : 0, "gradient norm of each layer"],
   ["clip", run.clip_coefficient ? 90 : 0, "clip coefficient"],
+  ["rate", run.learning_rate ? 90 : 0, "learning rate"],
+  ["scale", run.loss_scale ? 90 : 0, "loss scale"],
   ["weight", weight ? Math.max(140, layerHeight * 0.55) : 0, "weight norm against its first"],
 ].filter((panel) => panel[1] > 0);
 const GAP = 44, TOP = 30, BOTTOM = 46;
@@ -138,6 +140,8 @@ function traces() {
     if (gradient.any) made.push(brokenCells("gradient", gradient));
   }
   if (run.clip_coefficient) made.push(line("clip", run.clip_coefficient, "clip coefficient"));
+  if (run.learning_rate) made.push(line("rate", run.learning_rate, "learning rate"));
+  if (run.loss_scale) made.push(line("scale", run.loss_scale, "loss scale"));
   if (weight) {
     const first = (row) => row.find((value) => value !== null && value > NOTHING) ?? null;
     made.push(heat("weight", weight, against(weight.rows, first), dark ? RISING_DARK : RISING, [-1, 1], "× "));
@@ -152,7 +156,7 @@ function shapes() {
   for (const incident of run.incidents) {
     const mark = colour(incident.severity);
     const x0 = incident.opened_step - 0.5, x1 = incident.closed_step === null ? last : incident.closed_step + 0.5;
-    for (const key of ["loss", "norm", "clip"]) {
+    for (const key of ["loss", "norm", "clip", "rate", "scale"]) {
       if (axes[key]) made.push({ type: "rect", xref: "x", yref: "paper", x0, x1, y0: axes[key].domain[0], y1: axes[key].domain[1], fillcolor: mark, opacity: +colour("shade"), line: { width: 0 }, layer: "below" });
     }
     made.push({ type: "line", xref: "x", yref: "paper", x0, x1: x0, y0: 0, y1: 1, line: { color: mark, width: 1, dash: "dot" } });
@@ -186,8 +190,10 @@ function layout() {
         tickfont: { size: 10.5, color: soft, family: "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace" } });
     } else if (key === "clip") {
       axis.range = [0, 1.05];
+    } else if (key === "rate") {
+      Object.assign(axis, { rangemode: "tozero", exponentformat: "power", nticks: 4 });
     } else {
-      const values = key === "loss" ? run.loss : run.global_norm;
+      const values = { loss: run.loss, norm: run.global_norm, scale: run.loss_scale }[key];
       if (real(values.y).every((value) => value === null || value > 0)) Object.assign(axis, { type: "log", exponentformat: "power", nticks: 5 });
     }
     made["yaxis" + axes[key].id] = axis;
@@ -231,6 +237,7 @@ function fillHead() {
   const lastOf = (values) => (values && values.y.length ? number(values.y[values.y.length - 1]) : "not seen");
   const figures = [["steps", whole(run.step + 1)], ["last loss", lastOf(run.loss)], ["last global norm", lastOf(run.global_norm)],
     ["incidents", run.incidents.length ? `${run.incidents.length}, worst ${SEVERITIES[Math.max(...run.incidents.map((one) => SEVERITIES.indexOf(one.severity)))]}` : "none"]];
+  if (run.last_loss_scale !== "nan") figures.push(["loss scale", number(run.last_loss_scale)]);
   if (run.facts.clip) figures.push(["clipped", `${whole(run.clipped_steps)} steps`], ["skipped", `${whole(run.skipped_steps)} steps`]);
   for (const [name, value] of figures) {
     const pair = element("div");

@@ -94,14 +94,14 @@ class Attribution:
             if note is None or (len(patches.CALLERS) > 1 and not self._may_read(run)):
                 return False
             before = note if isinstance(note, Backward) else Backward.of(*note)
-            reached = before.reached()
+            reached = before.reached(run.roots)
         if not (reached or fused):
             return self._look_for_overlooked(run)
         self.backwards += 1
         self._threads.add(run.thread)
         losses = run.losses
         for owner, columns in reached:
-            _add(owner, losses, columns)
+            _add(owner, owner.own(losses), columns)
         return True
 
     def passed_by(self) -> None:

@@ -36,13 +36,16 @@ class Backward:
         sharded: the model, if it is sharded by FSDP, which may hold gradients back; else None.
     """
 
-    __slots__ = ("_held", "_known", "_sharded")
+    __slots__ = ("_held", "_hidden", "_known", "_sharded")
 
     def __init__(self, owners: Sequence[Gradients], sharded: nn.Module | None) -> None:
         self._sharded = sharded
         self._held: Before = _held_back(sharded) if sharded is not None else []
         self._known: list[tuple[Gradients, Before, Version | None]] = []
+        self._hidden = [owner for owner in owners if owner.hidden]
         for owner in owners:
+            if owner.hidden:
+                continue
             version = None
             try:
                 if owner.sharded:
@@ -96,11 +99,14 @@ class Backward:
             if known is None or (by_value and device.reading_is_free(known[0].device) and _all_zero([known[0]]))
         )
 
-    def reached(self) -> list[tuple[Gradients, frozenset[int] | None]]:
-        """Return the owners that this backward has reached, with the columns reached of an owner without an optimizer.
+    def reached(self, roots: Any) -> list[tuple[Gradients, frozenset[int] | None]]:
+        """Return the owners that a backward from ``roots`` has reached, with the columns reached of one without an optimizer.
 
         None stands for all columns of an owner.
         """
+        return self._changed() + [(owner, None) for owner in self._hidden if owner.is_behind(roots)]
+
+    def _changed(self) -> list[tuple[Gradients, frozenset[int] | None]]:
         if self._sharded is not None and _differ(self._held, _held_back(self._sharded)):
             return [(owner, None) for owner, _, _ in self._known]
         return [

@@ -14,7 +14,7 @@ from gradwatch import device
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.errors import PeerError
 from gradwatch.measure.checkpoints import buffers_are_bad
-from gradwatch.measure.packed_row import BUFFER_BAD, COEFFICIENT, FAILED, FLAGS, LEFT_OUT, UnpackedRow
+from gradwatch.measure.packed_row import BUFFER_BAD, COEFFICIENT, FAILED, FLAGS, LEFT_OUT, SCALE, UnpackedRow
 from gradwatch.measure.readback import LAG, PATIENCE, ReadbackRing, Unread
 from gradwatch.probe.device_action import DeviceAction
 from gradwatch.probe.row_writer import RowWriter
@@ -92,6 +92,7 @@ class DeferredRows:
         before: Unread | None,
         facts: HostFacts,
         loss: Tensor | float | None,
+        loss_scale: Tensor | None,
         optimizer: Optimizer | None,
         plan: DevicePlan | None,
         own_norms: list[Tensor],
@@ -106,6 +107,7 @@ class DeferredRows:
             before: norms before the user's clip; None if there was none.
             facts: what the host knows of the row.
             loss: loss of the step; None: no loss was seen.
+            loss_scale: factor of the gradient scaler, without dimensions; None: there is no scaler.
             optimizer: optimizer that makes the step; None if there is none.
             plan: what to do with the step; None: only watch it.
             own_norms: norms of this process's own backwards.
@@ -124,6 +126,8 @@ class DeferredRows:
         model, decides = self._layers.model, self._ranks is not None or plan is not None
         if decides and facts.sample.weight_norm is not None and model is not None:
             slot.ranks[FLAGS, self._rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
+        if loss_scale is not None:
+            slot.singles[SCALE].copy_(device.moved(loss_scale, self.home).reshape(()))
         if overflow is not None:
             slot.singles[LEFT_OUT].copy_(device.moved(overflow, self.home).reshape(()))
         if self._ranks is not None:
@@ -214,4 +218,5 @@ class DeferredRows:
             order=facts.order,
             culprits=self._ranks.culprits(numbers) if self._ranks is not None else None,
             provenance=Provenance(facts.source, facts.clipped, loss_source, self._processes),
+            loss_scale=numbers.loss_scale,
         )

@@ -79,8 +79,8 @@ class DeviceRecorder:
         inside = source == "optimizer in backward"
         acts = not inside and source != "left out by the scaler" and clippable(source, optimizer)
         plan = self._possible_plan(mine, optimizer) if acts else None
-        own_norms = self._hooks.own_norms()
-        bad = rows.take(mine, now, before, facts, loss, optimizer, plan, own_norms, closely=closely)
+        scale, own_norms = self._losses.unread_loss_scale(), self._hooks.own_norms()
+        bad = rows.take(mine, now, before, facts, loss, scale, optimizer, plan, own_norms, closely=closely)
         if bad is not None:
             facts.problem = self._skipping.leave_out_where(bad, real=is_fused(optimizer))
         elif not inside:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, LossSource
 
 _LARGEST = float(np.finfo(np.float64).max)
+_LEARNING_RATE = operator.itemgetter("lr")
 
 
 Passed = Literal["not", "with alarm", "resting", "noted"]
@@ -81,6 +82,7 @@ class FastPath:
         band = bounds.grad_norm if self._columns is None else bounds.grad_norm[columns]
         self._band = np.minimum(band, _LARGEST)  # an infinite norm is never within bounds
         self._probe = mine.cheapest_probe(columns)
+        self._has_rates = all("lr" in group for group in optimizer.param_groups)
 
     @property
     def resting(self) -> bool:
@@ -179,7 +181,11 @@ class FastPath:
             return "not"
         self._left -= 1
         mine.count_step()
-        self._history.note(step, loss, norms, self._columns, coefficient)
+        if self._has_rates:
+            rates = list(map(_LEARNING_RATE, optimizer.param_groups))
+            if mine.told_rates is None or rates != mine.told_rates:
+                mine.look_at_rates(rates)
+        self._history.note(step, loss, norms, self._columns, coefficient, mine.largest_rate)
         self._used(losses)
         return "noted"
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from gradwatch.probe.coming import Coming
+    from gradwatch.probe.coming import Coming, Loss
     from gradwatch.records import Family, Floats
 
 
@@ -59,8 +59,15 @@ class Gradients:
         sharded: True if this process holds only parts of the parameters.
         skip: leaves steps out.
         steering: what the optimizer is given for one step.
+        told_rates: learning rates from which ``largest_rate`` was computed; None if it is to be computed at each step, because
+            it is not known yet, or a rate is a tensor, which may change in place.
+        largest_rate: largest learning rate of the layers; NaN if none is known.
         left_out: columns whose gradients turned out not to be measurable, with the reason.
+        hidden: True if gradients are not in ``grad`` when a backward is over.
     """
+
+    skips: type[Skip] = Skip
+    hidden = False
 
     def __init__(
         self,
@@ -97,8 +104,10 @@ class Gradients:
         self._plan: NormPlan | None = None
         self._planned: list[bool] | None = None  # which gradients the plan is for; None: all
         self._rates: list[float] = []
+        self.told_rates: list[Any] | None = None
+        self.largest_rate = math.nan
         self._rate = np.full(layers, np.nan)
-        self.skip = Skip(optimizer, model) if optimizer is not None else None
+        self.skip = self.skips(optimizer, model) if optimizer is not None else None
         self.steering = Steering()
 
     def count_step(self) -> None:
@@ -209,6 +218,18 @@ class Gradients:
             self.steering.moved()
         return there, columns, self._plan
 
+    def is_behind(self, roots: Any) -> bool:
+        """Return whether a backward from ``roots`` has reached the parameters; only asked if gradients are ``hidden``."""
+        raise NotImplementedError
+
+    def clips_to(self) -> float | None:
+        """Return the norm that the optimizer itself clips to in its step; None if it does not."""
+        return None
+
+    def own(self, losses: list[Loss]) -> list[Loss]:
+        """Return the losses of a backward as their gradients count in the coming step."""
+        return losses
+
     def with_gradient(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients `present` returns."""
         return [parameter for parameter in self.parameters if parameter.grad is not None]
@@ -279,6 +300,12 @@ class Gradients:
             self._rate[self.columns] = np.array(rates)[self._groups]
         return self._rate
 
+    def look_at_rates(self, told: list[Any]) -> None:
+        """Update ``largest_rate`` from the learning rates of all parameter groups."""
+        rates = [rate for group in set(self._groups.tolist()) if not math.isnan(rate := _number(told[group]))]
+        self.largest_rate = max(rates, default=math.nan)
+        self.told_rates = None if any(isinstance(rate, torch.Tensor) for rate in told) else told
+
     def folds(self, optimizer: Optimizer | None) -> bool:
         """Return whether the optimizer can apply a factor on all gradients: it is fused, and all its parameters are watched."""
         return is_fused(optimizer) and self.total == len(self.parameters)
@@ -288,7 +315,8 @@ class Gradients:
 
         ``late`` is True if the step was made some time ago and raised.
         """
-        self.steering.end()
+        if self.steering.used:
+            self.steering.end()
         if self.skip is not None:
             self.skip.end(late=late)
 

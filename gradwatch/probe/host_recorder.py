@@ -136,7 +136,7 @@ class HostRecorder:
     ) -> Row:
         """Return the row of what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
         loss, loss_source = self._losses.read(mine.coming, returned)
-        culprits, processes = None, self._peers.count
+        culprits, processes, limit = None, self._peers.count, mine.clips_to()
         if word is not None:
             loss, loss_source, culprits = self._peers.unite(word, loss, loss_source, whole, now, sampled)
         return Row(
@@ -153,13 +153,16 @@ class HostRecorder:
             rate=rate,
             family=mine.family,
             optimizer=mine.number,
-            applied=1.0 if whole is now else _share_left(now, whole),
+            applied=1.0 if whole is now and limit is None else _share_left(now.global_norm, whole.global_norm, limit),
             dead_share=sampled.dead_share,
             unchanged=sampled.unchanged,
             arrived=self._hooks.arrived,
             order=self._hooks.order,
             culprits=culprits,
-            provenance=self._provenance(source, whole is not now and mine.coming.clips, loss_source, processes),
+            provenance=self._provenance(
+                source, (whole is not now and mine.coming.clips) or limit is not None, loss_source, processes
+            ),
+            loss_scale=self._losses.loss_scale(),
         )
 
     def _provenance(self, source: Source, before: bool, loss: LossSource, processes: int) -> Provenance:  # noqa: FBT001
@@ -171,8 +174,10 @@ class HostRecorder:
         return self._last_provenance
 
 
-def _share_left(now: Measured, whole: Measured) -> float:
-    """Return the norm after the user's clip over the norm before it, at most 1.0; 1.0 if either is not finite or zero."""
-    if not math.isfinite(whole.global_norm) or not 0 < now.global_norm < whole.global_norm:
-        return 1.0
-    return now.global_norm / whole.global_norm
+def _share_left(now: float, whole: float, limit: float | None) -> float:
+    """Return the norm after the user's clip over the norm before it, at most 1.0; 1.0 if either is not finite or zero.
+
+    ``limit`` is the norm that the optimizer will clip to in its step; None if it will not.
+    """
+    left = now if limit is None else min(now, limit)
+    return left / whole if math.isfinite(whole) and 0 < left < whole else 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from gradwatch.autoclip.decision import Decision, DevicePlan
     from gradwatch.autoclip.policy import AutoClip
@@ -50,11 +50,11 @@ class Judge(Protocol):
     def decided(self) -> int:
         """A hash of the decisions of auto-clip so far, which processes that train together compare."""
 
-    def optimizer_found(self, name: str, family: Family) -> None:
+    def optimizer_found(self, name: str, family: Family, options: Mapping[str, str]) -> None:
         """Record that an optimizer of watched parameters was found: at its first step, or because the user named it."""
 
-    def loss_found(self, kind: str) -> None:
-        """Record the kind of the loss of the first backward, such as "cross-entropy"; "" if it is not known."""
+    def loss_found(self, kind: str, prediction: tuple[int, ...]) -> None:
+        """Record what is known of the loss of the first backward; see `gradwatch.probe.loss_node.SeenLoss`."""
 
     def losses_oppose(self) -> None:
         """Record that two optimizers take turns, where the loss of one runs through what the other trains."""

@@ -54,6 +54,14 @@ class LossReader:
         """Set the gradient scaler of the step under way; None when the step is over."""
         self.scaler = scaler
 
+    def loss_scale(self) -> float:
+        """Return the factor of the gradient scaler that makes the step under way; NaN if there is none."""
+        return self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else math.nan
+
+    def unread_loss_scale(self) -> Tensor | None:
+        """Return the same as `loss_scale`, as a tensor on the device of the scaler; None if there is none."""
+        return self.scaler._get_scale_async() if self.scaler is not None else None
+
     def scale_to_find(self) -> int:
         """Return how often the scaler of this step may have to lower a scale that began higher than usual, at 2^16."""
         scaler = self._scaler()

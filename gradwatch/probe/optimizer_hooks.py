@@ -25,6 +25,9 @@ class StepListener(Listener, Protocol):
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Called before an optimizer steps; return other arguments for its step, or None."""
 
+    def before_step_without_hook(self, optimizer: Any) -> None:
+        """Called instead before an optimizer steps that torch's hooks do not see."""
+
     def after_step(self, optimizer: Optimizer) -> None:
         """Called after an optimizer has stepped."""
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
 from gradwatch.probe.coming import Coming, united
 from gradwatch.probe.gradients import Gradients
+from gradwatch.probe.zero_gradients import EngineGradients, Inside, ZeroGradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import nn
 
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.coming import Root
@@ -97,7 +101,8 @@ class Owners:
         """Look up and return the watched layers that an optimizer owns, even if the model has changed since attach."""
         if any(self._layers.column(one) is None for group in optimizer.param_groups for one in group["params"]):
             self.look_again()
-        inner = _around(optimizer)
+        zero = self._layers.zero
+        inner = _around(optimizer) if zero is None or optimizer is not zero.optimizer else None
         mine = self._make(optimizer, weakref.ref(inner) if inner is not None else None)
         if mine.parameters:
             self._found(optimizer)
@@ -138,7 +143,7 @@ class Owners:
             its.outer_is_over()
 
     def _make(self, optimizer: Optimizer, around: weakref.ref[Optimizer] | None) -> Gradients:
-        held = [(one, number) for number, group in enumerate(optimizer.param_groups) for one in group["params"]]
+        held, kind = self._held(optimizer)
         owned = [(column, one, number) for one, number in held if (column := self._layers.column(one)) is not None]
         pairs, groups = [(column, one) for column, one, _ in owned], [number for _, _, number in owned]
         old, key = self._known.get(id(optimizer)), id(optimizer)
@@ -149,7 +154,7 @@ class Owners:
         goes_on = around is None and bool(pairs) and same
         coming = old.coming if old is not None and goes_on else Coming()
         model = self._layers.model
-        mine = Gradients(
+        mine = kind(
             *(pairs, len(self._layers), groups, len(held), optimizer, model),
             coming=coming,
             around=around,
@@ -168,6 +173,16 @@ class Owners:
             if any(one.coming.before_clip for one in self._loose):
                 self.rest()  # while the gradients are still those whose norms were measured before a clip
         return mine
+
+    def _held(self, optimizer: Optimizer) -> tuple[list[tuple[nn.Parameter, int]], Callable[..., Gradients]]:
+        """Return the parameters of an optimizer with the indices of their groups, and the class of its gradients."""
+        zero = self._layers.zero
+        if zero is not None and optimizer is zero.optimizer:
+            return zero.parameters, partial(ZeroGradients, zero)
+        held = [(one, number) for number, group in enumerate(optimizer.param_groups) for one in group["params"]]
+        if zero is not None and optimizer is zero.inner:
+            return held, Inside
+        return held, EngineGradients if self._layers.are_stepped_by_engine(optimizer) else Gradients
 
     def _hand_over(self, before: list[Gradients], mine: Gradients) -> None:
         columns, layers = frozenset(mine.columns.tolist()), len(self._layers)

@@ -42,11 +42,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger("gradwatch")
 
 
-class Listener(Protocol):
-    """The methods that patches call, by way of `tell`."""
+class Fallible(Protocol):
+    """What every listener has."""
 
     def failed(self, error: Exception) -> None:
         """Handle an error that a call of this listener raised; raise it only if it is meant for the training loop."""
+
+
+class Listener(Fallible, Protocol):
+    """The methods that patches call, by way of `tell`."""
 
     def backward_begins(self, run: Run) -> None:
         """Called before a backward."""
@@ -94,7 +98,7 @@ def tell(listeners: Iterable[Any], call: str, *args: Any) -> list[Any]:
     return answers
 
 
-def let_out(listener: Listener, error: Exception) -> Exception | None:
+def let_out(listener: Fallible, error: Exception) -> Exception | None:
     """Return the error if its listener means it for the training loop, else None."""
     try:
         listener.failed(error)
@@ -186,7 +190,7 @@ class Patch:
             return []
         return [listener for ref in self._listeners if (listener := ref()) is not None]
 
-    def add(self, listener: Listener) -> bool:
+    def add(self, listener: Fallible) -> bool:
         """Add a listener; return False if this version of torch does not have the attribute."""
         with self._lock:
             if not hasattr(self._owner, self._attribute):
@@ -199,7 +203,7 @@ class Patch:
                 setattr(self._owner, self._attribute, self._replacement)
             return True
 
-    def remove(self, listener: Listener) -> None:
+    def remove(self, listener: Fallible) -> None:
         """Remove a listener; without listeners the original attribute is restored."""
         with self._lock:
             self._listeners = tuple(ref for ref in self._listeners if ref() not in (None, listener))

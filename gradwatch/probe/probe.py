@@ -15,14 +15,16 @@ import torch
 
 from gradwatch import device
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
-from gradwatch.measure.layers import facts_of, family_of
+from gradwatch.measure.deepspeed import OFFLOADED
+from gradwatch.measure.layers import facts_of, family_of, options_of
 from gradwatch.measure.readback import PATIENCE
 from gradwatch.measure.wrappers import unmeasurable
 from gradwatch.probe import optimizer_hooks, patches
 from gradwatch.probe.attribution import Attribution
+from gradwatch.probe.deepspeed import DeepSpeed
 from gradwatch.probe.fused_steps import FusedSteps
 from gradwatch.probe.gradient_hooks import GradientHooks
-from gradwatch.probe.loss_node import loss_kind
+from gradwatch.probe.loss_node import seen_loss
 from gradwatch.probe.loss_reader import LossReader
 from gradwatch.probe.owners import Owners
 from gradwatch.probe.peers import Peers
@@ -83,6 +85,7 @@ class Probe:
         self._left_out = self._left_out_before = 0
         self._stepping: weakref.ref[Optimizer] | None = None
         self.owners = Owners(layers, self._grow, self._find)
+        self._deepspeed = DeepSpeed(self, layers, self.owners)
         self.gradient_hooks = GradientHooks(layers)
         self.attribution = Attribution(layers, self.owners, self.gradient_hooks)
         self._investigator = investigator
@@ -114,6 +117,7 @@ class Probe:
         optimizer_hooks.listen(self)
         for patch in patches.ALL:
             patch.add(self)
+        self._deepspeed.start()
         if self._investigator is not None:
             self._investigator.start()
 
@@ -141,6 +145,7 @@ class Probe:
         yield "the hooks on parameters", self.gradient_hooks.stop
         for patch in patches.ALL:
             yield f"the patch of {patch.name}", lambda patch=patch: patch.remove(self)  # type: ignore[misc]
+        yield "the patches of DeepSpeed", self._deepspeed.stop
         # a monitor that is kept for its summary must not keep the parameters alive
         yield "hidden gradients", self.owners.close
         yield "the losses", self.losses.forget
@@ -187,7 +192,7 @@ class Probe:
         if self.attribution.end(run, fused=bool(self._fused.parts)):
             if not self._loss_known:
                 self._loss_known = True
-                self._guarded(self._judge.loss_found, loss_kind(run.roots))
+                self._guarded(self._judge.loss_found, *seen_loss(run.roots))
             if self.gradient_hooks.came and not run.inside:
                 self.gradient_hooks.end()
             if self.losses.given:
@@ -266,6 +271,10 @@ class Probe:
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
 
+    def before_step_without_hook(self, optimizer: Any) -> None:
+        """Measure the gradients that an optimizer without torch's hooks is about to use."""
+        self._guarded(self._prepare, optimizer, (optimizer,), {})
+
     def _take_fast_path(self, optimizer: Optimizer) -> bool:
         """Record a step on the fast path; return False if it is unusual in any way and has to be prepared as usual."""
         if (
@@ -322,6 +331,8 @@ class Probe:
         # an optimizer of other parameters steps after a backward of this model
         if mine is None:
             self._loop.stepped_in_vain(self.attribution.backwards)
+            if self._deepspeed.appears():
+                self._meet_deepspeed()
         if mine is None or self._is_inside_another(optimizer):
             return None
         mine.restore(late=True)
@@ -345,6 +356,15 @@ class Probe:
         self.recorder.skipping.expect_closure(mine)
         wrapped = self._wrap(closure, optimizer)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+
+    def _meet_deepspeed(self) -> None:
+        self.recorder.grow(set(range(len(self._layers))))
+        self.gradient_hooks.grow()
+        for owner in self.owners.current():  # the step under way was not seen to begin
+            self._used(owner)
+        zero = self._layers.zero
+        if zero is not None and zero.offloads and self._judge.policy is not None:
+            self._judge.disarm(f"{OFFLOADED}, so that auto-clip does not act.")
 
     def _is_inside_another(self, optimizer: Optimizer) -> bool:
         """Return whether this step is part of another one under way, by `super().step()` or by a wrapper."""
@@ -425,7 +445,14 @@ class Probe:
         """Record an optimizer that owns watched layers; raise `UsageError` if it cannot be watched."""
         self._loop.optimizer_found()
         self._turns.again()
-        self._judge.optimizer_found(type(optimizer).__name__, family_of(optimizer))
+        zero = self._layers.zero
+        named = zero.inner if zero is not None and optimizer is zero.optimizer else optimizer
+        self._judge.optimizer_found(type(named).__name__, family_of(named), options_of(named))
+        grows = [group["weight_decay"] for group in optimizer.param_groups if _is_negative(group.get("weight_decay"))]
+        if grows:
+            self._judge.mistake(
+                f"the weight decay of a parameter group is {grows[0]:g}: below zero it makes weights grow. Set it to 0 or more."
+            )
         if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
             self._judge.note("auto-clip does not clip inside a line search, such as that of LBFGS.")
         reason = unmeasurable(optimizer=optimizer)
@@ -468,6 +495,10 @@ class Probe:
     def _leave_if_over(self) -> None:
         if self.recorder.over and self.active:
             self._give_up()
+
+
+def _is_negative(setting: Any) -> bool:
+    return isinstance(setting, (int, float)) and setting < 0
 
 
 def _steps_under_way(optimizer: Optimizer) -> int:

@@ -17,9 +17,14 @@ _ABSENT = object()  # stands for an attribute that did not exist
 
 
 class Steering:
-    """The attributes of an optimizer that are set for one step, and given back as they were."""
+    """The attributes of an optimizer that are set for one step, and given back as they were.
+
+    Attributes:
+        used: whether anything is set now, so that `end` has something to do.
+    """
 
     def __init__(self) -> None:
+        self.used = False
         self._slowed: list[tuple[dict[str, Any], Any, Any]] = []
         self._born: tuple[weakref.ref[Optimizer], int, Tensor] | None = None
         self._lent: list[tuple[weakref.ref[Optimizer], str, Any, Tensor]] = []
@@ -34,6 +39,7 @@ class Steering:
         for group in optimizer.param_groups:
             if "lr" in group:
                 lowered = group["lr"] * factor
+                self.used = True
                 self._slowed.append((group, group["lr"], lowered))
                 group["lr"] = lowered
 
@@ -65,12 +71,14 @@ class Steering:
         return device.moved(value, torch.device("cpu")) if self._with_host else value
 
     def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
+        self.used = True
         # None differs from absent: a `GradScaler` deletes what it has set, even None
         self._lent.append((weakref.ref(optimizer), name, vars(optimizer).get(name, _ABSENT), value))
         setattr(optimizer, name, value)
 
     def end(self) -> None:
         """Undo what was changed for a step."""
+        self.used = False
         for group, rate, lowered in self._slowed:
             if group.get("lr") is lowered:  # where the step raised, somebody else may have set it since
                 group["lr"] = rate

@@ -56,7 +56,7 @@ class Turns:
         if len(self._held) < 2:
             return
         reached = {id(parameter) for parameter in parameters_behind(roots)}
-        for key, held in self._held.items():
+        for key, held in tuple(self._held.items()):  # other models may be trained on other threads
             if not held.isdisjoint(reached):
                 self._reached[key] = self._backwards
 
@@ -70,8 +70,8 @@ class Turns:
         if mine is not None:
             if foreign is not None:
                 self._count(key, foreign[1], opposed=mine > foreign[0])
-            for other, backward in self._reached.items():
-                if other != key and backward == mine:
+            for other, backward in tuple(self._reached.items()):
+                if backward == mine and self._train_apart(key, other):
                     self._foreign[other] = (backward, key)
         self.watches = not self._known and self._steps < _LONGEST
 
@@ -85,10 +85,14 @@ class Turns:
             self._known = True
             self._found()
 
+    def _train_apart(self, one: int, other: int) -> bool:
+        """Return whether each of two optimizers trains something that the other does not, unlike a wrapper and what it wraps."""
+        return not (self._held[one] <= self._held[other] or self._held[other] <= self._held[one])
+
     def _follows(self, optimizer: Optimizer) -> bool:
         key = id(optimizer)
         ref = self._optimizers.get(key)
-        if (ref is None or ref() is not optimizer) and len(self._optimizers) < _MOST:
+        if (ref is None and len(self._optimizers) < _MOST) or (ref is not None and ref() is not optimizer):
             self._optimizers[key] = weakref.ref(optimizer)
             self._held[key] = frozenset(id(one) for group in optimizer.param_groups for one in group["params"])
         return key in self._optimizers

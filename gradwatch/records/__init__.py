@@ -23,7 +23,7 @@ from gradwatch.records.kinds import (
     Verdict,
 )
 from gradwatch.records.origin import Direction, Operand, Origin, Part, Subject, Way
-from gradwatch.records.row import Culprits, NonFinite, Provenance, Row
+from gradwatch.records.row import Culprits, NonFinite, Provenance, Row, Scalars
 from gradwatch.records.snapshot import Facts, Snapshot
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "Role",
     "Row",
     "RunVerdict",
+    "Scalars",
     "Severity",
     "Sign",
     "Snapshot",

@@ -91,6 +91,7 @@ class Row(NamedTuple):
         optimizer: index of the optimizer in the order in which they were found; -1 if no optimizer of torch makes the
             update, or several do inside backward.
         order: rank of each layer in the order in which gradients arrived in backward, shape (L,); None: as in the row before.
+        loss_scale: factor of the gradient scaler that made the step; NaN if there was none.
     """
 
     step: int
@@ -112,6 +113,7 @@ class Row(NamedTuple):
     provenance: Provenance = Provenance()
     optimizer: int = -1
     order: NDArray[np.intp] | None = None
+    loss_scale: float = float("nan")
 
     @property
     def has_loss(self) -> bool:
@@ -122,3 +124,25 @@ class Row(NamedTuple):
     def loss_nonfinite(self) -> bool:
         """True if a loss was seen and it is NaN or infinite."""
         return self.has_loss and not math.isfinite(self.loss)
+
+
+class Scalars(NamedTuple):
+    """The scalars of ``n`` rows, oldest first, each of shape (n,). Missing values are NaN.
+
+    Attributes:
+        step: optimizer steps.
+        loss: losses.
+        global_norm: L2 norms of all gradients as one vector, before any clip that gradwatch saw or made.
+        clip_coefficient: norms after clipping divided by those before; 1.0 where nothing was clipped.
+        skipped: whether auto-clip left the step out.
+        learning_rate: largest learning rate among the layers that the optimizer of the step holds.
+        loss_scale: factors of the gradient scaler that made the step; NaN where there was none.
+    """
+
+    step: NDArray[np.int64]
+    loss: Floats
+    global_norm: Floats
+    clip_coefficient: Floats
+    skipped: NDArray[np.bool_]
+    learning_rate: Floats
+    loss_scale: Floats

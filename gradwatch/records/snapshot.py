@@ -39,6 +39,8 @@ class Facts:
         saturates, rectified: whether it has activations that saturate (sigmoid, tanh), and ReLUs.
         loss: kind of the loss, such as ``"cross-entropy"``; "" if it is not known.
         mistakes: mistakes of the program that are certain, in sentences.
+        optimizer_options: options of the optimizer except its learning rate, as they were when it was found, as text by name.
+        prediction: shape of what the first loss compared with a target; empty if it is not known.
     """
 
     model: str = "model"
@@ -58,7 +60,9 @@ class Facts:
     rectified: bool = False
     loss: str = ""
     mistakes: tuple[str, ...] = ()
-    name: str = ""  # last, because logs of earlier versions have none
+    name: str = ""  # logs of earlier versions do not have this and what follows
+    optimizer_options: dict[str, str] = field(default_factory=dict, hash=False)
+    prediction: tuple[int, ...] = ()
 
     @property
     def called(self) -> str:

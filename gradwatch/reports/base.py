@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from gradwatch.records import Alarm, Row, Snapshot
+    from gradwatch.records import Alarm, Row, Scalars, Snapshot
+
+
+class RowSource(Protocol):
+    """The rows of a run."""
+
+    rows: int
+
+    def scalars(self, first: int, until: int) -> Scalars:
+        """Return copies of the scalars of the rows with numbers in ``range(first, until)``."""
 
 
 class Report:
@@ -19,9 +28,11 @@ class Report:
     seconds have passed since the last call.
 
     Attributes:
+        takes_rows: whether it receives the numbers of every row too, through `rows`.
         period: time in seconds between two calls of `step` if there is no news; infinite by default.
     """
 
+    takes_rows: ClassVar[bool] = False
     period: ClassVar[float] = math.inf
 
     def connect(self, now: Callable[[], Snapshot]) -> None:
@@ -29,6 +40,10 @@ class Report:
 
     def start(self) -> None:
         """Prepare for a run. Called when the monitor is attached, before the first step."""
+
+    def rows(self, rows: Scalars) -> None:
+        """Report the rows since the last call, at most 64. Called before `step` and `close`, if it ``takes_rows``."""
+        raise NotImplementedError
 
     def step(self, snapshot: Snapshot) -> None:
         """Report the current step; ``snapshot.news`` holds the incidents that changed since the last call."""

@@ -14,9 +14,11 @@ from gradwatch.shutdown import Failure, all_done
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from gradwatch.records import Alarm, Incident, Row, Snapshot
-    from gradwatch.reports.base import Report, RunLogReport
+    from gradwatch.records import Alarm, Incident, Row, Scalars, Snapshot
+    from gradwatch.reports.base import Report, RowSource, RunLogReport
     from gradwatch.reports.notes import Notes
+
+_ROWS = 32  # after which rows are passed on: up to 31 of the fast path may follow, and the history keeps at least 64
 
 
 class ReportDesk:
@@ -26,6 +28,7 @@ class ReportDesk:
         reports: reports in the order in which they are called; one that raises is switched off.
         notes: notes of the run; a new note is news.
         snapshot: returns a snapshot of the run, given the incidents that changed; it is called once on creation.
+        history: rows of the run.
 
     Attributes:
         log: the run log, which receives every row as well; None: there is none.
@@ -33,7 +36,11 @@ class ReportDesk:
     """
 
     def __init__(
-        self, reports: Sequence[Report], notes: Notes, snapshot: Callable[[tuple[Incident, ...]], Snapshot]
+        self,
+        reports: Sequence[Report],
+        notes: Notes,
+        snapshot: Callable[[tuple[Incident, ...]], Snapshot],
+        history: RowSource,
     ) -> None:
         self.log: RunLogReport | None = None
         self.news: tuple[Incident, ...] = ()
@@ -41,6 +48,8 @@ class ReportDesk:
         self._notes = notes
         self._snapshot = snapshot
         self._shown = snapshot(())
+        self._history = history
+        self._passed = history.rows  # rows that reports have received
         self._shown_at: dict[int, float] = {}
         self._notes_shown = 0
 
@@ -79,6 +88,8 @@ class ReportDesk:
         if not self._reports:
             self.news = ()
             return
+        if self._history.rows - self._passed >= _ROWS:
+            self._pass_rows()
         now = perf_counter()
         told = bool(self.news) or len(self._notes.all) > self._notes_shown
         due = [report for report in self._reports if told or now >= self._due_at(report)]
@@ -86,9 +97,23 @@ class ReportDesk:
             return
         snapshot = self._shown = self._snapshot(self.news)
         self.news, self._notes_shown = (), len(self._notes.all)
-        for report in due:
+        self._pass_rows()
+        for report in [report for report in due if report in self._reports]:
             self._shown_at[id(report)] = now
             self._tell(report, "step", snapshot)
+
+    def _new_rows(self) -> Scalars | None:
+        """Return the rows that reports have not received yet; None if there are none, or no report takes any."""
+        first, self._passed = self._passed, self._history.rows
+        if first == self._passed or not any(report.takes_rows for report in self._reports):
+            return None
+        return self._history.scalars(first, self._passed)
+
+    def _pass_rows(self) -> None:
+        rows = self._new_rows()
+        for report in tuple(self._reports):
+            if rows is not None and report.takes_rows:
+                self._tell(report, "rows", rows)
 
     def raised(self, error: BaseException) -> None:
         """Let the run log record the state at which the training raised ``error``."""
@@ -108,18 +133,28 @@ class ReportDesk:
         return self.log is not None and self.log.flush(timeout)
 
     def close(self) -> list[Failure]:
-        """Pass the last snapshot to all reports and close them, even if some raise; return what failed."""
+        """Pass the last rows and the last snapshot to all reports and close them, even if some raise; return what failed."""
+        rows: Scalars | None = None
 
         def last() -> None:
             self._shown = self._snapshot(self.news)
 
-        failures = all_done([("the last snapshot", last)])
+        def last_rows() -> None:
+            nonlocal rows
+            rows = self._new_rows()
+
+        def end(report: Report) -> None:
+            if rows is not None and report.takes_rows:
+                report.rows(rows)
+            report.close(snapshot)
+
+        failures = all_done([("the last snapshot", last), ("the last rows", last_rows)])
         snapshot = self._shown
         if failures:
             stale = f"this is the state at step {snapshot.step}, because the last snapshot could not be made."
             snapshot = replace(snapshot, notes=(*snapshot.notes, stale))
         for report in tuple(self._reports):
-            failed = all_done([(f"report {type(report).__name__}", partial(report.close, snapshot))])
+            failed = all_done([(f"report {type(report).__name__}", partial(end, report))])
             failures += failed
             if failed:
                 all_done([("releasing", report.abandon)])  # the failure of the report is noted already

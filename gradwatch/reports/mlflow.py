@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import re
 import time
-from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
 from gradwatch.reports.base import Report
-from gradwatch.reports.scalars import scalars_of, text_of
+from gradwatch.reports.outbox import Outbox
+from gradwatch.reports.scalars import NamedRows, standing_of, text_of
+from gradwatch.text.extras import missing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from typing import Any
 
-    from gradwatch.records import Snapshot
+    from gradwatch.records import Scalars, Snapshot
 
+_BATCH = 900  # metrics; a server takes up to 1,000 at once
+_WAITING = 256  # batches, which take some 50 MB
 _FORBIDDEN = re.compile(r"[^\w\-. /]")
 
 
 class MLflow(Report):
-    """Logs the global norm, the clip coefficient and the layers closest to their limits, and incidents as an artifact.
+    """Logs the numbers of every recorded step, how the layers stand every five seconds, and incidents as an artifact.
 
-    Metrics are logged at most every five seconds by a thread of MLflow. When an incident changes, that thread is waited for
-    and the artifact ``gradwatch/incidents.md`` is written.
+    The numbers are the loss, the global norm before and after clipping, the clip coefficient, the learning rate and the loss
+    scale. They are sent in batches by a thread, as is the artifact ``gradwatch/incidents.md``: training does not wait for the
+    server. The times of the steps in a batch are evenly spaced. If the server is so slow that 256 batches wait, further ones are
+    left out, and the tag ``gradwatch.batches_left_out`` says how many.
 
     Args:
         run_id: id of the run; None: the run that is active at the first step.
@@ -31,46 +38,73 @@ class MLflow(Report):
         client: an `mlflow.MlflowClient`; None: a new one for the current tracking server.
     """
 
+    takes_rows: ClassVar[bool] = True
     period: ClassVar[float] = 5.0
 
     def __init__(self, run_id: str | None = None, worst: int = 5, client: Any = None) -> None:
         self._run_id = run_id
         self._worst = worst
         self._client = client
-        self._sent: deque[Any] = deque(maxlen=32)  # earlier ones have been sent long ago
+        self._start()
+
+    def _start(self) -> None:
+        self._outbox = Outbox(_WAITING)
+        self._named = NamedRows(time.time())
+        self._metrics: list[Any] = []
+        self._left_out = 0
+
+    def start(self) -> None:
+        """Begin a run now."""
+        self._start()
+
+    def rows(self, rows: Scalars) -> None:
+        """Log the numbers of each row, once there are enough of them for a batch."""
+        for step, when, told in self._named.of(rows, time.time()):
+            self._add(told, step, when)
 
     def step(self, snapshot: Snapshot) -> None:
-        """Log the numbers of the current step, and all incidents if one changed."""
-        client = self._connected()
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(_FORBIDDEN.sub("_", name), value, now, snapshot.step)
-            for name, value in scalars_of(snapshot, self._worst).items()
-        ]
-        self._sent.append(client.log_batch(self._run_id, metrics=metrics, synchronous=False))
+        """Log how the layers stand at the current step, and all incidents if one changed."""
+        self._add(standing_of(snapshot, self._worst), snapshot.step, time.time())
+        self._send_metrics()
         if snapshot.news:
-            self._wait()  # a file store cannot be read while it is written
-            client.log_text(self._run_id, text_of(snapshot.incidents), "gradwatch/incidents.md")
+            text = text_of(snapshot.incidents)
+            self._put(partial(self._connected().log_text, self._run_id, text, "gradwatch/incidents.md"))
 
     def close(self, snapshot: Snapshot) -> None:
         """Log the last step and the verdict, and wait until everything is sent."""
         if snapshot.step < 0:
             return
         self.step(snapshot)
-        self._wait()
+        self._outbox.close()
         self._client.set_tag(self._run_id, "gradwatch.verdict", snapshot.verdict)
+        if self._left_out:
+            self._client.set_tag(self._run_id, "gradwatch.batches_left_out", str(self._left_out))
 
-    def _wait(self) -> None:
-        while self._sent:
-            self._sent.popleft().wait()
+    def abandon(self) -> None:
+        """End the thread."""
+        self._outbox.abandon()
+
+    def _add(self, told: Mapping[str, float], step: int, when: float) -> None:
+        self._connected()
+        from mlflow.entities import Metric
+
+        stamp = int(1000 * when)
+        self._metrics += [Metric(_FORBIDDEN.sub("_", name), value, stamp, step) for name, value in told.items()]
+        while len(self._metrics) >= _BATCH:
+            self._send_metrics()
+
+    def _send_metrics(self) -> None:
+        batch, self._metrics = self._metrics[:_BATCH], self._metrics[_BATCH:]
+        self._put(partial(self._connected().log_batch, self._run_id, metrics=batch))
+
+    def _put(self, work: Callable[[], object]) -> None:
+        self._left_out += not self._outbox.put(work)
 
     def _connected(self) -> Any:
         try:
             import mlflow
         except ImportError:
-            raise UsageError("mlflow is not installed: pip install 'gradwatch[mlflow]'") from None
+            raise UsageError(missing("The report", "mlflow", "mlflow")) from None
         if self._run_id is None:
             run = mlflow.active_run()
             if run is None:

@@ -1,7 +1,8 @@
-"""Snapshots as named numbers and incidents as text, for experiment loggers."""
+"""Rows and snapshots as named numbers and incidents as text, for experiment loggers."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,24 +10,69 @@ import numpy as np
 from gradwatch.reports.log import incident_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from gradwatch.records import Incident, Snapshot
+    from gradwatch.records import Incident, Scalars, Snapshot
+
+
+class NamedRows:
+    """Gives the numbers of each row of a run names, and the time at which it was made, as far as that is known.
+
+    Args:
+        now: time at which the run begins, in seconds since 1970.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._time = now
+        self._seen = False
+
+    def of(self, rows: Scalars, now: float) -> Iterator[tuple[int, float, dict[str, float]]]:
+        """Yield step, time, and numbers by name of each row; those between the last call and ``now`` are evenly spaced.
+
+        The numbers are the loss, the global norm before and after clipping, the clip coefficient, the learning rate and the loss
+        scale. What is not known of a step is left out; a loss is known to be NaN only if there was a number before.
+        """
+        times = np.linspace(self._time, now, len(rows.step) + 1)[1:].tolist()
+        self._time = now
+        columns = {
+            "gradwatch/loss": rows.loss,
+            "gradwatch/global_norm": rows.global_norm,
+            "gradwatch/global_norm_after_clip": rows.global_norm * rows.clip_coefficient,
+            "gradwatch/clip_coefficient": rows.clip_coefficient,
+            "gradwatch/learning_rate": rows.learning_rate,
+            "gradwatch/loss_scale": rows.loss_scale,
+        }
+        of_each = zip(*(values.tolist() for values in columns.values()), strict=True)
+        for step, time, (loss, *others) in zip(rows.step.tolist(), times, of_each, strict=True):
+            self._seen = self._seen or not math.isnan(loss)
+            told = dict(zip(columns, (loss, *others), strict=True))
+            for name, known in (
+                ("gradwatch/loss", self._seen),
+                ("gradwatch/learning_rate", told["gradwatch/learning_rate"] >= 0),
+                ("gradwatch/loss_scale", told["gradwatch/loss_scale"] > 0),
+            ):
+                if not known:
+                    del told[name]
+            yield step, time, told
 
 
 def scalars_of(snapshot: Snapshot, worst: int) -> dict[str, float]:
     """Return the numbers to log for a snapshot, by name.
 
-    These are the global norm before and after clipping, the clip coefficient, the number of open incidents, and the gradient
-    norms of the ``worst`` layers closest to their limits.
+    These are the global norm before and after clipping, the clip coefficient, and those of `standing_of`.
     """
     norm = float(snapshot.global_norm[-1]) if len(snapshot.global_norm) else float("nan")
-    told = {
+    return {
         "gradwatch/global_norm": norm,
         "gradwatch/global_norm_after_clip": norm * snapshot.clip_coefficient,
         "gradwatch/clip_coefficient": snapshot.clip_coefficient,
-        "gradwatch/open_incidents": float(sum(one.open for one in snapshot.incidents)),
+        **standing_of(snapshot, worst),
     }
+
+
+def standing_of(snapshot: Snapshot, worst: int) -> dict[str, float]:
+    """Return the number of open incidents, and the gradient norms of the ``worst`` layers closest to their limits, by name."""
+    told = {"gradwatch/open_incidents": float(sum(one.open for one in snapshot.incidents))}
     for column in np.argsort(-snapshot.closeness, kind="stable")[:worst].tolist():
         told[f"gradwatch/gradient_norm/{snapshot.layers[column]}"] = float(snapshot.grad_norm[column])
     return told

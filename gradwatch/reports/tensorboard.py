@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import pkgutil
+import time
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
 from gradwatch.reports.base import Report
-from gradwatch.reports.scalars import scalars_of, text_of
+from gradwatch.reports.scalars import NamedRows, standing_of, text_of
+from gradwatch.text.extras import missing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
-    from gradwatch.records import Snapshot
+    from gradwatch.records import Scalars, Snapshot
 
 
 class TensorBoard(Report):
-    """Writes the global norm, the clip coefficient and the layers closest to their limits, and incident changes as text.
+    """Writes the numbers of every recorded step, the layers closest to their limits once a second, and incidents as text.
 
-    Numbers are written at most once a second.
+    The numbers are the loss, the global norm before and after clipping, the clip coefficient, the learning rate and the loss
+    scale. They are written in batches; the times of the steps in a batch are evenly spaced.
 
     Args:
         writer: a `torch.utils.tensorboard.SummaryWriter` (or one of tensorboardX), which the user closes; None: a new one with
@@ -29,6 +33,7 @@ class TensorBoard(Report):
         UsageError: there is no writer, and tensorboard is not installed.
     """
 
+    takes_rows: ClassVar[bool] = True
     period: ClassVar[float] = 1.0
 
     def __init__(self, writer: Any = None, worst: int = 5) -> None:
@@ -37,14 +42,34 @@ class TensorBoard(Report):
             try:
                 writer = pkgutil.resolve_name("torch.utils.tensorboard:SummaryWriter")()
             except ImportError:
-                raise UsageError("tensorboard is not installed: pip install 'gradwatch[tensorboard]'") from None
+                raise UsageError(missing("The report", "tensorboard", "tensorboard")) from None
         self._writer = writer
         self._worst = worst
+        self._named = NamedRows(time.time())
+
+    def start(self) -> None:
+        """Begin a run now."""
+        self._named = NamedRows(time.time())
+
+    def rows(self, rows: Scalars) -> None:
+        """Write the numbers of each row."""
+        for step, when, told in self._named.of(rows, time.time()):
+            self._write(told, step, when)
+
+    def _write(self, told: Mapping[str, float], step: int, when: float) -> None:
+        """Write numbers of one step: as one event, which takes a third of the time of single ones, if the writer is torch's."""
+        file = getattr(self._writer, "file_writer", None)
+        if file is not None and type(file).__module__ == "torch.utils.tensorboard.writer":
+            summary = pkgutil.resolve_name("tensorboard.compat.proto.summary_pb2:Summary")
+            values = [summary.Value(tag=name, simple_value=value) for name, value in told.items()]
+            file.add_summary(summary(value=values), step, when)
+        else:
+            for name, value in told.items():
+                self._writer.add_scalar(name, value, step, when)
 
     def step(self, snapshot: Snapshot) -> None:
-        """Write the numbers of the current step, and the incidents that changed as text."""
-        for name, value in scalars_of(snapshot, self._worst).items():
-            self._writer.add_scalar(name, value, snapshot.step)
+        """Write how the layers stand at the current step, and the incidents that changed as text."""
+        self._write(standing_of(snapshot, self._worst), snapshot.step, time.time())
         if snapshot.news:
             self._writer.add_text("gradwatch/incidents", text_of(snapshot.news), snapshot.step)
 

@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
 from gradwatch.reports.base import Report
-from gradwatch.reports.scalars import scalars_of, text_of
+from gradwatch.reports.scalars import NamedRows, standing_of, text_of
+from gradwatch.text.extras import missing
 from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from gradwatch.records import Snapshot
+    from gradwatch.records import Scalars, Snapshot
 
 
 class WeightsAndBiases(Report):
-    """Logs the global norm, the clip coefficient and the layers closest to their limits, and incidents in the run's summary.
+    """Logs the numbers of recorded steps and of the layers closest to their limits, and incidents in the run's summary.
 
-    Numbers are logged at most once a second, without committing them. They are added to the row that your next ``run.log``, or
-    the end of the run, commits, so the steps of the run are not affected.
+    The numbers are the loss, the global norm before and after clipping, the clip coefficient, the learning rate and the loss
+    scale, over ``gradwatch/step``. By default, those of the last step are logged once a second without committing them. They are
+    added to the row that your next ``run.log``, or the end of the run, commits. So the run keeps its steps: there is
+    no room for rows between those of your own ``run.log(..., step=n)``.
 
     Args:
         run: a run of `wandb.init`; None: the run that is active at the first step.
         worst: number of layers to log.
+        every_step: whether to commit a row for every recorded step, in batches. The steps of the run then count these rows too,
+            and Weights & Biases drops what is logged with a smaller ``step=`` than it has reached: use it if you do not pass
+            ``step=`` to ``run.log``, as the loggers of Lightning and transformers do not.
         alert: whether to also send `run.alert` when an incident changes that is more than a notice.
     """
 
+    takes_rows: ClassVar[bool] = True
     period: ClassVar[float] = 1.0
 
-    def __init__(self, run: Any = None, worst: int = 5, *, alert: bool = False) -> None:
+    def __init__(self, run: Any = None, worst: int = 5, *, every_step: bool = False, alert: bool = False) -> None:
         self._run = run
         self._worst = worst
+        self._every_step = every_step
         self._alert = alert
+        self._named = NamedRows(time.time())
+        self._last: dict[str, float] = {}
         self._defined = False
+
+    def start(self) -> None:
+        """Begin a run now."""
+        self._named, self._last = NamedRows(time.time()), {}
+
+    def rows(self, rows: Scalars) -> None:
+        """Log the numbers of each row, or keep those of the last one for the next call of `step`."""
+        run = self._active()
+        for step, _, told in self._named.of(rows, time.time()):
+            if self._every_step and self._last:
+                run.log(self._last)
+            self._last = {**told, "gradwatch/step": step}
 
     def step(self, snapshot: Snapshot) -> None:
         """Log the numbers of the current step, and all incidents if one changed."""
         run = self._active()
-        if not self._defined:
-            run.define_metric("gradwatch/step", hidden=True)
-            run.define_metric("gradwatch/*", step_metric="gradwatch/step")
-            self._defined = True
-        run.log({**scalars_of(snapshot, self._worst), "gradwatch/step": snapshot.step}, commit=False)
+        told, self._last = {**self._last, **standing_of(snapshot, self._worst), "gradwatch/step": snapshot.step}, {}
+        run.log(told, commit=self._every_step)
         if snapshot.news:
             run.summary["gradwatch/incidents"] = text_of(snapshot.incidents)
             grave = [one for one in snapshot.news if one.severity != "notice"]
@@ -60,8 +80,12 @@ class WeightsAndBiases(Report):
             try:
                 import wandb
             except ImportError:
-                raise UsageError("wandb is not installed: pip install 'gradwatch[wandb]'") from None
+                raise UsageError(missing("The report", "wandb", "wandb")) from None
             self._run = wandb.run
             if self._run is None:
                 raise UsageError("There is no active Weights & Biases run: call wandb.init() before the first step.")
+        if not self._defined:
+            self._run.define_metric("gradwatch/step", hidden=True)
+            self._run.define_metric("gradwatch/*", step_metric="gradwatch/step")
+            self._defined = True
         return self._run

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from gradwatch.records import Alarm, Facts, Floats, Row, Snapshot
+    from gradwatch.records import Alarm, Facts, Row, Scalars, Snapshot
 
 
 @dataclass
@@ -30,11 +30,7 @@ class Batch:
     """
 
     time: float
-    steps: NDArray[np.int64]
-    loss: Floats
-    global_norm: Floats
-    coefficient: Floats
-    skipped: NDArray[np.bool_]
+    scalars: Scalars
     gradient: NDArray[np.float32]
     places: Sequence[int] | None = None
     special: list[tuple[int, Row]] = field(default_factory=list)
@@ -46,6 +42,11 @@ class Batch:
     notes: list[tuple[int, str]] = field(default_factory=list)
     flights: list[tuple[int, str, str]] = field(default_factory=list)
     again: bool = False
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """The steps of the rows, shape (n,)."""
+        return self.scalars.step
 
     def thin(self) -> None:
         """Drop the norms of the layers, except those of every eighth row, which are also kept longest in the file."""

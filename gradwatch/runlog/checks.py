@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from gradwatch.errors import RunLogError
-from gradwatch.runlog.schema import APPLICATION, TABLES, VERSION
+from gradwatch.runlog.schema import ADDED, APPLICATION, TABLES, VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +54,8 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
     found = dict(connection.execute("SELECT name, sql FROM sqlite_master"))
     for name, statement in _schema().items():
         if name not in found:
+            if name in ADDED:
+                continue
             raise RunLogError(f"{path} is damaged: it lacks the table {name}. Give another path, or remove it.")
         if _bare(found[name]) != statement:
             raise RunLogError(
@@ -64,7 +66,7 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
 @functools.cache
 def _schema() -> dict[str, str]:
     with closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(TABLES)
+        db.executescript("".join((TABLES, *ADDED.values())))
         return {name: _bare(statement) for name, statement in db.execute("SELECT name, sql FROM sqlite_master")}
 
 

@@ -46,6 +46,9 @@ def _settings(rule: Rule) -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
+    told = getattr(sys.modules.get(package), "__version__", None)
+    if isinstance(told, str):  # which names the build too, such as 2.13.0+cpu
+        return str(told)
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -22,7 +22,7 @@ from gradwatch.runlog.lock import is_written
 from gradwatch.runlog.own import closed_by, opened_by
 from gradwatch.runlog.plain import checked, from_json
 from gradwatch.runlog.rows import Count, row_of
-from gradwatch.runlog.schema import FILE
+from gradwatch.runlog.schema import FILE, OF_SESSION
 from gradwatch.runlog.session import Environment, Series, Session
 
 if TYPE_CHECKING:
@@ -176,7 +176,23 @@ class RunLog:
             rows = self._db.execute(statement, (since,)).fetchall()
             columns = list(zip(*rows, strict=True)) if rows else [()] * 6
             kinds = (np.int64, np.int64, np.float64, np.float64, np.float64, np.bool_)
-            return Series(*(np.array(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)))
+            made: list[NDArray[Any]] = [
+                np.array(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)
+            ]
+            return Series(*made, *self._settings_of(made[0]).T)
+
+    def _settings_of(self, ids: NDArray[np.int64]) -> Floats:
+        """Return the learning rate and the loss scale of rows, shape (n, 2): those of the last change in their session."""
+        settings = np.full((len(ids), 2), np.nan)
+        (known,) = self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'step_settings'").fetchone()
+        found = self._db.execute("SELECT * FROM step_settings ORDER BY id").fetchall() if known else []
+        if found:
+            changed = np.array([one for one, *_ in found], dtype=np.int64)
+            values = np.array([numbers for _, *numbers in found], dtype=np.float64)
+            place = np.searchsorted(changed, ids, side="right") - 1
+            same = (place >= 0) & (changed[place] // OF_SESSION == ids // OF_SESSION)
+            settings[same] = values[place[same]]
+        return settings
 
     def times(self, ids: NDArray[np.int64]) -> Floats:
         """Return the times of rows in seconds since 1970, shape (n,), interpolated between the times that were recorded."""

@@ -155,16 +155,12 @@ class Recording(RunLogReport):
         return self._batch_of(max(taken, rows - self._history.window), rows, special)
 
     def _batch_of(self, first: int, until: int, special: Sequence[tuple[int, Row]] = ()) -> Batch:
-        rows = self._history.copied(first, until)
+        scalars, norms = self._history.copied(first, until)
         with np.errstate(over="ignore"):
-            gradient = rows.grad_norm.astype(np.float32)
+            gradient = norms.astype(np.float32)
         return Batch(
             time=time.time(),
-            steps=rows.steps,
-            loss=rows.loss,
-            global_norm=rows.global_norm,
-            coefficient=rows.coefficient,
-            skipped=rows.skipped,
+            scalars=scalars,
             gradient=gradient,
             special=[(number - first, row) for number, row in special if first <= number < until],
         )

@@ -96,6 +96,18 @@ CREATE VIEW line AS                -- the rows of the run, without steps that we
 """
 
 
+# Format 1 grows by tables only: logs of earlier versions lack these, and earlier versions of gradwatch ignore them.
+ADDED = {
+    "step_settings": """
+CREATE TABLE step_settings (       -- learning rate and loss scale of a row and of those after it in its session, up to the next
+    id INTEGER PRIMARY KEY,
+    learning_rate REAL,            -- largest among the layers of the step's optimizer; NULL: not known
+    loss_scale REAL                -- of the gradient scaler; NULL: no scaler made the step
+);
+"""
+}
+
+
 def packed(values: NDArray[Any]) -> bytes:
     """Return values (L,) as little-endian float32; values beyond its range become infinite."""
     with np.errstate(over="ignore"):

@@ -58,7 +58,10 @@ class Session:
 
 @dataclass(frozen=True)
 class Series:
-    """The scalars of a run, one value for each of ``n`` rows, oldest first; see `gradwatch.records.Row`."""
+    """The scalars of a run, one value for each of ``n`` rows, oldest first; see `gradwatch.records.Scalars`.
+
+    A log from before learning rates and loss scales were kept for each row has NaN there.
+    """
 
     id: NDArray[np.int64]
     step: NDArray[np.int64]
@@ -66,3 +69,5 @@ class Series:
     global_norm: Floats
     clip_coefficient: Floats
     skipped: NDArray[np.bool_]
+    learning_rate: Floats
+    loss_scale: Floats

@@ -16,15 +16,15 @@ from gradwatch.runlog.checks import told_of
 from gradwatch.runlog.moment import Moment
 from gradwatch.runlog.place import Place
 from gradwatch.runlog.plain import storable, to_json
-from gradwatch.runlog.schema import APPLICATION, FILE, OF_SESSION, TABLES, VERSION, packed, packed_or_one
+from gradwatch.runlog.schema import ADDED, APPLICATION, FILE, OF_SESSION, TABLES, VERSION, packed, packed_or_one
 from gradwatch.runlog.thinning import LAST
-from gradwatch.runlog.written import Written
+from gradwatch.runlog.written import UNKNOWN, Written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from gradwatch.records import Facts, Incident, Provenance, Row, Snapshot
+    from gradwatch.records import Facts, Floats, Incident, Provenance, Row, Snapshot
     from gradwatch.runlog.batch import Batch
 
 _THIN_EVERY = 1000  # rows
@@ -85,6 +85,9 @@ class Store:
         else:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("BEGIN IMMEDIATE")
+        known = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+        for table in ADDED.keys() - known:  # the log is new, or of an earlier version
+            db.execute(ADDED[table])
         stat = self._path.stat()
         self._file = stat.st_dev, stat.st_ino
 
@@ -107,7 +110,7 @@ class Store:
             "SELECT pid, host, ?, environment, facts, backward_order FROM sessions WHERE session = ?",
             (now, done.session),
         )
-        done.session, done.started = int(made.lastrowid or 0), False
+        done.session, done.started, done.settings = int(made.lastrowid or 0), False, UNKNOWN
 
     def _add_layers(self, columns: Sequence[tuple[str, int, int, int]]) -> None:
         (known,) = self._connection.execute("SELECT count(*) FROM layers").fetchone()
@@ -210,13 +213,15 @@ class Store:
             row = special.get(place)
             if row is not None:  # other rows have the provenance of the row before them
                 done.provenance = self._number_of(row.provenance)
-                self._special(base + step, row, float(batch.coefficient[place]))
+                self._special(base + step, row, float(batch.scalars.clip_coefficient[place]))
             provenances.append(done.provenance)
             weights.append(None if row is None or row.weight_norm is None else packed(row.weight_norm))
         ids = [base + step for step in steps]
-        scalars = (batch.loss, batch.global_norm, batch.coefficient, batch.skipped.astype(np.int64))
+        told = batch.scalars
+        scalars = (told.loss, told.global_norm, told.clip_coefficient, told.skipped.astype(np.int64))
         numbers = zip(ids, *(values.tolist() for values in scalars), provenances, strict=True)
         db.executemany("INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?)", numbers)
+        self._settings(ids, np.stack([told.learning_rate, told.loss_scale], axis=1))
         keep = [done.thinning.take(step) for step in steps]
         raw, width = batch.gradient.astype("<f4", copy=False).tobytes(), 4 * batch.gradient.shape[1]
         places = range(len(steps)) if batch.places is None else batch.places
@@ -227,6 +232,14 @@ class Store:
         db.executemany("INSERT OR REPLACE INTO norms VALUES (?, ?, ?, ?)", norms)
         db.execute("INSERT OR REPLACE INTO clock VALUES (?, ?)", (ids[-1], batch.time))
         done.since_thinned += len(steps)
+
+    def _settings(self, ids: Sequence[int], settings: Floats) -> None:
+        """Write ``settings``, shape (n, 2), of the rows at which they differ from those of the row before in the session."""
+        done, before = self._done, np.concatenate([self._done.settings[None], settings[:-1]])
+        differs = ~((settings == before) | (np.isnan(settings) & np.isnan(before))).all(axis=1)
+        changed = ((ids[place], *settings[place].tolist()) for place in np.flatnonzero(differs).tolist())
+        self._connection.executemany("INSERT OR REPLACE INTO step_settings VALUES (?, ?, ?)", changed)
+        done.settings = settings[-1]
 
     def _number_of(self, provenance: Provenance) -> int:
         known = self._done.provenances

@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gradwatch.runlog.thinning import Thinning
 
 if TYPE_CHECKING:
     from gradwatch.records import Floats, Incident, Provenance
+
+
+UNKNOWN: Floats = np.full(2, np.nan)  # the learning rate and the loss scale before the first row of a session
+UNKNOWN.flags.writeable = False
 
 
 @dataclass
@@ -20,6 +26,7 @@ class Written:
     provenances: dict[Provenance, int] = field(default_factory=dict)
     provenance: int = -1
     rate: Floats | None = None
+    settings: Floats = field(default_factory=lambda: UNKNOWN)  # learning rate and loss scale of the last row
     incidents: dict[int, Incident] = field(default_factory=dict)
     homes: dict[int, int] = field(default_factory=dict)
     started: bool = False

@@ -1,30 +1,28 @@
 """Advice on an incident, given the model, the optimizer, the loss and the evidence. What is known comes first.
 
 The remedies come from the literature: Pascanu et al. 2013 (clipping by norm), Brownlee 2019 (the practitioners' list),
-Zhang & Sennrich 2019, Wortsman et al. 2023, arXiv:2309.14322 (rates and warm-up for Adam). The share of its weights that an
-update may change is that of Karpathy, CS231n notes: about one in a thousand; a tenth of the weights is far too much.
+Zhang & Sennrich 2019, Wortsman et al. 2023, arXiv:2309.14322 (rates and warm-up for Adam).
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from gradwatch.history.in_use import usual_norms_of
 from gradwatch.text.wording import number
+from gradwatch.verdict.rates import at, lower_rate, raise_rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from gradwatch.history.history import History
     from gradwatch.records import Facts, Incident
+    from gradwatch.verdict.opening import Opening
 
 _MOST = 4
-_BORNE = 0.03  # share of its weights that an update may change in the first steps
 _LARGE = 1e3  # first loss from which targets may need scaling
 _CLIPPABLE = ("exploding", "diverging", "spike", "stalled", "vanishing")  # kinds on which a misplaced clip bears
+_BORN_DEAD = 32  # steps before which what is dead was never alive
 _DEEP = 10  # weight matrices from which a model without normalisation is deep
 
 
@@ -32,7 +30,7 @@ def advise(
     incident: Incident,
     history: History,
     remedies: Mapping[str, str],
-    rate: float,
+    opening: Opening,
     *,
     harmless: bool = False,
     of_the_batch: bool = False,
@@ -43,7 +41,7 @@ def advise(
         incident: the incident to advise on.
         history: the history of the run, whose facts describe the model and the optimizer.
         remedies: the remedies of rules, by code.
-        rate: learning rate at which the incident opened; NaN if it is not known.
+        opening: what was known when it opened.
         harmless: whether the loss was not finite although every gradient of its step was zero.
         of_the_batch: whether it opened with a loss farther up than the last update can have raised it.
     """
@@ -56,37 +54,37 @@ def advise(
         lines.append(
             f"Look at the batch of step {incident.opened_step}: the last update cannot have raised its loss so far."
         )
-    for line in _harmless() if harmless else _lines(incident, history, told, rate):
+    for line in _harmless() if harmless else _lines(incident, history, told, opening):
         if line not in lines:
             lines.append(line)
     return tuple(lines[:_MOST])
 
 
-def _lines(incident: Incident, history: History, told: Sequence[str], rate: float) -> Iterator[str]:
+def _lines(incident: Incident, history: History, told: Sequence[str], opening: Opening) -> Iterator[str]:
     facts = history.facts
     both = any(s.sign == "growth" for s in incident.signs) and any(s.kind == "nonfinite" for s in incident.signs)
     if incident.origin is not None and incident.kind == "nonfinite":
         yield from incident.origin.advice
     if incident.kind in ("exploding", "diverging"):
         yield from _runaway_series(incident)
-        yield from _explosion(incident, history, rate)
+        yield from _explosion(incident, history, opening)
         yield from told
         if both:
             yield from _nonfinite(incident, history)
     elif incident.kind == "nonfinite":
         yield from _nonfinite(incident, history)
         if both:
-            yield from _explosion(incident, history, rate)
+            yield from _explosion(incident, history, opening)
     elif incident.kind == "spike":
         yield from _spike(incident, history)
     elif incident.kind == "stalled":
-        yield from _stalled(facts, told, rate)
+        yield from _stalled(facts, told, opening)
     elif incident.kind == "vanishing":
         yield from _vanishing(facts)
     elif incident.kind == "dead":
-        yield from _dead(facts, rate)
+        yield from _dead(incident, facts, opening)
     elif incident.kind == "frozen":
-        yield from _frozen(history)
+        yield from _frozen(incident, history, opening)
 
 
 def _runaway_series(incident: Incident) -> Iterator[str]:
@@ -108,10 +106,10 @@ def _spike(incident: Incident, history: History) -> Iterator[str]:
     yield from _odd_batches(incident, history)
 
 
-def _stalled(facts: Facts, told: Sequence[str], rate: float) -> Iterator[str]:
+def _stalled(facts: Facts, told: Sequence[str], opening: Opening) -> Iterator[str]:
     yield from told
     yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
-    yield f"Change the learning rate ({_at(rate)}) by factors of three in both directions."
+    yield f"Change the learning rate ({at(opening.rate)}) by factors of three in both directions."
     if not facts.embeds:
         yield "Scale the inputs to zero mean and unit variance."
     if not told:
@@ -125,16 +123,15 @@ def _harmless() -> Iterator[str]:
     )
 
 
-def _explosion(incident: Incident, history: History, rate: float) -> Iterator[str]:
+def _explosion(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
     facts = history.facts
     own_clip = history.clips_each_step
-    rate_line = _lower_rate(incident, history, rate)
+    rate_line = lower_rate(incident, history, opening)
     of_the_rate = any(sign.code in ("GW303", "GW304", "GW305", "GW201") for sign in incident.signs)
     clip_line = 'Clip by norm when it happens: attach(model, clip="norm").' if facts.clip is None else ""
     if own_clip:
         clip_line = "Your own clip bounds the length of a step, and the run leaves its range all the same."
-    if math.isfinite(history.first_loss) and history.first_loss > _LARGE and facts.loss in ("", "squared error"):
-        yield f"Scale the targets: the loss of the first step was {number(history.first_loss)}, so the gradients are large too."
+    yield from _scale(history, opening)
     if of_the_rate:
         yield rate_line
         if facts.family == "adam":
@@ -155,6 +152,20 @@ def _explosion(incident: Incident, history: History, rate: float) -> Iterator[st
         yield "Shorten the sequences: truncate backpropagation through time."
     if not facts.normalised and facts.depth > _DEEP:
         yield f"Add normalisation: the model has {facts.depth} weight matrices and no normalisation."
+
+
+def _scale(history: History, opening: Opening) -> Iterator[str]:
+    """Yield what is too large from the beginning: one matrix, all of them, or the targets."""
+    times = number(opening.large, 2)
+    if opening.large_layer is not None:
+        yield (
+            f"Initialise {opening.large_layer} anew: for its number of inputs, its weights are {times} times as large as "
+            "those of the median layer."
+        )
+    elif opening.large > 1:
+        yield f"Initialise the weights anew, by He or Xavier: for their number of inputs, they are {times} times the usual size."
+    elif history.first_loss > _LARGE and history.facts.loss in ("", "squared error"):
+        yield f"Scale the targets: the loss of the first step was {number(history.first_loss)}, so the gradients are large too."
 
 
 def _odd_batches(incident: Incident, history: History) -> Iterator[str]:
@@ -179,31 +190,6 @@ def _odd_batches(incident: Incident, history: History) -> Iterator[str]:
 def _no_cure(facts: Facts) -> str:
     why = f"because {facts.optimizer} divides gradients by their own size"
     return f"a clip does not repair a rate that is too high for long, {why}"
-
-
-def _lower_rate(incident: Incident, history: History, rate: float) -> str:
-    """Return the advice on the rate, with a number to try if the update of a layer is known to be too long."""
-    if not rate > 0:
-        return "Lower the learning rate of its parameter group, or warm it up."
-    longest = max((s.value for s in incident.signs if s.code == "GW303" and math.isfinite(s.value)), default=0.0)
-    over = max((s.value for s in incident.signs if s.code == "GW305" and math.isfinite(s.value)), default=0.0)
-    whose = f" of the group of {incident.suspect}" if incident.suspect and _differ(history) else ""
-    if longest > _BORNE:
-        share = f"{100 * longest:.0f} %" if longest < 10 else f"{number(longest)} times the size"
-        new = rate * min(_BORNE / longest, 1 / max(over, 1.0))
-        told = f"An update was {share} of the weights in one step."
-        return f"Lower the learning rate{whose}: {number(new, 1)} instead of {number(rate)}. {told}"
-    if over > 1:
-        return (
-            f"Lower the learning rate{whose}: {number(rate / over, 1)} instead of {number(rate)}. A step was to "
-            f"take {number(over)} times as much from the loss as it held."
-        )
-    return f"Lower the learning rate{whose} ({_at(rate)}), or warm it up."
-
-
-def _differ(history: History) -> bool:
-    rates = history.rate[np.isfinite(history.rate)]
-    return bool(rates.size) and bool((rates != rates[0]).any())
 
 
 def _nonfinite(incident: Incident, history: History) -> Iterator[str]:
@@ -258,20 +244,21 @@ def _vanishing(facts: Facts) -> Iterator[str]:
     yield "Look at the weights of the layers between: a scale far below one in each of them multiplies."
 
 
-def _dead(facts: Facts, rate: float) -> Iterator[str]:
+def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
+    if opening.step < _BORN_DEAD and incident.suspect:
+        module = incident.suspect.rpartition(".")[0] or incident.suspect
+        yield f"Initialise {module} anew, with biases at zero: {incident.suspect} was dead from the first steps on."
     if facts.rectified:
-        yield f"Lower the learning rate ({_at(rate)}): ReLU units usually die from a single large step."
+        yield f"Lower the learning rate ({at(opening.rate)}): ReLU units usually die from a single large step."
         yield "Use LeakyReLU or GELU, and scale the inputs."
     yield "If a whole layer is dead, look for a detach() or an output that the loss does not use."
 
 
-def _frozen(history: History) -> Iterator[str]:
+def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
     if history.still_since is not None:
         yield f"The learning rate of every group is 0 since step {history.still_since}: check the scheduler."
+    elif raised := raise_rate(incident.suspect, opening):
+        yield raised
     yield "Build the optimizer from model.parameters() after the model is final."
     yield "Check the learning rate of this layer's parameter group and its schedule."
     yield "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
-
-
-def _at(rate: float) -> str:
-    return f"{number(rate)} when this began" if math.isfinite(rate) else "of its parameter group"

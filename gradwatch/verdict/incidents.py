@@ -21,6 +21,7 @@ from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
 from gradwatch.verdict.damage import Before, before_fault, damage_since, level_now, recovered_after
 from gradwatch.verdict.evidence import Evidence
+from gradwatch.verdict.opening import opening_of
 from gradwatch.verdict.recurring import Recurring
 from gradwatch.verdict.story import Story, kind_of, phase_of, severity_of
 from gradwatch.verdict.suspects import Suspects
@@ -371,9 +372,9 @@ class Incidents:
             period=story.recurrence.period,
         )
         if before is None:
-            story.rate = self._rate_of(suspect)
+            story.opening = opening_of(self._history, suspect)
         odd = story.odd_batch
-        told = advise(after, self._history, self._remedies, story.rate, harmless=story.harmless, of_the_batch=odd)
+        told = advise(after, self._history, self._remedies, story.opening, harmless=story.harmless, of_the_batch=odd)
         after = replace(after, advice=told)
         if before is None:
             story.before = self._before_series(story, self._before(signs))
@@ -397,12 +398,6 @@ class Incidents:
             return False
         first = story.incident is None or story.harmless
         return first and (self._history.row.global_norm == 0 or not self._history.loss_nonfinite)
-
-    def _rate_of(self, suspect: str | None) -> float:
-        """Return the learning rate of the suspect, or the largest one; NaN if none is known."""
-        rates = self._history.rate
-        own = float(rates[self._history.layers.index(suspect)]) if suspect in self._history.layers else math.nan
-        return own if math.isfinite(own) else float(np.fmax.reduce(rates, initial=math.nan))
 
     def _before(self, signs: Sequence[Alarm]) -> Before:
         """Return the run before the fault: before the first sign, or before earlier damage that is still there."""

@@ -6,16 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gradwatch.records import (
-    EXPLOSION,
-    Alarm,
-    Incident,
-    Kind,
-    Origin,
-    Phase,
-    Severity,
-    Verdict,
-)
+from gradwatch.records import EXPLOSION, Alarm, Incident, Kind, Origin, Phase, Severity, Verdict
+from gradwatch.verdict.opening import Opening
 from gradwatch.verdict.recurring import Recurrence
 
 if TYPE_CHECKING:
@@ -49,7 +41,7 @@ class Story:
     odd_steps: set[int] = field(default_factory=set)
     ranks: tuple[int, ...] = ()
     findings: list[str] = field(default_factory=list)
-    rate: float = math.nan  # learning rate at the opening
+    opening: Opening = field(default_factory=lambda: Opening(-1, math.nan))
     harmless: bool = False  # no gradient but zero came with a loss that is not finite
     origin: Origin | None = None
     recurrence: Recurrence = field(default_factory=Recurrence)

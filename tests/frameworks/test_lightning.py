@@ -338,3 +338,34 @@ def test_auto_clip_acts_under_the_trainer() -> None:
     snapshot = monitor_of(callback).snapshot()
     assert snapshot.clipped + snapshot.skipped > 0
     assert all(torch.isfinite(one).all() for one in module.parameters())
+
+
+def test_texts_go_to_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As artifacts, since it has no texts among its metrics."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}/runs", artifact_location=str(tmp_path / "files"))
+    fit(Module(surge=70), GradwatchCallback(report=None), batches=100, logger=logger, log_every_n_steps=5)
+    assert logger.experiment.get_metric_history(logger.run_id, "gradwatch/global_norm")[-1].step == 99
+    folder = tmp_path / "files" / logger.run_id / "artifacts" / "gradwatch"
+    assert any("exploding" in file.read_text() for file in folder.glob("incidents-*.md"))
+    assert mlflow
+
+
+def test_texts_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among what is logged; offline here."""
+    wandb = pytest.importorskip("wandb", reason="needs wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    try:
+        fit(Module(surge=70), GradwatchCallback(report=None), batches=100, logger=logger, log_every_n_steps=5)
+        summary = dict(logger.experiment.summary)
+    finally:
+        wandb.finish()
+    assert summary["gradwatch/verdict"] == "confirmed"
+    assert "exploding" in summary["gradwatch/incidents"]
+    assert np.isnan(summary["gradwatch/global_norm"])  # of the last steps; what is not finite is not hidden

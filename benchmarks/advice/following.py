@@ -1,0 +1,181 @@
+"""How a piece of advice is followed without knowing the training: by a change to its rates, its gradients or its modules."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import gradwatch
+from benchmarks.faults.program import Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.optim import Optimizer
+
+_WARM = 100  # steps over which the rate is warmed up, of the 400 of a program
+_LOWER = 0.1  # factor on a rate that is to be lowered without a number
+_DECAY = 1e-3  # of an L2 penalty
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is changed in a training.
+
+    Attributes:
+        rate: factor on every learning rate.
+        warm_up: number of steps over which learning rates rise to their value.
+        clip: whether auto-clip by norm is on.
+        bound: norm to which each step is clipped; None: none is.
+        decay: factor of an L2 penalty.
+        swap: modules that are replaced, from a class to another.
+        cap: the largest learning rate.
+        anew: names of modules or parameters that are initialised anew; "": all of them, by He.
+        no_growth: whether a negative weight decay is set to zero.
+    """
+
+    rate: float = 1.0
+    warm_up: int = 0
+    clip: bool = False
+    bound: float | None = None
+    decay: float = 0.0
+    swap: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = ()
+    cap: float = math.inf
+    anew: tuple[str, ...] = ()
+    no_growth: bool = False
+
+    def with_(self, other: Change) -> Change:
+        """Return both changes together."""
+        return replace(
+            self,
+            rate=self.rate * other.rate,
+            warm_up=max(self.warm_up, other.warm_up),
+            clip=self.clip or other.clip,
+            bound=other.bound if self.bound is None else self.bound,
+            decay=max(self.decay, other.decay),
+            swap=self.swap + other.swap,
+            cap=min(self.cap, other.cap),
+            anew=self.anew + other.anew,
+            no_growth=self.no_growth or other.no_growth,
+        )
+
+
+_RATE = r"(?:Lower|Raise) the learning rate.*: ([\d.,e-]+) instead of ([\d.,e-]+)[.,] "
+_READ: tuple[tuple[str, Callable[..., tuple[Change, ...]]], ...] = (
+    (_RATE, lambda new, old: (Change(rate=_number(new) / _number(old)),)),
+    (r"The learning rate has risen .* keep it below ([\d.,e-]+)\. ", lambda cap: (Change(cap=_number(cap)),)),
+    (r".*clip each step to a norm of ([\d.,e-]+), ", lambda bound: (Change(bound=_number(bound)),)),
+    (r"Initialise the weights anew", lambda: (Change(anew=("",)),)),
+    (r"Initialise (\S+) anew", lambda name: (Change(anew=(name,)),)),
+    (r"The weight decay of a parameter group is -", lambda: (Change(no_growth=True),)),
+    (r"Lower the learning rate", lambda: (Change(rate=_LOWER),)),
+    (r"Change the learning rate", lambda: tuple(Change(rate=factor) for factor in (3.0, 1 / 3, 9.0, 1 / 9))),
+    (r"Warm the rate up", lambda: (Change(warm_up=_WARM),)),
+    (r"(?:Clip by norm|If single batches cause it, clip|Skip such steps)", lambda: (Change(clip=True),)),
+    (r"Put an L2 penalty", lambda: (Change(decay=_DECAY),)),
+    (r"Use ReLU-like activations", lambda: (Change(swap=((nn.Tanh, nn.ReLU), (nn.Sigmoid, nn.ReLU))),)),
+    (r"Use LeakyReLU", lambda: (Change(swap=((nn.ReLU, nn.LeakyReLU),)),)),
+)
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def changes_for(advice: str) -> tuple[Change, ...]:
+    """Return the changes by which a user may follow a piece of advice, each a way of its own; none if it names no change."""
+    found = ((re.match(pattern, advice), make) for pattern, make in _READ)
+    return next((make(*match.groups()) for match, make in found if match is not None), ())
+
+
+class Following(Trace):
+    """A recorded run in which a change is made.
+
+    Attributes:
+        monitor: the monitor, if auto-clip is on.
+        changed: whether there was anything to change.
+    """
+
+    def __init__(self, change: Change) -> None:
+        super().__init__()
+        self._change = change
+        self._made = 0
+        self._rates: list[float] = []
+        self._handles: list[Any] = []
+        self.monitor: gradwatch.Monitor | None = None
+        self.changed = not change.swap
+
+    def watch(self, model: nn.Module) -> None:
+        """See `benchmarks.faults.program.Watcher`."""
+        for old, new in self._change.swap:
+            self.changed |= swapped(model, old, new)
+        for name in self._change.anew:
+            _initialise(model if not name else part_of(model, name))
+        super().watch(model)
+        if self._change.clip:
+            self.monitor = gradwatch.attach(model, report=None, clip="norm")
+        if self._change != Change(swap=self._change.swap, clip=self._change.clip, anew=self._change.anew):
+            self._handles = [
+                register_optimizer_step_pre_hook(self._before),
+                register_optimizer_step_post_hook(self._after),
+            ]
+
+    def _before(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        change = self._change
+        warmth = min(1.0, (self._made + 1) / change.warm_up) if change.warm_up else 1.0
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        held = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+        with torch.no_grad():
+            for parameter in held if change.decay else ():
+                parameter.grad.add_(parameter.detach(), alpha=change.decay)
+            if change.bound is not None:
+                nn.utils.clip_grad_norm_(held, change.bound)
+        for group in optimizer.param_groups:
+            group["lr"] = min(group["lr"] * change.rate * warmth, change.cap)
+            if change.no_growth and group.get("weight_decay", 0) < 0:
+                group["weight_decay"] = 0.0
+        self._made += 1
+
+    def _after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+
+    def close(self) -> None:
+        """Remove what was attached."""
+        for handle in self._handles:
+            handle.remove()
+        if self.monitor is not None:
+            self.monitor.detach()
+
+
+def swapped(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> bool:
+    """Replace the modules of class ``old`` by new ones, initialised for rectifiers; return whether there were any."""
+    found = [
+        (parent, name) for parent in model.modules() for name, child in parent.named_children() if type(child) is old
+    ]
+    for parent, name in found:
+        setattr(parent, name, new())
+    if found and old in (nn.Tanh, nn.Sigmoid):
+        _initialise(model)
+    return bool(found)
+
+
+def part_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the module of this name, or the one that holds the parameter of this name."""
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    return modules[name] if name in modules else modules[name.rpartition(".")[0]]
+
+
+def _initialise(model: nn.Module) -> None:
+    reset: Callable[[torch.Tensor], Any] = nn.init.kaiming_normal_
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            reset(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

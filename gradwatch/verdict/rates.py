@@ -1,0 +1,74 @@
+"""Advice on the learning rate, with a number to try where one is known.
+
+The share of its weights that an update may change is that of Karpathy, CS231n notes: about one in a thousand; a tenth of the
+weights is far too much. That is where a number for SGD aims; optimizers that divide gradients by their own size make updates of
+that length at each step, and not only at the beginning, so theirs is a third of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.text.wording import number
+
+if TYPE_CHECKING:
+    from gradwatch.history.history import History
+    from gradwatch.records import Incident
+    from gradwatch.verdict.opening import Opening
+
+_BORNE = {"sgd": 0.1}  # share of its weights that an update may change in the first steps
+_BORNE_ELSE = 0.03
+_RISEN = 10.0  # multiple of the first rate beyond which a rate has risen
+_RAISED = 10.0  # least factor by which a rate is to be raised
+
+
+def lower_rate(incident: Incident, history: History, opening: Opening) -> str:
+    """Return the advice to lower the rate, with a number if the length of the update that began it is known."""
+    rate = opening.rate
+    if not rate > 0:
+        return "Lower the learning rate of its parameter group, or warm it up."
+    longest, over = _at_first(incident, "GW303"), _at_first(incident, "GW305")
+    borne = _BORNE.get(history.row.family, _BORNE_ELSE)
+    if longest > borne:
+        new = rate * borne / longest
+        share = f"{100 * longest:.0f} %" if longest < 10 else f"{number(longest)} times the size"
+        told = f"An update was {share} of the weights in one step."
+    elif over > 1:
+        new, told = rate / over, f"A step was to take {number(over)} times as much from the loss as it held."
+    else:
+        return f"Lower the learning rate{_whose(incident, history)} ({at(rate)}), or warm it up."
+    if rate > _RISEN * opening.first_rate:
+        risen = f"The learning rate has risen from {number(opening.first_rate)} to {number(rate)} since the start"
+        return f"{risen}: check its schedule, and keep it below {number(new, 1)}. {told}"
+    return f"Lower the learning rate{_whose(incident, history)}: {number(new, 1)} instead of {number(rate)}. {told}"
+
+
+def raise_rate(suspect: str | None, opening: Opening) -> str:
+    """Return the advice to raise a rate at which updates of the suspect are far too short; "" if they are not."""
+    if not 0 < _RAISED * opening.rate < opening.usual_rate:
+        return ""
+    return (
+        f"Raise the learning rate: {number(opening.usual_rate, 1)} instead of {number(opening.rate)}, so that an update "
+        f"changes a thousandth of {suspect}."
+    )
+
+
+def at(rate: float) -> str:
+    """Return the rate at which an incident began, in words."""
+    return f"{number(rate)} when this began" if math.isfinite(rate) else "of its parameter group"
+
+
+def _at_first(incident: Incident, code: str) -> float:
+    """Return the largest finite value of a rule's first signs; 0.0 if there are none."""
+    signs = [sign for sign in incident.signs if sign.code == code and math.isfinite(sign.value)]
+    first = min((sign.step for sign in signs), default=0)
+    return max((sign.value for sign in signs if sign.step == first), default=0.0)
+
+
+def _whose(incident: Incident, history: History) -> str:
+    rates = history.rate[np.isfinite(history.rate)]
+    differ = bool(rates.size) and bool((rates != rates[0]).any())
+    return f" of the group of {incident.suspect}" if incident.suspect and differ else ""

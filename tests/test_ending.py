@@ -1,0 +1,68 @@
+"""How the loss stands at the end: a sentence where it is nothing to be content with, and none elsewhere."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import gradwatch
+from gradwatch.rules.notation import Case
+from gradwatch.verdict import how_it_stands
+from tests.trainings import mlp, train
+
+
+def said(loss: str, grad: str = "1", *, resting: bool = False) -> str:
+    """What is said after these losses and gradient norms."""
+    history, rows = Case("a run", None, grad=grad, loss=loss).rows()
+    if resting:
+        history.rest_loss("it is adversarial")
+    for row in rows:
+        history.push(row)
+        history.learn()
+    return how_it_stands(history)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("2.3x150", "is 2.3, at the level at which it began (2.3)"),
+        ("2.3x100 5x50", "is 5, above the level at which it began (2.3)"),
+        ("2*0.99x100 0.75+0.002x300", "is 1.32, above its best level of 0.787 about step 119"),
+        ("2.5*0.98x9 2.12x391", "is 2.12 and has hardly fallen since step 135 (it began at 2.15)"),
+        ("1x20 nanx30", "is nan since step 20"),
+    ],
+)
+def test_a_loss_that_stands_badly_is_told_with_its_levels(loss: str, words: str) -> None:
+    """Each with the step since which it is so."""
+    assert said(loss).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "loss", ["2*0.99x400", "2*0.98x100 0.27x300", "2.3x50", "2.5*0.98x9 2.12x150", "2*0.99x100 0.75 0.9 0.75 0.9x200"]
+)
+def test_a_loss_that_falls_or_has_fallen_far_needs_no_sentence(loss: str) -> None:
+    """Nor one of a run that is too short, or whose way back up is small."""
+    assert said(loss) == ""
+
+
+def test_a_loss_that_need_not_fall_is_not_measured_by_its_past() -> None:
+    """Only NaN is told, and gradients that are all zero."""
+    assert said("2.3x150", resting=True) == ""
+    assert said("1x20 nanx30", resting=True) == "is nan since step 20"
+    assert (
+        said("2*0.99x200", grad="1x100 0x100") == "is 0.316, and every gradient has been zero since step 136 or before"
+    )
+
+
+def test_the_summary_says_it_beside_healthy() -> None:
+    """A weight decay that outweighs the loss: nothing explodes, and what was learned is lost again."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, optimizer, 200)
+        optimizer.param_groups[0]["weight_decay"] = 30.0
+        train(model, optimizer, 300)
+        assert monitor.verdict == "healthy"
+        assert re.search(r"the loss is [0-9.]+, above ", str(monitor.summary()))

@@ -1,0 +1,148 @@
+"""What is advised for an operation, tried on the program that failed: afterwards its loss and gradients are finite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  as everywhere
+from torch import Tensor, nn
+
+import gradwatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:std\(\). degrees of freedom", r"ignore:var\(\). degrees of freedom")
+ROWS, WIDTH = 8, 6
+ZERO = (torch.arange(ROWS) == 5)[:, None]
+LABELS = torch.full((ROWS,), -100)
+EIGEN = torch.diag(torch.arange(WIDTH) * 1e-2)
+SMALLEST = torch.finfo(torch.float32).min
+
+
+def some_zero(h: Tensor) -> Tensor:
+    """Put a row to zero."""
+    return h * ~ZERO
+
+
+def masked(h: Tensor, value: float = -torch.inf) -> Tensor:
+    """Mask a row altogether."""
+    return h.masked_fill(ZERO, value)
+
+
+def one_kept(h: Tensor) -> Tensor:
+    """Mask a row but for one position."""
+    return h.masked_fill(ZERO & (torch.arange(WIDTH) > 0), -torch.inf)
+
+
+def ctc(h: Tensor, *, zero_infinity: bool = False) -> Tensor:
+    """Return the loss of five labels in two frames."""
+    frames, lengths = h.log_softmax(1)[:2, None], (torch.tensor([2]), torch.tensor([5]))
+    return F.ctc_loss(frames, torch.tensor([[1, 2, 3, 4, 5]]), *lengths, zero_infinity=zero_infinity)
+
+
+class Tried(NamedTuple):
+    """One program, and what it becomes when the advice is followed.
+
+    Attributes:
+        op: operation that is named.
+        run: what fails.
+        advised: words that the advice must have.
+        changed: what it becomes.
+    """
+
+    op: str
+    run: Callable[[Tensor], Tensor]
+    advised: str
+    changed: Callable[[Tensor], Tensor]
+
+
+TRIED = [
+    Tried("log", lambda h: some_zero(h).abs().log(), "p.clamp_min(1e-8)", lambda h: some_zero(h).abs().clamp_min(1e-8).log()),
+    Tried("log1p", lambda h: torch.log1p(some_zero(h).abs() - 1.0 * ZERO), "x.clamp_min(-1 + 1e-6)",
+          lambda h: torch.log1p((some_zero(h).abs() - 1.0 * ZERO).clamp_min(-1 + 1e-6))),
+    Tried("sqrt", torch.sqrt, "x.clamp_min(0) + 1e-12", lambda h: torch.sqrt(h.clamp_min(0) + 1e-12)),
+    Tried("sqrt", lambda h: some_zero(h).abs().sqrt(), "torch.sqrt(x + 1e-12)",
+          lambda h: torch.sqrt(some_zero(h).abs() + 1e-12)),
+    Tried("rsqrt", lambda h: torch.rsqrt(some_zero(h)), "x.clamp_min(1e-6)",
+          lambda h: torch.rsqrt(some_zero(h).clamp_min(1e-6))),
+    Tried("div", lambda h: h / (h * 0).sum(), "y.clamp_min(1e-8)", lambda h: h / (h * 0).sum().clamp_min(1e-8)),
+    Tried("div", lambda h: some_zero(h) / some_zero(h).norm(dim=1, keepdim=True), "y.clamp_min(1e-8)",
+          lambda h: some_zero(h) / some_zero(h).norm(dim=1, keepdim=True).clamp_min(1e-8)),
+    Tried("reciprocal", lambda h: 1 / some_zero(h).abs(), "1 / x.clamp_min(1e-8)",
+          lambda h: 1 / some_zero(h).abs().clamp_min(1e-8)),
+    Tried("pow", lambda h: some_zero(h).abs() ** -3, "x.clamp_min(1e-4) ** e",
+          lambda h: some_zero(h).abs().clamp_min(1e-4) ** -3),
+    Tried("pow", lambda h: some_zero(h).abs() ** 0.5, "x.clamp_min(1e-8) ** e",
+          lambda h: some_zero(h).abs().clamp_min(1e-8) ** 0.5),
+    Tried("exp", lambda h: torch.exp(h * 1e4), "torch.exp(x.clamp_max(20))", lambda h: torch.exp((h * 1e4).clamp_max(20))),
+    Tried("expm1", lambda h: torch.expm1(h * 1e4), "torch.expm1(x.clamp_max(20))",
+          lambda h: torch.expm1((h * 1e4).clamp_max(20))),
+    Tried("cosh", lambda h: torch.cosh(h * 1e4), "x.clamp(-20, 20)", lambda h: torch.cosh((h * 1e4).clamp(-20, 20))),
+    Tried("sinh", lambda h: torch.sinh(h * 1e4), "x.clamp(-20, 20)", lambda h: torch.sinh((h * 1e4).clamp(-20, 20))),
+    Tried("acos", lambda h: torch.acos(h * 9), "x.clamp(-1 + 1e-6, 1 - 1e-6)",
+          lambda h: torch.acos((h * 9).clamp(-1 + 1e-6, 1 - 1e-6))),
+    Tried("asin", lambda h: torch.asin(h * 0 + 1), "x.clamp(-1 + 1e-6, 1 - 1e-6)",
+          lambda h: torch.asin((h * 0 + 1).clamp(-1 + 1e-6, 1 - 1e-6))),
+    Tried("acosh", lambda h: torch.acosh(some_zero(h)), "x.clamp_min(1 + 1e-6)",
+          lambda h: torch.acosh(some_zero(h).clamp_min(1 + 1e-6))),
+    Tried("atanh", lambda h: torch.atanh(h * 0 + 1), "x.clamp(-1 + 1e-6, 1 - 1e-6)",
+          lambda h: torch.atanh((h * 0 + 1).clamp(-1 + 1e-6, 1 - 1e-6))),
+    Tried("erfinv", lambda h: torch.erfinv(h * 0 + 1), "x.clamp(-1 + 1e-6, 1 - 1e-6)",
+          lambda h: torch.erfinv((h * 0 + 1).clamp(-1 + 1e-6, 1 - 1e-6))),
+    Tried("logit", lambda h: torch.logit(h * 0 + 1), "torch.logit(p, eps=1e-6)", lambda h: torch.logit(h * 0 + 1, eps=1e-6)),
+    Tried("softmax", lambda h: masked(h).softmax(1), "keep one position", lambda h: one_kept(h).softmax(1)),
+    Tried("softmax", lambda h: masked(h).softmax(1), "torch.finfo(x.dtype).min", lambda h: masked(h, SMALLEST).softmax(1)),
+    Tried("logsumexp", lambda h: masked(h).logsumexp(1), "keep one position", lambda h: one_kept(h).logsumexp(1)),
+    Tried("mean", lambda h: h[h > 1e9].mean(), "count.clamp_min(1)", lambda h: h[h > 1e9].sum() / (h > 1e9).sum().clamp_min(1)),
+    Tried("nll_loss", lambda h: F.cross_entropy(h, LABELS), "count.clamp_min(1)",
+          lambda h: F.cross_entropy(h, LABELS, reduction="sum") / (LABELS != -100).sum().clamp_min(1)),
+    Tried("std", lambda h: h[:, :1].std(1), "correction=0", lambda h: h[:, :1].std(1, correction=0)),
+    Tried("var", lambda h: h[:, :1].var(1), "correction=0", lambda h: h[:, :1].var(1, correction=0)),
+    Tried("ctc_loss", ctc, "zero_infinity=True", lambda h: ctc(h, zero_infinity=True)),
+    Tried("layer_norm", lambda h: F.layer_norm(some_zero(h).half(), (WIDTH,), eps=0.0).float(), "in float32 with eps=1e-5",
+          lambda h: F.layer_norm(some_zero(h), (WIDTH,), eps=1e-5)),
+    Tried("hypot", lambda h: torch.hypot(some_zero(h), some_zero(h)), "torch.sqrt(x * x + y * y + 1e-12)",
+          lambda h: torch.sqrt(some_zero(h) ** 2 + some_zero(h) ** 2 + 1e-12)),
+    Tried("log", lambda h: torch.where(~ZERO, some_zero(h).abs().log(), h), "torch.where(ok, f(torch.where(ok, x, 1)), 0)",
+          lambda h: torch.where(~ZERO, torch.where(~ZERO, h.abs(), 1).log(), 0)),
+    Tried("eigh",
+          lambda h: torch.linalg.eigh(torch.eye(WIDTH) * h.mean())[1], "a small multiple of a diagonal of distinct numbers",
+          lambda h: torch.linalg.eigh(torch.eye(WIDTH) * h.mean() + EIGEN)[1]),
+    Tried("mm", lambda h: ((h * 1e4).half() @ torch.full((WIDTH, WIDTH), 200.0).half()).float(), "use bfloat16",
+          lambda h: ((h * 1e4).bfloat16() @ torch.full((WIDTH, WIDTH), 200.0).bfloat16()).float()),
+    Tried("to_copy", lambda h: (h + 1e6).half().float(), "stay in float32", lambda h: h + 1e6),
+]  # fmt: skip
+
+
+def found_in(run: Callable[[Tensor], Tensor]) -> gradwatch.Origin | None:
+    """Return what is found in one step of a model with this operation; None if everything is finite."""
+    torch.manual_seed(0)
+    model = nn.Linear(WIDTH, WIDTH)
+    found = None
+    try:
+        with gradwatch.find_nonfinite(model):
+            run(model(torch.randn(ROWS, WIDTH))).pow(2).mean().backward()
+    except gradwatch.NonFiniteError as error:
+        found = error.origin or str(error)
+    assert not isinstance(found, str), found  # it has several origins
+    return found
+
+
+@pytest.mark.parametrize("tried", TRIED, ids=lambda tried: f"{tried.op}, {tried.advised}")
+def test_advice_that_is_followed_makes_the_program_finite(tried: Tried) -> None:
+    """The loss, the gradients and the weights."""
+    found = found_in(tried.run)
+    assert found is not None
+    assert found.op == tried.op
+    assert any(tried.advised in line for line in found.advice), found.advice
+    assert found_in(tried.changed) is None
+
+
+def test_in_float16_the_advice_says_that_its_constants_need_float32() -> None:
+    """1e-8 is zero there."""
+    found = found_in(lambda h: some_zero(h).half().abs().log().float())
+    assert found is not None
+    assert found.advice[0].endswith("Do it in float32: narrower numbers round such constants away.")
