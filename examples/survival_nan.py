@@ -29,7 +29,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = Survival()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
-    gradwatch.attach(model, clip="norm", report="log")
+    # steps as short as these are not kept by default, because that would be felt
+    gradwatch.attach(model, clip="norm", report="log", forensics=True)
     for _ in range(80):
         x = torch.randn(64, 16)
         log_survival, alive = model(x), x[:, 0] > 0

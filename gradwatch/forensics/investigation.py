@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from gradwatch.records import Origin, Way
 
 
+_NOT_KEPT = "the inputs of the model were not kept in this step (forensics=True keeps those of each step)"
+
+
 class NothingFound(Exception):  # noqa: N818  an outcome, not an error
     """Raised with the reason why the operation is not known."""
 
@@ -95,7 +98,7 @@ class Investigation:
             if unfaithful is not None and unfaithful.op == origin.op:
                 return unfaithful
             return origin
-        raise NothingFound(self._reason("the graph of the loss does not keep enough"))
+        raise NothingFound(self._reason("the graph of the loss does not keep enough", _NOT_KEPT))
 
     def _in_graph(self, losses: list[Tensor], outputs: list[Tensor]) -> Mark | None:
         finite = [one for one in outputs if not is_nonfinite(one)]
@@ -130,9 +133,8 @@ class Investigation:
         mark = singular.first(self._names(), self._batch)
         if mark is not None:
             return origin_of(mark, "graph", batch=self._batch)
-        raise NothingFound(
-            self._reason("no operation made a non-finite gradient of finite ones when the step was repeated")
-        )
+        repeated = "no operation made a non-finite gradient of finite ones when the step was repeated"
+        raise NothingFound(self._reason(*([repeated] if self._calls else ["the graph of the loss is gone", _NOT_KEPT])))
 
     # A step of all processes together.
 
@@ -253,8 +255,9 @@ class Investigation:
             names.add_named(tensors_in(self._given))
         return names
 
-    def _reason(self, last: str) -> str:
-        return "; ".join(dict.fromkeys([*self._reasons, last]))
+    def _reason(self, *last: str) -> str:
+        told = [one for one in last if one is not _NOT_KEPT or not self._calls]
+        return "; ".join(dict.fromkeys([*self._reasons, *told]))
 
 
 def _told(what: str, error: Exception) -> str:
