@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.integrations.session import Session, read
+from gradwatch.integrations.session import Session, read, told_of_the_end
 from gradwatch.integrations.versions import framework
 
 if TYPE_CHECKING:
@@ -152,15 +152,8 @@ def _tell_of_ends() -> None:
             checkpoint = transformers.trainer_utils.get_last_checkpoint(trainer.args.output_dir)
         for one in mine:
             one.trains(trainer, checkpoint)
-        try:
-            result = original(trainer, resume_from_checkpoint, *args, **kwargs)
-        except BaseException as error:
-            for one in mine:
-                one.training_over(error)
-            raise
-        for one in mine:
-            one.training_over(None)
-        return result
+        with told_of_the_end(mine):
+            return original(trainer, resume_from_checkpoint, *args, **kwargs)
 
     train.gradwatch = True  # type: ignore[attr-defined]
     transformers.Trainer.train = train

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwatch.errors import IntegrationError
-from gradwatch.integrations.session import Session, read
+from gradwatch.integrations.session import Session, read, told_of_the_end
 from gradwatch.integrations.versions import framework
 from gradwatch.reports.log import LogReport
 
@@ -297,15 +297,8 @@ def _tell_of_ends() -> None:
             given.arguments["callbacks"] = [*mine, *others, _OffTheBar()]
         for one in mine:
             one.trains(others)
-        try:
-            result = original(*given.args, **given.kwargs)
-        except BaseException as error:
-            for one in mine:
-                one.training_over(error)
-            raise
-        for one in mine:
-            one.training_over(None)
-        return result
+        with told_of_the_end(mine):
+            return original(*given.args, **given.kwargs)
 
     fit.gradwatch = True  # type: ignore[attr-defined]
     keras.Model.fit = fit

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import torch
@@ -245,3 +246,23 @@ def _beside_bars(report: Any) -> list[Any]:
             "look at it with `gradwatch watch` in another terminal."
         )
     return ["log" if isinstance(one, str) and one == "auto" else one for one in asked]
+
+
+class Ends(Protocol):
+    """A callback that must be told how a training ended, since its framework has no event for one that raises."""
+
+    def training_over(self, error: BaseException | None) -> None:
+        """End what was attached; ``error`` is what the training raised, if it did."""
+
+
+@contextmanager
+def told_of_the_end(callbacks: Sequence[Ends]) -> Iterator[None]:
+    """Tell the callbacks when the training inside is over, also if it raises."""
+    try:
+        yield
+    except BaseException as error:
+        for one in callbacks:
+            one.training_over(error)
+        raise
+    for one in callbacks:
+        one.training_over(None)
