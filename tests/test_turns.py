@@ -13,7 +13,7 @@ import gradwatch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OPPOSED = "the loss need not fall: two optimizers take turns"
+OPPOSED = "the loss may be one that need not fall: two optimizers take turns"
 bce = nn.functional.binary_cross_entropy_with_logits
 
 
