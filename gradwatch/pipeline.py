@@ -129,7 +129,9 @@ class Pipeline:
         if why != self.history.resting:
             self.history.rest_loss(why)
             if why:
-                self.note(f"the loss may be one that need not fall: {why}. The rules that expect it rest (GW101, GW104, GW405).")
+                self.note(
+                    f"the loss may be one that need not fall: {why}. The rules that expect it rest (GW101, GW104, GW405)."
+                )
 
     def grown(self, columns: Columns, facts: Facts) -> None:
         """Extend everything to the columns of added layers, whose gradients are judged until a typical norm is known."""
