@@ -49,7 +49,7 @@ IN_A_SHEET = re.compile(r"""@import\s+["']|url\(["']?https?:""")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages of rules and of the reference into the navigation, and leave out pages that are not written yet."""
+    """Put the pages of rules and of the reference into the navigation."""
     written = {
         "rules/": [
             {"All rules": "rules/index.md"},
@@ -58,8 +58,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         ],
         "api/": [f"api/{name}.md" for name in _reference()],
     }
-    there = {*AT_THE_ROOT.values(), *(path.name for path in Path(config.docs_dir).glob("*.md"))}
-    config.nav = _navigation(config.nav or [], written, there)
+    config.nav = _navigation(config.nav or [], written)
     return config
 
 
@@ -67,16 +66,14 @@ def _entries(folder: str, names: list[str]) -> list[str]:
     return [f"{folder}/{name}.md" for name in names]
 
 
-def _navigation(nav: list[Any], written: dict[str, list[Any]], there: set[str]) -> list[Any]:
+def _navigation(nav: list[Any], written: dict[str, list[Any]]) -> list[Any]:
     kept: list[Any] = []
     for entry in nav:
         ((title, target),) = entry.items()
         if isinstance(target, list):
-            kept.append({title: _navigation(target, written, there)})
-        elif target in written:
-            kept.append({title: written[target]})
-        elif target in there:
-            kept.append(entry)
+            kept.append({title: _navigation(target, written)})
+        else:
+            kept.append({title: written.get(target, target)})
     return kept
 
 

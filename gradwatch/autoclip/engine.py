@@ -39,8 +39,8 @@ class AutoClipEngine:
 
     While on, it clips with its bounds until the run has been calm for ``hold`` steps. If the clip does not bite any more, it is
     released; otherwise its bounds are loosened step by step until it does not bite. If the loss gets worse meanwhile, the
-    bounds are restored and the hold is doubled. The same happens if the explosion comes back soon after the release; then the
-    first sign is enough to switch the clip on. Where clipping does not help, the measures that the policy allows follow.
+    bounds are restored and the hold is doubled. Each explosion is met anew, with bounds from the norms before it. Where
+    clipping does not help, the measures that the policy allows follow.
 
     Args:
         policy: what the user asked for.

@@ -98,7 +98,7 @@ class Investigation:
             if unfaithful is not None and unfaithful.op == origin.op:
                 return unfaithful
             return origin
-        raise NothingFound(self._reason("the graph of the loss does not keep enough", _NOT_KEPT))
+        raise NothingFound(self._reason("the graph of the loss does not keep enough"))
 
     def _in_graph(self, losses: list[Tensor], outputs: list[Tensor]) -> Mark | None:
         finite = [one for one in outputs if not is_nonfinite(one)]
@@ -134,7 +134,7 @@ class Investigation:
         if mark is not None:
             return origin_of(mark, "graph", batch=self._batch)
         repeated = "no operation made a non-finite gradient of finite ones when the step was repeated"
-        raise NothingFound(self._reason(*([repeated] if self._calls else ["the graph of the loss is gone", _NOT_KEPT])))
+        raise NothingFound(self._reason(repeated if self._calls else "the graph of the loss is gone"))
 
     # A step of all processes together.
 
@@ -255,9 +255,8 @@ class Investigation:
             names.add_named(tensors_in(self._given))
         return names
 
-    def _reason(self, *last: str) -> str:
-        told = [one for one in last if one is not _NOT_KEPT or not self._calls]
-        return "; ".join(dict.fromkeys([*self._reasons, *told]))
+    def _reason(self, last: str) -> str:
+        return "; ".join(dict.fromkeys([*self._reasons, last, *([] if self._calls else [_NOT_KEPT])]))
 
 
 def _told(what: str, error: Exception) -> str:
