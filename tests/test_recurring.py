@@ -29,11 +29,21 @@ def test_two_equal_distances_make_a_series_and_the_start_of_the_run_counts() -> 
 
 
 def test_a_series_whose_jumps_grow_is_no_routine() -> None:
-    """Ten times the first one, and from then on."""
-    *before, after, later = places((200, 1), (400, 2), (600, 4), (800, 12), (1000, 5))
+    """Five in a row, each higher than the one before, up to ten times the first one, and from then on."""
+    *before, after, later = places((200, 1), (400, 2), (600, 4), (800, 9), (1000, 11), (1200, 5))
     assert all(one.routine for one in before[1:])
     assert not after.routine
     assert not later.routine
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [[1, 9, 81, 729], [1, 2, 40, 30, 60, 90], [1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]],
+    ids=["few", "not in order", "little"],
+)
+def test_a_series_that_may_have_grown_by_chance_or_by_little_is_a_routine(losses: list[float]) -> None:
+    """As when a curriculum has four tasks, each on targets three times as large."""
+    assert all(one.routine for one in places(*((200 * (n + 1), loss) for n, loss in enumerate(losses)))[1:])
 
 
 def fitted(times: float, clip: str | None = None, every: int = 100, steps: int = 900) -> tuple[gradwatch.Monitor, str]:

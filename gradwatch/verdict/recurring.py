@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 _NEAR = 0.01  # share of the period within which two distances are the same, at least one step
 _MISSED = 10  # periods without a jump after which a series is over
-_GROWN = 10.0  # multiple of the first jump's loss beyond which a series is no routine of the program
+_GROWN = 10.0  # multiple of the first jump's loss beyond which a series is no routine of the program,
+_RISING = 5  # if so many jumps in a row are each higher than the one before: by chance, one series of 5! = 120 is
 
 
 class Recurrence(NamedTuple):
@@ -15,7 +16,7 @@ class Recurrence(NamedTuple):
     Attributes:
         times: number of jumps of the series so far, this one included.
         period: number of steps between them; None if there is no series.
-        grows: whether the loss jumps far higher than at first.
+        grows: whether the loss jumps farther each time, and far higher than at first.
     """
 
     times: int = 1
@@ -38,7 +39,8 @@ class Recurring:
     def __init__(self) -> None:
         self._last = 0  # the start of the run stands before the first jump
         self._gap: int | None = None
-        self._first_loss = 0.0
+        self._first_loss = self._last_loss = 0.0
+        self._rising = 0  # jumps in a row, the last one included, each higher than the one before
         self._others = False  # whether the last jump was not the first
         self.last = Recurrence()
 
@@ -49,14 +51,17 @@ class Recurring:
         """
         gap, before, known = step - self._last, self._gap, self.last.period
         self._last, self._gap = step, gap
+        self._rising = self._rising + 1 if loss > self._last_loss else 1
+        self._last_loss = loss
         if known is not None and self._fits(gap, known):
-            self.last = Recurrence(self.last.times + 1, known, self.last.grows or loss > _GROWN * self._first_loss)
+            grown = self._rising >= _RISING and loss > _GROWN * self._first_loss
+            self.last = Recurrence(self.last.times + 1, known, self.last.grows or grown)
         elif before is not None and abs(gap - before) <= max(1.0, _NEAR * before):
             self.last = Recurrence(3 if self._others else 2, before)
         else:
             self.last = Recurrence()
         if self.last.period is None:
-            self._others, self._first_loss = before is not None, loss
+            self._others, self._first_loss, self._rising = before is not None, loss, 1
         return self.last
 
     @staticmethod
