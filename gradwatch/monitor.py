@@ -20,13 +20,13 @@ from gradwatch.errors import UsageError, words_of
 from gradwatch.forensics import Inspector
 from gradwatch.history.history import History
 from gradwatch.history.saved import entries, refuse, whole_number
-from gradwatch.history.schedule import OwnTime
 from gradwatch.measure.batch_statistics import numbers_of
 from gradwatch.measure.checkpoints import Checkpoint, damage_without_waiting, worth_of
 from gradwatch.measure.layers import Layers, facts_of
 from gradwatch.measure.wrappers import unwrapped
 from gradwatch.pipeline import Pipeline
 from gradwatch.probe import Budget, Probe
+from gradwatch.records import OwnTime
 from gradwatch.reports.notes import Notes
 from gradwatch.shutdown import Failure, all_done
 
@@ -94,7 +94,7 @@ class Monitor:
                 self._pipeline.note,
                 partial(self._notes.part_failed, "finding the operation"),
             )
-            self._inspector = Inspector(model, forensics, *told)
+            self._inspector = Inspector(model, forensics, *told, own_time)
         self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time, self._inspector)
         self.attached = False
         self.cell = running_cell()

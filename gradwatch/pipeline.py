@@ -18,9 +18,9 @@ from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.columns import widened
 from gradwatch.history.in_use import clip_use_of, usual_norms_of
 from gradwatch.history.recurrence import task_became_harder
-from gradwatch.history.schedule import Bounds, OwnTime, cadence
+from gradwatch.history.schedule import Bounds, cadence
 from gradwatch.history.statistics import ignore_fp_warnings
-from gradwatch.records import Alarm, Family, Incident, Row, RunVerdict, Snapshot
+from gradwatch.records import Alarm, Family, Incident, OwnTime, Row, RunVerdict, Snapshot
 from gradwatch.reports.desk import ReportDesk
 from gradwatch.text.wording import number
 from gradwatch.verdict import Alarms, Incidents, VerdictSettings, how_it_stands

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,12 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch.forensics.capture import Call
+from gradwatch.forensics.inspector import Inspector
 from gradwatch.probe import patches
+from gradwatch.probe.attribution import Attribution
+from gradwatch.probe.fast_path import FastPath
+from gradwatch.skipping.buffers import Buffers
 from tests.trainings import data, mlp, train, true_norms
 
 if TYPE_CHECKING:
@@ -462,3 +468,34 @@ def test_a_clip_without_a_bound_is_no_clip() -> None:
     coefficients = monitor.history.clip_coefficient()
     assert (coefficients[:200] == 1.0).all()
     assert (coefficients[200:] < 1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Attribution, "begins"),
+        (Inspector, "backward_begins"),
+        (Call, "called_from"),
+        (Call, "gave"),
+        (Attribution, "end"),
+        (FastPath, "take"),
+        (Buffers, "made"),
+        (Buffers, "stepped"),
+    ],
+)
+def test_own_time_counts_all_that_a_quiet_step_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """Before and after the forward, the backward and the update."""
+    original = getattr(owner, name)
+
+    def slower(*args: object, **kwargs: object) -> object:
+        time.sleep(0.02)
+        return original(*args, **kwargs)
+
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model, forensics=True, clip="norm") as monitor:
+        train(model, optimizer, 40)
+        then = monitor._probe.seconds
+        monkeypatch.setattr(owner, name, slower)
+        train(model, optimizer, 3)  # of which one at most is judged
+    assert monitor._probe.seconds - then >= 0.02

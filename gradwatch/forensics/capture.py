@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
+    from gradwatch.records import OwnTime
+
 _MOST = 16  # forwards of one step
 _LARGEST = 16 * 2**20  # bytes of an output that is kept; a larger one is kept only as long as the program keeps it
 
@@ -154,18 +156,24 @@ class Capture:
         model: the model as it is called: what DistributedDataParallel wraps, but with the wrapper of `torch.compile`.
         begun: called with the arguments of each forward, when it was captured.
         failed: called with an error of the capture itself.
+        own_time: counter of the time that watching takes.
 
     Attributes:
         calls: forwards that may still be followed by a backward or a step.
     """
 
     def __init__(
-        self, model: nn.Module, begun: Callable[[Any, Any], None], failed: Callable[[Exception], None]
+        self,
+        model: nn.Module,
+        begun: Callable[[Any, Any], None],
+        failed: Callable[[Exception], None],
+        own_time: OwnTime,
     ) -> None:
         self._begun = begun
         self._model = weakref.ref(model)
         self._handles: list[RemovableHandle] = []
         self._failed = failed
+        self._own_time = own_time
         self.calls: list[Call] = []
         self.on = True
 
@@ -209,14 +217,17 @@ class Capture:
             call.called_from(3)
             self.calls.append(call)
             self._begun(args, kwargs)
+            self._own_time.seconds += perf_counter() - call.started
         except Exception as error:  # without it, less is known
             self.calls.clear()
             self._failed(error)
 
     def _ends(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
         if self.on and self.calls:
+            started = perf_counter()
             try:
                 self.calls[-1].gave(output)
+                self._own_time.seconds += perf_counter() - started
             except Exception as error:
                 self.calls.clear()
                 self._failed(error)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from gradwatch.forensics.settings import Mode
     from gradwatch.probe import Together
-    from gradwatch.records import Origin, Row
+    from gradwatch.records import Origin, OwnTime, Row
 
 _MOST = 3  # investigations of a run
 _TIMED = 20  # steps after which "auto" decides
@@ -53,6 +53,7 @@ class Inspector:
         unknown: called with why an operation was not found.
         note: called with what the user should know.
         failed: called with an error of the capture or of an investigation.
+        own_time: counter of the time that watching takes.
 
     Attributes:
         watching: whether operations are watched now.
@@ -66,11 +67,12 @@ class Inspector:
         unknown: Callable[[str], None],
         note: Callable[[str], None],
         failed: Callable[[Exception], None],
+        own_time: OwnTime,
     ) -> None:
         self._model = weakref.ref(model)
         self._mode = mode
         self._found, self._unknown, self._note, self._failed = found, unknown, note, failed
-        self._capture = Capture(called_module(model), self._forward_begins, self._capture_failed)
+        self._capture = Capture(called_module(model), self._forward_begins, self._capture_failed, own_time)
         self._armed = ArmedSteps()
         self.watching = False
         self._only_armed = False  # whether forwards are captured for watched steps alone

@@ -15,7 +15,7 @@ import numpy as np
 from gradwatch.history.columns import widened
 from gradwatch.history.losses import LossLevels
 from gradwatch.history.saved import read_state
-from gradwatch.history.statistics import Typical, ignore_fp_warnings
+from gradwatch.history.statistics import Typical, ignore_fp_warnings, median
 from gradwatch.records import Facts, NonFinite, Row
 
 if TYPE_CHECKING:
@@ -300,10 +300,11 @@ class History(LossLevels):
         """
         gain = self.weight * np.sqrt(self.fan_in / self.sizes)
         gain[~self.large_matrices] = np.nan
-        if np.count_nonzero(np.isfinite(gain)) < 3:
+        finite = gain[np.isfinite(gain)]
+        if len(finite) < 3:
             gain[:] = np.nan
             return gain
-        relative: Floats = gain / max(float(np.nanmedian(gain)), 0.5)
+        relative: Floats = gain / max(median(finite), 0.5)
         return relative
 
     def first_nonfinite(self) -> str | None:

@@ -1,4 +1,4 @@
-"""How often all rules judge, the bounds within which rows in between are not judged, and the time that watching takes."""
+"""How often all rules judge, and the bounds within which rows in between are not judged."""
 
 from __future__ import annotations
 
@@ -16,13 +16,6 @@ _SETTLED = 512  # rows after which a healthy run is judged half as often
 def cadence(row: int) -> int:
     """Return the number of rows between full judgements and samples of the weights in a healthy run, after ``row`` rows."""
     return 16 if row < _SETTLED else 32
-
-
-@dataclass(slots=True)
-class OwnTime:
-    """The time that watching has taken so far, in seconds."""
-
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from gradwatch.history.schedule import OwnTime
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.budget import Budget
     from gradwatch.probe.coming import Loss, Root
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from gradwatch.probe.investigator import Investigator
     from gradwatch.probe.judge import Judge
     from gradwatch.probe.patches import Run
-    from gradwatch.records import Source
+    from gradwatch.records import OwnTime, Source
 
 _STEPS = torch.optim.Optimizer.profile_hook_step.__code__.co_filename  # where torch wraps each step
 
@@ -89,8 +88,6 @@ class Probe:
         self.gradient_hooks = GradientHooks(layers)
         self.attribution = Attribution(layers, self.owners, self.gradient_hooks)
         self._investigator = investigator
-        # see `patches.Listener`
-        self.backward_begins = self.attribution.begins if investigator is None else self._begins
         self.losses = LossReader(scaler)
         self._loss_known = False
         peers = Peers(layers, judge, self.gradient_hooks, pace, looks=investigator is not None)
@@ -173,10 +170,13 @@ class Probe:
         self.recorder.fail(error)
         self._leave_if_over()
 
-    def _begins(self, run: Run) -> None:
+    def backward_begins(self, run: Run) -> None:
+        """Note the gradients that exist before a backward, and what is needed to find an operation in it."""
+        started = perf_counter()
         self.attribution.begins(run)
         if self._investigator is not None:
             self._investigator.backward_begins(run.roots, run.losses)
+        self._own_time.seconds += perf_counter() - started
 
     def backward_failed(self) -> None:
         """Discard what arrived in a backward that raised."""
@@ -388,15 +388,18 @@ class Probe:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Restore the gradients and settings that were changed for this step of the optimizer."""
+        started = perf_counter()
         mine = self.owners.known(optimizer)
         if mine is not None and mine.parameters:
             mine.restore()
-            self.owners.step_is_over(mine)
+            if mine.around is not None:
+                self.owners.step_is_over(mine)
             self.recorder.skipping.over()
-            if self._investigator is not None:
-                self._investigator.step_over(optimizer)
             if self._stepping is not None and self._stepping() is optimizer:
                 self._stepping = None
+            self._own_time.seconds += perf_counter() - started
+            if self._investigator is not None:  # frees the graph of the program, which would be freed without it too
+                self._investigator.step_over(optimizer)
 
     def _wrap(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         evaluations = 0

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.distributed.group import Word
-    from gradwatch.history.schedule import OwnTime
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.gradient_hooks import GradientHooks
     from gradwatch.probe.gradients import Gradients
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from gradwatch.probe.judge import Judge
     from gradwatch.probe.loss_reader import LossReader
     from gradwatch.probe.peers import Peers
-    from gradwatch.records import Family, Floats, Row, Source
+    from gradwatch.records import Family, Floats, OwnTime, Row, Source
 
 
 class StepRecorder:

@@ -23,6 +23,7 @@ from gradwatch.records.kinds import (
     Verdict,
 )
 from gradwatch.records.origin import Direction, Operand, Origin, Part, Subject, Way
+from gradwatch.records.own_time import OwnTime
 from gradwatch.records.row import Culprits, NonFinite, Provenance, Row, Scalars
 from gradwatch.records.snapshot import Facts, Snapshot
 
@@ -46,6 +47,7 @@ __all__ = [
     "NonFinite",
     "Operand",
     "Origin",
+    "OwnTime",
     "Part",
     "Phase",
     "Provenance",

@@ -16,6 +16,7 @@ and this is reported.
 from __future__ import annotations
 
 import weakref
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,6 @@ class Buffers:
         self._layers = layers
         self._places: list[tuple[dict[str, Any], str, str]] = []
         self._objects: list[Tensor | None] = []
-        self._ids: list[int] = []
         self._changing: set[int] = set()
         self._groups: list[BufferGroup] = []  # buffers that only forwards write
         self._others: list[BufferGroup] = []  # other buffers that change
@@ -110,8 +110,9 @@ class Buffers:
         ]
         self._uncounted = _versions(self._statistics)
         self._constant = grouped([one for one in plain.values() if id(one) not in self._changing], known)
-        self._fixed = [(d, name) for d, name, _ in self._places if (id(d), name) not in self._loose]
-        self._ids = [id(d[name]) for d, name in self._fixed]
+        fixed = [(d, name) for d, name, _ in self._places if (id(d), name) not in self._loose]
+        self._tables, self._names = [d for d, _ in fixed], [name for _, name in fixed]
+        self._fixed = [d[name] for d, name in fixed]
         self._versions = self._count()
         self._versions_then = _versions(self._tensors_of_others())
         parameter = next((parameter for _, parameter in self._layers.parameters()), None)
@@ -122,7 +123,11 @@ class Buffers:
         return buffer.is_floating_point() and not device.reading_is_free(buffer.device)
 
     def _count(self) -> int:
-        return sum(tensor._version for group in self._constant for tensor in group.tensors)
+        return sum([tensor._version for group in self._constant for tensor in group.tensors])
+
+    def _are_replaced(self) -> bool:
+        """Return whether another object is in the place of a buffer."""
+        return not all(map(is_, map(dict.get, self._tables, self._names), self._fixed))
 
     def _tensors_of_others(self) -> list[Tensor]:
         return [tensor for group in self._others for tensor in group.tensors]
@@ -172,7 +177,7 @@ class Buffers:
 
     def keep(self) -> None:
         """Copy the buffers as they are, because the step is made."""
-        if [id(d.get(name)) for d, name in self._fixed] != self._ids:
+        if self._are_replaced():
             self._plan()
         for group in (*self._groups, *self._others):
             group.keep()
@@ -294,7 +299,7 @@ class Buffers:
         """
         problem = self._unknown()
         doubt = bool(self._loose) or _versions(self._tensors_of_others()) != self._versions_then
-        if [id(d.get(name)) for d, name in self._fixed] != self._ids or self._count() != self._versions:
+        if self._are_replaced() or self._count() != self._versions:
             self._changing |= {id(tensor) for group in self._constant for tensor in group.tensors}
             self._plan()
             doubt = True
@@ -333,4 +338,4 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _versions(tensors: Sequence[Tensor]) -> int:
     """Return the sum of the versions of these tensors, which changes whenever torch counts a change of one of them."""
-    return sum(tensor._version for tensor in tensors)
+    return sum([tensor._version for tensor in tensors])
