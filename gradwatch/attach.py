@@ -15,7 +15,7 @@ from gradwatch.autoclip.policy import AutoClip
 from gradwatch.cells import is_interactive, running_cell
 from gradwatch.clips import CLIPS, Clip
 from gradwatch.device import unreadable
-from gradwatch.distributed.group import is_first
+from gradwatch.distributed.find import is_first
 from gradwatch.errors import RunLogError, UsageError, did_you_mean, shown
 from gradwatch.measure.deepspeed import OFFLOADED, is_deepspeeds, zero_of
 from gradwatch.measure.layers import Layers

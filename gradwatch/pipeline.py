@@ -15,7 +15,6 @@ import numpy as np
 
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.errors import TrainingUnstableError
-from gradwatch.history.columns import widened
 from gradwatch.history.in_use import clip_use_of, usual_norms_of
 from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, cadence
@@ -23,7 +22,7 @@ from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Alarm, Family, Incident, OwnTime, Row, RunVerdict, Snapshot
 from gradwatch.reports.desk import ReportDesk
 from gradwatch.text.wording import number
-from gradwatch.verdict import Alarms, Incidents, VerdictSettings, how_it_stands
+from gradwatch.verdict import Alarms, Band, Incidents, VerdictSettings, how_it_stands
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -91,8 +90,7 @@ class Pipeline:
         self._own_time = own_time or OwnTime()
         self._surge, self._overshoot = _limit(rules, "surge"), _limit(rules, "overshoot")
         self._told: set[str] = set()  # the codes of the clip signs that were noted
-        self._band = np.full(len(history.layers), np.inf)
-        self._loss_band = math.inf
+        self._band = Band(len(history.layers), self.verdict_settings.band)
         self._started = perf_counter()
         self._timed = self._started
         self._timed_step = 0
@@ -138,7 +136,7 @@ class Pipeline:
         self.history.grow(columns)
         self.alarms.grow(self.history.layers)
         self.incidents.grow()
-        self._band = widened(self._band, len(self.history.layers), 0.0)
+        self._band.grow(len(self.history.layers))
         known = self.history.facts
         self.history.know(replace(known, layers=facts.layers, parameters=facts.parameters, depth=facts.depth))
 
@@ -221,16 +219,12 @@ class Pipeline:
             or self.alarms.stirring
             or self.alarms.waiting
             or self.exploding
-            or self.is_unusual(row)
+            or self._band.is_left_by(row)
         )
 
     def is_unusual(self, row: Row) -> bool:
         """Return whether a row is out of the ordinary, so that the weights should be sampled before they change again."""
-        return (
-            row.nonfinite is not None
-            or (row.has_loss and not row.loss <= self._loss_band)
-            or bool((row.grad_norm > self._band).any())
-        )
+        return self._band.is_left_by(row)
 
     def bounds(self) -> Bounds | None:
         """Return the bounds within which the coming rows need not be judged; None while each row is judged."""
@@ -242,7 +236,9 @@ class Pipeline:
         ):
             return None
         coming = self.history.rows + 1
-        return Bounds(self.history, -coming % cadence(coming), self._band, self._loss_band, self.desk.next_due)
+        return Bounds(
+            self.history, -coming % cadence(coming), self._band.grad_norm, self._band.loss, self.desk.next_due
+        )
 
     def _apply_rules(self, row: Row) -> None:
         if self._first_step is None:  # the time before the first step does not count for the speed
@@ -261,22 +257,15 @@ class Pipeline:
                 self.note(f"{alarm}.")
         self.desk.judged(changes, self.incidents.update(changes, row.step))
         self._rest_losses()
-        # a layer without a typical norm yet is out of the ordinary whenever it has a gradient
-        typical = self.history.typical_grad
-        band = typical.value * np.maximum(self.verdict_settings.band, np.exp(4 * typical.scatter))
-        self._band = np.nan_to_num(band, nan=0.0, posinf=np.inf)
-        if row.has_loss:
-            middle, spread = self.history.loss_level()
-            self._loss_band = middle + 3 * max(spread, abs(middle) / 10)
-        elif (
-            self.history.rows == _NO_LOSS and not self.history.losses
-        ):  # all of the first rows are judged, so this one is
+        self._band.follow(self.history)
+        if not row.has_loss and self.history.rows == _NO_LOSS and not self.history.losses:
+            # all of the first rows are judged, so this one is
             self.note("no loss seen: the loss rules are inactive. Pass it with monitor.loss(loss).")
 
     def _look_for_new_task(self, row: Row) -> None:
         """Begin a new task if a new optimizer makes its first step at a loss far above the usual, which it cannot have raised."""
         first, self._newest = self._newest < 0, row.optimizer
-        if first or self.history.losses < 2 or not row.loss > self._loss_band:
+        if first or self.history.losses < 2 or not row.loss > self._band.loss:
             return
         usual, _ = self.history.loss_level()
         self.history.begin_task(row)

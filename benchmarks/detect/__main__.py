@@ -82,7 +82,7 @@ def _write(
     wrong: list[str],
 ) -> None:
     rows = [
-        [row, GOALS[row], *(one[row] for _, _, ours, on_devices, _ in texts for one in (ours, on_devices))]
+        [row, GOALS.get(row, ""), *(one[row] for _, _, ours, on_devices, _ in texts for one in (ours, on_devices))]
         for row in texts[0][2]
     ]
     first = markdown(["", "goal", *(name for half, *_ in texts for name in (f"{half} half", on_device(half)))], rows)

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import weakref
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from gradwatch.distributed.words import Agreed, Local, United
 from gradwatch.errors import ExchangeError, PeerError
-from gradwatch.measure.deepspeed import group_of
 from gradwatch.measure.packed_row import (
     AFTER,
     BACKWARD_BAD,
@@ -45,99 +43,17 @@ from gradwatch.measure.packed_row import (
     PackedRow,
     UnpackedRow,
 )
-from gradwatch.measure.wrappers import flat_modules, is_dtensor, replica_of, whole_shapes
+from gradwatch.measure.wrappers import is_dtensor, whole_shapes
 from gradwatch.records import Culprits, CulpritSign
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from gradwatch.measure.layers import Layers
     from gradwatch.measure.measured_gradients import Measured
     from gradwatch.measure.sampling import Sample
 
 _PATIENCE = 30.0  # seconds that the first step waits for the other processes to attach
-
-
-class Unsupported(Exception):  # noqa: N818  it is a finding, reported in a note
-    """Raised for a kind of parallel training that cannot be measured as a whole; the message says why."""
-
-
-@dataclass(slots=True)
-class Local:
-    """What a single process knows of a step, besides norms.
-
-    Args:
-        loss: loss of this process; None: no loss was seen.
-        word: statement of this process about itself.
-        backward_bad: whether its own backward gave gradients that are not finite.
-        after: its part of the squared global norm after a clip by value at the previous step.
-        buffer_bad: whether a buffer of this process is not finite.
-    """
-
-    loss: float | None
-    word: Word
-    backward_bad: bool = False
-    after: float = 0.0
-    buffer_bad: bool = False
-
-
-@dataclass(slots=True)
-class Word:
-    """What a process states about itself with each row.
-
-    Nothing that only one process knows may decide what is exchanged or done, so all such facts are exchanged.
-
-    Args:
-        every: number of optimizer steps that it requests between rows; 0: no request.
-        closely: whether it requests close watching, with the weights sampled at each row.
-        failed: rules that failed in it, one bit each.
-        decided: number that identifies what auto-clip has decided in it so far.
-        leaves_out: whether its gradient scaler leaves out this step.
-    """
-
-    every: int = 0
-    closely: bool = False
-    failed: int = 0
-    decided: int = 0
-    leaves_out: bool = False
-
-
-@dataclass(slots=True)
-class Agreed:
-    """What all processes conclude from the words of all processes.
-
-    Args:
-        every: largest number of steps that a process requests between rows.
-        closely: whether any process requests close watching.
-        failed: rules that failed in any process, one bit each.
-        parted: ranks whose auto-clip has decided differently from the first process.
-        left_out: whether the gradient scalers of all processes leave out the step.
-    """
-
-    every: int
-    closely: bool
-    failed: int
-    parted: tuple[int, ...]
-    left_out: bool
-
-
-@dataclass(slots=True)
-class United:
-    """What all processes know of a step after the exchange.
-
-    Args:
-        loss: mean loss of the processes that saw one; None: no process did.
-        culprits: processes that non-finite values came from, if only some did.
-        after_norm: global norm after a clip by value at the previous step.
-        buffer_bad: whether a buffer of any process is not finite.
-        agreed: conclusions from the words of all processes.
-    """
-
-    loss: float | None
-    culprits: Culprits | None
-    after_norm: float
-    buffer_bad: bool
-    agreed: Agreed
 
 
 class Ranks:
@@ -380,47 +296,6 @@ _SIGNS: tuple[tuple[int, CulpritSign], ...] = (
     (GRADIENT_BAD, "gradient"),
 )
 _turns: dict[int, int] = {}
-
-
-def is_first() -> bool:
-    """Return True in the process that may draw a live view: rank 0, or the only process."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"
-
-
-def find_ranks(model: nn.Module, layers: Layers) -> Ranks | None:
-    """Return the processes that train ``model``, or None if this process trains it alone.
-
-    Raises:
-        Unsupported: several processes run, and it is not known how they share the work.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return None
-    group = group_of(model)
-    if group is not None:
-        return Ranks(layers, group) if dist.get_world_size(group) > 1 else None
-    world = dist.get_world_size()
-    replica = replica_of(model)
-    parameters: list[Any] = [parameter for _, parameter in layers.parameters()]
-    meshes = {parameter.device_mesh for parameter in parameters if is_dtensor(parameter)}
-    if meshes:
-        widest = max(meshes, key=lambda mesh: mesh.size())
-        copies = dist.get_world_size(replica.process_group) if replica is not None else 1
-        if widest.size() * copies == world:
-            return Ranks(layers, None, replica)
-        if widest.ndim == 1 and replica is None and len(meshes) == 1:
-            return Ranks(layers, widest.get_group())
-        raise Unsupported(f"a device mesh {tuple(widest.shape)} among {world} processes has no group of its own")
-    flat = flat_modules(model)
-    if flat:
-        between = getattr(flat[0], "_inter_node_pg", None)  # hybrid: sharded inside a node, replicated between nodes
-        whole_world = between is not None and dist.get_world_size(flat[0].process_group) * between.size() == world
-        split = 1 if flat[0].sharding_strategy.name == "NO_SHARD" else dist.get_world_size(flat[0].process_group)
-        return Ranks(layers, None if whole_world else flat[0].process_group, pieces=split)
-    if replica is not None:
-        return Ranks(layers, replica.process_group, replica)
-    raise Unsupported(f"{world} processes run, but this model uses none of DistributedDataParallel, FSDP, DTensor")
 
 
 def _home(group: Any) -> torch.device:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.clips import Clip
-    from gradwatch.distributed.group import Ranks, Word
+    from gradwatch.distributed.group import Ranks
+    from gradwatch.distributed.words import Word
     from gradwatch.measure.layers import Layers
     from gradwatch.measure.sampling import Sample, Sampling
     from gradwatch.probe.gradients import Gradients

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.autoclip.decision import Decision, DevicePlan
-    from gradwatch.distributed.group import Word
+    from gradwatch.distributed.words import Word
     from gradwatch.measure.packed_row import UnpackedRow
     from gradwatch.probe.gradients import Gradients
     from gradwatch.probe.recorder_parts import RecorderParts

@@ -15,7 +15,7 @@ from gradwatch.records import Provenance, Row
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from gradwatch.distributed.group import Word
+    from gradwatch.distributed.words import Word
     from gradwatch.measure.measured_gradients import Measured
     from gradwatch.measure.sampling import Sample
     from gradwatch.probe.gradients import Gradients

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch import device
 from gradwatch.distributed.agreement import PACE, differences, settings_of, told
-from gradwatch.distributed.group import Agreed, Local, Ranks, Unsupported, Word, find_ranks
+from gradwatch.distributed.find import Unsupported, find_ranks
+from gradwatch.distributed.words import Agreed, Local, Word
 from gradwatch.measure.checkpoints import buffers_are_bad
 from gradwatch.measure.packed_row import BUFFER_BAD, FLAGS
 from gradwatch.measure.readback import LAG
 
 if TYPE_CHECKING:
     from gradwatch.autoclip.decision import Decision
+    from gradwatch.distributed.group import Ranks
     from gradwatch.measure.layers import Layers
     from gradwatch.measure.measured_gradients import Measured
     from gradwatch.measure.packed_row import UnpackedRow

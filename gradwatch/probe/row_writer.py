@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from gradwatch.distributed.group import Ranks, Word
+    from gradwatch.distributed.group import Ranks
+    from gradwatch.distributed.words import Word
     from gradwatch.measure.readback import Slot
 
 _PATTERNS = 64  # patterns of layers with a gradient whose indices are kept on the device

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from gradwatch.distributed.group import Word
+    from gradwatch.distributed.words import Word
     from gradwatch.measure.layers import Layers
     from gradwatch.probe.gradient_hooks import GradientHooks
     from gradwatch.probe.gradients import Gradients

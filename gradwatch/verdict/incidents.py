@@ -12,15 +12,13 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import is_of_the_batch
-from gradwatch.history.statistics import median_and_mad
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
 from gradwatch.verdict.damage import Before, before_fault, damage_since, level_now, recovered_after
 from gradwatch.verdict.evidence import Evidence
+from gradwatch.verdict.harm import Harm
 from gradwatch.verdict.opening import opening_of
 from gradwatch.verdict.recurring import Recurring
 from gradwatch.verdict.story import Story, kind_of, phase_of, severity_of
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from gradwatch.history.history import History
-    from gradwatch.records import Origin, Role
+    from gradwatch.records import Origin
     from gradwatch.rules import Rule
     from gradwatch.verdict.settings import VerdictSettings
 
@@ -72,7 +70,7 @@ class Incidents:
         self._history = history
         self._settings = settings
         self._opening = frozenset(rule.code for rule in rules if rule.opens)
-        self._role = {rule.code: rule.role for rule in rules}
+        self._harm = Harm(history, rules, settings)
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
         self._broken = broken
@@ -204,7 +202,7 @@ class Incidents:
         if active:
             story.last_fired = step
             story.fired_steps += 1
-            if name == "explosion" and not story.harmed and self._look_for_harm(story):
+            if name == "explosion" and not story.harmed and self._harm.look_for(story):
                 story.harmed = touched = True
             if story.incident is None:
                 jumped = any(sign.kind == "spike" for sign in story.firing.values())
@@ -212,7 +210,7 @@ class Incidents:
                     return None  # growth while the loss is fine is kept as a sign, but opens no incident
                 touched = True
                 story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
-                story.jumped = self._has("jump", story.firing.values())
+                story.jumped = self._harm.has("jump", story.firing.values())
                 story.look_at = self._settings.lasting_steps
                 story.of_the_batch = step in story.odd_steps
                 story.odd_batch = story.of_the_batch or (story.jumped and is_of_the_batch(self._history))
@@ -222,7 +220,7 @@ class Incidents:
                     story.lasting = story.recurrence.grows
         may_last = not story.lasting and (story.harmed or not story.young) and not story.recurrence.routine
         if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
-            story.lasting = self._compare_level(story)
+            story.lasting = self._harm.level_lasts(story)
             story.look_at *= 2
             touched |= story.lasting
         if not active and self._try_to_end(name, step, calm=step - story.last_fired):
@@ -230,96 +228,6 @@ class Incidents:
         if not touched:
             return None
         return self._tell(story, step)
-
-    def _compare_level(self, story: Story) -> bool:
-        """Return True if the loss is still high and no longer decreases; called 12, 24, 48 ... steps after the opening.
-
-        The loss is high if it is more than twice its usual ceiling. It decreases, as after a change of the task, if it has come
-        back half of the way at the first check (two thirds at later ones), measured in logarithms, or if it is a fifth lower
-        than at the check before.
-        """
-        level, _ = self._history.loss_level(story.look_at - 2)
-        before, story.level = story.level, level
-        if not level > max(story.ceiling, 2 * story.ceiling):  # for a negative loss, the ceiling itself
-            return False
-        first = self._settings.lasting_steps
-        if story.look_at == first:
-            after = self._history.task_loss(last=first)
-            before, _ = median_and_mad(after[: first // 2])
-            level, _ = median_and_mad(after[first // 2 :])
-        way = 1 / 2 if story.look_at == first else 1 / 3
-        back = story.ceiling * (story.peak / story.ceiling) ** way if 0 < story.ceiling < story.peak else -math.inf
-        return not (level < back or before - level > abs(before) / 5)
-
-    def _look_for_harm(self, story: Story) -> bool:
-        """Return True if the firing signs show harm: the loss suffers, or a sign of growth is far beyond its limit.
-
-        Growth alone may be the start of learning. A loss that jumped farther than the last update can explain is caused by the
-        batch, and so is a surge in the same step, unless the update about to be made is too long.
-        """
-        signs, now = story.firing.values(), self._history.row.step
-        too_long = self._has("update", signs) or self._has("overshoot", signs)
-        if not too_long and is_of_the_batch(self._history):
-            story.odd_steps.add(now)
-        if (
-            story.recurrence.routine
-        ):  # the program changes its targets or data: what follows settles again, unless it breaks
-            return any(sign.kind == "nonfinite" or sign.sign == "numeric" for sign in signs) or self._has(
-                "damage", signs
-            )
-        told = [sign for sign in signs if sign.step not in story.odd_steps]
-        return (
-            any((sign.sign == "subtle" and sign.kind != "spike") or sign.sign == "numeric" for sign in signs)
-            or any(sign.kind == "nonfinite" for sign in signs)
-            or any(sign.kind == "spike" and sign.step == now for sign in told)
-            or (now not in story.odd_steps and self._history.loss_is_rising())
-            or self._far_beyond(told)
-            or self._has("backward", signs)
-            # early on only the coming update can be judged, and only before it is made; a single layer does not
-            # amplify gradients
-            or (
-                self._history.losses < EARLY
-                and self._history.row.family != "other"
-                and np.count_nonzero(self._history.matrices & self._history.arriving) > 1
-                and self._has("update", signs)
-            )
-            or any(
-                self._role[sign.code] == "overshoot"
-                and (self._history.losses < EARLY or self._history.row.step - sign.step >= EARLY)
-                for sign in signs
-            )
-        )
-
-    def _has(self, role: Role, signs: Iterable[Alarm]) -> bool:
-        return any(self._role[sign.code] == role for sign in signs)
-
-    def _far_beyond(self, signs: Iterable[Alarm]) -> bool:
-        """Return True if a surge is far beyond its limit, and either most layers do not surge so far or the loss is high.
-
-        At the end of a plateau, most layers surge together while the loss is at its level or falls.
-        """
-        times = self._settings.far * (
-            1 if self._history.task_rows >= 2 * EARLY else 2
-        )  # a typical norm from a few rows is unreliable
-        far = [sign for sign in signs if self._role[sign.code] == "surge" and sign.value > times * sign.limit]
-        if not far:
-            return False
-        if self._has("update", [sign for sign in signs if sign.step == self._history.row.step]):
-            return True  # no plateau ends with an update larger than the weights
-        middle, scatter = self._history.loss_level()
-        return 2 * len(far) <= len(self._history.layers) or not self._history.row.loss <= middle + scatter
-
-    def _falls(self, story: Story) -> bool:
-        """Return True if the loss, after it jumped, stays near its peak or falls and gradients settle.
-
-        The task may then have changed.
-        """
-        history, confirmed = self._history, self._has("damage", story.firing.values())
-        if not story.jumped or story.lasting or confirmed or history.row.loss > story.peak + abs(story.peak) / 4:
-            return False
-        assert story.incident is not None
-        settled = history.row.step - story.incident.opened_step >= self._settings.lasting_steps
-        return not (settled and bool((history.surge() > self._settings.settled).any()))
 
     def _try_to_end(self, name: str, step: int, calm: int) -> bool:
         if self._treatment is None or name != "explosion":
@@ -331,7 +239,12 @@ class Incidents:
         before = story.incident
         signs = tuple(story.signs.values())
         kind = kind_of([s for s in signs if story.harmed or s.sign != "growth"], lasting=story.lasting)
-        if kind in ("exploding", "diverging") and before is not None and before.kind == "spike" and self._falls(story):
+        if (
+            kind in ("exploding", "diverging")
+            and before is not None
+            and before.kind == "spike"
+            and self._harm.falls(story)
+        ):
             kind = "spike"
         story.harmless = self._is_harmless(story, signs)
         severity, verdict = severity_of(signs, kind, harmless=story.harmless)

@@ -1,0 +1,127 @@
+"""Whether the run suffers from what the signs of an incident show: whether the loss does, or a value is far beyond its limit."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.history.losses import EARLY
+from gradwatch.history.recurrence import is_of_the_batch
+from gradwatch.history.statistics import median_and_mad
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from gradwatch.history.history import History
+    from gradwatch.records import Alarm, Role
+    from gradwatch.rules import Rule
+    from gradwatch.verdict.settings import VerdictSettings
+    from gradwatch.verdict.story import Story
+
+
+class Harm:
+    """What the signs of a story and the loss say of the harm to the run.
+
+    Args:
+        history: the history of the run, which is only read.
+        rules: the rules that fire the signs.
+        settings: the limits of the verdict.
+    """
+
+    def __init__(self, history: History, rules: Sequence[Rule], settings: VerdictSettings) -> None:
+        self._history = history
+        self._settings = settings
+        self._role = {rule.code: rule.role for rule in rules}
+
+    def has(self, role: Role, signs: Iterable[Alarm]) -> bool:
+        """Return whether a rule with this role has fired one of the signs."""
+        return any(self._role[sign.code] == role for sign in signs)
+
+    def look_for(self, story: Story) -> bool:
+        """Return True if the firing signs show harm: the loss suffers, or a sign of growth is far beyond its limit.
+
+        Growth alone may be the start of learning. A loss that jumped farther than the last update can explain is caused by the
+        batch, and so is a surge in the same step, unless the update about to be made is too long.
+        """
+        signs, now = story.firing.values(), self._history.row.step
+        too_long = self.has("update", signs) or self.has("overshoot", signs)
+        if not too_long and is_of_the_batch(self._history):
+            story.odd_steps.add(now)
+        if (
+            story.recurrence.routine
+        ):  # the program changes its targets or data: what follows settles again, unless it breaks
+            return any(sign.kind == "nonfinite" or sign.sign == "numeric" for sign in signs) or self.has(
+                "damage", signs
+            )
+        told = [sign for sign in signs if sign.step not in story.odd_steps]
+        return (
+            any((sign.sign == "subtle" and sign.kind != "spike") or sign.sign == "numeric" for sign in signs)
+            or any(sign.kind == "nonfinite" for sign in signs)
+            or any(sign.kind == "spike" and sign.step == now for sign in told)
+            or (now not in story.odd_steps and self._history.loss_is_rising())
+            or self._far_beyond(told)
+            or self.has("backward", signs)
+            # early on only the coming update can be judged, and only before it is made; a single layer does not
+            # amplify gradients
+            or (
+                self._history.losses < EARLY
+                and self._history.row.family != "other"
+                and np.count_nonzero(self._history.matrices & self._history.arriving) > 1
+                and self.has("update", signs)
+            )
+            or any(
+                self._role[sign.code] == "overshoot"
+                and (self._history.losses < EARLY or self._history.row.step - sign.step >= EARLY)
+                for sign in signs
+            )
+        )
+
+    def level_lasts(self, story: Story) -> bool:
+        """Return True if the loss is still high and no longer decreases; called 12, 24, 48 ... steps after the opening.
+
+        The loss is high if it is more than twice its usual ceiling. It decreases, as after a change of the task, if it has come
+        back half of the way at the first check (two thirds at later ones), measured in logarithms, or if it is a fifth lower
+        than at the check before.
+        """
+        level, _ = self._history.loss_level(story.look_at - 2)
+        before, story.level = story.level, level
+        if not level > max(story.ceiling, 2 * story.ceiling):  # for a negative loss, the ceiling itself
+            return False
+        first = self._settings.lasting_steps
+        if story.look_at == first:
+            after = self._history.task_loss(last=first)
+            before, _ = median_and_mad(after[: first // 2])
+            level, _ = median_and_mad(after[first // 2 :])
+        way = 1 / 2 if story.look_at == first else 1 / 3
+        back = story.ceiling * (story.peak / story.ceiling) ** way if 0 < story.ceiling < story.peak else -math.inf
+        return not (level < back or before - level > abs(before) / 5)
+
+    def falls(self, story: Story) -> bool:
+        """Return True if the loss, after it jumped, stays near its peak or falls and gradients settle.
+
+        The task may then have changed.
+        """
+        history, confirmed = self._history, self.has("damage", story.firing.values())
+        if not story.jumped or story.lasting or confirmed or history.row.loss > story.peak + abs(story.peak) / 4:
+            return False
+        assert story.incident is not None
+        settled = history.row.step - story.incident.opened_step >= self._settings.lasting_steps
+        return not (settled and bool((history.surge() > self._settings.settled).any()))
+
+    def _far_beyond(self, signs: Iterable[Alarm]) -> bool:
+        """Return True if a surge is far beyond its limit, and either most layers do not surge so far or the loss is high.
+
+        At the end of a plateau, most layers surge together while the loss is at its level or falls.
+        """
+        times = self._settings.far * (
+            1 if self._history.task_rows >= 2 * EARLY else 2
+        )  # a typical norm from a few rows is unreliable
+        far = [sign for sign in signs if self._role[sign.code] == "surge" and sign.value > times * sign.limit]
+        if not far:
+            return False
+        if self.has("update", [sign for sign in signs if sign.step == self._history.row.step]):
+            return True  # no plateau ends with an update larger than the weights
+        middle, scatter = self._history.loss_level()
+        return 2 * len(far) <= len(self._history.layers) or not self._history.row.loss <= middle + scatter
