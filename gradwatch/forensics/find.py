@@ -129,6 +129,8 @@ def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 def _error(marks: Sequence[Mark], what: str, batch: int) -> NonFiniteError:
     mark = sole(marks)
+    if not marks:
+        return NonFiniteError(f"{what} is not finite; no operation that was watched has made it.")
     if mark is None:
         known = [str(origin_of(one, "watched step")) for one in ordered(marks)]
         listed = "".join(f"\n  {line}" for line in known)

@@ -9,7 +9,7 @@ from gradwatch.forensics.explain import called_at, origin_of, sole
 from gradwatch.forensics.graph_walk import LossGraph
 from gradwatch.forensics.loss_again import LossAgain
 from gradwatch.forensics.marks import Mark
-from gradwatch.forensics.names import Names, inputs_of, tensors_in
+from gradwatch.forensics.names import OUTPUT, Names, inputs_of, tensors_in
 from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, rows_of
 from gradwatch.forensics.replay import Repeat, Replay, batch_of, first_cause, is_faithful, know_rows
 from gradwatch.forensics.standins import CannotRepeatError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradwatch.forensics.capture import Call
     from gradwatch.forensics.singular import Singular
     from gradwatch.forensics.statements import Backward
-    from gradwatch.records import Origin, Way
+    from gradwatch.records import Origin, Part, Way
 
 
 _NOT_KEPT = "the inputs of the model were not kept in this step (forensics=True keeps those of each step)"
@@ -63,6 +63,7 @@ class Investigation:
         self._may_run = may_run
         self.guilty: Call | None = calls[0] if len(calls) == 1 else None
         self._reasons: list[str] = []
+        self._silent: Origin | None = None  # infinities that a forward has written on purpose, if it has made no others
 
     # A loss that is not finite.
 
@@ -90,11 +91,14 @@ class Investigation:
             if faithful is not False:
                 return origin
             unfaithful = origin
-        if outputs and not any(map(is_nonfinite, outputs)) and (again := self._source(backward=False)) is not None:
+        again = self._source(backward=False)
+        if again is not None and again.name == OUTPUT:
+            again = self._silent  # what counts is in what the model returned
+        if again is not None:
             return again
         mark = self._in_graph(losses, outputs)
         if mark is not None:
-            origin = origin_of(mark, "graph", batch=self._batch, part="loss code" if outputs else "unknown")
+            origin = origin_of(mark, "graph", batch=self._batch, part=self._part_of(mark))
             if unfaithful is not None and unfaithful.op == origin.op:
                 return unfaithful
             return origin
@@ -132,7 +136,7 @@ class Investigation:
             return again
         mark = singular.first(self._names(), self._batch)
         if mark is not None:
-            return origin_of(mark, "graph", batch=self._batch)
+            return origin_of(mark, "graph", batch=self._batch, part=self._part_of(mark))
         repeated = "no operation made a non-finite gradient of finite ones when the step was repeated"
         raise NothingFound(self._reason(repeated if self._calls else "the graph of the loss is gone"))
 
@@ -151,7 +155,7 @@ class Investigation:
         repeat = Repeat(self._model, call, together=True)
         result = repeat.run()  # only once: the other processes run it once
         mark = sole([one for one in result.marks if not one.mute])
-        if mark is not None and (mark.subject in ("operation", "written") or (mark.subject == "input" and mark.name)):
+        if mark is not None and (mark.subject in ("operation", "written", "input")):
             self.guilty = call
             faithful = is_faithful(call, result.outputs)
             origin = origin_of(mark, "replay", batch=repeat.batch, part="model")
@@ -199,9 +203,11 @@ class Investigation:
             repeat = Repeat(self._model, call, gradients)
             result: Replay = repeat.run()
             mark = first_cause(repeat, result)
-            if mark is None:
+            if mark is None or mark.earlier:
                 if is_faithful(call, result.outputs) is False:
                     self._reasons.append("the repeated forward gave another result")
+                elif mark is None and all(one.mute for one in result.marks) and (silent := sole(result.marks)):
+                    self._silent = origin_of(silent, "replay", batch=repeat.batch, part="model").repeated(faithful=True)
                 elif any(not one.mute for one in result.marks):
                     self._reasons.append("several operations made it, and which of them counts is not known")
                 return None
@@ -240,8 +246,20 @@ class Investigation:
                     marks = again.run(backward=backward)
                 except Exception as failure:  # the user's code may raise anything
                     self._reasons.append(_told("the statements of the loss cannot be run again", failure))
-        mark = sole([one for one in marks if one.subject in ("operation", "written") and not one.mute])
-        return origin_of(mark, way, batch=self._batch, part="loss code") if mark is not None else None
+        mark = sole(marks)
+        if mark is None or mark.earlier or mark.subject in ("weight", "buffer"):
+            return None
+        if backward and (
+            mark.mute or mark.name == OUTPUT
+        ):  # only what ran in the backward makes gradients of finite losses
+            return None
+        return origin_of(mark, way, batch=self._batch, part="loss code")
+
+    def _part_of(self, mark: Mark) -> Part:
+        """Return whether a node of the graph was made in a forward of the model."""
+        if not mark.order or mark.order < min((one.first for one in self._calls), default=mark.order + 1):
+            return "unknown"  # numbers are not known in this version of torch, or the node is older than what was kept
+        return "model" if any(one.made(mark.order) for one in self._calls) else "loss code"
 
     @property
     def _batch(self) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 from gradwatch.forensics.capture import outputs_in
 from gradwatch.forensics.evaluate import Evaluator
 from gradwatch.forensics.operands import is_nonfinite
+from gradwatch.forensics.pure import is_plain
 from gradwatch.forensics.same_graph import is_same_graph
 from gradwatch.forensics.source import Scope
 from gradwatch.forensics.standins import CannotRepeatError, eagerly, generators_kept
@@ -93,6 +94,7 @@ class LossAgain:
             raise CannotRepeatError("the model and the backward are not called in one function")
         source = statements_of(self._call.file, self._call.line, self._at.line)
         output = _detached(self._call.output)
+        self._names.add_outputs(one for _, one in outputs_in(output))
         trace = Trace(self._names, LossAgain._marks.__code__, batch=self._batch, alone=True, random=False)
         with ExitStack() as stack:
             stack.enter_context(generators_kept())
@@ -173,6 +175,8 @@ def _detached(output: Any) -> Any:
         return type(output)(_detached(one) for one in output)
     if type(output) is dict:
         return {key: _detached(one) for key, one in output.items()}
+    if is_plain(output):
+        return output
     raise CannotRepeatError("the output of the model is no tensor, list, tuple or dict")
 
 

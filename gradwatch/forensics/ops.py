@@ -53,6 +53,13 @@ _LINEAR = frozenset(
         *("neg", "sub", "sum", "threshold_backward"),
     )
 )
+# operations that multiply what they get, which infinities of a mask do not meet
+_MULTIPLIES = frozenset(
+    (
+        *("addmm", "addmv", "baddbmm", "bmm", "convolution", "dot", "mkldnn_rnn_layer", "mm", "mul", "mv"),
+        *("batch_norm", "group_norm", "layer_norm", "rms_norm"),
+    )
+)
 _TAME = 1e6  # numbers of which sums of products do not overflow in float32
 _PLAIN = {
     "log_softmax_backward_data": "log_softmax",
@@ -149,6 +156,12 @@ def only_passes_on(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor],
         if not torch.linalg.vector_norm(known).item() < _TAME:
             return False
     return True
+
+
+@cache
+def multiplies(func: Any) -> bool:
+    """Return whether an operation multiplies all that it gets with each other."""
+    return name_of(func) in _MULTIPLIES
 
 
 @cache

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradwatch.forensics.names import Names
+    from gradwatch.records import Subject
 
     Inputs = list[tuple[str, Tensor]]
 
@@ -75,7 +76,7 @@ class Trace(TorchDispatchMode):
         self._updating = False
         self._repaired = repaired
         self._calls: dict[int, tuple[str, Place]] = {}  # number of a node of autograd -> the forward that made it
-        self._outside: dict[int, Mark] = {}
+        self._outside: dict[Any, Mark] = {}
         self._originals: dict[
             int, Tensor
         ] = {}  # copies of what an operation has changed in place -> the tensors themselves
@@ -146,32 +147,43 @@ class Trace(TorchDispatchMode):
         bad = [(name, one) for name, one in inputs if is_nonfinite(one)]
         if not bad:
             return (self._new(func, args, kwargs, inputs, outputs[0], order),)
-        each = [self.marks_of(one, func, order) for _, one in bad]
+        each = [self.marks_of(one, func, order, name) for name, one in bad]
         each = self._that_count(func, args, kwargs, bad, each, outputs[0])
         inherited = ordered(mark for marks in each for mark in marks)
         # what infinities that were written on purpose become, such as the softmax of a row that is masked altogether
         mute = all(mark.mute for mark in inherited)
         if mute and (any(map(has_nan, outputs)) or ops.name_of(func) == "logsumexp"):
+            given = [mark for mark in inherited if mark.subject in ("input", "argument")]
+            if given and ops.multiplies(func):  # no mask, for one is only added or chosen by
+                return tuple(mark.heard() for mark in given)
             return (self._new(func, args, kwargs, inputs, outputs[0], order),)
         if self._makes(func, args, kwargs, [one for _, one in bad], [one for _, one in inputs]):
             inherited = ordered((*inherited, self._new(func, args, kwargs, inputs, outputs[0], order)))
         return inherited
 
-    def marks_of(self, tensor: Tensor, func: Any = None, order: int = -1) -> tuple[Mark, ...]:
-        """Return the marks of a tensor that is not finite, also of one that was made before anything was watched."""
+    def marks_of(self, tensor: Tensor, func: Any = None, order: int = -1, name: str = "") -> tuple[Mark, ...]:
+        """Return the marks of a tensor that is not finite, also of one that was made before anything was watched.
+
+        Args:
+            tensor: the tensor.
+            func: operation that got it; None if there is none.
+            order: index of the operation.
+            name: argument of the operation.
+        """
         here = local_of(self._originals.get(id(tensor), tensor).detach())
         found = self.marked.of(here)
-        return found or (self._from_outside(here, tensor, func, order),)
+        return found or (self._from_outside(here, tensor, func, order, name),)
 
-    def _from_outside(self, itself: Tensor, tensor: Tensor, func: Any, order: int) -> Mark:
+    def _from_outside(self, itself: Tensor, tensor: Tensor, func: Any, order: int, argument: str) -> Mark:
         known = self.names.of(itself)
-        subject = "input" if known is None else known.subject
-        mute = subject in ("buffer", "input") and not has_nan(tensor)
-        name = known.name if known is not None else ""
-        key = id(known.tensor) if known is not None else -1 - order
+        subject: Subject = "argument" if known is None else known.subject
+        mute = subject != "weight" and not has_nan(tensor)
+        name = known.name if known is not None else argument
+        key = id(known.tensor) if known is not None else (order, argument)
         if key not in self._outside:
             place = place_of(self.names, 4, self._until) if func is not None else Place()
-            rows = rows_of(tensor) if known is not None and len(tensor.shape) and len(tensor) == self.batch else ()
+            of_batch = known is not None or self.names.has_no_dimension_of(self.batch)
+            rows = rows_of(tensor) if of_batch and len(tensor.shape) and len(tensor) == self.batch else ()
             self._outside[key] = Mark(
                 order,
                 subject,
@@ -180,10 +192,13 @@ class Trace(TorchDispatchMode):
                 backward=place.inside_backward,
                 place=place,
                 name=name,
+                earlier=known is None and tensor.grad_fn is not None,
                 inputs=(operand_of(name or "input", tensor),),
                 rows=rows,
                 rows_known=bool(rows),
             )
+            if known is None and func is not None:
+                self.marked.put(itself, (self._outside[key],))  # the first operation that met it
         return self._outside[key]
 
     def _that_count(
@@ -287,8 +302,8 @@ def _repair(tensor: Tensor) -> None:
 
 
 def marks_in(trace: Trace, tensors: Iterable[Tensor]) -> tuple[Mark, ...]:
-    """Return the marks of those tensors that are not finite."""
-    return ordered(_marks_in(trace, tensors))
+    """Return the marks of those tensors that are not finite; none of one that no operation has made or met."""
+    return ordered(mark for mark in _marks_in(trace, tensors) if mark.op or mark.subject != "argument")
 
 
 def _marks_in(trace: Trace, tensors: Iterable[Tensor]) -> Iterator[Mark]:
