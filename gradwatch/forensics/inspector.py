@@ -214,13 +214,11 @@ class Inspector:
     def _look_together(self, row: Row, together: Together | None) -> None:
         """Repeat the forward in all processes at once, if all of them can: each has a part of the weights."""
         model, calls = self._model(), list(self._capture.calls)
-        if model is None or self._explained:
-            ready = False
-        else:
-            ready = self._left > 0 and len(calls) == 1 and can_repeat_together(model, calls[0])
+        free = not self._explained and self._left > 0
+        ready = model is not None and free and can_repeat_together(model, calls)
         if together is not None and self._sharing.agree(together, ready=ready):
             backward = not row.loss_nonfinite
-            self._investigate(lambda inquiry: inquiry.of_all_together(backward=backward), calls)
+            self._investigate(lambda inquiry: inquiry.of_all_together(self._singular, backward=backward), calls)
         elif not self._explained:
             self._note(
                 "which operation made a step non-finite is not looked for under DeepSpeed."

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from gradwatch.errors import words_of
 from gradwatch.forensics.explain import called_at, origin_of, sole
-from gradwatch.forensics.graph_walk import LossGraph
+from gradwatch.forensics.graph_walk import LossGraph, nodes_below
 from gradwatch.forensics.loss_again import LossAgain
 from gradwatch.forensics.marks import Mark
 from gradwatch.forensics.names import OUTPUT, Names, inputs_of, tensors_in
 from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, rows_of
 from gradwatch.forensics.replay import Repeat, Replay, batch_of, first_cause, is_faithful, know_rows
+from gradwatch.forensics.spread import fit_whole, whole
 from gradwatch.forensics.standins import CannotRepeatError
 from gradwatch.measure.wrappers import unwrapped
 
@@ -142,15 +143,19 @@ class Investigation:
 
     # A step of all processes together.
 
-    def of_all_together(self, *, backward: bool) -> Origin:
+    def of_all_together(self, singular: Singular, *, backward: bool) -> Origin:
         """Return the origin of a step whose weights are spread over processes, all of which call this at once.
 
         Args:
+            singular: nodes of the loss whose backward may not be finite.
             backward: whether the losses are finite, and gradients are not.
 
         Raises:
             NothingFound: it is not known, or it was in another process.
         """
+        if fit_whole(unwrapped(self._model)):
+            with whole(unwrapped(self._model)):
+                return self.of_gradients(singular) if backward else self._of_forward()
         (call,) = self._calls
         repeat = Repeat(self._model, call, together=True)
         result = repeat.run()  # only once: the other processes run it once
@@ -163,6 +168,25 @@ class Investigation:
         if not result.marks and (again := self._source(backward=backward)) is not None:
             return again
         raise NothingFound(self._reason("the model of this process was finite when all of them repeated its forward"))
+
+    def _of_forward(self) -> Origin:
+        """Return the origin of a loss that is not finite, after its backward, which has freed what its graph kept."""
+        for call in self._calls:
+            if not call.outputs or any(map(is_nonfinite, self._used(call))):
+                found = self._repeat(call)
+                if found is not None and found[1] is not False:
+                    return found[0]
+        again = self._source(backward=False)
+        again = self._silent if again is not None and again.name == OUTPUT else again
+        if again is not None:
+            return again
+        raise NothingFound(self._reason("the model of this process was finite when its forward was repeated"))
+
+    def _used(self, call: Call) -> list[Tensor]:
+        """Return the outputs of a forward that are in the graph of the loss."""
+        roots = self._backward.roots if self._backward is not None else []
+        nodes = set(nodes_below([one.grad_fn for one in roots]))
+        return [one for one in call.outputs if one.grad_fn in nodes]
 
     # Inputs of an earlier step.
 
