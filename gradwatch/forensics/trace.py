@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradwatch.forensics import ops
 from gradwatch.forensics.frames import Place, place_of
 from gradwatch.forensics.marks import Mark, Marked, ordered
-from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, plain, rows_of
+from gradwatch.forensics.operands import has_nan, is_nonfinite, nonfinite_in, operand_of, plain, rows_of
 from gradwatch.forensics.standins import CannotRepeatError
 from gradwatch.measure.wrappers import local_of
 
@@ -207,11 +207,11 @@ class Trace(TorchDispatchMode):
         """Return the marks of those inputs whose non-finite elements reach the output; `where` may drop some."""
         if len(set(each)) < 2 or not ops.can_repeat(func):
             return each
-        whole = ~torch.isfinite(plain(output))  # type: ignore[arg-type]
+        whole = nonfinite_in(plain(output))  # type: ignore[arg-type]
         counting = []
         for (_, one), marks in zip(bad, each, strict=True):
             trial = self._first_of(ops.repeated(func, args, kwargs, [one], _FINITE))
-            if trial is None or trial.shape != whole.shape or not torch.equal(~torch.isfinite(trial), whole):
+            if trial is None or trial.shape != whole.shape or not torch.equal(nonfinite_in(trial), whole):
                 counting.append(marks)
         return counting or each
 
