@@ -95,7 +95,8 @@ def failing(workload: Workload) -> float | None:
 
         def make(root: Root = root) -> Any:
             model, loss = workload.make()
-            model.insert(len(model) // 2, root)  # type: ignore[operator]  # a sequence, as seen above
+            assert isinstance(model, nn.Sequential)
+            model.insert(len(model) // 2, root)
             return model, loss
 
         bench = Bench(make, fused=False)

@@ -138,18 +138,18 @@ class Inspector:
     def backward_begins(self, roots: Any, losses: list[Any]) -> None:
         """Prepare for a backward; find the origin of a loss that is not finite, while its graph is whole."""
         try:
-            calls = self._capture.calls
-            if calls:
-                self._backward = backward_at(line_of(sys._getframe())[2], losses, _tensors(roots))
+            every = self._capture.calls
+            calls = [call for call in every if not call.backward]
+            if every:
+                self._backward = backward_at(line_of(sys._getframe())[2], losses, _tensors(roots), calls or list(every))
             if not self._are_finite(losses):
                 self._in_trouble = True
                 self._watched(_tensors(roots))
                 if self._is_spread():  # no process may repeat anything alone
                     return
-                calls = [call for call in calls if not call.backward]
                 self._investigate(lambda inquiry: inquiry.of_loss(_tensors(roots)), calls)
-            elif calls:
-                self._prepare([call for call in calls if not call.backward], _tensors(roots))
+            elif every:
+                self._prepare(calls, _tensors(roots))
         except Exception as error:  # nothing of it may reach the training
             self._capture_failed(error)
 

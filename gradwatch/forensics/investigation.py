@@ -255,9 +255,9 @@ class Investigation:
 
         Only if that was asked for, and if the source is not understood, its statements are run.
         """
-        if self._backward is None or len(self._calls) != 1 or not self._calls[0].outputs:
+        if self._backward is None or not all(call.outputs for call in self._backward.calls):
             return None
-        again = LossAgain(self._model, self._calls[0], self._backward, self._names(), self._batch)
+        again = LossAgain(self._model, self._backward, self._names(), self._batch)
         marks: tuple[Mark, ...] = ()
         way: Way = "source"
         try:
