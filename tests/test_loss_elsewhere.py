@@ -160,3 +160,27 @@ def test_a_step_that_remembers_something_is_not_computed_again() -> None:
     assert len(seen) == 1
     assert found is not None
     assert (found.op, found.found_by, found.line) == ("log", "graph", 0)
+
+
+@pytest.mark.parametrize("inner", [nn.ReLU(), nn.Dropout(0.5)])
+def test_the_output_of_another_model_is_computed_again_if_it_is_made_of_modules_that_keep_nothing(
+    inner: nn.Module,
+) -> None:
+    """One that draws random numbers is not."""
+    other = nn.Sequential(nn.Linear(WIDTH, WIDTH), inner)
+
+    def program(training: Training) -> None:
+        x, _ = training.batch
+        out, weight = training.model(x), other(x)
+        loss = (out.sigmoid() * weight.clamp_min(0).log()).mean()
+        loss.backward()
+        training.optimizer.step()
+
+    found = origin_of(program, Training())
+    assert found is not None
+    assert (found.op, found.direction) == ("log", "forward")
+    if isinstance(inner, nn.ReLU):
+        assert found.found_by == "source"
+        assert ".log()" in linecache.getline(found.file, found.line)
+    else:
+        assert (found.found_by, found.line) == ("graph", 0)
