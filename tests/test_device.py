@@ -635,8 +635,9 @@ def test_a_first_step_is_left_alone_where_nothing_says_that_it_overshoots() -> N
         assert (monitor.history.clip_coefficient() == 1).all()
 
 
+@pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("damaged", ["2.weight", "4.weight"])
-def test_a_layer_whose_weights_were_changed_is_the_suspect_a_step_later(as_on_a_device: None, damaged: str) -> None:
+def test_a_layer_whose_weights_were_changed_is_the_suspect_a_step_later(damaged: str) -> None:
     """The row that opens the incident came without weights; those of the next one say where it was done."""
     torch.manual_seed(0)
     model = mlp(depth=4)

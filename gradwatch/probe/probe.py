@@ -184,7 +184,7 @@ class Probe:
 
     def backward_ended(self, run: Run) -> None:
         """Record the losses of a backward that has ended, and make a row if no optimizer step is going to follow."""
-        started = perf_counter()
+        started, before = perf_counter(), self._own_time.seconds
         if self._investigator is not None and self._investigator.watching:
             self._investigator.backward_ended()
         if self._turns.watches:
@@ -201,7 +201,7 @@ class Probe:
                 self._guarded(self._end_of_fused_backward, run.losses)
             elif self._loop.kind != "optimizer":
                 self._guarded(self._end_of_backward)
-        self._own_time.seconds += perf_counter() - started
+        self._own_time.seconds = before + perf_counter() - started  # what was called here has counted itself
 
     def _end_of_backward(self) -> None:
         if self._loop.backward_ended():
