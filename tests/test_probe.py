@@ -515,6 +515,7 @@ def test_own_time_counts_a_row_that_the_end_of_a_backward_makes_once(monkeypatch
 
     model = mlp()
     x, y = data()
+    then, rows, began = 0.0, 0, 0.0
     with watch(model) as monitor:
         for step in range(12):
             if step == 6:
@@ -524,7 +525,7 @@ def test_own_time_counts_a_row_that_the_end_of_a_backward_makes_once(monkeypatch
             with torch.no_grad():
                 for parameter in model.parameters():
                     assert parameter.grad is not None
-                    parameter -= 0.01 * parameter.grad
+                    parameter.sub_(0.01 * parameter.grad)
                     parameter.grad = None
     assert monitor.history.rows - rows == 6
     assert 6 * 0.02 <= monitor._probe.seconds - then <= time.perf_counter() - began
