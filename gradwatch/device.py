@@ -1,4 +1,4 @@
-"""Properties of devices: whether reading is free, the widest float, and whether a CUDA graph is being captured."""
+"""Devices: what can be read there without waiting, how tensors move, the widest float, whether a graph is captured."""
 
 from __future__ import annotations
 

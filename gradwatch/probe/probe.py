@@ -1,7 +1,8 @@
 """The hooks and patches of one monitor, and the moments at which it acts: one row just before each update.
 
 One process-wide pair of optimizer hooks serves all probes. The only other hooks are the post-accumulate hooks of
-`gradwatch.probe.gradient_hooks`; where torch has no hook it is patched (`gradwatch.probe.patches`). The model is held weakly.
+`gradwatch.probe.gradient_hooks` and two on the model's forward, of `gradwatch.forensics.capture`. Where torch has no hook it is
+patched (`gradwatch.probe.patches`). The model is held weakly.
 """
 
 from __future__ import annotations
