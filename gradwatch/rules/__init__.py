@@ -53,7 +53,7 @@ RULES: tuple[type[Rule], ...] = (
 
 
 def default_rules() -> list[Rule]:
-    """Return one instance of each rule with default thresholds."""
+    """Return one instance of each rule with its default limits."""
     return [rule() for rule in RULES]
 
 

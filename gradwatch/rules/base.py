@@ -1,4 +1,4 @@
-"""The base class of rules: frozen thresholds and one measured quantity.
+"""The base class of rules: frozen limits and one measured quantity.
 
 How long a condition must hold is decided by `gradwatch.verdict.alarms`, not by the rule.
 """
