@@ -36,6 +36,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "cells": set(),
     "device": set(),
     "shutdown": set(),
+    "version": set(),
     "settings": {"errors"},
     "records": {"text"},
     "history": {"errors", "records"},
@@ -58,13 +59,16 @@ MAY_KNOW: dict[str, set[str]] = {
     "page": {"errors", "history", "records", "reports", "runlog", "text"},
     "monitor": {
         *("autoclip", "cells", "errors", "forensics", "history", "measure", "pipeline"),
-        *("probe", "records", "reports", "rules", "runlog", "shutdown"),
+        *("probe", "records", "reports", "rules", "runlog", "shutdown", "version"),
     },
     "attach": {
         *("autoclip", "cells", "clips", "device", "distributed", "errors", "forensics"),
         *("measure", "monitor", "probe", "records", "reports", "rules"),
     },
-    "__init__": {"attach", "autoclip", "clips", "errors", "forensics", "monitor", "records", "reports", "rules"},
+    "__init__": {
+        *("attach", "autoclip", "clips", "errors", "forensics", "monitor"),
+        *("records", "reports", "rules", "version"),
+    },
     "integrations": {"attach", "autoclip", "clips", "errors", "monitor", "records", "reports", "rules", "text"},
     "commands": {
         *("__init__", "autoclip", "errors", "forensics", "history", "offline", "page"),
