@@ -155,11 +155,12 @@ class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
             return
         told = self._session.numbers(self._taps)
         # each epoch has the same names, because loggers of Keras make columns of the first one's
-        logs.update({f"gradwatch/{name}": told.get(f"gradwatch/{name}", math.nan) for name in _NUMBERS})
-        norm = "gradwatch/gradient_norm/"
+        root = self._session.root
+        logs.update({root + name: told.get(root + name, math.nan) for name in _NUMBERS})
+        norm = f"{root}gradient_norm/"
         worst = ", ".join(f"{name[len(norm) :]} {value:.3g}" for name, value in told.items() if name.startswith(norm))
-        texts = {"gradwatch/incidents": "", **self._session.texts(), "gradwatch/worst_layers": worst}
-        texts["gradwatch/verdict"] = self._session.verdict
+        texts = {f"{root}incidents": "", **self._session.texts(), f"{root}worst_layers": worst}
+        texts[f"{root}verdict"] = self._session.verdict
         for name, text in texts.items():
             self.model.history.history.setdefault(name, []).append(text)
 

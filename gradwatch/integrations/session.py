@@ -14,7 +14,7 @@ from gradwatch.attach import attach
 from gradwatch.errors import UsageError, did_you_mean, shown
 from gradwatch.reports.base import Report
 from gradwatch.reports.log import write_line
-from gradwatch.reports.scalars import scalars_of, text_of
+from gradwatch.reports.scalars import root_of, scalars_of, text_of
 from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Session:
 
     Attributes:
         monitor: monitor of the current or last training; None before the first one.
+        root: what the names of all that is logged begin with.
 
     Raises:
         UsageError: an argument is unknown or invalid.
@@ -113,6 +114,7 @@ class Session:
         self._settings["report"] = _beside_bars(self._settings.get("report", "auto"))
         self._stops = _STOPS[stop_on] if stop_on is not None else ()
         self._worst = worst
+        self.root = root_of(self._settings.get("name") or "")
         self._news = News()
         self._verdict_logged = ""
         self._stop_told = False
@@ -201,17 +203,17 @@ class Session:
         told = scalars_of(snapshot, self._worst)
         absent = np.flatnonzero(np.isnan(snapshot.grad_norm) & (snapshot.nonfinite == 0))
         for column in absent.tolist():  # a layer without a gradient has no norm; NaN would say that it is not finite
-            told.pop(f"gradwatch/gradient_norm/{snapshot.layers[column]}", None)
+            told.pop(f"{self.root}gradient_norm/{snapshot.layers[column]}", None)
         if scaler is not None and scaler.is_enabled():
-            told["gradwatch/loss_scale"] = float(scaler.get_scale())
+            told[f"{self.root}loss_scale"] = float(scaler.get_scale())
         return told
 
     def texts(self) -> dict[str, str]:
         """Return what changed since the last call, as text by name: incidents, and the verdict."""
         changed = self._news.take()
-        told = {"gradwatch/incidents": text_of(changed)} if changed else {}
+        told = {f"{self.root}incidents": text_of(changed)} if changed else {}
         if self._news.verdict != self._verdict_logged and self.monitor is not None and self.monitor.history.rows:
-            self._verdict_logged = told["gradwatch/verdict"] = self._news.verdict
+            self._verdict_logged = told[f"{self.root}verdict"] = self._news.verdict
         return told
 
     def _warn(self, text: str) -> None:
