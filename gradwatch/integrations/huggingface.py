@@ -98,9 +98,9 @@ class GradwatchCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._session.begin(model, self._saved)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the training at the verdict ``stop_on``, and refuse a checkpoint that is due."""
+        """End the training at the verdict ``stop_on``, after logging this step; refuse a checkpoint that is due."""
         if self._session.wants_stop():
-            control.should_training_stop = True
+            control.should_training_stop = control.should_log = True
         self._refuse(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
