@@ -40,7 +40,7 @@ _handles: list[RemovableHandle] = []
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     if device.capturing():
         return _captured(optimizer)
-    if _only_makes_state(optimizer, args, kwargs):
+    if (kwargs or len(args) > 1) and _only_makes_state(optimizer):
         return None
     changed, meant = None, None
     for ref in _probes:
@@ -61,13 +61,11 @@ def _captured(optimizer: Optimizer) -> None:
     tell([probe for ref in _probes if (probe := ref()) is not None], "captured", optimizer)
 
 
-def _only_makes_state(optimizer: Optimizer, args: Any, kwargs: Any) -> bool:
+def _only_makes_state(optimizer: Optimizer) -> bool:
     """Return whether the step is one of torch's distributed checkpoints, which make the state that an optimizer has not yet.
 
     They do so by a step with gradients and rates of zero, ``step(closure=None)``, before they save or load.
     """
-    if len(args) == 1 and not kwargs:
-        return False
     rate = next(iter(optimizer.param_groups), {}).get("lr", 0.0)
     if not (rate.is_cpu and not rate.any() if isinstance(rate, torch.Tensor) else rate == 0):
         return False
@@ -79,7 +77,7 @@ def _only_makes_state(optimizer: Optimizer, args: Any, kwargs: Any) -> bool:
 
 
 def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if device.capturing() or _only_makes_state(optimizer, args, kwargs):
+    if device.capturing() or ((kwargs or len(args) > 1) and _only_makes_state(optimizer)):
         return
     meant = None
     for ref in _probes:
