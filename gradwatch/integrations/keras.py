@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwatch.errors import IntegrationError
-from gradwatch.integrations.session import Session, read, told_of_the_end
+from gradwatch.integrations.session import Session, automatic, read, told_of_the_end
 from gradwatch.integrations.versions import framework
 from gradwatch.reports.log import LogReport
 
@@ -79,7 +79,8 @@ class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
         worst: number of layers closest to their limits whose gradient norms are in the history.
         resume: file that a `ModelCheckpoint` saved and whose training goes on. None: training starts anew, or where
             `BackupAndRestore` restores it.
-        settings: arguments of `gradwatch.attach` other than the model. The report is log lines by default.
+        settings: arguments of `gradwatch.attach` other than the model. By default, the report is a card in a
+            notebook, and log lines elsewhere.
 
     Raises:
         UsageError: an argument is unknown or invalid.
@@ -94,7 +95,8 @@ class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
         **settings: Unpack[Settings],
     ) -> None:
         super().__init__()
-        if settings.get("report", "auto") in ("auto", "log"):
+        named = settings.get("report", "auto")
+        if (automatic() if named == "auto" else named) == "log":
             settings["report"] = _Lines()
         self._session = Session(stop_on, worst, settings)
         self._resume = Path(resume) if resume is not None else None

@@ -33,7 +33,8 @@ class GradwatchCallback(pl.Callback):  # type: ignore[misc]
         stop_on: ``"suspected"`` or ``"confirmed"``: the verdict at which training is ended, as by ``trainer.should_stop``. None:
             it is never ended.
         worst: number of layers closest to their limits whose gradient norms are logged.
-        settings: arguments of `gradwatch.attach` other than the model. The report is log lines by default.
+        settings: arguments of `gradwatch.attach` other than the model. By default, the report is a card in a
+            notebook, and log lines elsewhere.
 
     Raises:
         UsageError: an argument is unknown or invalid.

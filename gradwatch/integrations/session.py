@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 import numpy as np
 
 from gradwatch.attach import attach
+from gradwatch.cells import is_notebook
 from gradwatch.errors import UsageError, did_you_mean, shown
 from gradwatch.reports.base import Report
 from gradwatch.reports.log import write_line
@@ -86,7 +87,8 @@ class News(Report):
 class Session:
     """Watches the trainings of one callback, one after the other.
 
-    The report is log lines unless another one is given: a live view would overwrite the trainer's own progress bar.
+    The report is a card in a notebook, and log lines elsewhere, unless another one is given: a live view would overwrite the
+    trainer's own progress bar.
 
     Args:
         stop_on: verdict at which training is to end; None: it is never ended.
@@ -235,8 +237,13 @@ def read(file: Path) -> dict[str, Any] | None:
     return saved if isinstance(saved, dict) else {}
 
 
+def automatic() -> str:
+    """Return the name of the report that leaves the trainer's progress bar alone: a card has a place of its own."""
+    return "notebook" if is_notebook() else "log"
+
+
 def _beside_bars(report: Any) -> list[Any]:
-    """Return the reports as a list, with log lines for ``"auto"``.
+    """Return the reports as a list, with a card in a notebook and log lines elsewhere for ``"auto"``.
 
     Raises:
         UsageError: a live view is asked for.
@@ -247,7 +254,7 @@ def _beside_bars(report: Any) -> list[Any]:
             "report='live' draws where the trainer draws its own progress bar. Leave it out for log lines, or give a log= and "
             "look at it with `gradwatch watch` in another terminal."
         )
-    return ["log" if isinstance(one, str) and one == "auto" else one for one in asked]
+    return [automatic() if isinstance(one, str) and one == "auto" else one for one in asked]
 
 
 class Ends(Protocol):
