@@ -268,7 +268,7 @@ class Probe:
         """Measure the gradients that the optimizer is about to use; return new arguments if it has a closure, else None."""
         if self._turns.watches:
             self._guarded(self._turns.stepped, optimizer)
-        if len(args) == 1 and not kwargs and self._take_fast_path(optimizer):
+        if not kwargs and (len(args) == 1 or args[1:] == (None,)) and self._take_fast_path(optimizer):
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
 
