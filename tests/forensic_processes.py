@@ -88,6 +88,18 @@ def train(
     return found
 
 
+def found_by_each() -> dict[str, Any]:
+    """Return what `gradwatch.find_nonfinite` says in each process, if the backward of rank 1 fails."""
+    torch.manual_seed(0)
+    model = sharded(Net(SQRT.run if dist.get_rank() else torch.tanh))
+    try:
+        with gradwatch.find_nonfinite(model):
+            model(torch.randn(ROWS, WIDTH)).pow(2).mean().backward()
+    except gradwatch.NonFiniteError as error:
+        return {"told": str(error), "op": error.origin.op if error.origin is not None else None}
+    return {}
+
+
 def see() -> dict[str, Any]:
     """Play all trainings."""
     seen: dict[str, Any] = {}
@@ -101,6 +113,7 @@ def see() -> dict[str, Any]:
         dist.barrier()
     seen["FSDP2, twice, unwatched"] = train(sharded, forwards=2, watch=False)
     seen["FSDP2, twice, in the model's backward"] = train(sharded, in_model=SQRT.run, forwards=2, clip=NEVER)
+    seen["FSDP2, found"] = found_by_each()
     seen["FSDP2, cast, in the model"] = train(cast, in_model=LOG.run)
     seen["FSDP2, cast, in the model's backward"] = train(cast, in_model=SQRT.run)
     return seen

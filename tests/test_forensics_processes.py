@@ -78,3 +78,13 @@ def test_a_backward_under_fsdp2_in_mixed_precision_is_not_repeated_and_says_so(p
     for one in (first, second):
         assert one["origin"] is None or one["way"] == "watched step"
         assert any("is not known" in note for note in one["notes"])
+
+
+def test_find_nonfinite_names_no_operation_for_what_another_process_has_made(played: dict[str, Both]) -> None:
+    """Gradients of all processes are summed, and only one of them has seen the operation."""
+    first, second = played["FSDP2, found"]
+    assert (first["op"], second["op"]) == (None, "sqrt")
+    assert first["told"] == (
+        "a gradient is not finite; no operation that was watched here has made it. "
+        "Another process has, if processes exchange gradients."
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -56,9 +56,8 @@ class Mark:
     rows_known: bool = False
 
     def heard(self) -> Mark:
-        """Return the mark of infinities that turned out not to be those of a mask."""
-        self.mute = False
-        return self
+        """Return the mark of infinities that are not those of a mask in what comes of them here."""
+        return replace(self, mute=False)
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -148,6 +148,12 @@ def is_collective(func: Any) -> bool:
 
 
 @cache
+def is_of_profiler(func: Any) -> bool:
+    """Return whether an operation only tells a profiler where a program is; its tensors are no numbers."""
+    return str(func._schema.name).startswith("profiler::")
+
+
+@cache
 def is_random(func: Any) -> bool:
     """Return whether an operation draws from a generator."""
     return torch.Tag.nondeterministic_seeded in func.tags

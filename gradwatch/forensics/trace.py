@@ -96,7 +96,7 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it returns."""
         kwargs = kwargs or {}
-        if self.failed is not None or ops.is_view(func):
+        if self.failed is not None or ops.is_view(func) or ops.is_of_profiler(func):
             return func(*args, **kwargs)
         if self._alone and ops.is_collective(func):
             raise CannotRepeatError("it exchanges tensors with other processes, which do not repeat it")
@@ -118,6 +118,13 @@ class Trace(TorchDispatchMode):
         order, self.count = self.count, self.count + 1
         if self._backward:
             self._note_call(func)
+        if ops.is_collective(func):  # what it returns may arrive later; marks of other processes are not known here
+            given, returned = list(ops.named_inputs(func, args, kwargs)), list(ops.tensors(result))
+            bad = [one for _, one in given if is_nonfinite(one) and not any(one is other for other in returned)]
+            marks = ordered(mark for one in bad for mark in self.marks_of(one, func, order))
+            for one in (*returned, *changed):
+                self.marked.put(local_of(one.detach()), marks)
+            return
         outputs = [one for one in (*ops.tensors(result), *changed) if is_nonfinite(one)]
         if not outputs:
             return
@@ -283,7 +290,7 @@ class RowsAt(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and look at what the one that was asked for returns."""
         result = func(*args, **(kwargs or {}))
-        if ops.is_view(func):
+        if ops.is_view(func) or ops.is_of_profiler(func):
             return result
         if not self._left:
             outputs = [
