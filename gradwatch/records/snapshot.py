@@ -69,6 +69,14 @@ class Facts:
         """The name that the user gave and the class of the model; only the class if there is no name."""
         return f"{self.name} ({self.model})" if self.name else self.model
 
+    @property
+    def momentum(self) -> float:
+        """The momentum of the optimizer; 0.0 if none is known, or not the same in each of its groups."""
+        try:
+            return float(self.optimizer_options.get("momentum", 0.0))
+        except ValueError:  # several values, one for each group
+            return 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
