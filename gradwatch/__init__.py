@@ -43,8 +43,9 @@ from gradwatch.monitor import Monitor, monitor_of
 from gradwatch.records import Alarm, ClipRecord, Incident, Operand, Origin, Row, Snapshot
 from gradwatch.reports.base import Report
 from gradwatch.rules import Rule, default_rules
+from gradwatch.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Alarm",

@@ -7,7 +7,6 @@ import sys
 import weakref
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from numbers import Real
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -29,6 +28,7 @@ from gradwatch.probe import Budget, Probe
 from gradwatch.records import OwnTime
 from gradwatch.reports.notes import Notes
 from gradwatch.shutdown import Failure, all_done
+from gradwatch.version import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,7 +85,7 @@ class Monitor:
         broken = partial(_asked, weakref.WeakMethod(self._damage))
         self._pipeline = Pipeline(self.history, rules, autoclip, reports, self._notes, own_time, broken=broken)
         pace = {"every": 1, "budget": every.share} if isinstance(every, Budget) else {"every": every, "budget": None}
-        installed = {"gradwatch": version("gradwatch")}
+        installed = {"gradwatch": VERSION}
         self._inspector: Inspector | None = None
         if forensics is not None:
             told = (
@@ -393,7 +393,7 @@ class Monitor:
         It is computed from the rows that the history keeps, by norms before any clip.
 
         Raises:
-            UsageError: fewer than 16 norms are finite.
+            UsageError: fewer than 16 norms are finite and above zero.
         """
         self._probe.catch_up()
         return suggest(self.history.global_norm())

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -81,10 +82,43 @@ def test_pip_on_the_path_is_called_by_its_name(tmp_path: Path, monkeypatch: pyte
     assert install_command("report").startswith("pip install ")
 
 
-def test_the_command_line_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """The one in pyproject.toml."""
+def test_the_command_line_says_the_version_that_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The build reads it from the package itself."""
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
-    version = capsys.readouterr().out.removeprefix("gradwatch ").strip()
-    assert f'version = "{version}"' in (PACKAGE.parent / "pyproject.toml").read_text()
+    assert capsys.readouterr().out == f"gradwatch {metadata.version('gradwatch')}\n"
+
+
+NOT_INSTALLED = """\
+import importlib.metadata, torch, gradwatch
+try:
+    importlib.metadata.version("gradwatch")
+except importlib.metadata.PackageNotFoundError:
+    pass
+else:
+    raise SystemExit("it is installed")
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with gradwatch.attach(model, log="run", report=None):
+    model(torch.ones(2)).backward()
+    optimizer.step()
+"""
+
+
+def test_a_clone_that_is_not_installed_works(tmp_path: Path) -> None:
+    """On the path of modules, as where a cluster has the clone and nobody may install."""
+    clone = tmp_path / "clone" / "gradwatch"
+    clone.parent.mkdir()
+    clone.symlink_to(PACKAGE)
+    libraries = tmp_path / "libraries"
+    libraries.mkdir()
+    for one in Path(str(metadata.distribution("torch").locate_file(""))).iterdir():
+        if "gradwatch" not in one.name and one.suffix != ".pth":
+            (libraries / one.name).symlink_to(one)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(clone.parent), str(libraries)])}
+    run = [sys.executable, "-S", "-P"]
+    subprocess.run([*run, "-c", NOT_INSTALLED], cwd=tmp_path, env=environment, check=True)
+    told = [*run, "-m", "gradwatch", "report", "run", "--json"]
+    done = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert '"healthy"' in done.stdout

@@ -22,6 +22,7 @@ from gradwatch.text.extras import install_command
 from tests.trainings import mlp, train
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from gradwatch.history.history import History
@@ -234,6 +235,65 @@ def test_mlflow_has_metrics_and_incidents(tmp_path: Path, monkeypatch: pytest.Mo
     assert client.get_run(run_id).data.tags["gradwatch.verdict"] == monitor.verdict
     text = (tmp_path / "artifacts" / run_id / "artifacts" / "gradwatch" / "incidents.md").read_text()
     assert str(monitor.incidents[0])[:30] in text
+
+
+def two_models(report: Callable[[], Report]) -> dict[str, gradwatch.Monitor]:
+    """Train a generator and a critic in turns, each with a report of its own to the same logger."""
+    models = {"generator": mlp(seed=0), "critic": mlp(seed=1)}
+    optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.05) for name, model in models.items()}
+    monitors = {
+        name: gradwatch.attach(model, name=name, report=report(), strict=True) for name, model in models.items()
+    }
+    for _ in range(10):
+        for name, model in models.items():
+            train(model, optimizers[name], 4 if name == "critic" else 1)
+    for monitor in monitors.values():
+        monitor.detach()
+    return monitors
+
+
+def test_tensorboard_keeps_two_models_apart(tmp_path: Path) -> None:
+    """By their names, in one writer."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        monitors = two_models(lambda: gradwatch.reports.TensorBoard(writer))
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    for model, monitor in monitors.items():
+        for name, values in numbers_of(monitor.history).items():
+            assert [one.value for one in events.Scalars(f"gradwatch/{model}/{name}")] == pytest.approx(values, rel=1e-6)
+        assert f"gradwatch/{model}/verdict/text_summary" in events.Tags()["tensors"]
+    assert not {"gradwatch/loss", "gradwatch/open_incidents"} & set(events.Tags()["scalars"])
+
+
+def test_mlflow_keeps_two_models_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their names, in one run."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = mlflow.MlflowClient((tmp_path / "mlflow").as_uri())
+    run_id = client.create_run(client.create_experiment("test")).info.run_id
+    monitors = two_models(lambda: gradwatch.reports.MLflow(run_id, client=client))
+    for model, monitor in monitors.items():
+        for name, values in numbers_of(monitor.history).items():
+            found = client.get_metric_history(run_id, f"gradwatch/{model}/{name}")
+            assert [one.value for one in found] == pytest.approx(values)
+        assert client.get_run(run_id).data.tags[f"gradwatch.{model}.verdict"] == monitor.verdict
+
+
+def test_weights_and_biases_keeps_two_models_apart(tmp_path: Path) -> None:
+    """By their names, in one run; each counts its own steps."""
+    run = wandb.init(mode="offline", dir=tmp_path, project="test", settings=wandb.Settings(console="off", silent=True))
+    monitors = two_models(lambda: gradwatch.reports.WeightsAndBiases(run, every_step=True))
+    summary = dict(run.summary)
+    run.finish()
+    (file,) = tmp_path.rglob("*.wandb")
+    deadline = time.monotonic() + 30
+    while len(rows := logged(file)) < 50 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for model, monitor in monitors.items():
+        ours = {row[f"gradwatch/{model}/step"]: row for row in rows if f"gradwatch/{model}/loss" in row}
+        losses = [row[f"gradwatch/{model}/loss"] for _, row in sorted(ours.items())]
+        assert losses == pytest.approx(monitor.history.loss())
+        assert summary[f"gradwatch/{model}/verdict"] == monitor.verdict
 
 
 @pytest.mark.parametrize(("name", "call"), [("wandb", r"wandb\.init\(\)"), ("mlflow", r"mlflow\.start_run\(\)")])

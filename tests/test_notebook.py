@@ -216,6 +216,19 @@ def test_an_interrupted_cell_keeps_its_last_step(book: Kernel) -> None:
     assert any("step 42" in visible(one) for one in book.outputs(cell))
 
 
+def test_a_trainers_callback_shows_the_card_too(book: Kernel) -> None:
+    """Beside what the trainer draws; all callbacks are made of a session."""
+    cell = book.run(
+        NEW
+        + "from gradwatch.integrations.session import Session\nsession = Session(None, 5, {})\nsession.begin(model)\n"
+        + "for _ in steps(range(30)): print('bar', end=chr(13))\nsession.end()"
+    )
+    shown = book.outputs(cell)
+    assert "".join(one for one in shown if "<style>" not in one).replace("\r", "").replace("bar", "") == ""
+    (card,) = (visible(one) for one in shown if "<style>" in one)
+    assert "healthy Sequential gradwatch · 30 steps" in card
+
+
 def test_outside_a_notebook_the_card_gives_way_to_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """It says so, once."""
     model = nn.Linear(8, 1)

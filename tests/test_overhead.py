@@ -36,9 +36,16 @@ class Operations(TorchDispatchMode):
 
 
 def quiet_steps(
-    depth: int, *, watched: bool, measure: Any, count: int = 10, log: Path | None = None, forensics: bool = False
+    depth: int,
+    *,
+    watched: bool,
+    measure: Any,
+    count: int = 10,
+    log: Path | None = None,
+    forensics: bool = False,
+    arguments: tuple[None, ...] = (),
 ) -> Any:
-    """Train 96 steps, then ``count`` quiet ones under ``measure``, which is a context manager."""
+    """Train 96 steps, then ``count`` quiet ones under ``measure``, a context manager; ``arguments`` are those of each step."""
     model = mlp(depth=depth)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     x, y = data()
@@ -48,7 +55,7 @@ def quiet_steps(
     def step() -> None:
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
+        optimizer.step(*arguments)
 
     for _ in range(97):  # row 96 is one of those at which the weights are sampled and all rules judge
         step()
@@ -89,6 +96,13 @@ def test_a_quiet_step_calls_as_many_functions_whatever_the_number_of_layers() ->
     few, many = (quiet_steps(depth, watched=True, measure=Calls()).count / 10 for depth in (10, 40))
     assert few == many
     assert 0 < few <= CALLS
+
+
+def test_a_step_without_a_closure_costs_the_same_if_it_says_so() -> None:
+    """By ``step(None)``, as an accelerator calls it; two calls more, which ask whether a checkpoint does."""
+    plain = quiet_steps(10, watched=True, measure=Calls()).count / 10
+    explicit = quiet_steps(10, watched=True, measure=Calls(), arguments=(None,)).count / 10
+    assert explicit == plain + 2
 
 
 def test_keeping_the_inputs_of_a_step_takes_as_many_calls_whatever_the_number_of_layers() -> None:

@@ -952,3 +952,26 @@ def test_an_optimizer_inside_backward_takes_in_a_new_head() -> None:
     assert monitor.history.layers[-2:] == ("5.weight", "5.bias")
     assert monitor.history.rows == 5
     assert (monitor.history.grad_norm(last=3) > 0).all()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_what_a_distributed_checkpoint_does_to_an_optimizer_without_state_is_no_step(
+    kind: type[torch.optim.SGD] | type[torch.optim.Adam],
+) -> None:
+    """It steps with gradients and rates of zero, before it saves and before it loads."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = mlp()
+    optimizer = kind(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, optimizer, 20)
+        optimizer.zero_grad()
+        saved: Any = get_optimizer_state_dict(model, optimizer)
+        resumed = kind(model.parameters(), lr=0.01)
+        set_optimizer_state_dict(model, resumed, saved)
+        losses = train(model, resumed, 20)
+        resumed.zero_grad()
+        resumed.step(closure=None)  # a step like another, although it has nothing to do
+    assert monitor.history.loss()[20:40] == pytest.approx(losses)
+    assert monitor.history.rows <= 41
+    assert not monitor.incidents

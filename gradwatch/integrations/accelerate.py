@@ -44,7 +44,8 @@ class GradwatchMonitor:
         model: the model, as `Accelerator.prepare` returned it.
         stop_on: ``"suspected"`` or ``"confirmed"``: the verdict at which `should_stop` is true; None: it never is.
         worst: number of layers closest to their limits whose gradient norms are in `logs`.
-        settings: arguments of `gradwatch.attach` other than the model. The report is log lines by default.
+        settings: arguments of `gradwatch.attach` other than the model. By default, the report is a card in a
+            notebook, and log lines elsewhere.
 
     Raises:
         UsageError, RunLogError: an argument is invalid. Nothing is left attached.

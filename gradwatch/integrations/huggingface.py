@@ -41,7 +41,8 @@ class GradwatchCallback(transformers.TrainerCallback):  # type: ignore[misc]
         stop_on: ``"suspected"`` or ``"confirmed"``: the verdict at which training is ended, as by ``should_training_stop``. None:
             it is never ended.
         worst: number of layers closest to their limits whose gradient norms are logged.
-        settings: arguments of `gradwatch.attach` other than the model. The report is log lines by default.
+        settings: arguments of `gradwatch.attach` other than the model. By default, the report is a card in a
+            notebook, and log lines elsewhere.
 
     Raises:
         UsageError: an argument is unknown or invalid.
@@ -98,9 +99,9 @@ class GradwatchCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._session.begin(model, self._saved)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the training at the verdict ``stop_on``, and refuse a checkpoint that is due."""
+        """End the training at the verdict ``stop_on``, after logging this step; refuse a checkpoint that is due."""
         if self._session.wants_stop():
-            control.should_training_stop = True
+            control.should_training_stop = control.should_log = True
         self._refuse(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

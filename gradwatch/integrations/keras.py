@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwatch.errors import IntegrationError
-from gradwatch.integrations.session import Session, read, told_of_the_end
+from gradwatch.integrations.session import Session, automatic, read, told_of_the_end
 from gradwatch.integrations.versions import framework
 from gradwatch.reports.log import LogReport
 
@@ -79,7 +79,8 @@ class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
         worst: number of layers closest to their limits whose gradient norms are in the history.
         resume: file that a `ModelCheckpoint` saved and whose training goes on. None: training starts anew, or where
             `BackupAndRestore` restores it.
-        settings: arguments of `gradwatch.attach` other than the model. The report is log lines by default.
+        settings: arguments of `gradwatch.attach` other than the model. By default, the report is a card in a
+            notebook, and log lines elsewhere.
 
     Raises:
         UsageError: an argument is unknown or invalid.
@@ -94,7 +95,8 @@ class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
         **settings: Unpack[Settings],
     ) -> None:
         super().__init__()
-        if settings.get("report", "auto") in ("auto", "log"):
+        named = settings.get("report", "auto")
+        if (automatic() if named == "auto" else named) == "log":
             settings["report"] = _Lines()
         self._session = Session(stop_on, worst, settings)
         self._resume = Path(resume) if resume is not None else None
@@ -155,11 +157,12 @@ class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
             return
         told = self._session.numbers(self._taps)
         # each epoch has the same names, because loggers of Keras make columns of the first one's
-        logs.update({f"gradwatch/{name}": told.get(f"gradwatch/{name}", math.nan) for name in _NUMBERS})
-        norm = "gradwatch/gradient_norm/"
+        root = self._session.root
+        logs.update({root + name: told.get(root + name, math.nan) for name in _NUMBERS})
+        norm = f"{root}gradient_norm/"
         worst = ", ".join(f"{name[len(norm) :]} {value:.3g}" for name, value in told.items() if name.startswith(norm))
-        texts = {"gradwatch/incidents": "", **self._session.texts(), "gradwatch/worst_layers": worst}
-        texts["gradwatch/verdict"] = self._session.verdict
+        texts = {f"{root}incidents": "", **self._session.texts(), f"{root}worst_layers": worst}
+        texts[f"{root}verdict"] = self._session.verdict
         for name, text in texts.items():
             self.model.history.history.setdefault(name, []).append(text)
 

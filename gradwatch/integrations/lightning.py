@@ -33,7 +33,8 @@ class GradwatchCallback(pl.Callback):  # type: ignore[misc]
         stop_on: ``"suspected"`` or ``"confirmed"``: the verdict at which training is ended, as by ``trainer.should_stop``. None:
             it is never ended.
         worst: number of layers closest to their limits whose gradient norms are logged.
-        settings: arguments of `gradwatch.attach` other than the model. The report is log lines by default.
+        settings: arguments of `gradwatch.attach` other than the model. By default, the report is a card in a
+            notebook, and log lines elsewhere.
 
     Raises:
         UsageError: an argument is unknown or invalid.
@@ -66,13 +67,13 @@ class GradwatchCallback(pl.Callback):  # type: ignore[misc]
         return save(*args, **kwargs)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log if it is time to, and end the training at the verdict ``stop_on``."""
-        if self._session.wants_stop():
-            trainer.should_stop = True
+        """Log if it is time to, and end the training at the verdict ``stop_on``, after logging this step."""
+        stops = self._session.wants_stop() and not trainer.should_stop
+        trainer.should_stop = trainer.should_stop or stops
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # by which Lightning logs too
         if not trainer.is_global_zero or trainer.fit_loop._should_accumulate():
             return
-        if trainer.log_every_n_steps and (step + 1) % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and (stops or (step + 1) % trainer.log_every_n_steps == 0):
             numbers = self._session.numbers(trainer.scaler)
             for logger in trainer.loggers if numbers else ():
                 logger.log_metrics(numbers, step=step)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 import numpy as np
 
 from gradwatch.attach import attach
+from gradwatch.cells import is_notebook
 from gradwatch.errors import UsageError, did_you_mean, shown
 from gradwatch.reports.base import Report
 from gradwatch.reports.log import write_line
-from gradwatch.reports.scalars import scalars_of, text_of
+from gradwatch.reports.scalars import root_of, scalars_of, text_of
 from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ class News(Report):
 class Session:
     """Watches the trainings of one callback, one after the other.
 
-    The report is log lines unless another one is given: a live view would overwrite the trainer's own progress bar.
+    The report is a card in a notebook, and log lines elsewhere, unless another one is given: a live view would overwrite the
+    trainer's own progress bar.
 
     Args:
         stop_on: verdict at which training is to end; None: it is never ended.
@@ -95,6 +97,7 @@ class Session:
 
     Attributes:
         monitor: monitor of the current or last training; None before the first one.
+        root: what the names of all that is logged begin with.
 
     Raises:
         UsageError: an argument is unknown or invalid.
@@ -113,6 +116,7 @@ class Session:
         self._settings["report"] = _beside_bars(self._settings.get("report", "auto"))
         self._stops = _STOPS[stop_on] if stop_on is not None else ()
         self._worst = worst
+        self.root = root_of(self._settings.get("name") or "")
         self._news = News()
         self._verdict_logged = ""
         self._stop_told = False
@@ -201,17 +205,17 @@ class Session:
         told = scalars_of(snapshot, self._worst)
         absent = np.flatnonzero(np.isnan(snapshot.grad_norm) & (snapshot.nonfinite == 0))
         for column in absent.tolist():  # a layer without a gradient has no norm; NaN would say that it is not finite
-            told.pop(f"gradwatch/gradient_norm/{snapshot.layers[column]}", None)
+            told.pop(f"{self.root}gradient_norm/{snapshot.layers[column]}", None)
         if scaler is not None and scaler.is_enabled():
-            told["gradwatch/loss_scale"] = float(scaler.get_scale())
+            told[f"{self.root}loss_scale"] = float(scaler.get_scale())
         return told
 
     def texts(self) -> dict[str, str]:
         """Return what changed since the last call, as text by name: incidents, and the verdict."""
         changed = self._news.take()
-        told = {"gradwatch/incidents": text_of(changed)} if changed else {}
+        told = {f"{self.root}incidents": text_of(changed)} if changed else {}
         if self._news.verdict != self._verdict_logged and self.monitor is not None and self.monitor.history.rows:
-            self._verdict_logged = told["gradwatch/verdict"] = self._news.verdict
+            self._verdict_logged = told[f"{self.root}verdict"] = self._news.verdict
         return told
 
     def _warn(self, text: str) -> None:
@@ -233,8 +237,13 @@ def read(file: Path) -> dict[str, Any] | None:
     return saved if isinstance(saved, dict) else {}
 
 
+def automatic() -> str:
+    """Return the name of the report that leaves the trainer's progress bar alone: a card has a place of its own."""
+    return "notebook" if is_notebook() else "log"
+
+
 def _beside_bars(report: Any) -> list[Any]:
-    """Return the reports as a list, with log lines for ``"auto"``.
+    """Return the reports as a list, with a card in a notebook and log lines elsewhere for ``"auto"``.
 
     Raises:
         UsageError: a live view is asked for.
@@ -245,7 +254,7 @@ def _beside_bars(report: Any) -> list[Any]:
             "report='live' draws where the trainer draws its own progress bar. Leave it out for log lines, or give a log= and "
             "look at it with `gradwatch watch` in another terminal."
         )
-    return ["log" if isinstance(one, str) and one == "auto" else one for one in asked]
+    return [automatic() if isinstance(one, str) and one == "auto" else one for one in asked]
 
 
 class Ends(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,6 +40,8 @@ _handles: list[RemovableHandle] = []
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     if device.capturing():
         return _captured(optimizer)
+    if (kwargs or len(args) > 1) and _only_makes_state(optimizer):
+        return None
     changed, meant = None, None
     for ref in _probes:
         probe = ref()
@@ -58,8 +61,23 @@ def _captured(optimizer: Optimizer) -> None:
     tell([probe for ref in _probes if (probe := ref()) is not None], "captured", optimizer)
 
 
-def _after_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    if device.capturing():
+def _only_makes_state(optimizer: Optimizer) -> bool:
+    """Return whether the step is one of torch's distributed checkpoints, which make the state that an optimizer has not yet.
+
+    They do so by a step with gradients and rates of zero, ``step(closure=None)``, before they save or load.
+    """
+    rate = next(iter(optimizer.param_groups), {}).get("lr", 0.0)
+    if not (rate.is_cpu and not rate.any() if isinstance(rate, torch.Tensor) else rate == 0):
+        return False
+    makes: Any = getattr(sys.modules.get("torch.distributed.checkpoint.state_dict"), "_init_optim_state", None)
+    frame = sys._getframe() if makes is not None else None
+    while frame is not None and frame.f_code is not makes.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if device.capturing() or ((kwargs or len(args) > 1) and _only_makes_state(optimizer)):
         return
     meant = None
     for ref in _probes:

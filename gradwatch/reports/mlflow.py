@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from gradwatch.errors import UsageError
 from gradwatch.reports.base import Report
 from gradwatch.reports.outbox import Outbox
-from gradwatch.reports.scalars import NamedRows, standing_of, text_of
+from gradwatch.reports.scalars import NamedRows, root_of, standing_of, text_of
 from gradwatch.text.extras import missing
 
 if TYPE_CHECKING:
@@ -45,13 +45,18 @@ class MLflow(Report):
         self._run_id = run_id
         self._worst = worst
         self._client = client
+        self._root = ""
         self._start()
 
     def _start(self) -> None:
         self._outbox = Outbox(_WAITING)
-        self._named = NamedRows(time.time())
+        self._named = NamedRows(time.time(), self._root)
         self._metrics: list[Any] = []
         self._left_out = 0
+
+    def connect(self, now: Callable[[], Snapshot]) -> None:
+        """Take the name of the model, which stands in all names."""
+        self._root = _FORBIDDEN.sub("_", root_of(now().facts.name))
 
     def start(self) -> None:
         """Begin a run now."""
@@ -68,7 +73,7 @@ class MLflow(Report):
         self._send_metrics()
         if snapshot.news:
             text = text_of(snapshot.incidents)
-            self._put(partial(self._connected().log_text, self._run_id, text, "gradwatch/incidents.md"))
+            self._put(partial(self._connected().log_text, self._run_id, text, f"{self._root}incidents.md"))
 
     def close(self, snapshot: Snapshot) -> None:
         """Log the last step and the verdict, and wait until everything is sent."""
@@ -76,9 +81,9 @@ class MLflow(Report):
             return
         self.step(snapshot)
         self._outbox.close()
-        self._client.set_tag(self._run_id, "gradwatch.verdict", snapshot.verdict)
+        self._client.set_tag(self._run_id, self._tag("verdict"), snapshot.verdict)
         if self._left_out:
-            self._client.set_tag(self._run_id, "gradwatch.batches_left_out", str(self._left_out))
+            self._client.set_tag(self._run_id, self._tag("batches_left_out"), str(self._left_out))
 
     def abandon(self) -> None:
         """End the thread."""
@@ -92,6 +97,9 @@ class MLflow(Report):
         self._metrics += [Metric(_FORBIDDEN.sub("_", name), value, stamp, step) for name, value in told.items()]
         while len(self._metrics) >= _BATCH:
             self._send_metrics()
+
+    def _tag(self, name: str) -> str:
+        return f"{self._root}{name}".replace("/", ".")
 
     def _send_metrics(self) -> None:
         batch, self._metrics = self._metrics[:_BATCH], self._metrics[_BATCH:]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
 from gradwatch.reports.base import Report
-from gradwatch.reports.scalars import NamedRows, standing_of, text_of
+from gradwatch.reports.scalars import NamedRows, root_of, standing_of, text_of
 from gradwatch.text.extras import missing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from gradwatch.records import Scalars, Snapshot
@@ -45,11 +45,16 @@ class TensorBoard(Report):
                 raise UsageError(missing("The report", "tensorboard", "tensorboard")) from None
         self._writer = writer
         self._worst = worst
-        self._named = NamedRows(time.time())
+        self._root = ""
+        self._named = NamedRows(time.time(), self._root)
+
+    def connect(self, now: Callable[[], Snapshot]) -> None:
+        """Take the name of the model, which stands in all names."""
+        self._root = root_of(now().facts.name)
 
     def start(self) -> None:
         """Begin a run now."""
-        self._named = NamedRows(time.time())
+        self._named = NamedRows(time.time(), self._root)
 
     def rows(self, rows: Scalars) -> None:
         """Write the numbers of each row."""
@@ -71,13 +76,13 @@ class TensorBoard(Report):
         """Write how the layers stand at the current step, and the incidents that changed as text."""
         self._write(standing_of(snapshot, self._worst), snapshot.step, time.time())
         if snapshot.news:
-            self._writer.add_text("gradwatch/incidents", text_of(snapshot.news), snapshot.step)
+            self._writer.add_text(f"{self._root}incidents", text_of(snapshot.news), snapshot.step)
 
     def close(self, snapshot: Snapshot) -> None:
         """Write the last step and the verdict, and flush the writer."""
         if snapshot.step >= 0:
             self.step(snapshot)
-            self._writer.add_text("gradwatch/verdict", snapshot.verdict, snapshot.step)
+            self._writer.add_text(f"{self._root}verdict", snapshot.verdict, snapshot.step)
         self._writer.flush()
         if self._own:
             self._writer.close()

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
 from gradwatch.reports.base import Report
-from gradwatch.reports.scalars import NamedRows, standing_of, text_of
+from gradwatch.reports.scalars import NamedRows, root_of, standing_of, text_of
 from gradwatch.text.extras import missing
 from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from gradwatch.records import Scalars, Snapshot
@@ -42,13 +43,18 @@ class WeightsAndBiases(Report):
         self._worst = worst
         self._every_step = every_step
         self._alert = alert
-        self._named = NamedRows(time.time())
+        self._root = ""
+        self._named = NamedRows(time.time(), self._root)
         self._last: dict[str, float] = {}
         self._defined = False
 
+    def connect(self, now: Callable[[], Snapshot]) -> None:
+        """Take the name of the model, which stands in all names."""
+        self._root = root_of(now().facts.name)
+
     def start(self) -> None:
         """Begin a run now."""
-        self._named, self._last = NamedRows(time.time()), {}
+        self._named, self._last = NamedRows(time.time(), self._root), {}
 
     def rows(self, rows: Scalars) -> None:
         """Log the numbers of each row, or keep those of the last one for the next call of `step`."""
@@ -56,24 +62,25 @@ class WeightsAndBiases(Report):
         for step, _, told in self._named.of(rows, time.time()):
             if self._every_step and self._last:
                 run.log(self._last)
-            self._last = {**told, "gradwatch/step": step}
+            self._last = {**told, f"{self._root}step": step}
 
     def step(self, snapshot: Snapshot) -> None:
         """Log the numbers of the current step, and all incidents if one changed."""
         run = self._active()
-        told, self._last = {**self._last, **standing_of(snapshot, self._worst), "gradwatch/step": snapshot.step}, {}
+        standing = standing_of(snapshot, self._worst)
+        told, self._last = {**self._last, **standing, f"{self._root}step": snapshot.step}, {}
         run.log(told, commit=self._every_step)
         if snapshot.news:
-            run.summary["gradwatch/incidents"] = text_of(snapshot.incidents)
+            run.summary[f"{self._root}incidents"] = text_of(snapshot.incidents)
             grave = [one for one in snapshot.news if one.severity != "notice"]
             if self._alert and grave:
-                run.alert(title=printable(f"gradwatch: {grave[0]}"), text=text_of(grave))
+                run.alert(title=printable(f"{self._root[:-1]}: {grave[0]}"), text=text_of(grave))
 
     def close(self, snapshot: Snapshot) -> None:
         """Log the last step and the verdict."""
         if snapshot.step >= 0:
             self.step(snapshot)
-            self._active().summary["gradwatch/verdict"] = snapshot.verdict
+            self._active().summary[f"{self._root}verdict"] = snapshot.verdict
 
     def _active(self) -> Any:
         if self._run is None:
@@ -85,7 +92,7 @@ class WeightsAndBiases(Report):
             if self._run is None:
                 raise UsageError("There is no active Weights & Biases run: call wandb.init() before the first step.")
         if not self._defined:
-            self._run.define_metric("gradwatch/step", hidden=True)
-            self._run.define_metric("gradwatch/*", step_metric="gradwatch/step")
+            self._run.define_metric(f"{self._root}step", hidden=True)
+            self._run.define_metric(f"{self._root}*", step_metric=f"{self._root}step")
             self._defined = True
         return self._run

@@ -21,6 +21,7 @@ import transformers
 from gradwatch.integrations.huggingface import GradwatchCallback
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import gradwatch
@@ -95,9 +96,19 @@ def short(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def trained(
-    folder: Path, callback: Any, model: Any, *more: Any, steps: int = STEPS, resume: str | None = None, **settings: Any
+    folder: Path,
+    callback: Any,
+    model: Any,
+    *more: Any,
+    steps: int = STEPS,
+    resume: str | None = None,
+    prepare: Callable[[Any], None] | None = None,
+    **settings: Any,
 ) -> tuple[Any, Collator]:
-    """Train under the Trainer; return it and the batches that it took. ``more`` are further callbacks."""
+    """Train under the Trainer; return it and the batches that it took.
+
+    ``more`` are further callbacks; ``prepare`` receives the Trainer before it trains.
+    """
     collator = Collator()
     trainer = transformers.Trainer(
         model=model,
@@ -107,6 +118,8 @@ def trained(
         data_collator=collator,
         callbacks=[callback, *more],
     )
+    if prepare is not None:
+        prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, collator
 
@@ -117,7 +130,13 @@ def token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="sum")
 
 
-def own_loop(model: Any, batches: list[dict[str, Tensor]], accumulate: int, max_norm: float | None, bf16: bool) -> Loop:
+def own_loop(
+    model: Any,
+    batches: list[dict[str, Tensor]],
+    accumulate: int,
+    max_norm: float | None,
+    dtype: torch.dtype = torch.float32,
+) -> Loop:
     """The same training in plain torch: each step is the mean over all targets of its batches."""
     parameters = [one for one in model.parameters() if one.requires_grad]
     loop = Loop(model, torch.optim.SGD(parameters, lr=0.1), max_norm)
@@ -126,7 +145,7 @@ def own_loop(model: Any, batches: list[dict[str, Tensor]], accumulate: int, max_
         targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in group)
 
         def part(batch: dict[str, Tensor], share: float = len(group) / targets) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
                 return token_losses(model, batch) * share
 
         loop.step([functools.partial(part, batch) for batch in group])
@@ -152,7 +171,28 @@ def test_rows_agree_with_a_loop_of_ones_own(
         max_grad_norm=max_norm or 0.0,
         bf16=bf16,
     )
-    check(callback.monitor, own_loop(twin, collator.seen, accumulate, max_norm, bf16), rtol=3e-2 if bf16 else 1e-4)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    check(callback.monitor, own_loop(twin, collator.seen, accumulate, max_norm, dtype), rtol=3e-2 if bf16 else 1e-4)
+
+
+def test_rows_are_without_the_loss_scale_of_fp16(tmp_path: Path) -> None:
+    """Accelerate leaves float16 out on the CPU, where torch has autocast and a scaler for it: here the Trainer gets both."""
+    model, callback = llama(), GradwatchCallback(report=None, strict=True)
+    twin = copy.deepcopy(model)
+    computed: set[torch.dtype] = set()
+    model.lm_head.register_forward_hook(lambda *told: computed.add(told[-1].dtype))
+
+    def scale(trainer: Any) -> None:
+        assert trainer.accelerator.mixed_precision == "fp16"
+        assert trainer.accelerator.scaler is None
+        trainer.accelerator.native_amp = True
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    settings: dict[str, Any] = {"fp16": True, "gradient_accumulation_steps": 3, "max_grad_norm": 0.1}
+    trainer, collator = trained(tmp_path, callback, model, prepare=scale, **settings)
+    assert computed == {torch.float16}
+    assert {one["gradwatch/loss_scale"] for one in trainer.state.log_history if "loss" in one} == {1024.0}
+    check(callback.monitor, own_loop(twin, collator.seen, 3, 0.1, torch.float16), rtol=1e-2)
 
 
 def test_watching_changes_nothing(tmp_path: Path) -> None:
@@ -224,10 +264,13 @@ def test_the_trainers_logger_has_the_numbers_and_the_terminal_has_not(
 
 
 def test_a_training_is_ended_when_an_incident_is_confirmed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By the Trainer's own flag, and the warning says why."""
+    """By the Trainer's own flag, and the warning says why; the last step is logged."""
     callback = GradwatchCallback(report=None, stop_on="confirmed")
-    trainer, _ = trained(tmp_path, callback, llama(), Surge(), steps=LONG)
+    trainer, _ = trained(tmp_path, callback, llama(), Surge(), steps=LONG, logging_steps=500)
     assert 50 < trainer.state.global_step < 60
+    logged = next(one for one in trainer.state.log_history if "loss" in one)
+    assert logged["step"] == trainer.state.global_step
+    assert logged["gradwatch/global_norm"] == pytest.approx(monitor_of(callback).history.global_norm()[-1])
     assert monitor_of(callback).verdict == "confirmed"
     assert "training is ended, because the run is confirmed: exploding confirmed" in caplog.text
 
@@ -328,7 +371,7 @@ def test_evaluation_in_between_and_a_compiled_model_leave_the_rows_alone(tmp_pat
     evaluated = Texts(BATCH).ids
     batches = [batch for batch in collator.seen if not torch.equal(batch["input_ids"], evaluated)]
     assert len(collator.seen) == STEPS + 4
-    check(callback.monitor, own_loop(twin, batches, 1, None, bf16=False))
+    check(callback.monitor, own_loop(twin, batches, 1, None))
 
 
 def test_the_adapters_of_peft_are_watched(tmp_path: Path) -> None:
@@ -340,7 +383,7 @@ def test_the_adapters_of_peft_are_watched(tmp_path: Path) -> None:
     twin = copy.deepcopy(model)
     callback = GradwatchCallback(report=None, strict=True)
     _, collator = trained(tmp_path, callback, model, gradient_accumulation_steps=3, max_grad_norm=0.01)
-    check(callback.monitor, own_loop(twin, collator.seen, 3, 0.01, bf16=False))
+    check(callback.monitor, own_loop(twin, collator.seen, 3, 0.01))
 
 
 def test_the_supervised_fine_tuning_of_trl_is_watched(tmp_path: Path) -> None:
@@ -378,4 +421,4 @@ def test_the_supervised_fine_tuning_of_trl_is_watched(tmp_path: Path) -> None:
         callbacks=[callback],
     )
     trainer.train()
-    check(callback.monitor, own_loop(twin, batches, 2, 0.1, bf16=False))
+    check(callback.monitor, own_loop(twin, batches, 2, 0.1))

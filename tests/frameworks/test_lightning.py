@@ -256,10 +256,16 @@ def test_the_trainers_loggers_have_the_numbers(tmp_path: Path) -> None:
     assert "confirmed" in [row["gradwatch/verdict"] for row in rows]
 
 
-def test_a_training_is_ended_when_an_incident_is_confirmed(caplog: pytest.LogCaptureFixture) -> None:
-    """By the Trainer's own flag, and the warning says why."""
-    callback = GradwatchCallback(report=None, stop_on="confirmed")
-    trainer = fit(Module(surge=70), callback, batches=200)
+def test_a_training_is_ended_when_an_incident_is_confirmed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By the Trainer's own flag, and the warning says why; the last step is logged."""
+    callback, table = GradwatchCallback(report=None, stop_on="confirmed"), CSVLogger(tmp_path)
+    trainer = fit(Module(surge=70), callback, batches=200, logger=table, log_every_n_steps=500)
+    with open(f"{table.log_dir}/metrics.csv", newline="") as file:  # noqa: PTH123
+        norms = {
+            row["step"]: row["gradwatch/global_norm"] for row in csv.DictReader(file) if row["gradwatch/global_norm"]
+        }
+    last = monitor_of(callback).history.global_norm()[-1]
+    assert {step: float(norm) for step, norm in norms.items()} == {str(trainer.global_step - 1): pytest.approx(last)}
     assert trainer.should_stop
     assert 70 < trainer.global_step < 90
     assert monitor_of(callback).verdict == "confirmed"

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="needs the extra `frameworks`")
 from tests.frameworks.together import BATCH, RATE, SURGE, data, mse, network
 from tests.torchrun import played
 
-WAYS = ("accelerate", "transformers", "lightning stops", "lightning saves", "lightning sharded")
+WAYS = ("accelerate", "accelerate sharded", "transformers", "lightning stops", "lightning saves", "lightning sharded")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_all_processes_see_and_do_the_same(seen: list[dict[str, Any]], way: str)
     assert not one["attached"]
 
 
-@pytest.mark.parametrize("way", ["accelerate", "lightning stops", "lightning sharded"])
+@pytest.mark.parametrize("way", ["accelerate", "accelerate sharded", "lightning stops", "lightning sharded"])
 def test_they_end_together(seen: list[dict[str, Any]], way: str) -> None:
     """Within a few steps of the surge."""
     assert SURGE < seen[0][way]["steps"] < SURGE + 10
@@ -46,7 +46,16 @@ def test_they_refuse_together(seen: list[dict[str, Any]]) -> None:
     assert not seen[0]["accelerate"]["worth"]
 
 
-@pytest.mark.parametrize("way", ["accelerate", "lightning saves", "lightning sharded"])
+@pytest.mark.parametrize(("way", "kind"), [("accelerate", "Parameter"), ("accelerate sharded", "DTensor")])
+def test_an_accelerator_saves_and_restores_their_reference_values(
+    seen: list[dict[str, Any]], way: str, kind: str
+) -> None:
+    """Those of step 40, in each process; what is sharded is sharded."""
+    assert [process[way]["restored"] for process in seen] == [40, 40]
+    assert seen[0][way]["parameters"] == [kind]
+
+
+@pytest.mark.parametrize("way", ["accelerate", "accelerate sharded", "lightning saves", "lightning sharded"])
 def test_a_row_is_that_of_all_batches_together(seen: list[dict[str, Any]], way: str) -> None:
     """Against a loop in one process, whose batches are those of both."""
     model = network()

@@ -57,9 +57,22 @@ def seen(monitor: Any, steps: int, **more: Any) -> dict[str, Any]:
     return rows | {"steps": steps, "verdict": monitor.verdict, "attached": monitor.attached} | more
 
 
-def with_accelerate() -> dict[str, Any]:
-    """A loop with an accelerator."""
-    accelerator = accelerate.Accelerator(cpu=True)
+def sharding() -> accelerate.Accelerator:
+    """An accelerator that shards (FSDP2). On the CPU, Accelerate leaves that out unless its state says that it is on."""
+    accelerate.state.AcceleratorState._reset_state()
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=20
+    )
+    accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
+    for state in (accelerate.PartialState(), accelerator.state):
+        state.distributed_type = accelerate.DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def with_accelerate(folder: Path, *, sharded: bool = False) -> dict[str, Any]:
+    """A loop with an accelerator, which saves halfway."""
+    accelerator = sharding() if sharded else accelerate.Accelerator(cpu=True)
     model = network()
     model, optimizer, loader = accelerator.prepare(
         model, torch.optim.SGD(model.parameters(), lr=RATE), torch.utils.data.DataLoader(data(), batch_size=BATCH)
@@ -72,10 +85,16 @@ def with_accelerate() -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
             steps += 1
+            if steps == 40:
+                accelerator.save_state(str(folder / "saved"))
             if watched.should_stop:
                 break
-        worth = watched.is_worth_saving()
-    return seen(watched.monitor, steps, worth=worth)
+        worth, monitor = watched.is_worth_saving(), watched.monitor
+        rows = seen(monitor, steps)
+        accelerator.load_state(str(folder / "saved"))
+        restored = monitor.state_dict()["step"]
+    parameters = {type(one).__name__ for one in model.parameters()}
+    return rows | {"worth": worth, "attached": monitor.attached, "restored": restored, "parameters": sorted(parameters)}
 
 
 class Regression(nn.Module):
@@ -192,12 +211,13 @@ def see() -> dict[str, Any]:
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     root = Path(str(folder[0]))
-    for name in ("transformers", "stops", "saves", "sharded"):
+    for name in ("transformers", "stops", "saves", "sharded", "accelerate", "accelerate sharded"):
         (root / name).mkdir(exist_ok=True)
     return {
-        "accelerate": with_accelerate(),
+        "accelerate": with_accelerate(root / "accelerate"),
         "transformers": with_transformers(root / "transformers"),
         "lightning stops": with_lightning(root / "stops", stop=True),
         "lightning saves": with_lightning(root / "saves", stop=False),
         "lightning sharded": with_lightning(root / "sharded", stop=True, sharded=True),
+        "accelerate sharded": with_accelerate(root / "accelerate sharded", sharded=True),
     }
