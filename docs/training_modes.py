@@ -44,7 +44,8 @@ All of these are run a second time with the code for devices (below), with the s
 
 Attach in each process. Each process measures its own part. One sum of {small} numbers, for a model of 100 layers and 8 processes,
 combines them, so that norms, verdicts and decisions are identical to the bit in all processes. Losses are averaged. If NaN or Inf
-came from one process alone, the incident names its rank. Only rank 0 draws, but a `Report` of your own is called in each process.
+came from one process alone, the incident names its rank; under FSDP, which mixes the gradients of all processes before they can be
+seen, only for a loss. Only rank 0 draws, but a `Report` of your own is called in each process.
 
 | mode | processes | what is recorded |
 |---|---|---|

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LOG, SQRT = CAUSES["log of zero"], CAUSES["sqrt at zero"]
+NEVER = gradwatch.AutoClip(gradwatch.ClipNorm(1e9))  # leaves out steps that are not finite, and clips no other
 BAD = (2, 4)  # steps at which rank 1 fails
 
 
@@ -33,12 +34,18 @@ def sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model)  # type: ignore[return-value]
 
 
+def cast(model: nn.Module) -> nn.Module:
+    """Return such a model whose output FSDP2 gives in another dtype."""
+    return fully_shard(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float64))  # type: ignore[return-value]
+
+
 def train(
     wrap: Callable[[nn.Module], nn.Module],
     *,
     in_model: Callable[[Tensor], Tensor] = torch.tanh,
     in_loss: Callable[[Tensor], Tensor] = lambda out: out,
     watch: bool = True,
+    forwards: int = 1,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train; on rank 1 the operations given are used at some steps. Steps that fail are left out."""
@@ -58,6 +65,8 @@ def train(
         optimizer.zero_grad()
         out = model(torch.randn(ROWS, WIDTH, generator=generator))
         loss = (in_loss(out) if failing["now"] else out).pow(2).mean()
+        if forwards > 1:
+            loss = loss + model(torch.randn(ROWS, WIDTH, generator=generator)).pow(2).mean()
         loss.backward()
         if monitor is not None or step not in BAD:
             optimizer.step()
@@ -79,6 +88,18 @@ def train(
     return found
 
 
+def found_by_each() -> dict[str, Any]:
+    """Return what `gradwatch.find_nonfinite` says in each process, if the backward of rank 1 fails."""
+    torch.manual_seed(0)
+    model = sharded(Net(SQRT.run if dist.get_rank() else torch.tanh))
+    try:
+        with gradwatch.find_nonfinite(model):
+            model(torch.randn(ROWS, WIDTH)).pow(2).mean().backward()
+    except gradwatch.NonFiniteError as error:
+        return {"told": str(error), "op": error.origin.op if error.origin is not None else None}
+    return {}
+
+
 def see() -> dict[str, Any]:
     """Play all trainings."""
     seen: dict[str, Any] = {}
@@ -86,7 +107,13 @@ def see() -> dict[str, Any]:
         seen[f"{name}, unwatched"] = train(wrap, watch=False)
         seen[f"{name}, in the model"] = train(wrap, in_model=LOG.run)
         seen[f"{name}, in the model's backward"] = train(wrap, in_model=SQRT.run)
+        seen[f"{name}, in the loss's backward"] = train(wrap, in_loss=lambda out: SQRT.run(out.expand(-1, WIDTH)))
         seen[f"{name}, in the loss"] = train(wrap, in_loss=lambda out: LOG.run(out.expand(-1, WIDTH)))
         seen[f"{name}, one looks"] = train(wrap, in_model=LOG.run, forensics=dist.get_rank() == 1)
         dist.barrier()
+    seen["FSDP2, twice, unwatched"] = train(sharded, forwards=2, watch=False)
+    seen["FSDP2, twice, in the model's backward"] = train(sharded, in_model=SQRT.run, forwards=2, clip=NEVER)
+    seen["FSDP2, found"] = found_by_each()
+    seen["FSDP2, cast, in the model"] = train(cast, in_model=LOG.run)
+    seen["FSDP2, cast, in the model's backward"] = train(cast, in_model=SQRT.run)
     return seen

@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 EXP = CAUSES["deviation of an encoder"]  # whose graph keeps too little
 
 
-def called_elsewhere(loss: Tensor) -> None:
-    """Call backward in another function than the model, so that the source of the loss is not looked at."""
-    loss.backward()
+remembered: list[float] = []
+
+
+def remember(loss: Tensor) -> Tensor:
+    """Remember a loss and return it, so that its source does more than compute."""
+    remembered.append(loss.item())
+    return loss
 
 
 class Recurrent(nn.Module):
@@ -53,8 +57,8 @@ def train(
     for step in range(steps):
         optimizer.zero_grad()
         out = model(torch.randn(failing.ROWS, failing.WIDTH))
-        loss = EXP.run(out).mean() if bad(step) else out.pow(2).mean()
-        called_elsewhere(loss)
+        loss = remember(EXP.run(out).mean() if bad(step) else out.pow(2).mean())
+        loss.backward()
         losses.append(loss.detach())
         if loss.isfinite() or "clip" in settings:
             optimizer.step()
@@ -122,17 +126,17 @@ def test_a_mode_of_the_program_is_entered_and_left_as_without_it() -> None:
             if step == 2:
                 out = model(x)
                 with mode:
-                    loss = EXP.run(out).mean()
-                    called_elsewhere(loss)
+                    loss = remember(EXP.run(out).mean())
+                    loss.backward()
                     assert _get_current_dispatch_mode_stack() == [mode]
             elif step == 3:
                 with mode:
                     loss = model(x).mean()
                 assert _get_current_dispatch_mode_stack() == []
-                called_elsewhere(loss)
+                loss.backward()
             else:
-                loss = (EXP.run(model(x)) if step == 1 else model(x)).mean()
-                called_elsewhere(loss)
+                loss = remember((EXP.run(model(x)) if step == 1 else model(x)).mean())
+                loss.backward()
             if loss.isfinite():
                 optimizer.step()
         assert monitor._inspector is not None

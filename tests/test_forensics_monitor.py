@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import random
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -358,7 +359,10 @@ def test_a_target_that_holds_nan_is_named_as_the_argument_of_the_loss() -> None:
     y = torch.zeros(failing.ROWS, 1)
     y[9] = torch.nan
     monitor = watched(Net(torch.tanh), lambda out, _: nn.functional.mse_loss(out, y))
-    assert "`mse_loss` in the loss code (forward) got 1 NaN in its `target` (row 9)" in str(monitor.incidents[0])
+    assert re.search(
+        r"`mse_loss` at \S+:\d+ in the loss code \(forward\) got 1 NaN in its `target` \(row 9\)",
+        str(monitor.incidents[0]),
+    )
     model = Net(torch.tanh)
     with gradwatch.attach(model, report=None, forensics=True) as monitor:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -23,7 +24,11 @@ CASES = [
     ("DDP", "in the model's backward", ("sqrt", "backward", "blocks.1"), "replay"),
     ("DDP", "in the loss", ("log", "forward", None), "source"),
     ("FSDP2", "in the model", ("log", "forward", "blocks.1"), "replay"),
+    ("FSDP2", "in the model's backward", ("sqrt", "backward", "blocks.1"), "replay"),
     ("FSDP2", "in the loss", ("log", "forward", None), "source"),
+    ("FSDP2", "in the loss's backward", ("sqrt", "backward", None), "source"),
+    ("FSDP2, twice", "in the model's backward", ("sqrt", "backward", "blocks.1"), "replay"),
+    ("FSDP2, cast", "in the model", ("log", "forward", "blocks.1"), "replay"),
 ]
 
 
@@ -42,8 +47,15 @@ def test_the_process_that_failed_names_the_operation_and_the_other_one_shows_it(
     assert first["skipped"] == second["skipped"] == 2
 
 
-@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
-@pytest.mark.parametrize("case", ["in the model", "in the model's backward", "in the loss"])
+@pytest.mark.parametrize(
+    ("wrapper", "case"),
+    [
+        *itertools.product(
+            ("DDP", "FSDP2"), ("in the model", "in the model's backward", "in the loss", "in the loss's backward")
+        ),
+        ("FSDP2, twice", "in the model's backward"),
+    ],
+)
 def test_the_training_goes_on_bit_for_bit(wrapper: str, case: str, played: dict[str, Both]) -> None:
     """As one whose failed steps are left out by hand."""
     for watched, plain in zip(played[f"{wrapper}, {case}"], played[f"{wrapper}, unwatched"], strict=True):
@@ -60,9 +72,19 @@ def test_where_only_one_process_looks_none_waits_for_the_other(wrapper: str, pla
     assert first["skipped"] == second["skipped"] == 2
 
 
-def test_a_backward_under_fsdp2_is_not_repeated_and_says_so(played: dict[str, Both]) -> None:
-    """It would reduce gradients of the training."""
-    first, second = played["FSDP2, in the model's backward"]
+def test_a_backward_under_fsdp2_in_mixed_precision_is_not_repeated_and_says_so(played: dict[str, Both]) -> None:
+    """It would reduce gradients of the training, and stand-ins of the weights would run in another dtype."""
+    first, second = played["FSDP2, cast, in the model's backward"]
     for one in (first, second):
         assert one["origin"] is None or one["way"] == "watched step"
         assert any("is not known" in note for note in one["notes"])
+
+
+def test_find_nonfinite_names_no_operation_for_what_another_process_has_made(played: dict[str, Both]) -> None:
+    """Gradients of all processes are summed, and only one of them has seen the operation."""
+    first, second = played["FSDP2, found"]
+    assert (first["op"], second["op"]) == (None, "sqrt")
+    assert first["told"] == (
+        "a gradient is not finite; no operation that was watched here has made it. "
+        "Another process has, if processes exchange gradients."
+    )

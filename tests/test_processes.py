@@ -66,12 +66,16 @@ def test_rows_agree_with_a_training_in_one_process(mode: Mode, seen: Seen) -> No
     [("nan loss", "the loss was not finite"), ("nan gradient", "there are gradients that are not finite")],
 )
 def test_nan_in_one_process_is_seen_by_all_and_that_rank_is_named(name: str, event: str, word: str, seen: Seen) -> None:
-    """The step is skipped everywhere, and parameters stay the same everywhere."""
+    """The step is skipped everywhere, and parameters stay the same everywhere.
+
+    A part of a gradient that FSDP2 has reduced is of all processes, so that none is named for what it holds.
+    """
     each = seen[Play(name, event, "norm")]
     same(each, "norms", "losses", "incidents", "skipped", "parameters")
     kind, _, opened, _, who, evidence, _ = each[0]["incidents"][0]
-    assert (kind, opened, who) == ("nonfinite", 3, [1])
-    assert f"on rank 1 alone {word} at step 3" in evidence
+    unknown = (name, event) == (FSDP2, "nan gradient")
+    assert (kind, opened, who) == ("nonfinite", 3, [] if unknown else [1])
+    assert (f"on rank 1 alone {word} at step 3" in evidence) is not unknown
     assert each[0]["skipped"][:5] == [False, False, False, True, False]
     assert np.isfinite(np.concatenate(each[0]["parameters"])).all()
 

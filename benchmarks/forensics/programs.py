@@ -269,12 +269,11 @@ def _ddp(attach: Attach) -> None:
     optimizer.step()
 
 
-@setting("FSDP2, 2 processes", processes=2)
-def _fsdp2(attach: Attach) -> None:
+def _sharded(attach: Attach, cause: Cause) -> None:
     from torch.distributed.fsdp import fully_shard
 
     x = data()
-    model: Any = Net(LOG.run)
+    model: Any = Net(cause.run)
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
@@ -282,6 +281,16 @@ def _fsdp2(attach: Attach) -> None:
     attach(model)
     square(model(x)).backward()
     optimizer.step()
+
+
+@setting("FSDP2, 2 processes", processes=2)
+def _fsdp2(attach: Attach) -> None:
+    _sharded(attach, LOG)
+
+
+@setting("FSDP2, 2 processes, in the backward", SQRT, processes=2)
+def _fsdp2_backward(attach: Attach) -> None:
+    _sharded(attach, SQRT)
 
 
 def _library(name: str) -> bool:

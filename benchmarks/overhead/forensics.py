@@ -7,10 +7,12 @@ block by block, in random order, so that both kinds of steps are watched alike. 
 from __future__ import annotations
 
 import random
+import statistics
 from time import thread_time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 import gradwatch
 from benchmarks.overhead.bench import Bench, shown
@@ -19,6 +21,8 @@ from gradwatch.forensics.replay import Repeat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from benchmarks.overhead.workloads import Workload
 
 
 def healthy(bench: Bench, rounds: int, seconds: float) -> tuple[list[float], list[float], float]:
@@ -64,10 +68,46 @@ def failed(bench: Bench) -> tuple[float, float, float]:
     return step, alone, whole
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[..., object], *args: int) -> float:
     started = thread_time()
-    run()
+    run(*args)
     return thread_time() - started
+
+
+class Root(nn.Module):
+    """Takes roots of elements of which many are zero, while it is on, so that a backward fails."""
+
+    on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        return torch.sqrt(x * (x > 0.1)) if self.on else x
+
+
+def failing(workload: Workload) -> float | None:
+    """Return how many plain steps a step takes whose backward fails in the middle of a model that is a sequence, else None."""
+    model, _ = workload.make()
+    if not isinstance(model, nn.Sequential):
+        return None
+    ratios = []
+    for _ in range(5):
+        root = Root()
+
+        def make(root: Root = root) -> Any:
+            model, loss = workload.make()
+            assert isinstance(model, nn.Sequential)
+            model.insert(len(model) // 2, root)
+            return model, loss
+
+        bench = Bench(make, fused=False)
+        monitor = gradwatch.attach(bench.model, report=None, forensics=True, strict=True, clip="norm")
+        bench.steps(6)
+        plain = min(_seconds(bench.steps, 1) for _ in range(5))
+        root.on = True
+        ratios.append(_seconds(bench.steps, 1) / plain)
+        assert any(one.origin is not None and one.origin.op == "sqrt" for one in monitor.incidents)
+        monitor.detach()
+    return statistics.median(ratios)
 
 
 def decided(bench: Bench) -> bool:
@@ -95,6 +135,7 @@ def rows(letters: str, rounds: int, seconds: float) -> list[list[Any]]:
                 shown(noise),
                 f"{1e3 * forward:.3g} ({forward / plain:.2f})",
                 f"{1e3 * both:.3g} ({both / plain:.2f})",
+                "-" if (steps := failing(workload)) is None else f"{steps:.1f}",
                 "yes" if decided(Bench(workload.make, fused=False)) else "no",
             ]
         )
@@ -109,6 +150,7 @@ HEAD = [
     "noise",
     "forward repeated, ms (steps)",
     "forward and backward repeated, ms (steps)",
+    "a step that fails in its backward, in steps",
     '"auto" keeps',
 ]
 NOTE = f"medians and quartiles; repetitions: the smallest of five, in time of the thread; torch {torch.__version__}, one thread"

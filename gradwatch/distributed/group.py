@@ -43,7 +43,7 @@ from gradwatch.measure.packed_row import (
     PackedRow,
     UnpackedRow,
 )
-from gradwatch.measure.wrappers import is_dtensor, whole_shapes
+from gradwatch.measure.wrappers import is_dtensor, is_fully_sharded, whole_shapes
 from gradwatch.records import Culprits, CulpritSign
 
 if TYPE_CHECKING:
@@ -82,8 +82,9 @@ class Ranks:
         self.rank = dist.get_rank(group)
         self.world = [dist.get_global_rank(group, rank) for rank in range(self.size)] if group else range(self.size)
         self.home = _home(group)
-        # ZeRO's parts are of gradients that all processes have made: who holds a NaN has not made it
-        self._own_gradients = layers.zero is None or not layers.zero.spread
+        # parts of FSDP and ZeRO are of gradients that all processes have made: who holds a NaN has not made it
+        self._own_gradients = layers.model is None or not is_fully_sharded(layers.model)
+        self._own_gradients &= layers.zero is None or not layers.zero.spread
         self._find_parts()
 
     def _find_parts(self) -> None:
@@ -193,7 +194,7 @@ class Ranks:
             LOSS_BAD * (mine.loss is not None and not math.isfinite(mine.loss))
             + BACKWARD_BAD * mine.backward_bad
             + BUFFER_BAD * mine.buffer_bad
-            + GRADIENT_BAD * (self._own_gradients and (now.nonfinite is not None or whole.nonfinite is not None))
+            + GRADIENT_BAD * (now.nonfinite is not None or whole.nonfinite is not None)
             + CLOSELY * word.closely
             + LEAVES_OUT * word.leaves_out,
             word.every,
@@ -285,7 +286,7 @@ class Ranks:
         """Return the processes that non-finite values came from; None if no kind of them is confined to some."""
         for bit, sign in _SIGNS:
             found = np.flatnonzero(numbers.ranks[FLAGS] & bit)
-            if 0 < found.size < self.size:
+            if 0 < found.size < self.size and (sign != "gradient" or self._own_gradients):
                 return Culprits(tuple(int(self.world[rank]) for rank in found), sign)
         return None
 

@@ -122,7 +122,7 @@ def cause_of(mark: Mark) -> str:
         return f"is singular at {counted(mark.scalars['singular'], 'element')}: what its backward returns there is not finite"
     if mark.backward:
         inner = "" if mark.raw == mark.op else f" (in its `{mark.raw}`)"
-        dropped = ", where the gradient that arrived was 0: a dropped branch" if _is_dropped(mark) else ""
+        dropped = ", where the gradient that arrived was 0, as in a dropped branch" if _is_dropped(mark) else ""
         return f"returned {returned} in its backward{inner}{dropped}"
     got = _got(mark)
     return f"{got} and returned {returned}" if got else f"returned {returned}"
@@ -185,6 +185,8 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
             f"`{mark.name}` was damaged before this step: look at the update of the step before, and go back to a checkpoint "
             "with finite values.",
         )
+    if mark.subject == "argument" and not mark.rows:
+        return ("Look at where it is made.",)
     if mark.subject in ("input", "argument"):
         return ("Look at these rows where they are loaded: assert torch.isfinite(x).all() in the Dataset.",)
     if mark.subject == "written":

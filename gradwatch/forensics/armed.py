@@ -86,7 +86,7 @@ class ArmedSteps:
                 mark is None
                 or mark.mute
                 or mark.subject in ("weight", "buffer")
-                or (mark.subject == "input" and not mark.name)
+                or (mark.subject == "argument" and mark.backward)
             ):
                 return None
             return origin_of(mark, "watched step", batch=trace.batch)

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gradwatch.forensics.frames import CALLS, line_of
 from gradwatch.forensics.names import tensors_in
+from gradwatch.forensics.ops import next_node
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +43,7 @@ class Call:
         file, line, code: where the program called the model.
         backward: whether a backward of this forward has begun.
         started: when it began, in seconds of `time.perf_counter`.
+        first, last: numbers that autograd gave next, before and after it: its nodes have those from the first to before the last.
     """
 
     __slots__ = (
@@ -52,8 +54,10 @@ class Call:
         "backward",
         "code",
         "file",
+        "first",
         "generator",
         "kwargs",
+        "last",
         "line",
         "started",
         "versions",
@@ -75,6 +79,11 @@ class Call:
         self._output: Any = None
         self._large: Any = None
         self.backward = False
+        self.first = self.last = next_node()
+
+    def made(self, number: int) -> bool:
+        """Return whether a node of autograd with this number was made by the forward."""
+        return self.first <= number < self.last
 
     def called_from(self, depth: int) -> None:
         """Remember which line of the program has made the call."""
@@ -83,6 +92,7 @@ class Call:
 
     def gave(self, output: Any) -> None:
         """Remember the output; a large tensor only weakly."""
+        self.last = next_node()
         if type(output) is torch.Tensor:
             if output.element_size() * output.numel() > _LARGEST:
                 self._large = weakref.ref(output)

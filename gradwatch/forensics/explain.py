@@ -21,7 +21,8 @@ def origin_of(mark: Mark, found_by: Way, *, batch: int = 0, part: Part | None = 
     """Return the record of a mark."""
     place = mark.place
     if part is None:
-        part = "optimizer" if mark.update else "model" if place.module is not None else "loss code"
+        inside: Part = "unknown" if place.recomputed else "loss code"
+        part = "optimizer" if mark.update else "model" if place.module is not None else inside
     return Origin(
         subject=mark.subject,
         op=mark.op,

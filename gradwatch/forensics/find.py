@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gradwatch.errors import NonFiniteError, UsageError, shown
+from gradwatch.forensics.armed import are_several
 from gradwatch.forensics.capture import Calls, called_module
 from gradwatch.forensics.explain import lines_of, origin_of, sole
 from gradwatch.forensics.marks import ordered
@@ -128,7 +129,11 @@ def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _error(marks: Sequence[Mark], what: str, batch: int) -> NonFiniteError:
+    marks = [one for one in marks if one.subject != "argument" or not one.backward]  # what other processes have sent
     mark = sole(marks)
+    if not marks:
+        others = " Another process has, if processes exchange gradients." if are_several() else ""
+        return NonFiniteError(f"{what} is not finite; no operation that was watched here has made it.{others}")
     if mark is None:
         known = [str(origin_of(one, "watched step")) for one in ordered(marks)]
         listed = "".join(f"\n  {line}" for line in known)

@@ -36,6 +36,7 @@ class Place(NamedTuple):
         module: path of the innermost module of the model; None if there is none.
         inside_backward: whether autograd runs it: itself, or Python code that it has called.
         own_backward: whether it belongs to the backward of a function that was written in Python.
+        recomputed: whether a checkpoint computes it again in a backward, where modules around it are not known.
         in_optimizer: whether it belongs to the step of an optimizer, and not to a closure that the step evaluates.
         calls_model: whether the line is the one that called the model, because there is none further inside.
     """
@@ -47,6 +48,7 @@ class Place(NamedTuple):
     own_backward: bool = False
     calls_model: bool = False
     in_optimizer: bool = False
+    recomputed: bool = False
 
 
 @cache
@@ -100,4 +102,4 @@ def place_of(names: Names, depth: int, until: CodeType | None = None) -> Place:
             break
     own = inside and bool(line) and not recomputed
     calls = bool(line) and module is not None and outer == len(running)
-    return Place(file, line, module, inside and not recomputed, own, calls, optimizes)
+    return Place(file, line, module, inside and not recomputed, own, calls, optimizes, inside and recomputed)

@@ -138,18 +138,18 @@ class Inspector:
     def backward_begins(self, roots: Any, losses: list[Any]) -> None:
         """Prepare for a backward; find the origin of a loss that is not finite, while its graph is whole."""
         try:
-            calls = self._capture.calls
-            if calls:
-                self._backward = backward_at(line_of(sys._getframe())[2], losses, _tensors(roots))
+            every = self._capture.calls
+            calls = [call for call in every if not call.backward]
+            if every:
+                self._backward = backward_at(line_of(sys._getframe())[2], losses, _tensors(roots), calls or list(every))
             if not self._are_finite(losses):
                 self._in_trouble = True
                 self._watched(_tensors(roots))
                 if self._is_spread():  # no process may repeat anything alone
                     return
-                calls = [call for call in calls if not call.backward]
                 self._investigate(lambda inquiry: inquiry.of_loss(_tensors(roots)), calls)
-            elif calls:
-                self._prepare([call for call in calls if not call.backward], _tensors(roots))
+            elif every:
+                self._prepare(calls, _tensors(roots))
         except Exception as error:  # nothing of it may reach the training
             self._capture_failed(error)
 
@@ -214,13 +214,11 @@ class Inspector:
     def _look_together(self, row: Row, together: Together | None) -> None:
         """Repeat the forward in all processes at once, if all of them can: each has a part of the weights."""
         model, calls = self._model(), list(self._capture.calls)
-        if model is None or self._explained:
-            ready = False
-        else:
-            ready = self._left > 0 and len(calls) == 1 and can_repeat_together(model, calls[0])
+        free = not self._explained and self._left > 0
+        ready = model is not None and free and can_repeat_together(model, calls)
         if together is not None and self._sharing.agree(together, ready=ready):
             backward = not row.loss_nonfinite
-            self._investigate(lambda inquiry: inquiry.of_all_together(backward=backward), calls)
+            self._investigate(lambda inquiry: inquiry.of_all_together(self._singular, backward=backward), calls)
         elif not self._explained:
             self._note(
                 "which operation made a step non-finite is not looked for under DeepSpeed."

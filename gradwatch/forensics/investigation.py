@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from gradwatch.errors import words_of
 from gradwatch.forensics.explain import called_at, origin_of, sole
-from gradwatch.forensics.graph_walk import LossGraph
+from gradwatch.forensics.graph_walk import LossGraph, nodes_below
 from gradwatch.forensics.loss_again import LossAgain
 from gradwatch.forensics.marks import Mark
-from gradwatch.forensics.names import Names, inputs_of, tensors_in
+from gradwatch.forensics.names import OUTPUT, Names, inputs_of, tensors_in
 from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, rows_of
 from gradwatch.forensics.replay import Repeat, Replay, batch_of, first_cause, is_faithful, know_rows
+from gradwatch.forensics.spread import fit_whole, whole
 from gradwatch.forensics.standins import CannotRepeatError
 from gradwatch.measure.wrappers import unwrapped
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from gradwatch.forensics.capture import Call
     from gradwatch.forensics.singular import Singular
     from gradwatch.forensics.statements import Backward
-    from gradwatch.records import Origin, Way
+    from gradwatch.records import Origin, Part, Way
 
 
 _NOT_KEPT = "the inputs of the model were not kept in this step (forensics=True keeps those of each step)"
@@ -63,6 +64,7 @@ class Investigation:
         self._may_run = may_run
         self.guilty: Call | None = calls[0] if len(calls) == 1 else None
         self._reasons: list[str] = []
+        self._silent: Origin | None = None  # infinities that a forward has written on purpose, if it has made no others
 
     # A loss that is not finite.
 
@@ -90,11 +92,14 @@ class Investigation:
             if faithful is not False:
                 return origin
             unfaithful = origin
-        if outputs and not any(map(is_nonfinite, outputs)) and (again := self._source(backward=False)) is not None:
+        again = self._source(backward=False)
+        if again is not None and again.name == OUTPUT:
+            again = self._silent  # what counts is in what the model returned
+        if again is not None:
             return again
         mark = self._in_graph(losses, outputs)
         if mark is not None:
-            origin = origin_of(mark, "graph", batch=self._batch, part="loss code" if outputs else "unknown")
+            origin = origin_of(mark, "graph", batch=self._batch, part=self._part_of(mark))
             if unfaithful is not None and unfaithful.op == origin.op:
                 return unfaithful
             return origin
@@ -132,26 +137,30 @@ class Investigation:
             return again
         mark = singular.first(self._names(), self._batch)
         if mark is not None:
-            return origin_of(mark, "graph", batch=self._batch)
+            return origin_of(mark, "graph", batch=self._batch, part=self._part_of(mark))
         repeated = "no operation made a non-finite gradient of finite ones when the step was repeated"
         raise NothingFound(self._reason(repeated if self._calls else "the graph of the loss is gone"))
 
     # A step of all processes together.
 
-    def of_all_together(self, *, backward: bool) -> Origin:
+    def of_all_together(self, singular: Singular, *, backward: bool) -> Origin:
         """Return the origin of a step whose weights are spread over processes, all of which call this at once.
 
         Args:
+            singular: nodes of the loss whose backward may not be finite.
             backward: whether the losses are finite, and gradients are not.
 
         Raises:
             NothingFound: it is not known, or it was in another process.
         """
+        if fit_whole(unwrapped(self._model)):
+            with whole(unwrapped(self._model)):
+                return self.of_gradients(singular) if backward else self._of_forward()
         (call,) = self._calls
         repeat = Repeat(self._model, call, together=True)
         result = repeat.run()  # only once: the other processes run it once
         mark = sole([one for one in result.marks if not one.mute])
-        if mark is not None and (mark.subject in ("operation", "written") or (mark.subject == "input" and mark.name)):
+        if mark is not None and (mark.subject in ("operation", "written", "input")):
             self.guilty = call
             faithful = is_faithful(call, result.outputs)
             origin = origin_of(mark, "replay", batch=repeat.batch, part="model")
@@ -159,6 +168,25 @@ class Investigation:
         if not result.marks and (again := self._source(backward=backward)) is not None:
             return again
         raise NothingFound(self._reason("the model of this process was finite when all of them repeated its forward"))
+
+    def _of_forward(self) -> Origin:
+        """Return the origin of a loss that is not finite, after its backward, which has freed what its graph kept."""
+        for call in self._calls:
+            if not call.outputs or any(map(is_nonfinite, self._used(call))):
+                found = self._repeat(call)
+                if found is not None and found[1] is not False:
+                    return found[0]
+        again = self._source(backward=False)
+        again = self._silent if again is not None and again.name == OUTPUT else again
+        if again is not None:
+            return again
+        raise NothingFound(self._reason("the model of this process was finite when its forward was repeated"))
+
+    def _used(self, call: Call) -> list[Tensor]:
+        """Return the outputs of a forward that are in the graph of the loss."""
+        roots = self._backward.roots if self._backward is not None else []
+        nodes = set(nodes_below([one.grad_fn for one in roots]))
+        return [one for one in call.outputs if one.grad_fn in nodes]
 
     # Inputs of an earlier step.
 
@@ -199,9 +227,11 @@ class Investigation:
             repeat = Repeat(self._model, call, gradients)
             result: Replay = repeat.run()
             mark = first_cause(repeat, result)
-            if mark is None:
+            if mark is None or mark.earlier:
                 if is_faithful(call, result.outputs) is False:
                     self._reasons.append("the repeated forward gave another result")
+                elif mark is None and all(one.mute for one in result.marks) and (silent := sole(result.marks)):
+                    self._silent = origin_of(silent, "replay", batch=repeat.batch, part="model").repeated(faithful=True)
                 elif any(not one.mute for one in result.marks):
                     self._reasons.append("several operations made it, and which of them counts is not known")
                 return None
@@ -225,9 +255,9 @@ class Investigation:
 
         Only if that was asked for, and if the source is not understood, its statements are run.
         """
-        if self._backward is None or len(self._calls) != 1 or not self._calls[0].outputs:
+        if self._backward is None or not all(call.outputs for call in self._backward.calls):
             return None
-        again = LossAgain(self._model, self._calls[0], self._backward, self._names(), self._batch)
+        again = LossAgain(self._model, self._backward, self._names(), self._batch)
         marks: tuple[Mark, ...] = ()
         way: Way = "source"
         try:
@@ -240,8 +270,20 @@ class Investigation:
                     marks = again.run(backward=backward)
                 except Exception as failure:  # the user's code may raise anything
                     self._reasons.append(_told("the statements of the loss cannot be run again", failure))
-        mark = sole([one for one in marks if one.subject in ("operation", "written") and not one.mute])
-        return origin_of(mark, way, batch=self._batch, part="loss code") if mark is not None else None
+        mark = sole(marks)
+        if mark is None or mark.earlier or mark.subject in ("weight", "buffer"):
+            return None
+        if backward and (
+            mark.mute or mark.name == OUTPUT
+        ):  # only what ran in the backward makes gradients of finite losses
+            return None
+        return origin_of(mark, way, batch=self._batch, part="loss code")
+
+    def _part_of(self, mark: Mark) -> Part:
+        """Return whether a node of the graph was made in a forward of the model."""
+        if not mark.order or mark.order < min((one.first for one in self._calls), default=mark.order + 1):
+            return "unknown"  # numbers are not known in this version of torch, or the node is older than what was kept
+        return "model" if any(one.made(mark.order) for one in self._calls) else "loss code"
 
     @property
     def _batch(self) -> int:

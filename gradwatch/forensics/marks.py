@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -32,6 +32,7 @@ class Mark:
         backward, update: whether it ran in a backward, and in the step of an optimizer.
         place: where the operation ran, or in a backward where its forward ran.
         name: name of a tensor from elsewhere.
+        earlier: whether that has a graph, so that an operation that was not watched has made it.
         inputs, output: numbers of the tensors.
         scalars: the other arguments.
         rows: indices of the first dimension at which the output is not finite, if its length is that of the batch.
@@ -47,11 +48,16 @@ class Mark:
     update: bool = False
     place: Place = field(default_factory=Place)
     name: str = ""
+    earlier: bool = False
     inputs: tuple[Operand, ...] = ()
     output: Operand | None = None
     scalars: dict[str, Any] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
     rows_known: bool = False
+
+    def heard(self) -> Mark:
+        """Return the mark of infinities that are not those of a mask in what comes of them here."""
+        return replace(self, mute=False)
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Subject
 
 _MOST = 256  # tensors among the inputs of a call
+OUTPUT = "the output of the model"
 
 
 class Known(NamedTuple):
@@ -66,12 +67,17 @@ class Names:
         for name, tensor in tensors:
             self._add("input", name or "batch", tensor)
 
+    def add_outputs(self, tensors: Iterable[Tensor]) -> None:
+        """Add what a model has returned, of whose infinities it is not known here whether they were written on purpose."""
+        for tensor in tensors:
+            self._add("written", OUTPUT, tensor)
+
     def has_no_dimension_of(self, batch: int) -> bool:
         """Return whether only the first dimension of inputs has the length of the batch, so that it is known where it is met."""
         return batch > 1 and batch not in self._sizes
 
     def _add(self, subject: Subject, name: str, tensor: Tensor) -> None:
-        self._sizes.update(tensor.shape[subject == "input" :])
+        self._sizes.update(tensor.shape[subject in ("input", "written") :])
         try:
             self._known.setdefault(storage_of(local_of(tensor.detach())), Known(subject, name, tensor))
         except (RuntimeError, NotImplementedError):  # a tensor without memory of its own

@@ -46,13 +46,40 @@ _WRITERS = _UNINITIALISED.union(
         "index_fill",
     )
 )
-# operations that only add and multiply what they get
+# operations that only add and multiply what they get, or divide by what they get as well
 _LINEAR = frozenset(
     (
         *("add", "addmm", "baddbmm", "bmm", "clone", "convolution", "convolution_backward", "dot", "mm", "mul", "mv"),
         *("neg", "sub", "sum", "threshold_backward"),
+        *("avg_pool2d", "batch_norm", "mean", "native_batch_norm_backward", "native_layer_norm_backward", "layer_norm"),
     )
 )
+# operations that return nothing larger than what they get
+_BOUNDED = frozenset(
+    (
+        *(
+            "cat",
+            "clamp_min",
+            "gather",
+            "hardtanh",
+            "index",
+            "index_select",
+            "max_pool2d_with_indices",
+            "relu",
+            "sigmoid",
+        ),
+        *("stack", "tanh", "where"),
+    )
+)
+_EPS = 1e-12  # of a normalisation that divides by nothing smaller
+# operations that multiply what they get, which infinities of a mask do not meet
+_MULTIPLIES = frozenset(
+    (
+        *("addmm", "addmv", "baddbmm", "bmm", "convolution", "dot", "mkldnn_rnn_layer", "mm", "mul", "mv"),
+        *("batch_norm", "group_norm", "layer_norm", "rms_norm"),
+    )
+)
+_RUNNING = frozenset(("running_mean", "running_var"))  # which batch normalisation only changes while it trains
 _TAME = 1e6  # numbers of which sums of products do not overflow in float32
 _PLAIN = {
     "log_softmax_backward_data": "log_softmax",
@@ -121,6 +148,12 @@ def is_collective(func: Any) -> bool:
 
 
 @cache
+def is_of_profiler(func: Any) -> bool:
+    """Return whether an operation only tells a profiler where a program is; its tensors are no numbers."""
+    return str(func._schema.name).startswith("profiler::")
+
+
+@cache
 def is_random(func: Any) -> bool:
     """Return whether an operation draws from a generator."""
     return torch.Tag.nondeterministic_seeded in func.tags
@@ -134,12 +167,15 @@ def can_repeat(func: Any) -> bool:
 
 def only_passes_on(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], bad: Sequence[Tensor]) -> bool:
     """Return whether an operation makes nothing non-finite of the finite numbers in what it gets, by their size."""
+    if name_of(func) in _BOUNDED:
+        return True
     if name_of(func) not in _LINEAR or any(
         one.dtype not in (torch.float32, torch.bfloat16, torch.float64) for one in bad
     ):
         return False
-    numbers = [one for one in scalars_of(func, args, kwargs).values() if isinstance(one, float)]
-    if not all(-_TAME < one < _TAME for one in numbers):
+    scalars = scalars_of(func, args, kwargs)
+    numbers = [one for one in scalars.values() if isinstance(one, float)]
+    if scalars.get("eps", 1.0) < _EPS or not all(-_TAME < one < _TAME for one in numbers):
         return False
     for one in tensors:
         here = one.detach()
@@ -149,6 +185,12 @@ def only_passes_on(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor],
         if not torch.linalg.vector_norm(known).item() < _TAME:
             return False
     return True
+
+
+@cache
+def multiplies(func: Any) -> bool:
+    """Return whether an operation multiplies all that it gets with each other."""
+    return name_of(func) in _MULTIPLIES
 
 
 @cache
@@ -164,8 +206,12 @@ def is_uninitialised(func: Any) -> bool:
 
 
 def named_inputs(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that an operation got, by their names in its schema."""
-    for argument, value in _arguments(func, args, kwargs):
+    """Yield the tensors on which the result of an operation depends, by their names in its schema."""
+    given = list(_arguments(func, args, kwargs))
+    training = any(argument.name == "training" and value is True for argument, value in given)
+    for argument, value in given:
+        if training and argument.name in _RUNNING:
+            continue
         if isinstance(value, (torch.Tensor, list, tuple)) and not argument.kwarg_only:
             yield from tensors_in(value, argument.name.replace("self", "input"))
 

@@ -58,6 +58,11 @@ _MODULES = (
     "torch.nn.modules.activation",
     "torch.nn.modules.distance",
     "torch.nn.modules.flatten",
+    "torch.nn.modules.linear",
+    "torch.nn.modules.conv",
+    "torch.nn.modules.normalization",
+    "torch.nn.modules.pooling",
+    "torch.nn.modules.padding",
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LISTS = frozenset(("parameters", "named_parameters", "buffers", "named_buffers"))  # of a module
@@ -122,8 +127,11 @@ def _is_builtin(function: Any, name: str, owner: Any) -> bool:
 
 
 def _is_stateless(module: nn.Module) -> bool:
-    hooked = any(getattr(module, name, None) for name in _HOOKS)
-    return type(module).__module__ in _MODULES and not hooked and not getattr(module, "inplace", False)
+    if any(getattr(module, name, None) for name in _HOOKS):
+        return False
+    if type(module) is nn.Sequential:
+        return all(map(_is_stateless, module))
+    return type(module).__module__ in _MODULES and not module._modules and not getattr(module, "inplace", False)
 
 
 def attribute(value: Any, name: str) -> Any:

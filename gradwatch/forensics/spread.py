@@ -1,4 +1,8 @@
-"""Repeating a forward whose weights FSDP2 has spread over processes: all of them run it together, on the weights themselves."""
+"""Repeating a step whose weights FSDP2 has spread over processes.
+
+If they fit, all processes gather them at once, and then each repeats its own step on stand-ins of them, which reduces nothing.
+Otherwise all of them run a forward together, on the weights themselves, and no backward.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,26 @@ from gradwatch.measure.deepspeed import engine_of
 from gradwatch.measure.wrappers import is_dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
 
     from gradwatch.forensics.capture import Call
 
+_LARGEST = 2 * 2**30  # bytes of weights that each process holds whole for an investigation
+
 
 def is_spread(model: nn.Module) -> bool:
     """Return whether the weights are spread over processes, so that a forward is one of all of them together.
 
-    Under DeepSpeed it counts as one at every stage, since its hooks on modules act on other processes.
+    Under DeepSpeed it counts as one at every stage, since its hooks on modules act on other processes. Under FSDP2, weights may
+    be whole for now, as those of the outermost module are between a forward and its backward.
     """
-    return any(is_dtensor(one) for one in model.parameters()) or engine_of(model) is not None
+    return (
+        any(is_dtensor(one) for one in model.parameters())
+        or bool(sharded_modules(model))
+        or engine_of(model) is not None
+    )
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:
@@ -35,18 +46,49 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     return [one for one in model.modules() if kind is not None and isinstance(one, kind)]
 
 
-def can_repeat_together(model: nn.Module, call: Call) -> bool:
-    """Return whether this process can repeat a forward together with the others.
+def can_repeat_together(model: nn.Module, calls: Sequence[Call]) -> bool:
+    """Return whether this process can repeat its forwards together with the others.
 
-    What FSDP2 gathers is not known by the memory of weights, so that a damaged weight would not be recognised.
+    What FSDP2 gathers in a forward is not known by the memory of weights, so that a damaged weight would not be recognised.
     """
     sharded = sharded_modules(model)
     inside = {id(parameter) for one in sharded for parameter in one.parameters()}
     if any(is_dtensor(one) and id(one) not in inside for one in model.parameters()):
         return False  # of tensor parallelism
-    if call.changed or any(isinstance(one, AnIterator) for one in (*call.args, *call.kwargs.values())):
+    given = [one for call in calls for one in (*call.args, *call.kwargs.values())]
+    if (
+        not sharded
+        or not calls
+        or any(call.changed for call in calls)
+        or any(isinstance(one, AnIterator) for one in given)
+    ):
         return False
-    return bool(sharded) and not any(map(is_nonfinite, model.parameters()))
+    return fit_whole(model) or (len(calls) == 1 and not any(map(is_nonfinite, model.parameters())))
+
+
+def fit_whole(model: nn.Module) -> bool:
+    """Return whether all weights can be held whole by each process, as they were in the step. It is the same in all of them."""
+    size = sum(one.numel() * one.element_size() for one in model.parameters())  # of a DTensor, those of the whole
+    states = [one._get_fsdp_state() for one in sharded_modules(model)]
+    return size <= _LARGEST and not any(_casts(getattr(one, "_mp_policy", None)) for one in states)
+
+
+def _casts(policy: Any) -> bool:
+    """Return whether a policy of mixed precision has FSDP2 run a module in another dtype, as its stand-ins would not."""
+    return policy is None or policy.param_dtype is not None or policy.output_dtype is not None
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Let each process hold all weights. All processes enter this together; afterwards none waits for another."""
+    sharded = sharded_modules(model)
+    try:
+        for one in sharded:
+            one.unshard()
+        yield
+    finally:
+        for one in sharded:
+            one.reshard()
 
 
 @contextmanager

@@ -93,7 +93,8 @@ def _replace(module: nn.Module, copies: dict[int, torch.Tensor], *, weights: boo
     for name in _HOOKS:
         hooks = state.get(name)
         if hooks:
-            state[name] = OrderedDict((key, hook) for key, hook in hooks.items() if _is_torchs(hook))
+            kept = [(key, hook) for key, hook in hooks.items() if _is_torchs(hook, weights=weights)]
+            state[name] = OrderedDict(kept)
 
 
 def _stand_in(parameter: Any, copies: dict[int, torch.Tensor]) -> Any:
@@ -112,9 +113,12 @@ def _copy(tensor: Any, copies: dict[int, torch.Tensor]) -> Any:
     return copies[id(tensor)]
 
 
-def _is_torchs(hook: Any) -> bool:
+def _is_torchs(hook: Any, *, weights: bool) -> bool:
+    """Return whether a hook is one of torch; those of FSDP2 are none for stand-ins of weights, which need not be gathered."""
     function = getattr(hook, "func", hook)
     kind = getattr(function, "__module__", None) or type(function).__module__
+    if weights and kind.startswith("torch.distributed.fsdp."):
+        return False
     return kind == "torch" or kind.startswith("torch.")
 
 

@@ -9,11 +9,15 @@ from gradwatch.forensics.source import tree_of
 from gradwatch.forensics.standins import CannotRepeatError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import CodeType, FrameType
-    from typing import Any
+    from typing import Any, TypeGuard
 
     from torch import Tensor
 
+    from gradwatch.forensics.capture import Call
+
+_FURTHEST = 24  # statements
 _LOOPS = (ast.For, ast.While, ast.AsyncFor, ast.Try, ast.FunctionDef, ast.ClassDef)
 
 
@@ -24,12 +28,14 @@ class Backward(NamedTuple):
         code, line: function and line.
         loss: value of the loss; None if it is not known.
         roots: tensors from which it starts.
+        calls: forwards to which it belongs.
     """
 
     code: CodeType
     line: int
     loss: float | None
     roots: list[Tensor]
+    calls: list[Call]
 
 
 class Statements(NamedTuple):
@@ -59,16 +65,79 @@ def statements_of(file: str, call: int, backward: int) -> Statements:
     Raises:
         CannotRepeatError: they are not understood.
     """
-    tree = tree_of(file)
-    if tree is None:
-        raise CannotRepeatError("the source of the program is not at hand")
-    block, first, last = _block(tree, call, backward)
+    block, first, last = _block(_tree(file), call, backward)
     root = _root_of(block[last], backward)
     before = [] if first == last else _slice(block[first:last], root)
     if any(isinstance(one, _LOOPS) for statement in before for one in ast.walk(statement)):
         raise CannotRepeatError("the statements of the loss contain a loop")
-    _check_names([*before, ast.Expr(root)])
+    check_names([*before, ast.Expr(root)])
     return Statements(file, before, root, block[last])
+
+
+def reaching_back(file: str, function: int, line: int, root: ast.expr | None = None) -> Iterator[Statements]:
+    """Yield the statements of a loss: the last on which it depends, the last two, and so on, as far back as its function goes.
+
+    Args:
+        file: file of the program.
+        function: line on which the function begins that calls backward, or a function of the program that does so.
+        line: line of the call.
+        root: the loss; None: that of which backward is called.
+
+    Raises:
+        CannotRepeatError: they are not understood.
+    """
+    before, last = _before(_tree(file), function, line)
+    root = _root_of(last, line) if root is None else root
+    whole = _slice(before, root)
+    for start in range(len(whole), max(-1, len(whole) - _FURTHEST), -1):
+        yield Statements(file, whole[start:], root, last)
+
+
+def arguments_on(file: str, function: int, line: int) -> list[ast.expr]:
+    """Return the arguments of the calls on a line that are names, attributes or elements, as in accelerator.backward(loss)."""
+    _, last = _before(_tree(file), function, line)
+    calls = [one for one in ast.walk(last) if _is_call_on(one, line)]
+    return [given for one in calls for given in one.args if isinstance(given, (ast.Name, ast.Attribute, ast.Subscript))]
+
+
+def _tree(file: str) -> ast.Module:
+    tree = tree_of(file)
+    if tree is None:
+        raise CannotRepeatError("the source of the program is not at hand")
+    return tree
+
+
+def _before(tree: ast.AST, function: int, line: int) -> tuple[list[ast.stmt], ast.stmt]:
+    """Return the statements before a call in the blocks around it, the outermost first, and its own statement."""
+    before: list[ast.stmt] = []
+    inner: ast.stmt | None = None
+    around: ast.AST | None = tree
+    while around is not None:
+        blocks = [getattr(around, name, None) for name in ("body", "orelse", "finalbody")]
+        found = [
+            (block, one) for block in blocks if isinstance(block, list) for one in block if _has_call_on(one, line)
+        ]
+        around = None
+        if found:  # of several statements on one line, that of backward
+            block, inner = next((one for one in found if _has_call_on(one[1], line, "backward")), found[0])
+            before += block[: block.index(inner)]
+            around = inner
+            first = [inner.lineno, *(one.lineno for one in getattr(inner, "decorator_list", ()))]
+            if isinstance(inner, ast.FunctionDef) and min(first) <= function:
+                before = []  # what stands outside of it is none of its statements
+    if inner is None:
+        raise CannotRepeatError("the statement that calls backward is not understood")
+    return before, inner
+
+
+def _has_call_on(node: ast.AST, line: int, name: str = "") -> bool:
+    return any(_is_call_on(one, line, name) for one in ast.walk(node))
+
+
+def _is_call_on(node: ast.AST, line: int, name: str = "") -> TypeGuard[ast.Call]:
+    if not isinstance(node, ast.Call) or not node.lineno <= line <= (node.end_lineno or 0):
+        return False
+    return not name or (isinstance(node.func, ast.Attribute) and node.func.attr == name)
 
 
 def _block(tree: ast.AST, call: int, backward: int) -> tuple[list[Any], int, int]:
@@ -136,7 +205,7 @@ def _names(node: ast.AST, kind: type[ast.expr_context]) -> set[str]:
     return {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, kind)} - own
 
 
-def _check_names(body: list[ast.stmt]) -> None:
+def check_names(body: list[ast.stmt]) -> None:
     """Refuse statements that read a name which they change later: it has changed already."""
     stored = set().union(*(_names(one, ast.Store) for one in body))
     known: set[str] = set()
@@ -149,9 +218,9 @@ def _check_names(body: list[ast.stmt]) -> None:
         known |= _names(one, ast.Store)
 
 
-def backward_at(frame: FrameType | None, losses: list[Any], roots: list[Tensor]) -> Backward | None:
+def backward_at(frame: FrameType | None, losses: list[Any], roots: list[Tensor], calls: list[Call]) -> Backward | None:
     """Return where the program calls backward, given its frame."""
     if frame is None:
         return None
     value = losses[0] if len(losses) == 1 and isinstance(losses[0], float) else None
-    return Backward(frame.f_code, frame.f_lineno, value, roots)
+    return Backward(frame.f_code, frame.f_lineno, value, roots, calls)

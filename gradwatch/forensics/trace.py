@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradwatch.forensics import ops
 from gradwatch.forensics.frames import Place, place_of
 from gradwatch.forensics.marks import Mark, Marked, ordered
-from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, plain, rows_of
+from gradwatch.forensics.operands import has_nan, is_nonfinite, nonfinite_in, operand_of, plain, rows_of
 from gradwatch.forensics.standins import CannotRepeatError
 from gradwatch.measure.wrappers import local_of
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradwatch.forensics.names import Names
+    from gradwatch.records import Subject
 
     Inputs = list[tuple[str, Tensor]]
 
@@ -75,7 +76,7 @@ class Trace(TorchDispatchMode):
         self._updating = False
         self._repaired = repaired
         self._calls: dict[int, tuple[str, Place]] = {}  # number of a node of autograd -> the forward that made it
-        self._outside: dict[int, Mark] = {}
+        self._outside: dict[Any, Mark] = {}
         # copies of what an operation has changed in place -> the tensors themselves
         self._originals: dict[int, Tensor] = {}
 
@@ -95,7 +96,7 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it returns."""
         kwargs = kwargs or {}
-        if self.failed is not None or ops.is_view(func):
+        if self.failed is not None or ops.is_view(func) or ops.is_of_profiler(func):
             return func(*args, **kwargs)
         if self._alone and ops.is_collective(func):
             raise CannotRepeatError("it exchanges tensors with other processes, which do not repeat it")
@@ -117,6 +118,13 @@ class Trace(TorchDispatchMode):
         order, self.count = self.count, self.count + 1
         if self._backward:
             self._note_call(func)
+        if ops.is_collective(func):  # what it returns may arrive later; marks of other processes are not known here
+            given, returned = list(ops.named_inputs(func, args, kwargs)), list(ops.tensors(result))
+            bad = [one for _, one in given if is_nonfinite(one) and not any(one is other for other in returned)]
+            marks = ordered(mark for one in bad for mark in self.marks_of(one, func, order))
+            for one in (*returned, *changed):
+                self.marked.put(local_of(one.detach()), marks)
+            return
         outputs = [one for one in (*ops.tensors(result), *changed) if is_nonfinite(one)]
         if not outputs:
             return
@@ -145,32 +153,43 @@ class Trace(TorchDispatchMode):
         bad = [(name, one) for name, one in inputs if is_nonfinite(one)]
         if not bad:
             return (self._new(func, args, kwargs, inputs, outputs[0], order),)
-        each = [self.marks_of(one, func, order) for _, one in bad]
+        each = [self.marks_of(one, func, order, name) for name, one in bad]
         each = self._that_count(func, args, kwargs, bad, each, outputs[0])
         inherited = ordered(mark for marks in each for mark in marks)
         # what infinities that were written on purpose become, such as the softmax of a row that is masked altogether
         mute = all(mark.mute for mark in inherited)
         if mute and (any(map(has_nan, outputs)) or ops.name_of(func) == "logsumexp"):
+            given = [mark for mark in inherited if mark.subject in ("input", "argument")]
+            if given and ops.multiplies(func):  # no mask, for one is only added or chosen by
+                return tuple(mark.heard() for mark in given)
             return (self._new(func, args, kwargs, inputs, outputs[0], order),)
         if self._makes(func, args, kwargs, [one for _, one in bad], [one for _, one in inputs]):
             inherited = ordered((*inherited, self._new(func, args, kwargs, inputs, outputs[0], order)))
         return inherited
 
-    def marks_of(self, tensor: Tensor, func: Any = None, order: int = -1) -> tuple[Mark, ...]:
-        """Return the marks of a tensor that is not finite, also of one that was made before anything was watched."""
+    def marks_of(self, tensor: Tensor, func: Any = None, order: int = -1, name: str = "") -> tuple[Mark, ...]:
+        """Return the marks of a tensor that is not finite, also of one that was made before anything was watched.
+
+        Args:
+            tensor: the tensor.
+            func: operation that got it; None if there is none.
+            order: index of the operation.
+            name: argument of the operation.
+        """
         here = local_of(self._originals.get(id(tensor), tensor).detach())
         found = self.marked.of(here)
-        return found or (self._from_outside(here, tensor, func, order),)
+        return found or (self._from_outside(here, tensor, func, order, name),)
 
-    def _from_outside(self, itself: Tensor, tensor: Tensor, func: Any, order: int) -> Mark:
+    def _from_outside(self, itself: Tensor, tensor: Tensor, func: Any, order: int, argument: str) -> Mark:
         known = self.names.of(itself)
-        subject = "input" if known is None else known.subject
-        mute = subject in ("buffer", "input") and not has_nan(tensor)
-        name = known.name if known is not None else ""
-        key = id(known.tensor) if known is not None else -1 - order
+        subject: Subject = "argument" if known is None else known.subject
+        mute = subject != "weight" and not has_nan(tensor)
+        name = known.name if known is not None else argument
+        key = id(known.tensor) if known is not None else (order, argument)
         if key not in self._outside:
             place = place_of(self.names, 4, self._until) if func is not None else Place()
-            rows = rows_of(tensor) if known is not None and len(tensor.shape) and len(tensor) == self.batch else ()
+            of_batch = known is not None or self.names.has_no_dimension_of(self.batch)
+            rows = rows_of(tensor) if of_batch and len(tensor.shape) and len(tensor) == self.batch else ()
             self._outside[key] = Mark(
                 order,
                 subject,
@@ -179,10 +198,13 @@ class Trace(TorchDispatchMode):
                 backward=place.inside_backward,
                 place=place,
                 name=name,
+                earlier=known is None and tensor.grad_fn is not None,
                 inputs=(operand_of(name or "input", tensor),),
                 rows=rows,
                 rows_known=bool(rows),
             )
+            if known is None and func is not None:
+                self.marked.put(itself, (self._outside[key],))  # the first operation that met it
         return self._outside[key]
 
     def _that_count(
@@ -191,11 +213,11 @@ class Trace(TorchDispatchMode):
         """Return the marks of those inputs whose non-finite elements reach the output; `where` may drop some."""
         if len(set(each)) < 2 or not ops.can_repeat(func):
             return each
-        whole = ~torch.isfinite(plain(output))  # type: ignore[arg-type]
+        whole = nonfinite_in(plain(output))  # type: ignore[arg-type]
         counting = []
         for (_, one), marks in zip(bad, each, strict=True):
             trial = self._first_of(ops.repeated(func, args, kwargs, [one], _FINITE))
-            if trial is None or trial.shape != whole.shape or not torch.equal(~torch.isfinite(trial), whole):
+            if trial is None or trial.shape != whole.shape or not torch.equal(nonfinite_in(trial), whole):
                 counting.append(marks)
         return counting or each
 
@@ -268,7 +290,7 @@ class RowsAt(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and look at what the one that was asked for returns."""
         result = func(*args, **(kwargs or {}))
-        if ops.is_view(func):
+        if ops.is_view(func) or ops.is_of_profiler(func):
             return result
         if not self._left:
             outputs = [
@@ -286,8 +308,8 @@ def _repair(tensor: Tensor) -> None:
 
 
 def marks_in(trace: Trace, tensors: Iterable[Tensor]) -> tuple[Mark, ...]:
-    """Return the marks of those tensors that are not finite."""
-    return ordered(_marks_in(trace, tensors))
+    """Return the marks of those tensors that are not finite; none of one that no operation has made or met."""
+    return ordered(mark for mark in _marks_in(trace, tensors) if mark.op or mark.subject != "argument")
 
 
 def _marks_in(trace: Trace, tensors: Iterable[Tensor]) -> Iterator[Mark]:

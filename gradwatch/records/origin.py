@@ -155,8 +155,8 @@ class Origin:
         if self.module:
             told += f" in {self.module}"
         elif self.part == "loss code":
-            told += " in the loss code"
-        elif self.module == "":
+            told += " in the loss code" if self.found_by in ("source", "statements") else " outside of the model"
+        elif self.part == "model":
             told += " in the model"
         return f"{told} ({self.direction})"
 
