@@ -15,6 +15,7 @@ import numpy as np
 
 from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.errors import TrainingUnstableError
+from gradwatch.history.ending import how_it_stands
 from gradwatch.history.in_use import clip_use_of, usual_norms_of
 from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, cadence
@@ -22,7 +23,7 @@ from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Alarm, Family, Incident, OwnTime, Row, RunVerdict, Snapshot
 from gradwatch.reports.desk import ReportDesk
 from gradwatch.text.wording import number
-from gradwatch.verdict import Alarms, Band, Incidents, VerdictSettings, how_it_stands
+from gradwatch.verdict import Alarms, Band, Incidents, VerdictSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

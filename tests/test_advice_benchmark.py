@@ -26,6 +26,7 @@ SAID = {
     'Clip by norm when it happens: attach(model, clip="norm").': Change(clip=True),
     "If such batches recur, clip each step to a norm of 6.8, twice what is usual here.": Change(bound=6.8),
     "Put an L2 penalty on the weights.": Change(decay=1e-3),
+    "Lower the weight decay: 0.02 instead of 10. An update may change 12 % of the weights.": Change(less_decay=0.002),
 }
 
 
@@ -35,6 +36,7 @@ def test_a_sentence_says_what_to_change(advice: str) -> None:
     (change,) = changes_for(advice)
     wanted = SAID[advice]
     assert change.rate == pytest.approx(wanted.rate)
+    assert change.less_decay == pytest.approx(wanted.less_decay)
     assert (change.warm_up, change.clip, change.bound, change.decay) == (
         wanted.warm_up,
         wanted.clip,

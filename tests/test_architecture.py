@@ -39,7 +39,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "version": set(),
     "settings": {"errors"},
     "records": {"text"},
-    "history": {"errors", "records"},
+    "history": {"errors", "records", "text"},
     "rules": {"errors", "history", "records", "settings", "text"},
     "verdict": {"history", "records", "rules", "settings", "text"},
     "clips": {"device", "errors", "history", "measure", "records", "settings"},

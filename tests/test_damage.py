@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -97,6 +98,29 @@ def test_a_run_that_exploded_at_once_is_not_well_before_it_has_learned(name: str
     assert np.median(losses[-16:]) > 0.9 * losses[0]
     assert monitor.verdict != "healthy"
     assert f"at which it began ({losses[0]:.3g})" in str(monitor.summary())
+    monitor.detach()
+
+
+def test_a_first_explosion_after_which_nothing_is_learned_is_not_resolved_for_good() -> None:
+    """What the loss would have been is not known; that it has hardly fallen since the explosion is."""
+    model, monitor = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=6.0)
+    half_way = copy.deepcopy(model)
+    losses = learn(half_way, torch.optim.SGD(half_way.parameters(), lr=0.1), 40)
+    assert 0.6 * losses[0] < losses[-1] < 0.9 * losses[0]
+    learn(model, optimizer, 5)
+    model.load_state_dict(half_way.state_dict())
+    rate(optimizer, 1e-5)
+    learn(model, optimizer, 150)
+    (incident,) = [one for one in monitor.incidents if one.severity != "notice"]
+    assert incident.opened_step < 5
+    assert incident.verdict == "resolved"
+    learn(model, optimizer, 200)
+    assert re.match(r"the loss is 1\.\d+ and has hardly fallen since step \d+ ", monitor.incidents[0].left[0])
+    all_say(monitor, "damaged")
+    rate(optimizer, 0.1)
+    learn(model, optimizer, 300)
+    assert monitor.incidents[0].verdict == "resolved"
     monitor.detach()
 
 

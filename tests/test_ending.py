@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import gradwatch
+from gradwatch.history.ending import how_it_stands
 from gradwatch.rules.notation import Case
-from gradwatch.verdict import how_it_stands
 from tests.trainings import mlp, train
 
 

@@ -174,6 +174,17 @@ def check_chance(told: Told) -> None:
     told.say(middle(told.loss[-51:-1]), told.step, "3 %", 4.0, math.log(4), middle(told.loss[:16]))
 
 
+def check_overwritten(told: Told) -> None:
+    """The update that the rate makes and the decay together, and where the loss is."""
+    sizes = {"0.weight": (128, 8), "2.weight": (64, 16)}
+    weights = told.weight[~np.isnan(told.weight[:, 0])][-1][[0, 2]]
+    shares = [
+        0.01 * math.sqrt(n) / max(w, 0.5 * math.sqrt(n / f)) for w, (n, f) in zip(weights, sizes.values(), strict=True)
+    ]
+    told.say(0.01, 100 * (middle(np.array(shares)) + 0.1), 10.0, "by weight decay", told.step, "limit 10 %")
+    told.say("stuck at about", middle(told.loss[-32:]), middle(told.loss[:16]))
+
+
 def check_clip_bites(told: Told) -> None:
     """The bound that the user set, and the norms before it."""
     told.say("your clip to a norm of 0.001", 100.0, "last 100 steps", told.step, "80 %", middle(told.norm[-100:]))
@@ -204,6 +215,7 @@ CHECKS: dict[str, Callable[[Told], None]] = {
     "GW403": check_frozen,
     "GW404": check_scale,
     "GW405": check_chance,
+    "GW406": check_overwritten,
     "GW501": check_clip_bites,
     "GW502": check_never,
 }

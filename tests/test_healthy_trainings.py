@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -125,6 +127,68 @@ def unfreezing_by_rate() -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Ten
     return model, torch.optim.SGD(groups), classify(model, 200)
 
 
+def full_batch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    *,
+    squared: bool = True,
+    shape: tuple[int, ...] = (64,),
+) -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
+    """Gradient descent on the same two hundred digits at each step."""
+    x, y = digits()
+    x, y = (x - x.mean(0))[:200].view(-1, *shape), y[:200]
+    target = nn.functional.one_hot(y).float()
+
+    def losses() -> Iterator[Tensor]:
+        for _ in range(steps):
+            if squared:
+                yield nn.functional.mse_loss(model(x), target, reduction="none").sum(1).mean() / 2
+            else:
+                yield nn.functional.cross_entropy(model(x), y)
+
+    return model, optimizer, losses()
+
+
+def tanh_net() -> nn.Sequential:
+    """Three linear layers."""
+    return nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 10))
+
+
+def conv_net() -> nn.Sequential:
+    """Two convolutions and a linear layer."""
+    first = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
+    return nn.Sequential(
+        *first, nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)
+    )
+
+
+def edge_of_stability() -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
+    """The curvature grows until it is 2 over the rate; then loss and gradients swing up, and come back by themselves."""
+    model = tanh_net()
+    return full_batch(model, torch.optim.SGD(model.parameters(), lr=0.6), 300)
+
+
+def edge_of_stability_by_convolutions() -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
+    """The same, where the gradients of single layers grow a hundredfold meanwhile."""
+    model = conv_net()
+    return full_batch(model, torch.optim.SGD(model.parameters(), lr=0.35), 250, shape=(1, 8, 8))
+
+
+def edge_of_stability_with_momentum() -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
+    """The edge lies at 3.8 over the rate."""
+    model = conv_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.33, momentum=0.9)
+    return full_batch(model, optimizer, 200, shape=(1, 8, 8))
+
+
+def edge_of_stability_of_a_cross_entropy() -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
+    """Its curvature falls again once the classes are told apart."""
+    model = conv_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.45)
+    return full_batch(model, optimizer, 300, squared=False, shape=(1, 8, 8))
+
+
 PROGRAMS: list[Program] = [
     a_line,
     softmax_from_zero,
@@ -136,6 +200,10 @@ PROGRAMS: list[Program] = [
     hinge_at_its_floor,
     one_cycle,
     unfreezing_by_rate,
+    edge_of_stability,
+    edge_of_stability_by_convolutions,
+    edge_of_stability_with_momentum,
+    edge_of_stability_of_a_cross_entropy,
 ]
 
 
@@ -152,3 +220,47 @@ def test_a_healthy_training_raises_no_alarm_and_is_never_clipped(program: Progra
             optimizer.step()
     assert [incident for incident in monitor.incidents if incident.severity != "notice"] == []
     assert set(monitor.history.clip_coefficient()) == {1.0}
+
+
+def watched(
+    program: tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]],
+) -> tuple[list[float], gradwatch.Monitor]:
+    """Return the losses of a run, up to the first that is not finite, and its monitor."""
+    model, optimizer, losses = program
+    seen: list[float] = []
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for loss in losses:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+            if not math.isfinite(seen[-1]):
+                break
+    return seen, monitor
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_edge_is_reached_where_the_loss_goes_up_at_many_steps_and_down_over_many(seed: int) -> None:
+    """Else these programs would tempt no rule; the gradients surge as they do in an explosion."""
+    torch.manual_seed(seed)
+    losses, monitor = watched(edge_of_stability_by_convolutions())
+    rises = sum(after > before for before, after in pairwise(losses))
+    assert rises > len(losses) / 10
+    assert losses[-1] < losses[0] / 2
+    assert any(alarm.code == "GW301" for alarm in monitor.alarms)
+    assert monitor.verdict == "healthy"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_rate_beyond_the_edge_is_found_before_the_loss_is_tenfold(momentum: float, seed: int) -> None:
+    """The same net at a rate from which it does not come back."""
+    torch.manual_seed(seed)
+    model = tanh_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.1 if momentum else 2.0, momentum=momentum)
+    losses, monitor = watched(full_batch(model, optimizer, 200))
+    grave = [incident for incident in monitor.incidents if incident.severity != "notice"]
+    beyond = next(step for step, loss in enumerate(losses) if not loss < 10 * losses[0])
+    assert grave[0].kind == "exploding"
+    assert grave[0].opened_step <= beyond
+    assert monitor.verdict == "confirmed"

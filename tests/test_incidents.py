@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -316,3 +317,22 @@ def test_a_notice_is_never_confirmed() -> None:
     incident = only(run(Case("spike", None, loss="1x40 9 1x60", grad="3x101")))
     assert (incident.kind, incident.severity, incident.confirmed_step) == ("spike", "notice", None)
     assert "confirmed" not in str(incident)
+
+
+@pytest.mark.parametrize(
+    ("rate", "family", "opened"),
+    [
+        ("0.3", "sgd", 0),
+        ("0.8", "sgd", 1),
+        ("0.01", "adam", 1),
+        ("0.2x70 0.3", "sgd", 1),
+    ],
+    ids=["within the edge", "beyond it", "no gradient descent", "while the rate rises"],
+)
+def test_a_swing_that_gradient_descent_bears_is_no_explosion(
+    rate: str, family: Literal["sgd", "adam"], opened: int
+) -> None:
+    """At a rate of 0.3, the longest step would take 2.4 from a loss of 1.3; more than 5.2 would prove that it is too long."""
+    grad, loss = "0.1x80 1 1.5 2 2 2 1.5 1 0.1x30", "1x80 1.1 1.2 1.3x3 1.2 1.1 1x30"
+    case = Case("a swing", None, grad={"a": grad, "b": grad}, loss=loss, rate=rate, family=family)
+    assert sum(one.severity != "notice" for one in replay(*case.rows(), default_rules()).incidents) == opened

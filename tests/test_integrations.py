@@ -66,6 +66,18 @@ def test_a_framework_that_is_too_old_is_told() -> None:
     framework("pytest", "2.10")
 
 
+def test_a_framework_that_is_too_old_to_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error would say nothing of it."""
+    (tmp_path / "oldone").mkdir()
+    (tmp_path / "oldone" / "__init__.py").write_text("raise ImportError('something newer is there')")
+    about = tmp_path / "oldone-1.2.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.4\nName: oldone\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(IntegrationError, match=r"oldone 1\.2 is installed; this .* needs 5\.0 or newer: pip install"):
+        framework("oldone", "5.0")
+
+
 def test_a_framework_that_lacks_what_is_needed_is_told() -> None:
     """With the way that always works."""
     with pytest.raises(IntegrationError, match=r"has no pytest\.Trainer\.train, .* gradwatch\.attach\(model\)"):

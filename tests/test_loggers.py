@@ -306,18 +306,14 @@ def test_without_a_run_it_says_what_to_call(name: str, call: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "report"),
-    [("torch.utils.tensorboard", "TensorBoard"), ("wandb", "WeightsAndBiases"), ("mlflow", "MLflow")],
+    ("module", "report"), [("torch.utils.tensorboard", "tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")]
 )
-def test_without_the_library_it_says_what_to_install(module: str, report: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extra; training goes on."""
+def test_without_the_library_attach_says_what_to_install(
+    module: str, report: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra; nothing is left attached."""
     monkeypatch.setitem(sys.modules, module, None)
-    if report == "TensorBoard":
-        with pytest.raises(UsageError, match=re.escape(install_command("tensorboard"))):
-            gradwatch.reports.TensorBoard()
-        return
     model = mlp()
-    with gradwatch.attach(model, report=getattr(gradwatch.reports, report)()) as monitor:
-        losses = train(model, torch.optim.SGD(model.parameters(), lr=0.01), 3)
-    assert np.isfinite(losses).all()
-    assert any(install_command(module) in note for note in monitor.notes)
+    with pytest.raises(UsageError, match=re.escape(install_command(report))):
+        gradwatch.attach(model, report=report)
+    assert gradwatch.monitor_of(model) is None

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 import gradwatch
-from tests.trainings import data, mlp
+from tests.test_rule_trainings import decay_too_high
+from tests.trainings import data, mlp, train
+
+
+def noise() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs (256, 8) and a target (256, 1) of which they tell nothing."""
+    x, _ = data()
+    return x, torch.randn(256, 1, generator=torch.Generator().manual_seed(1))
 
 
 def advice(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 20) -> list[str]:
@@ -90,3 +97,32 @@ def test_a_weight_decay_below_zero_is_the_first_advice_on_weights_that_run_away(
                 assert any("weight decay of a parameter group is -5" in note for note in monitor.notes)
         grave = next(one for one in monitor.incidents if one.severity != "notice")
         assert grave.advice[0].startswith("The weight decay of a parameter group is -5")
+
+
+def test_what_overwrites_the_weights_is_named_with_a_number_to_try() -> None:
+    """The decay where it takes more than an update should; else the rate."""
+    (one,) = decay_too_high(faulty=True).incidents
+    assert one.advice[0].startswith("Lower the weight decay: 0.01 instead of 10. An update may change ")
+    model = mlp(activation=nn.Tanh)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, torch.optim.AdamW(model.parameters(), lr=0.1), 300, x_y=noise())
+    one = next(one for one in monitor.incidents if any(sign.code == "GW406" for sign in one.signs))
+    assert one.advice[0].startswith(
+        "Lower the learning rate: 0.03 instead of 0.1. An update may change 11 % of the weights"
+    )
+
+
+def test_weights_that_moved_farther_than_rate_and_gradients_explain_are_told_first() -> None:
+    """A momentum buffer that comes back scaled; after a step that the gradients explain, nothing of it is said."""
+    for scaled in (True, False):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        with gradwatch.attach(model, report=None, strict=True) as monitor:
+            train(model, optimizer, 100)
+            for state in optimizer.state.values():
+                state["momentum_buffer"].mul_(1024 if scaled else 1)
+            optimizer.param_groups[0]["lr"] *= 1 if scaled else 100
+            train(model, optimizer, 10)
+        told = next(one for one in monitor.incidents if one.severity != "notice").advice
+        assert told[0].startswith("Look at what changed the weights just before step 101: ") == scaled
+        assert not (scaled and any(line.startswith("Look at the batch") for line in told))

@@ -189,15 +189,29 @@ def one_large_layer(faulty: bool) -> gradwatch.Monitor:
     return watched(model, torch.optim.SGD(model.parameters(), lr=1e-6), 200)
 
 
+def four_classes() -> tuple[Tensor, Tensor]:
+    """Return inputs (1024, 8) and the classes (1024,) that they tell."""
+    x, _ = data(1024)
+    return x, (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
+
+
 def labels_by_lot(faulty: bool) -> gradwatch.Monitor:
     """Four classes drawn by lot, against four that the inputs tell."""
-    x, _ = data(1024)
-    told = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
+    x, told = four_classes()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     labels = told[torch.randperm(len(told))] if faulty else told
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     return watched(model, optimizer, 320, loss_of=nn.functional.cross_entropy, x_y=(x, labels))
+
+
+def decay_too_high(faulty: bool) -> gradwatch.Monitor:
+    """A decoupled weight decay that takes a tenth of the weights at each step, against the usual one."""
+    x, labels = four_classes()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=10.0 if faulty else 0.01)
+    return watched(model, optimizer, 160, loss_of=nn.functional.cross_entropy, x_y=(x, labels))
 
 
 def own_clip(bound: float, steps: int) -> gradwatch.Monitor:
@@ -239,6 +253,7 @@ TRAININGS: dict[str, Training] = {
     "GW403": stale_optimizer,
     "GW404": one_large_layer,
     "GW405": labels_by_lot,
+    "GW406": decay_too_high,
     "GW501": clip_too_low,
     "GW502": clip_too_high,
 }

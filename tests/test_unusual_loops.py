@@ -975,3 +975,19 @@ def test_what_a_distributed_checkpoint_does_to_an_optimizer_without_state_is_no_
     assert monitor.history.loss()[20:40] == pytest.approx(losses)
     assert monitor.history.rows <= 41
     assert not monitor.incidents
+
+
+def test_a_clip_whose_norm_overflows_leaves_nothing_and_says_so() -> None:
+    """Torch divides by infinity then, so the gradients that the optimizer gets are zero."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = data()
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for factor in (1.0, 1.0, 1e22):
+            optimizer.zero_grad()
+            (factor * nn.functional.mse_loss(model(x), y)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+    assert all(one.grad is not None and not one.grad.any() for one in model.parameters())
+    assert 1e20 < monitor.history.global_norm()[-1] < np.inf
+    assert monitor.history.clip_coefficient()[-1] == 0.0

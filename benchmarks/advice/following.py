@@ -38,6 +38,7 @@ class Change:
         cap: the largest learning rate.
         anew: names of modules or parameters that are initialised anew; "": all of them, by He.
         no_growth: whether a negative weight decay is set to zero.
+        less_decay: factor on the weight decay.
     """
 
     rate: float = 1.0
@@ -49,6 +50,7 @@ class Change:
     cap: float = math.inf
     anew: tuple[str, ...] = ()
     no_growth: bool = False
+    less_decay: float = 1.0
 
     def with_(self, other: Change) -> Change:
         """Return both changes together."""
@@ -63,17 +65,26 @@ class Change:
             cap=min(self.cap, other.cap),
             anew=self.anew + other.anew,
             no_growth=self.no_growth or other.no_growth,
+            less_decay=self.less_decay * other.less_decay,
         )
 
 
 _RATE = r"(?:Lower|Raise) the learning rate.*: ([\d.,e-]+) instead of ([\d.,e-]+)[.,] "
 _READ: tuple[tuple[str, Callable[..., tuple[Change, ...]]], ...] = (
+    (
+        r"Raise the learning rate: ([\d.,e-]+) instead of ([\d.,e-]+), .* then by factors of ten",
+        lambda new, old: tuple(Change(rate=times * _number(new) / _number(old)) for times in (1, 10, 100)),
+    ),
     (_RATE, lambda new, old: (Change(rate=_number(new) / _number(old)),)),
     (r"The learning rate has risen .* keep it below ([\d.,e-]+)\. ", lambda cap: (Change(cap=_number(cap)),)),
     (r".*clip each step to a norm of ([\d.,e-]+), ", lambda bound: (Change(bound=_number(bound)),)),
     (r"Initialise the weights anew", lambda: (Change(anew=("",)),)),
     (r"Initialise (\S+) anew", lambda name: (Change(anew=(name,)),)),
     (r"The weight decay of a parameter group is -", lambda: (Change(no_growth=True),)),
+    (
+        r"Lower the weight decay: ([\d.,e-]+) instead of ([\d.,e-]+)\. ",
+        lambda new, old: (Change(less_decay=_number(new) / _number(old)),),
+    ),
     (r"Lower the learning rate", lambda: (Change(rate=_LOWER),)),
     (r"Change the learning rate", lambda: tuple(Change(rate=factor) for factor in (3.0, 1 / 3, 9.0, 1 / 9))),
     (r"Warm the rate up", lambda: (Change(warm_up=_WARM),)),
@@ -107,6 +118,7 @@ class Following(Trace):
         self._change = change
         self._made = 0
         self._rates: list[float] = []
+        self._decays: list[float] = []
         self._handles: list[Any] = []
         self.monitor: gradwatch.Monitor | None = None
         self.changed = not change.swap
@@ -130,6 +142,7 @@ class Following(Trace):
         change = self._change
         warmth = min(1.0, (self._made + 1) / change.warm_up) if change.warm_up else 1.0
         self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._decays = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
         held = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
         with torch.no_grad():
             for parameter in held if change.decay else ():
@@ -138,13 +151,15 @@ class Following(Trace):
                 nn.utils.clip_grad_norm_(held, change.bound)
         for group in optimizer.param_groups:
             group["lr"] = min(group["lr"] * change.rate * warmth, change.cap)
-            if change.no_growth and group.get("weight_decay", 0) < 0:
-                group["weight_decay"] = 0.0
+            if "weight_decay" in group:
+                group["weight_decay"] *= 0.0 if change.no_growth and group["weight_decay"] < 0 else change.less_decay
         self._made += 1
 
     def _after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+        for group, rate, decay in zip(optimizer.param_groups, self._rates, self._decays, strict=True):
             group["lr"] = rate
+            if "weight_decay" in group:
+                group["weight_decay"] = decay
 
     def close(self) -> None:
         """Remove what was attached."""

@@ -70,8 +70,10 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting, setting
         say(f"  losses: first difference at step {found.first_difference:,}")
         part = "never for three consecutive rows" if found.losses is None else f"from step {found.losses:,} on"
         say(f"  losses differ by more than a factor of 1.1: {part}")
-    ends = [log.end()[2] for log in (left, right)]
-    say("  last loss: " + " against ".join("NaN or not seen" if end is None else brief(end) for end in ends))
+    ends = [log.end() for log in (left, right)]
+    last = ["NaN or not seen" if loss is None else brief(loss) for _, _, loss in ends]
+    at = [f" at step {step:,}" if ends[0][0] != ends[1][0] else "" for step, _, _ in ends]
+    say(f"  last loss: {last[0]}{at[0]} against {last[1]}{at[1]}")
     for log, only in ((left, found.only_left), (right, found.only_right)):
         if only:
             say(f"  only in {log.folder}: {', '.join(only[:4])}{' and more' if len(only) > 4 else ''}")

@@ -102,7 +102,6 @@ class GradwatchCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._resume = Path(resume) if resume is not None else None
         self._saving: list[Any] = []
         self._taps: _Taps | None = None
-        _tell_of_ends()
 
     @property
     def monitor(self) -> Monitor | None:
@@ -277,13 +276,12 @@ def _changed_at(file: Path) -> int:
 
 
 def _tell_of_ends() -> None:
-    """Wrap `keras.Model.fit`, once, so that callbacks know the others, and of a training that raises.
+    """Wrap `keras.Model.fit`, so that callbacks know the others, and of a training that raises: Keras has no event for either.
 
-    Keras has no event for either.
+    It has to be wrapped before it is called: in ``model.fit(callbacks=[GradwatchCallback()])`` it is looked up before the
+    callback is made.
     """
     original = keras.Model.fit
-    if hasattr(original, "gradwatch"):
-        return
     form = inspect.signature(original)
 
     @functools.wraps(original)
@@ -303,5 +301,7 @@ def _tell_of_ends() -> None:
         with told_of_the_end(mine):
             return original(*given.args, **given.kwargs)
 
-    fit.gradwatch = True  # type: ignore[attr-defined]
     keras.Model.fit = fit
+
+
+_tell_of_ends()

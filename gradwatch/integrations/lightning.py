@@ -33,8 +33,7 @@ class GradwatchCallback(pl.Callback):  # type: ignore[misc]
         stop_on: ``"suspected"`` or ``"confirmed"``: the verdict at which training is ended, as by ``trainer.should_stop``. None:
             it is never ended.
         worst: number of layers closest to their limits whose gradient norms are logged.
-        settings: arguments of `gradwatch.attach` other than the model. By default, the report is a card in a
-            notebook, and log lines elsewhere.
+        settings: arguments of `gradwatch.attach` other than the model. The report is log lines by default.
 
     Raises:
         UsageError: an argument is unknown or invalid.
@@ -42,6 +41,8 @@ class GradwatchCallback(pl.Callback):  # type: ignore[misc]
 
     def __init__(self, *, stop_on: StopOn | None = None, worst: int = 5, **settings: Unpack[Settings]) -> None:
         super().__init__()
+        if settings.get("report", "auto") == "auto":  # in a notebook, rich's bar draws over what is displayed meanwhile
+            settings["report"] = "log"
         self._session = Session(stop_on, worst, settings)
         self._saved: dict[str, Any] | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from gradwatch.errors import IntegrationError
@@ -24,24 +24,31 @@ def framework(name: str, least: str, needs: str = "", package: str = "") -> None
     """
     package = package or name.partition(".")[0]
     install = f"pip install '{package}>={least}'"
+    found = _version_of(package)
+    if found and _numbers(found) < _numbers(least):  # before it is imported, which may fail for being old
+        raise IntegrationError(
+            f"{package} {found} is installed; this integration of gradwatch needs {least} or newer: {install}"
+        )
     try:
         part: Any = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != name.partition(".")[0]:
             raise  # the framework is there, but something that it needs is not
         raise IntegrationError(f"{package} is not installed, which this integration is for: {install}") from None
-    found = version(package)
-    if _numbers(found) < _numbers(least):
-        raise IntegrationError(
-            f"{package} {found} is installed; this integration of gradwatch needs {least} or newer: {install}"
-        )
     for attribute in filter(None, needs.split(".")):
         part = getattr(part, attribute, None)
     if part is None:
         raise IntegrationError(
-            f"{package} {found} has no {name}.{needs}, which this integration of gradwatch uses. Watch the training with "
-            "gradwatch.attach(model) instead, which needs nothing of the framework."
+            f"{package} {found or 'of unknown version'} has no {name}.{needs}, which this integration of gradwatch uses. Watch "
+            "the training with gradwatch.attach(model) instead, which needs nothing of the framework."
         )
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -175,9 +175,9 @@ class HostRecorder:
 
 
 def _share_left(now: float, whole: float, limit: float | None) -> float:
-    """Return the norm after the user's clip over the norm before it, at most 1.0; 1.0 if either is not finite or zero.
+    """Return the norm after the user's clip over the norm before it, at most 1.0; 1.0 if that is unknown.
 
     ``limit`` is the norm that the optimizer will clip to in its step; None if it will not.
     """
     left = now if limit is None else min(now, limit)
-    return left / whole if math.isfinite(whole) and 0 < left < whole else 1.0
+    return left / whole if math.isfinite(whole) and 0 <= left < whole else 1.0

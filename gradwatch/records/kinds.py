@@ -35,6 +35,6 @@ VERDICTS: dict[RunVerdict, str] = {
     "suspected": "an incident is open that is more than a notice",
     "confirmed": "such an incident is open, and a confirming sign occurred together with another one",
     "damaged": "no such incident is open, but one has left something worse than before: the loss, a dead layer, a value that is "
-    "not finite",
+    "not finite; or it came with the first steps, and the loss has not been learned since",
 }
 EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")  # stages of one incident

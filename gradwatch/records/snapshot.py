@@ -69,6 +69,23 @@ class Facts:
         """The name that the user gave and the class of the model; only the class if there is no name."""
         return f"{self.name} ({self.model})" if self.name else self.model
 
+    @property
+    def momentum(self) -> float:
+        """The momentum of the optimizer; 0.0 if none is known, or not the same in each of its groups."""
+        return self._option("momentum")
+
+    @property
+    def decay(self) -> float:
+        """The weight decay, where it is decoupled from the gradient; 0.0 if it is not, or not the same in each group."""
+        decoupled = self.optimizer == "AdamW" or self.optimizer_options.get("decoupled_weight_decay") == "True"
+        return self._option("weight_decay") if decoupled else 0.0
+
+    def _option(self, name: str) -> float:
+        try:
+            return float(self.optimizer_options.get(name, 0.0))
+        except ValueError:  # several values, one for each group
+            return 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
@@ -36,12 +37,17 @@ class MLflow(Report):
         run_id: id of the run; None: the run that is active at the first step.
         worst: number of layers to log.
         client: an `mlflow.MlflowClient`; None: a new one for the current tracking server.
+
+    Raises:
+        UsageError: mlflow is not installed.
     """
 
     takes_rows: ClassVar[bool] = True
     period: ClassVar[float] = 5.0
 
     def __init__(self, run_id: str | None = None, worst: int = 5, client: Any = None) -> None:
+        if find_spec("mlflow") is None:
+            raise UsageError(missing("The report", "mlflow", "mlflow"))
         self._run_id = run_id
         self._worst = worst
         self._client = client
@@ -109,10 +115,8 @@ class MLflow(Report):
         self._left_out += not self._outbox.put(work)
 
     def _connected(self) -> Any:
-        try:
-            import mlflow
-        except ImportError:
-            raise UsageError(missing("The report", "mlflow", "mlflow")) from None
+        import mlflow
+
         if self._run_id is None:
             run = mlflow.active_run()
             if run is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
 from gradwatch.errors import UsageError
@@ -33,12 +34,17 @@ class WeightsAndBiases(Report):
             and Weights & Biases drops what is logged with a smaller ``step=`` than it has reached: use it if you do not pass
             ``step=`` to ``run.log``, as the loggers of Lightning and transformers do not.
         alert: whether to also send `run.alert` when an incident changes that is more than a notice.
+
+    Raises:
+        UsageError: there is no run, and wandb is not installed.
     """
 
     takes_rows: ClassVar[bool] = True
     period: ClassVar[float] = 1.0
 
     def __init__(self, run: Any = None, worst: int = 5, *, every_step: bool = False, alert: bool = False) -> None:
+        if run is None and find_spec("wandb") is None:
+            raise UsageError(missing("The report", "wandb", "wandb"))
         self._run = run
         self._worst = worst
         self._every_step = every_step
@@ -84,10 +90,8 @@ class WeightsAndBiases(Report):
 
     def _active(self) -> Any:
         if self._run is None:
-            try:
-                import wandb
-            except ImportError:
-                raise UsageError(missing("The report", "wandb", "wandb")) from None
+            import wandb
+
             self._run = wandb.run
             if self._run is None:
                 raise UsageError("There is no active Weights & Biases run: call wandb.init() before the first step.")

@@ -21,6 +21,7 @@ from gradwatch.rules.loss_nonfinite import LossNonFinite
 from gradwatch.rules.loss_runaway import LossRunaway
 from gradwatch.rules.no_traction import NoTraction
 from gradwatch.rules.out_of_scale import OutOfScale
+from gradwatch.rules.overwritten import Overwritten
 from gradwatch.rules.step_overshoots import StepOvershoots
 from gradwatch.rules.update_too_large import UpdateTooLarge
 from gradwatch.rules.vanishing import Vanishing
@@ -47,6 +48,7 @@ RULES: tuple[type[Rule], ...] = (
     Frozen,
     OutOfScale,
     AtChance,
+    Overwritten,
     ClipBites,
     ClipNeverBites,
 )
@@ -86,6 +88,7 @@ __all__ = [
     "LossRunaway",
     "NoTraction",
     "OutOfScale",
+    "Overwritten",
     "Rule",
     "StepOvershoots",
     "UpdateTooLarge",

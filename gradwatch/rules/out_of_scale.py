@@ -1,4 +1,4 @@
-"""GW404: the weights of one layer are out of scale, and the loss is stuck."""
+"""GW404: the weights of one layer are out of scale, and the loss hangs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from gradwatch.history.ending import hangs
 from gradwatch.rules.base import Rule
 from gradwatch.rules.no_traction import in_words, stuck_at
 from gradwatch.rules.notation import Case
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class OutOfScale(Rule):
-    """The weights of one layer are far larger than those of the others, and the loss is stuck.
+    """The weights of one layer are far larger than those of the others, and the loss hangs.
 
     ## What it means
     This layer multiplies its input by a much larger factor than the others do, so its output dominates theirs, and training
@@ -27,9 +28,9 @@ class OutOfScale(Rule):
 
     ## Formula
     `value = a / max(median(a), 0.5)` with the gain `a = ||w|| sqrt(f / n)` of a matrix with `n >= 16` elements and `f`
-    inputs (1 for an embedding, which is a lookup), over at least three matrices. `value = 0` while the loss is not stuck
-    (stuck: at least 100 losses, improved by less than a tenth) or the learning rate reached its highest value within the
-    last 50 rows. It fires where `value > limit` (10).
+    inputs (1 for an embedding, which is a lookup), over at least three matrices. `value = 0` unless the loss
+    hangs (see GW406: it is stuck, stands far above its best level, or is high and has hardly fallen for long), and while the
+    learning rate reached its highest value within the last 50 rows. It fires where `value > limit` (10).
 
     ## Why it is bad
     Optimizers move all layers by similar amounts, so a layer that starts a hundred times too large stays too large for
@@ -64,7 +65,9 @@ class OutOfScale(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the gain of each matrix relative to the median gain, shape (L,); NaN for layers that have none."""
-        return history.relative_gain() if history.stuck and not history.warming_up else np.zeros(len(history.layers))
+        gain = history.relative_gain()
+        far = not history.warming_up and bool((gain > self.limit).any())
+        return gain if far and hangs(history) else np.zeros(len(history.layers))
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""

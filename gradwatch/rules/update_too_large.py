@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Kind, Role, Sign
 
-_RATE_SIZED = {"Adam", "AdamW", "NAdam", "Adamax", "RMSprop"}  # each element moves by about the learning rate
+RATE_SIZED = {"Adam", "AdamW", "NAdam", "Adamax", "RMSprop"}  # each element moves by about the learning rate
 
 
 class UpdateTooLarge(Rule):
@@ -80,7 +80,7 @@ class UpdateTooLarge(Rule):
         else:
             moved = np.abs(history.weight - history.previous_weight) / history.weight_gap
             ratio = moved / np.maximum(history.previous_weight, floor)
-            if history.losses <= EARLY and history.facts.optimizer in _RATE_SIZED:
+            if history.losses <= EARLY and history.facts.optimizer in RATE_SIZED:
                 meant = history.rate * np.sqrt(history.sizes) / np.maximum(history.weight, floor)
                 ratio = np.fmax(ratio, meant / 2)
         return np.where(history.large_matrices, ratio, np.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -81,7 +82,8 @@ class Vanishing(Rule):
         """Return what was seen; see `Rule.sentence`."""
         element, largest = alarm.numbers["element"], alarm.numbers["largest"]
         stuck = bool(alarm.numbers["stuck"])
-        times, limit = apart(largest / element, alarm.limit / (self.stuck if stuck else 1))
+        # an average of logarithms may be smaller than any number
+        times, limit = apart(largest / max(element, sys.float_info.min), alarm.limit / (self.stuck if stuck else 1))
         while_stuck = f", and {in_words(alarm)}" if stuck else ""
         return (
             f"the gradient of {alarm.layer} was usually {number(element)} per element by step {alarm.step}, {times} times "

@@ -2,8 +2,7 @@
 
 from gradwatch.verdict.alarms import Alarms
 from gradwatch.verdict.band import Band
-from gradwatch.verdict.ending import how_it_stands
 from gradwatch.verdict.incidents import Incidents
 from gradwatch.verdict.settings import VerdictSettings
 
-__all__ = ["Alarms", "Band", "Incidents", "VerdictSettings", "how_it_stands"]
+__all__ = ["Alarms", "Band", "Incidents", "VerdictSettings"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.history.in_use import usual_norms_of
 from gradwatch.text.wording import number
-from gradwatch.verdict.rates import at, lower_rate, raise_rate
+from gradwatch.verdict.rates import at, lower_rate, raise_rate, slower
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +50,13 @@ def advise(
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
     if incident.kind in _CLIPPABLE:
         lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
-    if of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
+    if opening.moved_layer is not None and incident.kind in ("exploding", "diverging"):
+        lines.append(
+            f"Look at what changed the weights just before step {incident.opened_step}: {opening.moved_layer} moved "
+            f"{number(opening.moved, 2)} times as far as its rate and its gradients can have moved it. It may be an "
+            "optimizer's state that was loaded or scaled, or the program itself."
+        )
+    elif of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
         lines.append(
             f"Look at the batch of step {incident.opened_step}: the last update cannot have raised its loss so far."
         )
@@ -78,7 +84,7 @@ def _lines(incident: Incident, history: History, told: Sequence[str], opening: O
     elif incident.kind == "spike":
         yield from _spike(incident, history)
     elif incident.kind == "stalled":
-        yield from _stalled(facts, told, opening)
+        yield from _stalled(incident, facts, told, opening)
     elif incident.kind == "vanishing":
         yield from _vanishing(facts)
     elif incident.kind == "dead":
@@ -106,13 +112,14 @@ def _spike(incident: Incident, history: History) -> Iterator[str]:
     yield from _odd_batches(incident, history)
 
 
-def _stalled(facts: Facts, told: Sequence[str], opening: Opening) -> Iterator[str]:
-    yield from told
+def _stalled(incident: Incident, facts: Facts, told: Sequence[str], opening: Opening) -> Iterator[str]:
+    known = [line for line in (slower(incident), *told) if line]
+    yield from known
     yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
     yield f"Change the learning rate ({at(opening.rate)}) by factors of three in both directions."
     if not facts.embeds:
         yield "Scale the inputs to zero mean and unit variance."
-    if not told:
+    if not known:
         yield "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
 
 

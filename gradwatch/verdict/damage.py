@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.history.ending import not_learned
 from gradwatch.history.losses import EARLY
 from gradwatch.history.statistics import median, median_and_mad
 from gradwatch.text.wording import number
@@ -79,6 +80,9 @@ def level_now(history: History) -> float:
 def damage_since(history: History, before: Before, broken: str) -> tuple[str, ...]:
     """Return what is worse than before the fault, a sentence each; none if nothing is, as far as it is known.
 
+    Of a fault that came with the first steps, no level of the loss is known from before: a loss that has not been learned since,
+    although there was time for it, counts as worse.
+
     Args:
         history: the history of the run.
         before: the run before the fault.
@@ -96,6 +100,8 @@ def damage_since(history: History, before: Before, broken: str) -> tuple[str, ..
             else f"it was {number(before.loss)} before step {before.step}"
         )
         found.append(f"at step {history.row.step} the loss is {now}, {then}")
+    elif same_task and before.young and (stands := not_learned(history)):
+        found.append(f"the loss {stands}")
     dead = dead_since(history, before) if same_task else []
     if dead and (history.row.global_norm > 0 or high):  # without any gradient, the loss may be at its floor
         more = f" and {len(dead) - _NAMED} more layers" if len(dead) > _NAMED else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.losses import EARLY
-from gradwatch.history.recurrence import is_of_the_batch
+from gradwatch.history.recurrence import ONE_STEP, is_of_the_batch
 from gradwatch.history.statistics import median_and_mad
 
 if TYPE_CHECKING:
@@ -58,9 +58,7 @@ class Harm:
         return (
             any((sign.sign == "subtle" and sign.kind != "spike") or sign.sign == "numeric" for sign in signs)
             or any(sign.kind == "nonfinite" for sign in signs)
-            or any(sign.kind == "spike" and sign.step == now for sign in told)
-            or (now not in story.odd_steps and self._history.loss_is_rising())
-            or self._far_beyond(told)
+            or (self._suffers(story, told) and not self._at_the_edge(signs))
             or self.has("backward", signs)
             # early on only the coming update can be judged, and only before it is made; a single layer does not
             # amplify gradients
@@ -108,6 +106,35 @@ class Harm:
         assert story.incident is not None
         settled = history.row.step - story.incident.opened_step >= self._settings.lasting_steps
         return not (settled and bool((history.surge() > self._settings.settled).any()))
+
+    def _suffers(self, story: Story, told: Sequence[Alarm]) -> bool:
+        """Return True if the loss jumps or rises in this step, or norms surge so far that it need not be seen to."""
+        now = self._history.row.step
+        return (
+            any(sign.kind == "spike" and sign.step == now for sign in told)
+            or (now not in story.odd_steps and self._history.loss_is_rising())
+            or self._far_beyond(told)
+        )
+
+    def _at_the_edge(self, signs: Iterable[Alarm]) -> bool:
+        """Return True if nothing but norms has grown, over several steps, and each update is one that gradient descent bears.
+
+        Where zero is the lowest loss, ``||g||^2 <= 2 h L`` with the largest curvature ``h``, and descent with momentum ``m`` is
+        stable up to ``lr h = 2 (1 + m)``. Training settles at that edge (Cohen et al. 2021): norms and loss swing up and come
+        back by themselves, unless the rate rises. Only ``lr ||g||^2 > 4 (1 + m) L`` proves that it is beyond. A surge of a single
+        step is no swing.
+        """
+        history = self._history
+        growth = [sign for sign in signs if sign.sign == "growth"]
+        if not growth or history.warming_up or any(self._role[sign.code] != "surge" for sign in growth):
+            return False
+        decrease = history.predicted_decrease
+        borne = 4 * (1 + history.facts.momentum) * history.row.loss
+        if not (np.isfinite(decrease).any() and np.nansum(decrease) <= borne):
+            return False
+        columns = [history.layers.index(sign.layer) for sign in growth if sign.layer is not None]
+        before, now = history.grad_norm(last=2)[:, columns]
+        return bool((now <= ONE_STEP * before).all())
 
     def _far_beyond(self, signs: Iterable[Alarm]) -> bool:
         """Return True if a surge is far beyond its limit, and either most layers do not surge so far or the loss is high.

@@ -77,7 +77,9 @@ class Incidents:
         self._suspects = Suspects(history, settings)
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
-        self._unhealed: dict[int, Before] = {}
+        self._closed: dict[
+            int, Before
+        ] = {}  # before the closed incidents whose damage is still there, or may yet be seen
         self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
         self.recurring = Recurring()
         self._told = 0
@@ -97,7 +99,7 @@ class Incidents:
     @property
     def damaged(self) -> list[Incident]:
         """The closed incidents whose damage is still there."""
-        return [incident for incident in self.all if incident.number in self._unhealed] if self._unhealed else []
+        return [incident for incident in self.all if incident.verdict == "damaged"] if self._closed else []
 
     def open_explosion(self) -> Incident | None:
         """Return the open incident of the explosion story, or None."""
@@ -140,7 +142,7 @@ class Incidents:
             new = self._judge(name, self._stories[name], step, touched=name in touched)
             if new is not None:
                 news.append(new)
-        return news + self._heal() if self._unhealed else news
+        return news + self._look_again() if self._closed else news
 
     def _end_by_another_cause(self, step: int) -> list[Incident]:
         """Close the open explosion if a sign of another cause begins to fire after it is over; return it.
@@ -163,20 +165,27 @@ class Incidents:
         new.signs = dict(new.firing)
         return [closed]
 
-    def _heal(self) -> list[Incident]:
-        """Resolve the closed incidents whose damage is no longer there, and return them; say of the others what is left now."""
-        healed = []
+    def _look_again(self) -> list[Incident]:
+        """Follow what closed incidents have left, and return those whose verdict changed.
+
+        The damage of an incident may be over. Whether the run has learned since one of its first steps is known only later.
+        """
+        news = []
         for place, incident in enumerate(self.all):
-            before = self._unhealed.get(incident.number)
+            before = self._closed.get(incident.number)
             if before is None:
                 continue
             # the model is read only where everything else is well
             left = damage_since(self._history, before, "") or damage_since(self._history, before, self._broken())
-            self.all[place] = replace(incident, verdict="damaged" if left else "resolved", left=left)
-            if not left:
-                del self._unhealed[incident.number]
-                healed.append(self.all[place])
-        return healed
+            clip = incident.clip
+            if left and clip is not None and clip.helped:
+                clip = replace(clip, helped=False, damage="; ".join(left))
+            self.all[place] = replace(incident, verdict="damaged" if left else "resolved", left=left, clip=clip)
+            if not left and not before.young:
+                del self._closed[incident.number]
+            if self.all[place].verdict != incident.verdict:
+                news.append(self.all[place])
+        return news
 
     def record_clip(self, record: ClipRecord) -> None:
         """Attach ``record``, which says what auto-clip did, to the open explosion."""
@@ -317,7 +326,8 @@ class Incidents:
     def _before(self, signs: Sequence[Alarm]) -> Before:
         """Return the run before the fault: before the first sign, or before earlier damage that is still there."""
         before = before_fault(self._history, min(sign.step for sign in signs))
-        for earlier in self._unhealed.values():
+        for number in [incident.number for incident in self.damaged]:
+            earlier = self._closed[number]
             if earlier.task == before.task and earlier.loss < before.loss:
                 before = earlier
         return before
@@ -333,8 +343,8 @@ class Incidents:
         if story.recurrence.grows:
             return self._series[0][1]
         for number, earlier in self._series:
-            if number in self._unhealed:
-                self._unhealed[number] = replace(earlier, loss=math.nan, ceiling=math.nan)
+            if number in self._closed:
+                self._closed[number] = replace(earlier, loss=math.nan, ceiling=math.nan)
         self._series.append((self._told, before))
         return replace(before, loss=math.nan, ceiling=math.nan)
 
@@ -347,7 +357,7 @@ class Incidents:
         if len(self.all) < _KEPT:
             return
         closed = [index for index, incident in enumerate(self.all) if not incident.open]
-        oldest = next((index for index in closed if self.all[index].number not in self._unhealed), closed[0])
+        oldest = next((index for index in closed if self.all[index].number not in self._closed), closed[0])
         del self.all[oldest]
         for story in self._stories.values():
             story.place -= story.place > oldest
@@ -365,8 +375,8 @@ class Incidents:
         clip = clip or story.incident.clip
         assert story.before is not None
         left = damage_since(self._history, story.before, self._broken())
-        if left:
-            self._unhealed[story.incident.number] = story.before
+        if left or story.before.young:
+            self._closed[story.incident.number] = story.before
         closed = replace(
             story.incident,
             kind=kind,

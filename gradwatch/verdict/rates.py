@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _BORNE = {"sgd": 0.1}  # share of its weights that an update may change in the first steps
 _BORNE_ELSE = 0.03
+_USUAL = 1e-3  # share of its weights that an update usually changes
 _RISEN = 10.0  # multiple of the first rate beyond which a rate has risen
 _RAISED = 10.0  # least factor by which a rate is to be raised
 
@@ -46,13 +47,26 @@ def lower_rate(incident: Incident, history: History, opening: Opening) -> str:
     return f"Lower the learning rate{_whose(incident, history)}: {number(new, 1)} instead of {number(rate)}. {told}"
 
 
+def slower(incident: Incident) -> str:
+    """Return the advice to change less of the weights per step, if a sign says how much is changed; else ""."""
+    sign = next((sign for sign in incident.signs if sign.code == "GW406"), None)
+    if sign is None:
+        return ""
+    update, decay, rate = (sign.numbers[name] for name in ("update", "decay", "rate"))
+    told = f"An update may change {100 * sign.value:.0f} % of the weights in each step"
+    if decay > 10 * _USUAL:
+        new, now = number(_USUAL / 10 / rate, 1), number(decay / rate)
+        return f"Lower the weight decay: {new} instead of {now}. {told}, and {100 * decay:.0f} % go by the decay alone."
+    return f"Lower the learning rate: {number(rate * _BORNE_ELSE / update, 1)} instead of {number(rate)}. {told}."
+
+
 def raise_rate(suspect: str | None, opening: Opening) -> str:
     """Return the advice to raise a rate at which updates of the suspect are far too short; "" if they are not."""
     if not 0 < _RAISED * opening.rate < opening.usual_rate:
         return ""
     return (
         f"Raise the learning rate: {number(opening.usual_rate, 1)} instead of {number(opening.rate)}, so that an update "
-        f"changes a thousandth of {suspect}."
+        f"changes a thousandth of {suspect}; then by factors of ten, as long as the loss falls faster."
     )
 
 

@@ -205,6 +205,23 @@ def test_the_loggers_of_keras_have_the_numbers_and_the_bar_has_not(
     assert "gradwatch/" not in capsys.readouterr().out
 
 
+AS_SHOWN = """\
+import keras, numpy
+from gradwatch.integrations.keras import GradwatchCallback
+model = keras.Sequential([keras.layers.Dense(1)])
+model.compile(optimizer="sgd", loss="mse")
+x = y = numpy.ones((8, 1), "float32")
+model.fit(x, y, epochs=2, callbacks=[GradwatchCallback(report=None)])
+"""
+
+
+def test_the_bar_has_not_the_numbers_of_a_callback_that_is_made_in_the_call_of_fit() -> None:
+    """As the documentation shows it: there `fit` is looked up before the callback is made."""
+    done = subprocess.run([sys.executable, "-c", AS_SHOWN], capture_output=True, text=True, check=True)
+    assert "loss: " in done.stdout
+    assert "gradwatch/" not in done.stdout
+
+
 def test_a_training_is_ended_when_an_incident_is_confirmed(caplog: pytest.LogCaptureFixture) -> None:
     """By the model's own flag, and the warning says why."""
     callback = GradwatchCallback(report=None, stop_on="confirmed")
