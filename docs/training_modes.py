@@ -97,7 +97,7 @@ sum of each step is all that is sent.
 What is exchanged and what auto-clip does never depends on anything that only one process knows. What the others need to know is sent
 with the row, in four of its numbers for each process.
 
-* Settings (`rules` and their thresholds, `clip` and all of its settings, `every`, `budget`, the version) are compared at the first
+* Settings (`rules` and their limits, `clip` and all of its settings, `every`, `budget`, the version) are compared at the first
   step. If they differ, each process says what differs and only watches: auto-clip does not act, and each process judges by its own
   settings. If `every`, `budget` or the version differ, the numbers are also those of each process alone.
 * With `budget=`, the largest `every` that any process asks for is used in all of them, from the next row on. In distributed training

@@ -25,8 +25,8 @@ _EXAMPLES = """examples:
   gradwatch replay runs/today --rule GW301.limit=30
   gradwatch explain GW203                     one sign: meaning, formula, what to do, when it is harmless
 
-exit codes: 0 done; 1 `report --check` found a run whose verdict is not healthy;
-2 bad usage, or a run log that cannot be read"""
+exit codes: 0 done; 1 `report --check` found a run whose verdict is not healthy, or `blame` a
+number that is not finite; 2 bad usage, or a run log that cannot be read"""
 
 
 class Parser(argparse.ArgumentParser):

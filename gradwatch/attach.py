@@ -63,7 +63,7 @@ def attach(
             run continues in the same folder. None keeps only the last rows, in memory.
         every: number of optimizer steps between measurements. While an explosion is open, each step is measured. In between,
             once the run has 64 rows, the gradient of one layer and the loss are checked, and the step is measured if they
-            leave their bounds.
+            leave their bounds; on a device, and with several processes, there is no such check.
         strict: whether errors inside gradwatch are raised. Otherwise each is reported once and training goes on.
         budget: the share of the training time that measuring may take, such as 0.01; ``every`` is then chosen, and adjusted
             as the run goes on. The first 64 steps are all measured.
@@ -74,7 +74,8 @@ def attach(
             possible. ``"wait"`` waits at each step for the loss if it is on a device. At most three times in a run is something
             repeated.
         save_batch: whether to write the inputs of the step that failed into the folder of the run log, which
-            `gradwatch reproduce` loads. They may be large, and they are the user's data.
+            `gradwatch reproduce` loads. Of several processes, the first writes its own. They may be large, and they are the
+            user's data.
         name: name of the model in all reports and in the run log, such as ``"generator"``, where several models are trained.
 
     Returns:

@@ -1,9 +1,9 @@
-"""Properties of devices: whether reading is free, the widest float, and whether a CUDA graph is being captured."""
+"""Devices: what can be read there without waiting, how tensors move, the widest float, whether a graph is captured."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -75,6 +75,17 @@ def capturing() -> bool:
         return bool(asked()) if asked is not None else False
     except Exception:
         return True
+
+
+def is_over(event: Any) -> bool:
+    """Return whether the work before an event is over. False as well if that may not be asked now.
+
+    While another thread captures a graph, CUDA refuses the question, and does not say so in this thread.
+    """
+    try:
+        return bool(event.query())
+    except Exception:
+        return False
 
 
 def unreadable(device: torch.device) -> str | None:

@@ -4,7 +4,7 @@
 
     GradwatchError
     ├── UsageError (ValueError)              bad input: says what happened, the value, what was expected, what to do
-    │   └── RunLogError                      a run log that is damaged, foreign, of another model, or another's
+    │   └── RunLogError                      a run log that is damaged, foreign, of another model, or in use
     ├── TrainingUnstableError (RuntimeError) auto-clip stops the run: by its policy, or after all it may do
     ├── ExchangeError (RuntimeError)         another process of a distributed training is gone
     ├── PeerError (RuntimeError)             gradwatch itself failed in another process

@@ -393,7 +393,7 @@ class Monitor:
         It is computed from the rows that the history keeps, by norms before any clip.
 
         Raises:
-            UsageError: fewer than 16 norms are finite.
+            UsageError: fewer than 16 norms are finite and above zero.
         """
         self._probe.catch_up()
         return suggest(self.history.global_norm())

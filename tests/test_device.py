@@ -633,3 +633,22 @@ def test_a_first_step_is_left_alone_where_nothing_says_that_it_overshoots() -> N
         with watch(model, clip="norm") as monitor:
             train(model, optimizer_of(model.parameters(), lr=1e-3), 3, x_y=(x, factor * y))
         assert (monitor.history.clip_coefficient() == 1).all()
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("damaged", ["2.weight", "4.weight"])
+def test_a_layer_whose_weights_were_changed_is_the_suspect_a_step_later(damaged: str) -> None:
+    """The row that opens the incident came without weights; those of the next one say where it was done."""
+    torch.manual_seed(0)
+    model = mlp(depth=4)
+    x, y = data(64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with watch(model) as monitor:
+        for step in range(130):
+            if step == 100:
+                dict(model.named_parameters())[damaged].data.mul_(1000)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+    assert [incident.suspect for incident in monitor.incidents] == [damaged]
+    assert f"the weights of {damaged} changed by a factor of" in "\n".join(monitor.incidents[0].evidence)

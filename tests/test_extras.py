@@ -113,7 +113,7 @@ def test_a_clone_that_is_not_installed_works(tmp_path: Path) -> None:
     clone.symlink_to(PACKAGE)
     libraries = tmp_path / "libraries"
     libraries.mkdir()
-    for one in Path(metadata.distribution("torch").locate_file("")).iterdir():
+    for one in Path(str(metadata.distribution("torch").locate_file(""))).iterdir():
         if "gradwatch" not in one.name and one.suffix != ".pth":
             (libraries / one.name).symlink_to(one)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(clone.parent), str(libraries)])}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gradwatch
 from gradwatch.measure.norms import NormPlan, count_nonfinite, fingerprint, global_norm_of, live_units, norm_of
 
 if TYPE_CHECKING:
@@ -171,3 +172,22 @@ def test_a_fingerprint_changes_with_any_bit(dtype: torch.dtype) -> None:
     assert fingerprint(tensor.clone()).item() == before
     tensor.view(torch.uint8)[7] ^= 1
     assert fingerprint(tensor).item() != before
+
+
+def test_a_batch_without_any_gradient_says_nothing_of_single_units() -> None:
+    """As of a policy whose reward is rare: no unit is dead because there was none at the samples."""
+    torch.manual_seed(0)
+    first = nn.Linear(4, 8)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(8, 1))
+    with torch.no_grad():
+        first.bias[:6] = -100.0  # six of eight units never act
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    shares = {}
+    for rewarded in (1, 30):
+        with gradwatch.attach(model, report=None, strict=True) as monitor:
+            for step in range(130):
+                optimizer.zero_grad()
+                (model(torch.randn(16, 4)).pow(2).mean() * (step % rewarded == 0)).backward()
+                optimizer.step()
+            shares[rewarded] = monitor.history.dead_share[0]
+    assert shares == {1: 0.75, 30: 0.0}

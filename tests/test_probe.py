@@ -19,6 +19,7 @@ from gradwatch.forensics.inspector import Inspector
 from gradwatch.probe import patches
 from gradwatch.probe.attribution import Attribution
 from gradwatch.probe.fast_path import FastPath
+from gradwatch.probe.step_recorder import StepRecorder
 from gradwatch.skipping.buffers import Buffers
 from tests.trainings import data, mlp, train, true_norms
 
@@ -502,3 +503,29 @@ def test_own_time_counts_all_that_a_quiet_step_calls(monkeypatch: pytest.MonkeyP
         train(model, optimizer, 10)
     assert called
     assert monitor._probe.seconds - then >= 0.02 * len(called)
+
+
+def test_own_time_counts_a_row_that_the_end_of_a_backward_makes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a loop that updates the weights by hand."""
+    original = StepRecorder.take
+
+    def slower(*args: object, **kwargs: object) -> object:
+        time.sleep(0.02)
+        return original(*args, **kwargs)  # type: ignore[arg-type]
+
+    model = mlp()
+    x, y = data()
+    then, rows, began = 0.0, 0, 0.0
+    with watch(model) as monitor:
+        for step in range(12):
+            if step == 6:
+                monkeypatch.setattr(StepRecorder, "take", slower)
+                then, rows, began = monitor._probe.seconds, monitor.history.rows, time.perf_counter()
+            nn.functional.mse_loss(model(x), y).backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.sub_(0.01 * parameter.grad)
+                    parameter.grad = None
+    assert monitor.history.rows - rows == 6
+    assert 6 * 0.02 <= monitor._probe.seconds - then <= time.perf_counter() - began

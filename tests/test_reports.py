@@ -24,7 +24,7 @@ from gradwatch.reports.log import LogReport
 from gradwatch.reports.names import shorten
 from gradwatch.reports.sparkline import BLOCKS, NOT_FINITE, sparkline
 from gradwatch.reports.summary import Summary
-from gradwatch.reports.view import View, number
+from gradwatch.reports.view import View, brief
 from tests.terminal import EXPLODING
 
 LONG = "encoder.blocks.11.attention.projection.[red]weight[/red]." + "x" * 63
@@ -148,7 +148,7 @@ def test_a_sparkline_never_exceeds_its_width(values: list[float], width: int) ->
 def test_a_number_fits_its_column() -> None:
     """Eight characters at most, NaN and Inf spelled out."""
     for value in (0.0, 1.0, -1e-12, 123456.0, 9.99999e307, 0.00123, float("nan"), float("inf")):
-        assert len(number(value)) <= 9
+        assert len(brief(value)) <= 9
     assert shorten("short", 10) == "short"
 
 

@@ -70,9 +70,8 @@ class AutoClipEngine:
         self._usual: Floats = np.full(0, np.nan)
         self._one_step: Floats = np.full(0, np.nan)
         self._narrowed = 1.0
-        self._skips_in_a_row: dict[
-            int, int
-        ] = {}  # by optimizer, since a step of another optimizer does not end a series of skips
+        # by optimizer, since a step of another optimizer does not end a series of skips
+        self._skips_in_a_row: dict[int, int] = {}
         self._hold: float = policy.hold
         self._held_since = 0
         self._looseness = 1.0

@@ -60,9 +60,8 @@ class Escalation:
             TrainingUnstableError: the next measure is ``"stop"``.
         """
         measure = self._measures[self._next]
-        if (
-            measure == "skip" and row.family == "adam" and "rate" in self._measures
-        ):  # the norm does not set the step length there
+        # under Adam the norm does not set the step length
+        if measure == "skip" and row.family == "adam" and "rate" in self._measures:
             self._next += 1
             measure = self._measures[self._next]
         told = f"Clipping has not helped for {self._patience} steps: "

@@ -22,8 +22,8 @@ class AutoClipLimits(Settings):
         level: number of losses whose median is the level of the loss. It must not rise during release.
         long: multiple of ``hold`` after which the clip is loosened although the loss is still high: the task may have changed.
         longer: factor on ``hold`` after loosening has done harm.
-        falls: factor over its previous level below which a loss has come down.
-        bites: share of clipped steps from which the clip determines the step length.
+        falls: share of its previous level below which a loss has come down.
+        bites: share of steps that are clipped from which on the clip determines the step length.
         kept: share of the predicted decrease below which steps are too long.
         compared: number of losses of clipped steps, first and last, and of other steps, by which the effect of the clip is
             judged (see `gradwatch.autoclip.effect`).

@@ -37,12 +37,14 @@ class AutoClip(Settings):
         hold: number of optimizer steps without a firing alarm after which the clip may be released and the incident closed.
         escalate: measures to take, in this order, each time that clipping has not helped for ``patience`` steps: ``"skip"``
             leaves out steps that surge, ``"rate"`` halves the learning rate (up to six times), ``"stop"`` raises a
-            `TrainingUnstableError`. By default there are none: auto-clip clips, and reports if it does not help.
+            `TrainingUnstableError`. Under Adam, ``"skip"`` is left out if ``"rate"`` is among them. By default there are none:
+            auto-clip clips, and reports if it does not help.
         patience: number of optimizer steps for which the clip, and each of these measures, is given the chance to help.
         on_nonfinite: what to do with a step whose gradients hold NaN or Inf: ``"skip"`` leaves it out (parameters, optimizer
             state and the buffers of the model stay as they were), ``"stop"`` raises a `TrainingUnstableError`, ``"ignore"``
             applies it unchanged.
-        max_skips: number of such steps of one optimizer in a row that are skipped before a `TrainingUnstableError` is raised.
+        max_skips: number of steps of one optimizer in a row that are skipped. One more that is not finite raises a
+            `TrainingUnstableError`; one that surges is made.
         limits: further limits, such as how the clip is released (see `AutoClipLimits`).
 
     Raises:

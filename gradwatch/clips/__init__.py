@@ -1,6 +1,6 @@
 """The clips, one per file. They change gradients in place, and on a device without reading a value on the host.
 
-To add a clip, add one file and one line here.
+To add a clip, add one file, one line here and one in the table of clips (`docs/auto-clip.md`).
 """
 
 from __future__ import annotations

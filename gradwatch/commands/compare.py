@@ -57,7 +57,7 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting, setting
 
     from gradwatch.reports.line import Line
     from gradwatch.reports.names import shorten
-    from gradwatch.reports.view import number
+    from gradwatch.reports.view import brief
 
     def say(text: str, style: str = "") -> None:
         console.print(Line(text, style))
@@ -71,7 +71,7 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting, setting
         part = "never for three consecutive rows" if found.losses is None else f"from step {found.losses:,} on"
         say(f"  losses differ by more than a factor of 1.1: {part}")
     ends = [log.end() for log in (left, right)]
-    last = ["NaN or not seen" if loss is None else number(loss) for _, _, loss in ends]
+    last = ["NaN or not seen" if loss is None else brief(loss) for _, _, loss in ends]
     at = [f" at step {step:,}" if ends[0][0] != ends[1][0] else "" for step, _, _ in ends]
     say(f"  last loss: {last[0]}{at[0]} against {last[1]}{at[1]}")
     for log, only in ((left, found.only_left), (right, found.only_right)):
@@ -82,7 +82,7 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting, setting
         for heading in ("  gradient norms diverge", "at step", "left", "right"):
             table.add_column(heading, justify="left" if heading.startswith(" ") else "right", no_wrap=True)
         for step, layer, a, b in found.layers[:_MOST]:
-            table.add_row(Line("  " + shorten(layer, 50)), f"{step:,}", number(a), number(b))
+            table.add_row(Line("  " + shorten(layer, 50)), f"{step:,}", brief(a), brief(b))
         console.print(table)
         if len(found.layers) > _MOST:
             say(f"  and {len(found.layers) - _MOST} more layers")

@@ -60,7 +60,7 @@ def _show(folder: Path, found: list[dict[str, Any]], console: Console) -> None:
 
     from gradwatch.records import Facts
     from gradwatch.reports.line import Line
-    from gradwatch.reports.view import SEVERITY_STYLES, number
+    from gradwatch.reports.view import SEVERITY_STYLES, brief
 
     if not found:
         console.print(Line(f"there are no runs below {folder}: gradwatch.attach(model, log=...) records one"))
@@ -79,7 +79,7 @@ def _show(folder: Path, found: list[dict[str, Any]], console: Console) -> None:
             datetime.fromtimestamp(told["started"]).astimezone().strftime("%m-%d %H:%M"),
             told["state"],
             f"{told['steps']:,}",
-            "-" if loss is None else number(float(loss)),
+            "-" if loss is None else brief(float(loss)),
             Line(f"{told['incidents']}, {worst}" if worst else "-", SEVERITY_STYLES.get(worst or "", "dim")),
         )
     console.print(table)

@@ -1,4 +1,4 @@
-"""`gradwatch replay`: judges the rows of a run again, with other thresholds."""
+"""`gradwatch replay`: judges the rows of a run again, with other limits."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from gradwatch.records import Incident
 
 NAME = "replay"
-HELP = "judge the rows of a run log or a written trace again, with other thresholds"
+HELP = "judge the rows of a run log or a written trace again, with other limits"
 EXAMPLES = """\
   gradwatch replay runs/today                              with the rules of the run
-  gradwatch replay runs/today --rule GW301.limit=30        one threshold changed
+  gradwatch replay runs/today --rule GW301.limit=30        one limit changed
   gradwatch replay runs/today --rule verdict.far=4         the verdict's own limits (gradwatch explain verdict)
   gradwatch replay runs/today --rule GW203.for_steps=10 --rule GW203.limit=2 --json
   gradwatch replay spike.txt                               a trace written by hand, or taken from a publication
@@ -43,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="CODE.SETTING=VALUE",
-        help="a threshold to change; may be repeated",
+        help="a limit to change; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

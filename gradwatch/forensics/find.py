@@ -87,7 +87,7 @@ class Watch:
         """Nothing is kept of a backward."""
 
     def backward_ended(self, _: Any) -> None:
-        """Check the gradients, unless a gradient scaler may still be looking for its scale."""
+        """Check the gradients if the model is known; otherwise they are checked before a step, which a scaler may leave out."""
         if self._model is not None:
             self._check(_gradients_of(self._model.parameters()), "a gradient")
 
@@ -141,9 +141,10 @@ def _error(marks: Sequence[Mark], what: str, batch: int) -> NonFiniteError:
 def find_nonfinite(model: nn.Module) -> Iterator[None]:
     """Watch each operation in the block, and raise `NonFiniteError` with the operation that made the first number that counts.
 
-    The loss is checked when a backward begins, gradients and weights when it ends and at the end of the block. Only what
-    reaches one of these counts: infinities of a mask, and a branch that `torch.where` drops, do not. A watched step takes 1.4 to
-    5 times as long as a plain one, and compiled code runs as it is written.
+    The loss is checked when a backward begins, gradients when it ends and before each step, weights after each step, and both at
+    the end of the block. Gradients that a `GradScaler` makes overflow count: give it a scale that holds, or use `gradwatch
+    blame`. Only what reaches one of these counts: infinities of a mask, and a branch that `torch.where` drops, do not. A watched
+    step takes 1.4 to 5 times as long as a plain one, and compiled code runs as it is written.
 
     >>> import torch, gradwatch
     >>> model = torch.nn.Linear(2, 1)

@@ -76,9 +76,8 @@ class Trace(TorchDispatchMode):
         self._repaired = repaired
         self._calls: dict[int, tuple[str, Place]] = {}  # number of a node of autograd -> the forward that made it
         self._outside: dict[int, Mark] = {}
-        self._originals: dict[
-            int, Tensor
-        ] = {}  # copies of what an operation has changed in place -> the tensors themselves
+        # copies of what an operation has changed in place -> the tensors themselves
+        self._originals: dict[int, Tensor] = {}
 
     def of_batch(self, rows: int) -> None:
         """Set the number of rows of the batch."""

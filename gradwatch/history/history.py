@@ -167,7 +167,7 @@ class History(LossLevels):
         self._begin_task()
 
     def begin_task(self, row: Row) -> None:
-        """Begin a new task with the last row, ``row``, which is already there."""
+        """Begin a new task with the last row, ``row``, which is there already, as added or replaced layers do."""
         self._begin_task()
         self._task = self._learned = self.rows - 1
         self._take_loss(row)
@@ -175,7 +175,7 @@ class History(LossLevels):
             self._take_weight(row, row.weight_norm)
 
     def _begin_task(self) -> None:
-        """Begin a new task: reset the reference values, since new layers change the scale of the loss and the gradients."""
+        """Reset the reference values, since a new task or new layers change the scale of the loss and the gradients."""
         count = len(self.layers)
         self._task = self._learned = self._to_learn = self.rows
         self._typical_grad = Typical(count, half_life=64)

@@ -198,7 +198,7 @@ class Ring:
 
     @property
     def task_rows(self) -> int:
-        """The number of rows of the current task: since layers were last added or replaced, or since the start."""
+        """The number of rows of the current task (see `History.begin_task`), which began with the run if there was no other."""
         return self.rows - self._task
 
     def task_loss(self, last: int | None = None) -> Floats:

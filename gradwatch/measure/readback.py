@@ -106,7 +106,7 @@ class ReadbackRing:
             must = wait or age >= (RING if self._lag is None else self._lag)
             if event is not None and must:
                 event.synchronize()
-            elif not must and (self._lag is not None or (event is not None and not event.query())):
+            elif not must and (self._lag is not None or (event is not None and not device.is_over(event))):
                 return
             self._under_way.popleft()
             yield facts, PackedRow(self._layers, self._processes, self._host[place].double().numpy().copy())

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gradwatch.device import moved
 from gradwatch.history.columns import widened
 from gradwatch.history.schedule import cadence
+from gradwatch.measure.measured_gradients import Measured
 from gradwatch.measure.norms import NormPlan, count_nonfinite, fingerprint, has_units, live_units, on_device
 from gradwatch.measure.packed_row import CHANGED, DEAD, WEIGHT
 
@@ -18,10 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from gradwatch.measure.layers import Layers
-    from gradwatch.measure.measured_gradients import Measured
     from gradwatch.measure.packed_row import UnpackedRow
     from gradwatch.measure.readback import Slot, Unread
     from gradwatch.records import Floats
@@ -84,7 +84,8 @@ class Sampling:
         self._planned: tuple[list[torch.device], torch.device | None] = [], None
         self.rows = 0
         self._prints: dict[int, int] = {}
-        self._alive: dict[int, tuple[int, Tensor]] = {}
+        self._alive: dict[int, tuple[int, Tensor, Tensor | bool]] = {}
+        self._alive_at: torch.device | None = None
         self._dead_on: dict[int, Tensor] = {}
         self._prints_on: dict[int, Tensor] = {}
         self._columns = torch.zeros(0, device="cpu")
@@ -187,9 +188,9 @@ class Sampling:
         return [column for column, _ in measured], parameters, plan
 
     def _count_units_on(self, now: Unread, dead: Tensor, share: Parts | None) -> None:
-        self._dead_on.update(self._finished_rounds(now))
-        for column, found in self._dead_on.items():
-            here = moved(found, dead.device)
+        rounds = self._finished_rounds(now)
+        self._dead_on.update({column: moved(found, dead.device) * ~untold for column, found, untold in rounds})
+        for column, here in self._dead_on.items():
             dead[column].copy_(here if share is None else here * share.part[column])
         unknown = [column for column in range(len(dead)) if column not in self._dead_on]
         if unknown:
@@ -216,22 +217,31 @@ class Sampling:
         sample.weight_norm, sample.nonfinite_weight = norms, nonfinite
 
     def _count_units(self, now: Measured) -> None:
-        for column, share in self._finished_rounds(now):
-            self._dead_share[column] = share.item()
+        for column, share, untold in self._finished_rounds(now):
+            self._dead_share[column] = 0.0 if untold else share.item()
 
-    def _finished_rounds(self, now: Measured | Unread) -> Iterator[tuple[int, Tensor]]:
-        """Record which units have a gradient; yield the column and dead share, shape (), of layers that finished a round."""
+    def _finished_rounds(self, now: Measured | Unread) -> Iterator[tuple[int, Tensor, Tensor | bool]]:
+        """Record which units have a gradient; yield the column and dead share, shape (), of layers that finished a round.
+
+        Also yields whether there was a batch without any gradient, which says nothing about single units, in that round.
+        """
         if not now.gradients:  # their tensors no longer exist
             return
+        home = None if isinstance(now, Measured) else now.norms.device
+        if home != self._alive_at:
+            self._alive.clear()
+            self._alive_at = home
+        silent = now.global_norm == 0 if isinstance(now, Measured) else ~now.norms.any()
         for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
             if not self._layers.with_units[column] or not has_units(gradient):
                 continue
-            looks, live = self._alive.get(column, (0, None))
+            looks, live, untold = self._alive.get(column, (0, None, False))
             seen = live_units(gradient)
             looks, live = looks + 1, seen if live is None else moved(live, seen.device) | seen
-            self._alive[column] = looks, live
+            untold = silent | untold
+            self._alive[column] = looks, live, untold
             if looks == _ROUND:
-                yield column, 1.0 - live.float().mean()
+                yield column, 1.0 - live.float().mean(), untold
                 del self._alive[column]
 
     def _compare(self, row: int) -> None:

@@ -1,4 +1,4 @@
-"""Replay of recorded or written rows, to see what would have fired with other thresholds."""
+"""Replay of recorded or written rows, to see what would have fired with other limits."""
 
 from __future__ import annotations
 

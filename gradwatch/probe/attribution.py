@@ -134,10 +134,8 @@ class Attribution:
         return run.notes[key] is True or (run.notes[key] is None and get_ident() in self._threads)
 
     def _forget_cleared(self, before: Backward) -> None:
-        for (
-            owner,
-            gradients,
-        ) in before.cleared():  # the user made no step with these gradients, so the losses have no row
+        # the user made no step with these gradients, so the losses have no row
+        for owner, gradients in before.cleared():
             if gradients:
                 owner.coming.weigh(gradients)
             else:

@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from gradwatch.probe.owners import Owners
     from gradwatch.probe.patches import Function
 
-_LOOKS = (
-    4  # steps of other optimizers after which DeepSpeed is looked for, which may have been started after the monitor
-)
+# steps of other optimizers after which DeepSpeed is looked for, which may have been started after the monitor
+_LOOKS = 4
 
 
 class DeepSpeed:

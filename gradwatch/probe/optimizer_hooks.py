@@ -69,7 +69,7 @@ def _only_makes_state(optimizer: Optimizer) -> bool:
     rate = next(iter(optimizer.param_groups), {}).get("lr", 0.0)
     if not (rate.is_cpu and not rate.any() if isinstance(rate, torch.Tensor) else rate == 0):
         return False
-    makes = getattr(sys.modules.get("torch.distributed.checkpoint.state_dict"), "_init_optim_state", None)
+    makes: Any = getattr(sys.modules.get("torch.distributed.checkpoint.state_dict"), "_init_optim_state", None)
     frame = sys._getframe() if makes is not None else None
     while frame is not None and frame.f_code is not makes.__code__:
         frame = frame.f_back

@@ -159,9 +159,8 @@ def _called_by(thread: int) -> None:
     """Add a thread that is about to call backward to `CALLERS`, remove ended ones, and wait for readers on other threads."""
     CALLERS.add(thread)
     CALLERS.intersection_update([one.ident for one in threading.enumerate()])
-    while any(
-        reader != thread for reader in tuple(READERS)
-    ):  # they may have checked `CALLERS` before this one was added
+    # they may have checked `CALLERS` before this one was added
+    while any(reader != thread for reader in tuple(READERS)):
         time.sleep(0)
 
 

@@ -1,7 +1,8 @@
 """The hooks and patches of one monitor, and the moments at which it acts: one row just before each update.
 
 One process-wide pair of optimizer hooks serves all probes. The only other hooks are the post-accumulate hooks of
-`gradwatch.probe.gradient_hooks`; where torch has no hook it is patched (`gradwatch.probe.patches`). The model is held weakly.
+`gradwatch.probe.gradient_hooks` and two on the model's forward, of `gradwatch.forensics.capture`. Where torch has no hook it is
+patched (`gradwatch.probe.patches`). The model is held weakly.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ class Probe:
 
     def backward_ended(self, run: Run) -> None:
         """Record the losses of a backward that has ended, and make a row if no optimizer step is going to follow."""
-        started = perf_counter()
+        started, before = perf_counter(), self._own_time.seconds
         if self._investigator is not None and self._investigator.watching:
             self._investigator.backward_ended()
         if self._turns.watches:
@@ -201,7 +202,7 @@ class Probe:
                 self._guarded(self._end_of_fused_backward, run.losses)
             elif self._loop.kind != "optimizer":
                 self._guarded(self._end_of_backward)
-        self._own_time.seconds += perf_counter() - started
+        self._own_time.seconds = before + perf_counter() - started  # what was called here has counted itself
 
     def _end_of_backward(self) -> None:
         if self._loop.backward_ended():

@@ -72,7 +72,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of a run at one step, which is all that a report receives. The series hold the last rows, oldest first.
+    """The state of a run at one step, which each report receives. The series hold the last rows, oldest first.
 
     Attributes:
         facts: what is known of the model and its optimizer.

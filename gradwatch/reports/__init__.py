@@ -1,4 +1,4 @@
-"""The reports, one per file. A report receives snapshots and nothing else.
+"""The reports, one per file. A report receives snapshots and, if it asks for them, the numbers of every recorded step.
 
 To add a report, add one file and one line here. Reports are listed by name and not imported, so rich is loaded only on use.
 """

@@ -13,7 +13,7 @@ import numpy as np
 
 from gradwatch.reports.names import labels_of, names_of
 from gradwatch.reports.standing import sentences
-from gradwatch.reports.view import headline, number, pace
+from gradwatch.reports.view import brief, headline, pace
 from gradwatch.text.printable import printable
 
 if TYPE_CHECKING:
@@ -114,10 +114,10 @@ def _charts(snapshot: Snapshot) -> Iterator[str]:
             yield f"<div>{title} <b>not seen</b></div>"
             continue
         finite = values[np.isfinite(values)]
-        span = f" · {number(float(finite.min()))} to {number(float(finite.max()))}" if len(finite) > 1 else ""
+        span = f" · {brief(float(finite.min()))} to {brief(float(finite.max()))}" if len(finite) > 1 else ""
         rows = f"last {len(values):,} rows" if len(values) > 1 else ""
         yield (
-            f'<div><div>{title} <b>{number(float(values[-1]))}</b> <span class="gw-soft">{rows}{span}</span></div>'
+            f'<div><div>{title} <b>{brief(float(values[-1]))}</b> <span class="gw-soft">{rows}{span}</span></div>'
             f"{_chart(values, title)}</div>"
         )
 
@@ -167,8 +167,8 @@ def _table(snapshot: Snapshot, names: Names) -> str:
         missing = math.isnan(norm) and not snapshot.nonfinite[column]
         sign = _text(snapshot.rules[snapshot.closest[column]]) if share >= 0 else ""
         rows.append(
-            f"<tr><td>{_text(labels[column])}</td><td>{'-' if missing else number(norm)}</td>"
-            f'<td class="gw-weight">{number(float(snapshot.weight_norm[column]))}</td>'
+            f"<tr><td>{_text(labels[column])}</td><td>{'-' if missing else brief(norm)}</td>"
+            f'<td class="gw-weight">{brief(float(snapshot.weight_norm[column]))}</td>'
             f'<td class="gw-left">{_bar(share)}</td><td class="gw-left gw-sign">{sign}</td></tr>'
         )
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"

@@ -12,7 +12,7 @@ from gradwatch.reports.line import Line
 from gradwatch.reports.names import names_of
 from gradwatch.reports.standing import standing
 from gradwatch.reports.unsaid import unsaid
-from gradwatch.reports.view import SEVERITY_STYLES, STYLES, headline, number
+from gradwatch.reports.view import SEVERITY_STYLES, STYLES, brief, headline
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
@@ -59,8 +59,8 @@ class Summary:
         if snapshot.ending:
             yield Line(f"  the loss {snapshot.ending}", "bold" if snapshot.verdict != "healthy" else "")
         if snapshot.step >= 0:
-            loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]))
-            yield Line(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]))}")
+            loss = "not seen" if snapshot.provenance.loss == "none" else brief(float(snapshot.loss[-1]))
+            yield Line(f"  last loss {loss}, last global gradient norm {brief(float(snapshot.global_norm[-1]))}")
             yield from (
                 Line(f"  {answer}") for answer in (snapshot.usual_norms, snapshot.clip_use) if answer is not None
             )

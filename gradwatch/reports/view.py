@@ -37,7 +37,7 @@ _BAR = 8
 _ROOMY = 16  # lines of a terminal that has room for more than the curves and the layers
 
 
-def number(value: float) -> str:
+def brief(value: float) -> str:
     """Return a number as text of at most nine characters, with ``NaN`` and ``Inf`` spelled out."""
     if math.isnan(value):
         return "NaN"
@@ -116,7 +116,7 @@ class View:
         for label, values in (("loss", self.snapshot.loss), ("global norm", self.snapshot.global_norm)):
             last = float(values[-1]) if len(values) else math.nan
             seen = bool(len(values)) and not (label == "loss" and self.snapshot.provenance.loss == "none")
-            line = Line.assemble((f"{label:<12}", "bold"), f"{number(last) if seen else '-':>9} ")
+            line = Line.assemble((f"{label:<12}", "bold"), f"{brief(last) if seen else '-':>9} ")
             for block in sparkline(values, width - len(line.plain)) if seen else "":
                 line.append(block, "bold red" if block == "×" else "cyan")
             yield line
@@ -146,10 +146,10 @@ class View:
             missing = math.isnan(norm) and not snapshot.nonfinite[column]
             cells: list[Text] = [
                 Line(labels[column]),
-                Line("-" if missing else number(norm)),
+                Line("-" if missing else brief(norm)),
             ]
             if width >= 60:
-                cells.append(Line(number(float(snapshot.weight_norm[column]))))
+                cells.append(Line(brief(float(snapshot.weight_norm[column]))))
             cells.append(_bar(share))
             if width >= 100:
                 known = share >= 0

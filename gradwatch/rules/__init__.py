@@ -1,6 +1,6 @@
-"""The rules, one per file: each with its measure, its documentation, its validated thresholds and its cases.
+"""The rules, one per file: each with its measure, its documentation, its validated limits and its cases.
 
-To add a rule, add one file and one line here.
+To add a rule, add one file, one line here and one in the table of signs (`docs/reading.md`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RULES: tuple[type[Rule], ...] = (
 
 
 def default_rules() -> list[Rule]:
-    """Return one instance of each rule with default thresholds."""
+    """Return one instance of each rule with its default limits."""
     return [rule() for rule in RULES]
 
 

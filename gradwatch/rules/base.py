@@ -1,4 +1,4 @@
-"""The base class of rules: frozen thresholds and one measured quantity.
+"""The base class of rules: frozen limits and one measured quantity.
 
 How long a condition must hold is decided by `gradwatch.verdict.alarms`, not by the rule.
 """
@@ -35,7 +35,8 @@ class Rule(Settings):
         per_layer: True if `measure` returns shape (L,), False if it returns shape (1,).
         urgent: True if every step is judged while the rule is pending or firing. A whole-model rule that is not urgent may
             be measured as rarely as every 32 steps.
-        opens: True if an alarm may open an incident. If False, an alarm by itself is only a note.
+        opens: True if an alarm may open an incident. If False, it only joins one that another sign opens, and one of a clip is
+            noted.
         role: additional meaning of an alarm in the verdict. ``"surge"``: the gradient norm is far above its usual value;
             ``"jump"``: the loss jumped; ``"update"``: the coming update is too long for the weights; ``"overshoot"``: the
             coming update is too long for the loss; ``"damage"``: the weights have been harmed; ``"backward"``: gradients

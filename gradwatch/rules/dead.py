@@ -36,8 +36,9 @@ class Dead(Rule):
     fires where `value > limit` (0.5) for `for_steps` (16) steps, and resolves once `value` was at most `release * limit`
     (0.25) for more than `keep_steps` (16) steps: a layer that wakes up for one step stays dead. Only the weights of linear
     and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead while
-    the gradient of the whole model is zero, because the loss is then at its floor. Once the loss has fallen to half of the
-    first and of the reference loss, the incident is only a notice.
+    the gradient of the whole model is zero, because the loss is then at its floor, nor in a round of four samples one of
+    which had no gradient at all, such as a batch without a reward. Once the loss has fallen to half of the first and of the
+    reference loss, the incident is only a notice.
 
     ## Why it is bad
     A dead unit never learns again: no gradient reaches it, so nothing can bring it back.

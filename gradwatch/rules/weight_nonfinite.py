@@ -21,7 +21,7 @@ class WeightNonFinite(Rule):
 
     ## Formula
     `value = 1` where the layer's weight norm is not finite, else `0`. It fires where `value > limit` (0). Weights are
-    measured at each of the first steps, at each step of an open incident, and every 16 steps otherwise (every 32 after 512).
+    measured at each of the first steps, at each step of an open explosion, and every 16 steps otherwise (every 32 after 512).
 
     ## Why it is bad
     Every later output of this layer is NaN, and no update can repair it.

@@ -1,9 +1,9 @@
 """The choice of the rows that keep the norms of each layer, so that a log of a million steps stays small.
 
-Every row keeps its loss, its global norm, its clip coefficient and whether it was skipped. The norms of the layers are kept
-for the first 1,000 rows of a session, for the last 5,000 rows of the log, for 200 steps before and after the opening and the
-closing of an incident, and otherwise for every eighth row; among these are the rows at which a quiet run samples its
-weights. Of more than 200 incidents, only the first 200 are considered.
+Every row keeps its loss, its global norm, its clip coefficient, its learning rate, its loss scale and whether it was skipped. The
+norms of the layers are kept for the first 1,000 rows of a session, for the last 5,000 rows of the log, for 200 steps before and
+after the opening and the closing of an incident, and otherwise for every eighth row; among these are the rows at which a quiet
+run samples its weights. Of more than 200 incidents, only the first 200 are considered.
 """
 
 from __future__ import annotations

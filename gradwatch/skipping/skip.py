@@ -21,7 +21,7 @@ import torch
 from gradwatch.errors import words_of
 from gradwatch.measure.wrappers import is_dtensor
 from gradwatch.skipping.around import Around, around
-from gradwatch.skipping.snapshot import OptimizerCopy, Unreadable
+from gradwatch.skipping.optimizer_copy import OptimizerCopy, Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ class Skip:
         self._model = weakref.ref(model) if model is not None else lambda: None
         self._around: Around | None = None
         self._told: Told | None = None
-        self._snapshot: OptimizerCopy | None = None
+        self._copy: OptimizerCopy | None = None
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
         self._zeroed: list[Zeroed] = []
         self._reason = ""
@@ -116,8 +116,8 @@ class Skip:
             self._hide()
             return
         self._learn(optimizer)
-        if self._snapshot is not None:
-            self._complete(optimizer, self._snapshot)
+        if self._copy is not None:
+            self._complete(optimizer, self._copy)
         else:
             if _changes_first[type(optimizer)] != "nothing":
                 self._reason = _CHANGED_FIRST
@@ -125,10 +125,10 @@ class Skip:
         self._zero()
 
     @torch.no_grad()
-    def _complete(self, optimizer: Optimizer, snapshot: OptimizerCopy) -> None:
+    def _complete(self, optimizer: Optimizer, copy: OptimizerCopy) -> None:
         """Copy the tensors that were not copied before the step."""
         try:
-            if not snapshot.keep_tensors():
+            if not copy.keep_tensors():
                 _changes_first[type(optimizer)] = "tensors"
                 self._reason = _CHANGED_FIRST
         except Exception as error:
@@ -142,7 +142,7 @@ class Skip:
         if self._told is None and first:
             if not is_torchs(optimizer):
                 self._learn(optimizer)
-            self._snapshot = None
+            self._copy = None
         elif self._told is not None and not first:
             if is_torchs(optimizer):
                 self._hide()
@@ -150,15 +150,15 @@ class Skip:
                 self._zero()
 
     def _learn(self, optimizer: Optimizer) -> None:
-        kind, snapshot = type(optimizer), self._snapshot
+        kind, copy = type(optimizer), self._copy
         known = _changes_first.get(kind)
         if known == "tensors":
             return
-        if _versions(optimizer) != self._versions or (snapshot is not None and snapshot.moved()):
+        if _versions(optimizer) != self._versions or (copy is not None and copy.moved()):
             _changes_first[kind] = "tensors"
         elif known != "counts":
             counted = known is not None and _counts(optimizer) != self._counts
-            counted = snapshot.counted() if snapshot is not None else counted
+            counted = copy.counted() if copy is not None else counted
             _changes_first[kind] = "counts" if counted else "nothing"
 
     def _begin(self) -> None:
@@ -170,7 +170,7 @@ class Skip:
     @torch.no_grad()
     def _keep(self, optimizer: Optimizer, *, tensors: bool = True) -> None:
         try:
-            self._snapshot = OptimizerCopy(optimizer, self._model(), tensors=tensors)
+            self._copy = OptimizerCopy(optimizer, self._model(), tensors=tensors)
         except Unreadable as finding:
             self._reason = str(finding)
         except Exception as error:  # objects of a user's class may raise anything when they are inspected
@@ -215,15 +215,15 @@ class Skip:
         if around is not None and around.begin_error is not None:
             self._reason = words_of(around.begin_error)
         told, self._told = self._told, None
-        snapshot, self._snapshot = self._snapshot, None
+        copy, self._copy = self._copy, None
         hidden, self._hidden = self._hidden, []
         zeroed, self._zeroed = self._zeroed, []
         try:
             for parameter, gradient in () if late else hidden:
                 if parameter.grad is None:
                     parameter.grad = gradient
-            if snapshot is not None and told is not None and not late:
-                self._reason = snapshot.put_back() or self._reason
+            if copy is not None and told is not None and not late:
+                self._reason = copy.put_back() or self._reason
             for one in zeroed:
                 one.put_back()
         except Exception as error:

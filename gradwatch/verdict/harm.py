@@ -49,9 +49,8 @@ class Harm:
         too_long = self.has("update", signs) or self.has("overshoot", signs)
         if not too_long and is_of_the_batch(self._history):
             story.odd_steps.add(now)
-        if (
-            story.recurrence.routine
-        ):  # the program changes its targets or data: what follows settles again, unless it breaks
+        # the program changes its targets or data: what follows settles again, unless it breaks
+        if story.recurrence.routine:
             return any(sign.kind == "nonfinite" or sign.sign == "numeric" for sign in signs) or self.has(
                 "damage", signs
             )

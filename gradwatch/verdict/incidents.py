@@ -225,6 +225,7 @@ class Incidents:
             touched |= story.lasting
         if not active and self._try_to_end(name, step, calm=step - story.last_fired):
             return self._close(name, story, step)
+        touched |= story.incident is not None and not story.weighed and self._history.row.weight_norm is not None
         if not touched:
             return None
         return self._tell(story, step)
@@ -257,7 +258,8 @@ class Incidents:
             confirmed = step
         layers = self._suspects.layers(signs)
         phase = before.phase if before is not None and before.phase else phase_of(self._history)
-        moved, finding = self._suspects.moved() if before is None else (None, None)
+        moved, finding = (None, None) if story.weighed else self._suspects.moved()
+        story.weighed |= self._history.row.weight_norm is not None  # on a device some steps after the opening
         story.findings += [finding] if finding else []
         if self._origin is not None and kind in EXPLOSION:
             story.origin, self._origin = story.origin or self._origin, None
@@ -265,7 +267,7 @@ class Incidents:
             story.findings.append(self._unknown)
             self._unknown = ""
         suspect = self._suspects.prime(signs, layers, kind, phase, moved)
-        if before is not None and before.suspect is not None and (before.kind == kind or phase is None):
+        if before is not None and before.suspect and not moved and (before.kind == kind or phase is None):
             suspect = before.suspect
         evidence = self._evidence.lines(signs, story, suspect)
         after = replace(
@@ -296,7 +298,7 @@ class Incidents:
             story.place = len(self.all)
             self.all.append(after)
         self._replace(story, after)
-        explained = before is not None and before.origin is None and after.origin is not None
+        explained = before is not None and ((before.origin is None and after.origin is not None) or bool(moved))
         if (
             before is not None
             and not explained

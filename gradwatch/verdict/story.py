@@ -43,6 +43,7 @@ class Story:
     findings: list[str] = field(default_factory=list)
     opening: Opening = field(default_factory=lambda: Opening(-1, math.nan))
     harmless: bool = False  # no gradient but zero came with a loss that is not finite
+    weighed: bool = False  # whether weights were sampled since it opened, so that a layer that changed alone is known
     origin: Origin | None = None
     recurrence: Recurrence = field(default_factory=Recurrence)
 

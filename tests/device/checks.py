@@ -782,6 +782,26 @@ def nothing_is_asked_while_a_graph_is_captured(s: StandIn) -> None:
 
 
 @check("watching")
+def rows_wait_while_another_thread_captures_a_graph(s: StandIn) -> None:
+    """CUDA refuses to say whether they have arrived; nothing is lost, and nothing fails."""
+    for clip in (None, "norm"):
+        s.begin(0)
+        model = mlp().to("cuda")
+        optimizer = optimizer_of(model, "AdamW", fused=True)
+        x, y = (part.to("cuda") for part in data())
+        with gradwatch.attach(model, clip=clip, report=None, strict=True) as monitor:
+            step = partial(_a_step_with_clip, model, optimizer, x, y)
+            for captured in (False, True, False):
+                s.capture(on=captured, here=False)
+                for _ in range(4):
+                    step()
+                arrived = monitor.history.rows
+                assert arrived <= 4 if captured else arrived > 0
+        assert monitor.history.rows == 12
+        assert monitor.notes == []
+
+
+@check("watching")
 def the_default_device_is_nothing_to_the_monitor(s: StandIn) -> None:
     """It may be another one than the model's."""
     torch.set_default_device("cuda:1")

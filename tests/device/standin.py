@@ -55,9 +55,9 @@ class StandIn:
         """Let events happen and copies arrive so many kernels later."""
         self._library.standin_lag(kernels)
 
-    def capture(self, *, on: bool) -> None:
-        """Capture a graph: whoever asks for an event, or waits, raises."""
-        self._captures = on
+    def capture(self, *, on: bool, here: bool = True) -> None:
+        """Capture a graph: whoever asks for an event, or waits, raises. If not ``here``, another thread captures it."""
+        self._captures = on and here
         self._library.standin_captures(int(on))
 
     def waits_raise(self, *, on: bool) -> None:
