@@ -46,7 +46,7 @@ class GradientSurge(Rule):
     highest value within the last 50 rows.
 
     ## Source
-    In the pilot study of the project's notes on detection, growth relative to the run's own median was a better criterion
+    In a pilot study, which is not part of the repository, growth relative to the run's own median was a better criterion
     than absolute limits and z-scores: two steps above 10 times detected 24 of 25 explosions and fired in 2 of 70 healthy runs.
     The edge: Cohen et al. 2021, "Gradient descent on neural networks typically occurs at the edge of stability".
     """

@@ -39,8 +39,8 @@ class GradientsAboveOne(Rule):
     never opens an incident by itself.
 
     ## Source
-    The third of the practitioners' confirming signs (Brownlee 2019). By itself it fires in 22 of 70 healthy runs of the
-    pilot study in the project's notes on detection.
+    The third of the practitioners' confirming signs (Brownlee 2019). By itself it fires in 22 of 70 healthy runs of a
+    pilot study, which is not part of the repository.
     """
 
     code: ClassVar[str] = "GW203"

@@ -49,7 +49,7 @@ class UpdateTooLarge(Rule):
 
     ## Source
     The ratio of updates to weights: Karpathy, CS231n notes, "Ratio of weights:updates". Mean update over mean weight
-    above 1 detects 13 of 13 explosions and fires in no healthy run of the pilot study in the project's notes on detection.
+    above 1 detects 13 of 13 explosions and fires in no healthy run of a pilot study, which is not part of the repository.
     """
 
     code: ClassVar[str] = "GW303"

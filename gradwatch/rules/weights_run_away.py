@@ -42,8 +42,8 @@ class WeightsRunAway(Rule):
     A last layer that starts at zero and has to become large, as in a regression on large targets.
 
     ## Source
-    Weight norms above ten times the first norm detected 25 of 25 explosions, and none of 70 healthy runs, in the pilot
-    study of the project's notes on detection.
+    Weight norms above ten times the first norm detected 25 of 25 explosions, and none of 70 healthy runs, in a pilot
+    study, which is not part of the repository.
     """
 
     code: ClassVar[str] = "GW304"
