@@ -115,8 +115,8 @@ with the row, in four of its numbers for each process.
 
 ## Gradients on a device
 
-If gradients are on CUDA or another accelerator, no step reads a value on the host. Rows are written to a ring on the device and copied
-to pinned memory. Rules receive them when they have arrived, usually one or two steps later and at most 64; with several processes,
+If gradients are on CUDA or another accelerator, no step reads a value on the host (sparse gradients and `forensics="wait"` aside). Rows
+are written to a ring on the device and copied to pinned memory. Rules receive them when they have arrived, usually one or two steps later and at most 64; with several processes,
 each reads a row exactly 8 steps later. Incidents name the true step. `monitor.incidents`, `monitor.verdict` and `monitor.summary()`
 wait for pending rows (with several processes, only the end does).
 
@@ -153,7 +153,7 @@ raise. The stand-in has no CUDA kernels, no races between streams, no replays of
 On the CPU, float32 tensors of 32,768 elements and more are summed in pieces of at most 512, whatever their size and strides. The
 norms are then within 1e-6 (at worst 5e-7, if all elements are equal). Smaller tensors use torch's own sum, which is within 1e-6 up to
 1,024 elements, and beyond for ordinary gradients. If all elements of such a layer are equal, or one outweighs all others, it can be
-off by 1e-5. Half precision is summed in float32, in the same pieces. If squares overflow or underflow float32, the layer is measured
+off by 3e-5. Half precision is summed in float32, in the same pieces. If squares overflow or underflow float32, the layer is measured
 again in float64, so that finite gradients near 1e20 have their true norm and are clipped in the right direction.
 
 ## Not supported

@@ -82,7 +82,7 @@ def _moved_by_another(history: History) -> tuple[str | None, float]:
         return None, math.nan
     with ignore_fp_warnings():
         rates = history.learning_rate(last=rows)
-        fallen = max(1.0, float(np.nanmax(rates) / rates[-1]))  # a rate that was cut meanwhile was higher before
+        fallen = max(1.0, float(np.fmax.reduce(rates) / rates[-1]))  # a rate that was cut meanwhile was higher before
         explained = fallen * history.previous_rate * np.nansum(norms, axis=0) / (1 - momentum)
         times = np.abs(history.weight - history.previous_weight) / explained
     times[~(history.large_matrices & np.isfinite(times))] = 0.0
