@@ -86,7 +86,7 @@ def left(folder: Path) -> dict[str, object]:
         log = RunLog(folder)
     except RunLogError as error:  # killed before the file was made
         early = "There is no run log" in str(error) or "holds nothing yet" in str(error)
-        return {"kept": 0, "whole": early}
+        return {"kept": 0, "whole": early, "why": str(error)}
     with log:
         series = log.series()
         steps, norms = log.norms()
