@@ -65,9 +65,11 @@ class OutOfScale(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the gain of each matrix relative to the median gain, shape (L,); NaN for layers that have none."""
-        gain = history.relative_gain()
-        far = not history.warming_up and bool((gain > self.limit).any())
-        return gain if far and hangs(history) else np.zeros(len(history.layers))
+        if not history.warming_up:
+            gain = history.relative_gain()
+            if (gain > self.limit).any() and hangs(history):
+                return gain
+        return np.zeros(len(history.layers))
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
