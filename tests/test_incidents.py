@@ -251,6 +251,17 @@ def test_a_change_of_the_task_stays_a_notice(loss: str, grad: str) -> None:
     assert {incident.severity for incident in pipeline.incidents.all} == {"notice"}
 
 
+@pytest.mark.parametrize(("calm", "kind"), [(60, "diverging"), (160, "spike")])
+def test_a_jump_soon_after_an_explosion_is_its_return_and_no_change_of_the_task(calm: int, kind: str) -> None:
+    """The same jump long after it is a notice at first."""
+    loss, grad = f"1x40 50 80 200 900 1x{calm} 12 7 6 5 4 2 1x4", f"10x40 2e4 4e4 1e5 5e5 10x{calm + 10}"
+    exploded, jumped, *_ = run(Case("again", None, loss=loss, grad=grad, weight="4x300")).incidents.all
+    assert (exploded.kind, exploded.opened_step) == ("exploding", 40)
+    assert exploded.closed_step is not None
+    assert (jumped.kind, jumped.opened_step) == (kind, 44 + calm)
+    assert (jumped.severity == "notice") is (kind == "spike")
+
+
 def test_a_jump_before_there_is_a_level_does_not_last() -> None:
     """One that the last update cannot have made: the first losses were small by chance; later the same is a divergence."""
     for before, kind in ((4, "spike"), (40, "diverging")):

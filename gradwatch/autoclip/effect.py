@@ -1,7 +1,8 @@
 """The effect of a clip on the losses of the steps that it clips, compared with the steps that it does not clip.
 
-If a signal is rare, the clip bites on the steps that carry it. They learn less and their losses stay high or rise, while all
-other losses are fine: the clip is then the fault. In an explosion the other losses are high as well.
+If a signal is rare, the clip bites on the few steps that carry it. They learn less and their losses stay high or rise, while all
+other losses are fine: the clip is then the fault. In an explosion the other losses are high as well, or the clip bites on most
+steps.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class ClipEffect:
 
     def __init__(self, well_below: float, limits: AutoClipLimits) -> None:
         self._well_below = well_below
-        self._compared, self._falls = limits.compared, limits.falls
+        self._compared, self._falls, self._bites = limits.compared, limits.falls, limits.bites
+        self._steps = self._clipped = 0
         self._first: list[float] = []
         self._late: deque[tuple[float, float]] = deque(maxlen=limits.compared)
         self._others: deque[float] = deque(maxlen=limits.compared)
@@ -38,6 +40,8 @@ class ClipEffect:
         """
         if not math.isfinite(loss):
             return
+        self._steps += 1
+        self._clipped += clipped
         if not clipped:
             self._others.append(loss)
         elif len(self._first) < self._compared:
@@ -54,10 +58,12 @@ class ClipEffect:
     def unlearned(self) -> tuple[float, float] | None:
         """The first and the latest level of the clipped steps' losses if the clip keeps them from being learned, else None.
 
-        The clip does so if these losses are high and have not come down, while those of the other steps have recovered.
+        The clip does so if these losses are high and have not come down, while those of the other steps, which are most of them,
+        have recovered.
         """
         if (
-            len(self._late) < self._compared
+            self._clipped > self._bites * self._steps
+            or len(self._late) < self._compared
             or len(self._others) < self._compared
             or float(np.median(self._others)) > self._well_below
         ):

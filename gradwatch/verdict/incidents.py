@@ -83,6 +83,7 @@ class Incidents:
         self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
         self.recurring = Recurring()
         self._told = 0
+        self._exploded = -math.inf  # step at which the last explosion that was more than a notice has ended
         self._origin: Origin | None = None  # of the row that is about to be judged
         self._unknown = ""
         self.all: list[Incident] = []
@@ -227,6 +228,8 @@ class Incidents:
                 if story.of_the_batch and name == "explosion":
                     story.recurrence = self.recurring.jumped(step, self._history.row.loss)
                     story.lasting = story.recurrence.grows
+                elif name == "explosion" and step - self._exploded <= self._settings.returning_steps:
+                    story.harmed = story.lasting = True  # it comes back: the task has not changed
         may_last = not story.lasting and (story.harmed or not story.young) and not story.recurrence.routine
         if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
             story.lasting = self._harm.level_lasts(story)
@@ -386,6 +389,8 @@ class Incidents:
             left=left,
         )
         self._replace(story, closed)
+        if kind == "exploding" and closed.severity != "notice":
+            self._exploded = step
         self._stories[name] = Story(firing=story.firing)
         return closed
 

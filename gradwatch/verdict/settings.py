@@ -28,6 +28,8 @@ class VerdictSettings(Settings):
       growth opens an incident only if the loss suffers too.
     * `lasting_steps`: number of steps after which a loss that is still high no longer counts as a spike. It is checked then,
       and each time the number of steps has doubled.
+    * `returning_steps`: number of steps after the end of an explosion within which a jump of the loss that an update may have
+      caused is its return, and no change of the task.
     * `brief_steps`: number of firing steps up to which an explosion without a confirming sign is closed as a spike.
     * `settled`: largest factor over its typical gradient norm that a layer may have for the loss to count as settled after a
       jump.
@@ -45,6 +47,7 @@ class VerdictSettings(Settings):
     apart_steps: int = Field(default=8, ge=1)
     far: float = Field(default=5.0, ge=1)
     lasting_steps: int = Field(default=12, ge=4)
+    returning_steps: int = Field(default=100, ge=0)
     brief_steps: int = Field(default=3, ge=0)
     settled: float = Field(default=10.0, gt=1)
     band: float = Field(default=4.0, gt=2)
