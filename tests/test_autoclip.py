@@ -215,6 +215,25 @@ def test_a_clip_that_still_bites_is_let_go_by_degrees() -> None:
     assert (np.diff(np.log(bounds)) <= np.log(1.031) * np.diff(clipped)).all()
 
 
+def test_a_release_that_raises_the_loss_is_taken_back() -> None:
+    """Each step goes in a random direction, so that longer ones keep the loss higher: the clip has to stay."""
+    torch.manual_seed(0)
+    model = nn.ParameterList([nn.Parameter(torch.zeros(64))])
+    (weights,) = model.parameters()
+    optimizer = torch.optim.SGD([weights], lr=0.05)
+    norms = []
+    optimizer.register_step_pre_hook(lambda *_: norms.append(float(weights.grad.norm())))
+    policy = gradwatch.AutoClip(gradwatch.ClipNorm(2.0), hold=10)
+    with gradwatch.attach(model, clip=policy, report=None, strict=True):
+        for step in range(300):
+            optimizer.zero_grad()
+            ((weights**2).sum() / 2 + 1000).backward()
+            weights.grad += torch.randn(64) * (0.1 if step < 40 else 20.0)
+            optimizer.step()
+    assert max(norms[60:]) > 4.0, "the bounds were widened"
+    assert norms[-1] == pytest.approx(2.0), "and restored, though the loss is within a tenth of its level"
+
+
 # Thresholds.
 
 

@@ -295,7 +295,7 @@ class AutoClipEngine:
             self._tighten(step)
             return False
         if math.isfinite(level):
-            self._loss_ceiling = min(self._loss_ceiling, level + max(abs(level), 3 * scatter))
+            self._loss_ceiling = min(self._loss_ceiling, level + 3 * scatter)
         self._looseness *= self._limits.loosen
         return False
 
