@@ -295,7 +295,9 @@ class AutoClipEngine:
             self._tighten(step)
             return False
         if math.isfinite(level):
-            self._loss_ceiling = min(self._loss_ceiling, level + 3 * scatter)
+            # a small rise of a loss that has come down far takes back little
+            bearable = min(abs(level), max(0.0, self.record.loss_before - level) / 10)
+            self._loss_ceiling = min(self._loss_ceiling, level + max(3 * scatter, bearable))
         self._looseness *= self._limits.loosen
         return False
 

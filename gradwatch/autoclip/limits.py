@@ -20,7 +20,7 @@ class AutoClipLimits(Settings):
         loosen: factor on the bounds per step during release: at 1.03 they double in 24 steps.
         idle: steps without a bite after which a loosened clip is released.
         level: number of losses whose median is the level of the loss. During release it must not rise by more than three times
-            their scatter.
+            their scatter, or by a tenth of what it has come down since before the incident (if that does not double it).
         long: multiple of ``hold`` after which the clip is loosened although the loss is still high: the task may have changed.
         longer: factor on ``hold`` after loosening has done harm.
         falls: share of its previous level below which a loss has come down.
