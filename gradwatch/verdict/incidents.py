@@ -16,7 +16,8 @@ from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import is_of_the_batch
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
-from gradwatch.verdict.damage import Before, before_fault, damage_since, level_now, recovered_after
+from gradwatch.verdict.aftermath import Aftermath
+from gradwatch.verdict.damage import damage_since
 from gradwatch.verdict.evidence import Evidence
 from gradwatch.verdict.harm import Harm
 from gradwatch.verdict.opening import opening_of
@@ -73,14 +74,10 @@ class Incidents:
         self._harm = Harm(history, rules, settings)
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
-        self._broken = broken
+        self._aftermath = Aftermath(history, broken)
         self._suspects = Suspects(history, settings)
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
-        self._closed: dict[
-            int, Before
-        ] = {}  # before the closed incidents whose damage is still there, or may yet be seen
-        self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
         self.recurring = Recurring()
         self._told = 0
         self._exploded = -math.inf  # step at which the last explosion that was more than a notice has ended
@@ -100,7 +97,7 @@ class Incidents:
     @property
     def damaged(self) -> list[Incident]:
         """The closed incidents whose damage is still there."""
-        return [incident for incident in self.all if incident.verdict == "damaged"] if self._closed else []
+        return [incident for incident in self.all if incident.verdict == "damaged"] if self._aftermath else []
 
     def open_explosion(self) -> Incident | None:
         """Return the open incident of the explosion story, or None."""
@@ -143,7 +140,7 @@ class Incidents:
             new = self._judge(name, self._stories[name], step, touched=name in touched)
             if new is not None:
                 news.append(new)
-        return news + self._look_again() if self._closed else news
+        return news + self._look_again() if self._aftermath else news
 
     def _end_by_another_cause(self, step: int) -> list[Incident]:
         """Close the open explosion if a sign of another cause begins to fire after it is over; return it.
@@ -167,25 +164,13 @@ class Incidents:
         return [closed]
 
     def _look_again(self) -> list[Incident]:
-        """Follow what closed incidents have left, and return those whose verdict changed.
-
-        The damage of an incident may be over. Whether the run has learned since one of its first steps is known only later.
-        """
+        """Follow what closed incidents have left, and return those whose verdict changed."""
         news = []
         for place, incident in enumerate(self.all):
-            before = self._closed.get(incident.number)
-            if before is None:
-                continue
-            # the model is read only where everything else is well
-            left = damage_since(self._history, before, "") or damage_since(self._history, before, self._broken())
-            clip = incident.clip
-            if left and clip is not None and clip.helped:
-                clip = replace(clip, helped=False, damage="; ".join(left))
-            self.all[place] = replace(incident, verdict="damaged" if left else "resolved", left=left, clip=clip)
-            if not left and not before.young:
-                del self._closed[incident.number]
-            if self.all[place].verdict != incident.verdict:
-                news.append(self.all[place])
+            if incident.number in self._aftermath:
+                self.all[place] = self._aftermath.look_again(incident)
+                if self.all[place].verdict != incident.verdict:
+                    news.append(self.all[place])
         return news
 
     def record_clip(self, record: ClipRecord) -> None:
@@ -304,7 +289,8 @@ class Incidents:
         told = advise(after, self._history, self._remedies, story.opening, harmless=story.harmless, of_the_batch=odd)
         after = replace(after, advice=told)
         if before is None:
-            story.before = self._before_series(story, self._before(signs))
+            first = min(sign.step for sign in signs)
+            story.before = self._aftermath.of_series(self._told, story, self._aftermath.run_before(first, self.damaged))
             self._make_room()
             self._told += 1
             story.place = len(self.all)
@@ -326,31 +312,6 @@ class Incidents:
         first = story.incident is None or story.harmless
         return first and (self._history.row.global_norm == 0 or not self._history.loss_nonfinite)
 
-    def _before(self, signs: Sequence[Alarm]) -> Before:
-        """Return the run before the fault: before the first sign, or before earlier damage that is still there."""
-        before = before_fault(self._history, min(sign.step for sign in signs))
-        for number in [incident.number for incident in self.damaged]:
-            earlier = self._closed[number]
-            if earlier.task == before.task and earlier.loss < before.loss:
-                before = earlier
-        return before
-
-    def _before_series(self, story: Story, before: Before) -> Before:
-        """Return the run before an incident, given the one before its first sign, if the incident is one of a series.
-
-        In a routine of the program, no level of the loss is known to which the loss should come back.
-        """
-        if story.recurrence.period is None:
-            self._series = [(self._told, replace(before, ceiling=max(before.ceiling, story.peak)))]
-            return before
-        if story.recurrence.grows:
-            return self._series[0][1]
-        for number, earlier in self._series:
-            if number in self._closed:
-                self._closed[number] = replace(earlier, loss=math.nan, ceiling=math.nan)
-        self._series.append((self._told, before))
-        return replace(before, loss=math.nan, ceiling=math.nan)
-
     def _replace(self, story: Story, incident: Incident) -> None:
         story.incident = incident
         self.all[story.place] = incident
@@ -360,7 +321,7 @@ class Incidents:
         if len(self.all) < _KEPT:
             return
         closed = [index for index, incident in enumerate(self.all) if not incident.open]
-        oldest = next((index for index in closed if self.all[index].number not in self._closed), closed[0])
+        oldest = next((index for index in closed if self.all[index].number not in self._aftermath), closed[0])
         del self.all[oldest]
         for story in self._stories.values():
             story.place -= story.place > oldest
@@ -375,38 +336,11 @@ class Incidents:
         ):
             kind = "spike"
         clip = self._treatment.let_go(step) if self._treatment is not None and name == "explosion" else None
-        clip = clip or story.incident.clip
         assert story.before is not None
-        left = damage_since(self._history, story.before, self._broken())
-        if left or story.before.young:
-            self._closed[story.incident.number] = story.before
-        closed = replace(
-            story.incident,
-            kind=kind,
-            verdict="damaged" if left else "resolved",
-            closed_step=step,
-            clip=clip and self._judge_clip(clip, story.before, left),
-            left=left,
-        )
+        incident = replace(story.incident, kind=kind, clip=clip or story.incident.clip)
+        closed = self._aftermath.close(incident, story.before, step)
         self._replace(story, closed)
         if kind == "exploding" and closed.severity != "notice":
             self._exploded = step
         self._stories[name] = Story(firing=story.firing)
         return closed
-
-    def _judge_clip(self, clip: ClipRecord, before: Before, left: Sequence[str]) -> ClipRecord:
-        """Return the record with what became of the loss. If no loss was seen or no step was changed, nothing is said to help."""
-        if clip.unlearned is not None:
-            return clip
-        level = level_now(self._history)
-        known = not math.isnan(before.loss) and not math.isnan(level) and clip.clipped + clip.skipped > 0
-        helped = not left if known else None
-        since = recovered_after(self._history, before, clip.from_step, clip.released_step) if helped else None
-        return replace(
-            clip,
-            loss_before=before.loss,
-            loss_after=level,
-            helped=helped,
-            recovered_after=since,
-            damage="; ".join(left),
-        )

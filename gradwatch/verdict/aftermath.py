@@ -1,0 +1,102 @@
+"""What closed incidents have left: an incident is resolved only when nothing is worse than before its fault."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gradwatch.verdict.damage import Before, before_fault, damage_since, level_now, recovered_after
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from gradwatch.history.history import History
+    from gradwatch.records import ClipRecord, Incident
+    from gradwatch.verdict.story import Story
+
+
+class Aftermath:
+    """The closed incidents whose damage is still there, or may yet be seen.
+
+    Args:
+        history: the history of the run, which is only read.
+        broken: returns which weights and buffers are not finite, in words; empty if all are, as far as it is known.
+    """
+
+    def __init__(self, history: History, broken: Callable[[], str]) -> None:
+        self._history = history
+        self._broken = broken
+        self._before: dict[int, Before] = {}  # by the number of the incident
+        self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
+
+    def __len__(self) -> int:
+        """The number of incidents that are followed."""
+        return len(self._before)
+
+    def __contains__(self, number: int) -> bool:
+        """Return whether the incident with this number is followed."""
+        return number in self._before
+
+    def run_before(self, step: int, damaged: Iterable[Incident]) -> Before:
+        """Return the run before the first sign at ``step``, or before one of the ``damaged`` incidents if it was better then."""
+        before = before_fault(self._history, step)
+        for incident in damaged:
+            earlier = self._before[incident.number]
+            if earlier.task == before.task and earlier.loss < before.loss:
+                before = earlier
+        return before
+
+    def of_series(self, number: int, story: Story, before: Before) -> Before:
+        """Return the run before incident ``number``, given the one before its first sign, if the incident is one of a series.
+
+        In a routine of the program, no level of the loss is known to which the loss should come back.
+        """
+        if story.recurrence.period is None:
+            self._series = [(number, replace(before, ceiling=max(before.ceiling, story.peak)))]
+            return before
+        if story.recurrence.grows:
+            return self._series[0][1]
+        for one, earlier in self._series:
+            if one in self._before:
+                self._before[one] = replace(earlier, loss=math.nan, ceiling=math.nan)
+        self._series.append((number, before))
+        return replace(before, loss=math.nan, ceiling=math.nan)
+
+    def close(self, incident: Incident, before: Before, step: int) -> Incident:
+        """Return the incident as it closes at ``step``, with what it has left, and follow that from now on."""
+        left = damage_since(self._history, before, self._broken())
+        if left or before.young:
+            self._before[incident.number] = before
+        clip = incident.clip and self._judge(incident.clip, before, left)
+        return replace(incident, verdict="damaged" if left else "resolved", closed_step=step, clip=clip, left=left)
+
+    def look_again(self, incident: Incident) -> Incident:
+        """Return the closed incident with what it has left now.
+
+        The damage may be over. Whether the run has learned since one of its first steps is known only later.
+        """
+        before = self._before.get(incident.number)
+        if before is None:
+            return incident
+        # the model is read only where everything else is well
+        left = damage_since(self._history, before, "") or damage_since(self._history, before, self._broken())
+        clip = incident.clip
+        if left and clip is not None and clip.helped:
+            clip = replace(clip, helped=False, damage="; ".join(left))
+        if not left and not before.young:
+            del self._before[incident.number]
+        return replace(incident, verdict="damaged" if left else "resolved", left=left, clip=clip)
+
+    def _judge(self, clip: ClipRecord, before: Before, left: tuple[str, ...]) -> ClipRecord:
+        """Return the record with what became of the loss. If no loss was seen or no step was changed, nothing is said to help."""
+        if clip.unlearned is not None:
+            return clip
+        level = level_now(self._history)
+        known = not math.isnan(before.loss) and not math.isnan(level) and clip.clipped + clip.skipped > 0
+        helped = not left if known else None
+        since = recovered_after(self._history, before, clip.from_step, clip.released_step) if helped else None
+        damage = "; ".join(left)
+        return replace(
+            clip, loss_before=before.loss, loss_after=level, helped=helped, recovered_after=since, damage=damage
+        )
