@@ -89,7 +89,7 @@ class Pipeline:
         self.changes: deque[Alarm] = deque(maxlen=keep)
         self.notes = notes
         self._own_time = own_time or OwnTime()
-        self._surge, self._overshoot = _limit(rules, "surge"), _limit(rules, "overshoot")
+        self._limits = {role: _limit(rules, role) for role in ("surge", "jump", "update", "overshoot")}
         self._told: set[str] = set()  # the codes of the clip signs that were noted
         self._band = Band(len(history.layers), self.verdict_settings.band)
         self._started = perf_counter()
@@ -323,12 +323,16 @@ class Pipeline:
             return False
         return self.policy.when == "always" or self.exploding
 
-    def plan(self) -> DevicePlan | None:
-        """Return what to do with the coming step before its values are known; None: only watch it."""
+    def plan(self, ahead: int = 0) -> DevicePlan | None:
+        """Return what to do with the coming step before its values are known; None: only watch it.
+
+        ``ahead`` is the number of steps that were made since the last row that was judged.
+        """
         if self.clipping is None or not self.armed:
             return None
         with ignore_fp_warnings():
-            return self.clipping.plan(self._surge, self.verdict_settings.far * self._surge, self._overshoot)
+            far = self.verdict_settings.far * self._limits["surge"]
+            return self.clipping.plan(**self._limits, far=far, ahead=ahead)
 
     def disarm(self, reason: str) -> None:
         """Stop auto-clip for the rest of the run and report the reason."""

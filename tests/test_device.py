@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from gradwatch import device
 from gradwatch.autoclip.decision import DevicePlan
 from gradwatch.measure.readback import ReadbackRing
 from gradwatch.probe.gradients import zero_where
-from gradwatch.probe.surge import squared_limits, surges
+from gradwatch.probe.surge import SquaredLimits, surges
 from tests.trainings import data, mlp, step_in_backward, train
 
 CLIPS = [None, *(clip() for clip in gradwatch.clips.CLIPS.values())]
@@ -261,11 +262,40 @@ def test_a_ring_reads_in_order_and_never_holds_more_than_its_lag() -> None:
 )
 def test_a_step_surges_far_out_or_beside_a_loss_that_suffers(norms: list[float], loss: float, expected: bool) -> None:
     """Ten times the usual norm is learning that begins, unless the loss is up; a hundred times is not, except in all layers."""
-    plan = DevicePlan(surge=10, far=100, loss_ceiling=1.0, loss_level=0.8)
-    limits = squared_limits(np.array([1.0, 1.0, 1.0]), plan, torch.device("cpu"))
+    plan = DevicePlan(
+        surge=10, far=100, loss_ceiling=1.0, loss_level=0.8, usual=np.ones(3), least_weight=np.full(3, np.inf)
+    )
+    limits = SquaredLimits(torch.device("cpu")).of(plan, None)
+    assert limits is not None
     assert bool(surges(torch.tensor(norms) ** 2, limits, torch.tensor(loss), plan)) is expected
-    unknown = squared_limits(np.full(3, math.nan), plan, torch.device("cpu"))
-    assert not surges(torch.tensor(norms) ** 2, unknown, torch.tensor(loss), plan)
+    unknown = replace(plan, usual=np.full(3, math.nan))
+    assert SquaredLimits(torch.device("cpu")).of(unknown, None) is None
+    limits = SquaredLimits(torch.device("cpu")).of(replace(plan, usual=np.array([1.0, math.nan, 1.0])), None)
+    assert limits is not None
+    assert limits[:, 1].isinf().all()
+
+
+@pytest.mark.parametrize(("rate", "weight", "expected"), [(0.1, 1.0, True), (0.1, 4.0, False), (0.01, 1.0, False)])
+def test_an_update_is_too_large_for_the_weights_of_its_own_step(rate: float, weight: float, expected: bool) -> None:
+    """Weights that nearly vanish, biases and layers whose rate is not known do not count; a loss that is fine excuses."""
+    plan = DevicePlan(
+        update=1.0,
+        loss_jump=1.0,
+        usual=np.full(4, math.nan),
+        least_weight=np.array([0.5, 1e3, np.inf, 0.5]),
+    )
+    squares = torch.tensor([20.0, 20.0, 20.0, 20.0]) ** 2
+    limits = SquaredLimits(torch.device("cpu"))
+    assert limits.of(plan, np.full(4, rate)) is None  # no weights are known yet
+    limits.take_weights(torch.tensor([weight, 0.0, 0.0, 0.0], dtype=torch.float64) ** 2)
+    known = limits.of(plan, np.array([rate, rate, rate, math.nan]))
+    assert known is not None
+    assert bool(surges(squares, known, torch.tensor(2.0), plan)) is expected
+    assert not surges(squares, known, torch.tensor(0.9), plan)
+    assert bool(surges(squares, known, torch.tensor(0.9), plan, early=True)) is expected
+    untold = limits.of(plan, None)  # an optimizer whose updates its gradients do not tell
+    assert untold is not None
+    assert not surges(squares, untold, torch.tensor(2.0), plan)
 
 
 @pytest.mark.usefixtures("as_on_a_device")
@@ -635,6 +665,66 @@ def test_a_first_step_is_left_alone_where_nothing_says_that_it_overshoots() -> N
         assert (monitor.history.clip_coefficient() == 1).all()
 
 
+@pytest.mark.parametrize("clips_too", [False, True])
+def test_a_first_step_that_moves_weights_by_more_than_their_size_is_clipped_in_that_step(
+    clips_too: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the loss holds more than it takes, as on the CPU: the weights lie on the device as well."""
+    for on_device in (False, True):
+        monkeypatch.setattr(device, "reading_is_free", lambda _, free=not on_device: free)
+        model = mlp()
+        x, y = data()
+        clips = (lambda _, model=model: nn.utils.clip_grad_norm_(model.parameters(), 1e3)) if clips_too else None
+        with watch(model, clip="norm") as monitor:
+            train(model, torch.optim.SGD(model.parameters(), lr=0.05), 1, x_y=(x, 1e3 * y), each=clips)
+        assert monitor.history.clip_coefficient()[0] < 1, on_device
+        assert {sign.code for sign in monitor.incidents[0].signs} == {"GW303"}
+
+
+@pytest.mark.parametrize(("step", "clipped"), [(10, True), (11, False)])
+def test_the_first_steps_end_where_the_rules_let_them_end(
+    step: int, clipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is too long is an incident by itself before the twelfth, whether or not the rows before it have arrived."""
+    x, y = data()
+    for on_device in (False, True):
+        monkeypatch.setattr(device, "reading_is_free", lambda _, free=not on_device: free)
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+        def raised(made: int, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.param_groups[0]["lr"] = 20.0 if made == step else 1e-3
+
+        with watch(model, clip="norm") as monitor:
+            train(model, optimizer, step + 1, x_y=(x, 10 * y), each=raised)
+        coefficients = monitor.history.clip_coefficient()
+        assert (coefficients[:step] == 1).all()
+        assert (coefficients[step] < 1) == clipped, on_device
+        assert {alarm.code for alarm in monitor._pipeline.changes} >= {"GW303"}
+    plans = [monitor._pipeline.plan(ahead) for ahead in range(12)]
+    assert not any(plan.early for plan in plans if plan is not None)
+
+
+def test_an_update_larger_than_the_weights_beside_a_loss_that_suffers_is_clipped_in_that_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Long before the norms surge, as on the CPU: the rate has risen too far, and the step before has raised the loss."""
+    first = {}
+    for on_device in (False, True):
+        monkeypatch.setattr(device, "reading_is_free", lambda _, free=not on_device: free)
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+        def raised(made: int, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.param_groups[0]["lr"] = 1e-3 if made < 70 else 3.0
+
+        with watch(model, clip="norm") as monitor:
+            train(model, optimizer, 80, x_y=data(), each=raised)
+        first[on_device] = int(np.flatnonzero(monitor.history.clip_coefficient() < 1)[0])
+    assert first == {False: 71, True: 71}
+
+
 @pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("damaged", ["2.weight", "4.weight"])
 def test_a_layer_whose_weights_were_changed_is_the_suspect_a_step_later(damaged: str) -> None:
@@ -652,3 +742,25 @@ def test_a_layer_whose_weights_were_changed_is_the_suspect_a_step_later(damaged:
             optimizer.step()
     assert [incident.suspect for incident in monitor.incidents] == [damaged]
     assert f"the weights of {damaged} changed by a factor of" in "\n".join(monitor.incidents[0].evidence)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("damaged", ["2.weight", "4.weight"])
+def test_a_layer_that_moved_farther_than_its_gradients_explain_is_the_suspect_although_all_have_moved(
+    damaged: str,
+) -> None:
+    """When the weights of the row after the opening come, the explosion has moved all layers, the others by their gradients."""
+    torch.manual_seed(0)
+    model = mlp(depth=4)
+    x, y = data(64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    with watch(model) as monitor:
+        for step in range(104):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            if step == 100:
+                optimizer.state[dict(model.named_parameters())[damaged]]["momentum_buffer"].mul_(1e6)
+            optimizer.step()
+    assert [incident.suspect for incident in monitor.incidents] == [damaged]
+    assert f"the weights of {damaged} moved " in "\n".join(monitor.incidents[0].evidence)
+    assert "times as far within" in "\n".join(monitor.incidents[0].evidence)

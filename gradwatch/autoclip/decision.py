@@ -41,13 +41,20 @@ class DevicePlan:
         guard: corrections beyond the clip while auto-clip is on; None: no corrections.
         reserve: clip to apply to a step that surges or overshoots (see `gradwatch.probe.surge`).
         usual: norms that a surge of one step is measured by, shape (L,) (see `gradwatch.history.recurrence.one_step_norms`).
+        least_weight: norms below which weights count as that large, as in GW303, shape (L,); infinite where no update is too
+            large for the weights.
         skip: True to leave out a step whose gradients are not finite.
         surge: multiple of its usual norm above which a layer surges if the loss is above ``loss_ceiling``.
         far: multiple above which it surges if few layers do so, or if the loss is above ``loss_level``.
+        update: multiple of the norm of the weights by which a step of SGD may move them if the loss is above ``loss_jump``, as
+            in GW303.
+        early: whether the coming step is one of the first, in which a step that moves weights too far or overshoots is an
+            incident by itself.
         overshoot: multiple of the loss that a step of SGD may be predicted to take in the first steps of a run, as in GW305;
             infinite after them.
         reference: reference loss of the run, a tenth of which bounds the loss in that comparison; NaN if it is not known yet.
         loss_ceiling, loss_level: usual upper bound of the loss, and its level with its scatter.
+        loss_jump: loss above which it jumps, as in GW102.
         skip_above: global norm above which a step is left out.
         rate: factor on the learning rates of the step.
     """
@@ -56,12 +63,16 @@ class DevicePlan:
     guard: Guard | None = None
     reserve: Clip | None = None
     usual: Floats | None = None
+    least_weight: Floats | None = None
     skip: bool = False
     surge: float = math.inf
     far: float = math.inf
+    update: float = math.inf
+    early: bool = False
     overshoot: float = math.inf
     reference: float = math.nan
     loss_ceiling: float = math.inf
     loss_level: float = math.inf
+    loss_jump: float = math.inf
     skip_above: float = math.inf
     rate: float = 1.0

@@ -20,7 +20,7 @@ from gradwatch.clips.base import OneFactor
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.history import SETTLED
 from gradwatch.history.losses import EARLY
-from gradwatch.history.recurrence import one_step_norms
+from gradwatch.history.recurrence import jump_scale, one_step_norms
 from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
 from gradwatch.records import SEVERITIES, ClipRecord
 
@@ -69,6 +69,8 @@ class AutoClipEngine:
         self._typical = math.nan
         self._usual: Floats = np.full(0, np.nan)
         self._one_step: Floats = np.full(0, np.nan)
+        self._least_weight: Floats = np.full(0, np.inf)
+        self._jump_scale = math.nan
         self._narrowed = 1.0
         # by optimizer, since a step of another optimizer does not end a series of skips
         self._skips_in_a_row: dict[int, int] = {}
@@ -113,11 +115,14 @@ class AutoClipEngine:
             bound = float(np.fmax(bound, self._spared))
         self._bounds = self.policy.clip if math.isnan(bound) else self.policy.clip.at_norm(bound, self.history)
 
-    def plan(self, surge: float, far: float, overshoot: float) -> DevicePlan:
+    def plan(
+        self, surge: float, far: float, jump: float, update: float, overshoot: float, *, ahead: int = 0
+    ) -> DevicePlan:
         """Return what to do with the coming step, in advance.
 
-        ``surge``, ``far`` and ``overshoot`` are the limits of the rules. A step that overshoots is an incident by itself only
-        in the first steps, and only while no loss below zero was seen.
+        ``surge``, ``far``, ``jump``, ``update`` and ``overshoot`` are the limits of the rules, and ``ahead`` is the number of
+        steps that were made since the last row that has arrived. A step that overshoots is an incident by itself only in the
+        first steps, and only while no loss below zero was seen.
         """
         explosive = self.policy.when != "always" and "exploding" in self.policy.when
         rows = self.history.rows
@@ -126,25 +131,41 @@ class AutoClipEngine:
         if explosive and not self.on and (old or self._reserve < rows < _YOUNG):
             self._set_bounds(0)
             self._one_step = one_step_norms(self.history)
+            self._jump_scale = self._next_jump(recurring=True)[1]
+            if len(self._least_weight) != len(self.history.layers):
+                self._least_weight = np.where(self.history.large_matrices, self.history.half_usual, np.inf)
             self._reserve = self.history.rows
         clip = self.clip(self.history.rows) if self.on or explosive else None
         reserve = self._in_reserve(clip) if explosive and not self.on and math.isinf(self._spared) else None
         level, scatter = self.history.next_loss_level() if reserve is not None else (math.inf, 0.0)
+        middle, scale = self._next_jump(recurring=False) if reserve is not None else (math.nan, math.nan)
+        early = self.history.losses + ahead + 1 < EARLY  # the rules judge a step with its own loss counted
         return DevicePlan(
             clip=clip if self.on else None,
             guard=self._guard() if self.on else None,
             reserve=reserve,
             usual=self._one_step,
+            least_weight=self._least_weight,
             skip=self.policy.on_nonfinite != "ignore",
             surge=surge,
             far=far,
-            overshoot=overshoot if self.history.losses < EARLY and self.history.least_loss >= 0 else math.inf,
+            update=update,
+            early=early,
+            overshoot=overshoot if early and self.history.least_loss >= 0 else math.inf,
             reference=self.history.reference_loss,
             loss_ceiling=self.history.next_loss_ceiling() if reserve is not None else math.inf,
             loss_level=level + scatter,
+            loss_jump=float(np.nan_to_num(middle + jump * np.fmax(scale, self._jump_scale), nan=np.inf, posinf=np.inf)),
             skip_above=self._skip_above,
             rate=self.further.rate,
         )
+
+    def _next_jump(self, *, recurring: bool) -> tuple[float, float]:
+        """Return the level of the loss and the scale of a jump for the next loss; NaN before the fourth."""
+        if self.history.losses < 3:
+            return math.nan, math.nan
+        past = self.history.task_loss() if recurring else self.history.task_loss(last=32)
+        return jump_scale(self.history, past, 32, recurring=recurring)
 
     def _in_reserve(self, clip: Clip | None) -> Clip | None:
         """Return what clips a step that surges before a rule has judged it: one factor for all, which costs next to nothing."""

@@ -7,12 +7,13 @@ a reference for itself.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gradwatch.history.history import SETTLED
-from gradwatch.history.statistics import ignore_fp_warnings
+from gradwatch.history.statistics import ignore_fp_warnings, median_and_mad
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +54,27 @@ def usual_size(values: Floats, typical: float) -> float:
     ``values`` has shape (n,), oldest first, and does not include the value that is compared with the result.
     """
     return max(typical, usual_peak(values, AT_REST * typical) / AT_REST)
+
+
+def jump_scale(history: History, past: Floats, window: int, *, recurring: bool) -> tuple[float, float]:
+    """Return the level of losses, and the scale in which GW102 measures a jump above it; (NaN, NaN) if none is finite.
+
+    Args:
+        history: the history of the run.
+        past: losses before the one that is measured, shape (n,), oldest first.
+        window: number of the newest losses that the level is taken from.
+        recurring: whether peaks count that all of the losses reach repeatedly: looking for them takes a while.
+    """
+    newest = past[-window:]
+    middle, spread = median_and_mad(newest)
+    if math.isnan(middle):
+        return math.nan, math.nan
+    highest = float(newest[np.isfinite(newest)].max())
+    scale = max(spread, abs(middle) / 10, abs(history.reference_loss) / 20, (highest - middle) / 5)
+    if recurring:
+        at_rest = middle + 3 * max(spread, abs(middle) / 10)
+        scale = max(scale, (usual_peak(past, at_rest) - middle) / 5)
+    return middle, scale
 
 
 def usual_norms(history: History, columns: Sequence[int]) -> Floats:

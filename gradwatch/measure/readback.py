@@ -76,6 +76,11 @@ class ReadbackRing:
         self._sent = 0
         self.home = home
 
+    @property
+    def under_way(self) -> int:
+        """The number of rows under way."""
+        return len(self._under_way)
+
     def next(self) -> Slot:
         """Return the slot for the coming row, filled with zeros."""
         slot = self._slots[self._sent % RING]

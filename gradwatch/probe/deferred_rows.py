@@ -7,7 +7,7 @@ the clip. `DeferredRows.rows` returns the rows that have arrived, in order, with
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gradwatch import device
@@ -84,6 +84,11 @@ class DeferredRows:
         self._left_out = 0
         self.home = home
 
+    @property
+    def under_way(self) -> int:
+        """The number of rows that have not been read yet."""
+        return self._ring.under_way
+
     # On the device, without reading a value.
 
     def take(
@@ -135,10 +140,13 @@ class DeferredRows:
             if facts.word is not None:
                 self._writer.write_word(slot, facts.word, self._ranks.rank)
             self._ranks.exchange(slot.flat)
+        if facts.sample.weight_norm is not None:
+            self._action.take_weights(slot)
         bad = None
         if plan is not None:
-            known = facts.family == "sgd" and facts.loss_source in ("closure", "backward root")
-            rates = facts.rate if known else None
+            if facts.loss_source not in ("closure", "backward root"):
+                plan = replace(plan, overshoot=math.inf)
+            rates = facts.rate if facts.family == "sgd" else None
             facts.clip, bad = self._action.act(mine, now, slot, plan, optimizer, scale, rates, own=before is None)
         elif self._confirms:
             self._action.confirm()

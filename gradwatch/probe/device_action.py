@@ -12,10 +12,10 @@ from gradwatch import device
 from gradwatch.clips import UnreadStep
 from gradwatch.clips.base import OneFactor
 from gradwatch.measure.norms import on_device
-from gradwatch.measure.packed_row import COEFFICIENT, FAILED, LOSS, LOSSES, NOW, SKIPPED, SQUARE
+from gradwatch.measure.packed_row import COEFFICIENT, FAILED, LOSS, LOSSES, NOW, SKIPPED, SQUARE, WEIGHT
 from gradwatch.probe.gradients import zero_where
 from gradwatch.probe.steering import is_fused
-from gradwatch.probe.surge import overshoots, squared_limits, surges
+from gradwatch.probe.surge import SquaredLimits, overshoots, surges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,11 @@ class DeviceAction:
     ) -> None:
         self._layers, self._writer, self._home = layers, writer, home
         self._ranks, self._confirms = ranks, confirms
-        self._limits: tuple[Floats, Tensor] | None = None  # of these usual norms
+        self._limits = SquaredLimits(home)
+
+    def take_weights(self, slot: Slot) -> None:
+        """Take the norms of the weights that were sampled with a row, by which the updates of the next steps are measured."""
+        self._limits.take_weights(slot.rows[WEIGHT])
 
     def act(
         self,
@@ -64,7 +68,7 @@ class DeviceAction:
     ) -> tuple[Clip | None, Tensor | None]:
         """Clip or skip by values that stay on the device; return the clip in force and whether the step is left out.
 
-        ``rates`` are the learning rates of the layers if this is a step of SGD whose loss was seen, shape (L,).
+        ``rates`` are the learning rates of the layers if this is a step of SGD, shape (L,).
         ``own`` is True if the exchanged norms are those that the optimizer sees, because the user did not clip before.
         """
         norm = torch.sqrt(slot.singles[NOW])
@@ -73,7 +77,7 @@ class DeviceAction:
         if plan.skip and plan.skip_above < math.inf:
             bad = bad | (norm > plan.skip_above)
         loss = slot.singles[LOSS] / slot.singles[LOSSES] if plan.clip is not None or plan.reserve is not None else None
-        clip, fires = self._clip_of(slot, plan, loss, rates, own=own)
+        clip, fires = self._clip_of(now, slot, plan, loss, rates, own=own)
         if self._ranks is not None:  # if gradwatch failed in one process, which no longer acts, none of them acts
             together = slot.singles[FAILED] == 0
             bad, fires = bad & together, together if fires is None else fires & together
@@ -109,23 +113,30 @@ class DeviceAction:
         return clip, bad if skips else None
 
     def _clip_of(
-        self, slot: Slot, plan: DevicePlan, loss: Tensor | None, rates: Floats | None, *, own: bool
+        self, now: Unread, slot: Slot, plan: DevicePlan, loss: Tensor | None, rates: Floats | None, *, own: bool
     ) -> tuple[Clip | None, Tensor | None]:
         """Return the clip of this step, and whether it acts: None if it does in any case, because auto-clip is on.
 
         While neither the usual norms nor the rates are known, no step is known to be too large, and nothing is in reserve.
         """
-        if plan.clip is not None or plan.reserve is None or plan.usual is None or loss is None:
+        if plan.clip is not None or plan.reserve is None or loss is None:
             return plan.clip, None
         fires: list[Tensor] = []
-        if np.isfinite(plan.usual).any():
-            if self._limits is None or self._limits[0] is not plan.usual:
-                self._limits = plan.usual, squared_limits(plan.usual, plan, self._home)
-            fires.append(surges(slot.rows[SQUARE], self._limits[1], loss, plan))
+        limits = self._limits.of(plan, rates)
+        squares = seen = each = slot.rows[SQUARE]
+        if not own and rates is not None and plan.early:
+            seen = squares * (slot.singles[NOW] / squares.sum())
+            each = torch.stack((squares, squares, seen))
+        elif (
+            not own and limits is not None
+        ):  # what the user's clip leaves of a later step would take kernels to compute
+            limits = limits[:2]
+        if limits is not None:
+            # a single layer does not amplify gradients
+            early = plan.early and sum(self._layers.matrices[column] for column in now.columns.tolist()) > 1
+            fires.append(surges(each, limits, loss, plan, early=early))
         if rates is not None and plan.overshoot < math.inf:
-            squares = slot.rows[SQUARE] if own else slot.rows[SQUARE] * (slot.singles[NOW] / slot.rows[SQUARE].sum())
-            known = on_device(np.nan_to_num(rates), self._home)
-            fires.append(overshoots(squares, known, loss, plan))
+            fires.append(overshoots(seen, on_device(np.nan_to_num(rates), self._home), loss, plan))
         if not fires:
             return None, None
         return plan.reserve, fires[0] if len(fires) == 1 else fires[0] | fires[1]

@@ -88,7 +88,7 @@ class DeviceRecorder:
 
     def _possible_plan(self, mine: Gradients, optimizer: Optimizer | None) -> DevicePlan | None:
         """Return the part of the judge's plan that is possible for these gradients; report the rest."""
-        plan = self._judge.plan()
+        plan = self._judge.plan(self._require_rows().under_way)
         if plan is None:
             return None
         if plan.skip and not is_fused(optimizer):

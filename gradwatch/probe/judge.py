@@ -71,8 +71,8 @@ class Judge(Protocol):
     def bounds(self) -> Bounds | None:
         """Return the bounds within which the coming rows need not be judged; None if each row is judged."""
 
-    def plan(self) -> DevicePlan | None:
-        """Return what to do with the coming step before its values are known; None: only watch it."""
+    def plan(self, ahead: int = 0) -> DevicePlan | None:
+        """Return what to do with the coming step, ``ahead`` steps after the last row that was judged; None: only watch it."""
 
     def done(self, row: Row, decision: Decision, coefficient: float) -> None:
         """Record what was done to the gradients of a row; ``coefficient`` is the norm after over the norm before."""

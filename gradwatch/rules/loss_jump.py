@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from gradwatch.history.recurrence import usual_peak
+from gradwatch.history.recurrence import jump_scale
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
 from gradwatch.text.wording import apart, number
@@ -65,15 +65,12 @@ class LossJump(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the last loss's distance from the median in units of ``s``, shape (1,); NaN before the fourth loss."""
-        middle, spread = history.loss_level(self.window)
+        past = history.task_loss(last=self.window + 1)[:-1]
+        middle, scale = jump_scale(history, past, self.window, recurring=False)
         if history.losses < 4 or math.isnan(middle) or not math.isfinite(history.row.loss):
             return np.array([np.nan])
-        before = history.task_loss(last=self.window + 1)[:-1]
-        highest = float(before[np.isfinite(before)].max())
-        scale = max(spread, abs(middle) / 10, abs(history.reference_loss) / 20, (highest - middle) / 5)
         if history.row.loss - middle > self.limit * scale:  # the lookup is expensive, so only where the rule would fire
-            at_rest = middle + 3 * max(spread, abs(middle) / 10)
-            scale = max(scale, (usual_peak(history.task_loss()[:-1], at_rest) - middle) / 5)
+            middle, scale = jump_scale(history, history.task_loss()[:-1], self.window, recurring=True)
         return np.array([(history.row.loss - middle) / scale if scale else np.nan])
 
     def numbers(self, history: History, column: int) -> dict[str, float]:

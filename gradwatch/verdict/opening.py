@@ -12,6 +12,7 @@ from gradwatch.history.statistics import ignore_fp_warnings
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
+    from gradwatch.records import Floats
 
 _FIRST = 12  # steps in which the weights are still those of the initialisation
 _ODD = 10.0  # gain of one matrix, relative to the median one, beyond which it is named
@@ -70,22 +71,28 @@ def _too_large(history: History) -> tuple[str | None, float]:
     return None, middle if middle > _LARGE else math.nan
 
 
-def _moved_by_another(history: History) -> tuple[str | None, float]:
-    """Return the matrix whose norm changed most beyond what SGD can have done since the sample before, and how many times.
+def beyond_gradients(history: History) -> Floats:
+    """Return how far each matrix's norm has changed since the sample before, over what SGD can have done at most, shape (L,).
 
-    With momentum ``m``, a gradient moves the weights by at most ``1 / (1 - m)`` times its length. (None, NaN) if none did.
+    With momentum ``m``, a gradient moves the weights by at most ``1 / (1 - m)`` times its length. 0.0 where it is not known.
     """
+    unknown = np.zeros(len(history.layers))
     rows = min(history.weight_gap + _REMEMBERED, history.task_rows)
     steps, norms = history.steps(last=rows), history.grad_norm(last=rows)[:-1]
     momentum = history.facts.momentum
     if history.row.family != "sgd" or not len(norms) or steps[-1] - steps[0] >= rows or not 0 <= momentum < 1:
-        return None, math.nan
+        return unknown
     with ignore_fp_warnings():
         rates = history.learning_rate(last=rows)
         fallen = max(1.0, float(np.fmax.reduce(rates) / rates[-1]))  # a rate that was cut meanwhile was higher before
         explained = fallen * history.previous_rate * np.nansum(norms, axis=0) / (1 - momentum)
         times = np.abs(history.weight - history.previous_weight) / explained
-    times[~(history.large_matrices & np.isfinite(times))] = 0.0
+    return np.where(history.large_matrices & np.isfinite(times), times, unknown)
+
+
+def _moved_by_another(history: History) -> tuple[str | None, float]:
+    """Return the matrix that moved most beyond what SGD can have done, and how many times as far; (None, NaN) if none did."""
+    times = beyond_gradients(history)
     most = int(np.argmax(times))
     return (history.layers[most], float(times[most])) if times[most] > 1 else (None, math.nan)
 

@@ -11,6 +11,7 @@ from gradwatch.history.columns import widened
 from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import EXPLOSION
 from gradwatch.text.wording import counted, number
+from gradwatch.verdict.opening import beyond_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,9 +95,11 @@ class Suspects:
         return layers[0] if layers else None
 
     def moved(self) -> tuple[str | None, str | None]:
-        """Return the only layer whose weights changed suddenly, and a sentence about it; (None, None) if there is none.
+        """Return the only layer whose weights something has changed, and a sentence about it; (None, None) if there is none.
 
-        Weights are checked before gradients, because damage to one layer takes all gradients out of their band in one step.
+        It is the one that changed suddenly, or, if the explosion has moved others since, the one that moved farther than its
+        rate and its gradients explain. Weights are checked before gradients, because damage to one layer takes all gradients
+        out of their band in one step.
         """
         history = self._history
         if history.row.weight_norm is None:
@@ -110,13 +113,28 @@ class Suspects:
             return None, None
         order = np.argsort(np.nan_to_num(change, nan=-1.0, posinf=np.inf))
         first, second = change[order[-1]], change[order[-2]]
-        if not (first > math.log(self._settings.moved) and first > self._settings.alone * second):
+        if not first > math.log(self._settings.moved):
             return None, None
+        if not first > self._settings.alone * second:
+            return self._moved_by_another(change)
         name = history.layers[int(order[-1])]
         told = "became non-finite" if math.isinf(first) else f"changed by a factor of {number(math.exp(first))}"
         return name, (
             f"the weights of {name} {told} within {counted(history.weight_gap, 'step')} until step {history.row.step}, those of "
             f"every other layer by a factor of at most {number(math.exp(second))}"
+        )
+
+    def _moved_by_another(self, change: Floats) -> tuple[str | None, str | None]:
+        """Return the only layer that moved farther than its gradients explain, given all changes in logarithms, shape (L,)."""
+        times = beyond_gradients(self._history)
+        moved = np.flatnonzero(times > 1)
+        if len(moved) != 1 or not change[moved[0]] > math.log(self._settings.moved):
+            return None, None
+        name = self._history.layers[moved[0]]
+        return name, (
+            f"the weights of {name} moved {number(float(times[moved[0]]), 2)} times as far within "
+            f"{counted(self._history.weight_gap, 'step')} until step {self._history.row.step} as its rate and its gradients can "
+            "have moved it"
         )
 
 
