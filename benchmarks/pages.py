@@ -16,8 +16,10 @@ def between_marks(page: Path, mark: str, text: str) -> None:
     """Replace the text between ``<!-- mark -->`` and ``<!-- /mark -->`` in ``page``."""
     old = page.read_text()
     pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-    if not pattern.search(old):
-        raise SystemExit(f"{page.name} has no marks for {mark}; expected <!-- {mark} --> and <!-- /{mark} -->.")
+    if (found := len(pattern.findall(old))) != 1:
+        raise SystemExit(
+            f"{page.name} has {found} pairs of marks for {mark}; expected one, <!-- {mark} --> and <!-- /{mark} -->."
+        )
     page.write_text(pattern.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", old))
 
 

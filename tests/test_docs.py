@@ -51,6 +51,15 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert broken_links_of(page) == ["#there", "gone.md"]
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_no_part_of_a_page_stands_there_twice(page: Path) -> None:
+    """Neither a heading, nor the marks of a table, nor a long line of prose."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```", "", page.read_text(encoding="utf-8"))
+    lines = [line for line in text.splitlines() if line.startswith(("#", "<!--")) or len(line) > 80]
+    lines = [line for line in lines if not line.startswith("|")]
+    assert [line for line in set(lines) if lines.count(line) > 1] == []
+
+
 def test_the_site_lists_every_page_once() -> None:
     """A page that nobody finds is not read."""
     listed = re.findall(r"(?m)^ +- [^:\n]+: ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))

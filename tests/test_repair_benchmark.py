@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from benchmarks.faults.labels import BY_NAME, LABEL, within_reach
@@ -18,6 +18,7 @@ from benchmarks.faults.toys import TOYS
 from benchmarks.harm.judging import RARE, check_watching, harmed, median_of, row_of, summary, told
 from benchmarks.repair.judging import share, worse
 from benchmarks.repair.methods import CLIPS, NORM, NOTHING, OLMO, OURS, OURS_BY_VALUE, RANDOM, WATCHED, repaired
+from benchmarks.repair.nearby import moved
 from benchmarks.repair.outcome import Outcome, bits_of
 
 EARLY = next(toy for toy in TOYS if toy.name == "early")
@@ -170,3 +171,24 @@ def test_the_digest_of_a_run_tells_a_single_bit() -> None:
     with torch.no_grad():
         model.weight[0] = torch.nextafter(model.weight[0], torch.tensor(2.0))
     assert bits_of(losses, model) != changed
+
+
+def test_runs_a_millionth_apart_begin_so_and_are_the_same_each_time() -> None:
+    """The weights are changed before gradwatch sees them, by as much for the same number."""
+    begun: list[Tensor] = []
+
+    class Looks:
+        def watch(self, model: nn.Module) -> None:
+            begun.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+
+        def step(self, loss: float) -> None:
+            pass
+
+    program = BY_NAME["zero_grad forgotten"]
+    for train in (program.faulty, moved(program.faulty, 1), moved(program.faulty, 1), moved(program.faulty, 2)):
+        run_program(train, 0, 1, Looks())
+    plain, one, again, other = begun
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    apart = ((one - plain) / plain).abs()[plain != 0]
+    assert 1e-7 < float(apart.median()) < 2e-6

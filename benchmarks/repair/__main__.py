@@ -21,6 +21,8 @@ from benchmarks.pages import ROOT, between_marks, markdown
 from benchmarks.repair.ablation import HEAD, ablation_rows
 from benchmarks.repair.examples import DIGITS, REGRESSION, SEQUENCES
 from benchmarks.repair.methods import NORM, NOTHING, OURS, VALUE
+from benchmarks.repair.nearby import HEAD as NEARBY_HEAD
+from benchmarks.repair.nearby import nearby_rows
 from benchmarks.repair.runs import BASELINES, TOY_METHODS, Job, run_all
 from benchmarks.repair.tables import (
     OURS_ANYWHERE,
@@ -39,14 +41,14 @@ if TYPE_CHECKING:
     from benchmarks.repair.outcome import Outcome
 
 _HALVES = ["development half", "report half"]
+_FAULTY = [program.name for program in PROGRAMS if program.twin is not None]
 Table = tuple[list[str], list[Row]]
 
 
 def _run(console: Console, healthy: list[str]) -> tuple[dict[Job, Outcome], list[str]]:
     """Return the outcomes of all runs, and the programs that clipping can repair, which are found by the first runs."""
-    faulty = [program.name for program in PROGRAMS if program.twin is not None]
     first = (NORM, VALUE, *OURS_ANYWHERE)
-    results = run_all([("fault", n, m, s) for n in faulty for m in first for s in SEEDS], console, "faults")
+    results = run_all([("fault", n, m, s) for n in _FAULTY for m in first for s in SEEDS], console, "faults")
     names = repairable(results)
     others = [m for m in BASELINES if m not in (NORM, VALUE)]
     jobs: list[Job] = [("fault", n, m, s) for n in names for m in others for s in SEEDS]
@@ -119,6 +121,9 @@ def main() -> None:
     parser.add_argument(
         "--ablate", action="store_true", help="run auto-clip without one of its parts at a time instead"
     )
+    parser.add_argument(
+        "--nearby", action="store_true", help="run the repairable faults ten times each, from weights a millionth apart"
+    )
     options = parser.parse_args()
     console = Console()
     if options.ablate:
@@ -126,6 +131,17 @@ def main() -> None:
         _print(console, {"Auto-clip without one of its parts": (HEAD, rows)}, {})
         if options.write:
             between_marks(ROOT / "docs" / "repair.md", "ablation", markdown(HEAD, rows))
+        return
+    if options.nearby:
+        always: list[Job] = [
+            ("fault", name, method, seed) for name in _FAULTY for method in (NORM, VALUE) for seed in SEEDS
+        ]
+        rows = nearby_rows(repairable(run_all(always, console, "faults")), console)
+        _print(
+            console, {"Repairable faults, ten runs each a millionth apart: share within reach": (NEARBY_HEAD, rows)}, {}
+        )
+        if options.write:
+            between_marks(ROOT / "docs" / "repair.md", "nearby", markdown(NEARBY_HEAD, rows))
         return
     healthy = [program.name for program in PROGRAMS if program.twin is None]
     results, names = _run(console, healthy)
