@@ -286,7 +286,15 @@ class Incidents:
         if before is None:
             story.opening = opening_of(self._history, suspect)
         odd = story.odd_batch
-        told = advise(after, self._history, self._remedies, story.opening, harmless=story.harmless, of_the_batch=odd)
+        told = advise(
+            after,
+            self._history,
+            self._remedies,
+            story.opening,
+            harmless=story.harmless,
+            of_the_batch=odd,
+            beside=[one for one in (*self.damaged, *self.open) if one.number != after.number],
+        )
         after = replace(after, advice=told)
         if before is None:
             first = min(sign.step for sign in signs)

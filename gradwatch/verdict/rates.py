@@ -24,27 +24,65 @@ _BORNE_ELSE = 0.03
 _USUAL = 1e-3  # share of its weights that an update usually changes
 _RISEN = 10.0  # multiple of the first rate beyond which a rate has risen
 _RAISED = 10.0  # least factor by which a rate is to be raised
+_LEAST = 1e-5  # rate of SGD below which no one trains: it is the gradients that are too large
+_SURGE = 100.0  # growth of a gradient from one step to the next that no rate explains under which the run went well
 
 
 def lower_rate(incident: Incident, history: History, opening: Opening) -> str:
-    """Return the advice to lower the rate, with a number if the length of the update that began it is known."""
+    """Return the advice to lower the rate, with a number where one is known: the rate before it was raised, or one to try."""
     rate = opening.rate
     if not rate > 0:
         return "Lower the learning rate of its parameter group, or warm it up."
-    longest, over = _at_first(incident, "GW303"), _at_first(incident, "GW305")
-    borne = _BORNE.get(history.row.family, _BORNE_ELSE)
-    if longest > borne:
-        new = rate * borne / longest
-        share = f"{100 * longest:.0f} %" if longest < 10 else f"{number(longest)} times the size"
-        told = f"An update was {share} of the weights in one step."
-    elif over > 1:
-        new, told = rate / over, f"A step was to take {number(over)} times as much from the loss as it held."
-    else:
+    if opening.raised_at >= 0:
+        before = number(opening.raised_from)
+        return (
+            f"The learning rate was raised from {before} to {number(rate)} at step {opening.raised_at}: check its schedule, and "
+            f"go back to {before}, which the run had borne until then."
+        )
+    new, told = _rate_to_try(incident, history, opening)
+    if math.isnan(new) or not_of_the_rate(incident, history, opening):
         return f"Lower the learning rate{_whose(incident, history)} ({at(rate)}), or warm it up."
     if rate > _RISEN * opening.first_rate:
         risen = f"The learning rate has risen from {number(opening.first_rate)} to {number(rate)} since the start"
         return f"{risen}: check its schedule, and keep it below {number(new, 1)}. {told}"
     return f"Lower the learning rate{_whose(incident, history)}: {number(new, 1)} instead of {number(rate)}. {told}"
+
+
+def not_of_the_rate(incident: Incident, history: History, opening: Opening) -> str:
+    """Return why the gradient of SGD is to blame and not the rate, in a sentence; "" if that is not known.
+
+    Either it grew a hundredfold in one step, at a rate that the run had borne, or only a rate bears it at which no one trains.
+    """
+    if history.row.family != "sgd" or opening.raised_at >= 0 or not opening.rate > 0:
+        return ""
+    if opening.surge > _SURGE:
+        return (
+            f"In one step, the gradient of {incident.suspect} became {number(opening.surge)} times as large, at a learning rate "
+            "that the run had borne until then."
+        )
+    new, told = _rate_to_try(incident, history, opening)
+    return f"No usual learning rate bears such gradients. {told}" if new < _LEAST else ""
+
+
+def _rate_to_try(incident: Incident, history: History, opening: Opening) -> tuple[float, str]:
+    """Return a rate at which updates are borne, and how long one was, in a sentence; (NaN, "") if nothing is known."""
+    rate = opening.rate
+    if opening.first_borne < rate / 2 and not rate > _RISEN * opening.first_rate:
+        share, layer = _BORNE["sgd"] * rate / opening.first_borne, opening.first_layer
+        return opening.first_borne, f"At {number(rate)}, the first update alone is {_length(share, layer)}."
+    longest, longest_layer = _at_first(incident, "GW303")
+    over, _ = _at_first(incident, "GW305")
+    borne = _BORNE.get(history.row.family, _BORNE_ELSE)
+    if longest > borne:
+        return rate * borne / longest, f"An update was {_length(longest, longest_layer)}."
+    if over > 1:
+        return rate / over, f"A step was to take {number(over)} times as much from the loss as it held."
+    return math.nan, ""
+
+
+def _length(share: float, layer: str | None) -> str:
+    size = f"{100 * share:.0f} %" if share < 10 else f"{number(share)} times the size"
+    return f"{size} of the weights of {layer}"
 
 
 def slower(incident: Incident) -> str:
@@ -75,11 +113,20 @@ def at(rate: float) -> str:
     return f"{number(rate)} when this began" if math.isfinite(rate) else "of its parameter group"
 
 
-def _at_first(incident: Incident, code: str) -> float:
-    """Return the largest finite value of a rule's first signs; 0.0 if there are none."""
+def still_rising(history: History, opening: Opening) -> str:
+    """Return that the rate is far above the first one and at its highest so far, with what to check; "" if it is not."""
+    if not (history.warming_up and opening.rate > _RISEN * opening.first_rate):
+        return ""
+    rise = f"from {number(opening.first_rate)} to {number(opening.rate)}, the highest so far"
+    return f"The learning rate has risen {rise}: check that its warm-up ends."
+
+
+def _at_first(incident: Incident, code: str) -> tuple[float, str | None]:
+    """Return the largest finite value of a rule's first signs, and its layer; (0.0, None) if there are none."""
     signs = [sign for sign in incident.signs if sign.code == code and math.isfinite(sign.value)]
     first = min((sign.step for sign in signs), default=0)
-    return max((sign.value for sign in signs if sign.step == first), default=0.0)
+    most = max((sign for sign in signs if sign.step == first), key=lambda sign: sign.value, default=None)
+    return (most.value, most.layer) if most is not None else (0.0, None)
 
 
 def _whose(incident: Incident, history: History) -> str:
