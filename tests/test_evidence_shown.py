@@ -53,9 +53,13 @@ def test_growth_says_when_it_was_measured() -> None:
     """And counts steps in words."""
     (line,) = forecast(np.array([2.0**n for n in range(8)]), 12)
     assert line.startswith(
-        "at step 12, gradients double every 1 step: at this rate they exceed float16 in about 9 steps"
+        "at step 12, gradients double every 1 step: at this pace they exceed float16 in about 9 steps"
     )
     assert line.endswith("and float32 in about 121 steps")
+    (line,) = forecast(np.array([10.0**n for n in range(8)]), 12)
+    assert line.startswith(
+        "at step 12, gradients become 10 times as large with each step: at this pace they exceed float32"
+    )
 
 
 def test_one_sentence_is_shown_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

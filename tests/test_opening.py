@@ -86,7 +86,7 @@ def test_a_layer_that_was_never_alive_is_initialised_anew() -> None:
     model = mlp(depth=3)
     nn.init.constant_(model[0].bias, -100.0)  # type: ignore[arg-type]
     lines = advice(model, torch.optim.SGD(model.parameters(), lr=1e-3), steps=60)
-    assert lines[0].startswith("Initialise 0 anew, with biases at zero: 0.")
+    assert lines[0].startswith("Initialise module 0 anew, with biases at zero: 0.")
 
 
 def test_a_weight_decay_below_zero_is_the_first_advice_on_weights_that_run_away() -> None:

@@ -93,7 +93,7 @@ _READ: tuple[tuple[str, Callable[..., tuple[Change, ...]]], ...] = (
     (r".*clip each step to a norm of ([\d.,e-]+), ", lambda bound: (Change(bound=_number(bound)),)),
     (r"Initialise the recurrent weights orthogonally", lambda: (Change(orthogonal=True),)),
     (r"Initialise the weights anew", lambda: (Change(anew=("",)),)),
-    (r"Initialise (\S+) anew", lambda name: (Change(anew=(name,)),)),
+    (r"Initialise (?:module )?(\S+) anew", lambda name: (Change(anew=(name,)),)),
     (r"The weight decay of a parameter group is -", lambda: (Change(no_growth=True),)),
     (
         r"Lower the weight decay: ([\d.,e-]+) instead of ([\d.,e-]+)\. ",

@@ -197,10 +197,10 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
     known = (_BACKWARD if mark.backward else _FORWARD).get(mark.op)
     if mark.op in _LOGS and known is None:
         known = _FORWARD["log"]
-    if any(one.dtype in _HALF for one in mark.inputs) and mark.op in _PRODUCTS and not mark.backward:
+    if any(one.dtype == "float16" for one in mark.inputs) and mark.op in _PRODUCTS and not mark.backward:
         known = (
-            "the result does not fit into float16 (at most 65504): use bfloat16, or run this operation in float32 under "
-            'torch.autocast("cpu", enabled=False).'
+            "the result does not fit into float16 (at most 65,504), and no loss scale helps: use bfloat16, or run this operation "
+            "in float32 under torch.autocast(x.device.type, enabled=False), with x.float()."
         )
     if known is not None:
         narrow = any(one.dtype in _HALF for one in mark.inputs) and "1e-" in known and "float32" not in known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,8 @@ def how_it_stands(history: History) -> str:
     for long. Where the loss need not fall, only NaN and missing gradients are told.
     """
     if history.lost_since is not None:
-        return f"is {history.row.loss} since step {history.lost_since:,}"
+        now = "NaN" if math.isnan(history.row.loss) else "infinite"
+        return f"is {now}, and has not been finite since step {history.lost_since:,}"
     level, scatter = median_and_mad(history.task_loss(last=_LEVEL))
     norms = history.global_norm(last=_SILENT)
     if len(norms) == _SILENT and (norms == 0).all() and history.losses:

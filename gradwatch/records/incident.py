@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gradwatch.records.alarm import Alarm  # noqa: TC001  pydantic reads the annotations
 from gradwatch.records.clip_record import ClipRecord  # noqa: TC001
-from gradwatch.records.kinds import Kind, Phase, Severity, Verdict  # noqa: TC001
+from gradwatch.records.kinds import EXPLOSION, Kind, Phase, Severity, Verdict
 from gradwatch.records.origin import Origin  # noqa: TC001
 from gradwatch.text.printable import printable
 from gradwatch.text.wording import ordinal
@@ -65,6 +65,11 @@ class Incident:
     def open(self) -> bool:
         """True until the incident is closed."""
         return self.closed_step is None
+
+    @property
+    def of_its_layers(self) -> str:
+        """What the order of the layers is, in words that a list of names follows."""
+        return "left their band in this order" if self.kind in EXPLOSION else "found in these layers"
 
     @property
     def told(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from gradwatch.reports.names import names_of
 from gradwatch.reports.standing import standing
 from gradwatch.reports.unsaid import unsaid
 from gradwatch.reports.view import SEVERITY_STYLES, STYLES, brief, headline
+from gradwatch.text.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
@@ -67,7 +68,7 @@ class Summary:
             yield Line(f"  {snapshot.provenance}", "dim")
         if snapshot.clipping is not None:
             yield Line(
-                f"  auto-clip {snapshot.clipping}: {snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped"
+                f"  auto-clip {snapshot.clipping}: {counted(snapshot.clipped, 'step')} clipped, {snapshot.skipped:,} skipped"
             )
         advised: dict[str, int] = {}
         for incident in told[:_MOST]:
@@ -87,7 +88,7 @@ class Summary:
         if len(incident.layers) > 1:
             more = f" and {len(incident.layers) - 4} more" if len(incident.layers) > 4 else ""
             first = ", ".join(map(self.names.short, incident.layers[:4]))
-            yield _indented(Line(f"left their band in this order: {first}{more}"), 4)
+            yield _indented(Line(f"{incident.of_its_layers}: {first}{more}"), 4)
         for line in incident.told:
             yield _indented(Line(self.names.told(line)), 4)
         if incident.clip is not None:

@@ -97,7 +97,7 @@ class Frozen(Rule):
         """Return what was seen; see `Rule.sentence`."""
         if "still since" in alarm.numbers:
             since = f"{alarm.numbers['still since']:.0f}" + ("" if alarm.numbers["exactly"] else " or before")
-            return f"the learning rate of every group had been 0 since step {since} at step {alarm.step}"
+            return f"at step {alarm.step}, the learning rate of every group had been 0 since step {since}"
         if alarm.numbers["lost"]:
             update, weight = alarm.numbers["update"], number(alarm.numbers["weight"])
             small = (

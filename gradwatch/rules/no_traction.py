@@ -118,5 +118,7 @@ def stuck_at(history: History) -> dict[str, float]:
 
 
 def in_words(alarm: Alarm) -> str:
-    """Return that the loss was stuck, from the numbers of `stuck_at`."""
-    return f"the loss was stuck at about {number(alarm.numbers['loss'])} (it began at {number(alarm.numbers['began'])})"
+    """Return that the loss was stuck where it began or above, or that it hung lower, from the numbers of `stuck_at`."""
+    loss, began = alarm.numbers["loss"], alarm.numbers["began"]
+    how = "hung" if began - loss > abs(began) / 10 else "was stuck"
+    return f"the loss {how} at about {number(loss)} (it began at {number(began)})"

@@ -135,6 +135,8 @@ def _explosion(incident: Incident, history: History, opening: Opening) -> Iterat
     yield from _scale(history, opening)
     if opening.raised_at >= 0:
         yield lower_rate(incident, history, opening)
+        if facts.family == "adam":
+            yield f"A{_no_cure(facts)[1:]}."
         return
     yield from _rate_and_clip(incident, history, opening)
     if facts.recurrent:
@@ -153,7 +155,7 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening) -> It
     if own_clip:
         clip_line = "Lower the bound of your own clip: it bounds the length of a step, and the run leaves its range all the same."
     if blame := not_of_the_rate(incident, history, opening):
-        yield f"{clip_line} {blame}".strip()
+        yield f"{clip_line or f'Look at what step {incident.opened_step} does, its batch and its loss.'} {blame}"
         if facts.recurrent and not facts.gated:
             yield ORTHOGONAL
         yield rate_line
@@ -231,7 +233,7 @@ def _nonfinite(incident: Incident, history: History) -> Iterator[str]:
     else:
         yield _behind(incident, history)
     if facts.clip is None and not scaled:
-        yield 'Skip such steps: attach(model, clip="norm") leaves parameters and optimizer state untouched.'
+        yield 'Skip such steps: with attach(model, clip="norm"), they leave parameters and optimizer state untouched.'
     if incident.origin is None:
         yield "Run that one batch under gradwatch.find_nonfinite(model), which names the operation."
 

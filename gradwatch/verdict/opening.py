@@ -36,7 +36,7 @@ class Opening:
         raised_from, raised_at: the largest rate of the 8 rows or more before, and the step, if the learning rate has risen at
             once within the last 32 rows; NaN and -1 if it has not.
         first_borne: learning rate of SGD at which the first update would have changed a tenth of a matrix, the one that it
-            changed most (``first_layer``); NaN after the first steps, or if it is not known.
+            changed most (``first_base``, in words); NaN after the first steps, or if it is not known.
         large: times by which weights are too large for their number of inputs, in the first steps; NaN if they are not.
         large_layer: the only matrix of which that is so, compared with the median one; None: all are, compared with a usual one.
         moved_layer: the matrix that moved farther than rate and gradients explain; None: none did, or it is not known.
@@ -59,7 +59,7 @@ class Opening:
     raised_from: float = math.nan
     raised_at: int = -1
     first_borne: float = math.nan
-    first_layer: str = ""
+    first_base: str = ""
     zeros: tuple[str, ...] = ()
     gain: float = math.nan
     surge: float = math.nan
@@ -79,7 +79,7 @@ def opening_of(history: History, suspect: str | None) -> Opening:
     usual = math.nan if column is None else _usual_rate(history, column)
     moved_layer, moved = _moved_by_another(history)
     raised_from, raised_at = _raised(history)
-    first_borne, first_layer = _borne_at_first(history) if step < _FIRST else (math.nan, "")
+    first_borne, first_base = _borne_at_first(history) if step < _FIRST else (math.nan, "")
     gain = _gain(history)
     return Opening(
         step=step,
@@ -93,7 +93,7 @@ def opening_of(history: History, suspect: str | None) -> Opening:
         raised_from=raised_from,
         raised_at=raised_at,
         first_borne=first_borne,
-        first_layer=first_layer,
+        first_base=first_base,
         zeros=_zeros(history),
         gain=gain if gain < _SMALL else math.nan,
         surge=math.nan if column is None or step < _FIRST else _surge(history, column),
@@ -141,7 +141,7 @@ def _raised(history: History) -> tuple[float, int]:
 
 
 def _borne_at_first(history: History) -> tuple[float, str]:
-    """Return the rate at which the first update of SGD would have changed a tenth of a matrix, and the matrix.
+    """Return the rate at which the first update of SGD would have changed a tenth of a matrix, and the matrix in words.
 
     No earlier update has made that gradient larger, as those of an explosion are.
     """
@@ -152,10 +152,19 @@ def _borne_at_first(history: History) -> tuple[float, str]:
         history.clip_coefficient(last=rows)[0] if rows > 1 else history.row.applied
     )
     with ignore_fp_warnings():
-        borne = _BORNE * np.maximum(history.weight_norm(last=rows)[0], history.half_usual) / norms
+        weights = history.weight_norm(last=rows)[0]
+        borne = _BORNE * np.maximum(weights, history.half_usual) / norms
     borne[~(history.large_matrices & np.isfinite(borne))] = np.inf
     least = int(np.argmin(borne))
-    return (float(borne[least]), history.layers[least]) if np.isfinite(borne[least]) else (math.nan, "")
+    if not np.isfinite(borne[least]):
+        return math.nan, ""
+    small = bool(weights[least] < history.half_usual[least])
+    return float(borne[least]), weights_in_words(history.layers[least], small=small)
+
+
+def weights_in_words(layer: str, *, small: bool) -> str:
+    """Return what the length of an update of a layer is compared with; ``small``: its weights are below half of a usual start."""
+    return f"half of a usual initialisation of {layer}" if small else f"the weights of {layer}"
 
 
 def beyond_gradients(history: History) -> Floats:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.text.wording import number
+from gradwatch.verdict.opening import weights_in_words
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
@@ -68,21 +69,24 @@ def _rate_to_try(incident: Incident, history: History, opening: Opening) -> tupl
     """Return a rate at which updates are borne, and how long one was, in a sentence; (NaN, "") if nothing is known."""
     rate = opening.rate
     if opening.first_borne < rate / 2 and not rate > _RISEN * opening.first_rate:
-        share, layer = _BORNE["sgd"] * rate / opening.first_borne, opening.first_layer
-        return opening.first_borne, f"At {number(rate)}, the first update alone is {_length(share, layer)}."
-    longest, longest_layer = _at_first(incident, "GW303")
+        share = _BORNE["sgd"] * rate / opening.first_borne
+        return (
+            opening.first_borne,
+            f"At {number(rate)}, the first update alone is {_length(share, opening.first_base)}.",
+        )
+    longest, base = _at_first(incident, "GW303")
     over, _ = _at_first(incident, "GW305")
     borne = _BORNE.get(history.row.family, _BORNE_ELSE)
     if longest > borne:
-        return rate * borne / longest, f"An update was {_length(longest, longest_layer)}."
+        return rate * borne / longest, f"An update was {_length(longest, base)}."
     if over > 1:
         return rate / over, f"A step was to take {number(over)} times as much from the loss as it held."
     return math.nan, ""
 
 
-def _length(share: float, layer: str | None) -> str:
-    size = f"{100 * share:.0f} %" if share < 10 else f"{number(share)} times the size"
-    return f"{size} of the weights of {layer}"
+def _length(share: float, base: str) -> str:
+    size = f"{100 * share:.0f} %" if share < 1 else f"{number(share)} times"
+    return f"{size} as long as {base}"
 
 
 def slower(incident: Incident) -> str:
@@ -121,12 +125,15 @@ def still_rising(history: History, opening: Opening) -> str:
     return f"The learning rate has risen {rise}: check that its warm-up ends."
 
 
-def _at_first(incident: Incident, code: str) -> tuple[float, str | None]:
-    """Return the largest finite value of a rule's first signs, and its layer; (0.0, None) if there are none."""
+def _at_first(incident: Incident, code: str) -> tuple[float, str]:
+    """Return the largest finite value of a rule's first signs, and the weights it compares with; 0.0 if there are none."""
     signs = [sign for sign in incident.signs if sign.code == code and math.isfinite(sign.value)]
     first = min((sign.step for sign in signs), default=0)
     most = max((sign for sign in signs if sign.step == first), key=lambda sign: sign.value, default=None)
-    return (most.value, most.layer) if most is not None else (0.0, None)
+    if most is None:
+        return 0.0, ""
+    small = most.numbers.get("weight", 0.0) < most.numbers.get("floor", 0.0)
+    return most.value, weights_in_words(most.layer or "", small=small)
 
 
 def _whose(incident: Incident, history: History) -> str:

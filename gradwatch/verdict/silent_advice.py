@@ -120,7 +120,7 @@ def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
             "no gradient passes back through zeros."
         )
     elif born:
-        yield f"Initialise {module} anew, with biases at zero: {incident.suspect} was dead from the first steps on."
+        yield f"Initialise module {module} anew, with biases at zero: {incident.suspect} was dead from the first steps on."
     if facts.saturates and not facts.rectified:
         if not facts.embeds:
             yield "Scale the inputs to zero mean and unit variance: far from zero, sigmoid and tanh pass no gradient at all."
@@ -132,7 +132,7 @@ def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
     elif facts.recurrent and not born:
         yield f"Lower the learning rate ({at(opening.rate)}): saturated states and gates pass no gradient."
     if any(sign.numbers.get("layer") for sign in incident.signs):
-        yield f"Look for a detach(), an argmax or an output that the loss does not use, between {module} and the loss."
+        yield f"Look for a detach(), an argmax or an output that the loss does not use, between {incident.suspect} and the loss."
 
 
 def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
