@@ -118,6 +118,44 @@ def test_what_overwrites_the_weights_is_named_with_a_number_to_try() -> None:
     )
 
 
+def test_a_rate_that_is_too_high_with_any_decay_is_lowered_before_the_decay() -> None:
+    """A decay of a hundredth at a rate of 3 takes 3 % of the weights, and the rate all of them."""
+    model = mlp(activation=nn.Tanh)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, torch.optim.AdamW(model.parameters(), lr=3.0, weight_decay=0.01), 300, x_y=noise())
+    one = next(one for one in monitor.incidents if any(sign.code == "GW406" for sign in one.signs))
+    assert any(line.startswith("Lower the learning rate: ") for line in one.advice)
+    assert not any("weight decay" in line for line in one.advice)
+
+
+def test_a_rate_at_which_a_stalled_loss_hardly_moves_is_to_be_raised() -> None:
+    """Where no layer is the suspect, the largest matrix is the measure; the summary says so although it is a notice."""
+    model = mlp()
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, torch.optim.Adam(model.parameters(), lr=1e-7), 300)
+    (one,) = monitor.incidents
+    assert (one.kind, one.severity) == ("stalled", "notice")
+    assert one.advice[0].startswith("Raise the learning rate: ")
+    assert "a thousandth of 2.weight" in one.advice[0]
+    assert f"do: {one.advice[0]}" in str(monitor.summary())
+
+
+def test_the_advice_goes_by_the_optimizer_of_the_step_that_began_it() -> None:
+    """SGD at far too high a rate beside Adam: it is not Adam that divides gradients by their own size."""
+    model, (x, y) = mlp(depth=2), data()
+    sgd = torch.optim.SGD(model[0].parameters(), lr=300.0)
+    adam = torch.optim.Adam(model[2].parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(30):
+            model.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            sgd.step()
+            adam.step()
+    first, second, *_ = monitor.incidents[0].advice
+    assert first.startswith("Lower the learning rate")
+    assert second.startswith("Clip by norm")
+
+
 def test_weights_that_moved_farther_than_rate_and_gradients_explain_are_told_first() -> None:
     """A momentum buffer that comes back scaled; after a step that the gradients explain, nothing of it is said."""
     for scaled in (True, False):

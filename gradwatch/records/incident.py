@@ -85,7 +85,7 @@ class Incident:
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
         word = "over, with damage" if self.verdict == "damaged" else self.verdict
-        again = f", the {ordinal(self.times)} time, every {self.period} steps" if self.period is not None else ""
+        again = f", the {ordinal(self.times)} time, about every {self.period} steps" if self.period is not None else ""
         return printable(f"{self.kind} {word} ({self.severity}), {steps}{again}{suspect}")
 
     def __str__(self) -> str:

@@ -77,6 +77,8 @@ class Summary:
             yield Line(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
         for incident in notices[:_MOST]:
             yield _indented(headline(incident, self.names), 2)
+            for line in unsaid(incident, advised)[:1] if incident.open else ():
+                yield _indented(Line(f"do: {self.names.told(line)}", SEVERITY_STYLES["notice"]), 4)
         for note in snapshot.notes:
             yield _indented(Line(f"note: {self.names.told(note)}", "dim"), 2)
         if self.names.common:

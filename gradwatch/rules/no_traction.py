@@ -113,8 +113,13 @@ def gain_missing(history: History, window: int) -> float:
 
 
 def stuck_at(history: History) -> dict[str, float]:
-    """Return the loss of a run whose loss is stuck (`History.stuck`) and the loss at which it began, by name."""
-    return {"loss": median_and_mad(history.task_loss(last=32))[0], "began": history.reference_loss}
+    """Return the loss of a run whose loss is stuck (`History.stuck`) and the loss at which it began, by name.
+
+    It began at its first loss where an explosion in the first steps has raised the reference loss.
+    """
+    exploded = history.reference_loss > history.first_loss + abs(history.first_loss)
+    began = history.first_loss if exploded else history.reference_loss
+    return {"loss": median_and_mad(history.task_loss(last=32))[0], "began": began}
 
 
 def in_words(alarm: Alarm) -> str:

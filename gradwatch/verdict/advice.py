@@ -101,16 +101,16 @@ def _lines(
 def _runaway_series(incident: Incident) -> Iterator[str]:
     if incident.period is not None:
         yield (
-            f"Look at what the program does every {incident.period} steps: the loss jumps farther each time. If it updates a "
-            "target network, the values run away: check the discount and the end of episodes, bound the targets."
+            f"Look at what the program does about every {incident.period} steps: the loss jumps farther each time. If it updates "
+            "a target network, the values run away: check the discount and the end of episodes, bound the targets."
         )
 
 
 def _spike(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
     if incident.period is not None:
         yield (
-            f"Look at what the program does every {incident.period} steps, such as updating a target network or changing the "
-            "task: the last update cannot have raised the loss so far. If it is meant, nothing is wrong."
+            f"Look at what the program does about every {incident.period} steps, such as updating a target network or changing "
+            "the task: the last update cannot have raised the loss so far. If it is meant, nothing is wrong."
         )
         return
     if opening.raised_at >= 0:
@@ -135,7 +135,7 @@ def _explosion(incident: Incident, history: History, opening: Opening) -> Iterat
     yield from _scale(history, opening)
     if opening.raised_at >= 0:
         yield lower_rate(incident, history, opening)
-        if facts.family == "adam":
+        if opening.family == "adam":
             yield f"A{_no_cure(facts)[1:]}."
         return
     yield from _rate_and_clip(incident, history, opening)
@@ -154,18 +154,18 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening) -> It
     clip_line = 'Clip by norm when it happens: attach(model, clip="norm").' if facts.clip is None else ""
     if own_clip:
         clip_line = "Lower the bound of your own clip: it bounds the length of a step, and the run leaves its range all the same."
-    if blame := not_of_the_rate(incident, history, opening):
+    if blame := not_of_the_rate(incident, opening):
         yield f"{clip_line or f'Look at what step {incident.opened_step} does, its batch and its loss.'} {blame}"
         if facts.recurrent and not facts.gated:
             yield ORTHOGONAL
         yield rate_line
     elif any(sign.code in ("GW303", "GW304", "GW305", "GW201") for sign in incident.signs):
         yield rate_line
-        if facts.family == "adam":
+        if opening.family == "adam":
             yield f"Warm the rate up over the first few hundred steps; {_no_cure(facts)}."
         elif clip_line:
             yield clip_line
-    elif facts.family == "adam":
+    elif opening.family == "adam":
         yield rate_line
         if facts.clip is None and not own_clip:
             yield f'If single batches cause it, clip by norm: attach(model, clip="norm"); {_no_cure(facts)}.'
@@ -212,7 +212,8 @@ def _odd_batches(incident: Incident, history: History) -> Iterator[str]:
 
 
 def _no_cure(facts: Facts) -> str:
-    why = f"because {facts.optimizer} divides gradients by their own size"
+    who = f"{facts.optimizer} divides" if facts.family == "adam" else "optimizers like Adam divide"
+    why = f"because {who} gradients by their own size"
     return f"a clip does not repair a rate that is too high for long, {why}"
 
 

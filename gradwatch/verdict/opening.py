@@ -12,7 +12,7 @@ from gradwatch.history.statistics import ignore_fp_warnings, median
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats
+    from gradwatch.records import Family, Floats
 
 _FIRST = 12  # steps in which the weights are still those of the initialisation
 _ODD = 10.0  # gain of one matrix, relative to the median one, beyond which it is named
@@ -31,6 +31,7 @@ class Opening:
 
     Attributes:
         step: the step.
+        family: family of the optimizer of that step, or of the run's where it is not known.
         rate: learning rate of the suspect, or the largest one; NaN if none is known.
         first_rate: first learning rate above zero; NaN if none is known.
         raised_from, raised_at: the largest rate of the 8 rows or more before, and the step, if the learning rate has risen at
@@ -41,7 +42,8 @@ class Opening:
         large_layer: the only matrix of which that is so, compared with the median one; None: all are, compared with a usual one.
         moved_layer: the matrix that moved farther than rate and gradients explain; None: none did, or it is not known.
         moved: times as far as they explain at most.
-        usual_rate: learning rate at which an update would change a thousandth of the suspect; NaN if it is not known.
+        usual_rate: learning rate at which an update would change a thousandth of the suspect, or of the largest matrix if there
+            is none (``usual_layer``); NaN if it is not known.
         zeros: names of matrices all of whose weights are zero, and that get no gradient.
         gain: median gain of the matrices if it is far below a usual one; NaN if it is not.
         surge: times by which the gradient norm of the suspect has grown from one step to this one, after the first steps of the
@@ -50,10 +52,12 @@ class Opening:
 
     step: int
     rate: float
+    family: Family = "other"
     first_rate: float = math.nan
     large: float = math.nan
     large_layer: str | None = None
     usual_rate: float = math.nan
+    usual_layer: str = ""
     moved_layer: str | None = None
     moved: float = math.nan
     raised_from: float = math.nan
@@ -76,7 +80,8 @@ def opening_of(history: History, suspect: str | None) -> Opening:
     own = math.nan if column is None else float(history.rate[column])
     rate = own if math.isfinite(own) else float(np.fmax.reduce(history.rate, initial=math.nan))
     layer, times = _too_large(history) if step < _FIRST else (None, math.nan)
-    usual = math.nan if column is None else _usual_rate(history, column)
+    told_of = column if column is not None else int(np.argmax(np.where(history.matrices, history.sizes, 0)))
+    usual = _usual_rate(history, told_of) if history.layers else math.nan
     moved_layer, moved = _moved_by_another(history)
     raised_from, raised_at = _raised(history)
     first_borne, first_base = _borne_at_first(history) if step < _FIRST else (math.nan, "")
@@ -84,10 +89,12 @@ def opening_of(history: History, suspect: str | None) -> Opening:
     return Opening(
         step=step,
         rate=rate,
+        family=history.facts.family if history.row.family == "other" else history.row.family,
         first_rate=history.first_rate,
         large=times,
         large_layer=layer,
         usual_rate=usual,
+        usual_layer=history.layers[told_of] if history.layers else "",
         moved_layer=moved_layer,
         moved=moved,
         raised_from=raised_from,

@@ -40,8 +40,8 @@ def lower_rate(incident: Incident, history: History, opening: Opening) -> str:
             f"The learning rate was raised from {before} to {number(rate)} at step {opening.raised_at}: check its schedule, and "
             f"go back to {before}, which the run had borne until then."
         )
-    new, told = _rate_to_try(incident, history, opening)
-    if math.isnan(new) or not_of_the_rate(incident, history, opening):
+    new, told = _rate_to_try(incident, opening)
+    if math.isnan(new) or not_of_the_rate(incident, opening):
         return f"Lower the learning rate{_whose(incident, history)} ({at(rate)}), or warm it up."
     if rate > _RISEN * opening.first_rate:
         risen = f"The learning rate has risen from {number(opening.first_rate)} to {number(rate)} since the start"
@@ -49,23 +49,23 @@ def lower_rate(incident: Incident, history: History, opening: Opening) -> str:
     return f"Lower the learning rate{_whose(incident, history)}: {number(new, 1)} instead of {number(rate)}. {told}"
 
 
-def not_of_the_rate(incident: Incident, history: History, opening: Opening) -> str:
+def not_of_the_rate(incident: Incident, opening: Opening) -> str:
     """Return why the gradient of SGD is to blame and not the rate, in a sentence; "" if that is not known.
 
     Either it grew a hundredfold in one step, at a rate that the run had borne, or only a rate bears it at which no one trains.
     """
-    if history.row.family != "sgd" or opening.raised_at >= 0 or not opening.rate > 0:
+    if opening.family != "sgd" or opening.raised_at >= 0 or not opening.rate > 0:
         return ""
     if opening.surge > _SURGE:
         return (
-            f"In one step, the gradient of {incident.suspect} became {number(opening.surge)} times as large, at a learning rate "
-            "that the run had borne until then."
+            f"In one step, the gradient of {opening.usual_layer} became {number(opening.surge)} times as large, at a learning "
+            "rate that the run had borne until then."
         )
-    new, told = _rate_to_try(incident, history, opening)
+    new, told = _rate_to_try(incident, opening)
     return f"No usual learning rate bears such gradients. {told}" if new < _LEAST else ""
 
 
-def _rate_to_try(incident: Incident, history: History, opening: Opening) -> tuple[float, str]:
+def _rate_to_try(incident: Incident, opening: Opening) -> tuple[float, str]:
     """Return a rate at which updates are borne, and how long one was, in a sentence; (NaN, "") if nothing is known."""
     rate = opening.rate
     if opening.first_borne < rate / 2 and not rate > _RISEN * opening.first_rate:
@@ -76,7 +76,7 @@ def _rate_to_try(incident: Incident, history: History, opening: Opening) -> tupl
         )
     longest, base = _at_first(incident, "GW303")
     over, _ = _at_first(incident, "GW305")
-    borne = _BORNE.get(history.row.family, _BORNE_ELSE)
+    borne = _BORNE.get(opening.family, _BORNE_ELSE)
     if longest > borne:
         return rate * borne / longest, f"An update was {_length(longest, base)}."
     if over > 1:
@@ -95,20 +95,20 @@ def slower(incident: Incident) -> str:
     if sign is None:
         return ""
     update, decay, rate = (sign.numbers[name] for name in ("update", "decay", "rate"))
-    told = f"An update may change {100 * sign.value:.0f} % of the weights in each step"
-    if decay > 10 * _USUAL:
+    told = f"An update may change {number(100 * sign.value, 2)} % of the weights in each step"
+    if decay > 10 * _USUAL and update <= sign.limit:  # else the rate is too high with any decay
         new, now = number(_USUAL / 10 / rate, 1), number(decay / rate)
-        return f"Lower the weight decay: {new} instead of {now}. {told}, and {100 * decay:.0f} % go by the decay alone."
+        return f"Lower the weight decay: {new} instead of {now}. {told}, and {number(100 * decay, 2)} % go by the decay alone."
     return f"Lower the learning rate: {number(rate * _BORNE_ELSE / update, 1)} instead of {number(rate)}. {told}."
 
 
-def raise_rate(suspect: str | None, opening: Opening) -> str:
-    """Return the advice to raise a rate at which updates of the suspect are far too short; "" if they are not."""
+def raise_rate(opening: Opening) -> str:
+    """Return the advice to raise a rate at which updates are far too short; "" if they are not."""
     if not 0 < _RAISED * opening.rate < opening.usual_rate:
         return ""
     return (
         f"Raise the learning rate: {number(opening.usual_rate, 1)} instead of {number(opening.rate)}, so that an update "
-        f"changes a thousandth of {suspect}; then by factors of ten, as long as the loss falls faster."
+        f"changes a thousandth of {opening.usual_layer}; then by factors of ten, as long as the loss falls faster."
     )
 
 

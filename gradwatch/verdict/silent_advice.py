@@ -72,7 +72,7 @@ def _stalled(
             f"Follow the advice on the incident that is open since step {named.opened_step} first: it names what does not learn "
             f"({named.kind}, {named.suspect})."
         )
-    known = [line for line in (slower(incident), *told, still_rising(history, opening)) if line]
+    known = [line for line in (slower(incident), raise_rate(opening), *told, still_rising(history, opening)) if line]
     yield from known
     yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
     yield f"Change the learning rate ({at(opening.rate)}) by factors of three in both directions."
@@ -144,7 +144,7 @@ def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[
     if not sign.numbers.get("owned", True):
         yield f"Build the optimizer from model.parameters() after the model is final: none that made a step holds {suspect}."
         return
-    if raised := raise_rate(suspect, opening):
+    if raised := raise_rate(opening):
         yield raised
     if faint := _faint(suspect, history):
         yield faint

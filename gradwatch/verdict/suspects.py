@@ -126,10 +126,6 @@ class Suspects:
             f"of at most {number(math.exp(second))}"
         )
 
-
-def _steps(count: int) -> str:
-    return "step" if count == 1 else counted(count, "step")
-
     def _moved_by_another(self, change: Floats) -> tuple[str | None, str | None]:
         """Return the only layer that moved farther than its gradients explain, given all changes in logarithms, shape (L,)."""
         times = beyond_gradients(self._history)
@@ -142,6 +138,10 @@ def _steps(count: int) -> str:
             f"{counted(self._history.weight_gap, 'step')} until step {self._history.row.step} as its rate and its gradients can "
             "have moved it"
         )
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else counted(count, "step")
 
 
 def _floor(history: History) -> Floats:
