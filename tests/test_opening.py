@@ -119,10 +119,10 @@ def test_what_overwrites_the_weights_is_named_with_a_number_to_try() -> None:
 
 
 def test_a_rate_that_is_too_high_with_any_decay_is_lowered_before_the_decay() -> None:
-    """A decay of a hundredth at a rate of 3 takes 3 % of the weights, and the rate all of them."""
+    """The decay takes 2 % of the weights in each step, and the rate alone more than a tenth."""
     model = mlp(activation=nn.Tanh)
     with gradwatch.attach(model, report=None, strict=True) as monitor:
-        train(model, torch.optim.AdamW(model.parameters(), lr=3.0, weight_decay=0.01), 300, x_y=noise())
+        train(model, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.2), 300, x_y=noise())
     one = next(one for one in monitor.incidents if any(sign.code == "GW406" for sign in one.signs))
     assert any(line.startswith("Lower the learning rate: ") for line in one.advice)
     assert not any("weight decay" in line for line in one.advice)
@@ -217,7 +217,7 @@ def test_rates_of_optimizers_that_take_turns_were_not_raised() -> None:
 
 
 def test_a_gradient_that_surges_in_one_step_is_clipped_before_the_rate_is_lowered() -> None:
-    """The run has borne its rate for long; a number to lower it to would be one at which nothing is learned."""
+    """The run has borne its rate for long, which is not blamed."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 
@@ -228,10 +228,10 @@ def test_a_gradient_that_surges_in_one_step_is_clipped_before_the_rate_is_lowere
 
     with gradwatch.attach(model, report=None, strict=True) as monitor:
         train(model, optimizer, 110, each=surge)
-    first, second, *_ = monitor.incidents[0].advice
+    first, *rest = monitor.incidents[0].advice
     assert first.startswith('Clip by norm when it happens: attach(model, clip="norm"). In one step, the gradient of ')
     assert "at a learning rate that the run had borne until then." in first
-    assert second == "Lower the learning rate (0.05 when this began), or warm it up."
+    assert not any("learning rate" in line for line in rest)
 
 
 def test_a_rate_to_try_is_known_from_the_first_update_alone() -> None:

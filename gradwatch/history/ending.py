@@ -100,5 +100,6 @@ def _above_its_best(history: History, level: float, scatter: float, levels: list
 def _has_hardly_fallen(history: History, level: float, levels: list[float], ends: list[int]) -> str:
     began, third = history.reference_loss, len(levels) // 3
     if levels and level > _HIGH * began > 0 and min(levels[:third]) - level < _NEAR * began:
-        return f"is {number(level)} and has hardly fallen since step {ends[third - 1]:,} (it began at {number(began)})"
+        how = "hardly" if level < began else "not"
+        return f"is {number(level)} and has {how} fallen since step {ends[third - 1]:,} (it began at {number(began)})"
     return ""

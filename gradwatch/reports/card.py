@@ -234,4 +234,4 @@ def _foot(snapshot: Snapshot, names: Names, *, live: bool) -> Iterator[str]:
     yield f"{size} · {snapshot.provenance}" if snapshot.step >= 0 else size
     if names.common:
         yield str(names)
-    yield f"gradwatch itself took {snapshot.cost_us:.0f} µs a step"
+    yield f"gradwatch itself took {snapshot.cost_us:,.0f} µs a step"

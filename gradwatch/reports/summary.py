@@ -12,8 +12,8 @@ from gradwatch.reports.line import Line
 from gradwatch.reports.names import names_of
 from gradwatch.reports.standing import standing
 from gradwatch.reports.unsaid import unsaid
-from gradwatch.reports.view import SEVERITY_STYLES, STYLES, brief, headline
-from gradwatch.text.wording import counted
+from gradwatch.reports.view import SEVERITY_STYLES, STYLES, headline
+from gradwatch.text.wording import counted, number
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
@@ -60,8 +60,8 @@ class Summary:
         if snapshot.ending:
             yield Line(f"  the loss {snapshot.ending}", "bold" if snapshot.verdict != "healthy" else "")
         if snapshot.step >= 0:
-            loss = "not seen" if snapshot.provenance.loss == "none" else brief(float(snapshot.loss[-1]))
-            yield Line(f"  last loss {loss}, last global gradient norm {brief(float(snapshot.global_norm[-1]))}")
+            loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]), 4)
+            yield Line(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]), 4)}")
             yield from (
                 Line(f"  {answer}") for answer in (snapshot.usual_norms, snapshot.clip_use) if answer is not None
             )
@@ -83,7 +83,7 @@ class Summary:
             yield _indented(Line(f"note: {self.names.told(note)}", "dim"), 2)
         if self.names.common:
             yield Line(f"  {self.names}", "dim")
-        yield Line(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
+        yield Line(f"  gradwatch itself took {snapshot.cost_us:,.0f} µs a step", "dim")
 
     def _story(self, incident: Incident, advised: dict[str, int]) -> RenderResult:
         yield _indented(headline(incident, self.names), 2)

@@ -158,7 +158,6 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening) -> It
         yield f"{clip_line or f'Look at what step {incident.opened_step} does, its batch and its loss.'} {blame}"
         if facts.recurrent and not facts.gated:
             yield ORTHOGONAL
-        yield rate_line
     elif any(sign.code in ("GW303", "GW304", "GW305", "GW201") for sign in incident.signs):
         yield rate_line
         if opening.family == "adam":

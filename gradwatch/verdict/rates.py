@@ -41,7 +41,7 @@ def lower_rate(incident: Incident, history: History, opening: Opening) -> str:
             f"go back to {before}, which the run had borne until then."
         )
     new, told = _rate_to_try(incident, opening)
-    if math.isnan(new) or not_of_the_rate(incident, opening):
+    if math.isnan(new):
         return f"Lower the learning rate{_whose(incident, history)} ({at(rate)}), or warm it up."
     if rate > _RISEN * opening.first_rate:
         risen = f"The learning rate has risen from {number(opening.first_rate)} to {number(rate)} since the start"

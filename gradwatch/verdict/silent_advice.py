@@ -36,7 +36,6 @@ def on_silence(
     """
     if left := _left_by(incident, beside):
         yield left
-        yield from filter(None, (slower(incident),))
     elif incident.kind == "stalled":
         yield from _stalled(incident, history, told, opening, beside)
     elif incident.kind == "vanishing":
