@@ -121,9 +121,7 @@ class Pipeline:
     def _rest_losses(self) -> None:
         """Let the rules that expect the loss to fall rest where it need not, and note it."""
         last = self.incidents.recurring.last
-        routine = (
-            f"it jumps every {last.period} steps farther than an update can raise it (a target network, a new task)"
-        )
+        routine = f"it jumps about every {last.period} steps farther than an update can raise it (a target network, a new task)"
         why = self._opposed or (routine if last.routine else "")
         if why != self.history.resting:
             self.history.rest_loss(why)

@@ -363,7 +363,7 @@ def test_a_permanent_fault_ends_in_the_documented_stop_within_the_cap() -> None:
 def test_under_adam_the_advice_says_that_clipping_cannot_help() -> None:
     """Whatever was allowed: such an optimizer divides gradients by their own size."""
     advice = " ".join(too_fast((), name="AdamW", steps=80)["monitor"].incidents[0].advice)
-    assert "a clip does not repair a rate that is too high for long, because AdamW divides" in advice
+    assert "A clip does not repair a rate that is too high for long, because AdamW divides" in advice
 
 
 def test_the_record_tells_what_was_done_and_what_came_of_it() -> None:

@@ -187,7 +187,7 @@ def test_a_run_that_ends_at_nan_says_since_when() -> None:
     with torch.no_grad():
         next(model.parameters())[0, 0] = math.nan
     learn(model, optimizer, 20)
-    assert "the loss is nan since step 30" in str(monitor.summary())
+    assert "the loss is NaN, and has not been finite since step 30" in str(monitor.summary())
     all_say(monitor, "confirmed")
     monitor.detach()
 

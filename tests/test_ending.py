@@ -31,7 +31,7 @@ def said(loss: str, grad: str = "1", *, resting: bool = False) -> str:
         ("2.3x100 5x50", "is 5, above the level at which it began (2.3)"),
         ("2*0.99x100 0.75+0.002x300", "is 1.32, above its best level of 0.787 about step 119"),
         ("2.5*0.98x9 2.12x391", "is 2.12 and has hardly fallen since step 135 (it began at 2.15)"),
-        ("1x20 nanx30", "is nan since step 20"),
+        ("1x20 nanx30", "is NaN, and has not been finite since step 20"),
     ],
 )
 def test_a_loss_that_stands_badly_is_told_with_its_levels(loss: str, words: str) -> None:
@@ -50,7 +50,7 @@ def test_a_loss_that_falls_or_has_fallen_far_needs_no_sentence(loss: str) -> Non
 def test_a_loss_that_need_not_fall_is_not_measured_by_its_past() -> None:
     """Only NaN is told, and gradients that are all zero."""
     assert said("2.3x150", resting=True) == ""
-    assert said("1x20 nanx30", resting=True) == "is nan since step 20"
+    assert said("1x20 nanx30", resting=True) == "is NaN, and has not been finite since step 20"
     assert (
         said("2*0.99x200", grad="1x100 0x100") == "is 0.316, and every gradient has been zero since step 136 or before"
     )

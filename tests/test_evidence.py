@@ -161,12 +161,12 @@ def check_frozen(told: Told) -> None:
 
 
 def check_scale(told: Told) -> None:
-    """Against the median of three gains, and where the loss is."""
+    """Against the median of three gains, and where the loss is: below its beginning, but no longer falling."""
     sizes = {"0.weight": (128, 8), "2.weight": (256, 16), "4.weight": (16, 16)}
     weights = told.weight[~np.isnan(told.weight[:, 0])][-1][[0, 2, 4]]
     gains = [w * math.sqrt(f / n) for w, (n, f) in zip(weights, sizes.values(), strict=True)]
     told.say(told.alarm.layer or "", gains[0] / max(float(np.median(gains)), 0.5), told.step, "limit 10")
-    told.say("stuck at about", middle(told.loss[-32:]), middle(told.loss[:16]))
+    told.say("hung at about", middle(told.loss[-32:]), middle(told.loss[:16]))
 
 
 def check_chance(told: Told) -> None:

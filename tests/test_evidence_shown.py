@@ -12,8 +12,10 @@ import torch
 
 import gradwatch
 from gradwatch.__main__ import main
+from gradwatch.history.history import History
 from gradwatch.offline.replay import replay
-from gradwatch.records import Alarm
+from gradwatch.records import Alarm, Provenance, Row
+from gradwatch.rules.no_traction import stuck_at
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.plain import from_json, to_json
 from gradwatch.verdict.evidence import forecast, said
@@ -23,7 +25,6 @@ from tests.trainings import data, mlp, train
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gradwatch.history.history import History
     from gradwatch.records import Floats
 
 
@@ -49,13 +50,34 @@ def test_the_suspects_own_numbers_stand_in_the_evidence_of_a_real_explosion() ->
     assert any(line.startswith(sign.words) for line in incident.evidence)
 
 
+def test_a_surge_beside_a_step_without_a_gradient_is_one_of_a_single_step() -> None:
+    """As of a network whose optimizer makes every other step."""
+    numbers = {"norm": 500.0, "before": float("nan"), "step before": 8.0, "usual": 2.0, "spread": 1.0}
+    alarm = Alarm("GW301", "surge", "growth", "exploding", "a", 9, 25.0, 10.0, numbers=numbers)
+    assert gradwatch.rules.GradientSurge().sentence(alarm) == (
+        "the gradient norm of a was 500 at step 9, 250 times its usual 2 (limit 100 for a single step)"
+    )
+
+
+def test_a_loss_that_exploded_at_once_began_at_its_first_value() -> None:
+    """And not at the median of the first sixteen."""
+    history = History(["a"])
+    for step, loss in enumerate([1.5, *[1e4] * 20, *[1.45] * 60]):
+        history.push(Row(step, loss, np.ones(1), 1.0, provenance=Provenance(loss="written")))
+    assert stuck_at(history) == {"loss": 1.45, "began": 1.5}
+
+
 def test_growth_says_when_it_was_measured() -> None:
     """And counts steps in words."""
     (line,) = forecast(np.array([2.0**n for n in range(8)]), 12)
     assert line.startswith(
-        "at step 12, gradients double every 1 step: at this rate they exceed float16 in about 9 steps"
+        "at step 12, gradients double every 1 step: at this pace they exceed float16 in about 9 steps"
     )
     assert line.endswith("and float32 in about 121 steps")
+    (line,) = forecast(np.array([10.0**n for n in range(8)]), 12)
+    assert line.startswith(
+        "at step 12, gradients become 10 times as large with each step: at this pace they exceed float32"
+    )
 
 
 def test_one_sentence_is_shown_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,9 @@ TRIED = [
           lambda h: torch.linalg.eigh(torch.eye(WIDTH) * h.mean() + EIGEN)[1]),
     Tried("mm", lambda h: ((h * 1e4).half() @ torch.full((WIDTH, WIDTH), 200.0).half()).float(), "use bfloat16",
           lambda h: ((h * 1e4).bfloat16() @ torch.full((WIDTH, WIDTH), 200.0).bfloat16()).float()),
+    Tried("mm", lambda h: ((h * 1e30).bfloat16() @ torch.full((WIDTH, WIDTH), 1e30).bfloat16()).float(),
+          "The inputs are too large", lambda h: (h.bfloat16() @ torch.full((WIDTH, WIDTH), 1.0).bfloat16()).float()),
+    Tried("mul", lambda h: h * float("nan"), "a factor or a summand on this line that is NaN", lambda h: h * 1.0),
     Tried("to_copy", lambda h: (h + 1e6).half().float(), "stay in float32", lambda h: h + 1e6),
 ]  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,9 @@ from torch import nn
 import gradwatch
 from tests.test_rule_trainings import decay_too_high
 from tests.trainings import data, mlp, train
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 def noise() -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +41,8 @@ def test_weights_that_are_all_too_large_are_initialised_anew_before_anything_els
             nn.init.normal_(module.weight, std=3.0)
     first, second, *_ = advice(model, torch.optim.SGD(model.parameters(), lr=0.01))
     assert first.startswith("Initialise the weights anew, by He or Xavier: for their number of inputs, they are ")
-    assert second.startswith("Lower the learning rate: ")
+    assert second.startswith("Clip by norm when it happens: ")
+    assert "No usual learning rate bears such gradients. At 0.01, the first update alone is " in second
 
 
 def test_a_single_matrix_that_is_too_large_is_named() -> None:
@@ -80,7 +86,7 @@ def test_a_layer_that_was_never_alive_is_initialised_anew() -> None:
     model = mlp(depth=3)
     nn.init.constant_(model[0].bias, -100.0)  # type: ignore[arg-type]
     lines = advice(model, torch.optim.SGD(model.parameters(), lr=1e-3), steps=60)
-    assert lines[0].startswith("Initialise 0 anew, with biases at zero: 0.")
+    assert lines[0].startswith("Initialise module 0 anew, with biases at zero: 0.")
 
 
 def test_a_weight_decay_below_zero_is_the_first_advice_on_weights_that_run_away() -> None:
@@ -112,6 +118,44 @@ def test_what_overwrites_the_weights_is_named_with_a_number_to_try() -> None:
     )
 
 
+def test_a_rate_that_is_too_high_with_any_decay_is_lowered_before_the_decay() -> None:
+    """The decay takes 2 % of the weights in each step, and the rate alone more than a tenth."""
+    model = mlp(activation=nn.Tanh)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.2), 300, x_y=noise())
+    one = next(one for one in monitor.incidents if any(sign.code == "GW406" for sign in one.signs))
+    assert any(line.startswith("Lower the learning rate: ") for line in one.advice)
+    assert not any("weight decay" in line for line in one.advice)
+
+
+def test_a_rate_at_which_a_stalled_loss_hardly_moves_is_to_be_raised() -> None:
+    """Where no layer is the suspect, the largest matrix is the measure; the summary says so although it is a notice."""
+    model = mlp()
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, torch.optim.Adam(model.parameters(), lr=1e-7), 300)
+    (one,) = monitor.incidents
+    assert (one.kind, one.severity) == ("stalled", "notice")
+    assert one.advice[0].startswith("Raise the learning rate: ")
+    assert "a thousandth of 2.weight" in one.advice[0]
+    assert f"do: {one.advice[0]}" in str(monitor.summary())
+
+
+def test_the_advice_goes_by_the_optimizer_of_the_step_that_began_it() -> None:
+    """SGD at far too high a rate beside Adam: it is not Adam that divides gradients by their own size."""
+    model, (x, y) = mlp(depth=2), data()
+    sgd = torch.optim.SGD(model[0].parameters(), lr=300.0)
+    adam = torch.optim.Adam(model[2].parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(30):
+            model.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            sgd.step()
+            adam.step()
+    first, second, *_ = monitor.incidents[0].advice
+    assert first.startswith("Lower the learning rate")
+    assert second.startswith("Clip by norm")
+
+
 def test_weights_that_moved_farther_than_rate_and_gradients_explain_are_told_first() -> None:
     """A momentum buffer that comes back scaled; after a step that the gradients explain, nothing of it is said."""
     for scaled in (True, False):
@@ -126,3 +170,158 @@ def test_weights_that_moved_farther_than_rate_and_gradients_explain_are_told_fir
         told = next(one for one in monitor.incidents if one.severity != "notice").advice
         assert told[0].startswith("Look at what changed the weights just before step 101: ") == scaled
         assert not (scaled and any(line.startswith("Look at the batch") for line in told))
+
+
+@pytest.mark.parametrize(
+    "optimizer_of",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.02),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9),
+        lambda parameters: torch.optim.Adagrad(parameters, lr=0.02),
+    ],
+)
+def test_a_rate_that_was_raised_at_once_comes_before_the_batch(
+    optimizer_of: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
+) -> None:
+    """It was raised in a step that was not judged; nothing is said of what else may have moved the weights."""
+    model = mlp()
+    optimizer = optimizer_of(model.parameters())
+
+    def raise_it(step: int) -> None:
+        optimizer.param_groups[0]["lr"] *= 100 if step == 150 else 1
+
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, optimizer, 170, each=raise_it)
+    told = next(one for one in monitor.incidents if one.severity != "notice").advice
+    assert told[0] == (
+        "The learning rate was raised from 0.02 to 2 at step 150: check its schedule, and go back to 0.02, which the run had "
+        "borne until then."
+    )
+    assert not any("Look at" in line for line in told)
+
+
+def test_rates_of_optimizers_that_take_turns_were_not_raised() -> None:
+    """One is a hundred times the other from the beginning on."""
+    model = mlp(depth=2)
+    slow = torch.optim.SGD(model[0].parameters(), lr=2e-3)
+    fast = torch.optim.SGD(model[2].parameters(), lr=0.2)
+    x, y = data()
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(120):
+            for optimizer in (slow, slow, fast):
+                model.zero_grad()
+                nn.functional.mse_loss(model(x), y * (1e4 if step > 100 else 1)).backward()
+                optimizer.step()
+    grave = next(one for one in monitor.incidents if one.severity != "notice")
+    assert not any("was raised" in line for line in grave.advice)
+
+
+def test_a_gradient_that_surges_in_one_step_is_clipped_before_the_rate_is_lowered() -> None:
+    """The run has borne its rate for long, which is not blamed."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def surge(step: int) -> None:
+        for parameter in model.parameters() if step == 100 else ():
+            assert parameter.grad is not None
+            parameter.grad.mul_(1e5)
+
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, optimizer, 110, each=surge)
+    first, *rest = monitor.incidents[0].advice
+    assert first.startswith('Clip by norm when it happens: attach(model, clip="norm"). In one step, the gradient of ')
+    assert "at a learning rate that the run had borne until then." in first
+    assert not any("learning rate" in line for line in rest)
+
+
+def test_a_rate_to_try_is_known_from_the_first_update_alone() -> None:
+    """It overshoots, and only the third one is far too long."""
+    x, y = data()
+    model = mlp(depth=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(8):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x).exp(), 2 + y).backward()
+            optimizer.step()
+    told = next(one for one in monitor.incidents if one.severity != "notice").advice[0]
+    norms, weights = monitor.history.grad_norm()[0], monitor.history.weight_norm()[0]
+    least = min(0.1 * max(weights[i], monitor.history.half_usual[i]) / norms[i] for i in (0, 2))
+    assert told.startswith("Lower the learning rate: ")
+    assert float(told.split()[4]) == pytest.approx(least, rel=0.5)
+    assert "At 1, the first update alone is " in told
+
+
+def test_weights_that_are_all_zero_are_initialised_anew() -> None:
+    """All of them: none of their gradients passes the others."""
+    model = mlp(depth=3)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    first = advice(model, torch.optim.SGD(model.parameters(), lr=0.01), steps=60)[0]
+    assert first.startswith(
+        "Initialise the weights anew, by He or Xavier: those of 0.weight, 2.weight, 4.weight are all zero"
+    )
+
+
+def test_weights_that_are_all_too_small_are_initialised_anew() -> None:
+    """Before activations are replaced."""
+    model = mlp(depth=8, activation=nn.Tanh)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.xavier_normal_(parameter, 0.1)
+    first = advice(model, torch.optim.SGD(model.parameters(), lr=0.01), steps=200)[0]
+    assert first.startswith("Initialise the weights anew, by He or Xavier: for their number of inputs, they are 0.")
+
+
+def test_saturated_units_want_scaled_inputs() -> None:
+    """A tanh far from zero passes no gradient, and no ReLU is blamed."""
+    x, y = data()
+    model = mlp(activation=nn.Tanh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, optimizer, 200, x_y=(1e4 * (2 + x), y))
+    told = next(one for one in monitor.incidents if one.kind == "dead").advice
+    assert told[0].startswith("Scale the inputs to zero mean and unit variance")
+    assert not any("ReLU" in line for line in told)
+
+
+def test_weights_that_never_change_are_told_apart_by_who_holds_them() -> None:
+    """No optimizer, or one whose eps takes the gradient away."""
+    model = mlp()
+    optimizer = torch.optim.SGD(list(model.parameters())[:2], lr=0.05)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, optimizer, 80)
+    (only,) = monitor.incidents[0].advice
+    assert only.startswith(
+        "Build the optimizer from model.parameters() after the model is final: none that made a step holds "
+    )
+    model = mlp()
+    faint = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, faint, 80, loss_of=lambda p, q: 1e-20 * nn.functional.mse_loss(p, q))
+    told = next(one for one in monitor.incidents if one.kind == "frozen").advice
+    assert any("Adam adds its eps of 1e-8 before it divides" in line for line in told)
+    assert not any("Build the optimizer" in line or "half-precision" in line for line in told)
+
+
+def test_what_an_explosion_has_left_is_not_advised_on_alone() -> None:
+    """Neither labels nor the first weights are to blame for a loss that hangs where an explosion has left it."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 8)
+    y = x[:, :5].argmax(1)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+
+    def raise_it(step: int) -> None:
+        optimizer.param_groups[0]["lr"] *= 1000 if step == 150 else 1
+
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        train(model, optimizer, 320, each=raise_it, loss_of=nn.functional.cross_entropy, x_y=(x, y))
+    cause, *later = monitor.incidents
+    assert cause.kind == "exploding"
+    assert {one.kind for one in later} >= {"dead", "stalled"}
+    for one in later:
+        assert one.advice == (
+            f"Go back to a checkpoint from before step {cause.opened_step}, and follow the advice on the incident that opened at "
+            f"step {cause.opened_step} (exploding): it has probably left this behind.",
+        )

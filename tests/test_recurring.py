@@ -73,11 +73,11 @@ def test_targets_that_change_with_a_period_are_a_routine(clip: str | None) -> No
     again = [incident for incident in monitor.incidents if incident.period is not None]
     assert [incident.severity for incident in again] == ["notice"] * len(again)
     assert len(again) >= 4
-    assert f"the {again[-1].times}th time, every 100 steps" in str(again[-1])
+    assert f"the {again[-1].times}th time, about every 100 steps" in str(again[-1])
     assert monitor.verdict == "healthy"
     assert all(incident.clip is None for incident in again)
-    assert any("it jumps every 100 steps farther than an update can raise it" in note for note in monitor.notes)
-    assert lines.count("do: Look at what the program does every 100 steps") == 1
+    assert any("it jumps about every 100 steps farther than an update can raise it" in note for note in monitor.notes)
+    assert lines.count("do: Look at what the program does about every 100 steps") == 1
     assert f"do: as at step {again[0].opened_step}" in lines
 
 

@@ -32,7 +32,7 @@ def test_the_published_spike_of_bloom_is_told_before_its_loss_jumps() -> None:
     assert found.rows == 26
     assert (incident.kind, incident.severity) == ("exploding", "critical")
     assert incident.opened_step < found.rows - 1
-    assert any("gradients double every" in line for line in incident.evidence)
+    assert any("gradients become 3.4 times as large with each step" in line for line in incident.evidence)
 
 
 def test_other_thresholds_say_what_would_have_fired() -> None:
@@ -48,7 +48,7 @@ def test_the_command_line_judges_a_trace(capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     assert "26 rows judged" in said
     assert "exploding confirmed (critical), step 24" in said
-    assert "gradients double every" in said
+    assert "gradients become 3.4 times as large with each step" in said
     assert "then" not in said
     assert main(["replay", str(TRACES / "bloom-176b.txt"), "--rule", "GW301.limit=1000"]) == 0
     assert "spike" in capsys.readouterr().out

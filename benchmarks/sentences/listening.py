@@ -54,7 +54,7 @@ class Listener(gradwatch.Report):
             if answer is not None:
                 self._hear("norm and clip", str(answer))
         for line in str(Summary(snapshot)).splitlines():
-            if line.startswith("gradwatch ") or "no incident is open" in line:
+            if line.startswith("gradwatch ") or "although no incident is open" in line:
                 self._hear("summary", line.strip())
 
     def _hear(self, section: str, line: str) -> None:

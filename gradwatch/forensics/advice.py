@@ -55,6 +55,7 @@ _GROUPS: dict[str, frozenset[str]] = {
 # backwards whose inner operation has the gradient that arrived as its first input
 _GRADIENT_FIRST = frozenset((op, "div") for op in ("sqrt", "log", "log2", "log10", "log1p"))
 _HALF = ("float16", "bfloat16")
+_NOT_LARGE = 1e6  # size of numbers whose sums of products float32 holds
 
 _FORWARD = {
     "log": "clamp the argument: torch.log(p.clamp_min(1e-8)); of a softmax, use log_softmax.",
@@ -166,6 +167,13 @@ def _largest(inputs: Sequence[Operand]) -> str:
     return f"got {sizes[max(sizes)]} numbers up to {number(max(sizes))}" if sizes else ""
 
 
+def _got_no_large(mark: Mark) -> bool:
+    """Return whether NaN was made, and no infinity, of finite numbers whose products cannot overflow."""
+    made = mark.output is not None and bool(mark.output.nans) and not mark.output.infs
+    finite = all(not one.nans and not one.infs for one in mark.inputs)
+    return made and finite and all(max(abs(one.smallest), abs(one.largest)) < _NOT_LARGE for one in mark.inputs)
+
+
 def _is_dropped(mark: Mark) -> bool:
     """Return whether a backward has made NaN of gradients of zero, as for the elements that `where` does not choose."""
     return (
@@ -197,10 +205,10 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
     known = (_BACKWARD if mark.backward else _FORWARD).get(mark.op)
     if mark.op in _LOGS and known is None:
         known = _FORWARD["log"]
-    if any(one.dtype in _HALF for one in mark.inputs) and mark.op in _PRODUCTS and not mark.backward:
+    if any(one.dtype == "float16" for one in mark.inputs) and mark.op in _PRODUCTS and not mark.backward:
         known = (
-            "the result does not fit into float16 (at most 65504): use bfloat16, or run this operation in float32 under "
-            'torch.autocast("cpu", enabled=False).'
+            "the result does not fit into float16 (at most 65,504), and no loss scale helps: use bfloat16, or run this operation "
+            "in float32 under torch.autocast(x.device.type, enabled=False), with x.float()."
         )
     if known is not None:
         narrow = any(one.dtype in _HALF for one in mark.inputs) and "1e-" in known and "float32" not in known
@@ -210,6 +218,10 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
     elif mark.op not in _PRODUCTS:
         lines.append(
             f"Keep what `{mark.op}` gets within the range in which it{' and its derivative are' * mark.backward or ' is'} finite."
+        )
+    elif not mark.backward and _got_no_large(mark):
+        lines.append(
+            "Look for a factor or a summand on this line that is NaN: the tensors that it got are finite and not large."
         )
     elif not mark.backward:
         lines.append("The inputs are too large: look at the steps before, normalise, or lower the learning rate.")

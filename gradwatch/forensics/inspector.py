@@ -301,8 +301,8 @@ class Inspector:
                 keep(self._folder, inquiry.guilty, origin)
         except NothingFound as reason:
             self._reason = (
-                f"which operation made step {self._step} non-finite is not known: {reason} "
-                f"({number(1e3 * (perf_counter() - started))} ms)"
+                f"which operation made step {self._step} non-finite is not known: {reason}; "
+                f"looking for it took {number(1e3 * (perf_counter() - started))} ms"
             )
             self._arm(model)
             if not are_several():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,8 @@ def how_it_stands(history: History) -> str:
     for long. Where the loss need not fall, only NaN and missing gradients are told.
     """
     if history.lost_since is not None:
-        return f"is {history.row.loss} since step {history.lost_since:,}"
+        now = "NaN" if math.isnan(history.row.loss) else "infinite"
+        return f"is {now}, and has not been finite since step {history.lost_since:,}"
     level, scatter = median_and_mad(history.task_loss(last=_LEVEL))
     norms = history.global_norm(last=_SILENT)
     if len(norms) == _SILENT and (norms == 0).all() and history.losses:
@@ -98,5 +100,6 @@ def _above_its_best(history: History, level: float, scatter: float, levels: list
 def _has_hardly_fallen(history: History, level: float, levels: list[float], ends: list[int]) -> str:
     began, third = history.reference_loss, len(levels) // 3
     if levels and level > _HIGH * began > 0 and min(levels[:third]) - level < _NEAR * began:
-        return f"is {number(level)} and has hardly fallen since step {ends[third - 1]:,} (it began at {number(began)})"
+        how = "hardly" if level < began else "not"
+        return f"is {number(level)} and has {how} fallen since step {ends[third - 1]:,} (it began at {number(began)})"
     return ""

@@ -264,6 +264,22 @@ class History(LossLevels):
         return self.rows - self._rose_at < _WARM
 
     @property
+    def zero_rate_since(self) -> tuple[int, bool] | None:
+        """The step since which every learning rate is 0, and whether it was above 0 just before; None if one is not 0.
+
+        False if it may have been 0 for longer, because the rows before are not kept.
+        """
+        if self.still_since is None:
+            return None
+        rates, steps = self.learning_rate(), self.steps()
+        above = np.flatnonzero(rates != 0)
+        return (
+            (int(steps[above[-1] + 1]), bool(rates[above[-1]] > 0))
+            if above.size
+            else (int(steps[0]), bool(steps[0] == 0))
+        )
+
+    @property
     def rows_at_top_rate(self) -> int:
         """The number of rows since the learning rate last reached a new maximum of the run, that row included."""
         return self.rows - self._rose_at + (self._rose_at > 0)

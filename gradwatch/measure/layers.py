@@ -249,9 +249,10 @@ def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
         gated=gated,
         normalised=any("Norm" in type(m).__name__ for m in modules),
         embeds=any("Embedding" in type(m).__name__ for m in modules),
-        saturates=any(isinstance(m, (nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.RNNBase)) for m in modules),
+        saturates=any(isinstance(m, (nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid)) for m in modules),
         rectified=any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in modules) or "relu" in str(model).lower(),
         depth=sum(layers.matrices),
+        narrow=any(one.dtype in (torch.float16, torch.bfloat16) for one in model.parameters()),
         clip=clip,
     )
 

@@ -67,7 +67,10 @@ class ClipRecord:
         if not math.isnan(self.loss_before) and not math.isnan(self.loss_after):
             parts.append(f"loss {number(self.loss_after)}, {number(self.loss_before)} before the fault")
             if self.recovered_after is not None:
-                parts[-1] += f", back at its level after {counted(self.recovered_after, 'step')}"
+                after = self.recovered_after
+                parts[-1] += (
+                    f", back at its level after {counted(after, 'step')}" if after else ", never above its level"
+                )
         outcome = self._outcome
         return "; ".join([*parts, f"released at step {self.released_step}" + (f": {outcome}" if outcome else "")])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gradwatch.records.alarm import Alarm  # noqa: TC001  pydantic reads the annotations
 from gradwatch.records.clip_record import ClipRecord  # noqa: TC001
-from gradwatch.records.kinds import Kind, Phase, Severity, Verdict  # noqa: TC001
+from gradwatch.records.kinds import EXPLOSION, Kind, Phase, Severity, Verdict
 from gradwatch.records.origin import Origin  # noqa: TC001
 from gradwatch.text.printable import printable
 from gradwatch.text.wording import ordinal
@@ -67,6 +67,11 @@ class Incident:
         return self.closed_step is None
 
     @property
+    def of_its_layers(self) -> str:
+        """What the order of the layers is, in words that a list of names follows."""
+        return "left their band in this order" if self.kind in EXPLOSION else "found in these layers"
+
+    @property
     def told(self) -> tuple[str, ...]:
         """What is known of the origin, which each process knows of its own, and the evidence."""
         return (*(self.origin.details if self.origin is not None else ()), *self.evidence)
@@ -80,7 +85,7 @@ class Incident:
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
         word = "over, with damage" if self.verdict == "damaged" else self.verdict
-        again = f", the {ordinal(self.times)} time, every {self.period} steps" if self.period is not None else ""
+        again = f", the {ordinal(self.times)} time, about every {self.period} steps" if self.period is not None else ""
         return printable(f"{self.kind} {word} ({self.severity}), {steps}{again}{suspect}")
 
     def __str__(self) -> str:

@@ -42,7 +42,8 @@ class Provenance(NamedTuple):
 
     def __str__(self) -> str:
         of = f", of all {self.processes} processes" if self.processes > 1 else ""
-        return f"measured at {self.source}, {self.clipped}{of}; loss from {self.loss}"
+        at = "a step that the scaler left out" if self.source == "left out by the scaler" else self.source
+        return f"measured at {at}, {self.clipped}{of}; loss from {self.loss}"
 
 
 class Culprits(NamedTuple):

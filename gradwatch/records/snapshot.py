@@ -41,6 +41,7 @@ class Facts:
         mistakes: mistakes of the program that are certain, in sentences.
         optimizer_options: options of the optimizer except its learning rate, as they were when it was found, as text by name.
         prediction: shape of what the first loss compared with a target; empty if it is not known.
+        narrow: whether some parameters are numbers of 16 bits.
     """
 
     model: str = "model"
@@ -63,6 +64,7 @@ class Facts:
     name: str = ""  # logs of earlier versions do not have this and what follows
     optimizer_options: dict[str, str] = field(default_factory=dict, hash=False)
     prediction: tuple[int, ...] = ()
+    narrow: bool = False
 
     @property
     def called(self) -> str:
@@ -72,15 +74,16 @@ class Facts:
     @property
     def momentum(self) -> float:
         """The momentum of the optimizer; 0.0 if none is known, or not the same in each of its groups."""
-        return self._option("momentum")
+        return self.option("momentum")
 
     @property
     def decay(self) -> float:
         """The weight decay, where it is decoupled from the gradient; 0.0 if it is not, or not the same in each group."""
         decoupled = self.optimizer == "AdamW" or self.optimizer_options.get("decoupled_weight_decay") == "True"
-        return self._option("weight_decay") if decoupled else 0.0
+        return self.option("weight_decay") if decoupled else 0.0
 
-    def _option(self, name: str) -> float:
+    def option(self, name: str) -> float:
+        """Return a number among the options of the optimizer; 0.0 if it is not known, or not the same in each group."""
         try:
             return float(self.optimizer_options.get(name, 0.0))
         except ValueError:  # several values, one for each group

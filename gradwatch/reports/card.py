@@ -203,7 +203,7 @@ def _story(incident: Incident, names: Names, *, brief: bool) -> str:
     if len(incident.layers) > 1 and not brief:
         more = f" and {len(incident.layers) - 8} more" if len(incident.layers) > 8 else ""
         order = " → ".join(map(names.short, incident.layers[:8]))
-        parts.append(f'<div class="gw-soft">left their band in this order: {_text(order)}{more}</div>')
+        parts.append(f'<div class="gw-soft">{incident.of_its_layers}: {_text(order)}{more}</div>')
     said = incident.told[:1] if brief else incident.told
     if said and (incident.open or not brief):
         parts.append(_list(map(names.told, said)))
@@ -234,4 +234,4 @@ def _foot(snapshot: Snapshot, names: Names, *, live: bool) -> Iterator[str]:
     yield f"{size} · {snapshot.provenance}" if snapshot.step >= 0 else size
     if names.common:
         yield str(names)
-    yield f"gradwatch itself took {snapshot.cost_us:.0f} µs a step"
+    yield f"gradwatch itself took {snapshot.cost_us:,.0f} µs a step"

@@ -39,5 +39,9 @@ def above_limits(snapshot: Snapshot) -> tuple[str, ...]:
     if not any(incident.open for incident in snapshot.incidents):
         # a clip sign is a note already, and no matter of incidents
         noted = {rule for rule in snapshot.firing if any(f"({rule.split()[0]})" in note for note in snapshot.notes)}
-        found += [f"{rule}, and no incident is open" for rule in snapshot.firing if rule not in named | noted]
+        found += [
+            f"an alarm fires although no incident is open: {rule}"
+            for rule in snapshot.firing
+            if rule not in named | noted
+        ]
     return tuple(found)

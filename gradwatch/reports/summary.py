@@ -12,7 +12,8 @@ from gradwatch.reports.line import Line
 from gradwatch.reports.names import names_of
 from gradwatch.reports.standing import standing
 from gradwatch.reports.unsaid import unsaid
-from gradwatch.reports.view import SEVERITY_STYLES, STYLES, brief, headline
+from gradwatch.reports.view import SEVERITY_STYLES, STYLES, headline
+from gradwatch.text.wording import counted, number
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
@@ -59,15 +60,15 @@ class Summary:
         if snapshot.ending:
             yield Line(f"  the loss {snapshot.ending}", "bold" if snapshot.verdict != "healthy" else "")
         if snapshot.step >= 0:
-            loss = "not seen" if snapshot.provenance.loss == "none" else brief(float(snapshot.loss[-1]))
-            yield Line(f"  last loss {loss}, last global gradient norm {brief(float(snapshot.global_norm[-1]))}")
+            loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]), 4)
+            yield Line(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]), 4)}")
             yield from (
                 Line(f"  {answer}") for answer in (snapshot.usual_norms, snapshot.clip_use) if answer is not None
             )
             yield Line(f"  {snapshot.provenance}", "dim")
         if snapshot.clipping is not None:
             yield Line(
-                f"  auto-clip {snapshot.clipping}: {snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped"
+                f"  auto-clip {snapshot.clipping}: {counted(snapshot.clipped, 'step')} clipped, {snapshot.skipped:,} skipped"
             )
         advised: dict[str, int] = {}
         for incident in told[:_MOST]:
@@ -76,18 +77,20 @@ class Summary:
             yield Line(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
         for incident in notices[:_MOST]:
             yield _indented(headline(incident, self.names), 2)
+            for line in unsaid(incident, advised)[:1] if incident.open else ():
+                yield _indented(Line(f"do: {self.names.told(line)}", SEVERITY_STYLES["notice"]), 4)
         for note in snapshot.notes:
             yield _indented(Line(f"note: {self.names.told(note)}", "dim"), 2)
         if self.names.common:
             yield Line(f"  {self.names}", "dim")
-        yield Line(f"  gradwatch itself took {snapshot.cost_us:.0f} µs a step", "dim")
+        yield Line(f"  gradwatch itself took {snapshot.cost_us:,.0f} µs a step", "dim")
 
     def _story(self, incident: Incident, advised: dict[str, int]) -> RenderResult:
         yield _indented(headline(incident, self.names), 2)
         if len(incident.layers) > 1:
             more = f" and {len(incident.layers) - 4} more" if len(incident.layers) > 4 else ""
             first = ", ".join(map(self.names.short, incident.layers[:4]))
-            yield _indented(Line(f"left their band in this order: {first}{more}"), 4)
+            yield _indented(Line(f"{incident.of_its_layers}: {first}{more}"), 4)
         for line in incident.told:
             yield _indented(Line(self.names.told(line)), 4)
         if incident.clip is not None:

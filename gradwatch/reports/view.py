@@ -198,7 +198,7 @@ def pace(snapshot: Snapshot) -> str:
     speed = snapshot.steps_per_second
     steps = "- steps/s" if math.isnan(speed) else f"{speed:,.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
     share = "" if math.isnan(speed) else f" ({snapshot.cost_us * speed / 1e4:.1f} %)"
-    return f"{steps} · gradwatch itself {snapshot.cost_us:.0f} µs a step{share}"
+    return f"{steps} · gradwatch itself {snapshot.cost_us:,.0f} µs a step{share}"
 
 
 def headline(incident: Incident, names: Names, width: int | None = None) -> Text:

@@ -137,7 +137,7 @@ class Watching:
         story = [(f"do: {line}", "cyan") for line in one.advice]
         story += [(f"auto-clip: {one.clip}", "")] if one.clip is not None else []
         order = ", ".join(map(names.short, one.layers))
-        story += [(f"left their band in this order: {order}", "")] if len(one.layers) > 1 else []
+        story += [(f"{one.of_its_layers}: {order}", "")] if len(one.layers) > 1 else []
         story += [(line, "") for line in one.told]
         for told, style in story:
             wrapped = textwrap.wrap(printable(names.told(told)), max(10, width - 4)) or [""]

@@ -83,8 +83,9 @@ class Frozen(Rule):
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
-        if history.still_since is not None:
-            return {"still since": history.still_since}
+        if history.zero_rate_since is not None:
+            step, exactly = history.zero_rate_since
+            return {"still since": step, "exactly": exactly}
         update = self._update(history)
         lost = update is not None and history.losses == self.measure(history)[column]
         told = {"lost": lost, "owned": not np.isnan(history.grad_norm()[:, column]).all()}
@@ -95,7 +96,8 @@ class Frozen(Rule):
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
         if "still since" in alarm.numbers:
-            return f"the learning rate of every group has been 0 since step {alarm.numbers['still since']:.0f} at the latest"
+            since = f"{alarm.numbers['still since']:.0f}" + ("" if alarm.numbers["exactly"] else " or before")
+            return f"at step {alarm.step}, the learning rate of every group had been 0 since step {since}"
         if alarm.numbers["lost"]:
             update, weight = alarm.numbers["update"], number(alarm.numbers["weight"])
             small = (

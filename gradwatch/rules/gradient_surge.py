@@ -95,7 +95,7 @@ class GradientSurge(Rule):
         norm, before, usual = (alarm.numbers[name] for name in ("norm", "before", "usual"))
         begin, limit = f"the gradient norm of {alarm.layer} was {number(norm)} at step {alarm.step}", alarm.limit
         limit *= alarm.numbers["spread"]
-        if min(norm, before) >= norm / 10:
+        if before >= norm / 10:  # not where there was no gradient in the step before
             times, most = apart(min(norm, before) / usual, limit)
             return (
                 f"{begin} and {number(before)} at step {alarm.numbers['step before']:.0f}, at least {times} times its usual "

@@ -113,10 +113,17 @@ def gain_missing(history: History, window: int) -> float:
 
 
 def stuck_at(history: History) -> dict[str, float]:
-    """Return the loss of a run whose loss is stuck (`History.stuck`) and the loss at which it began, by name."""
-    return {"loss": median_and_mad(history.task_loss(last=32))[0], "began": history.reference_loss}
+    """Return the loss of a run whose loss is stuck (`History.stuck`) and the loss at which it began, by name.
+
+    It began at its first loss where an explosion in the first steps has raised the reference loss.
+    """
+    exploded = history.reference_loss > history.first_loss + abs(history.first_loss)
+    began = history.first_loss if exploded else history.reference_loss
+    return {"loss": median_and_mad(history.task_loss(last=32))[0], "began": began}
 
 
 def in_words(alarm: Alarm) -> str:
-    """Return that the loss was stuck, from the numbers of `stuck_at`."""
-    return f"the loss was stuck at about {number(alarm.numbers['loss'])} (it began at {number(alarm.numbers['began'])})"
+    """Return that the loss was stuck where it began or above, or that it hung lower, from the numbers of `stuck_at`."""
+    loss, began = alarm.numbers["loss"], alarm.numbers["began"]
+    how = "hung" if began - loss > abs(began) / 10 else "was stuck"
+    return f"the loss {how} at about {number(loss)} (it began at {number(began)})"

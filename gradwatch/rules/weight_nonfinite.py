@@ -58,4 +58,4 @@ class WeightNonFinite(Rule):
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
         what = "NaN" if math.isnan(alarm.numbers["norm"]) else "infinite values"
-        return f"the weights of {alarm.layer} held {what} at step {alarm.step}"
+        return f"{alarm.layer} held {what} at step {alarm.step}"

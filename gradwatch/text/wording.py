@@ -8,8 +8,8 @@ import math
 def number(value: float, digits: int = 3) -> str:
     """Return a number with ``digits`` significant digits, and without an exponent between 0.001 and a million.
 
-    >>> number(0.25), number(12345.6), number(3e-7), number(1.5e9), number(float("nan"))
-    ('0.25', '12,346', '3e-7', '1.5e9', 'NaN')
+    >>> number(0.25), number(12345.6), number(3e-7), number(1.5e9), number(float("nan")), number(26.4, 1), number(99.7, 2)
+    ('0.25', '12,346', '3e-7', '1.5e9', 'NaN', '30', '100')
     """
     if math.isnan(value):
         return "NaN"
@@ -19,7 +19,8 @@ def number(value: float, digits: int = 3) -> str:
         whole = len(str(int(abs(value))))
         return f"{value:,.{max(0, digits - whole)}f}"
     if value == 0 or 9.9995e-4 <= abs(value) < 100:
-        return f"{value:.{digits}g}"
+        text = f"{value:.{digits}g}"
+        return text if "e" not in text else f"{float(text):.0f}"  # such as 3e+01
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradwatch.history.in_use import usual_norms_of
+from gradwatch.records import EXPLOSION
 from gradwatch.text.wording import number
-from gradwatch.verdict.rates import at, lower_rate, raise_rate, slower
+from gradwatch.verdict.rates import lower_rate, not_of_the_rate, still_rising
+from gradwatch.verdict.silent_advice import ORTHOGONAL, on_silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 _MOST = 4
 _LARGE = 1e3  # first loss from which targets may need scaling
 _CLIPPABLE = ("exploding", "diverging", "spike", "stalled", "vanishing")  # kinds on which a misplaced clip bears
-_BORN_DEAD = 32  # steps before which what is dead was never alive
 _DEEP = 10  # weight matrices from which a model without normalisation is deep
 
 
@@ -34,6 +35,7 @@ def advise(
     *,
     harmless: bool = False,
     of_the_batch: bool = False,
+    beside: Sequence[Incident] = (),
 ) -> tuple[str, ...]:
     """Return at most four pieces of advice, the most likely to help first.
 
@@ -44,13 +46,16 @@ def advise(
         opening: what was known when it opened.
         harmless: whether the loss was not finite although every gradient of its step was zero.
         of_the_batch: whether it opened with a loss farther up than the last update can have raised it.
+        beside: the other incidents that are open or have left damage, in opening order.
     """
     lines: list[str] = []
     codes = dict.fromkeys(sign.code for sign in incident.signs)
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
     if incident.kind in _CLIPPABLE:
         lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
-    if opening.moved_layer is not None and incident.kind in ("exploding", "diverging"):
+    if opening.raised_at >= 0:
+        pass  # the rate explains it
+    elif opening.moved_layer is not None and incident.kind in ("exploding", "diverging"):
         lines.append(
             f"Look at what changed the weights just before step {incident.opened_step}: {opening.moved_layer} moved "
             f"{number(opening.moved, 2)} times as far as its rate and its gradients can have moved it. It may be an "
@@ -60,67 +65,62 @@ def advise(
         lines.append(
             f"Look at the batch of step {incident.opened_step}: the last update cannot have raised its loss so far."
         )
-    for line in _harmless() if harmless else _lines(incident, history, told, opening):
+    for line in _harmless() if harmless else _lines(incident, history, told, opening, beside):
         if line not in lines:
             lines.append(line)
     return tuple(lines[:_MOST])
 
 
-def _lines(incident: Incident, history: History, told: Sequence[str], opening: Opening) -> Iterator[str]:
-    facts = history.facts
+def _lines(
+    incident: Incident, history: History, told: Sequence[str], opening: Opening, beside: Sequence[Incident]
+) -> Iterator[str]:
+    if incident.kind not in EXPLOSION:
+        yield from on_silence(incident, history, told, opening, beside)
+        return
     both = any(s.sign == "growth" for s in incident.signs) and any(s.kind == "nonfinite" for s in incident.signs)
     if incident.origin is not None and incident.kind == "nonfinite":
         yield from incident.origin.advice
-    if incident.kind in ("exploding", "diverging"):
-        yield from _runaway_series(incident)
-        yield from _explosion(incident, history, opening)
-        yield from told
-        if both:
-            yield from _nonfinite(incident, history)
+    if incident.kind == "spike":
+        yield from _spike(incident, history, opening)
     elif incident.kind == "nonfinite":
         yield from _nonfinite(incident, history)
         if both:
             yield from _explosion(incident, history, opening)
-    elif incident.kind == "spike":
-        yield from _spike(incident, history)
-    elif incident.kind == "stalled":
-        yield from _stalled(incident, facts, told, opening)
-    elif incident.kind == "vanishing":
-        yield from _vanishing(facts)
-    elif incident.kind == "dead":
-        yield from _dead(incident, facts, opening)
-    elif incident.kind == "frozen":
-        yield from _frozen(incident, history, opening)
+    else:
+        yield from _runaway_series(incident)
+        if {sign.code for sign in incident.signs if sign.sign == "growth"} == {"GW306"}:
+            yield from told  # no rate suits all layers
+            yield from _structure(history.facts)
+        else:
+            yield from _explosion(incident, history, opening)
+            yield from told if opening.raised_at < 0 else ()
+        if both:
+            yield from _nonfinite(incident, history)
 
 
 def _runaway_series(incident: Incident) -> Iterator[str]:
     if incident.period is not None:
         yield (
-            f"Look at what the program does every {incident.period} steps: the loss jumps farther each time. If it updates a "
-            "target network, the values run away: check the discount and the end of episodes, bound the targets."
+            f"Look at what the program does about every {incident.period} steps: the loss jumps farther each time. If it updates "
+            "a target network, the values run away: check the discount and the end of episodes, bound the targets."
         )
 
 
-def _spike(incident: Incident, history: History) -> Iterator[str]:
+def _spike(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
     if incident.period is not None:
         yield (
-            f"Look at what the program does every {incident.period} steps, such as updating a target network or changing the "
-            "task: the last update cannot have raised the loss so far. If it is meant, nothing is wrong."
+            f"Look at what the program does about every {incident.period} steps, such as updating a target network or changing "
+            "the task: the last update cannot have raised the loss so far. If it is meant, nothing is wrong."
         )
         return
-    yield "Look at the batch of this step: a single jump that comes back is usually caused by one unusual batch."
+    if opening.raised_at >= 0:
+        yield lower_rate(incident, history, opening)
+    elif rising := still_rising(history, opening):
+        yield rising
+    yield (
+        f"Look at the batch of step {incident.opened_step}: a single jump that comes back is usually caused by one unusual batch."
+    )
     yield from _odd_batches(incident, history)
-
-
-def _stalled(incident: Incident, facts: Facts, told: Sequence[str], opening: Opening) -> Iterator[str]:
-    known = [line for line in (slower(incident), *told) if line]
-    yield from known
-    yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
-    yield f"Change the learning rate ({at(opening.rate)}) by factors of three in both directions."
-    if not facts.embeds:
-        yield "Scale the inputs to zero mean and unit variance."
-    if not known:
-        yield "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
 
 
 def _harmless() -> Iterator[str]:
@@ -132,31 +132,47 @@ def _harmless() -> Iterator[str]:
 
 def _explosion(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
     facts = history.facts
-    own_clip = history.clips_each_step
-    rate_line = lower_rate(incident, history, opening)
-    of_the_rate = any(sign.code in ("GW303", "GW304", "GW305", "GW201") for sign in incident.signs)
-    clip_line = 'Clip by norm when it happens: attach(model, clip="norm").' if facts.clip is None else ""
-    if own_clip:
-        clip_line = "Your own clip bounds the length of a step, and the run leaves its range all the same."
     yield from _scale(history, opening)
-    if of_the_rate:
-        yield rate_line
-        if facts.family == "adam":
-            yield f"Warm the rate up over the first few hundred steps; {_no_cure(facts)}."
-        elif clip_line:
-            yield clip_line
-    elif facts.family == "adam":
-        yield rate_line
-        if facts.clip is None and not own_clip:
-            yield f'If single batches cause it, clip by norm: attach(model, clip="norm"); {_no_cure(facts)}.'
-    else:
-        if clip_line:
-            yield clip_line
-        yield rate_line
+    if opening.raised_at >= 0:
+        yield lower_rate(incident, history, opening)
+        if opening.family == "adam":
+            yield f"A{_no_cure(facts)[1:]}."
+        return
+    yield from _rate_and_clip(incident, history, opening)
     if facts.recurrent:
         if not facts.gated:
             yield "Use an LSTM or GRU instead of the vanilla RNN."
         yield "Shorten the sequences: truncate backpropagation through time."
+    yield from _structure(facts)
+
+
+def _rate_and_clip(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
+    """Yield what to do about the rate and the clip, the more likely cause first."""
+    facts = history.facts
+    own_clip = history.clips_each_step
+    rate_line = lower_rate(incident, history, opening)
+    clip_line = 'Clip by norm when it happens: attach(model, clip="norm").' if facts.clip is None else ""
+    if own_clip:
+        clip_line = "Lower the bound of your own clip: it bounds the length of a step, and the run leaves its range all the same."
+    if blame := not_of_the_rate(incident, opening):
+        yield f"{clip_line or f'Look at what step {incident.opened_step} does, its batch and its loss.'} {blame}"
+        if facts.recurrent and not facts.gated:
+            yield ORTHOGONAL
+    elif any(sign.code in ("GW303", "GW304", "GW305", "GW201") for sign in incident.signs):
+        yield rate_line
+        if opening.family == "adam":
+            yield f"Warm the rate up over the first few hundred steps; {_no_cure(facts)}."
+        elif clip_line:
+            yield clip_line
+    elif opening.family == "adam":
+        yield rate_line
+        if facts.clip is None and not own_clip:
+            yield f'If single batches cause it, clip by norm: attach(model, clip="norm"); {_no_cure(facts)}.'
+    else:
+        yield from filter(None, (clip_line, rate_line))
+
+
+def _structure(facts: Facts) -> Iterator[str]:
     if not facts.normalised and facts.depth > _DEEP:
         yield f"Add normalisation: the model has {facts.depth} weight matrices and no normalisation."
 
@@ -195,7 +211,8 @@ def _odd_batches(incident: Incident, history: History) -> Iterator[str]:
 
 
 def _no_cure(facts: Facts) -> str:
-    why = f"because {facts.optimizer} divides gradients by their own size"
+    who = f"{facts.optimizer} divides" if facts.family == "adam" else "optimizers like Adam divide"
+    why = f"because {who} gradients by their own size"
     return f"a clip does not repair a rate that is too high for long, {why}"
 
 
@@ -216,7 +233,7 @@ def _nonfinite(incident: Incident, history: History) -> Iterator[str]:
     else:
         yield _behind(incident, history)
     if facts.clip is None and not scaled:
-        yield 'Skip such steps: attach(model, clip="norm") leaves parameters and optimizer state untouched.'
+        yield 'Skip such steps: with attach(model, clip="norm"), they leave parameters and optimizer state untouched.'
     if incident.origin is None:
         yield "Run that one batch under gradwatch.find_nonfinite(model), which names the operation."
 
@@ -239,33 +256,3 @@ def _behind(incident: Incident, history: History) -> str:
         f"Look at the operations behind {module}, between it and the layers nearer to the loss: sqrt, norm or division at zero, "
         "log, a fully masked attention row."
     )
-
-
-def _vanishing(facts: Facts) -> Iterator[str]:
-    if facts.recurrent and not facts.gated:
-        yield "Use an LSTM or GRU instead of the vanilla RNN."
-    if facts.saturates:
-        yield "Use ReLU-like activations instead of sigmoid or tanh, with He initialisation."
-    if not facts.normalised:
-        yield "Add residual connections or normalisation, or use fewer layers."
-    yield "Look at the weights of the layers between: a scale far below one in each of them multiplies."
-
-
-def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
-    if opening.step < _BORN_DEAD and incident.suspect:
-        module = incident.suspect.rpartition(".")[0] or incident.suspect
-        yield f"Initialise {module} anew, with biases at zero: {incident.suspect} was dead from the first steps on."
-    if facts.rectified:
-        yield f"Lower the learning rate ({at(opening.rate)}): ReLU units usually die from a single large step."
-        yield "Use LeakyReLU or GELU, and scale the inputs."
-    yield "If a whole layer is dead, look for a detach() or an output that the loss does not use."
-
-
-def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
-    if history.still_since is not None:
-        yield f"The learning rate of every group is 0 since step {history.still_since}: check the scheduler."
-    elif raised := raise_rate(incident.suspect, opening):
-        yield raised
-    yield "Build the optimizer from model.parameters() after the model is final."
-    yield "Check the learning rate of this layer's parameter group and its schedule."
-    yield "Keep a float32 copy of half-precision weights: small updates are lost to rounding."

@@ -92,4 +92,7 @@ def forecast(norms: Floats, step: int) -> list[str]:
         return []
     ends = " and ".join(f"{name} in about {more}" for name, more in until.items())
     pace = number(steps, 2)
-    return [f"at step {step}, gradients double every {pace} step{'s' * (pace != '1')}: at this rate they exceed {ends}"]
+    grow = f"gradients double every {pace} step{'s' * (pace != '1')}"
+    if steps < 1:
+        grow = f"gradients become {number(2 ** (1 / steps), 2)} times as large with each step"
+    return [f"at step {step}, {grow}: at this pace they exceed {ends}"]

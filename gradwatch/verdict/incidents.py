@@ -261,8 +261,8 @@ class Incidents:
         if self._origin is not None and kind in EXPLOSION:
             story.origin, self._origin = story.origin or self._origin, None
         if self._unknown and kind in EXPLOSION and story.origin is None:
-            story.findings.append(self._unknown)
-            self._unknown = ""
+            story.findings += [] if story.unknown else [self._unknown]  # later steps have the same reason, as a rule
+            story.unknown, self._unknown = True, ""
         suspect = self._suspects.prime(signs, layers, kind, phase, moved)
         if before is not None and before.suspect and not moved and (before.kind == kind or phase is None):
             suspect = before.suspect
@@ -286,7 +286,15 @@ class Incidents:
         if before is None:
             story.opening = opening_of(self._history, suspect)
         odd = story.odd_batch
-        told = advise(after, self._history, self._remedies, story.opening, harmless=story.harmless, of_the_batch=odd)
+        told = advise(
+            after,
+            self._history,
+            self._remedies,
+            story.opening,
+            harmless=story.harmless,
+            of_the_batch=odd,
+            beside=[one for one in (*self.damaged, *self.open) if one.number != after.number],
+        )
         after = replace(after, advice=told)
         if before is None:
             first = min(sign.step for sign in signs)

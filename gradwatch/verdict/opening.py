@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.history.statistics import ignore_fp_warnings
+from gradwatch.history.statistics import ignore_fp_warnings, median
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Floats
+    from gradwatch.records import Family, Floats
 
 _FIRST = 12  # steps in which the weights are still those of the initialisation
 _ODD = 10.0  # gain of one matrix, relative to the median one, beyond which it is named
 _LARGE = 4.0  # median gain beyond which all matrices are too large; usual initialisations have 0.6 to 1.4
+_SMALL = 0.3  # median gain below which all matrices are too small
 _REMEMBERED = 32  # earlier updates that still move the weights by momentum
+_JUMP = 3.0  # factor by which a rate rises in a single step only if it is set anew: a warm-up rises by two at most
+_BEFORE = 8  # rows before such a rise
+_BORNE = 0.1  # share of its weights that an update of SGD may change in the first steps
 _USUAL_UPDATE = 1e-3  # share of its weights that an update usually changes
 
 
@@ -27,23 +31,42 @@ class Opening:
 
     Attributes:
         step: the step.
+        family: family of the optimizer of that step, or of the run's where it is not known.
         rate: learning rate of the suspect, or the largest one; NaN if none is known.
         first_rate: first learning rate above zero; NaN if none is known.
+        raised_from, raised_at: the largest rate of the 8 rows or more before, and the step, if the learning rate has risen at
+            once within the last 32 rows; NaN and -1 if it has not.
+        first_borne: learning rate of SGD at which the first update would have changed a tenth of a matrix, the one that it
+            changed most (``first_base``, in words); NaN after the first steps, or if it is not known.
         large: times by which weights are too large for their number of inputs, in the first steps; NaN if they are not.
         large_layer: the only matrix of which that is so, compared with the median one; None: all are, compared with a usual one.
         moved_layer: the matrix that moved farther than rate and gradients explain; None: none did, or it is not known.
         moved: times as far as they explain at most.
-        usual_rate: learning rate at which an update would change a thousandth of the suspect; NaN if it is not known.
+        usual_rate: learning rate at which an update would change a thousandth of the suspect, or of the largest matrix if there
+            is none (``usual_layer``); NaN if it is not known.
+        zeros: names of matrices all of whose weights are zero, and that get no gradient.
+        gain: median gain of the matrices if it is far below a usual one; NaN if it is not.
+        surge: times by which the gradient norm of the suspect has grown from one step to this one, after the first steps of the
+            run; NaN if it is not known.
     """
 
     step: int
     rate: float
+    family: Family = "other"
     first_rate: float = math.nan
     large: float = math.nan
     large_layer: str | None = None
     usual_rate: float = math.nan
+    usual_layer: str = ""
     moved_layer: str | None = None
     moved: float = math.nan
+    raised_from: float = math.nan
+    raised_at: int = -1
+    first_borne: float = math.nan
+    first_base: str = ""
+    zeros: tuple[str, ...] = ()
+    gain: float = math.nan
+    surge: float = math.nan
 
     @property
     def young(self) -> bool:
@@ -57,18 +80,98 @@ def opening_of(history: History, suspect: str | None) -> Opening:
     own = math.nan if column is None else float(history.rate[column])
     rate = own if math.isfinite(own) else float(np.fmax.reduce(history.rate, initial=math.nan))
     layer, times = _too_large(history) if step < _FIRST else (None, math.nan)
-    usual = math.nan if column is None else _usual_rate(history, column)
-    return Opening(step, rate, history.first_rate, times, layer, usual, *_moved_by_another(history))
+    told_of = column if column is not None else int(np.argmax(np.where(history.matrices, history.sizes, 0)))
+    usual = _usual_rate(history, told_of) if history.layers else math.nan
+    moved_layer, moved = _moved_by_another(history)
+    raised_from, raised_at = _raised(history)
+    first_borne, first_base = _borne_at_first(history) if step < _FIRST else (math.nan, "")
+    gain = _gain(history)
+    return Opening(
+        step=step,
+        rate=rate,
+        family=history.facts.family if history.row.family == "other" else history.row.family,
+        first_rate=history.first_rate,
+        large=times,
+        large_layer=layer,
+        usual_rate=usual,
+        usual_layer=history.layers[told_of] if history.layers else "",
+        moved_layer=moved_layer,
+        moved=moved,
+        raised_from=raised_from,
+        raised_at=raised_at,
+        first_borne=first_borne,
+        first_base=first_base,
+        zeros=_zeros(history),
+        gain=gain if gain < _SMALL else math.nan,
+        surge=math.nan if column is None or step < _FIRST else _surge(history, column),
+    )
 
 
 def _too_large(history: History) -> tuple[str | None, float]:
     relative = history.relative_gain()
     if np.isfinite(relative).any() and np.nanmax(relative) > _ODD:
         return history.layers[int(np.nanargmax(relative))], float(np.nanmax(relative))
+    gain = _gain(history)
+    return None, gain if gain > _LARGE else math.nan
+
+
+def _gain(history: History) -> float:
+    """Return the median gain of the matrices; NaN if none is known."""
     gains = (history.weight * np.sqrt(history.fan_in / history.sizes))[history.large_matrices]
     gains = gains[np.isfinite(gains)]
-    middle = float(np.median(gains)) if gains.size else math.nan
-    return None, middle if middle > _LARGE else math.nan
+    return median(gains) if gains.size else math.nan
+
+
+def _zeros(history: History) -> tuple[str, ...]:
+    zero = history.large_matrices & (history.weight == 0) & ~(history.row.grad_norm > 0)
+    return tuple(history.layers[column] for column in np.flatnonzero(zero).tolist())
+
+
+def _surge(history: History, column: int) -> float:
+    norms = history.grad_norm(last=min(2, history.task_rows))[:, column]
+    return float(norms[-1] / norms[0]) if len(norms) == 2 and norms[0] > 0 else math.nan
+
+
+def _raised(history: History) -> tuple[float, int]:
+    """Return the rate from which the learning rate has risen at once, and the step; (NaN, -1) if it has not.
+
+    All rates before are lower by the factor, and all since are higher: rates of optimizers that take turns are not.
+    """
+    rows = min(history.task_rows, _REMEMBERED + _BEFORE)
+    rates, steps = history.learning_rate(last=rows), history.steps(last=rows)
+    if rows <= _BEFORE or not (rates > 0).all():
+        return math.nan, -1
+    highest, lowest = np.maximum.accumulate(rates), np.minimum.accumulate(rates[::-1])[::-1]
+    times = (lowest[1:] / highest[:-1])[_BEFORE - 1 :]
+    at = int(np.argmax(times)) + _BEFORE
+    return (float(highest[at - 1]), int(steps[at])) if times[at - _BEFORE] > _JUMP else (math.nan, -1)
+
+
+def _borne_at_first(history: History) -> tuple[float, str]:
+    """Return the rate at which the first update of SGD would have changed a tenth of a matrix, and the matrix in words.
+
+    No earlier update has made that gradient larger, as those of an explosion are.
+    """
+    rows = history.task_rows
+    if history.row.family != "sgd" or not rows or rows > len(history.steps()):
+        return math.nan, ""
+    norms = history.grad_norm(last=rows)[0] * (
+        history.clip_coefficient(last=rows)[0] if rows > 1 else history.row.applied
+    )
+    with ignore_fp_warnings():
+        weights = history.weight_norm(last=rows)[0]
+        borne = _BORNE * np.maximum(weights, history.half_usual) / norms
+    borne[~(history.large_matrices & np.isfinite(borne))] = np.inf
+    least = int(np.argmin(borne))
+    if not np.isfinite(borne[least]):
+        return math.nan, ""
+    small = bool(weights[least] < history.half_usual[least])
+    return float(borne[least]), weights_in_words(history.layers[least], small=small)
+
+
+def weights_in_words(layer: str, *, small: bool) -> str:
+    """Return what the length of an update of a layer is compared with; ``small``: its weights are below half of a usual start."""
+    return f"half of a usual initialisation of {layer}" if small else f"the weights of {layer}"
 
 
 def beyond_gradients(history: History) -> Floats:
@@ -84,8 +187,8 @@ def beyond_gradients(history: History) -> Floats:
         return unknown
     with ignore_fp_warnings():
         rates = history.learning_rate(last=rows)
-        fallen = max(1.0, float(np.fmax.reduce(rates) / rates[-1]))  # a rate that was cut meanwhile was higher before
-        explained = fallen * history.previous_rate * np.nansum(norms, axis=0) / (1 - momentum)
+        highest = history.rate * np.fmax.reduce(rates) / rates[-1]  # a rate that was cut meanwhile was higher before
+        explained = highest * np.nansum(norms, axis=0) / (1 - momentum)
         times = np.abs(history.weight - history.previous_weight) / explained
     return np.where(history.large_matrices & np.isfinite(times), times, unknown)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.text.wording import number
+from gradwatch.verdict.opening import weights_in_words
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
@@ -24,27 +25,68 @@ _BORNE_ELSE = 0.03
 _USUAL = 1e-3  # share of its weights that an update usually changes
 _RISEN = 10.0  # multiple of the first rate beyond which a rate has risen
 _RAISED = 10.0  # least factor by which a rate is to be raised
+_LEAST = 1e-5  # rate of SGD below which no one trains: it is the gradients that are too large
+_SURGE = 100.0  # growth of a gradient from one step to the next that no rate explains under which the run went well
 
 
 def lower_rate(incident: Incident, history: History, opening: Opening) -> str:
-    """Return the advice to lower the rate, with a number if the length of the update that began it is known."""
+    """Return the advice to lower the rate, with a number where one is known: the rate before it was raised, or one to try."""
     rate = opening.rate
     if not rate > 0:
         return "Lower the learning rate of its parameter group, or warm it up."
-    longest, over = _at_first(incident, "GW303"), _at_first(incident, "GW305")
-    borne = _BORNE.get(history.row.family, _BORNE_ELSE)
-    if longest > borne:
-        new = rate * borne / longest
-        share = f"{100 * longest:.0f} %" if longest < 10 else f"{number(longest)} times the size"
-        told = f"An update was {share} of the weights in one step."
-    elif over > 1:
-        new, told = rate / over, f"A step was to take {number(over)} times as much from the loss as it held."
-    else:
+    if opening.raised_at >= 0:
+        before = number(opening.raised_from)
+        return (
+            f"The learning rate was raised from {before} to {number(rate)} at step {opening.raised_at}: check its schedule, and "
+            f"go back to {before}, which the run had borne until then."
+        )
+    new, told = _rate_to_try(incident, opening)
+    if math.isnan(new):
         return f"Lower the learning rate{_whose(incident, history)} ({at(rate)}), or warm it up."
     if rate > _RISEN * opening.first_rate:
         risen = f"The learning rate has risen from {number(opening.first_rate)} to {number(rate)} since the start"
         return f"{risen}: check its schedule, and keep it below {number(new, 1)}. {told}"
     return f"Lower the learning rate{_whose(incident, history)}: {number(new, 1)} instead of {number(rate)}. {told}"
+
+
+def not_of_the_rate(incident: Incident, opening: Opening) -> str:
+    """Return why the gradient of SGD is to blame and not the rate, in a sentence; "" if that is not known.
+
+    Either it grew a hundredfold in one step, at a rate that the run had borne, or only a rate bears it at which no one trains.
+    """
+    if opening.family != "sgd" or opening.raised_at >= 0 or not opening.rate > 0:
+        return ""
+    if opening.surge > _SURGE:
+        return (
+            f"In one step, the gradient of {opening.usual_layer} became {number(opening.surge)} times as large, at a learning "
+            "rate that the run had borne until then."
+        )
+    new, told = _rate_to_try(incident, opening)
+    return f"No usual learning rate bears such gradients. {told}" if new < _LEAST else ""
+
+
+def _rate_to_try(incident: Incident, opening: Opening) -> tuple[float, str]:
+    """Return a rate at which updates are borne, and how long one was, in a sentence; (NaN, "") if nothing is known."""
+    rate = opening.rate
+    if opening.first_borne < rate / 2 and not rate > _RISEN * opening.first_rate:
+        share = _BORNE["sgd"] * rate / opening.first_borne
+        return (
+            opening.first_borne,
+            f"At {number(rate)}, the first update alone is {_length(share, opening.first_base)}.",
+        )
+    longest, base = _at_first(incident, "GW303")
+    over, _ = _at_first(incident, "GW305")
+    borne = _BORNE.get(opening.family, _BORNE_ELSE)
+    if longest > borne:
+        return rate * borne / longest, f"An update was {_length(longest, base)}."
+    if over > 1:
+        return rate / over, f"A step was to take {number(over)} times as much from the loss as it held."
+    return math.nan, ""
+
+
+def _length(share: float, base: str) -> str:
+    size = f"{100 * share:.0f} %" if share < 1 else f"{number(share)} times"
+    return f"{size} as long as {base}"
 
 
 def slower(incident: Incident) -> str:
@@ -53,20 +95,20 @@ def slower(incident: Incident) -> str:
     if sign is None:
         return ""
     update, decay, rate = (sign.numbers[name] for name in ("update", "decay", "rate"))
-    told = f"An update may change {100 * sign.value:.0f} % of the weights in each step"
-    if decay > 10 * _USUAL:
+    told = f"An update may change {number(100 * sign.value, 2)} % of the weights in each step"
+    if decay > 10 * _USUAL and update <= sign.limit:  # else the rate is too high with any decay
         new, now = number(_USUAL / 10 / rate, 1), number(decay / rate)
-        return f"Lower the weight decay: {new} instead of {now}. {told}, and {100 * decay:.0f} % go by the decay alone."
+        return f"Lower the weight decay: {new} instead of {now}. {told}, and {number(100 * decay, 2)} % go by the decay alone."
     return f"Lower the learning rate: {number(rate * _BORNE_ELSE / update, 1)} instead of {number(rate)}. {told}."
 
 
-def raise_rate(suspect: str | None, opening: Opening) -> str:
-    """Return the advice to raise a rate at which updates of the suspect are far too short; "" if they are not."""
+def raise_rate(opening: Opening) -> str:
+    """Return the advice to raise a rate at which updates are far too short; "" if they are not."""
     if not 0 < _RAISED * opening.rate < opening.usual_rate:
         return ""
     return (
         f"Raise the learning rate: {number(opening.usual_rate, 1)} instead of {number(opening.rate)}, so that an update "
-        f"changes a thousandth of {suspect}; then by factors of ten, as long as the loss falls faster."
+        f"changes a thousandth of {opening.usual_layer}; then by factors of ten, as long as the loss falls faster."
     )
 
 
@@ -75,11 +117,23 @@ def at(rate: float) -> str:
     return f"{number(rate)} when this began" if math.isfinite(rate) else "of its parameter group"
 
 
-def _at_first(incident: Incident, code: str) -> float:
-    """Return the largest finite value of a rule's first signs; 0.0 if there are none."""
+def still_rising(history: History, opening: Opening) -> str:
+    """Return that the rate is far above the first one and at its highest so far, with what to check; "" if it is not."""
+    if not (history.warming_up and opening.rate > _RISEN * opening.first_rate):
+        return ""
+    rise = f"from {number(opening.first_rate)} to {number(opening.rate)}, the highest so far"
+    return f"The learning rate has risen {rise}: check that its warm-up ends."
+
+
+def _at_first(incident: Incident, code: str) -> tuple[float, str]:
+    """Return the largest finite value of a rule's first signs, and the weights it compares with; 0.0 if there are none."""
     signs = [sign for sign in incident.signs if sign.code == code and math.isfinite(sign.value)]
     first = min((sign.step for sign in signs), default=0)
-    return max((sign.value for sign in signs if sign.step == first), default=0.0)
+    most = max((sign for sign in signs if sign.step == first), key=lambda sign: sign.value, default=None)
+    if most is None:
+        return 0.0, ""
+    small = most.numbers.get("weight", 0.0) < most.numbers.get("floor", 0.0)
+    return most.value, weights_in_words(most.layer or "", small=small)
 
 
 def _whose(incident: Incident, history: History) -> str:

@@ -45,6 +45,7 @@ class Story:
     harmless: bool = False  # no gradient but zero came with a loss that is not finite
     weighed: bool = False  # whether weights were sampled since it opened, so that a layer that changed alone is known
     origin: Origin | None = None
+    unknown: bool = False  # whether it was told why the origin is not known
     recurrence: Recurrence = field(default_factory=Recurrence)
 
 

@@ -118,10 +118,12 @@ class Suspects:
         if not first > self._settings.alone * second:
             return self._moved_by_another(change)
         name = history.layers[int(order[-1])]
-        told = "became non-finite" if math.isinf(first) else f"changed by a factor of {number(math.exp(first))}"
+        told = (
+            "became non-finite" if math.isinf(first) else f"changed its norm by a factor of {number(math.exp(first))}"
+        )
         return name, (
-            f"the weights of {name} {told} within {counted(history.weight_gap, 'step')} until step {history.row.step}, those of "
-            f"every other layer by a factor of at most {number(math.exp(second))}"
+            f"{name} {told} in the {_steps(history.weight_gap)} before step {history.row.step}, every other layer by a factor "
+            f"of at most {number(math.exp(second))}"
         )
 
     def _moved_by_another(self, change: Floats) -> tuple[str | None, str | None]:
@@ -136,6 +138,10 @@ class Suspects:
             f"{counted(self._history.weight_gap, 'step')} until step {self._history.row.step} as its rate and its gradients can "
             "have moved it"
         )
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else counted(count, "step")
 
 
 def _floor(history: History) -> Floats:

@@ -1,0 +1,169 @@
+"""Advice on what does not learn: a loss that stalls, gradients that vanish, dead units, weights that never change."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from gradwatch.records import EXPLOSION
+from gradwatch.text.wording import number
+from gradwatch.verdict.rates import at, raise_rate, slower, still_rising
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from gradwatch.history.history import History
+    from gradwatch.records import Facts, Incident
+    from gradwatch.verdict.opening import Opening
+
+_BORN_DEAD = 32  # steps before which what is dead was never alive
+_NAMED = 3  # layers that are named
+_NAMING = ("dead", "frozen", "vanishing")  # kinds that name what does not learn
+ORTHOGONAL = "Initialise the recurrent weights orthogonally: they multiply the gradient at each time step."
+
+
+def on_silence(
+    incident: Incident, history: History, told: Sequence[str], opening: Opening, beside: Sequence[Incident]
+) -> Iterator[str]:
+    """Yield what to do about an incident that is no explosion.
+
+    Args:
+        incident: the incident.
+        history: the history of the run.
+        told: the remedies of the rules that fired.
+        opening: what was known when it opened.
+        beside: the other incidents that are open or have left damage.
+    """
+    if left := _left_by(incident, beside):
+        yield left
+    elif incident.kind == "stalled":
+        yield from _stalled(incident, history, told, opening, beside)
+    elif incident.kind == "vanishing":
+        yield from _vanishing(history.facts, opening)
+    elif incident.kind == "dead":
+        yield from _dead(incident, history.facts, opening)
+    elif incident.kind == "frozen":
+        yield from _frozen(incident, history, opening)
+
+
+def _left_by(incident: Incident, beside: Sequence[Incident]) -> str:
+    """Return what to do about what an earlier explosion has probably left behind; "" if there was none."""
+    cause = next((one for one in beside if one.kind in EXPLOSION and one.opened_step < incident.opened_step), None)
+    if cause is None or cause.severity == "notice":
+        return ""
+    step = cause.opened_step
+    begin = "Begin anew" if step < _BORN_DEAD else f"Go back to a checkpoint from before step {step}"
+    return (
+        f"{begin}, and follow the advice on the incident that opened at step {step} ({cause.kind}): it has probably left this "
+        "behind."
+    )
+
+
+def _stalled(
+    incident: Incident, history: History, told: Sequence[str], opening: Opening, beside: Sequence[Incident]
+) -> Iterator[str]:
+    if zero := _zero_rate(history):
+        yield zero
+        return
+    named = next((one for one in beside if one.open and one.kind in _NAMING and one.severity != "notice"), None)
+    if named is not None:
+        yield (
+            f"Follow the advice on the incident that is open since step {named.opened_step} first: it names what does not learn "
+            f"({named.kind}, {named.suspect})."
+        )
+    known = [line for line in (slower(incident), raise_rate(opening), *told, still_rising(history, opening)) if line]
+    yield from known
+    yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
+    yield f"Change the learning rate ({at(opening.rate)}) by factors of three in both directions."
+    if not history.facts.embeds:
+        yield "Scale the inputs to zero mean and unit variance."
+    if not known and named is None:
+        yield "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
+
+
+def _zero_rate(history: History) -> str:
+    if history.zero_rate_since is None:
+        return ""
+    step, exactly = history.zero_rate_since
+    return f"The learning rate of every group has been 0 since step {step}{'' if exactly else ' or before'}: check the scheduler."
+
+
+def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
+    if math.isfinite(opening.gain):
+        yield (
+            "Initialise the weights anew, by He or Xavier: for their number of inputs, they are "
+            f"{number(opening.gain, 2)} times the usual size."
+        )
+    if facts.recurrent and not facts.gated:
+        yield (
+            "Use an LSTM or GRU instead of the vanilla RNN, with gates that begin open: a forget-gate bias of ln(T) for "
+            "sequences of T steps."
+        )
+    if facts.saturates:
+        yield "Use ReLU-like activations instead of sigmoid or tanh, with He initialisation."
+    if facts.recurrent:
+        yield ORTHOGONAL
+        return
+    if not facts.normalised:
+        yield "Add residual connections or normalisation, or use fewer layers."
+    yield "Look at the weights of the layers between: a scale far below one in each of them multiplies."
+
+
+def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
+    module = (incident.suspect or "").rpartition(".")[0] or incident.suspect
+    born = opening.step < _BORN_DEAD and incident.suspect is not None
+    if opening.zeros:
+        more = f" and {len(opening.zeros) - _NAMED} more" if len(opening.zeros) > _NAMED else ""
+        yield (
+            f"Initialise the weights anew, by He or Xavier: those of {', '.join(opening.zeros[:_NAMED])}{more} are all zero, and "
+            "no gradient passes back through zeros."
+        )
+    elif born:
+        yield f"Initialise module {module} anew, with biases at zero: {incident.suspect} was dead from the first steps on."
+    if facts.saturates and not facts.rectified:
+        if not facts.embeds:
+            yield "Scale the inputs to zero mean and unit variance: far from zero, sigmoid and tanh pass no gradient at all."
+        yield f"Lower the learning rate ({at(opening.rate)}): large weights saturate sigmoid and tanh too."
+    elif facts.rectified:
+        if not born:
+            yield f"Lower the learning rate ({at(opening.rate)}): ReLU units usually die from a single large step."
+        yield "Use LeakyReLU or GELU, and scale the inputs."
+    elif facts.recurrent and not born:
+        yield f"Lower the learning rate ({at(opening.rate)}): saturated states and gates pass no gradient."
+    if any(sign.numbers.get("layer") for sign in incident.signs):
+        yield f"Look for a detach(), an argmax or an output that the loss does not use, between {incident.suspect} and the loss."
+
+
+def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
+    if zero := _zero_rate(history):
+        yield zero
+        return
+    facts, suspect = history.facts, incident.suspect
+    sign = next((sign for sign in incident.signs if sign.layer == suspect), incident.signs[0])
+    if not sign.numbers.get("owned", True):
+        yield f"Build the optimizer from model.parameters() after the model is final: none that made a step holds {suspect}."
+        return
+    if raised := raise_rate(opening):
+        yield raised
+    if faint := _faint(suspect, history):
+        yield faint
+    if facts.narrow:
+        yield "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
+    if not faint and not raised:
+        yield f"Check the learning rate of the parameter group of {suspect} ({at(opening.rate)}), and its schedule."
+    yield f"Look for what puts {suspect} back to its old values after a step, such as another copy that is loaded into it."
+
+
+def _faint(suspect: str | None, history: History) -> str:
+    """Return that the gradient of the suspect is lost in the eps by which its optimizer keeps from zero; "" if it is not."""
+    facts = history.facts
+    eps = facts.option("eps")
+    if suspect not in history.layers or facts.family != "adam" or not eps > 0:
+        return ""
+    element = float(history.typical_elements()[history.layers.index(suspect)])
+    if not element < eps / 10:
+        return ""
+    return (
+        f"Look at why the gradient of {suspect} is so small ({number(element)} per element): {facts.optimizer} adds its eps of "
+        f"{number(eps)} before it divides by that size, so that little is left of the update."
+    )
