@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from gradwatch.history.history import History
-    from gradwatch.records import Origin
+    from gradwatch.records import Kind, Origin
     from gradwatch.rules import Rule
     from gradwatch.verdict.settings import VerdictSettings
 
@@ -234,16 +234,50 @@ class Incidents:
 
     def _tell(self, story: Story, step: int) -> Incident | None:
         """Open the incident or update it with its signs; return it if it is new or its kind, severity or verdict changed."""
-        before = story.incident
-        signs = tuple(story.signs.values())
+        before, signs = story.incident, tuple(story.signs.values())
+        kind = self._kind(story, signs)
+        moved = self._take_findings(story, kind)
+        after = self._described(story, signs, kind, moved, step)
+        if before is None:
+            story.opening = opening_of(self._history, after.suspect)
+        told = advise(
+            after,
+            self._history,
+            self._remedies,
+            story.opening,
+            harmless=story.harmless,
+            of_the_batch=story.odd_batch,
+            beside=[one for one in (*self.damaged, *self.open) if one.number != after.number],
+        )
+        after = replace(after, advice=told)
+        if before is None:
+            self._add(story, after)
+            return after
+        self._replace(story, after)
+        explained = (before.origin is None and after.origin is not None) or bool(moved)
+        same = (before.kind, before.severity, before.verdict) == (after.kind, after.severity, after.verdict)
+        return None if same and not explained else after
+
+    def _kind(self, story: Story, signs: Sequence[Alarm]) -> Kind:
         kind = kind_of([s for s in signs if story.harmed or s.sign != "growth"], lasting=story.lasting)
-        if (
-            kind in ("exploding", "diverging")
-            and before is not None
-            and before.kind == "spike"
-            and self._harm.falls(story)
-        ):
-            kind = "spike"
+        was_spike = story.incident is not None and story.incident.kind == "spike"
+        return "spike" if kind in ("exploding", "diverging") and was_spike and self._harm.falls(story) else kind
+
+    def _take_findings(self, story: Story, kind: Kind) -> str | None:
+        """Give the story what was found of its cause since the last time; return the layer that something has moved, if any."""
+        moved, finding = (None, None) if story.weighed else self._suspects.moved()
+        story.weighed |= self._history.row.weight_norm is not None  # on a device some steps after the opening
+        story.findings += [finding] if finding else []
+        if self._origin is not None and kind in EXPLOSION:
+            story.origin, self._origin = story.origin or self._origin, None
+        if self._unknown and kind in EXPLOSION and story.origin is None:
+            story.findings += [] if story.unknown else [self._unknown]  # later steps have the same reason, as a rule
+            story.unknown, self._unknown = True, ""
+        return moved
+
+    def _described(self, story: Story, signs: tuple[Alarm, ...], kind: Kind, moved: str | None, step: int) -> Incident:
+        """Return the incident of the story as its signs have it at ``step``, without advice."""
+        before = story.incident
         story.harmless = self._is_harmless(story, signs)
         severity, verdict = severity_of(signs, kind, harmless=story.harmless)
         if kind == "dead" and self._history.loss_halved:  # the model learns without the dead units
@@ -255,19 +289,10 @@ class Incidents:
             confirmed = step
         layers = self._suspects.layers(signs)
         phase = before.phase if before is not None and before.phase else phase_of(self._history)
-        moved, finding = (None, None) if story.weighed else self._suspects.moved()
-        story.weighed |= self._history.row.weight_norm is not None  # on a device some steps after the opening
-        story.findings += [finding] if finding else []
-        if self._origin is not None and kind in EXPLOSION:
-            story.origin, self._origin = story.origin or self._origin, None
-        if self._unknown and kind in EXPLOSION and story.origin is None:
-            story.findings += [] if story.unknown else [self._unknown]  # later steps have the same reason, as a rule
-            story.unknown, self._unknown = True, ""
         suspect = self._suspects.prime(signs, layers, kind, phase, moved)
         if before is not None and before.suspect and not moved and (before.kind == kind or phase is None):
             suspect = before.suspect
-        evidence = self._evidence.lines(signs, story, suspect)
-        after = replace(
+        return replace(
             before or Incident(kind, severity, verdict, opened_step=step, number=self._told),
             kind=kind,
             severity=severity,
@@ -276,42 +301,23 @@ class Incidents:
             suspect=suspect,
             layers=layers,
             signs=signs,
-            evidence=evidence,
+            evidence=self._evidence.lines(signs, story, suspect),
             ranks=story.ranks,
             phase=phase,
             origin=story.origin,
             times=story.recurrence.times,
             period=story.recurrence.period,
         )
-        if before is None:
-            story.opening = opening_of(self._history, suspect)
-        odd = story.odd_batch
-        told = advise(
-            after,
-            self._history,
-            self._remedies,
-            story.opening,
-            harmless=story.harmless,
-            of_the_batch=odd,
-            beside=[one for one in (*self.damaged, *self.open) if one.number != after.number],
-        )
-        after = replace(after, advice=told)
-        if before is None:
-            first = min(sign.step for sign in signs)
-            story.before = self._aftermath.of_series(self._told, story, self._aftermath.run_before(first, self.damaged))
-            self._make_room()
-            self._told += 1
-            story.place = len(self.all)
-            self.all.append(after)
-        self._replace(story, after)
-        explained = before is not None and ((before.origin is None and after.origin is not None) or bool(moved))
-        if (
-            before is not None
-            and not explained
-            and (before.kind, before.severity, before.verdict) == (kind, severity, verdict)
-        ):
-            return None
-        return after
+
+    def _add(self, story: Story, incident: Incident) -> None:
+        """Add an incident that opens."""
+        first = min(sign.step for sign in incident.signs)
+        story.before = self._aftermath.of_series(self._told, story, self._aftermath.run_before(first, self.damaged))
+        self._make_room()
+        self._told += 1
+        story.place = len(self.all)
+        self.all.append(incident)
+        self._replace(story, incident)
 
     def _is_harmless(self, story: Story, signs: Sequence[Alarm]) -> bool:
         """Return whether each non-finite loss so far came with gradients that are all zero, and nothing else fired."""
