@@ -129,12 +129,15 @@ class Gates(nn.Module):
 
 
 def large_gates(faulty: bool) -> gradwatch.Monitor:
-    """Gated layers that double what comes back, under a clip, against layers of a usual initialisation."""
+    """Gated layers that double what comes back, under a clip, against layers of a usual initialisation.
+
+    At larger rates the loss of the former jumps about, differently on each processor.
+    """
     torch.manual_seed(0)
     model = Gates(2.0 if faulty else 0.5)
     x = 4 * torch.randn(64, 32)
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     with gradwatch.attach(model, report=None, strict=True) as monitor:
         for _ in range(150):
             optimizer.zero_grad()

@@ -161,7 +161,7 @@ def _borne_at_first(history: History) -> tuple[float, str]:
     with ignore_fp_warnings():
         weights = history.weight_norm(last=rows)[0]
         borne = _BORNE * np.maximum(weights, history.half_usual) / norms
-    borne[~(history.large_matrices & np.isfinite(borne))] = np.inf
+    borne[~(history.large_matrices & (borne > 0))] = np.inf  # an infinite gradient says nothing of a rate
     least = int(np.argmin(borne))
     if not np.isfinite(borne[least]):
         return math.nan, ""
