@@ -77,6 +77,29 @@ def helper(x: Tensor, *others: Tensor, eps: float = 1e-6, **more: Any) -> Tensor
     return result
 
 
+def loops(x: Tensor, y: Tensor) -> Tensor:
+    """Compute something with loops, and with changes in place of what is made here."""
+    parts: dict[str, Tensor] = {}
+    mask = torch.zeros_like(y)
+    mask[y > 0] = 1.0
+    left = 5
+    while left:
+        left -= 1
+        if left == 3:
+            continue
+        if left == 1:
+            break
+        parts[f"part {left}"] = (x * mask).pow(2).sum() / (left + 1)
+        parts["last"] = (x * mask).exp().mean()
+    target = torch.zeros_like(y).scatter_(1, y.argmax(1, keepdim=True), 1.0)
+    weights = target.clone()
+    weights.mul_(2).clamp_(max=1.5)
+    hidden = x + 0.5
+    F.relu(hidden, inplace=True)
+    result: Tensor = parts["last"] + sum(parts.values()) + (weights * hidden).sum()
+    return result
+
+
 class Settings(NamedTuple):
     """Settings of a loss."""
 
@@ -98,6 +121,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "indices and slices": lambda x, y: x[:, 0].sum() + x[y > 0].mean() - x[..., 1:2].max() + y.max(1).values.sum(),
     "containers": lambda x, y: sum([t.sum() for t in (x, y) if t.numel()], y.min()) / max(len(x), 1),
     "precision": lambda x, y: ((x.half() @ y.half().T).float() + torch.finfo(torch.float32).eps).mean(),
+    "loops": loops,
     "comparisons": lambda x, y: torch.where((x > 0) & ~(y < 0) | (x == 0), x, -y).mean() * (1 if 8 >= limits.four < 9 else 2),
 }  # fmt: skip
 
@@ -184,6 +208,24 @@ def globally(x: Tensor) -> Tensor:
     return x
 
 
+def inner(x: Tensor) -> Tensor:
+    """Define a function, import something, and try something, of which nothing counts."""
+
+    def unused(y: Tensor) -> Tensor:
+        return y.mul_(2)
+
+    import os
+
+    try:
+        y = x.clone()
+    except RuntimeError:
+        os.abort()
+    if counter.total is unused:  # type: ignore[comparison-overlap]
+        raise RuntimeError
+    counter.weight = y  # type: ignore[attr-defined]
+    return counter.weight  # type: ignore[attr-defined,no-any-return]
+
+
 def by_element(x: Tensor) -> Tensor:
     """Write into a tensor."""
     x[0] = 0
@@ -196,18 +238,47 @@ def in_place(x: Tensor) -> Tensor:
         return x.mul_(2)
 
 
-SIDE_EFFECTS: dict[str, Callable[[Tensor], Any]] = {
-    "a method that remembers": lambda x: counter.add(x).sum(),
+def appended(x: Tensor) -> Any:
+    """Return what was appended to a list of the program."""
+    kept.append(x * 2)
+    return kept[-1].sum()
+
+
+def counted(x: Tensor) -> Tensor:
+    """Return a number that a loop has counted in a way that is not understood."""
+    number = 0
+    for _ in map(counter.add, range(3)):
+        number += 1
+    return x * number
+
+
+def stopped(x: Tensor) -> Tensor:
+    """Return in the middle of a loop that is not understood."""
+    for one in map(counter.add, x):
+        if one is x:
+            break
+        return x * 2
+    return x
+
+
+LEFT_OUT: dict[str, Callable[[Tensor], Any]] = {
+    "a method that remembers": lambda x: counter.add(x) * 1,
     "a list of the program": remember,
     "an attribute of an object": count,
     "a global name": globally,
+    "a property that is heard": lambda x: x * counter.double / 2,
+    "an item that is heard": lambda x: x * counter[1],
+    "definitions and attempts": inner,
+}
+SIDE_EFFECTS: dict[str, Callable[[Tensor], Any]] = {
+    "what a list of the program holds": appended,
+    "a loop": counted,
+    "the end of a loop": stopped,
     "an element of a tensor": by_element,
     "a tensor in place": in_place,
-    "a property": lambda x: x * counter.double,
     "an operator of a class": lambda x: counter * x,
     "an operator of a kind of number": lambda x: rate * x,
     "the truth of an object": lambda x: x if counter else -x,
-    "an item of an object": lambda x: x.sum() * counter[0],
     "printing": lambda x: print(x) or x,  # noqa: T201
     "the generator": lambda x: torch.manual_seed(0) and x,
     "a file": lambda x: torch.save(x, "/nowhere/at/all") or x,  # type: ignore[func-returns-value]
@@ -217,6 +288,14 @@ SIDE_EFFECTS: dict[str, Callable[[Tensor], Any]] = {
     "an import": lambda x: __import__("os") and x,
     "a key": lambda x: sorted([1, 2], key=counter.add) and x,
 }
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_a_statement_that_may_do_more_than_compute_is_left_out_if_nothing_depends_on_it(name: str) -> None:
+    """Nothing of the program has changed or was called, and the result is that of the program."""
+    x = torch.randn(4)
+    assert torch.equal(Evaluator(never).enter(LEFT_OUT[name], (x,), {}), x)
+    assert (heard, counter.seen, counter.total, len(kept)) == ([], [], 0.0, 1)
 
 
 @pytest.mark.parametrize("name", SIDE_EFFECTS)

@@ -303,8 +303,6 @@ if _library("transformers") and _library("accelerate"):
 
     @setting("HF Trainer, GPT-2", Cause("bmm", "forward", lambda h: h), "transformer.h.1.attn")
     def _trainer(attach: Attach) -> None:
-        import tempfile
-
         import transformers
 
         torch.manual_seed(0)
@@ -316,23 +314,49 @@ if _library("transformers") and _library("accelerate"):
             model.transformer.h[1].attn.c_attn.weight.mul_(1e24)
         attach(model)
         rows = [{"input_ids": torch.arange(8) % 7, "labels": torch.arange(8) % 7} for _ in range(4)]
+        _train_with(transformers.Trainer, model, rows, 2)
+
+    @setting("HF Trainer, an overridden compute_loss", module=None)
+    def _compute_loss(attach: Attach) -> None:
+        import transformers
+
+        class Trainer(transformers.Trainer):  # type: ignore[misc]
+            def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:  # noqa: FBT001, FBT002
+                labels = inputs.pop("labels")
+                outputs = model(**inputs)
+                loss = LOG.run(outputs["logits"]).mean() + nn.CrossEntropyLoss()(outputs["logits"], labels)
+                return (loss, outputs) if return_outputs else loss
+
+        class Classifier(nn.Linear):
+            def forward(self, x: Tensor, labels: Any = None) -> dict[str, Tensor]:  # type: ignore[override]  # noqa: ARG002
+                return {"logits": super().forward(x)}
+
+        rows = [{"x": one, "labels": torch.tensor(0)} for one in data()]
+        model = Classifier(WIDTH, WIDTH)
+        attach(model)
+        _train_with(Trainer, model, rows, ROWS)
+
+    def _train_with(kind: Any, model: Any, rows: list[dict[str, Tensor]], batch: int) -> None:
+        import tempfile
+
+        import transformers
+
         with tempfile.TemporaryDirectory() as folder:
             arguments = transformers.TrainingArguments(
                 folder,
-                per_device_train_batch_size=2,
+                per_device_train_batch_size=batch,
                 max_steps=1,
                 report_to=[],
                 use_cpu=True,
                 disable_tqdm=True,
                 logging_strategy="no",
             )
-            transformers.Trainer(model, arguments, train_dataset=rows).train()
+            kind(model, arguments, train_dataset=rows).train()
 
 
 if _library("lightning"):
 
-    @setting("Lightning", SQRT)
-    def _lightning(attach: Attach) -> None:
+    def _fit(attach: Attach, net: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> None:
         import logging
 
         import lightning
@@ -342,10 +366,12 @@ if _library("lightning"):
         class Lit(lightning.LightningModule):  # type: ignore[misc]
             def __init__(self) -> None:
                 super().__init__()
-                self.net = Net(SQRT.run)
+                self.net = net
 
             def training_step(self, batch: Any, _: int) -> Tensor:
-                return square(self.net(batch[0]))
+                loss = loss_of(self.net(batch[0]))
+                self.log("loss", loss)
+                return loss
 
             def configure_optimizers(self) -> Any:
                 return torch.optim.SGD(self.parameters(), lr=0.01)
@@ -358,6 +384,14 @@ if _library("lightning"):
             enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(module, loader)
+
+    @setting("Lightning", SQRT)
+    def _lightning(attach: Attach) -> None:
+        _fit(attach, Net(SQRT.run), square)
+
+    @setting("Lightning, the loss in training_step", SQRT, module=None)
+    def _training_step(attach: Attach) -> None:
+        _fit(attach, nn.Linear(WIDTH, WIDTH), lambda h: SQRT.run(h).mean())
 
 
 PROGRAMS = [

@@ -15,17 +15,19 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from gradwatch.forensics.callers import Lasting
 from gradwatch.forensics.frames import CALLS, line_of
 from gradwatch.forensics.names import tensors_in
 from gradwatch.forensics.ops import next_node
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import CodeType
+    from types import CodeType, FrameType
 
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
+    from gradwatch.forensics.callers import Caller
     from gradwatch.records import OwnTime
 
 _MOST = 16  # forwards of one step
@@ -41,6 +43,7 @@ class Call:
         generator: state of the CPU's generator before the forward.
         autocast: whether autocast was on, and its dtype, for the device of the call.
         file, line, code: where the program called the model.
+        callers: functions that had called it and have ended since, the innermost first.
         backward: whether a backward of this forward has begun.
         started: when it began, in seconds of `time.perf_counter`.
         first, last: numbers that autograd gave next, before and after it: its nodes have those from the first to before the last.
@@ -52,6 +55,7 @@ class Call:
         "args",
         "autocast",
         "backward",
+        "callers",
         "code",
         "file",
         "first",
@@ -76,6 +80,7 @@ class Call:
         )
         self.file, self.line = "", 0
         self.code: CodeType | None = None
+        self.callers: tuple[Caller, ...] = ()
         self._output: Any = None
         self._large: Any = None
         self.backward = False
@@ -85,10 +90,16 @@ class Call:
         """Return whether a node of autograd with this number was made by the forward."""
         return self.first <= number < self.last
 
-    def called_from(self, depth: int) -> None:
-        """Remember which line of the program has made the call."""
+    def called_from(self, depth: int, lasting: Lasting) -> None:
+        """Remember which line of the program has made the call, and the functions that it stands in."""
         file, line, frame = line_of(sys._getframe(depth + 1))
         self.file, self.line, self.code = file, line, frame.f_code if frame is not None else None
+        if self.code is not lasting.latest:  # as in the loop of most programs
+            self.callers = lasting.callers(frame)
+
+    def leave(self, frame: FrameType | None, lasting: Lasting) -> None:
+        """Forget those functions that have not ended, given the frame in which backward is called."""
+        self.callers = lasting.ended(self.callers, frame)
 
     def gave(self, output: Any) -> None:
         """Remember the output; a large tensor only weakly."""
@@ -119,6 +130,7 @@ class Call:
     def without_output(self) -> Call:
         """Drop the output, which keeps the graph alive, and return the call."""
         self._output = self._large = None
+        self.callers = ()
         return self
 
     @property
@@ -170,6 +182,7 @@ class Capture:
 
     Attributes:
         calls: forwards that may still be followed by a backward or a step.
+        lasting: functions that call backward after they have called the model.
     """
 
     def __init__(
@@ -185,6 +198,7 @@ class Capture:
         self._failed = failed
         self._own_time = own_time
         self.calls: list[Call] = []
+        self.lasting = Lasting()
         self.on = True
 
     def start(self) -> None:
@@ -224,7 +238,7 @@ class Capture:
             if len(self.calls) >= _MOST:
                 del self.calls[0]
             call = Call(args, kwargs)
-            call.called_from(3)
+            call.called_from(3, self.lasting)
             self.calls.append(call)
             self._begun(args, kwargs)
             self._own_time.seconds += perf_counter() - call.started

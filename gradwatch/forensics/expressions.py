@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import types
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradwatch.forensics.pure import attribute, is_plain, is_tensor, makes_context, may_call, without_partial
+from gradwatch.forensics.names import storage_of, tensors_in
+from gradwatch.forensics.pure import (
+    attribute,
+    changed_in_place,
+    getter_of,
+    is_missing,
+    is_plain,
+    is_record,
+    is_tensor,
+    item_of,
+    makes_context,
+    may_call,
+    without_partial,
+)
 from gradwatch.forensics.source import Scope, plain_function
 from gradwatch.forensics.standins import CannotRepeatError
 
@@ -28,6 +42,17 @@ _VIEWS: tuple[Any, ...] = (
     types.GeneratorType,
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Unknown:
+    """The value of a name that a statement changes which is not understood.
+
+    Args:
+        reason: why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
 
 
 class Applied:
@@ -51,7 +76,11 @@ class Expressions(ABC):
 
     def __init__(self, called: Callable[[Any], Any]) -> None:
         self._called = called
-        self._own: dict[int, list[Any]] = {}  # lists that were made here, so that they may be appended to
+        self._own: dict[int, Any] = {}  # lists and dicts that were made here, so that they may be changed
+        self._fresh: dict[int, Any] = {}  # tensors that were made here, by their memory
+        self._assigned: dict[
+            tuple[int, str], tuple[Any, Any]
+        ] = {}  # attributes that were assigned here, with their objects
         self._left = _MOST
 
     @abstractmethod
@@ -80,7 +109,14 @@ class Expressions(ABC):
 
     def truth(self, node: ast.expr, scope: Scope) -> bool:
         """Return whether an expression is true."""
-        return bool(self._plain(node, scope))
+        return self._is_true(self.value(node, scope), node, scope)
+
+    def _is_true(self, value: Any, node: ast.expr, scope: Scope) -> bool:
+        if is_plain(value) or type(value) in (list, tuple, dict):
+            return bool(value)
+        if hasattr(type(value), "__bool__") or hasattr(type(value), "__len__"):
+            raise refused(node, scope)
+        return True
 
     def items(self, node: ast.expr, scope: Scope) -> Iterator[Any]:
         """Yield the items of an expression over which a loop runs."""
@@ -102,9 +138,24 @@ class Expressions(ABC):
             else:
                 yield self.value(one, scope)
 
-    def _made(self, made: list[Any]) -> list[Any]:
+    def _made(self, made: Any) -> Any:
         self._own[id(made)] = made
         return made
+
+    def computed(self, node: ast.expr, scope: Scope, made: ast.expr, **given: Any) -> Any:
+        """Compute an expression, see `at`, and remember tensors whose memory was made by it."""
+        result = at(node, scope, made, **given)
+        before = {storage_of(one) for _, one in tensors_in(given)}
+        owner: Any = getattr(given.get("f"), "__self__", None)
+        before |= {storage_of(owner)} if is_tensor(owner) else set()
+        for _, one in tensors_in(result):
+            if is_tensor(one) and (storage := storage_of(one)) not in before:
+                self._fresh[storage] = one
+        return result
+
+    def is_own(self, value: Any) -> bool:
+        """Return whether a list, a dict or the memory of a tensor was made here, so that the program does not have it."""
+        return id(value) in self._own or (is_tensor(value) and storage_of(value) in self._fresh)
 
     # Kinds of expressions.
 
@@ -112,35 +163,74 @@ class Expressions(ABC):
         """Return a number or a string."""
         return node.value
 
+    def visit_joinedstr(self, node: ast.JoinedStr, scope: Scope) -> str:
+        """Return a string with numbers and strings in it."""
+        parts = []
+        for one in node.values:
+            value = self.value(one.value if isinstance(one, ast.FormattedValue) else one, scope)
+            if type(value) not in (str, int, float, bool) or getattr(one, "format_spec", None) is not None:
+                raise refused(node, scope)
+            parts.append(repr(value) if getattr(one, "conversion", -1) == ord("r") else str(value))
+        return "".join(parts)
+
     def visit_name(self, node: ast.Name, scope: Scope) -> Any:
         """Return the value of a name."""
         if node.id not in scope.names:
             raise CannotRepeatError(f"`{node.id}` is gone")
-        return scope.names[node.id]
+        value = scope.names[node.id]
+        if isinstance(value, Unknown):
+            raise CannotRepeatError(value.reason)
+        return value
 
     def visit_attribute(self, node: ast.Attribute, scope: Scope) -> Any:
-        """Return an attribute."""
-        holder = self.value(node.value, scope)
-        if isinstance(holder, torch.autograd.function.FunctionCtx) or self._may_append(holder, node.attr):
-            return getattr(holder, node.attr)
-        if isinstance(holder, type) and issubclass(holder, torch.autograd.Function) and node.attr == "apply":
-            return Applied(holder)
+        """Return an attribute; of a property, what its source gives."""
+        if _is_super(node.value) and "__class__" in scope.names:
+            return self._of_base(node, scope)
         try:
-            return attribute(holder, node.attr)
+            return self._attribute(self.value(node.value, scope), node.attr)
         except (LookupError, AttributeError):
             raise refused(node, scope) from None
 
+    def _attribute(self, holder: Any, name: str) -> Any:
+        if (id(holder), name) in self._assigned:
+            return self._assigned[id(holder), name][1]
+        if isinstance(holder, torch.autograd.function.FunctionCtx) or self._may_append(holder, name):
+            return getattr(holder, name)
+        if isinstance(holder, type) and issubclass(holder, torch.autograd.Function) and name == "apply":
+            return Applied(holder)
+        getter = getter_of(holder, name)
+        return self.enter(getter, (holder,), {}) if getter is not None else attribute(holder, name)
+
+    def _of_base(self, node: ast.Attribute, scope: Scope) -> Any:
+        """Return a method of a base class, as of `super()`."""
+        holder, cls = scope.names.get("self"), scope.names["__class__"]
+        kinds = type(holder).__mro__
+        for one in kinds[kinds.index(cls) + 1 :] if cls in kinds else ():
+            if isinstance(found := one.__dict__.get(node.attr), types.FunctionType):
+                return types.MethodType(found, holder)
+        raise refused(node, scope)
+
+    def remember(self, holder: Any, name: str, value: Any) -> None:
+        """Have an attribute of an object of the user's a value here, without changing the object."""
+        self._assigned[id(holder), name] = holder, value
+
     def _may_append(self, holder: Any, name: str) -> bool:
-        return id(holder) in self._own and name in ("append", "extend")
+        return self.is_own(holder) and name in ("append", "extend", "update")
 
     def visit_boolop(self, node: ast.BoolOp, scope: Scope) -> Any:
         """Return what `and` or `or` gives."""
         result: Any = None
         for one in node.values:
-            result = self._plain(one, scope)
-            if bool(result) is isinstance(node.op, ast.Or):
+            result = self.value(one, scope)
+            if self._is_true(result, one, scope) is isinstance(node.op, ast.Or):
                 break
         return result
+
+    def visit_namedexpr(self, node: ast.NamedExpr, scope: Scope) -> Any:
+        """Assign a value, and return it."""
+        value = self.value(node.value, scope)
+        self.assign(node.target, value, scope)
+        return value
 
     def visit_ifexp(self, node: ast.IfExp, scope: Scope) -> Any:
         """Return the branch that is chosen."""
@@ -164,7 +254,7 @@ class Expressions(ABC):
         keys = [self._plain(key, scope) for key in node.keys if key is not None]
         if len(keys) < len(node.keys):
             raise refused(node, scope)
-        return dict(zip(keys, self._each(node.values, scope), strict=True))
+        return self._made(dict(zip(keys, self._each(node.values, scope), strict=True)))
 
     def visit_listcomp(self, node: ast.ListComp | ast.GeneratorExp, scope: Scope) -> Any:
         """Return a list."""
@@ -184,11 +274,15 @@ class Expressions(ABC):
     def visit_binop(self, node: ast.BinOp, scope: Scope) -> Any:
         """Return what an operator gives."""
         left, right = self._plain(node.left, scope), self._plain(node.right, scope)
-        return at(node, scope, ast.BinOp(_name("a", node.left), node.op, _name("b", node.right)), a=left, b=right)
+        return self.computed(
+            node, scope, ast.BinOp(_name("a", node.left), node.op, _name("b", node.right)), a=left, b=right
+        )
 
     def visit_unaryop(self, node: ast.UnaryOp, scope: Scope) -> Any:
         """Return what an operator gives."""
-        return at(node, scope, ast.UnaryOp(node.op, _name("a", node.operand)), a=self._plain(node.operand, scope))
+        return self.computed(
+            node, scope, ast.UnaryOp(node.op, _name("a", node.operand)), a=self._plain(node.operand, scope)
+        )
 
     def visit_compare(self, node: ast.Compare, scope: Scope) -> Any:
         """Return what a comparison gives."""
@@ -196,13 +290,22 @@ class Expressions(ABC):
         values = [(self.value if identity else self._plain)(one, scope) for one in (node.left, *node.comparators)]
         names: list[ast.expr] = [_name(f"v{place}", node.left) for place in range(len(values))]
         made = ast.Compare(names[0], node.ops, names[1:])
-        return at(node, scope, made, **{f"v{place}": value for place, value in enumerate(values)})
+        return self.computed(node, scope, made, **{f"v{place}": value for place, value in enumerate(values)})
 
     def visit_subscript(self, node: ast.Subscript, scope: Scope) -> Any:
         """Return an element."""
-        holder, index = self._plain(node.value, scope), self._plain(node.slice, scope)
+        holder, index = self.value(node.value, scope), self._plain(node.slice, scope)
+        if is_record(holder):
+            return item_of(holder, index)
+        if not is_plain(holder) and type(holder) not in (list, tuple, dict):
+            get = inspect.getattr_static(type(holder), "__getitem__", None)
+            if get is dict.__dict__["__getitem__"] and type(index) is str and dict.__contains__(holder, index):
+                return dict.__getitem__(holder, index)
+            if isinstance(get, types.FunctionType) and _is_users(get):
+                return self.enter(types.MethodType(get, holder), (index,), {})
+            raise refused(node.value, scope)
         made = ast.Subscript(_name("a", node.value), _name("b", node.slice), ast.Load())
-        return at(node, scope, made, a=holder, b=index)
+        return self.computed(node, scope, made, a=holder, b=index)
 
     # Calls.
 
@@ -221,6 +324,8 @@ class Expressions(ABC):
             kwargs.update(value if one.arg is None else {one.arg: value})
         function, more, keywords = without_partial(function)
         args, kwargs = (*more, *args), {**keywords, **kwargs}
+        if function in (getattr, hasattr) or (function is next and type(args[0]) is list):
+            return self._looked_up(function, args, node, scope)
         if isinstance(function, Applied):
             return self.apply(function.cls, args, kwargs)
         if _is_users(function):
@@ -233,8 +338,21 @@ class Expressions(ABC):
             [ast.Starred(_name("a", node), ast.Load())],
             [ast.keyword(None, _name("k", node))],
         )
-        result = at(node, scope, made, f=function, a=args, k=kwargs)
-        return self._made(result) if function is list else result
+        result = self.computed(node, scope, made, f=function, a=args, k=kwargs)
+        return self._made(result) if function in (list, dict) else result
+
+    def _looked_up(self, function: Any, args: tuple[Any, ...], node: ast.Call, scope: Scope) -> Any:
+        """Return what `getattr` and `hasattr` give, and `next` of a generator, which is a list here."""
+        holder, *rest = args
+        if function is next and (holder or rest):
+            return holder[0] if holder else rest[0]
+        try:
+            found = self._attribute(holder, rest[0]) if function is not next else None
+        except (LookupError, AttributeError):
+            if (function is hasattr or len(args) == 3) and is_missing(holder, rest[0]):
+                return False if function is hasattr else args[2]
+            raise refused(node, scope) from None
+        return True if function is hasattr else found
 
     def _check_call(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: ast.Call, scope: Scope
@@ -242,7 +360,10 @@ class Expressions(ABC):
         holder = getattr(function, "__self__", None)
         if isinstance(holder, torch.autograd.function.FunctionCtx) or id(holder) in self._own:
             return
-        if not (makes_context(function) or may_call(function, kwargs)):
+        changes = changed_in_place(function, args, kwargs)
+        if not (
+            makes_context(function) or may_call(function, kwargs) or (changes is not None and self.is_own(changes))
+        ):
             raise refused(node, scope)
         if not all(_may_be_given(function, one) for one in (*args, *kwargs.values())):
             raise refused(node, scope)
@@ -259,6 +380,10 @@ def at(node: ast.expr, scope: Scope, made: ast.expr, **given: Any) -> Any:
 
 def _name(name: str, node: ast.expr) -> ast.Name:
     return ast.copy_location(ast.Name(name, ast.Load()), node)
+
+
+def _is_super(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args
 
 
 def _is_users(function: Any) -> bool:

@@ -141,7 +141,11 @@ class Inspector:
             every = self._capture.calls
             calls = [call for call in every if not call.backward]
             if every:
-                self._backward = backward_at(line_of(sys._getframe())[2], losses, _tensors(roots), calls or list(every))
+                frame = line_of(sys._getframe())[2]
+                for call in calls:
+                    if call.callers:
+                        call.leave(frame, self._capture.lasting)
+                self._backward = backward_at(frame, losses, _tensors(roots), calls or list(every))
             if not self._are_finite(losses):
                 self._in_trouble = True
                 self._watched(_tensors(roots))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import sys
 import warnings
 from contextlib import ExitStack, suppress
@@ -20,10 +21,11 @@ from torch import nn
 from gradwatch.forensics.capture import outputs_in
 from gradwatch.forensics.evaluate import Evaluator
 from gradwatch.forensics.frames import line_of
+from gradwatch.forensics.multiples import multiples_of
 from gradwatch.forensics.operands import is_nonfinite
-from gradwatch.forensics.pure import is_plain
-from gradwatch.forensics.same_graph import is_same_graph
-from gradwatch.forensics.source import Scope
+from gradwatch.forensics.outputs import detached
+from gradwatch.forensics.same_graph import is_same_graph, place_of
+from gradwatch.forensics.source import Scope, plain_function
 from gradwatch.forensics.standins import CannotRepeatError, eagerly, generators_kept
 from gradwatch.forensics.statements import (
     Backward,
@@ -42,12 +44,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from gradwatch.forensics.callers import Caller
     from gradwatch.forensics.marks import Mark
     from gradwatch.forensics.names import Names
+    from gradwatch.forensics.same_graph import Place
 
 _NO_CALL = "the call of the model is not found among the statements of the loss"
 _CALLERS = 8  # functions around the one that calls backward
-_MULTIPLES = frozenset(("MulBackward0", "DivBackward0", "ToCopyBackward0", "AliasBackward0"))
 _OUTPUT, _ROOT = "__gradwatch_output__", "__gradwatch_root__"
 
 
@@ -73,19 +76,42 @@ class LossAgain:
         Raises:
             CannotRepeatError: the source is not understood, or gives another loss or another graph.
         """
+        failures = []
+        if self._at.multiples and (callers := self._at.calls[0].callers):
+            try:
+                return self._of_ended(callers, backward)
+            except CannotRepeatError as error:
+                failures.append(error)
         frame = _frame_of(self._at.code)
         if frame is None:
-            raise CannotRepeatError("the function that called backward has ended")
+            raise CannotRepeatError("the function that called backward has ended") if not failures else failures[0]
         try:
             return self._from(frame, self._at.line, None, self._at.roots, backward)
         except CannotRepeatError as error:
-            failure = error
+            failures.append(error)
         if not backward:  # which is running now, so that callers of a function that calls backward still stand at it
             for outer in _callers_of(frame):
                 with suppress(CannotRepeatError):
                     for given, value in _losses_given(outer, self._at.roots):
                         return self._from(outer, outer.f_lineno, given, [value], backward)
-        raise failure
+        raise failures[0]
+
+    def _of_ended(self, callers: tuple[Caller, ...], backward: bool) -> tuple[Mark, ...]:  # noqa: FBT001
+        """Evaluate what functions have done that called the model, until one returned what the root is a multiple of."""
+        autocast, ends = self._at.calls[0].autocast, self._ends()
+
+        def chosen(found: Any, outputs: list[Tensor]) -> Tensor | None:
+            for _, one in outputs_in(found):
+                if one.numel() != 1 or not one.requires_grad:
+                    continue
+                for multiple in self._at.multiples:
+                    value, root = multiple.root_of(one), self._at.loss
+                    is_loss = value is None or root is None or _is_same(value, root)
+                    if is_loss and is_same_graph([multiple.place], [place_of(one)], ends, [*map(place_of, outputs)]):
+                        return one
+            return None
+
+        return self._marks(partial(_resumed, self._model, callers, autocast), chosen, backward)
 
     def _from(
         self,
@@ -105,7 +131,7 @@ class LossAgain:
                 continue
             try:
                 compute = partial(_evaluated, self._model, Scope.of_frame(frame), source)
-                return self._marks(compute, losses, backward)
+                return self._marks(compute, partial(self._same, losses), backward)
             except _NotCalledError as error:
                 failure = error
         raise failure
@@ -124,15 +150,37 @@ class LossAgain:
             raise CannotRepeatError("the model and the backward are not called in one function")
         source = statements_of(call.file, call.line, self._at.line)
         names = {**frame.f_globals, **frame.f_locals}
-        return self._marks(lambda outputs: _run(self._code(names, source, call.file), names, outputs[0]), [], backward)
+        code = self._code(names, source, call.file)
+        return self._marks(lambda outputs: _run(code, names, outputs[0]), partial(self._same, []), backward)
+
+    def _same(self, losses: list[Tensor], root: Any, outputs: list[Tensor]) -> Tensor:
+        """Return the root if it is the loss."""
+        if not isinstance(root, torch.Tensor) or root.numel() != 1:
+            raise CannotRepeatError("what is computed again is no loss")
+        value = float(losses[0].item()) if len(losses) == 1 and losses[0].numel() == 1 else self._at.loss
+        if value is not None and not _is_same(float(root.item()), value):
+            raise CannotRepeatError("the statements of the loss give another loss when they are computed again")
+        before, after = [*map(place_of, losses)], [*map(place_of, outputs)]
+        if losses and not is_same_graph(before, [place_of(root)], self._ends(), after):
+            raise CannotRepeatError("the source of the loss gives another graph when it is evaluated")
+        return root
+
+    def _ends(self) -> list[Place]:
+        """Return where the graph of the loss meets that of the model, also for an output that was multiplied in place since."""
+        return [
+            next((part.place for part in multiples_of(one) if call.made(part.place[0]._sequence_nr())), place_of(one))
+            for call in self._at.calls
+            for one in call.outputs
+        ]
 
     def _marks(
         self,
-        compute: Callable[[list[Any]], Any],
-        losses: list[Tensor],
+        compute: Callable[[list[Any]], Iterator[Any]],
+        chosen: Callable[[Any, list[Tensor]], Tensor | None],
         backward: bool,  # noqa: FBT001
     ) -> tuple[Mark, ...]:
-        given = [_detached(call.output) for call in self._at.calls]
+        """Compute values, each from the ones before, until one of them is the loss."""
+        given = [detached(call.output) for call in self._at.calls]
         outputs = [one for output in given for _, one in outputs_in(output)]
         self._names.add_outputs(outputs)
         trace = Trace(self._names, LossAgain._marks.__code__, batch=self._batch, alone=True, random=False)
@@ -141,21 +189,19 @@ class LossAgain:
             stack.enter_context(eagerly())
             stack.enter_context(warnings.catch_warnings(action="ignore"))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(trace)
-            root = compute(given)
-            if not isinstance(root, torch.Tensor) or root.numel() != 1:
-                raise CannotRepeatError("what is computed again is no loss")
+            values, root = compute(given), None
+            while root is None:
+                with trace:
+                    found = next(values, values)
+                if found is values:
+                    raise CannotRepeatError("the functions that called the model give another loss")
+                root = chosen(found, outputs)
             inputs = [one for one in outputs if one.requires_grad]
             if backward and inputs:
                 run = torch.autograd.graph._engine_run_backward
                 options: dict[str, Any] = {"inputs": tuple(inputs), "allow_unreachable": True, "accumulate_grad": True}
-                run((root,), (torch.ones_like(root),), True, False, **options)  # noqa: FBT003  in the order of the engine
-        value = float(losses[0].item()) if len(losses) == 1 and losses[0].numel() == 1 else self._at.loss
-        if value is not None and not _is_same(float(root.item()), value):
-            raise CannotRepeatError("the statements of the loss give another loss when they are computed again")
-        ends = [one for call in self._at.calls for one in call.outputs]
-        if losses and not is_same_graph(losses, [root], ends, outputs):
-            raise CannotRepeatError("the source of the loss gives another graph when it is evaluated")
+                with trace:
+                    run((root,), (torch.ones_like(root),), True, False, **options)  # noqa: FBT003  in the order of the engine
         if trace.failed is not None:
             raise trace.failed
         if not backward:
@@ -177,28 +223,83 @@ class _NotCalledError(CannotRepeatError):
     """Raised if statements do not call the model as often as it was called."""
 
 
-def _evaluated(model: nn.Module, scope: Scope, source: Statements, outputs: list[Any]) -> Any:
-    left = list(outputs)
+class _Outputs:
+    """Stands for the calls of a model, each of which gives its output once."""
 
-    def called(function: Any) -> Any:
-        if not isinstance(function, nn.Module) or unwrapped(function) is not model:
+    def __init__(self, model: nn.Module, outputs: list[Any]) -> None:
+        self._model = model
+        self.left = list(outputs)
+
+    def __call__(self, function: Any) -> Any:
+        if not isinstance(function, nn.Module) or unwrapped(function) is not self._model:
             return NotImplemented
-        if not left:
+        if not self.left:
             raise CannotRepeatError("the statements of the loss call the model more often than the program has")
-        return left.pop(0)
+        return self.left.pop(0)
 
+
+def _evaluated(model: nn.Module, scope: Scope, source: Statements, outputs: list[Any]) -> Iterator[Any]:
+    called = _Outputs(model, outputs)
     evaluator = Evaluator(called)
     evaluator.run(source.before, scope)
     root = evaluator.value(source.root, scope)
-    if left:
+    if called.left:
         raise _NotCalledError(_NO_CALL)
-    return root
+    yield root
 
 
-def _run(code: CodeType, names: dict[str, Any], output: Any) -> Any:
+def _resumed(model: nn.Module, callers: tuple[Caller, ...], autocast: Any, outputs: list[Any]) -> Iterator[Any]:
+    """Yield what each of the functions returns that called the model, the innermost first."""
+    called = _Outputs(model, outputs)
+    with ExitStack() as around:
+        if autocast is not None:
+            on, dtype, cache = autocast
+            around.enter_context(torch.autocast("cpu", dtype=dtype, enabled=on, cache_enabled=cache))
+        value, inner = None, None
+        for caller in callers:
+            once = _Once(inner, value, called)
+            value = Evaluator(once, around).resume(caller.code, caller.line, caller.scope())
+            if not once.used:
+                raise CannotRepeatError(_NO_CALL)
+            if not called.left:
+                yield value
+            inner = caller.code
+
+
+class _Once:
+    """Stands for the call of a function that has returned a value, or for the first of the model, and for later ones of it."""
+
+    def __init__(self, code: CodeType | None, value: Any, called: _Outputs) -> None:
+        self._code = code
+        self._value = value
+        self._called = called
+        self.used = False
+
+    def __call__(self, function: Any) -> Any:
+        if self._code is not None and not self.used and _runs(function, self._code):
+            self.used = True
+            return self._value
+        given = self._called(function)
+        self.used = self.used or (self._code is None and given is not NotImplemented)
+        return given
+
+
+def _runs(function: Any, code: CodeType) -> bool:
+    """Return whether calling a function runs code, itself or as what it wraps."""
+    if isinstance(function, nn.Module):
+        function = inspect.getattr_static(function, "forward", None)
+    while function is not None:
+        function = plain_function(function)
+        if getattr(function, "__code__", None) is code:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _run(code: CodeType, names: dict[str, Any], output: Any) -> Iterator[Any]:
     names[_OUTPUT] = lambda: output
     exec(code, names)  # noqa: S102  the user has asked for it
-    return names[_ROOT]
+    yield names[_ROOT]
 
 
 def _is_same(one: float, other: float) -> bool:
@@ -231,33 +332,13 @@ def _losses_given(frame: FrameType, roots: list[Tensor]) -> Iterator[tuple[ast.e
             value = Evaluator(lambda _: NotImplemented).value(given, Scope.of_frame(frame))
         except CannotRepeatError:
             continue
-        if isinstance(value, torch.Tensor) and len(roots) == 1 and _is_multiple(roots[0], value):
+        if (
+            isinstance(value, torch.Tensor)
+            and len(roots) == 1
+            and value.grad_fn is not None
+            and any(one.place[0] is value.grad_fn for one in multiples_of(roots[0]))
+        ):
             yield given, value
-
-
-def _is_multiple(tensor: Tensor, of: Tensor) -> bool:
-    """Return whether a tensor is another one, multiplied or divided by what needs no gradient."""
-    node, left = tensor.grad_fn, _CALLERS
-    while node is not None and of.grad_fn is not None and left:
-        if node is of.grad_fn:
-            return True
-        ahead = [one for one, _ in node.next_functions if one is not None]
-        node = ahead[0] if len(ahead) == 1 and node.name() in _MULTIPLES else None
-        left -= 1
-    return False
-
-
-def _detached(output: Any) -> Any:
-    """Return the output of a model, apart from its graph, whose own saved tensors are still needed."""
-    if isinstance(output, torch.Tensor):
-        return output.detach().clone().requires_grad_(output.requires_grad)
-    if type(output) in (list, tuple):
-        return type(output)(_detached(one) for one in output)
-    if type(output) is dict:
-        return {key: _detached(one) for key, one in output.items()}
-    if is_plain(output):
-        return output
-    raise CannotRepeatError("the output of the model is no tensor, list, tuple or dict")
 
 
 class _Swap(ast.NodeTransformer):

@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import types
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,13 @@ _FORBIDDEN = frozenset(
     (
         *("backward", "retain_grad", "set", "apply", "map"),
         *("share_memory", "numpy", "data_ptr", "untyped_storage", "storage", "grad", "map2"),
+    )
+)
+_IN_PLACE = frozenset(
+    (
+        *("abs_", "add_", "clamp_", "clamp_max_", "clamp_min_", "copy_", "div_", "exp_", "fill_", "index_add_"),
+        *("index_copy_", "index_fill_", "log_", "masked_fill_", "mul_", "nan_to_num_", "neg_", "pow_", "relu_"),
+        *("scatter_", "scatter_add_", "sqrt_", "sub_", "tril_", "triu_", "zero_"),
     )
 )
 _ATTRIBUTES = frozenset(
@@ -64,6 +72,9 @@ _MODULES = (
     "torch.nn.modules.pooling",
     "torch.nn.modules.padding",
 )
+_MADE = frozenset(
+    ("torch.nn.modules.loss", "torch.nn.modules.activation", "torch.nn.modules.distance")
+)  # may be made anew
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LISTS = frozenset(("parameters", "named_parameters", "buffers", "named_buffers"))  # of a module
 _MISSING = object()
@@ -98,7 +109,7 @@ def makes_context(function: Any) -> bool:
 def may_call(function: Any, keywords: dict[str, Any]) -> bool:
     """Return whether calling a function changes nothing, as its arguments are plain."""
     if isinstance(function, type):
-        return function in _BUILTINS or function in _TYPES
+        return function in _BUILTINS or function in _TYPES or function.__module__ in _MADE
     if isinstance(function, nn.Module):
         return _is_stateless(function)
     name, owner = str(getattr(function, "__name__", "_")), getattr(function, "__self__", None)
@@ -107,6 +118,15 @@ def may_call(function: Any, keywords: dict[str, Any]) -> bool:
     if is_tensor(owner):
         return name not in _FORBIDDEN and not name.startswith("register")
     return _is_function(function, name, owner)
+
+
+def changed_in_place(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Return the tensor that a function of torch only changes in place; None if there is none or it may do more."""
+    name, owner = str(getattr(function, "__name__", "_")), getattr(function, "__self__", None)
+    if is_tensor(owner):
+        return owner if name in _IN_PLACE else None
+    known = getattr(F, name, _MISSING) is function and keywords.get("inplace") and keywords.get("out") is None
+    return args[0] if known and args and is_tensor(args[0]) else None
 
 
 def _is_function(function: Any, name: str, owner: Any) -> bool:
@@ -154,9 +174,18 @@ def attribute(value: Any, name: str) -> Any:
         for held in (value._parameters, value._buffers, value._modules):
             if name in held:
                 return held[name]
-        if name in _LISTS and type(value).__dict__.get(name) is None:
-            return getattr(value, name)
-    return _static(value, name)
+        return getattr(value, name) if _lists(value, name) else _static(value, name)
+    has_items = isinstance(value, dict) and _is_of(type(value), "__getattr__", "lightning")  # as its hparams
+    return dict.__getitem__(value, name) if has_items else _static(value, name)
+
+
+def _is_of(kind: type, method: str, library: str) -> bool:
+    """Return whether a library has written a method of a class."""
+    return str(getattr(getattr(kind, method, None), "__module__", "")).startswith(library)
+
+
+def _lists(module: nn.Module, name: str) -> bool:
+    return name in _LISTS and type(module).__dict__.get(name) is None
 
 
 def _of_torch(module: types.ModuleType, name: str) -> Any:
@@ -182,6 +211,42 @@ def _static(value: Any, name: str) -> Any:
     if hasattr(type(found), "__get__") and not own and not isinstance(found, types.FunctionType):
         raise LookupError(name)  # a property or another descriptor
     return found
+
+
+def getter_of(value: Any, name: str) -> types.FunctionType | None:
+    """Return the function that computes a property of an object, other than one of torch's; None if it is none."""
+    found = inspect.getattr_static(value, name, None)
+    getter = found.fget if type(found) is property else None
+    is_torchs = str(getattr(getter, "__module__", "torch")).partition(".")[0] == "torch"
+    return getter if isinstance(getter, types.FunctionType) and not is_torchs else None
+
+
+def is_missing(value: Any, name: str) -> bool:
+    """Return whether an object has no attribute of this name, for certain."""
+    kind: Any = type(value)
+    if kind.__getattribute__ is not object.__getattribute__:
+        return False
+    if isinstance(value, nn.Module):
+        held = any(name in one for one in (value._parameters, value._buffers, value._modules))
+        own = held or kind.__getattr__ is not nn.Module.__getattr__
+    else:
+        own = hasattr(kind, "__getattr__")
+    return not own and inspect.getattr_static(value, name, _MISSING) is _MISSING
+
+
+def is_record(value: Any) -> bool:
+    """Return whether a value is a named tuple, or a dict of transformers, whose items can be had without code of the user's."""
+    kind = type(value)
+    if isinstance(value, tuple):
+        return hasattr(kind, "_fields") and kind.__getitem__ is tuple.__getitem__ and kind.__iter__ is tuple.__iter__
+    return isinstance(value, OrderedDict) and _is_of(kind, "__getitem__", "transformers")
+
+
+def item_of(record: Any, index: Any) -> Any:
+    """Return an item of a record; those of a dict of transformers have a key and a number."""
+    if isinstance(record, tuple):
+        return tuple.__getitem__(record, index)
+    return OrderedDict.__getitem__(record, index) if type(index) is str else tuple(OrderedDict.values(record))[index]
 
 
 def without_partial(function: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

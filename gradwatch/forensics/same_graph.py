@@ -14,21 +14,23 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    Place = tuple[Any, int]  # a node, and which of its outputs
+
 _MOST = 4096  # nodes
 
 
 def is_same_graph(
-    roots: Sequence[Tensor], others: Sequence[Tensor], ends: Sequence[Tensor], other_ends: Sequence[Tensor]
+    roots: Sequence[Place], others: Sequence[Place], ends: Sequence[Place], other_ends: Sequence[Place]
 ) -> bool:
-    """Return whether the graphs of two lists of roots are the same down to two lists of tensors, which stand for each other.
+    """Return whether the graphs of two lists of places are the same down to two lists of others, which stand for each other.
 
     Of a graph that was freed by its backward, only nodes and places are compared.
     """
-    places = {_place_of(one): number for number, one in enumerate(ends) if one.requires_grad}
-    other_places = {_place_of(one): number for number, one in enumerate(other_ends) if one.requires_grad}
+    places = {one: number for number, one in enumerate(ends) if one[0] is not None}
+    other_places = {one: number for number, one in enumerate(other_ends) if one[0] is not None}
     if len(roots) != len(others) or len(ends) != len(other_ends):
         return False
-    ahead = [(_place_of(one), _place_of(other)) for one, other in zip(roots, others, strict=True)]
+    ahead = list(zip(roots, others, strict=True))
     seen = set(ahead)
     while ahead:
         here, there = ahead.pop()
@@ -45,7 +47,7 @@ def is_same_graph(
     return True
 
 
-def _place_of(tensor: Tensor) -> tuple[Any, int]:
+def place_of(tensor: Tensor) -> Place:
     """Return the node that has made a tensor, and which of its outputs it is; a leaf has a node that accumulates."""
     if not tensor.requires_grad:
         return None, 0

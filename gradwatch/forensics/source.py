@@ -49,9 +49,8 @@ def plain_function(function: Any) -> Any:
     return function.__func__ if isinstance(function, types.MethodType) else function
 
 
-def definition_of(function: types.FunctionType) -> ast.FunctionDef | ast.Lambda | None:
+def definition_of(code: types.CodeType) -> ast.FunctionDef | ast.Lambda | None:
     """Return the definition of a function; None if it is not found, is not known for certain, or is a generator."""
-    code = function.__code__
     tree = tree_of(code.co_filename) if not code.co_flags & _REFUSED else None
     found: list[ast.FunctionDef | ast.Lambda] = []
     for node in ast.walk(tree) if tree is not None else ():

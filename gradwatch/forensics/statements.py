@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING, NamedTuple
 
+from gradwatch.forensics.multiples import multiples_of
 from gradwatch.forensics.source import tree_of
 from gradwatch.forensics.standins import CannotRepeatError
 
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradwatch.forensics.capture import Call
+    from gradwatch.forensics.multiples import Multiple
 
 _FURTHEST = 24  # statements
+_CHANGES = ("append", "extend", "update")  # methods of containers
 _LOOPS = (ast.For, ast.While, ast.AsyncFor, ast.Try, ast.FunctionDef, ast.ClassDef)
 
 
@@ -29,6 +32,7 @@ class Backward(NamedTuple):
         loss: value of the loss; None if it is not known.
         roots: tensors from which it starts.
         calls: forwards to which it belongs.
+        multiples: the root and what it is a multiple of, if a function has ended that called the model.
     """
 
     code: CodeType
@@ -36,6 +40,7 @@ class Backward(NamedTuple):
     loss: float | None
     roots: list[Tensor]
     calls: list[Call]
+    multiples: tuple[Multiple, ...] = ()
 
 
 class Statements(NamedTuple):
@@ -180,9 +185,7 @@ def _slice(statements: list[ast.stmt], root: ast.expr) -> list[ast.stmt]:
         if isinstance(one, ast.Expr):  # such as losses.append(loss)
             value = one.value
             if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
-                stored = (
-                    _names(value.func.value, ast.Load) if value.func.attr in ("append", "extend", "update") else set()
-                )
+                stored = _names(value.func.value, ast.Load) if value.func.attr in _CHANGES else set()
         if isinstance(one, (ast.Assign, ast.AugAssign)):
             targets = one.targets if isinstance(one, ast.Assign) else [one.target]
             stored |= {
@@ -205,6 +208,26 @@ def _names(node: ast.AST, kind: type[ast.expr_context]) -> set[str]:
     return {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, kind)} - own
 
 
+def changed_by(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement may change: those it assigns to, and those of which it changes what they hold."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {statement.name}
+    changed = _names(statement, ast.Store)
+    for one in ast.walk(statement):
+        if isinstance(one, ast.alias):
+            changed.add((one.asname or one.name).partition(".")[0])
+        if isinstance(one, ast.Subscript) and isinstance(one.ctx, ast.Store):
+            changed |= _names(one, ast.Load)
+        if isinstance(one, ast.Call):
+            name = one.func.attr if isinstance(one.func, ast.Attribute) else getattr(one.func, "id", "")
+            in_place = {keyword.arg for keyword in one.keywords} & {"inplace", "out"}
+            if in_place or (name.endswith("_") and not name.endswith("__")):
+                changed |= _names(one, ast.Load)
+            elif name in _CHANGES and isinstance(one.func, ast.Attribute):
+                changed |= _names(one.func.value, ast.Load)
+    return changed
+
+
 def check_names(body: list[ast.stmt]) -> None:
     """Refuse statements that read a name which they change later: it has changed already."""
     stored = set().union(*(_names(one, ast.Store) for one in body))
@@ -223,4 +246,5 @@ def backward_at(frame: FrameType | None, losses: list[Any], roots: list[Tensor],
     if frame is None:
         return None
     value = losses[0] if len(losses) == 1 and isinstance(losses[0], float) else None
-    return Backward(frame.f_code, frame.f_lineno, value, roots, calls)
+    multiples = tuple(multiples_of(roots[0])) if calls[0].callers and len(roots) == 1 else ()
+    return Backward(frame.f_code, frame.f_lineno, value, roots, calls, multiples)
