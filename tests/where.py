@@ -42,6 +42,8 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
             "test_forensic_advice",
             "test_armed_steps",
             "test_loss_source",
+            "test_loss_elsewhere",
+            "test_parts_of_models",
         ),
         "one contract: what is found in programs that fail",
     ),

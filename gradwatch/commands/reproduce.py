@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     with RunLog(options.run_log) as log:
         path, step = _kept(log.folder, options.step)
         found = [str(one.origin) for one in log.incidents if one.origin is not None and one.origin.step == step]
-    for line in lines_of(path, step, found):
+    for line in lines_of(path, step, found, _part_in(path)):
         console.print(Line(line), soft_wrap=True)
     return 0
 
@@ -57,8 +57,16 @@ def _kept(folder: Path, step: int | None) -> tuple[Path, int]:
     return folder / f"batch-{step}.pt", step
 
 
-def lines_of(path: Path, step: int, found: list[str]) -> list[str]:
+def _part_in(path: Path) -> str:
+    """Return the path of the part of the model that was called; empty if it was the model."""
+    import torch
+
+    return str(torch.load(path, weights_only=True).get("module", ""))
+
+
+def lines_of(path: Path, step: int, found: list[str], part: str = "") -> list[str]:
     """Return the lines of the program."""
+    called = f"model.get_submodule({part!r})" if part else "model"
     return [
         f"# step {step}" + "".join(f": {one}" for one in found[:1]),
         "import torch",
@@ -67,7 +75,7 @@ def lines_of(path: Path, step: int, found: list[str]) -> list[str]:
         f"model = ...  # build it, and load the weights of step {step}",
         "with gradwatch.find_nonfinite(model):",
         '    torch.set_rng_state(kept["generator"])',
-        '    out = model(*kept["args"], **kept["kwargs"])',
+        f'    out = {called}(*kept["args"], **kept["kwargs"])',
         "    loss = ...  # of out, as in the training",
         "    loss.backward()",
     ]

@@ -58,18 +58,25 @@ class ArmedSteps:
         """Whether an operation is watched now."""
         return self._trace is not None
 
-    def forward_begins(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Begin to watch, if a step is to be watched and nobody else watches operations."""
+    def forward_begins(self, model: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Begin to watch, if a step is to be watched and nobody else watches operations.
+
+        Args:
+            model: the model.
+            module: what is called: the model, or a part of it.
+            args: its arguments.
+            kwargs: its arguments by name.
+        """
         if not self.steps:
             return
         self._forwards += 1
         if self._forwards > _FORWARDS:
             self.disarm()
         elif self._trace is not None:
-            self._trace.names.add_inputs(unwrapped(model), args, kwargs)
+            self._trace.names.add_inputs(unwrapped(module), args, kwargs)
         elif not dispatch._get_current_dispatch_mode_stack():
             names = Names(model)
-            names.add_inputs(unwrapped(model), args, kwargs)
+            names.add_inputs(unwrapped(module), args, kwargs)
             self._trace = Trace(names, batch=batch_of(args, kwargs))
             self._stack.enter_context(eagerly())
             self._trace.__enter__()  # type: ignore[no-untyped-call]

@@ -35,9 +35,10 @@ _LARGEST = 16 * 2**20  # bytes of an output that is kept; a larger one is kept o
 
 
 class Call:
-    """One forward of a model.
+    """One forward of a model, or of a part of a model that is not called itself.
 
     Attributes:
+        module: what was called.
         args, kwargs: arguments.
         versions: numbers of in-place changes of the tensors among the positional arguments.
         generator: state of the CPU's generator before the forward.
@@ -63,12 +64,14 @@ class Call:
         "kwargs",
         "last",
         "line",
+        "module",
         "started",
         "versions",
     )
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.started = perf_counter()
+        self.module = module
         self.args = args
         self.kwargs = kwargs
         self.versions = [one._version for one in args if type(one) is torch.Tensor and not one.is_inference()]
@@ -176,7 +179,7 @@ class Capture:
 
     Args:
         model: the model as it is called: what DistributedDataParallel wraps, but with the wrapper of `torch.compile`.
-        begun: called with the arguments of each forward, when it was captured.
+        begun: called with the module and the arguments of each forward, when it was captured.
         failed: called with an error of the capture itself.
         own_time: counter of the time that watching takes.
 
@@ -188,7 +191,7 @@ class Capture:
     def __init__(
         self,
         model: nn.Module,
-        begun: Callable[[Any, Any], None],
+        begun: Callable[[nn.Module, Any, Any], None],
         failed: Callable[[Exception], None],
         own_time: OwnTime,
     ) -> None:
@@ -200,16 +203,37 @@ class Capture:
         self.calls: list[Call] = []
         self.lasting = Lasting()
         self.on = True
+        self._by_parts: bool | None = None  # whether parts of the model are called instead; None if that is not known
+        self._open: nn.Module | None = None  # what is being called
 
     def start(self) -> None:
         """Register the two hooks."""
         model = self._model()
         if model is None or self._handles:
             return
-        self._handles = [
-            model.register_forward_pre_hook(_Hook(model, self._begins), prepend=True, with_kwargs=True),
-            model.register_forward_hook(_Hook(model, self._ends), with_kwargs=True),
+        self._watch(model)
+        if self._by_parts or hasattr(type(model), "training_step"):  # as of Lightning, which calls that
+            self._watch_parts(model)
+
+    def backward_begins(self) -> None:
+        """Capture the calls of the parts of a model from now on, if a backward has come without a call of the model."""
+        model = self._model()
+        if self._by_parts is None and self._handles and model is not None:
+            self._by_parts = True
+            self._watch_parts(model)
+
+    def _watch(self, module: nn.Module) -> None:
+        self._handles += [
+            module.register_forward_pre_hook(_Hook(module, self._begins), prepend=True, with_kwargs=True),
+            module.register_forward_hook(_Hook(module, self._ends), with_kwargs=True),
         ]
+
+    def _watch_parts(self, module: nn.Module) -> None:
+        for one in module.children() if not hasattr(module, "_orig_mod") else ():
+            if isinstance(one, (nn.ModuleList, nn.ModuleDict)):
+                self._watch_parts(one)
+            elif next(one.parameters(), None) is not None:
+                self._watch(one)
 
     def stop(self) -> None:
         """Remove the hooks and drop everything."""
@@ -226,27 +250,36 @@ class Capture:
     def forget(self) -> None:
         """Drop the forwards of a step that is over."""
         self.calls.clear()
+        self._open = None
 
     def pause(self, *, on: bool) -> None:
         """Capture nothing while a forward is repeated."""
         self.on = on
 
-    def _begins(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+    def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is self._model():
+            self._by_parts = self._by_parts or False
+        elif self._open is not None:  # inside of another call
+            return
         if not self.on:
             return
+        self._open = module
         try:
             if len(self.calls) >= _MOST:
                 del self.calls[0]
-            call = Call(args, kwargs)
+            call = Call(module, args, kwargs)
             call.called_from(3, self.lasting)
             self.calls.append(call)
-            self._begun(args, kwargs)
+            self._begun(module, args, kwargs)
             self._own_time.seconds += perf_counter() - call.started
         except Exception as error:  # without it, less is known
             self.calls.clear()
             self._failed(error)
 
-    def _ends(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
+    def _ends(self, module: nn.Module, _: Any, __: Any, output: Any) -> None:
+        if module is not self._open:
+            return
+        self._open = None
         if self.on and self.calls:
             started = perf_counter()
             try:

@@ -121,7 +121,7 @@ class Expressions(ABC):
     def items(self, node: ast.expr, scope: Scope) -> Iterator[Any]:
         """Yield the items of an expression over which a loop runs."""
         value = self.value(node, scope)
-        if not is_plain(value) and not isinstance(value, (*_VIEWS, list, tuple)):
+        if not is_plain(value) and not isinstance(value, (*_VIEWS, list, tuple)) and not is_record(value):
             raise refused(node, scope)
         yield from value
 

@@ -129,10 +129,10 @@ class Inspector:
 
     # What happens in a step.
 
-    def _forward_begins(self, args: Any, kwargs: Any) -> None:
+    def _forward_begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         model = self._model()
         if model is not None:
-            self._armed.forward_begins(model, args, kwargs)
+            self._armed.forward_begins(model, module, args, kwargs)
             self.watching = self._armed.on
 
     def backward_begins(self, roots: Any, losses: list[Any]) -> None:
@@ -146,6 +146,8 @@ class Inspector:
                     if call.callers:
                         call.leave(frame, self._capture.lasting)
                 self._backward = backward_at(frame, losses, _tensors(roots), calls or list(every))
+            else:
+                self._capture.backward_begins()
             if not self._are_finite(losses):
                 self._in_trouble = True
                 self._watched(_tensors(roots))
@@ -302,7 +304,7 @@ class Inspector:
             origin = origin.at(self._step, perf_counter() - started)
             self._tell(origin)
             if self._folder is not None and inquiry.guilty is not None:
-                keep(self._folder, inquiry.guilty, origin)
+                keep(self._folder, model, inquiry.guilty, origin)
         except NothingFound as reason:
             self._reason = (
                 f"which operation made step {self._step} non-finite is not known: {reason}; "

@@ -198,7 +198,7 @@ class Investigation:
         """
         for call in self._calls:
             names = {
-                name: one for name, one in inputs_of(unwrapped(self._model), call.args, call.kwargs) if has_nan(one)
+                name: one for name, one in inputs_of(unwrapped(call.module), call.args, call.kwargs) if has_nan(one)
             }
             found = self._repeat(call)
             # weights of later steps may be damaged by this one, so that only an input that holds NaN is still known
@@ -257,7 +257,7 @@ class Investigation:
         """
         if self._backward is None or not all(call.outputs for call in self._backward.calls):
             return None
-        again = LossAgain(self._model, self._backward, self._names(), self._batch)
+        again = LossAgain(self._backward, self._names(), self._batch)
         marks: tuple[Mark, ...] = ()
         way: Way = "source"
         try:
@@ -292,7 +292,7 @@ class Investigation:
     def _names(self) -> Names:
         names = Names(self._model)
         for call in self._calls:
-            names.add_inputs(unwrapped(self._model), call.args, call.kwargs)
+            names.add_inputs(unwrapped(call.module), call.args, call.kwargs)
         if self._given is not None:
             names.add_named(tensors_in(self._given))
         return names

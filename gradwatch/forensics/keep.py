@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gradwatch.measure.wrappers import unwrapped
+
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import nn
 
     from gradwatch.forensics.capture import Call
     from gradwatch.records import Origin
@@ -17,11 +21,13 @@ if TYPE_CHECKING:
 _PLAIN = (int, float, bool, str, type(None))
 
 
-def keep(folder: Path, call: Call, origin: Origin) -> Path:
-    """Write the inputs of a forward, the state of the generator and the origin, and return the path of the file."""
+def keep(folder: Path, model: nn.Module, call: Call, origin: Origin) -> Path:
+    """Write what a forward was of, its inputs, the state of the generator and the origin, and return the path of the file."""
     path = folder / f"batch-{max(origin.step, 0)}.pt"
+    module = unwrapped(call.module)
     torch.save(
         {
+            "module": next((name for name, one in unwrapped(model).named_modules() if one is module), ""),
             "args": _plain(list(call.args)),
             "kwargs": _plain(dict(call.kwargs)),
             "generator": call.generator,

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradwatch.forensics.callers import Caller
+    from gradwatch.forensics.capture import Call
     from gradwatch.forensics.marks import Mark
     from gradwatch.forensics.names import Names
     from gradwatch.forensics.same_graph import Place
@@ -58,14 +59,12 @@ class LossAgain:
     """The loss of some forwards, to be computed again.
 
     Args:
-        model: the model.
         at: where backward was called, and the forwards.
         names: names of tensors.
         batch: number of rows.
     """
 
-    def __init__(self, model: nn.Module, at: Backward, names: Names, batch: int) -> None:
-        self._model = unwrapped(model)
+    def __init__(self, at: Backward, names: Names, batch: int) -> None:
         self._at = at
         self._names = names
         self._batch = batch
@@ -111,7 +110,7 @@ class LossAgain:
                         return one
             return None
 
-        return self._marks(partial(_resumed, self._model, callers, autocast), chosen, backward)
+        return self._marks(partial(_resumed, self._at.calls, callers, autocast), chosen, backward)
 
     def _from(
         self,
@@ -130,7 +129,7 @@ class LossAgain:
                 failure = error
                 continue
             try:
-                compute = partial(_evaluated, self._model, Scope.of_frame(frame), source)
+                compute = partial(_evaluated, self._at.calls, Scope.of_frame(frame), source)
                 return self._marks(compute, partial(self._same, losses), backward)
             except _NotCalledError as error:
                 failure = error
@@ -212,7 +211,7 @@ class LossAgain:
         """Return the statements with the output in place of the call of the model."""
         source = copy.deepcopy(source)
         assign = ast.Assign([ast.Name(_ROOT, ast.Store())], source.root)
-        swap = _Swap(self._model, names)
+        swap = _Swap(unwrapped(self._at.calls[0].module), names)
         body = [swap.visit(one) for one in [*source.before, ast.copy_location(assign, source.last)]]
         if swap.count != 1:
             raise CannotRepeatError(_NO_CALL)
@@ -224,22 +223,25 @@ class _NotCalledError(CannotRepeatError):
 
 
 class _Outputs:
-    """Stands for the calls of a model, each of which gives its output once."""
+    """Stands for the calls of a model, or of its parts, each of which gives its output once."""
 
-    def __init__(self, model: nn.Module, outputs: list[Any]) -> None:
-        self._model = model
-        self.left = list(outputs)
+    def __init__(self, calls: list[Call], outputs: list[Any]) -> None:
+        modules = [unwrapped(one.module) for one in calls]
+        self._modules = {id(one) for one in modules}
+        self.left = list(zip(modules, outputs, strict=True))
 
     def __call__(self, function: Any) -> Any:
-        if not isinstance(function, nn.Module) or unwrapped(function) is not self._model:
+        module = unwrapped(function) if isinstance(function, nn.Module) else None
+        if module is None or id(module) not in self._modules:
             return NotImplemented
-        if not self.left:
+        place = next((number for number, (one, _) in enumerate(self.left) if one is module), None)
+        if place is None:
             raise CannotRepeatError("the statements of the loss call the model more often than the program has")
-        return self.left.pop(0)
+        return self.left.pop(place)[1]
 
 
-def _evaluated(model: nn.Module, scope: Scope, source: Statements, outputs: list[Any]) -> Iterator[Any]:
-    called = _Outputs(model, outputs)
+def _evaluated(calls: list[Call], scope: Scope, source: Statements, outputs: list[Any]) -> Iterator[Any]:
+    called = _Outputs(calls, outputs)
     evaluator = Evaluator(called)
     evaluator.run(source.before, scope)
     root = evaluator.value(source.root, scope)
@@ -248,9 +250,9 @@ def _evaluated(model: nn.Module, scope: Scope, source: Statements, outputs: list
     yield root
 
 
-def _resumed(model: nn.Module, callers: tuple[Caller, ...], autocast: Any, outputs: list[Any]) -> Iterator[Any]:
+def _resumed(calls: list[Call], callers: tuple[Caller, ...], autocast: Any, outputs: list[Any]) -> Iterator[Any]:
     """Yield what each of the functions returns that called the model, the innermost first."""
-    called = _Outputs(model, outputs)
+    called = _Outputs(calls, outputs)
     with ExitStack() as around:
         if autocast is not None:
             on, dtype, cache = autocast

@@ -235,8 +235,10 @@ def is_missing(value: Any, name: str) -> bool:
 
 
 def is_record(value: Any) -> bool:
-    """Return whether a value is a named tuple, or a dict of transformers, whose items can be had without code of the user's."""
+    """Return whether a value has items without code of the user's: a list of modules, a named tuple, a dict of transformers."""
     kind = type(value)
+    if kind in (nn.ModuleList, nn.ModuleDict, nn.Sequential):
+        return True
     if isinstance(value, tuple):
         return hasattr(kind, "_fields") and kind.__getitem__ is tuple.__getitem__ and kind.__iter__ is tuple.__iter__
     return isinstance(value, OrderedDict) and _is_of(kind, "__getitem__", "transformers")
@@ -244,6 +246,8 @@ def is_record(value: Any) -> bool:
 
 def item_of(record: Any, index: Any) -> Any:
     """Return an item of a record; those of a dict of transformers have a key and a number."""
+    if isinstance(record, nn.Module):
+        return record[index]  # type: ignore[index]
     if isinstance(record, tuple):
         return tuple.__getitem__(record, index)
     return OrderedDict.__getitem__(record, index) if type(index) is str else tuple(OrderedDict.values(record))[index]

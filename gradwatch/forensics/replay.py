@@ -55,6 +55,7 @@ class Repeat:
     ) -> None:
         self._together = together
         self.model = unwrapped(model)
+        self._module = unwrapped(call.module)
         self.call = call
         self.gradients = gradients
         self.batch = batch_of(call.args, call.kwargs)
@@ -100,7 +101,7 @@ class Repeat:
         with ExitStack() as stack:
             weights = stack.enter_context((gathered if self._together else stand_ins)(self.model))
             if names is not None:
-                names.add_inputs(self.model, args, kwargs)
+                names.add_inputs(self._module, args, kwargs)
                 names.add_state(self.model)
             stack.enter_context(generators_kept(self.call.generator))
             stack.enter_context(eagerly())
@@ -110,7 +111,7 @@ class Repeat:
                 on, dtype, cache = self.call.autocast
                 stack.enter_context(torch.autocast("cpu", dtype=dtype, enabled=on, cache_enabled=cache))
             with mode:
-                output = _called(self.model, args, kwargs)
+                output = _called(self._module, args, kwargs)
                 outputs = [one for _, one in outputs_in(output)]
                 if self.gradients is not None:
                     self._backward(outputs, self._shifted(shift))

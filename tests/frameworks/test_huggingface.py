@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import linecache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -422,3 +423,56 @@ def test_the_supervised_fine_tuning_of_trl_is_watched(tmp_path: Path) -> None:
     )
     trainer.train()
     check(callback.monitor, own_loop(twin, batches, 2, 0.1))
+
+
+def roots_of(outputs: Any) -> Tensor:
+    """Return a penalty whose backward is singular where a logit is not positive."""
+    logits = outputs.logits
+    penalty: Tensor = (logits * (logits > 0)).sqrt().mean()
+    return penalty
+
+
+class Penalised(transformers.Trainer):  # type: ignore[misc]
+    """Adds a penalty to the loss of the model."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
+        loss = loss + 0.1 * roots_of(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Own(transformers.Trainer):  # type: ignore[misc]
+    """Computes its loss, as the documentation of transformers shows it."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        weight = torch.ones(self.model.config.vocab_size, device=model.device)
+        loss = nn.CrossEntropyLoss(weight=weight)(outputs.logits.view(-1, WORDS), labels.view(-1))
+        loss = loss + roots_of(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+
+def passed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Return a loss, as a function that is passed to the trainer."""
+    count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+    entropy = nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
+    return entropy / count + roots_of(outputs)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("kind", "function"), [(Penalised, None), (Own, None), (transformers.Trainer, passed)])
+def test_the_line_of_a_loss_is_named_where_the_trainer_calls_backward(
+    tmp_path: Path, kind: Any, function: Any, accumulate: int
+) -> None:
+    """In `compute_loss`, which has ended by then and whose inputs the trainer has deleted, and in a function that is passed."""
+    callback = GradwatchCallback(report=None, forensics=True)
+    arguments = transformers.TrainingArguments(**short(tmp_path, gradient_accumulation_steps=accumulate, max_steps=1))
+    trainer = kind(llama(), arguments, train_dataset=Texts(), compute_loss_func=function, callbacks=[callback])
+    trainer.train()
+    assert callback.monitor is not None
+    found = next(one.origin for one in callback.monitor.incidents if one.origin is not None)
+    assert (found.op, found.direction, found.part) == ("sqrt", "backward", "loss code")
+    assert (
+        linecache.getline(found.file, found.line).strip() == "penalty: Tensor = (logits * (logits > 0)).sqrt().mean()"
+    )

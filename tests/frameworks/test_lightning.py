@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import functools
+import linecache
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -375,3 +376,52 @@ def test_texts_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.Monk
     assert summary["gradwatch/verdict"] == "confirmed"
     assert "exploding" in summary["gradwatch/incidents"]
     assert np.isnan(summary["gradwatch/global_norm"])  # of the last steps; what is not finite is not hidden
+
+
+class Logarithm(nn.Module):
+    """Takes the logarithm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+class Failing(Module):
+    """Has a root of zeros in the code of its loss, or a logarithm of zeros in a part."""
+
+    def __init__(self, *, in_part: bool) -> None:
+        super().__init__()
+        self.in_part = in_part
+        self.save_hyperparameters({"weight": 0.1})
+        if in_part:
+            self.net.append(nn.ReLU())
+            self.net.append(Logarithm())
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return {"loss": self.shared_step(batch, "train")}
+
+    def shared_step(self, batch: Any, stage: str) -> Tensor:
+        """Return the loss of a batch, and log it."""
+        inputs, targets = batch
+        out = self.net(inputs)
+        penalty = (out * (out > 0)).sqrt().mean()
+        loss: Tensor = mse(out, targets) + self.hparams.weight * penalty * torch.ones((), device=self.device)
+        self.log_dict({f"{stage}/loss": loss, f"{stage}/penalty": penalty})
+        return loss
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("in_part", [False, True])
+def test_the_operation_and_its_line_are_named_where_lightning_calls_backward(
+    precision: str, accumulate: int, *, in_part: bool
+) -> None:
+    """In the code of the loss, whose function has ended by then, and in a part of the module, which is not called itself."""
+    module, callback = Failing(in_part=in_part), GradwatchCallback(report=None, forensics=True)
+    fit(module, callback, batches=4, precision=precision, accumulate_grad_batches=accumulate)
+    assert callback.monitor is not None
+    found = next(one.origin for one in callback.monitor.incidents if one.origin is not None)
+    if in_part:
+        assert (found.op, found.direction, found.module) == ("log", "forward", "net.4")
+        return
+    assert (found.op, found.direction, found.part) == ("sqrt", "backward", "loss code")
+    assert linecache.getline(found.file, found.line).strip() == "penalty = (out * (out > 0)).sqrt().mean()"
