@@ -237,13 +237,17 @@ def test_rich_is_loaded_only_where_something_is_shown(name: str) -> None:
 
 
 def test_three_files_register_hooks() -> None:
-    """Three files to read when something hangs on a model or an optimizer; an accelerator's hooks are about its checkpoints."""
+    """Three files to read when something hangs on a model or an optimizer.
+
+    An accelerator's hooks are about its checkpoints, and those of `forensics/reached` are on stand-ins of weights.
+    """
     registering = [
         name
         for name, path in FILES.items()
         if re.search(r"(?<!accelerator\.)register_", path.read_text().replace("atexit.register", ""))
     ]
-    assert sorted(registering) == ["forensics/capture", "probe/gradient_hooks", "probe/optimizer_hooks"]
+    ours = ["forensics/capture", "probe/gradient_hooks", "probe/optimizer_hooks"]
+    assert sorted(registering) == sorted([*ours, "forensics/reached"])
 
 
 def test_one_file_replaces_torchs_attributes() -> None:

@@ -44,6 +44,7 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
             "test_loss_source",
             "test_loss_elsewhere",
             "test_parts_of_models",
+            "test_reached",
         ),
         "one contract: what is found in programs that fail",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator as AnIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,9 +12,10 @@ import torch
 from gradwatch.forensics.capture import Call, outputs_in
 from gradwatch.forensics.marks import Mark, ordered
 from gradwatch.forensics.names import Names, tensors_in
+from gradwatch.forensics.reached import FirstGradient, ReachedError, RowsAt
 from gradwatch.forensics.spread import gathered
 from gradwatch.forensics.standins import CannotRepeatError, eagerly, generators_kept, stand_ins
-from gradwatch.forensics.trace import ReachedError, RowsAt, Trace, marks_in
+from gradwatch.forensics.trace import Trace, marks_in
 from gradwatch.measure.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -76,10 +77,11 @@ class Repeat:
             backward=self.gradients is not None,
             alone=not self._together,
         )
-        outputs, gradients = self._play(trace, trace.names)
+        outputs, gradients, first = self._play(trace, trace.names)
         if trace.failed is not None:
             raise trace.failed
-        return Replay(outputs, marks_in(trace, gradients if self.gradients is not None else outputs), trace.count)
+        marks = first or marks_in(trace, gradients if self.gradients is not None else outputs)
+        return Replay(outputs, marks, trace.count)
 
     def rows_at(self, order: int, shift: int) -> tuple[int, ...]:
         """Return the rows of the batch at which the output of one operation is not finite, and run no further.
@@ -89,14 +91,15 @@ class Repeat:
             shift: number of places by which the rows of the batch are moved.
         """
         until = RowsAt(order)
-        try:
+        with suppress(ReachedError):
             self._play(until, None, shift)
-        except ReachedError:
-            return until.rows
-        return ()
+        return until.rows
 
-    def _play(self, mode: TorchDispatchMode, names: Names | None, shift: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-        """Run it in a mode; return the outputs and the gradients of weights and inputs."""
+    def _play(
+        self, mode: TorchDispatchMode, names: Names | None, shift: int = 0
+    ) -> tuple[list[Tensor], list[Tensor], tuple[Mark, ...]]:
+        """Run it in a mode; return the outputs, gradients of weights and inputs, and the marks at which the backward ended."""
+        first: tuple[Mark, ...] = ()
         args, kwargs = self._inputs((self.call.args, self.call.kwargs), shift)
         with ExitStack() as stack:
             weights = stack.enter_context((gathered if self._together else stand_ins)(self.model))
@@ -114,9 +117,12 @@ class Repeat:
                 output = _called(self._module, args, kwargs)
                 outputs = [one for _, one in outputs_in(output)]
                 if self.gradients is not None:
-                    self._backward(outputs, self._shifted(shift))
+                    until = FirstGradient(mode, weights) if isinstance(mode, Trace) and not mode.repairs else None
+                    with suppress(ReachedError) if until is not None else nullcontext():
+                        self._backward(outputs, self._shifted(shift))
+                    first = until.marks if until is not None else ()
         inputs = [one for _, one in tensors_in([args, kwargs])]
-        return outputs, [one.grad for one in (*weights, *inputs) if one.is_leaf and one.grad is not None]
+        return outputs, [one.grad for one in (*weights, *inputs) if one.is_leaf and one.grad is not None], first
 
     def _inputs(self, value: Any, shift: int) -> Any:
         """Return copies of the inputs, so that the model may change them in place."""

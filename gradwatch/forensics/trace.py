@@ -80,6 +80,11 @@ class Trace(TorchDispatchMode):
         # copies of what an operation has changed in place -> the tensors themselves
         self._originals: dict[int, Tensor] = {}
 
+    @property
+    def repairs(self) -> bool:
+        """Whether this is a trial."""
+        return bool(self._repaired)
+
     def of_batch(self, rows: int) -> None:
         """Set the number of rows of the batch."""
         self.batch = rows
@@ -262,44 +267,6 @@ class Trace(TorchDispatchMode):
             rows=rows if len(rows) < self.batch else (),
             rows_known=self.names.has_no_dimension_of(self.batch),
         )
-
-
-class ReachedError(Exception):
-    """Raised when the operation that was asked for has run."""
-
-
-class RowsAt(TorchDispatchMode):
-    """Ends a repetition at one operation, counted as `Trace` counts them.
-
-    Args:
-        order: index of the operation.
-
-    Attributes:
-        rows: rows at which its output is not finite.
-    """
-
-    def __init__(self, order: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.rows: tuple[int, ...] = ()
-        self._left = order
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and look at what the one that was asked for returns."""
-        result = func(*args, **(kwargs or {}))
-        if ops.is_view(func) or ops.is_of_profiler(func):
-            return result
-        if not self._left:
-            outputs = [
-                one for one in (*ops.tensors(result), *ops.changed_by(func, args, kwargs or {})) if is_nonfinite(one)
-            ]
-            self.rows = rows_of(local_of(outputs[0].detach())) if outputs else ()
-            raise ReachedError
-        self._left -= 1
-        return result
 
 
 def _repair(tensor: Tensor) -> None:
