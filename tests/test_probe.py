@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.forensics.capture import Call
+from gradwatch.forensics.call import Call
 from gradwatch.forensics.inspector import Inspector
 from gradwatch.probe import patches
 from gradwatch.probe.attribution import Attribution

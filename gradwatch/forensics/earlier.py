@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradwatch.forensics.capture import Call
+    from gradwatch.forensics.call import Call
 
 
 class EarlierSteps:

@@ -13,7 +13,7 @@ import torch
 
 from gradwatch import device
 from gradwatch.forensics.armed import ArmedSteps, are_several, gradients_of
-from gradwatch.forensics.capture import Call, Capture, called_module
+from gradwatch.forensics.capture import Capture, called_module
 from gradwatch.forensics.earlier import EarlierSteps
 from gradwatch.forensics.frames import line_of
 from gradwatch.forensics.investigation import Investigation, NothingFound
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from gradwatch.forensics.call import Call
     from gradwatch.forensics.settings import Mode
     from gradwatch.probe import Together
     from gradwatch.records import Origin, OwnTime, Row

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from gradwatch.forensics.capture import Call
+    from gradwatch.forensics.call import Call
     from gradwatch.forensics.singular import Singular
     from gradwatch.forensics.statements import Backward
     from gradwatch.records import Origin, Part, Way

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from gradwatch.forensics.capture import Call
+    from gradwatch.forensics.call import Call
     from gradwatch.records import Origin
 
 _PLAIN = (int, float, bool, str, type(None))

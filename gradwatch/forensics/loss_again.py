@@ -7,8 +7,6 @@ it counts only if the loss and its graph are those of the original.
 from __future__ import annotations
 
 import ast
-import copy
-import inspect
 import sys
 import warnings
 from contextlib import ExitStack, suppress
@@ -16,27 +14,26 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from gradwatch.forensics.capture import outputs_in
+from gradwatch.forensics import rerun
+from gradwatch.forensics.call import outputs_in
 from gradwatch.forensics.evaluate import Evaluator
 from gradwatch.forensics.frames import line_of
+from gradwatch.forensics.from_source import NO_CALL, NotCalledError, evaluated, resumed
 from gradwatch.forensics.multiples import multiples_of
 from gradwatch.forensics.operands import is_nonfinite
 from gradwatch.forensics.outputs import detached
 from gradwatch.forensics.same_graph import is_same_graph, place_of
-from gradwatch.forensics.source import Scope, plain_function
+from gradwatch.forensics.source import Scope
 from gradwatch.forensics.standins import CannotRepeatError, eagerly, generators_kept
 from gradwatch.forensics.statements import (
     Backward,
-    Statements,
     arguments_on,
     check_names,
     reaching_back,
     statements_of,
 )
 from gradwatch.forensics.trace import Trace, marks_in
-from gradwatch.measure.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,14 +42,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradwatch.forensics.callers import Caller
-    from gradwatch.forensics.capture import Call
     from gradwatch.forensics.marks import Mark
     from gradwatch.forensics.names import Names
     from gradwatch.forensics.same_graph import Place
 
-_NO_CALL = "the call of the model is not found among the statements of the loss"
 _CALLERS = 8  # functions around the one that calls backward
-_OUTPUT, _ROOT = "__gradwatch_output__", "__gradwatch_root__"
 
 
 class LossAgain:
@@ -110,7 +104,7 @@ class LossAgain:
                         return one
             return None
 
-        return self._marks(partial(_resumed, self._at.calls, callers, autocast), chosen, backward)
+        return self._marks(partial(resumed, self._at.calls, callers, autocast), chosen, backward)
 
     def _from(
         self,
@@ -121,7 +115,7 @@ class LossAgain:
         backward: bool,  # noqa: FBT001
     ) -> tuple[Mark, ...]:
         """Evaluate the last statement before a line, the last two, until they call the model as often as it was called."""
-        failure = CannotRepeatError(_NO_CALL)
+        failure = CannotRepeatError(NO_CALL)
         for source in reaching_back(frame.f_code.co_filename, frame.f_code.co_firstlineno, line, root):
             try:
                 check_names([*source.before, ast.Expr(source.root)])
@@ -129,9 +123,9 @@ class LossAgain:
                 failure = error
                 continue
             try:
-                compute = partial(_evaluated, self._at.calls, Scope.of_frame(frame), source)
+                compute = partial(evaluated, self._at.calls, Scope.of_frame(frame), source)
                 return self._marks(compute, partial(self._same, losses), backward)
-            except _NotCalledError as error:
+            except NotCalledError as error:
                 failure = error
         raise failure
 
@@ -149,8 +143,7 @@ class LossAgain:
             raise CannotRepeatError("the model and the backward are not called in one function")
         source = statements_of(call.file, call.line, self._at.line)
         names = {**frame.f_globals, **frame.f_locals}
-        code = self._code(names, source, call.file)
-        return self._marks(lambda outputs: _run(code, names, outputs[0]), partial(self._same, []), backward)
+        return self._marks(partial(rerun.run, call.module, names, source), partial(self._same, []), backward)
 
     def _same(self, losses: list[Tensor], root: Any, outputs: list[Tensor]) -> Tensor:
         """Return the root if it is the loss."""
@@ -207,102 +200,6 @@ class LossAgain:
             return marks_in(trace, [root])
         return marks_in(trace, [one.grad for one in inputs if one.grad is not None and is_nonfinite(one.grad)])
 
-    def _code(self, names: dict[str, Any], source: Statements, file: str) -> CodeType:
-        """Return the statements with the output in place of the call of the model."""
-        source = copy.deepcopy(source)
-        assign = ast.Assign([ast.Name(_ROOT, ast.Store())], source.root)
-        swap = _Swap(unwrapped(self._at.calls[0].module), names)
-        body = [swap.visit(one) for one in [*source.before, ast.copy_location(assign, source.last)]]
-        if swap.count != 1:
-            raise CannotRepeatError(_NO_CALL)
-        return compile(ast.fix_missing_locations(ast.Module(body, [])), file, "exec")
-
-
-class _NotCalledError(CannotRepeatError):
-    """Raised if statements do not call the model as often as it was called."""
-
-
-class _Outputs:
-    """Stands for the calls of a model, or of its parts, each of which gives its output once."""
-
-    def __init__(self, calls: list[Call], outputs: list[Any]) -> None:
-        modules = [unwrapped(one.module) for one in calls]
-        self._modules = {id(one) for one in modules}
-        self.left = list(zip(modules, outputs, strict=True))
-
-    def __call__(self, function: Any) -> Any:
-        module = unwrapped(function) if isinstance(function, nn.Module) else None
-        if module is None or id(module) not in self._modules:
-            return NotImplemented
-        place = next((number for number, (one, _) in enumerate(self.left) if one is module), None)
-        if place is None:
-            raise CannotRepeatError("the statements of the loss call the model more often than the program has")
-        return self.left.pop(place)[1]
-
-
-def _evaluated(calls: list[Call], scope: Scope, source: Statements, outputs: list[Any]) -> Iterator[Any]:
-    called = _Outputs(calls, outputs)
-    evaluator = Evaluator(called)
-    evaluator.run(source.before, scope)
-    root = evaluator.value(source.root, scope)
-    if called.left:
-        raise _NotCalledError(_NO_CALL)
-    yield root
-
-
-def _resumed(calls: list[Call], callers: tuple[Caller, ...], autocast: Any, outputs: list[Any]) -> Iterator[Any]:
-    """Yield what each of the functions returns that called the model, the innermost first."""
-    called = _Outputs(calls, outputs)
-    with ExitStack() as around:
-        if autocast is not None:
-            on, dtype, cache = autocast
-            around.enter_context(torch.autocast("cpu", dtype=dtype, enabled=on, cache_enabled=cache))
-        value, inner = None, None
-        for caller in callers:
-            once = _Once(inner, value, called)
-            value = Evaluator(once, around).resume(caller.code, caller.line, caller.scope())
-            if not once.used:
-                raise CannotRepeatError(_NO_CALL)
-            if not called.left:
-                yield value
-            inner = caller.code
-
-
-class _Once:
-    """Stands for the call of a function that has returned a value, or for the first of the model, and for later ones of it."""
-
-    def __init__(self, code: CodeType | None, value: Any, called: _Outputs) -> None:
-        self._code = code
-        self._value = value
-        self._called = called
-        self.used = False
-
-    def __call__(self, function: Any) -> Any:
-        if self._code is not None and not self.used and _runs(function, self._code):
-            self.used = True
-            return self._value
-        given = self._called(function)
-        self.used = self.used or (self._code is None and given is not NotImplemented)
-        return given
-
-
-def _runs(function: Any, code: CodeType) -> bool:
-    """Return whether calling a function runs code, itself or as what it wraps."""
-    if isinstance(function, nn.Module):
-        function = inspect.getattr_static(function, "forward", None)
-    while function is not None:
-        function = plain_function(function)
-        if getattr(function, "__code__", None) is code:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
-
-
-def _run(code: CodeType, names: dict[str, Any], output: Any) -> Iterator[Any]:
-    names[_OUTPUT] = lambda: output
-    exec(code, names)  # noqa: S102  the user has asked for it
-    yield names[_ROOT]
-
 
 def _is_same(one: float, other: float) -> bool:
     return one == other or (one != one and other != other)  # noqa: PLR0124
@@ -341,32 +238,3 @@ def _losses_given(frame: FrameType, roots: list[Tensor]) -> Iterator[tuple[ast.e
             and any(one.place[0] is value.grad_fn for one in multiples_of(roots[0]))
         ):
             yield given, value
-
-
-class _Swap(ast.NodeTransformer):
-    """Puts the output in place of the call of the model."""
-
-    def __init__(self, model: nn.Module, space: dict[str, Any]) -> None:
-        self._model = unwrapped(model)
-        self._space = space
-        self.count = 0
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Replace a call if it is that of the model."""
-        self.generic_visit(node)
-        if not self._is_model(node.func):
-            return node
-        self.count += 1
-        return ast.copy_location(ast.Call(ast.Name(_OUTPUT, ast.Load()), [], []), node)
-
-    def _is_model(self, function: ast.expr) -> bool:
-        parts: list[str] = []
-        while isinstance(function, ast.Attribute):
-            parts.append(function.attr)
-            function = function.value
-        if not isinstance(function, ast.Name) or function.id not in self._space:
-            return False
-        value = self._space[function.id]
-        for part in reversed(parts):
-            value = getattr(value, part, None)
-        return isinstance(value, nn.Module) and unwrapped(value) is self._model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gradwatch.forensics.capture import Call, outputs_in
+from gradwatch.forensics.call import Call, outputs_in
 from gradwatch.forensics.marks import Mark, ordered
 from gradwatch.forensics.names import Names, tensors_in
 from gradwatch.forensics.reached import FirstGradient, ReachedError, RowsAt

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from gradwatch.forensics.capture import Call
+    from gradwatch.forensics.call import Call
 
 _LARGEST = 2 * 2**30  # bytes of weights that each process holds whole for an investigation
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from gradwatch.forensics.capture import Call
+    from gradwatch.forensics.call import Call
     from gradwatch.forensics.multiples import Multiple
 
 _FURTHEST = 24  # statements
