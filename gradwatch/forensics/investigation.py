@@ -4,67 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradwatch.errors import words_of
+from gradwatch.forensics.attempts import Attempts
 from gradwatch.forensics.explain import called_at, origin_of, sole
 from gradwatch.forensics.graph_walk import LossGraph, nodes_below
-from gradwatch.forensics.loss_again import LossAgain
 from gradwatch.forensics.marks import Mark
-from gradwatch.forensics.names import OUTPUT, Names, inputs_of, tensors_in
+from gradwatch.forensics.names import OUTPUT, inputs_of
 from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, rows_of
-from gradwatch.forensics.replay import Repeat, Replay, batch_of, first_cause, is_faithful, know_rows
+from gradwatch.forensics.replay import Repeat, is_faithful
 from gradwatch.forensics.spread import fit_whole, whole
-from gradwatch.forensics.standins import CannotRepeatError
 from gradwatch.measure.wrappers import unwrapped
 
 if TYPE_CHECKING:
-    from typing import Any
-
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from gradwatch.forensics.call import Call
     from gradwatch.forensics.singular import Singular
-    from gradwatch.forensics.statements import Backward
-    from gradwatch.records import Origin, Part, Way
-
-
-_NOT_KEPT = "the inputs of the model were not kept in this step (forensics=True keeps those of each step)"
+    from gradwatch.records import Origin
 
 
 class NothingFound(Exception):  # noqa: N818  an outcome, not an error
     """Raised with the reason why the operation is not known."""
 
 
-class Investigation:
-    """Looks for the origin of one step.
-
-    Args:
-        model: the model.
-        calls: its forwards in this step.
-        backward: where the program has called backward; None if that is not known.
-        may_run: whether the statements of the loss may be run again.
-        batch: batch that the user has named; None if there is none.
-
-    Attributes:
-        guilty: the forward in question; None if it is not known.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        calls: list[Call],
-        backward: Backward | None,
-        batch: Any = None,
-        *,
-        may_run: bool = False,
-    ) -> None:
-        self._model = model
-        self._calls = calls
-        self._backward = backward
-        self._given = batch
-        self._may_run = may_run
-        self.guilty: Call | None = calls[0] if len(calls) == 1 else None
-        self._reasons: list[str] = []
-        self._silent: Origin | None = None  # infinities that a forward has written on purpose, if it has made no others
+class Investigation(Attempts):
+    """Looks for the origin of one step. The arguments are those of `Attempts`."""
 
     # A loss that is not finite.
 
@@ -104,17 +67,6 @@ class Investigation:
                 return unfaithful
             return origin
         raise NothingFound(self._reason("the graph of the loss does not keep enough"))
-
-    def _in_graph(self, losses: list[Tensor], outputs: list[Tensor]) -> Mark | None:
-        finite = [one for one in outputs if not is_nonfinite(one)]
-        try:
-            return LossGraph(losses, finite).origin(self._names(), self._batch)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ) as error:  # a function of the user's, or a checkpoint that is run in a backward
-            self._reasons.append(f"the graph of the loss cannot be walked ({error})")
-            return None
 
     # Gradients that are not finite.
 
@@ -218,91 +170,6 @@ class Investigation:
         rows = rows_of(tensor) if tensor.dim() and len(tensor) == self._batch else ()
         mark = Mark(0, "input", "", name=name, inputs=(operand_of(name, tensor),), rows=rows, rows_known=True)
         return origin_of(mark, "replay", batch=self._batch, part="model")
-
-    # Parts.
-
-    def _repeat(self, call: Call, gradients: list[Tensor | None] | None = None) -> tuple[Origin, bool | None] | None:
-        """Return what repeating a forward finds, and whether it was faithful; None if it finds nothing."""
-        try:
-            repeat = Repeat(self._model, call, gradients)
-            result: Replay = repeat.run()
-            mark = first_cause(repeat, result)
-            if mark is None or mark.earlier:
-                if is_faithful(call, result.outputs) is False:
-                    self._reasons.append("the repeated forward gave another result")
-                elif mark is None and all(one.mute for one in result.marks) and (silent := sole(result.marks)):
-                    self._silent = origin_of(silent, "replay", batch=repeat.batch, part="model").repeated(faithful=True)
-                elif any(not one.mute for one in result.marks):
-                    self._reasons.append("several operations made it, and which of them counts is not known")
-                return None
-            know_rows(repeat, mark)
-            faithful = is_faithful(call, result.outputs)
-        except CannotRepeatError as reason:
-            self._reasons.append(str(reason))
-            return None
-        except MemoryError:
-            self._reasons.append("there was not enough memory to repeat the forward")
-            return None
-        except RuntimeError as error:
-            self._reasons.append(f"the forward could not be repeated ({' '.join(str(error).split())[:200]})")
-            return None
-        self.guilty = call
-        origin = called_at(origin_of(mark, "replay", batch=repeat.batch, part="model"), call.file, call.line)
-        return origin.repeated(faithful=faithful), faithful
-
-    def _source(self, *, backward: bool) -> Origin | None:
-        """Return what computing the loss again from its source finds; None if it finds nothing or is not understood.
-
-        Only if that was asked for, and if the source is not understood, its statements are run.
-        """
-        if self._backward is None or not all(call.outputs for call in self._backward.calls):
-            return None
-        again = LossAgain(self._backward, self._names(), self._batch)
-        marks: tuple[Mark, ...] = ()
-        way: Way = "source"
-        try:
-            marks = again.evaluated(backward=backward)
-        except Exception as error:
-            self._reasons.append(_told("the source of the loss cannot be evaluated", error))
-            if self._may_run:
-                way = "statements"
-                try:
-                    marks = again.run(backward=backward)
-                except Exception as failure:  # the user's code may raise anything
-                    self._reasons.append(_told("the statements of the loss cannot be run again", failure))
-        mark = sole(marks)
-        if mark is None or mark.earlier or mark.subject in ("weight", "buffer"):
-            return None
-        if backward and (
-            mark.mute or mark.name == OUTPUT
-        ):  # only what ran in the backward makes gradients of finite losses
-            return None
-        return origin_of(mark, way, batch=self._batch, part="loss code")
-
-    def _part_of(self, mark: Mark) -> Part:
-        """Return whether a node of the graph was made in a forward of the model."""
-        if not mark.order or mark.order < min((one.first for one in self._calls), default=mark.order + 1):
-            return "unknown"  # numbers are not known in this version of torch, or the node is older than what was kept
-        return "model" if any(one.made(mark.order) for one in self._calls) else "loss code"
-
-    @property
-    def _batch(self) -> int:
-        return batch_of(self._calls[0].args, self._calls[0].kwargs) if self._calls else 0
-
-    def _names(self) -> Names:
-        names = Names(self._model)
-        for call in self._calls:
-            names.add_inputs(unwrapped(call.module), call.args, call.kwargs)
-        if self._given is not None:
-            names.add_named(tensors_in(self._given))
-        return names
-
-    def _reason(self, last: str) -> str:
-        return "; ".join(dict.fromkeys([*self._reasons, last, *([] if self._calls else [_NOT_KEPT])]))
-
-
-def _told(what: str, error: Exception) -> str:
-    return str(error) if isinstance(error, CannotRepeatError) else f"{what} ({words_of(error)[:200]})"
 
 
 def _are_in(tensors: list[Tensor], others: list[Tensor]) -> bool:
