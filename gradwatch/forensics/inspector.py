@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwatch import device
-from gradwatch.forensics.armed import ArmedSteps, are_several, gradients_of
+from gradwatch.forensics.armed import ArmedSteps, gradients_of
 from gradwatch.forensics.capture import Capture, called_module
 from gradwatch.forensics.earlier import EarlierSteps
+from gradwatch.forensics.findings import Findings
 from gradwatch.forensics.frames import line_of
 from gradwatch.forensics.investigation import Investigation, NothingFound
 from gradwatch.forensics.keep import keep
@@ -72,22 +73,20 @@ class Inspector:
     ) -> None:
         self._model = weakref.ref(model)
         self._mode = mode
-        self._found, self._unknown, self._note, self._failed = found, unknown, note, failed
+        self._findings = Findings(found, unknown, note)
+        self._note, self._failed = note, failed
         self._capture = Capture(called_module(model), self._forward_begins, self._capture_failed, own_time)
         self._armed = ArmedSteps()
         self.watching = False
         self._only_armed = False  # whether forwards are captured for watched steps alone
         self._sharing = Sharing()
-        self._origin: Origin | None = None  # that was found in this step
         self._singular = Singular()
         self._left = _MOST
-        self._explained = False  # whether the trouble that lasts is explained already
         self._in_trouble = self._was_in_trouble = False  # whether this step, and the one before, are not finite
         self._times: list[float] = []
         self._step = 0
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._earlier = EarlierSteps()
-        self._reason = ""  # why the origin of this step is not known here, if other processes may know it
         self._batch: Any = None
         self._folder: Path | None = None  # for the inputs of a step that failed
         self._backward: Backward | None = None  # where the program has called it
@@ -126,7 +125,8 @@ class Inspector:
     def _forget(self) -> None:
         self._capture.forget()
         self._singular.forget()
-        self._batch = self._backward = self._origin = None
+        self._findings.forget()
+        self._batch = self._backward = None
 
     # What happens in a step.
 
@@ -210,23 +210,23 @@ class Inspector:
                 self._sharing.trouble()
             if together is not None:
                 self._share(together)
-            self._tell_reason()
+            self._findings.tell_reason()
 
     def _share(self, together: Together) -> None:
         """Tell the other processes what was found here, and show what one of them has found if nothing was."""
-        found = self._sharing.share(together, self._origin)
-        if found is not None and found is not self._origin:
-            self._tell(found)
+        found = self._sharing.share(together, self._findings.origin)
+        if found is not None and found is not self._findings.origin:
+            self._findings.tell(found)
 
     def _look_together(self, row: Row, together: Together | None) -> None:
         """Repeat the forward in all processes at once, if all of them can: each has a part of the weights."""
         model, calls = self._model(), list(self._capture.calls)
-        free = not self._explained and self._left > 0
+        free = not self._findings.explained and self._left > 0
         ready = model is not None and free and can_repeat_together(model, calls)
         if together is not None and self._sharing.agree(together, ready=ready):
             backward = not row.loss_nonfinite
             self._investigate(lambda inquiry: inquiry.of_all_together(self._singular, backward=backward), calls)
-        elif not self._explained:
+        elif not self._findings.explained:
             self._note(
                 "which operation made a step non-finite is not looked for under DeepSpeed."
                 if model is not None and engine_of(model) is not None
@@ -236,13 +236,13 @@ class Inspector:
 
     def _watched(self, tensors: list[Tensor]) -> None:
         """Find the origin of tensors in a step that is being watched."""
-        if not self._armed.on or self._explained:
+        if not self._armed.on or self._findings.explained:
             return
         started = perf_counter()
         origin = self._armed.origin_in(tensors)
         if origin is not None:
             self._armed.disarm()
-            self._tell(origin.at(self._step, perf_counter() - started))
+            self._findings.tell(origin.at(self._step, perf_counter() - started))
 
     def _is_spread(self) -> bool:
         model = self._model()
@@ -251,9 +251,8 @@ class Inspector:
     def step_over(self, optimizer: Optimizer | None) -> None:
         """Drop what was kept of the step."""
         if self._in_trouble or self._was_in_trouble:
-            self._explained = self._explained and self._in_trouble
             self._sharing.step_over()
-            self._tell_reason()
+            self._findings.step_over(in_trouble=self._in_trouble)
         if self._armed.steps:
             self._armed.step_over()
             if not self._armed.steps and self._only_armed:  # its inputs are not kept otherwise
@@ -288,7 +287,7 @@ class Inspector:
 
     def _investigate(self, look: Callable[[Investigation], Origin], calls: list[Call]) -> None:
         model = self._model()
-        if model is None or self._explained or not self._left:
+        if model is None or self._findings.explained or not self._left:
             return
         self._left -= 1
         calls = list(calls)
@@ -303,17 +302,15 @@ class Inspector:
             if origin.subject == "weight" and optimizer is not None and not self._was_in_trouble:
                 origin = update_origin(optimizer, self._step) or origin
             origin = origin.at(self._step, perf_counter() - started)
-            self._tell(origin)
+            self._findings.tell(origin)
             if self._folder is not None and inquiry.guilty is not None:
                 keep(self._folder, model, inquiry.guilty, origin)
         except NothingFound as reason:
-            self._reason = (
+            self._arm(model)
+            self._findings.nothing(
                 f"which operation made step {self._step} non-finite is not known: {reason}; "
                 f"looking for it took {number(1e3 * (perf_counter() - started))} ms"
             )
-            self._arm(model)
-            if not are_several():
-                self._tell_reason()
         except Exception as error:  # nothing of it may reach the training
             self._failed(error)
         finally:
@@ -324,18 +321,6 @@ class Inspector:
         if self._armed.arm(model):
             self._only_armed = self._only_armed or not self._capture.installed
             self._capture.start()
-
-    def _tell_reason(self) -> None:
-        """Say why nothing was found. Evidence is the same in all processes, so that one of several writes a note."""
-        reason, self._reason = self._reason, ""
-        if reason:
-            (self._note if are_several() else self._unknown)(reason)
-
-    def _tell(self, origin: Origin) -> None:
-        self._explained = True
-        self._reason = ""
-        self._origin = origin
-        self._found(origin)
 
 
 def _tensors(roots: Any) -> list[Tensor]:
