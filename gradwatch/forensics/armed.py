@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch.utils import _python_dispatch as dispatch
 
 from gradwatch import device
+from gradwatch.forensics.capture import is_compiled
 from gradwatch.forensics.explain import origin_of, sole
 from gradwatch.forensics.names import Names
 from gradwatch.forensics.operands import is_nonfinite
@@ -48,8 +49,7 @@ class ArmedSteps:
         They are not if the model is compiled, since watched operations run one by one, which rounds otherwise; nor if it is on a
         device, for which each operation would wait.
         """
-        compiled = any(hasattr(one, "_orig_mod") or one._compiled_call_impl is not None for one in model.modules())
-        if not compiled and all(device.reading_is_free(one.device) for one in model.parameters()):
+        if not is_compiled(model) and all(device.reading_is_free(one.device) for one in model.parameters()):
             self.steps = _STEPS
         return bool(self.steps)
 

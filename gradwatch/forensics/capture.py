@@ -98,8 +98,9 @@ class Capture:
         """Capture the calls of the parts of a model from now on, if a backward has come without a call of the model."""
         model = self._model()
         if self._by_parts is None and self._handles and model is not None:
-            self._by_parts = True
-            self._watch_parts(model)
+            self._by_parts = not is_compiled(model)  # which new hooks would have compiled anew
+            if self._by_parts:
+                self._watch_parts(model)
 
     def _watch(self, module: nn.Module) -> None:
         self._handles += [
@@ -167,6 +168,11 @@ class Capture:
             except Exception as error:
                 self.calls.clear()
                 self._failed(error)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether a model or a part of it is compiled."""
+    return any(hasattr(one, "_orig_mod") or one._compiled_call_impl is not None for one in model.modules())
 
 
 def called_module(model: nn.Module) -> nn.Module:

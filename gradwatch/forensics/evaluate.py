@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwatch.errors import words_of
-from gradwatch.forensics.expressions import Expressions, Unknown, refused
+from gradwatch.forensics.expressions import Expressions
 from gradwatch.forensics.pure import attribute, is_context, is_plain, is_record
 from gradwatch.forensics.source import Scope, definition_of, plain_function, scope_of
 from gradwatch.forensics.standins import CannotRepeatError
 from gradwatch.forensics.statements import changed_by
+from gradwatch.forensics.values import Unknown, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

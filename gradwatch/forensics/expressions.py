@@ -5,31 +5,29 @@ from __future__ import annotations
 import ast
 import inspect
 import types
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from gradwatch.forensics.names import storage_of, tensors_in
 from gradwatch.forensics.pure import (
     attribute,
     changed_in_place,
-    getter_of,
-    is_missing,
     is_plain,
     is_record,
-    is_tensor,
     item_of,
     makes_context,
     may_call,
     without_partial,
 )
-from gradwatch.forensics.source import Scope, plain_function
 from gradwatch.forensics.standins import CannotRepeatError
+from gradwatch.forensics.values import Applied, Unknown, Values, is_users_function, name_at, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from gradwatch.forensics.source import Scope
 
 _MOST = 20_000  # expressions
 _VIEWS: tuple[Any, ...] = (
@@ -44,29 +42,7 @@ _VIEWS: tuple[Any, ...] = (
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Unknown:
-    """The value of a name that a statement changes which is not understood.
-
-    Args:
-        reason: why.
-    """
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-
-class Applied:
-    """The method `apply` of a function of autograd that the user has written.
-
-    Args:
-        cls: its class.
-    """
-
-    def __init__(self, cls: type[torch.autograd.Function]) -> None:
-        self.cls = cls
-
-
-class Expressions(ABC):
+class Expressions(Values):
     """Computes expressions. The methods for kinds of nodes have their names in small letters.
 
     Args:
@@ -75,17 +51,9 @@ class Expressions(ABC):
     """
 
     def __init__(self, called: Callable[[Any], Any]) -> None:
+        super().__init__()
         self._called = called
-        self._own: dict[int, Any] = {}  # lists and dicts that were made here, so that they may be changed
-        self._fresh: dict[int, Any] = {}  # tensors that were made here, by their memory
-        self._assigned: dict[
-            tuple[int, str], tuple[Any, Any]
-        ] = {}  # attributes that were assigned here, with their objects
         self._left = _MOST
-
-    @abstractmethod
-    def enter(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a function of the user's gives, computed from its source."""
 
     @abstractmethod
     def assign(self, target: ast.expr, value: Any, scope: Scope) -> None:
@@ -138,25 +106,6 @@ class Expressions(ABC):
             else:
                 yield self.value(one, scope)
 
-    def _made(self, made: Any) -> Any:
-        self._own[id(made)] = made
-        return made
-
-    def computed(self, node: ast.expr, scope: Scope, made: ast.expr, **given: Any) -> Any:
-        """Compute an expression, see `at`, and remember tensors whose memory was made by it."""
-        result = at(node, scope, made, **given)
-        before = {storage_of(one) for _, one in tensors_in(given)}
-        owner: Any = getattr(given.get("f"), "__self__", None)
-        before |= {storage_of(owner)} if is_tensor(owner) else set()
-        for _, one in tensors_in(result):
-            if is_tensor(one) and (storage := storage_of(one)) not in before:
-                self._fresh[storage] = one
-        return result
-
-    def is_own(self, value: Any) -> bool:
-        """Return whether a list, a dict or the memory of a tensor was made here, so that the program does not have it."""
-        return id(value) in self._own or (is_tensor(value) and storage_of(value) in self._fresh)
-
     # Kinds of expressions.
 
     def visit_constant(self, node: ast.Constant, _: Scope) -> Any:
@@ -182,40 +131,14 @@ class Expressions(ABC):
             raise CannotRepeatError(value.reason)
         return value
 
-    def visit_attribute(self, node: ast.Attribute, scope: Scope) -> Any:
+    def visitattribute_of(self, node: ast.Attribute, scope: Scope) -> Any:
         """Return an attribute; of a property, what its source gives."""
         if _is_super(node.value) and "__class__" in scope.names:
-            return self._of_base(node, scope)
+            return self.of_base(node, scope)
         try:
-            return self._attribute(self.value(node.value, scope), node.attr)
+            return self.attribute_of(self.value(node.value, scope), node.attr)
         except (LookupError, AttributeError):
             raise refused(node, scope) from None
-
-    def _attribute(self, holder: Any, name: str) -> Any:
-        if (id(holder), name) in self._assigned:
-            return self._assigned[id(holder), name][1]
-        if isinstance(holder, torch.autograd.function.FunctionCtx) or self._may_append(holder, name):
-            return getattr(holder, name)
-        if isinstance(holder, type) and issubclass(holder, torch.autograd.Function) and name == "apply":
-            return Applied(holder)
-        getter = getter_of(holder, name)
-        return self.enter(getter, (holder,), {}) if getter is not None else attribute(holder, name)
-
-    def _of_base(self, node: ast.Attribute, scope: Scope) -> Any:
-        """Return a method of a base class, as of `super()`."""
-        holder, cls = scope.names.get("self"), scope.names["__class__"]
-        kinds = type(holder).__mro__
-        for one in kinds[kinds.index(cls) + 1 :] if cls in kinds else ():
-            if isinstance(found := one.__dict__.get(node.attr), types.FunctionType):
-                return types.MethodType(found, holder)
-        raise refused(node, scope)
-
-    def remember(self, holder: Any, name: str, value: Any) -> None:
-        """Have an attribute of an object of the user's a value here, without changing the object."""
-        self._assigned[id(holder), name] = holder, value
-
-    def _may_append(self, holder: Any, name: str) -> bool:
-        return self.is_own(holder) and name in ("append", "extend", "update")
 
     def visit_boolop(self, node: ast.BoolOp, scope: Scope) -> Any:
         """Return what `and` or `or` gives."""
@@ -247,14 +170,14 @@ class Expressions(ABC):
 
     def visit_list(self, node: ast.List, scope: Scope) -> Any:
         """Return a list."""
-        return self._made(list(self._each(node.elts, scope)))
+        return self.made(list(self._each(node.elts, scope)))
 
     def visit_dict(self, node: ast.Dict, scope: Scope) -> Any:
         """Return a dict."""
         keys = [self._plain(key, scope) for key in node.keys if key is not None]
         if len(keys) < len(node.keys):
             raise refused(node, scope)
-        return self._made(dict(zip(keys, self._each(node.values, scope), strict=True)))
+        return self.made(dict(zip(keys, self._each(node.values, scope), strict=True)))
 
     def visit_listcomp(self, node: ast.ListComp | ast.GeneratorExp, scope: Scope) -> Any:
         """Return a list."""
@@ -265,7 +188,7 @@ class Expressions(ABC):
             self.assign(over.target, one, inner)
             if all(self.truth(test, inner) for test in over.ifs):
                 made.append(self.value(node.elt, inner))
-        return self._made(made)
+        return self.made(made)
 
     visit_generatorexp = visit_listcomp
 
@@ -275,20 +198,20 @@ class Expressions(ABC):
         """Return what an operator gives."""
         left, right = self._plain(node.left, scope), self._plain(node.right, scope)
         return self.computed(
-            node, scope, ast.BinOp(_name("a", node.left), node.op, _name("b", node.right)), a=left, b=right
+            node, scope, ast.BinOp(name_at("a", node.left), node.op, name_at("b", node.right)), a=left, b=right
         )
 
     def visit_unaryop(self, node: ast.UnaryOp, scope: Scope) -> Any:
         """Return what an operator gives."""
         return self.computed(
-            node, scope, ast.UnaryOp(node.op, _name("a", node.operand)), a=self._plain(node.operand, scope)
+            node, scope, ast.UnaryOp(node.op, name_at("a", node.operand)), a=self._plain(node.operand, scope)
         )
 
     def visit_compare(self, node: ast.Compare, scope: Scope) -> Any:
         """Return what a comparison gives."""
         identity = all(isinstance(one, (ast.Is, ast.IsNot)) for one in node.ops)
         values = [(self.value if identity else self._plain)(one, scope) for one in (node.left, *node.comparators)]
-        names: list[ast.expr] = [_name(f"v{place}", node.left) for place in range(len(values))]
+        names: list[ast.expr] = [name_at(f"v{place}", node.left) for place in range(len(values))]
         made = ast.Compare(names[0], node.ops, names[1:])
         return self.computed(node, scope, made, **{f"v{place}": value for place, value in enumerate(values)})
 
@@ -301,10 +224,10 @@ class Expressions(ABC):
             get = inspect.getattr_static(type(holder), "__getitem__", None)
             if get is dict.__dict__["__getitem__"] and type(index) is str and dict.__contains__(holder, index):
                 return dict.__getitem__(holder, index)
-            if isinstance(get, types.FunctionType) and _is_users(get):
+            if isinstance(get, types.FunctionType) and is_users_function(get):
                 return self.enter(types.MethodType(get, holder), (index,), {})
             raise refused(node.value, scope)
-        made = ast.Subscript(_name("a", node.value), _name("b", node.slice), ast.Load())
+        made = ast.Subscript(name_at("a", node.value), name_at("b", node.slice), ast.Load())
         return self.computed(node, scope, made, a=holder, b=index)
 
     # Calls.
@@ -325,34 +248,21 @@ class Expressions(ABC):
         function, more, keywords = without_partial(function)
         args, kwargs = (*more, *args), {**keywords, **kwargs}
         if function in (getattr, hasattr) or (function is next and type(args[0]) is list):
-            return self._looked_up(function, args, node, scope)
+            return self.looked_up(function, args, node, scope)
         if isinstance(function, Applied):
             return self.apply(function.cls, args, kwargs)
-        if _is_users(function):
+        if is_users_function(function):
             return self.enter(function, args, kwargs)
         if _is_users_module(function):
             return self.enter(attribute(function, "forward"), args, kwargs)
         self._check_call(function, args, kwargs, node, scope)
         made = ast.Call(
-            _name("f", node.func),
-            [ast.Starred(_name("a", node), ast.Load())],
-            [ast.keyword(None, _name("k", node))],
+            name_at("f", node.func),
+            [ast.Starred(name_at("a", node), ast.Load())],
+            [ast.keyword(None, name_at("k", node))],
         )
         result = self.computed(node, scope, made, f=function, a=args, k=kwargs)
-        return self._made(result) if function in (list, dict) else result
-
-    def _looked_up(self, function: Any, args: tuple[Any, ...], node: ast.Call, scope: Scope) -> Any:
-        """Return what `getattr` and `hasattr` give, and `next` of a generator, which is a list here."""
-        holder, *rest = args
-        if function is next and (holder or rest):
-            return holder[0] if holder else rest[0]
-        try:
-            found = self._attribute(holder, rest[0]) if function is not next else None
-        except (LookupError, AttributeError):
-            if (function is hasattr or len(args) == 3) and is_missing(holder, rest[0]):
-                return False if function is hasattr else args[2]
-            raise refused(node, scope) from None
-        return True if function is hasattr else found
+        return self.made(result) if function in (list, dict) else result
 
     def _check_call(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: ast.Call, scope: Scope
@@ -369,30 +279,8 @@ class Expressions(ABC):
             raise refused(node, scope)
 
 
-def at(node: ast.expr, scope: Scope, made: ast.expr, **given: Any) -> Any:
-    """Compute an expression on a frame of the line in the user's program on which it stands."""
-    ast.copy_location(made, node)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):  # as Python counts lines of method calls
-        made.lineno = node.func.end_lineno or node.lineno
-    code = compile(ast.fix_missing_locations(ast.Expression(made)), scope.file, "eval")
-    return eval(code, {}, given)  # noqa: S307  one operation, on values that were looked at
-
-
-def _name(name: str, node: ast.expr) -> ast.Name:
-    return ast.copy_location(ast.Name(name, ast.Load()), node)
-
-
 def _is_super(node: ast.expr) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args
-
-
-def _is_users(function: Any) -> bool:
-    """Return whether a function is one whose source is computed."""
-    plain = plain_function(function)
-    bound_to_tensor = isinstance(function, types.MethodType) and is_tensor(function.__self__)
-    return (
-        isinstance(plain, types.FunctionType) and not str(plain.__module__).startswith("torch.") and not bound_to_tensor
-    )
 
 
 def _is_users_module(function: Any) -> bool:
@@ -406,11 +294,3 @@ def _may_be_given(function: Any, value: Any) -> bool:
     if function is isinstance or is_plain(value) or isinstance(value, _VIEWS):
         return True
     return type(value) in (list, tuple) and function in (len, zip, enumerate, reversed)
-
-
-def refused(node: ast.AST, scope: Scope) -> CannotRepeatError:
-    """Return the error of a part of the source that is not understood."""
-    told, line = " ".join(ast.unparse(node).split()), getattr(node, "lineno", 0)
-    return CannotRepeatError(
-        f"`{told[:60]}` in line {line} of {scope.file.rpartition('/')[2]} may do more than compute"
-    )

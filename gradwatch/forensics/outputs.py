@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from gradwatch.forensics.expressions import Unknown
 from gradwatch.forensics.pure import is_plain
 from gradwatch.forensics.standins import CannotRepeatError
+from gradwatch.forensics.values import Unknown
 
 
 def detached(output: Any) -> Any:
