@@ -131,7 +131,7 @@ class Expressions(Values):
             raise CannotRepeatError(value.reason)
         return value
 
-    def visitattribute_of(self, node: ast.Attribute, scope: Scope) -> Any:
+    def visit_attribute(self, node: ast.Attribute, scope: Scope) -> Any:
         """Return an attribute; of a property, what its source gives."""
         if _is_super(node.value) and "__class__" in scope.names:
             return self.of_base(node, scope)
