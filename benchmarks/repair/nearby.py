@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 METHODS = (OURS, on_device(OURS), NORM)
 HEAD = ["", *METHODS]
-_RUNS = 10  # for each seed
+_RUNS = 5  # for each seed
 _APART = 1e-6  # standard deviation of the relative change of each weight
 
 Job = tuple[str, str, int, int]  # program, method, seed, which of the runs
@@ -57,7 +57,7 @@ def _do(job: Job) -> dict[str, Any]:
 
 
 def nearby_rows(names: Sequence[str], console: Console) -> list[list[str]]:
-    """Run ten runs of each seed of these programs with each method; return the shares that end within reach of the twin."""
+    """Run five runs of each seed of these programs with each method; return the shares that end within reach of the twin."""
     jobs = [
         (name, method, seed, which) for name in names for method in METHODS for seed in SEEDS for which in range(_RUNS)
     ]
