@@ -23,6 +23,7 @@ GUARDS = (
     "Patch.listeners",
     "Run.__init__",
     "capturing",
+    "_Hook.__call__",
     "_error_of",
     "all_done",
     "Monitor.end",

@@ -122,7 +122,9 @@ def main() -> None:
         "--ablate", action="store_true", help="run auto-clip without one of its parts at a time instead"
     )
     parser.add_argument(
-        "--nearby", action="store_true", help="run the repairable faults five times each, from weights a millionth apart"
+        "--nearby",
+        action="store_true",
+        help="run the repairable faults five times each, from weights a millionth apart",
     )
     options = parser.parse_args()
     console = Console()
@@ -138,7 +140,9 @@ def main() -> None:
         ]
         rows = nearby_rows(repairable(run_all(always, console, "faults")), console)
         _print(
-            console, {"Repairable faults, five runs each a millionth apart: share within reach": (NEARBY_HEAD, rows)}, {}
+            console,
+            {"Repairable faults, five runs each a millionth apart: share within reach": (NEARBY_HEAD, rows)},
+            {},
         )
         if options.write:
             between_marks(ROOT / "docs" / "repair.md", "nearby", markdown(NEARBY_HEAD, rows))

@@ -35,18 +35,28 @@ class _Hook:
     Args:
         model: the module, held weakly, since its copies call the same hooks.
         call: bound method to call with the module and the arguments of the hook; its object is held weakly.
+        failed: bound method to call with an error of that call, also held weakly; None: the error is raised.
     """
 
-    def __init__(self, model: nn.Module, call: Callable[..., None]) -> None:
+    def __init__(
+        self, model: nn.Module, call: Callable[..., None], failed: Callable[[Exception], None] | None = None
+    ) -> None:
         self._model = weakref.ref(model)
         self._call = weakref.WeakMethod(call)
+        self._failed = weakref.WeakMethod(failed) if failed is not None else None
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         """Pass on the call of a module; nothing while it is compiled."""
         if torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled() and module is self._model() and (call := self._call()) is not None:
-            call(module, *args)
+            try:
+                call(module, *args)
+            except Exception as error:
+                failed = self._failed() if self._failed is not None else None
+                if failed is None:
+                    raise
+                failed(error)
 
     def __reduce__(self) -> Any:
         """Become a function that takes anything and does nothing, which can be read without gradwatch."""
@@ -104,8 +114,8 @@ class Capture:
 
     def _watch(self, module: nn.Module) -> None:
         self._handles += [
-            module.register_forward_pre_hook(_Hook(module, self._begins), prepend=True, with_kwargs=True),
-            module.register_forward_hook(_Hook(module, self._ends), with_kwargs=True),
+            module.register_forward_pre_hook(_Hook(module, self._begins, self._fail), prepend=True, with_kwargs=True),
+            module.register_forward_hook(_Hook(module, self._ends, self._fail), with_kwargs=True),
         ]
 
     def _watch_parts(self, module: nn.Module) -> None:
@@ -144,17 +154,13 @@ class Capture:
         if not self.on:
             return
         self._open = module
-        try:
-            if len(self.calls) >= _MOST:
-                del self.calls[0]
-            call = Call(module, args, kwargs)
-            call.called_from(3, self.lasting)
-            self.calls.append(call)
-            self._begun(module, args, kwargs)
-            self._own_time.seconds += perf_counter() - call.started
-        except Exception as error:  # without it, less is known
-            self.calls.clear()
-            self._failed(error)
+        if len(self.calls) >= _MOST:
+            del self.calls[0]
+        call = Call(module, args, kwargs)
+        call.called_from(3, self.lasting)
+        self.calls.append(call)
+        self._begun(module, args, kwargs)
+        self._own_time.seconds += perf_counter() - call.started
 
     def _ends(self, module: nn.Module, _: Any, __: Any, output: Any) -> None:
         if module is not self._open:
@@ -162,12 +168,13 @@ class Capture:
         self._open = None
         if self.on and self.calls:
             started = perf_counter()
-            try:
-                self.calls[-1].gave(output)
-                self._own_time.seconds += perf_counter() - started
-            except Exception as error:
-                self.calls.clear()
-                self._failed(error)
+            self.calls[-1].gave(output)
+            self._own_time.seconds += perf_counter() - started
+
+    def _fail(self, error: Exception) -> None:
+        """Drop what was captured, without which less is known, and report the error."""
+        self.calls.clear()
+        self._failed(error)
 
 
 def is_compiled(model: nn.Module) -> bool:

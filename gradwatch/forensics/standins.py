@@ -125,9 +125,8 @@ def _is_torchs(hook: Any, *, weights: bool) -> bool:
 @contextmanager
 def generators_kept(state: torch.Tensor | None = None) -> Iterator[None]:
     """Put back the states of all generators at the end; begin with ``state`` on the CPU if one is given."""
-    devices = (
-        list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    )
+    ready = torch.cuda.is_available() and torch.cuda.is_initialized()
+    devices = list(range(len(torch.cuda.default_generators))) if ready else []
     python = random.getstate()
     numpy = sys.modules.get("numpy")
     kept = numpy.random.get_state() if numpy is not None else None
