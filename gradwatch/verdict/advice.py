@@ -53,15 +53,14 @@ def advise(
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
     if incident.kind in _CLIPPABLE:
         lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
-    if opening.raised_at >= 0:
-        pass  # the rate explains it
-    elif opening.moved_layer is not None and incident.kind in ("exploding", "diverging"):
+    by_the_rate = opening.raised_at >= 0  # which explains moved weights and a high loss
+    if not by_the_rate and opening.moved_layer is not None and incident.kind in ("exploding", "diverging"):
         lines.append(
             f"Look at what changed the weights just before step {incident.opened_step}: {opening.moved_layer} moved "
             f"{number(opening.moved, 2)} times as far as its rate and its gradients can have moved it. It may be an "
             "optimizer's state that was loaded or scaled, or the program itself."
         )
-    elif of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
+    elif not by_the_rate and of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
         lines.append(
             f"Look at the batch of step {incident.opened_step}: the last update cannot have raised its loss so far."
         )
