@@ -166,3 +166,14 @@ def test_a_layer_that_can_no_longer_be_measured_is_left_out_from_then_on() -> No
     assert np.isfinite(np.delete(weights, place, axis=1)).all()
     assert len(monitor.notes) == 1
     assert "extra (of type float8_e4m3fn)" in monitor.notes[0]
+
+
+@pytest.mark.parametrize(("count", "said"), [(4, "and 1 more layer ("), (5, "and 2 more layers (")])
+def test_what_is_left_out_names_three_layers_and_counts_the_others(count: int, said: str) -> None:
+    """In English, one is no plural."""
+    model = mlp()
+    for number in range(count):
+        frozen = torch.ones(4, 4).to(torch.float8_e4m3fn)
+        model.register_parameter(f"extra{number}", nn.Parameter(frozen, requires_grad=False))
+    (note,) = watched(model, 1).notes
+    assert f"extra0, extra1, extra2 {said}" in note

@@ -11,6 +11,7 @@ from gradwatch.offline.compare import Parting, parting
 from gradwatch.offline.settings import Setting, settings_of
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.plain import to_json
+from gradwatch.text.wording import counted
 
 if TYPE_CHECKING:
     import argparse
@@ -85,7 +86,7 @@ def _show(console: Console, left: RunLog, right: RunLog, found: Parting, setting
             table.add_row(Line("  " + shorten(layer, 50)), f"{step:,}", brief(a), brief(b))
         console.print(table)
         if len(found.layers) > _MOST:
-            say(f"  and {len(found.layers) - _MOST} more layers")
+            say(f"  and {counted(len(found.layers) - _MOST, 'more layer')}")
     else:
         say("  gradient norms: no layer differs by more than a factor of 4 for three consecutive rows")
     for log in (left, right):

@@ -15,6 +15,7 @@ from gradwatch.measure.deepspeed import Zero, engine_of, zero_under
 from gradwatch.measure.norms import unfit
 from gradwatch.measure.wrappers import local_of, own_name, plain_name, unwrapped, whole_shapes
 from gradwatch.records import Facts
+from gradwatch.text.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -223,7 +224,7 @@ def left_out(layers: Iterable[tuple[str, str]], what: str) -> list[str]:
         by_reason.setdefault(reason, []).append(name)
     sentences = []
     for reason, names in by_reason.items():
-        more = f" and {len(names) - _NAMED} more layers" if len(names) > _NAMED else ""
+        more = f" and {counted(len(names) - _NAMED, 'more layer')}" if len(names) > _NAMED else ""
         sentences.append(
             f"{what} that cannot be measured are left out: {', '.join(names[:_NAMED])}{more} ({reason}). "
             "All others are watched."

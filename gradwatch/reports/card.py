@@ -15,6 +15,7 @@ from gradwatch.reports.names import labels_of, names_of
 from gradwatch.reports.standing import sentences
 from gradwatch.reports.view import brief, headline, pace
 from gradwatch.text.printable import printable
+from gradwatch.text.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -191,7 +192,7 @@ def _stories(snapshot: Snapshot, names: Names, *, live: bool) -> Iterator[str]:
         return
     yield from (_story(incident, names, brief=False) for incident in told[:_MOST])
     if len(told) > _MOST:
-        yield f"<div>and {len(told) - _MOST} more incidents in monitor.incidents</div>"
+        yield f"<div>and {counted(len(told) - _MOST, 'more incident')} in monitor.incidents</div>"
     notices = [incident for incident in snapshot.incidents if incident.severity == "notice"]
     yield from (f'<div class="gw-notice">{_text(headline(incident, names))}</div>' for incident in notices[:_MOST])
 

@@ -17,6 +17,7 @@ from gradwatch.reports.line import Line
 from gradwatch.reports.others import another_live, bars_of_tqdm, is_stand_in
 from gradwatch.reports.streams import is_terminal
 from gradwatch.reports.view import View
+from gradwatch.text.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -200,5 +201,5 @@ def _headlines(snapshots: Sequence[Snapshot], columns: int, rows: int) -> list[R
         snapshots = sorted(snapshots, key=lambda one: _WORST_FIRST.index(one.verdict))
     lines: list[RenderableType] = [View(one).headline(columns) for one in snapshots[:rows]]
     if len(snapshots) > rows > 0:
-        lines[-1] = Line(f"and {len(snapshots) - rows + 1} more runs", "dim")
+        lines[-1] = Line(f"and {counted(len(snapshots) - rows + 1, 'more run')}", "dim")
     return lines

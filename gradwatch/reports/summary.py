@@ -74,7 +74,7 @@ class Summary:
         for incident in told[:_MOST]:
             yield from self._story(incident, advised)
         if len(told) > _MOST:
-            yield Line(f"  and {len(told) - _MOST} more incidents in monitor.incidents")
+            yield Line(f"  and {counted(len(told) - _MOST, 'more incident')} in monitor.incidents")
         for incident in notices[:_MOST]:
             yield _indented(headline(incident, self.names), 2)
             for line in unsaid(incident, advised)[:1] if incident.open else ():
