@@ -66,13 +66,14 @@ def attach(
             leave their bounds; on a device, and with several processes, there is no such check.
         strict: whether errors inside gradwatch are raised. Otherwise each is reported once and training goes on.
         budget: the share of the training time that measuring may take, such as 0.01; ``every`` is then chosen, and adjusted
-            as the run goes on. The first 64 steps are all measured.
+            as the run goes on. The first 64 steps are all measured, and steps between measurements cost something too
+            (``docs/performance.md``), which is more than its share if they are short.
         forensics: whether to find the operation that made the first NaN or infinity, by repeating the forward of the step that
             failed. For that, references to the inputs of a step are kept until it is over. ``"auto"`` does so on the CPU where
-            a step takes longer than a millisecond; True and False always or never. The code of a loss is computed again from its
-            source, without calling a function of the program; ``"lines"`` may run its statements again where that is not
-            possible. ``"wait"`` waits at each step for the loss if it is on a device. At most three times in a run is something
-            repeated.
+            a step takes longer than a millisecond, and with a budget where it takes at most half of that; True and False always
+            or never. The code of a loss is computed again from its source, without calling a function of the program;
+            ``"lines"`` may run its statements again where that is not possible. ``"wait"`` waits at each step for the loss if it
+            is on a device. At most three times in a run is something repeated.
         save_batch: whether to write the inputs of the step that failed into the folder of the run log, which
             `gradwatch reproduce` loads. Of several processes, the first writes its own. They may be large, and they are the
             user's data.

@@ -94,7 +94,8 @@ class Monitor:
                 self._pipeline.note,
                 partial(self._notes.part_failed, "finding the operation"),
             )
-            self._inspector = Inspector(model, forensics, *told, own_time)
+            share = every.share if isinstance(every, Budget) else None
+            self._inspector = Inspector(model, forensics, *told, own_time, share)
         self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time, self._inspector)
         self.attached = False
         self.cell = running_cell()

@@ -48,7 +48,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "runlog": {"autoclip", "errors", "history", "records", "reports", "rules", "text"},
     "pipeline": {"autoclip", "errors", "history", "records", "reports", "rules", "text", "verdict"},
     "offline": {"errors", "history", "pipeline", "records", "reports", "rules", "runlog", "text", "verdict"},
-    "measure": {"device", "errors", "history", "records"},
+    "measure": {"device", "errors", "history", "records", "text"},
     "distributed": {"autoclip", "errors", "measure", "records", "rules"},
     "skipping": {"device", "errors", "measure"},
     "probe": {

@@ -115,7 +115,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.set_default_device(options.device)
+    if options.device != "cpu":  # as a default, it costs each call of torch some microseconds in Python
+        torch.set_default_device(options.device)
     console = Console(width=None if sys.stdout.isatty() else 160)
     title = (
         f"torch {torch.__version__}, Python {platform.python_version()}, {options.device}, one thread of "

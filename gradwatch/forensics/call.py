@@ -36,6 +36,7 @@ class Call:
         callers: functions that had called it and have ended since, the innermost first.
         backward: whether a backward of this forward has begun.
         started: when it began, in seconds of `time.perf_counter`.
+        took: seconds for which its capture has held it up.
         first, last: numbers that autograd gave next, before and after it: its nodes have those from the first to before the last.
     """
 
@@ -55,11 +56,13 @@ class Call:
         "line",
         "module",
         "started",
+        "took",
         "versions",
     )
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.started = perf_counter()
+        self.took = 0.0
         self.module = module
         self.args = args
         self.kwargs = kwargs
@@ -114,6 +117,10 @@ class Call:
         """The tensors that the model returned, as far as they are still there."""
         output = self.output
         return [output] if type(output) is torch.Tensor else [one for _, one in outputs_in(output)]
+
+    def held_up(self, seconds: float) -> None:
+        """Add what its capture has taken."""
+        self.took += seconds
 
     def begin_backward(self) -> None:
         """Record that a backward of this forward begins."""

@@ -160,16 +160,19 @@ class Capture:
         call.called_from(3, self.lasting)
         self.calls.append(call)
         self._begun(module, args, kwargs)
-        self._own_time.seconds += perf_counter() - call.started
+        call.held_up(perf_counter() - call.started)
+        self._own_time.seconds += call.took
 
     def _ends(self, module: nn.Module, _: Any, __: Any, output: Any) -> None:
         if module is not self._open:
             return
         self._open = None
         if self.on and self.calls:
-            started = perf_counter()
-            self.calls[-1].gave(output)
-            self._own_time.seconds += perf_counter() - started
+            started, call = perf_counter(), self.calls[-1]
+            call.gave(output)
+            took = perf_counter() - started
+            call.held_up(took)
+            self._own_time.seconds += took
 
     def _fail(self, error: Exception) -> None:
         """Drop what was captured, without which less is known, and report the error."""

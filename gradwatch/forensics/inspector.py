@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 import weakref
 from time import perf_counter
@@ -19,6 +18,7 @@ from gradwatch.forensics.findings import Findings
 from gradwatch.forensics.frames import line_of
 from gradwatch.forensics.investigation import Investigation, NothingFound
 from gradwatch.forensics.keep import keep
+from gradwatch.forensics.price import Price
 from gradwatch.forensics.sharing import Sharing
 from gradwatch.forensics.singular import Singular
 from gradwatch.forensics.spread import can_repeat_together, is_spread
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from gradwatch.records import Origin, OwnTime, Row
 
 _MOST = 3  # investigations of a run
-_TIMED = 20  # steps after which "auto" decides
-_QUICK = 1e-3 / 3  # seconds from a forward to its backward, in a step that is too short for a capture
 _LARGEST = 16 * 2**20  # bytes of an output whose gradient is kept
 
 
@@ -56,6 +54,7 @@ class Inspector:
         note: called with what the user should know.
         failed: called with an error of the capture or of an investigation.
         own_time: counter of the time that watching takes.
+        share: share of the training time that it may take; None: that is not limited.
 
     Attributes:
         watching: whether operations are watched now.
@@ -70,6 +69,7 @@ class Inspector:
         note: Callable[[str], None],
         failed: Callable[[Exception], None],
         own_time: OwnTime,
+        share: float | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self._mode = mode
@@ -83,7 +83,7 @@ class Inspector:
         self._singular = Singular()
         self._left = _MOST
         self._in_trouble = self._was_in_trouble = False  # whether this step, and the one before, are not finite
-        self._times: list[float] = []
+        self._price = Price(share) if mode == "auto" else None
         self._step = 0
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._earlier = EarlierSteps()
@@ -138,6 +138,7 @@ class Inspector:
 
     def backward_begins(self, roots: Any, losses: list[Any]) -> None:
         """Prepare for a backward; find the origin of a loss that is not finite, while its graph is whole."""
+        started = perf_counter()
         try:
             every = self._capture.calls
             calls = [call for call in every if not call.backward]
@@ -157,6 +158,8 @@ class Inspector:
                 self._investigate(lambda inquiry: inquiry.of_loss(_tensors(roots)), calls)
             elif every:
                 self._prepare(calls, _tensors(roots))
+                if calls and self._price is not None:
+                    self._weigh(calls[0], started, self._price)
         except Exception as error:  # nothing of it may reach the training
             self._capture_failed(error)
 
@@ -169,8 +172,6 @@ class Inspector:
 
     def _prepare(self, calls: list[Call], losses: list[Tensor]) -> None:
         """Have the gradients of the model's outputs kept, and what the loss has that may be singular."""
-        if self._mode == "auto" and len(self._times) < _TIMED and calls:
-            self._decide(calls[0])
         roots = {id(one) for one in losses}
         ends = []
         for call in calls:
@@ -264,11 +265,13 @@ class Inspector:
         if self._capture.calls or self._batch is not None or self._backward is not None:
             self._forget()
 
-    def _decide(self, call: Call) -> None:
-        """Capture nothing any more if steps are so short that it would be felt."""
-        self._times.append(perf_counter() - call.started)
-        if len(self._times) == _TIMED and statistics.median(self._times) < _QUICK:
-            self._capture.stop()
+    def _weigh(self, call: Call, started: float, price: Price) -> None:
+        """Capture nothing any more if steps are so short that it would be felt; decide that once."""
+        price.add(call.started, started - call.started, call.took + perf_counter() - started)
+        if price.known:
+            self._price = None
+            if price.too_high:
+                self._capture.stop()
 
     # Rows of a device, which come later.
 
