@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
@@ -11,9 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from rich.console import Group
+from rich.console import Console, Group
 
-from gradwatch.reports.screen import _headlines
+from gradwatch.reports.screen import Screen, _headlines, pause_after
 from tests import terminal
 from tests.terminal import EXPLODING
 from tests.test_reports import drawn as drawn_on
@@ -480,6 +481,35 @@ def test_runs_of_which_there_is_no_room_are_counted() -> None:
         "gradwatch ● suspected",
         "and 2 more runs",
     ]
+
+
+@pytest.mark.parametrize(("took", "pause"), [(0.0, 0.0), (0.006, 0.6), (0.1, 2.0)])
+def test_drawing_takes_a_hundredth_of_the_time(took: float, pause: float) -> None:
+    """But never are two seconds without a picture."""
+    assert pause_after(took) == pytest.approx(pause)
+
+
+def test_a_picture_that_takes_long_is_drawn_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one of 40 ms, nothing is drawn for two seconds, although each step is new."""
+    pictures: list[float] = []
+
+    def slow(*_: object) -> list[str]:
+        end = time.thread_time() + 0.04
+        while time.thread_time() < end:
+            pass
+        pictures.append(time.monotonic())
+        return ["a picture"]
+
+    monkeypatch.setattr(Screen, "_picture", slow)
+    screen, run = Screen(Console(file=io.StringIO(), force_terminal=True)), object()
+    screen.join(run)
+    end = time.monotonic() + 30
+    while len(pictures) < 2 and time.monotonic() < end:
+        screen.show(run, snapshot(1))
+        time.sleep(0.01)
+    screen.leave(run)
+    first, second = pictures
+    assert second - first > 2.0
 
 
 def test_runs_that_share_a_picture_give_way_together() -> None:

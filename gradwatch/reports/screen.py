@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import weakref
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from gradwatch.records import Snapshot
 
 _LOOK = 0.1  # seconds between checks for a new snapshot, another terminal size or another display
+_SHARE = 0.01  # of the time, which drawing may take: it holds up the training while it holds the GIL
+_LONGEST = 2.0  # seconds between pictures at most, however long one takes
 _LEAST = 4  # rows of a run that is more than its headline
 _ANOTHER = "another live display is running"
 _WORST_FIRST = ("confirmed", "damaged", "suspected", "healthy")
@@ -112,15 +115,16 @@ class Screen:
 
     def _watch(self) -> None:
         """Draw when there is something new or the size has changed. Otherwise do not draw, so that prompts are left alone."""
-        foot, drawn = self.foot, 0
+        foot, drawn, due = self.foot, 0, 0.0
         try:
             while not (self._over.wait(_LOOK) or foot.over):
                 changes = self._changes
                 if another_live(foot.stream):
                     foot.give_way(_ANOTHER)
-                elif changes != drawn or foot.resized:
-                    drawn = changes
+                elif foot.resized or (changes != drawn and perf_counter() >= due):
+                    drawn, began = changes, thread_time()
                     foot.draw(self._picture([one for one in list(self._runs.values()) if one is not None]))
+                    due = perf_counter() + pause_after(thread_time() - began)
         except Exception as error:
             foot.give_way(f"the live picture failed ({words_of(error)})")
 
@@ -157,6 +161,11 @@ class Screen:
         with paper.capture() as captured:
             paper.print(shown)
         return captured.get()
+
+
+def pause_after(seconds: float) -> float:
+    """Return the seconds to the next picture after one that took ``seconds``."""
+    return min(seconds / _SHARE, _LONGEST)
 
 
 def screen_for(given: Console | None) -> Screen | str:
