@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import io
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
@@ -32,11 +33,6 @@ def sharded(model: nn.Module) -> nn.Module:
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block)
     return fully_shard(model)  # type: ignore[return-value]
-
-
-def cast(model: nn.Module) -> nn.Module:
-    """Return such a model whose output FSDP2 gives in another dtype."""
-    return fully_shard(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float64))  # type: ignore[return-value]
 
 
 def train(
@@ -85,6 +81,7 @@ def train(
             None if origin is None else [origin.op, origin.direction, origin.module, origin.rank, str(origin)]
         )
         found["way"] = None if origin is None else origin.found_by
+        found["faithful"] = None if origin is None else origin.faithful
     return found
 
 
@@ -114,6 +111,7 @@ def see() -> dict[str, Any]:
     seen["FSDP2, twice, unwatched"] = train(sharded, forwards=2, watch=False)
     seen["FSDP2, twice, in the model's backward"] = train(sharded, in_model=SQRT.run, forwards=2, clip=NEVER)
     seen["FSDP2, found"] = found_by_each()
-    seen["FSDP2, cast, in the model"] = train(cast, in_model=LOG.run)
-    seen["FSDP2, cast, in the model's backward"] = train(cast, in_model=SQRT.run)
+    with patch("gradwatch.forensics.spread._LARGEST", 0):
+        seen["FSDP2, large, in the model"] = train(sharded, in_model=LOG.run)
+        seen["FSDP2, large, in the model's backward"] = train(sharded, in_model=SQRT.run)
     return seen
