@@ -12,7 +12,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
@@ -36,19 +37,17 @@ def policy(param: torch.dtype | None = None, output: torch.dtype | None = None, 
     return MixedPrecisionPolicy(**({"param_dtype": param, "output_dtype": output, "reduce_dtype": WIDE} | more))
 
 
-def under(
-    root: MixedPrecisionPolicy, *blocks: MixedPrecisionPolicy, norm: MixedPrecisionPolicy | None = None
-) -> Callable[[nn.Module], nn.Module]:
+def under(root: MixedPrecisionPolicy, *blocks: MixedPrecisionPolicy, **more: Any) -> Callable[[nn.Module], nn.Module]:
     """Return what shards a `Net`: its blocks under policies of their own if there are any, its normalisation in float32."""
 
     def wrap(model: nn.Module) -> nn.Module:
         own = iter(blocks)
         for block in model.blocks:  # type: ignore[union-attr]
             if isinstance(block, nn.BatchNorm1d):
-                fully_shard(block, mp_policy=norm or policy(WIDE, root.param_dtype))
+                fully_shard(block, mp_policy=policy(WIDE, root.param_dtype), **more)
             elif next(block.parameters(), None) is not None:
-                fully_shard(block, mp_policy=next(own, root))
-        return fully_shard(model, mp_policy=root)  # type: ignore[return-value]
+                fully_shard(block, mp_policy=next(own, root), **more)
+        return fully_shard(model, mp_policy=root, **more)  # type: ignore[return-value]
 
     return wrap
 
@@ -120,7 +119,18 @@ def steps() -> Iterator[tuple[str, dict[str, Any]]]:
         step(net(), last, x, loss=lambda out: out.pow(2).mean() * 1e9),
     )
     yield "attached before", step(net(SQRT.run), last, x, early=True)
-    yield "attached after", step(net(SQRT.run), last, x)
+    replicated = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicated", "sharded"))
+    ways: dict[str, dict[str, Any]] = {
+        "on the host": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        "replicated": {"mesh": replicated},
+    }
+    for name, more in ways.items():
+        model = net()
+        with torch.no_grad():
+            model.blocks[1].linear.weight[0, 3] = 1e5  # type: ignore[union-attr, operator]
+        yield f"a weight {name}", step(model, under(policy(HALF), **more), x)
+    left = [SQRT.run]  # for the original
+    yield "another result", step(net(lambda h: left.pop()(h) if left else torch.cos(h)), half, x)
 
 
 # Repetitions of a step that is finite.

@@ -79,6 +79,8 @@ def test_a_step_is_repeated_bit_for_bit(how: str, name: str, played: dict[str, B
         ("an input", "", "forward", ("got float32 numbers up to 100,000 ", "row 3 of the batch")),
         ("an input of a module", "blocks.1", "forward", (" in blocks.1 (forward) got float32 numbers", "input (16, 6) float32")),
         ("a weight", "blocks.1.linear", "forward", ("returned 1 infinity of 36", "blocks.1.linear.weight (6, 6) float32")),
+        ("a weight on the host", "blocks.1.linear", "forward", ("of 36", "blocks.1.linear.weight (6, 6) float32")),
+        ("a weight replicated", "blocks.1.linear", "forward", ("of 36", "blocks.1.linear.weight (6, 6) float32")),
         ("a reduction", "", "backward", ("which FSDP2 reduces in float16, and returned", "gradient of head.bias (1,) float32")),
         ("a gradient", "", "backward", ("returned 16 infinities of 16 in its backward", "input (16, 1) float32")),
     ],
@@ -116,12 +118,16 @@ def test_a_weight_that_was_not_finite_before_it_was_cast_is_blamed(played: dict[
 
 
 def test_a_repetition_that_is_not_that_of_the_training_names_nothing_and_says_so(played: dict[str, Both]) -> None:
-    """A model that is sharded after it was attached has outputs that are cast after gradwatch has seen them."""
-    for one in played["step: attached before"]:
+    """A forward that depends on how often it was called."""
+    for one in played["step: another result"]:
         assert "op" not in one
         assert any("is not known: the repeated forward gave another result;" in note for note in one["notes"])
-    for one in played["step: attached after"]:
-        assert (one["op"], one["direction"]) == ("sqrt", "backward")
+
+
+def test_a_model_may_be_attached_before_it_is_sharded(played: dict[str, Both]) -> None:
+    """Its outputs are compared as they were before FSDP2 has cast them, which is how gradwatch has seen them."""
+    for one in played["step: attached before"]:
+        assert (one["op"], one["direction"], one["faithful"]) == ("sqrt", "backward", True)
 
 
 def test_where_torch_has_no_functions_that_only_cast_nothing_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:

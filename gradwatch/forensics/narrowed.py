@@ -42,9 +42,8 @@ class _Weight(NamedTuple):
 
 def _weights(model: nn.Module) -> Iterator[_Weight]:
     paths = {id(one): plain_name(path) for path, one in model.named_modules()}
-    states = dict.fromkeys(
-        one._get_fsdp_state() for one in sharded_modules(model)
-    )  # modules that were given together have one
+    # modules that were given to `fully_shard` together have one state
+    states = dict.fromkeys(one._get_fsdp_state() for one in sharded_modules(model))
     for group in (group for state in states for group in getattr(state, "_fsdp_param_groups", ())):
         for known in group.fsdp_params:
             module, name = known._module_info.module, known._module_info.param_name
@@ -60,14 +59,17 @@ def overflowed_weights(model: nn.Module) -> list[tuple[Tensor, Mark]]:
     """
     found: list[tuple[Tensor, str, Operand, Operand]] = []
     for known, path, name, gathered in _weights(model):
-        if is_dtensor(gathered) or type(known._sharded_local_tensor) is not torch.Tensor or known.offload_to_cpu:
-            continue  # a weight of another kind, or one in the memory of the host, which may have no group to gather it
+        part = known._sharded_local_tensor
+        if is_dtensor(gathered) or type(part) is not torch.Tensor:
+            continue  # a weight of another kind
         if known.param_dtype is not None and is_nonfinite(gathered):
-            whole = known.sharded_param.full_tensor()
+            part = part.to(known.device)  # it may lie in the memory of the host
+            whole = known.to_sharded_dtensor(part).full_tensor()
             if not is_nonfinite(whole):
                 found.append((gathered, path, operand_of(name, whole), operand_of("output", gathered)))
+    first = -len(found)  # they were cast before every operation
     return [
-        (gathered, _cast(place - len(found), path, (before,), after))  # before every operation
+        (gathered, _cast(first + place, path, (before,), after))
         for place, (gathered, path, before, after) in enumerate(found)
     ]
 

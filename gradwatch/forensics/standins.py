@@ -6,11 +6,13 @@ import random
 import sys
 from collections import OrderedDict, deque
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from gradwatch.forensics.capture import captures
 from gradwatch.forensics.casts import cast_in_place_of
 from gradwatch.measure.wrappers import is_dtensor
 
@@ -95,8 +97,10 @@ def _replace(module: nn.Module, copies: dict[int, torch.Tensor], *, weights: boo
     for name in _HOOKS:
         hooks = state.get(name)
         if hooks:
-            kept = [(key, _kept(hook, name, module, weights=weights)) for key, hook in hooks.items()]
-            state[name] = OrderedDict((key, hook) for key, hook in kept if hook is not None)
+            if weights and name == "_forward_hooks":
+                hooks = _until_captured(hooks)
+            kept = {key: _kept(hook, name, module, weights=weights) for key, hook in hooks.items()}
+            state[name] = OrderedDict((key, hook) for key, hook in kept.items() if hook is not None)
 
 
 def _stand_in(parameter: Any, copies: dict[int, torch.Tensor]) -> Any:
@@ -113,6 +117,12 @@ def _copy(tensor: Any, copies: dict[int, torch.Tensor]) -> Any:
     if id(tensor) not in copies:
         copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     return copies[id(tensor)]
+
+
+def _until_captured(hooks: dict[int, Any]) -> dict[int, Any]:
+    """Return the hooks of a forward up to the one that has kept the output, which is compared as it was then."""
+    place = next((place for place, hook in enumerate(hooks.values(), 1) if captures(hook)), None)
+    return dict(islice(hooks.items(), place))
 
 
 def _kept(hook: Any, name: str, module: nn.Module, *, weights: bool) -> Any:
