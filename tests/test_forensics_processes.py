@@ -82,6 +82,14 @@ def test_a_backward_under_fsdp2_of_a_model_that_is_too_large_is_not_repeated_and
         assert any("is not known" in note for note in one["notes"])
 
 
+def test_after_three_investigations_nothing_is_said_against_the_processes(played: dict[str, Both]) -> None:
+    """All of them could repeat a fourth step, which is only not looked at."""
+    for one in played["FSDP2, often"]:
+        assert one["origin"][:3] == ["sqrt", "backward", "blocks.1"]
+        assert one["skipped"] == 5
+        assert one["notes"] == []
+
+
 def test_find_nonfinite_names_no_operation_for_what_another_process_has_made(played: dict[str, Both]) -> None:
     """Gradients of all processes are summed, and only one of them has seen the operation."""
     first, second = played["FSDP2, found"]
