@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import io
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
@@ -34,11 +35,6 @@ def sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model)  # type: ignore[return-value]
 
 
-def cast(model: nn.Module) -> nn.Module:
-    """Return such a model whose output FSDP2 gives in another dtype."""
-    return fully_shard(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float64))  # type: ignore[return-value]
-
-
 def train(
     wrap: Callable[[nn.Module], nn.Module],
     *,
@@ -46,6 +42,7 @@ def train(
     in_loss: Callable[[Tensor], Tensor] = lambda out: out,
     watch: bool = True,
     forwards: int = 1,
+    bad: tuple[int, ...] = BAD,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train; on rank 1 the operations given are used at some steps. Steps that fail are left out."""
@@ -60,15 +57,15 @@ def train(
     out, told = None, io.StringIO()
     given: dict[str, Any] = {"report": LogReport(told), "strict": True, "forensics": True, "clip": "norm"} | settings
     monitor = gradwatch.attach(model, **given) if watch else None
-    for step in range(7):
-        failing["now"] = step in BAD and dist.get_rank() == 1
+    for step in range(max(bad) + 3):
+        failing["now"] = step in bad and dist.get_rank() == 1
         optimizer.zero_grad()
         out = model(torch.randn(ROWS, WIDTH, generator=generator))
         loss = (in_loss(out) if failing["now"] else out).pow(2).mean()
         if forwards > 1:
             loss = loss + model(torch.randn(ROWS, WIDTH, generator=generator)).pow(2).mean()
         loss.backward()
-        if monitor is not None or step not in BAD:
+        if monitor is not None or step not in bad:
             optimizer.step()
     found: dict[str, Any] = {
         "parameters": [local_of(one.detach()).flatten().tolist() for one in model.parameters()],
@@ -85,6 +82,7 @@ def train(
             None if origin is None else [origin.op, origin.direction, origin.module, origin.rank, str(origin)]
         )
         found["way"] = None if origin is None else origin.found_by
+        found["faithful"] = None if origin is None else origin.faithful
     return found
 
 
@@ -113,7 +111,9 @@ def see() -> dict[str, Any]:
         dist.barrier()
     seen["FSDP2, twice, unwatched"] = train(sharded, forwards=2, watch=False)
     seen["FSDP2, twice, in the model's backward"] = train(sharded, in_model=SQRT.run, forwards=2, clip=NEVER)
+    seen["FSDP2, often"] = train(sharded, in_model=SQRT.run, bad=(2, 4, 6, 8, 10))
     seen["FSDP2, found"] = found_by_each()
-    seen["FSDP2, cast, in the model"] = train(cast, in_model=LOG.run)
-    seen["FSDP2, cast, in the model's backward"] = train(cast, in_model=SQRT.run)
+    with patch("gradwatch.forensics.spread._LARGEST", 0):
+        seen["FSDP2, large, in the model"] = train(sharded, in_model=LOG.run)
+        seen["FSDP2, large, in the model's backward"] = train(sharded, in_model=SQRT.run)
     return seen

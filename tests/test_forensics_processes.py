@@ -28,7 +28,7 @@ CASES = [
     ("FSDP2", "in the loss", ("log", "forward", None), "source"),
     ("FSDP2", "in the loss's backward", ("sqrt", "backward", None), "source"),
     ("FSDP2, twice", "in the model's backward", ("sqrt", "backward", "blocks.1"), "replay"),
-    ("FSDP2, cast", "in the model", ("log", "forward", "blocks.1"), "replay"),
+    ("FSDP2, large", "in the model", ("log", "forward", "blocks.1"), "replay"),
 ]
 
 
@@ -72,12 +72,22 @@ def test_where_only_one_process_looks_none_waits_for_the_other(wrapper: str, pla
     assert first["skipped"] == second["skipped"] == 2
 
 
-def test_a_backward_under_fsdp2_in_mixed_precision_is_not_repeated_and_says_so(played: dict[str, Both]) -> None:
-    """It would reduce gradients of the training, and stand-ins of the weights would run in another dtype."""
-    first, second = played["FSDP2, cast, in the model's backward"]
+def test_a_backward_under_fsdp2_of_a_model_that_is_too_large_is_not_repeated_and_says_so(
+    played: dict[str, Both],
+) -> None:
+    """It would reduce gradients of the training."""
+    first, second = played["FSDP2, large, in the model's backward"]
     for one in (first, second):
         assert one["origin"] is None or one["way"] == "watched step"
         assert any("is not known" in note for note in one["notes"])
+
+
+def test_after_three_investigations_nothing_is_said_against_the_processes(played: dict[str, Both]) -> None:
+    """All of them could repeat a fourth step, which is only not looked at."""
+    for one in played["FSDP2, often"]:
+        assert one["origin"][:3] == ["sqrt", "backward", "blocks.1"]
+        assert one["skipped"] == 5
+        assert one["notes"] == []
 
 
 def test_find_nonfinite_names_no_operation_for_what_another_process_has_made(played: dict[str, Both]) -> None:

@@ -122,6 +122,8 @@ CAUSES: dict[str, Cause] = {
     "logsumexp of a masked row": Cause("logsumexp", "forward", lambda h: torch.logsumexp(_masked(h), 1)[:, None] + h, (5, 11)),
     "product of many": Cause("prod", "forward", lambda h: torch.prod(h * 0 + 1e9, 1)[:, None] + h),
 }  # fmt: skip
+# a product that overflows only where a policy has made its inputs float16
+NARROW = Cause("mm", "forward", lambda h: ((h * 1e4) @ LARGE.to(h.dtype)) * 1e-7)
 HEALTHY: dict[str, Callable[[Tensor], Tensor]] = {
     "a partial mask": lambda h: torch.softmax(h.masked_fill(~LATE, -torch.inf), 1),
     "a causal mask": lambda h: torch.softmax(h[:, :, None] + torch.full((6, 6), -torch.inf).triu(1), 2).sum(2),

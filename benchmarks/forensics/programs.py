@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.forensics.causes import CAUSES, HEALTHY, MODULE, ROWS, WIDTH, Block, Cause, Net
+from benchmarks.forensics.causes import CAUSES, HEALTHY, MODULE, NARROW, ROWS, WIDTH, Block, Cause, Net
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -269,14 +269,15 @@ def _ddp(attach: Attach) -> None:
     optimizer.step()
 
 
-def _sharded(attach: Attach, cause: Cause) -> None:
-    from torch.distributed.fsdp import fully_shard
+def _sharded(attach: Attach, cause: Cause, dtype: torch.dtype | None = None) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     x = data()
     model: Any = Net(cause.run)
+    policy = MixedPrecisionPolicy(dtype, torch.float32)
     for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     attach(model)
     square(model(x)).backward()
@@ -291,6 +292,16 @@ def _fsdp2(attach: Attach) -> None:
 @setting("FSDP2, 2 processes, in the backward", SQRT, processes=2)
 def _fsdp2_backward(attach: Attach) -> None:
     _sharded(attach, SQRT)
+
+
+@setting("FSDP2 in bfloat16, 2 processes, in the backward", SQRT, processes=2)
+def _fsdp2_bfloat16(attach: Attach) -> None:
+    _sharded(attach, SQRT, torch.bfloat16)
+
+
+@setting("FSDP2 in float16, 2 processes", NARROW, processes=2)
+def _fsdp2_float16(attach: Attach) -> None:
+    _sharded(attach, NARROW, torch.float16)
 
 
 def _library(name: str) -> bool:

@@ -106,6 +106,7 @@ _BACKWARD = {
     "cdist": "its derivative is not finite for equal points: add a small number to the squared distance.",
     "eigh": "its derivative is not finite for equal eigenvalues: add a small multiple of a diagonal of distinct numbers.",
     "linalg_vector_norm": "normalisation at zero: add eps inside the root.",
+    "to_copy": "the gradients do not fit into the narrower dtype: scale the loss down, or use bfloat16 instead of float16.",
     "std": "its derivative is not finite where all elements are equal: torch.sqrt(x.var() + 1e-8).",
 }
 _WHERE = (
@@ -199,6 +200,10 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
         return ("Look at these rows where they are loaded: assert torch.isfinite(x).all() in the Dataset.",)
     if mark.subject == "written":
         return ("Look at this line: what it writes must not reach the loss.",)
+    if "reduced" in mark.scalars:
+        return (
+            "Reduce gradients in a wider dtype, as by MixedPrecisionPolicy(reduce_dtype=torch.float32), or scale the loss.",
+        )
     lines = []
     if mark.backward and _is_dropped(mark):
         lines.append(_WHERE)

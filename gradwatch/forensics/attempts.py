@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gradwatch.forensics.statements import Backward
     from gradwatch.records import Origin, Part, Way
 
+OTHER_RESULT = "the repeated forward gave another result"
 _NOT_KEPT = "the inputs of the model were not kept in this step (forensics=True keeps those of each step)"
 
 
@@ -57,17 +58,20 @@ class Attempts:
         self._may_run = may_run
         self.guilty: Call | None = calls[0] if len(calls) == 1 else None
         self._reasons: list[str] = []
+        self._overflowed: list[tuple[Tensor, Mark]] = []  # weights that FSDP2 has cast beyond the range of their dtype
         self._silent: Origin | None = None  # infinities that a forward has written on purpose, if it has made no others
 
     def _repeat(self, call: Call, gradients: list[Tensor | None] | None = None) -> tuple[Origin, bool | None] | None:
         """Return what repeating a forward finds, and whether it was faithful; None if it finds nothing."""
         try:
-            repeat = Repeat(self._model, call, gradients)
+            repeat = Repeat(self._model, call, gradients, overflowed=self._overflowed)
             result: Replay = repeat.run()
             mark = first_cause(repeat, result)
+            if not result.marks and len(self._calls) == 1:  # gradients of several are added before they are reduced
+                mark = result.reduced
             if mark is None or mark.earlier:
                 if is_faithful(call, result.outputs) is False:
-                    self._reasons.append("the repeated forward gave another result")
+                    self._reasons.append(OTHER_RESULT)
                 elif mark is None and all(one.mute for one in result.marks) and (silent := sole(result.marks)):
                     self._silent = origin_of(silent, "replay", batch=repeat.batch, part="model").repeated(faithful=True)
                 elif any(not one.mute for one in result.marks):
@@ -75,6 +79,8 @@ class Attempts:
                 return None
             know_rows(repeat, mark)
             faithful = is_faithful(call, result.outputs)
+            if faithful is False:
+                self._reasons.append(OTHER_RESULT)
         except CannotRepeatError as reason:
             self._reasons.append(str(reason))
             return None
@@ -135,8 +141,10 @@ class Attempts:
             names.add_named(tensors_in(self._given))
         return names
 
-    def _reason(self, last: str) -> str:
-        return "; ".join(dict.fromkeys([*self._reasons, last, *([] if self._calls else [_NOT_KEPT])]))
+    def _reason(self, last: str, *, of_result: bool = False) -> str:
+        """Return why nothing was found; the last reason is left out if it is ``of_result``, but that was not the original's."""
+        lasts = [last] if not of_result or OTHER_RESULT not in self._reasons else []
+        return "; ".join(dict.fromkeys([*self._reasons, *lasts, *([] if self._calls else [_NOT_KEPT])]))
 
     def _in_graph(self, losses: list[Tensor], outputs: list[Tensor]) -> Mark | None:
         finite = [one for one in outputs if not is_nonfinite(one)]

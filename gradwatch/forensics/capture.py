@@ -63,6 +63,11 @@ class _Hook:
         return getattr, (nullcontext(), "__exit__")
 
 
+def captures(hook: Any) -> bool:
+    """Return whether a hook of a module is one of a capture."""
+    return isinstance(hook, _Hook)
+
+
 class Capture:
     """The forwards of a model since the last step.
 

@@ -227,7 +227,7 @@ class Inspector:
         if together is not None and self._sharing.agree(together, ready=ready):
             backward = not row.loss_nonfinite
             self._investigate(lambda inquiry: inquiry.of_all_together(self._singular, backward=backward), calls)
-        elif not self._findings.explained:
+        elif not self._findings.explained and self._left:
             self._note(
                 "which operation made a step non-finite is not looked for under DeepSpeed."
                 if model is not None and engine_of(model) is not None

@@ -91,7 +91,8 @@ class Investigation(Attempts):
         if mark is not None:
             return origin_of(mark, "graph", batch=self._batch, part=self._part_of(mark))
         repeated = "no operation made a non-finite gradient of finite ones when the step was repeated"
-        raise NothingFound(self._reason(repeated if self._calls else "the graph of the loss is gone"))
+        last = repeated if self._calls else "the graph of the loss is gone"
+        raise NothingFound(self._reason(last, of_result=bool(self._calls)))
 
     # A step of all processes together.
 
@@ -106,7 +107,7 @@ class Investigation(Attempts):
             NothingFound: it is not known, or it was in another process.
         """
         if fit_whole(unwrapped(self._model)):
-            with whole(unwrapped(self._model)):
+            with whole(unwrapped(self._model)) as self._overflowed:
                 return self.of_gradients(singular) if backward else self._of_forward()
         (call,) = self._calls
         repeat = Repeat(self._model, call, together=True)
@@ -132,7 +133,8 @@ class Investigation(Attempts):
         again = self._silent if again is not None and again.name == OUTPUT else again
         if again is not None:
             return again
-        raise NothingFound(self._reason("the model of this process was finite when its forward was repeated"))
+        finite = "the model of this process was finite when its forward was repeated"
+        raise NothingFound(self._reason(finite, of_result=True))
 
     def _used(self, call: Call) -> list[Tensor]:
         """Return the outputs of a forward that are in the graph of the loss."""

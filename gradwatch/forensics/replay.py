@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gradwatch.forensics.call import Call, outputs_in
+from gradwatch.forensics.casts import casts
 from gradwatch.forensics.marks import Mark, ordered
 from gradwatch.forensics.names import Names, tensors_in
+from gradwatch.forensics.narrowed import overflowed_gradients
 from gradwatch.forensics.reached import FirstGradient, ReachedError, RowsAt
 from gradwatch.forensics.spread import gathered
 from gradwatch.forensics.standins import CannotRepeatError, eagerly, generators_kept, stand_ins
@@ -19,6 +21,8 @@ from gradwatch.forensics.trace import Trace, marks_in
 from gradwatch.measure.wrappers import unwrapped
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor, nn
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,11 +38,13 @@ class Replay(NamedTuple):
         outputs: tensors that the model returned.
         marks: marks of those that are not finite or, with a backward, of the gradients that are not.
         ops: number of operations that were watched.
+        reduced: mark of finite gradients that FSDP2 reduces in a dtype in which they are not; None if all are.
     """
 
     outputs: list[Tensor]
     marks: tuple[Mark, ...]
     ops: int
+    reduced: Mark | None = None
 
 
 class Repeat:
@@ -49,12 +55,21 @@ class Repeat:
         call: the forward.
         gradients: gradients that had reached the outputs; None: no backward.
         together: whether all processes repeat it at once, because each has a part of the weights.
+        overflowed: weights that were finite before FSDP2 has cast them, with what made them infinite.
     """
 
     def __init__(
-        self, model: nn.Module, call: Call, gradients: Gradients | None = None, *, together: bool = False
+        self,
+        model: nn.Module,
+        call: Call,
+        gradients: Gradients | None = None,
+        *,
+        together: bool = False,
+        overflowed: Sequence[tuple[Tensor, Mark]] = (),
     ) -> None:
         self._together = together
+        self._overflowed = overflowed
+        self._reduced: Mark | None = None
         self.model = unwrapped(model)
         self._module = unwrapped(call.module)
         self.call = call
@@ -81,7 +96,7 @@ class Repeat:
         if trace.failed is not None:
             raise trace.failed
         marks = first or marks_in(trace, gradients if self.gradients is not None else outputs)
-        return Replay(outputs, marks, trace.count)
+        return Replay(outputs, marks, trace.count, self._reduced)
 
     def rows_at(self, order: int, shift: int) -> tuple[int, ...]:
         """Return the rows of the batch at which the output of one operation is not finite, and run no further.
@@ -113,6 +128,9 @@ class Repeat:
             if self.call.autocast is not None:
                 on, dtype, cache = self.call.autocast
                 stack.enter_context(torch.autocast("cpu", dtype=dtype, enabled=on, cache_enabled=cache))
+            if isinstance(mode, Trace):
+                for weight, mark in self._overflowed:
+                    mode.marked.put(weight, (mark,))
             with mode:
                 output = _called(self._module, args, kwargs)
                 outputs = [one for _, one in outputs_in(output)]
@@ -121,6 +139,8 @@ class Repeat:
                     with suppress(ReachedError) if until is not None else nullcontext():
                         self._backward(outputs, self._shifted(shift))
                     first = until.marks if until is not None else ()
+            if self.gradients is not None and names is not None and not first:
+                self._reduced = overflowed_gradients(self.model)
         inputs = [one for _, one in tensors_in([args, kwargs])]
         return outputs, [one.grad for one in (*weights, *inputs) if one.is_leaf and one.grad is not None], first
 
@@ -200,18 +220,22 @@ def know_rows(repeat: Repeat, mark: Mark) -> None:
 
 
 def is_faithful(call: Call, outputs: list[Tensor]) -> bool | None:
-    """Return whether the outputs are those of the original forward; None if these are gone."""
+    """Return whether the outputs are those of the original forward; None if these are gone.
+
+    They are compared to the bit where FSDP2 casts, since it is cast again here without its hooks.
+    """
     if call.changed:
         return False
     before = [one for _, one in outputs_in(call.output)] if call.output is not None else []
     if not before:
         return None
-    return len(before) == len(outputs) and all(map(_alike, before, outputs))
+    rtol, atol = (0.0, 0.0) if casts(unwrapped(call.module)) else (1e-3, 1e-5)
+    return len(before) == len(outputs) and all(_alike(*pair, rtol, atol) for pair in zip(before, outputs, strict=True))
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def _alike(one: Tensor, other: Tensor, rtol: float, atol: float) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.is_floating_point():
         return torch.equal(one, other)
-    return torch.allclose(one.detach(), other.detach(), rtol=1e-3, atol=1e-5, equal_nan=True)
+    return torch.allclose(one.detach(), other.detach(), rtol=rtol, atol=atol, equal_nan=True)

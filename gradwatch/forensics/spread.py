@@ -6,11 +6,12 @@ Otherwise all of them run a forward together, on the weights themselves, and no 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator as AnIterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from gradwatch.forensics.casts import can_cast_again, sharded_modules
+from gradwatch.forensics.narrowed import overflowed_weights
 from gradwatch.forensics.operands import is_nonfinite
 from gradwatch.forensics.standins import CannotRepeatError, copied_state
 from gradwatch.measure.deepspeed import engine_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gradwatch.forensics.call import Call
+    from gradwatch.forensics.marks import Mark
 
 _LARGEST = 2 * 2**30  # bytes of weights that each process holds whole for an investigation
 
@@ -37,13 +39,6 @@ def is_spread(model: nn.Module) -> bool:
         or bool(sharded_modules(model))
         or engine_of(model) is not None
     )
-
-
-def sharded_modules(model: nn.Module) -> list[Any]:
-    """Return the modules to which `fully_shard` was applied."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
-    return [one for one in model.modules() if kind is not None and isinstance(one, kind)]
 
 
 def can_repeat_together(model: nn.Module, calls: Sequence[Call]) -> bool:
@@ -69,23 +64,20 @@ def can_repeat_together(model: nn.Module, calls: Sequence[Call]) -> bool:
 def fit_whole(model: nn.Module) -> bool:
     """Return whether all weights can be held whole by each process, as they were in the step. It is the same in all of them."""
     size = sum(one.numel() * one.element_size() for one in model.parameters())  # of a DTensor, those of the whole
-    states = [one._get_fsdp_state() for one in sharded_modules(model)]
-    return size <= _LARGEST and not any(_casts(getattr(one, "_mp_policy", None)) for one in states)
-
-
-def _casts(policy: Any) -> bool:
-    """Return whether a policy of mixed precision has FSDP2 run a module in another dtype, as its stand-ins would not."""
-    return policy is None or policy.param_dtype is not None or policy.output_dtype is not None
+    return size <= _LARGEST and can_cast_again(model)
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Let each process hold all weights. All processes enter this together; afterwards none waits for another."""
+def whole(model: nn.Module) -> Iterator[list[tuple[Tensor, Mark]]]:
+    """Let each process hold all weights; yields those that were cast beyond the range of their dtype, with their marks.
+
+    All processes enter this together; afterwards none waits for another.
+    """
     sharded = sharded_modules(model)
     try:
         for one in sharded:
             one.unshard()
-        yield
+        yield overflowed_weights(model)
     finally:
         for one in sharded:
             one.reshard()

@@ -6,11 +6,14 @@ import random
 import sys
 from collections import OrderedDict, deque
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from gradwatch.forensics.capture import captures
+from gradwatch.forensics.casts import cast_in_place_of
 from gradwatch.measure.wrappers import is_dtensor
 
 if TYPE_CHECKING:
@@ -34,7 +37,8 @@ def stand_ins(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Let a model run on stand-ins, and put back everything that its modules hold; yields the stand-ins of its weights.
 
     The stand-in of a weight shares its values, but has no hooks and a gradient of its own. Buffers and other tensors that
-    modules hold are copied. Hooks of the user are left out, those of torch, such as of `weight_norm`, are run.
+    modules hold are copied. Hooks of the user are left out, those of torch, such as of `weight_norm`, are run. Those of FSDP2
+    only cast.
     """
     if any(isinstance(one, torch.jit.ScriptModule) for one in model.modules()):
         raise CannotRepeatError("a module of TorchScript cannot be run on other weights")
@@ -93,8 +97,10 @@ def _replace(module: nn.Module, copies: dict[int, torch.Tensor], *, weights: boo
     for name in _HOOKS:
         hooks = state.get(name)
         if hooks:
-            kept = [(key, hook) for key, hook in hooks.items() if _is_torchs(hook, weights=weights)]
-            state[name] = OrderedDict(kept)
+            if weights and name == "_forward_hooks":
+                hooks = _until_captured(hooks)
+            kept = {key: _kept(hook, name, module, weights=weights) for key, hook in hooks.items()}
+            state[name] = OrderedDict((key, hook) for key, hook in kept.items() if hook is not None)
 
 
 def _stand_in(parameter: Any, copies: dict[int, torch.Tensor]) -> Any:
@@ -113,13 +119,22 @@ def _copy(tensor: Any, copies: dict[int, torch.Tensor]) -> Any:
     return copies[id(tensor)]
 
 
-def _is_torchs(hook: Any, *, weights: bool) -> bool:
-    """Return whether a hook is one of torch; those of FSDP2 are none for stand-ins of weights, which need not be gathered."""
+def _until_captured(hooks: dict[int, Any]) -> dict[int, Any]:
+    """Return the hooks of a forward up to the one that has kept the output, which is compared as it was then."""
+    place = next((place for place, hook in enumerate(hooks.values(), 1) if captures(hook)), None)
+    return dict(islice(hooks.items(), place))
+
+
+def _kept(hook: Any, name: str, module: nn.Module, *, weights: bool) -> Any:
+    """Return what is run in place of a hook: itself if it is one of torch; None for one of the user's.
+
+    Those of FSDP2 only cast if weights have stand-ins, which need not be gathered.
+    """
     function = getattr(hook, "func", hook)
     kind = getattr(function, "__module__", None) or type(function).__module__
     if weights and kind.startswith("torch.distributed.fsdp."):
-        return False
-    return kind == "torch" or kind.startswith("torch.")
+        return cast_in_place_of(name, module)
+    return hook if kind == "torch" or kind.startswith("torch.") else None
 
 
 @contextmanager
