@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.overhead.bench import Bench, shown
 from benchmarks.overhead.others import MISSING, OTHERS
 from benchmarks.overhead.pages import write_overhead
-from benchmarks.overhead.variants import OWN, compare, device_counts, memory_of, parts_of
+from benchmarks.overhead.variants import LONGER, OWN, RARE, compare, device_counts, memory_of, parts_of
 from benchmarks.overhead.workloads import WORKLOADS
 from benchmarks.pages import ROOT, between_marks, markdown
 
@@ -57,7 +57,8 @@ def run_variants(options: argparse.Namespace, letter: str, table: Table) -> dict
         for name in progress.track(options.variants.split(","), description=f"({letter})"):
             bench = Bench(WORKLOADS[letter].make, fused=options.fused)
             bench.steps(2)
-            block = max(2, round(options.seconds / bench.steps(3)))
+            seconds = options.seconds * (LONGER if name in RARE else 1)
+            block = max(2, round(seconds / bench.steps(3)))
             try:
                 last = compare(bench, name, options.rounds, block)
             except Exception as error:  # another's fault must not end the run

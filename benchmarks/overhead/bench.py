@@ -69,8 +69,10 @@ class Watched:
             self.folder = tempfile.TemporaryDirectory()
             settings["log"] = self.folder.name
         self.monitor = gradwatch.attach(bench.model, report=report, strict=True, **settings)
-        bench.steps(WARM)
         self.probe = self.monitor._probe
+        self.probe.recorder._every = 1  # the first rows are all judged, which is not the steady state
+        bench.steps(WARM)
+        self.probe.recorder._every = settings.get("every", 1)
         if "budget" in settings:  # settled while it sees all steps; with blocks of others between its own it could not
             bench.steps(10 * WARM)
             self.probe.recorder._budget = None

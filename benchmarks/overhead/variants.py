@@ -28,6 +28,9 @@ OWN: dict[str, dict[str, Any]] = {
     "every=8": {"every": 8},
     "user clips too": {},
 }
+# what happens seldom needs longer blocks: a picture is drawn about twice a second
+RARE = ("live report", "every=8", "budget 1 %")
+LONGER = 8
 
 
 def compare(bench: Bench, name: str, rounds: int, block: int) -> dict[str, Any]:
