@@ -30,6 +30,8 @@ def how_it_stands(history: History) -> str:
     """
     if history.lost_since is not None:
         now = "NaN" if math.isnan(history.row.loss) else "infinite"
+        if history.lost_since == history.row.step:
+            return f"is {now} in the last step, {history.row.step:,}"
         return f"is {now}, and has not been finite since step {history.lost_since:,}"
     level, scatter = median_and_mad(history.task_loss(last=_LEVEL))
     norms = history.global_norm(last=_SILENT)
@@ -100,6 +102,10 @@ def _above_its_best(history: History, level: float, scatter: float, levels: list
 def _has_hardly_fallen(history: History, level: float, levels: list[float], ends: list[int]) -> str:
     began, third = history.reference_loss, len(levels) // 3
     if levels and level > _HIGH * began > 0 and min(levels[:third]) - level < _NEAR * began:
+        if level - min(levels) > _NEAR * began:
+            best = int(np.argmin(levels))
+            return f"is {number(level)}, and was {number(levels[best])} by step {ends[best]:,}"
         how = "hardly" if level < began else "not"
-        return f"is {number(level)} and has {how} fallen since step {ends[third - 1]:,} (it began at {number(began)})"
+        since = f"{ends[third - 1]:,} ({number(began)} in its first 16 steps)"
+        return f"is {number(level)} and has {how} fallen since step {since}"
     return ""

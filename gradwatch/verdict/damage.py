@@ -33,7 +33,8 @@ class Before:
         loss: level of the loss; NaN if it is not known.
         ceiling: level up to which the loss counts as back; NaN if it is not known. A run that had not learned yet is back once
             it has learned something.
-        young: whether the fault came with the first steps, so that the level is the one at which the run began.
+        young: whether the fault came with the first steps, so that no level of the loss is known from before.
+        began: whether the level is the loss of the first step.
         flowing: whether the gradients of each layer flowed, shape (L,).
         task: number of the row at which the task began that the run then had.
     """
@@ -42,6 +43,7 @@ class Before:
     loss: float
     ceiling: float
     young: bool
+    began: bool
     flowing: NDArray[np.bool_]
     task: int
 
@@ -58,7 +60,10 @@ def before_fault(history: History, step: int) -> Before:
     known = losses[:earlier]
     known = known[np.isfinite(known)][-_PAST:]
     flowing: NDArray[np.bool_] = np.any(norms[:earlier] > 0, axis=0)
-    return Before(step, *_level_and_ceiling(known), known.size < EARLY, flowing, history.rows - history.task_rows)
+    level, ceiling = _level_and_ceiling(known)
+    young = known.size < EARLY
+    began = young and known.size > 0 and level == history.first_loss
+    return Before(step, level, ceiling, young, began, flowing, history.rows - history.task_rows)
 
 
 def _level_and_ceiling(losses: Floats) -> tuple[float, float]:
@@ -96,7 +101,7 @@ def damage_since(history: History, before: Before, broken: str) -> tuple[str, ..
         now = f"{number(level)}" if math.isfinite(level) else "not finite"
         then = (
             f"it began at {number(before.loss)}"
-            if before.young
+            if before.began
             else f"it was {number(before.loss)} before step {before.step}"
         )
         found.append(f"at step {history.row.step} the loss is {now}, {then}")
