@@ -12,7 +12,7 @@ from gradwatch.history.in_use import usual_norms_of
 from gradwatch.records import EXPLOSION
 from gradwatch.text.wording import number
 from gradwatch.verdict.rates import lower_rate, not_of_the_rate, still_rising
-from gradwatch.verdict.silent_advice import ORTHOGONAL, on_silence
+from gradwatch.verdict.silent_advice import BORN, ORTHOGONAL, on_silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +51,8 @@ def advise(
     lines: list[str] = []
     codes = dict.fromkeys(sign.code for sign in incident.signs)
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
+    if history.facts.option("weight_decay") > 0:
+        told = [line for line in told if "L2 penalty" not in line]  # there is one
     if incident.kind in _CLIPPABLE:
         lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
     by_the_rate = opening.raised_at >= 0  # which explains moved weights and a high loss
@@ -85,6 +87,7 @@ def _lines(
         yield from _nonfinite(incident, history)
         if both:
             yield from _explosion(incident, history, opening)
+        yield from _look_closer(incident)
     else:
         yield from _runaway_series(incident)
         if {sign.code for sign in incident.signs if sign.sign == "growth"} == {"GW306"}:
@@ -95,6 +98,7 @@ def _lines(
             yield from told if opening.raised_at < 0 else ()
         if both:
             yield from _nonfinite(incident, history)
+            yield from _look_closer(incident)
 
 
 def _runaway_series(incident: Incident) -> Iterator[str]:
@@ -231,8 +235,16 @@ def _nonfinite(incident: Incident, history: History) -> Iterator[str]:
         yield "Go back to the last checkpoint with finite weights: no update repairs a NaN weight."
     else:
         yield _behind(incident, history)
+    lost = min((sign.step for sign in incident.signs if sign.code == "GW202"), default=None)
+    if lost is not None and incident.phase != "weight":
+        first = min(sign.step for sign in incident.signs if sign.kind == "nonfinite")
+        back = "Begin anew" if first < BORN else f"Go back to a checkpoint from before step {first}"
+        yield f"{back}: weights hold NaN or infinity since step {lost}, and no update repairs them."
     if facts.clip is None and not scaled:
         yield 'Skip such steps: with attach(model, clip="norm"), they leave parameters and optimizer state untouched.'
+
+
+def _look_closer(incident: Incident) -> Iterator[str]:
     if incident.origin is None:
         yield "Run that one batch under gradwatch.find_nonfinite(model), which names the operation."
 

@@ -269,11 +269,24 @@ class Incidents:
         story.weighed |= self._history.row.weight_norm is not None  # on a device some steps after the opening
         story.findings += [finding] if finding else []
         if self._origin is not None and kind in EXPLOSION:
-            story.origin, self._origin = story.origin or self._origin, None
+            if not self._is_consequence(story, self._origin):
+                story.origin = story.origin or self._origin
+            self._origin = None
         if self._unknown and kind in EXPLOSION and story.origin is None:
             story.findings += [] if story.unknown else [self._unknown]  # later steps have the same reason, as a rule
             story.unknown, self._unknown = True, ""
         return moved
+
+    @staticmethod
+    def _is_consequence(story: Story, origin: Origin) -> bool:
+        """Return whether a weight was found that an earlier step of the story has damaged, which is no origin of it."""
+        if (
+            origin.subject != "weight"
+            or story.incident is None
+            or (story.incident.clip and story.incident.clip.skipped)
+        ):
+            return False
+        return any(sign.kind == "nonfinite" and sign.step < origin.step for sign in story.incident.signs)
 
     def _described(self, story: Story, signs: tuple[Alarm, ...], kind: Kind, moved: str | None, step: int) -> Incident:
         """Return the incident of the story as its signs have it at ``step``, without advice."""

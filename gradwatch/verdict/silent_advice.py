@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Facts, Incident
     from gradwatch.verdict.opening import Opening
 
-_BORN_DEAD = 32  # steps before which what is dead was never alive
+BORN = 32  # steps before which what is dead was never alive
 _NAMED = 3  # layers that are named
 _NAMING = ("dead", "frozen", "vanishing")  # kinds that name what does not learn
 ORTHOGONAL = "Initialise the recurrent weights orthogonally: they multiply the gradient at each time step."
@@ -52,7 +52,7 @@ def _left_by(incident: Incident, beside: Sequence[Incident]) -> str:
     if cause is None or cause.severity == "notice":
         return ""
     step = cause.opened_step
-    begin = "Begin anew" if step < _BORN_DEAD else f"Go back to a checkpoint from before step {step}"
+    begin = "Begin anew" if step < BORN else f"Go back to a checkpoint from before step {step}"
     return (
         f"{begin}, and follow the advice on the incident that opened at step {step} ({cause.kind}): it has probably left this "
         "behind."
@@ -111,7 +111,7 @@ def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
 
 def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
     module = (incident.suspect or "").rpartition(".")[0] or incident.suspect
-    born = opening.step < _BORN_DEAD and incident.suspect is not None
+    born = opening.step < BORN and incident.suspect is not None
     if opening.zeros:
         more = f" and {len(opening.zeros) - _NAMED} more" if len(opening.zeros) > _NAMED else ""
         yield (
