@@ -71,3 +71,87 @@ def test_no_second_weight_decay_is_advised() -> None:
                 x = torch.randn(64, 8)
                 step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
             assert ("L2 penalty" in advice(monitor)) is (decay == 0)
+
+
+def test_a_rate_that_was_raised_is_the_cause_and_the_batch_is_not() -> None:
+    """The loss jumps in the next step, by an update that may have raised it; at first that is a spike."""
+    model = mlp(5, nn.ReLU)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(200):
+            optimizer.param_groups[0]["lr"] = 0.3 if number >= 197 else 1e-3
+            x = torch.randn(64, 8)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
+            if monitor.incidents:
+                assert (
+                    monitor.incidents[0]
+                    .advice[0]
+                    .startswith("The learning rate was raised from 0.001 to 0.3 at step 197")
+                )
+                assert "Look at the batch" not in advice(monitor)
+        assert monitor.incidents
+
+
+def test_the_rate_of_the_other_of_two_optimizers_is_named() -> None:
+    """One backward feeds both, and the step that sees the damage belongs to the one that did not do it."""
+    model = mlp(5, nn.ReLU)
+    body = torch.optim.Adam(model[:4].parameters(), lr=1e-3)
+    head = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(120):
+            head.param_groups[0]["lr"] = 50.0 if number >= 100 else 0.1
+            x = torch.randn(64, 8)
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)).backward()
+            body.step()
+            head.step()
+        assert monitor.incidents[0].suspect == "4.weight"
+        assert monitor.incidents[0].advice[0].startswith("The learning rate was raised from 0.1 to 50 at step 201")
+        assert "cannot have raised" not in advice(monitor)
+        assert "instead of 0.001" not in advice(monitor)
+
+
+def test_a_rate_that_rises_until_it_is_too_high_was_not_borne() -> None:
+    """As in a one-cycle schedule: the rate is named, not a single step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8.0, total_steps=800)
+    labels = torch.randn(20, 10)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(150):
+            x = torch.randn(64, 20)
+            step(optimizer, nn.functional.cross_entropy(model(x), (x @ labels).argmax(1)))
+            schedule.step()
+        assert any(incident.kind == "exploding" for incident in monitor.incidents)
+        assert "had borne until then" not in advice(monitor)
+        assert "learning rate" in monitor.incidents[0].advice[0]
+
+
+def test_a_jump_that_no_update_can_have_caused_is_not_met_with_the_rate() -> None:
+    """Targets that change for good: the loss stays up for long."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(260):
+            x = torch.randn(32, 8)
+            step(optimizer, nn.functional.mse_loss(model(x), x[:, :1] * (1 if number < 200 else 30)))
+        assert monitor.incidents[0].opened_step == 200
+        assert monitor.incidents[0].kind == "diverging"
+        assert "cannot have raised" in advice(monitor)
+        assert "learning rate" not in advice(monitor)
+
+
+def test_one_odd_batch_under_adam_is_looked_at_before_the_rate() -> None:
+    """Its gradient is a million times the usual one, at a rate that has not changed."""
+    model = mlp(1, nn.ReLU)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(130):
+            x = torch.randn(32, 8)
+            y = x[:, :1] - x[:, 1:2]
+            x[3] *= 1e4 if number == 120 else 1
+            step(optimizer, nn.functional.mse_loss(model(x), y))
+        assert monitor.incidents[0].opened_step == 120
+        assert "step 120" in monitor.incidents[0].advice[0]
+        assert "Lower the learning rate" not in advice(monitor)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gradwatch.history.in_use import usual_norms_of
 from gradwatch.records import EXPLOSION
 from gradwatch.text.wording import number
-from gradwatch.verdict.rates import lower_rate, not_of_the_rate, still_rising
+from gradwatch.verdict.rates import lower_rate, not_of_the_rate, still_rising, surge_of
 from gradwatch.verdict.silent_advice import BORN, ORTHOGONAL, on_silence
 
 if TYPE_CHECKING:
@@ -66,14 +66,22 @@ def advise(
         lines.append(
             f"Look at the batch of step {incident.opened_step}: the last update cannot have raised its loss so far."
         )
-    for line in _harmless() if harmless else _lines(incident, history, told, opening, beside):
+    for line in (
+        _harmless() if harmless else _lines(incident, history, told, opening, beside, of_the_batch=of_the_batch)
+    ):
         if line not in lines:
             lines.append(line)
     return tuple(lines[:_MOST])
 
 
 def _lines(
-    incident: Incident, history: History, told: Sequence[str], opening: Opening, beside: Sequence[Incident]
+    incident: Incident,
+    history: History,
+    told: Sequence[str],
+    opening: Opening,
+    beside: Sequence[Incident],
+    *,
+    of_the_batch: bool,
 ) -> Iterator[str]:
     if incident.kind not in EXPLOSION:
         yield from on_silence(incident, history, told, opening, beside)
@@ -82,19 +90,22 @@ def _lines(
     if incident.origin is not None and incident.kind == "nonfinite":
         yield from incident.origin.advice
     if incident.kind == "spike":
-        yield from _spike(incident, history, opening)
+        yield from _spike(incident, history, opening, of_the_batch=of_the_batch)
     elif incident.kind == "nonfinite":
         yield from _nonfinite(incident, history)
         if both:
-            yield from _explosion(incident, history, opening)
+            yield from _explosion(incident, history, opening, of_the_batch=of_the_batch)
         yield from _look_closer(incident)
     else:
         yield from _runaway_series(incident)
         if {sign.code for sign in incident.signs if sign.sign == "growth"} == {"GW306"}:
             yield from told  # no rate suits all layers
             yield from _structure(history.facts)
+        elif of_the_batch and opening.raised_at < 0 and not any(sign.sign == "growth" for sign in incident.signs):
+            if incident.period is None:  # no rate has raised the loss
+                yield "If the data or the targets were changed for good, nothing is wrong as long as the loss comes down again."
         else:
-            yield from _explosion(incident, history, opening)
+            yield from _explosion(incident, history, opening, of_the_batch=of_the_batch)
             yield from told if opening.raised_at < 0 else ()
         if both:
             yield from _nonfinite(incident, history)
@@ -109,20 +120,28 @@ def _runaway_series(incident: Incident) -> Iterator[str]:
         )
 
 
-def _spike(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
+def _spike(incident: Incident, history: History, opening: Opening, *, of_the_batch: bool) -> Iterator[str]:
     if incident.period is not None:
         yield (
             f"Look at what the program does about every {incident.period} steps, such as updating a target network or changing "
-            "the task: the last update cannot have raised the loss so far. If it is meant, nothing is wrong."
+            "the task, and whether the same odd batch comes round in each epoch: the last update cannot have raised the loss so "
+            "far. If it is meant, nothing is wrong."
         )
         return
     if opening.raised_at >= 0:
         yield lower_rate(incident, history, opening)
+        if not of_the_batch:
+            return
     elif rising := still_rising(history, opening):
         yield rising
-    yield (
-        f"Look at the batch of step {incident.opened_step}: a single jump that comes back is usually caused by one unusual batch."
-    )
+    step = incident.opened_step
+    if of_the_batch:
+        yield f"Look at the batch of step {step}: the last update cannot have raised its loss so far."
+    else:
+        yield (
+            f"Look at the batch of step {step}, and at the update before it, which may have raised the loss too. A single jump "
+            "that comes back is usually caused by one unusual batch."
+        )
     yield from _odd_batches(incident, history)
 
 
@@ -133,7 +152,7 @@ def _harmless() -> Iterator[str]:
     )
 
 
-def _explosion(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
+def _explosion(incident: Incident, history: History, opening: Opening, *, of_the_batch: bool) -> Iterator[str]:
     facts = history.facts
     yield from _scale(history, opening)
     if opening.raised_at >= 0:
@@ -141,7 +160,7 @@ def _explosion(incident: Incident, history: History, opening: Opening) -> Iterat
         if opening.family == "adam":
             yield f"A{_no_cure(facts)[1:]}."
         return
-    yield from _rate_and_clip(incident, history, opening)
+    yield from _rate_and_clip(incident, history, opening, of_the_batch=of_the_batch)
     if facts.recurrent:
         if not facts.gated:
             yield "Use an LSTM or GRU instead of the vanilla RNN."
@@ -149,7 +168,7 @@ def _explosion(incident: Incident, history: History, opening: Opening) -> Iterat
     yield from _structure(facts)
 
 
-def _rate_and_clip(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
+def _rate_and_clip(incident: Incident, history: History, opening: Opening, *, of_the_batch: bool) -> Iterator[str]:
     """Yield what to do about the rate and the clip, the more likely cause first."""
     facts = history.facts
     own_clip = history.clips_each_step
@@ -157,8 +176,10 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening) -> It
     clip_line = 'Clip by norm when it happens: attach(model, clip="norm").' if facts.clip is None else ""
     if own_clip:
         clip_line = "Lower the bound of your own clip: it bounds the length of a step, and the run leaves its range all the same."
+    step = opening.surged_at if opening.surged_at >= 0 else incident.opened_step
+    look = "" if of_the_batch else f"Look at what step {step} does, its batch and its loss."  # told before
     if blame := not_of_the_rate(incident, opening):
-        yield f"{clip_line or f'Look at what step {incident.opened_step} does, its batch and its loss.'} {blame}"
+        yield from _for_a_reason(clip_line or look, blame)
         if facts.recurrent and not facts.gated:
             yield ORTHOGONAL
     elif any(sign.code in ("GW303", "GW304", "GW305", "GW201") for sign in incident.signs):
@@ -168,11 +189,16 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening) -> It
         elif clip_line:
             yield clip_line
     elif opening.family == "adam":
-        yield rate_line
+        surged = surge_of(opening)
+        yield from _for_a_reason(look, surged) if surged else (rate_line,)
         if facts.clip is None and not own_clip:
             yield f'If single batches cause it, clip by norm: attach(model, clip="norm"); {_no_cure(facts)}.'
     else:
         yield from filter(None, (clip_line, rate_line))
+
+
+def _for_a_reason(line: str, why: str) -> tuple[str, ...]:
+    return (f"{line} {why}",) if line else ()
 
 
 def _structure(facts: Facts) -> Iterator[str]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from gradwatch.history.losses import EARLY
-from gradwatch.history.recurrence import is_of_the_batch
+from gradwatch.history.recurrence import is_of_the_batch, moved_by_another
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
 from gradwatch.verdict.aftermath import Aftermath
@@ -208,7 +208,8 @@ class Incidents:
                 story.jumped = self._harm.has("jump", story.firing.values())
                 story.look_at = self._settings.lasting_steps
                 story.of_the_batch = step in story.odd_steps
-                story.odd_batch = story.of_the_batch or (story.jumped and is_of_the_batch(self._history))
+                odd = story.of_the_batch or (story.jumped and is_of_the_batch(self._history))
+                story.odd_batch = odd and not moved_by_another(self._history)
                 story.young = self._history.losses < EARLY and story.of_the_batch
                 if story.of_the_batch and name == "explosion":
                     story.recurrence = self.recurring.jumped(step, self._history.row.loss)
@@ -239,7 +240,7 @@ class Incidents:
         moved = self._take_findings(story, kind)
         after = self._described(story, signs, kind, moved, step)
         if before is None:
-            story.opening = opening_of(self._history, after.suspect)
+            story.opening = opening_of(self._history, after.suspect, min(sign.step for sign in signs))
         told = advise(
             after,
             self._history,

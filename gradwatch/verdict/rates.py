@@ -56,13 +56,20 @@ def not_of_the_rate(incident: Incident, opening: Opening) -> str:
     """
     if opening.family != "sgd" or opening.raised_at >= 0 or not opening.rate > 0:
         return ""
-    if opening.surge > _SURGE:
-        return (
-            f"In one step, the gradient of {opening.usual_layer} became {number(opening.surge)} times as large, at a learning "
-            "rate that the run had borne until then."
-        )
+    if surged := surge_of(opening):
+        return surged
     new, told = _rate_to_try(incident, opening)
     return f"No usual learning rate bears such gradients. {told}" if new < _LEAST else ""
+
+
+def surge_of(opening: Opening) -> str:
+    """Return that the gradient grew a hundredfold in one step, at a rate that the run had borne; "" if it did not."""
+    if not opening.surge > _SURGE or opening.raised_at >= 0 or opening.rising:
+        return ""
+    return (
+        f"In one step, the gradient of {opening.usual_layer} became {number(opening.surge)} times as large, at a learning "
+        "rate that the run had borne until then."
+    )
 
 
 def _rate_to_try(incident: Incident, opening: Opening) -> tuple[float, str]:
