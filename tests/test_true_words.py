@@ -155,3 +155,37 @@ def test_one_odd_batch_under_adam_is_looked_at_before_the_rate() -> None:
         assert monitor.incidents[0].opened_step == 120
         assert "step 120" in monitor.incidents[0].advice[0]
         assert "Lower the learning rate" not in advice(monitor)
+
+
+def test_the_summary_says_once_how_the_loss_stands() -> None:
+    """A unit that saturates in the first step: what the incident has left is that the loss hardly falls."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1), nn.Sigmoid())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(400):
+            x = torch.randn(64, 8)
+            step(optimizer, nn.functional.mse_loss(model(x), 20 * (x[:, :1] > 0).float()))
+        assert monitor.verdict == "damaged"
+        head = str(monitor.summary()).partition("last loss")[0]
+        assert head.count("hardly fallen") == 1
+
+
+def test_what_the_clip_record_says_of_damage_is_true_when_it_is_gone() -> None:
+    """A run that exploded is clipped, then trained on at a low rate until its loss is back."""
+    model = mlp(5, nn.ReLU)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, clip="norm", strict=True) as monitor:
+        for number in range(1500):
+            optimizer.param_groups[0]["lr"] = (
+                30.0 if 300 <= number < 308 else 0.1 if number < 500 or number >= 700 else 1e-7
+            )
+            x = torch.randn(64, 8)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
+            record = monitor.incidents[0].clip if monitor.incidents else None
+            if record is not None and record.damage:
+                assert ("over, with damage, which was gone by step" in str(record)) is (monitor.incidents[0].left == ())
+        assert record is not None
+        assert record.damage
+        assert monitor.incidents[0].verdict == "resolved"
+        assert "which was gone by step" in str(record)

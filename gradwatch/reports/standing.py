@@ -25,7 +25,14 @@ def standing(snapshot: Snapshot) -> tuple[str, ...]:
 
 def sentences(snapshot: Snapshot) -> list[str]:
     """Return what belongs to the verdict, and how badly the loss stands, as sentences."""
-    return [*standing(snapshot), *([f"the loss {snapshot.ending}"] if snapshot.ending else [])]
+    ending = how_the_loss_stands(snapshot)
+    return [*standing(snapshot), *([ending] if ending else [])]
+
+
+def how_the_loss_stands(snapshot: Snapshot) -> str:
+    """Return how badly the loss stands, in a sentence; "" if it does not, or if what an incident has left says the same."""
+    same = [line for line in standing(snapshot) if line.startswith("the loss ") or ", it began at " in line]
+    return "" if same or not snapshot.ending else f"the loss {snapshot.ending}"
 
 
 def above_limits(snapshot: Snapshot) -> tuple[str, ...]:

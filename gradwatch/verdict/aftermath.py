@@ -84,6 +84,8 @@ class Aftermath:
         clip = incident.clip
         if left and clip is not None and clip.helped:
             clip = replace(clip, helped=False, damage="; ".join(left))
+        if clip is not None and clip.damage and bool(left) is not (clip.mended_step is None):
+            clip = replace(clip, mended_step=None if left else self._history.row.step)
         if not left and not before.young:
             del self._before[incident.number]
         return replace(incident, verdict="damaged" if left else "resolved", left=left, clip=clip)
