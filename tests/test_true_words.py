@@ -189,3 +189,62 @@ def test_what_the_clip_record_says_of_damage_is_true_when_it_is_gone() -> None:
         assert record.damage
         assert monitor.incidents[0].verdict == "resolved"
         assert "which was gone by step" in str(record)
+
+
+def classify(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, gamma: float = 1.0) -> gradwatch.Monitor:
+    """Learn to say which of five numbers is the largest, with a rate that falls by ``gamma`` in each step."""
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(steps):
+            x = torch.randn(64, 8)
+            logits = model(x.to(next(model.parameters()).dtype)).float()
+            step(optimizer, nn.functional.cross_entropy(logits, x[:, :5].argmax(1)))
+            schedule.step()
+    return monitor
+
+
+def test_weights_that_a_decay_has_shrunk_are_not_met_with_a_rate_in_the_thousands() -> None:
+    """The decay is named with what it takes, and followed, the run learns."""
+    model = mlp(5, nn.ReLU)
+    monitor = classify(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5), 300)
+    first = advice(monitor)
+    assert first.startswith("Lower the weight decay: 0.001 instead of 0.5. It takes 5 % of the weights in each step")
+    assert "Raise the learning rate" not in first
+    model = mlp(5, nn.ReLU)
+    assert classify(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.001), 300).verdict == "healthy"
+
+
+def test_a_rate_that_a_schedule_has_lowered_too_far_is_told_with_its_fall() -> None:
+    """Not as one that was chosen; and nothing puts the weights back."""
+    model = mlp(5, nn.ReLU)
+    first = advice(classify(model, torch.optim.Adam(model.parameters(), lr=1e-3), 300, gamma=0.93))
+    assert first.startswith("The learning rate has fallen from 0.001 to ")
+    assert "check its schedule" in first
+    assert "old values" not in first
+
+
+def test_updates_that_bfloat16_weights_round_away_are_told_where_the_loss_stalls() -> None:
+    """A few weights change in each step, so none is frozen."""
+    model = mlp(5, nn.ReLU).bfloat16()
+    first = advice(classify(model, torch.optim.AdamW(model.parameters(), lr=1e-5), 300))
+    assert "Keep a float32 copy of half-precision weights" in first
+
+
+def test_damage_that_was_taken_for_a_routine_counts_again_once_the_jumps_grow() -> None:
+    """Q-learning whose values run away: no jump of the series is called resolved in the end, with a loss far above it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    target = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(1000):
+            if number % 100 == 0:
+                target.load_state_dict(model.state_dict())
+            x, action = torch.randn(64, 4), torch.randint(2, (64,))
+            reward = torch.where(action == 0, x[:, 0], -x[:, 0])
+            value = reward + 1.5 * target(torch.randn(64, 4)).amax(1).detach()
+            step(optimizer, nn.functional.mse_loss(model(x).gather(1, action[:, None])[:, 0], value))
+        warned = [incident for incident in monitor.incidents if incident.severity != "notice"]
+        assert len(warned) > 2
+        assert all(incident.verdict != "resolved" for incident in warned)
+        assert "resolved" not in str(monitor.summary()).partition("last loss")[0]

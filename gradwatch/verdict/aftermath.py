@@ -29,6 +29,7 @@ class Aftermath:
         self._broken = broken
         self._before: dict[int, Before] = {}  # by the number of the incident
         self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
+        self._excused: list[tuple[int, Before]] = []  # those whose damage was taken for a routine of the program
 
     def __len__(self) -> int:
         """The number of incidents that are followed."""
@@ -54,11 +55,15 @@ class Aftermath:
         """
         if story.recurrence.period is None:
             self._series = [(number, replace(before, ceiling=max(before.ceiling, story.peak)))]
+            self._excused = []
             return before
         if story.recurrence.grows:
+            self._before.update(self._excused)  # it is none
+            self._excused = []
             return self._series[0][1]
         for one, earlier in self._series:
-            if one in self._before:
+            if one in self._before and not math.isnan(self._before[one].loss):
+                self._excused.append((one, self._before[one]))
                 self._before[one] = replace(earlier, loss=math.nan, ceiling=math.nan)
         self._series.append((number, before))
         return replace(before, loss=math.nan, ceiling=math.nan)

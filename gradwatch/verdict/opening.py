@@ -36,6 +36,7 @@ class Opening:
             the suspect.
         rate: learning rate of the suspect, or the largest one if there is none; NaN if none is known.
         first_rate: first learning rate above zero; NaN if none is known.
+        top_rate: largest learning rate so far; minus infinity if none is known.
         raised_from, raised_at: the largest rate of the 8 rows or more before, and the step, if the learning rate of the
             optimizer that holds the suspect has risen at once within its last 32 rows; NaN and -1 if it has not.
         first_borne: learning rate of SGD at which the first update would have changed a tenth of a matrix, the one that it
@@ -57,6 +58,7 @@ class Opening:
     rate: float
     family: Family = "other"
     first_rate: float = math.nan
+    top_rate: float = -math.inf
     large: float = math.nan
     large_layer: str | None = None
     usual_rate: float = math.nan
@@ -100,6 +102,7 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
         rate=rate,
         family="other" if elsewhere else history.facts.family if history.row.family == "other" else history.row.family,
         first_rate=history.first_rate,
+        top_rate=history.top_rate,
         large=times,
         large_layer=layer,
         usual_rate=usual,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.records import EXPLOSION
 from gradwatch.text.wording import number
-from gradwatch.verdict.rates import at, raise_rate, slower, still_rising
+from gradwatch.verdict.rates import at, raise_rate, shrunk, slower, still_rising
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 BORN = 32  # steps before which what is dead was never alive
 _NAMED = 3  # layers that are named
 _NAMING = ("dead", "frozen", "vanishing")  # kinds that name what does not learn
+_FLOAT32 = "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
+_ROUNDED = 4.0  # multiple of the rate that changes a thousandth of a layer at which an update is as large as 2^-8 of it
 ORTHOGONAL = "Initialise the recurrent weights orthogonally: they multiply the gradient at each time step."
 
 
@@ -71,7 +73,8 @@ def _stalled(
             f"Follow the advice on the incident that is open since step {named.opened_step} first: it names what does not learn "
             f"({named.kind}, {named.suspect})."
         )
-    known = [line for line in (slower(incident), raise_rate(opening), *told, still_rising(history, opening)) if line]
+    small = (slower(incident), shrunk(history, opening), raise_rate(opening), _rounded(history.facts, opening))
+    known = [line for line in (*small, *told, still_rising(history, opening)) if line]
     yield from known
     yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
     yield f"Change the learning rate ({at(opening.rate)}) by factors of three in both directions."
@@ -79,6 +82,11 @@ def _stalled(
         yield "Scale the inputs to zero mean and unit variance."
     if not known and named is None:
         yield "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
+
+
+def _rounded(facts: Facts, opening: Opening) -> str:
+    """Return that updates below bfloat16's precision are lost; "" if weights have more bits, or if updates are longer."""
+    return _FLOAT32 if facts.narrow and not opening.rate > _ROUNDED * opening.usual_rate else ""
 
 
 def _zero_rate(history: History) -> str:
@@ -148,10 +156,11 @@ def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[
     if faint := _faint(suspect, history):
         yield faint
     if facts.narrow:
-        yield "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
+        yield _FLOAT32
     if not faint and not raised:
         yield f"Check the learning rate of the parameter group of {suspect} ({at(opening.rate)}), and its schedule."
-    yield f"Look for what puts {suspect} back to its old values after a step, such as another copy that is loaded into it."
+    if not raised:
+        yield f"Look for what puts {suspect} back to its old values after a step, such as another copy that is loaded into it."
 
 
 def _faint(suspect: str | None, history: History) -> str:
