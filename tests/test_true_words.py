@@ -248,3 +248,22 @@ def test_damage_that_was_taken_for_a_routine_counts_again_once_the_jumps_grow() 
         assert len(warned) > 2
         assert all(incident.verdict != "resolved" for incident in warned)
         assert "resolved" not in str(monitor.summary()).partition("last loss")[0]
+
+
+def test_an_explosion_is_not_resolved_while_the_layers_that_it_has_killed_are_dead() -> None:
+    """A gradient that wakes them for a step ends neither."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8.0, total_steps=800)
+    labels, woke = torch.randn(20, 10), False
+    with gradwatch.attach(model, report=None, clip="norm", strict=True) as monitor:
+        for _ in range(800):
+            x = torch.randn(64, 20)
+            step(optimizer, nn.functional.cross_entropy(model(x), (x @ labels).argmax(1)))
+            schedule.step()
+            dead = [incident for incident in monitor.incidents if incident.kind == "dead" and incident.open]
+            if dead:
+                woke |= float(monitor.history.grad_norm(last=1)[0][0]) > 0
+                assert all(incident.verdict != "resolved" for incident in monitor.incidents)
+        assert woke

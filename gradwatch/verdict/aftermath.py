@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gradwatch.verdict.damage import Before, before_fault, damage_since, level_now, recovered_after
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Container, Iterable
 
     from gradwatch.history.history import History
     from gradwatch.records import ClipRecord, Incident
@@ -22,11 +22,15 @@ class Aftermath:
     Args:
         history: the history of the run, which is only read.
         broken: returns which weights and buffers are not finite, in words; empty if all are, as far as it is known.
+        silent: returns the layers that a rule calls dead, and not yet alive again.
     """
 
-    def __init__(self, history: History, broken: Callable[[], str]) -> None:
+    def __init__(
+        self, history: History, broken: Callable[[], str], silent: Callable[[], Container[str]] = frozenset
+    ) -> None:
         self._history = history
         self._broken = broken
+        self._silent = silent
         self._before: dict[int, Before] = {}  # by the number of the incident
         self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
         self._excused: list[tuple[int, Before]] = []  # those whose damage was taken for a routine of the program
@@ -70,7 +74,7 @@ class Aftermath:
 
     def close(self, incident: Incident, before: Before, step: int) -> Incident:
         """Return the incident as it closes at ``step``, with what it has left, and follow that from now on."""
-        left = damage_since(self._history, before, self._broken())
+        left = damage_since(self._history, before, self._broken(), self._silent())
         if left or before.young:
             self._before[incident.number] = before
         clip = incident.clip and self._judge(incident.clip, before, left)
@@ -85,7 +89,9 @@ class Aftermath:
         if before is None:
             return incident
         # the model is read only where everything else is well
-        left = damage_since(self._history, before, "") or damage_since(self._history, before, self._broken())
+        left = damage_since(self._history, before, "", self._silent()) or damage_since(
+            self._history, before, self._broken()
+        )
         clip = incident.clip
         if left and clip is not None and clip.helped:
             clip = replace(clip, helped=False, damage="; ".join(left))

@@ -74,7 +74,7 @@ class Incidents:
         self._harm = Harm(history, rules, settings)
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
-        self._aftermath = Aftermath(history, broken)
+        self._aftermath = Aftermath(history, broken, self._silent)
         self._suspects = Suspects(history, settings)
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
@@ -162,6 +162,13 @@ class Incidents:
         new = self._stories["explosion"]
         new.signs = dict(new.firing)
         return [closed]
+
+    def _silent(self) -> frozenset[str]:
+        """Return the layers without any gradient, by the rule for dead ones, which takes more than one step to fall silent."""
+        story = self._stories.get("dead")
+        if story is None:
+            return frozenset()
+        return frozenset(sign.layer for sign in story.firing.values() if sign.layer and sign.numbers.get("layer"))
 
     def _look_again(self) -> list[Incident]:
         """Follow what closed incidents have left, and return those whose verdict changed."""
