@@ -28,7 +28,7 @@ def advice(monitor: gradwatch.Monitor) -> str:
 
 
 def test_weights_that_a_nan_has_damaged_are_not_its_origin() -> None:
-    """The next step finds NaN in them, which is what the first left: there is one more thing to do, and the batch stays named."""
+    """They are what it has left: there is one more thing to do, and the batch stays named."""
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     with gradwatch.attach(model, report=None, strict=True) as monitor:
@@ -41,7 +41,9 @@ def test_weights_that_a_nan_has_damaged_are_not_its_origin() -> None:
         assert (incident.kind, incident.opened_step) == ("nonfinite", 40)
         assert incident.origin is None or incident.origin.step == 40
         assert "was not finite before the forward" not in str(monitor.summary())
-        assert any("NaN in the batch" in line or "where they are loaded" in line for line in incident.advice)
+        assert any(
+            "NaN or infinity in the batch" in line or "where they are loaded" in line for line in incident.advice
+        )
         assert "Go back to a checkpoint from before step 40: weights hold NaN or infinity since step 41" in advice(
             monitor
         )
@@ -267,3 +269,79 @@ def test_an_explosion_is_not_resolved_while_the_layers_that_it_has_killed_are_de
                 woke |= float(monitor.history.grad_norm(last=1)[0][0]) > 0
                 assert all(incident.verdict != "resolved" for incident in monitor.incidents)
         assert woke
+
+
+def test_a_good_model_whose_first_batches_differ_is_not_damaged() -> None:
+    """A pre-trained one: the loss is where it was, and a batch that was worse has done no harm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(150):
+            x = torch.randn(64, 8)
+            noise = torch.randn(64, 1) * (0.1 if number == 4 else 0.02)
+            step(optimizer, nn.functional.mse_loss(model(x), model(x).detach() + noise))
+            assert all(incident.verdict != "damaged" for incident in monitor.incidents)
+        assert [(incident.kind, incident.severity) for incident in monitor.incidents] == [("spike", "notice")]
+        assert monitor.verdict == "healthy"
+
+
+def test_a_clip_that_leaves_nothing_is_the_first_advice_where_the_loss_stalls() -> None:
+    """It is known how little it leaves."""
+    model = mlp(5, nn.ReLU)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(300):
+            x = torch.randn(64, 8)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+        assert (
+            monitor.incidents[0]
+            .advice[0]
+            .startswith("Raise the bound of your own clip: of the gradients of the last steps")
+        )
+
+
+def test_a_loss_that_runs_down_without_a_floor_is_asked_for_its_sign() -> None:
+    """A lower rate would only make it slower."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(80):
+            x = torch.randn(32, 8)
+            step(optimizer, -nn.functional.mse_loss(model(x), x[:, :1] - x[:, 1:2]))
+        assert monitor.incidents[0].advice[0].startswith("Check the sign of the loss, or bound it: it ran down to -")
+
+
+def test_a_momentum_that_adds_up_a_thousand_updates_is_named_and_lowering_it_helps() -> None:
+    """The rate is an ordinary one."""
+
+    def run(momentum: float) -> gradwatch.Monitor:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+        with gradwatch.attach(model, report=None, strict=True) as monitor:
+            for _ in range(200):
+                x = torch.randn(32, 8)
+                step(optimizer, nn.functional.mse_loss(model(x), x[:, :1] - x[:, 1:2]))
+        return monitor
+
+    assert run(0.999).incidents[0].advice[0].startswith("Lower the momentum: 0.9 instead of 0.999")
+    assert run(0.9).verdict == "healthy"
+
+
+def test_a_layer_that_the_program_has_set_anew_is_named_and_not_the_batch() -> None:
+    """It alone has moved."""
+    model = mlp(5, nn.ReLU)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(320):
+            if number == 300:
+                with torch.no_grad():
+                    model[4].weight.normal_(std=2.0)
+            x = torch.randn(64, 8)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
+        assert monitor.incidents[0].opened_step == 300
+        assert monitor.incidents[0].advice[0].startswith("Look at what changed 4.weight just before step 300")
+        assert "batch" not in monitor.incidents[0].advice[0]

@@ -31,8 +31,9 @@ def sentences(snapshot: Snapshot) -> list[str]:
 
 def how_the_loss_stands(snapshot: Snapshot) -> str:
     """Return how badly the loss stands, in a sentence; "" if it does not, or if what an incident has left says the same."""
-    same = [line for line in standing(snapshot) if line.startswith("the loss ") or ", it began at " in line]
-    return "" if same or not snapshot.ending else f"the loss {snapshot.ending}"
+    same = any(line.startswith("the loss ") or ", it began at " in line for line in standing(snapshot))
+    more = "every gradient" in snapshot.ending or "finite" in snapshot.ending
+    return f"the loss {snapshot.ending}" if snapshot.ending and (more or not same) else ""
 
 
 def above_limits(snapshot: Snapshot) -> tuple[str, ...]:

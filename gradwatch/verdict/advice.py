@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _MOST = 4
 _LARGE = 1e3  # first loss from which targets may need scaling
 _CLIPPABLE = ("exploding", "diverging", "spike", "stalled", "vanishing")  # kinds on which a misplaced clip bears
+_FIRST = 12  # steps in which the weights of one layer may move alone
+_MOMENTUM = 0.99  # momentum of SGD beyond which the momentum is named
 _DEEP = 10  # weight matrices from which a model without normalisation is deep
 
 
@@ -36,6 +38,7 @@ def advise(
     harmless: bool = False,
     of_the_batch: bool = False,
     beside: Sequence[Incident] = (),
+    moved: str | None = None,
 ) -> tuple[str, ...]:
     """Return at most four pieces of advice, the most likely to help first.
 
@@ -47,6 +50,7 @@ def advise(
         harmless: whether the loss was not finite although every gradient of its step was zero.
         of_the_batch: whether it opened with a loss farther up than the last update can have raised it.
         beside: the other incidents that are open or have left damage, in opening order.
+        moved: the only layer whose weights were changed before it opened; None: there is none, or it is not known.
     """
     lines: list[str] = []
     codes = dict.fromkeys(sign.code for sign in incident.signs)
@@ -55,23 +59,38 @@ def advise(
         told = [line for line in told if "L2 penalty" not in line]  # there is one
     if incident.kind in _CLIPPABLE:
         lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
-    by_the_rate = opening.raised_at >= 0  # which explains moved weights and a high loss
-    if not by_the_rate and opening.moved_layer is not None and incident.kind in ("exploding", "diverging"):
-        lines.append(
-            f"Look at what changed the weights just before step {incident.opened_step}: {opening.moved_layer} moved "
-            f"{number(opening.moved, 2)} times as far as its rate and its gradients can have moved it. It may be an "
-            "optimizer's state that was loaded or scaled, or the program itself."
-        )
-    elif not by_the_rate and of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
-        lines.append(
-            f"Look at the batch of step {incident.opened_step}: the last update cannot have raised its loss so far."
-        )
+    first = _known_cause(incident, opening, moved, of_the_batch=of_the_batch)
+    lines += [first] if first else []
+    if first and incident.kind == "spike":
+        return tuple(lines)
     for line in (
         _harmless() if harmless else _lines(incident, history, told, opening, beside, of_the_batch=of_the_batch)
     ):
         if line not in lines:
             lines.append(line)
     return tuple(lines[:_MOST])
+
+
+def _known_cause(incident: Incident, opening: Opening, moved: str | None, *, of_the_batch: bool) -> str:
+    """Return where to look: at what moved the weights, or at the batch; "" if neither is known."""
+    step = incident.opened_step
+    if opening.raised_at >= 0:  # which explains moved weights and a high loss
+        return ""
+    if opening.moved_layer is not None and incident.kind in ("exploding", "diverging"):
+        return (
+            f"Look at what changed the weights just before step {step}: {opening.moved_layer} moved "
+            f"{number(opening.moved, 2)} times as far as its rate and its gradients can have moved it. It may be an "
+            "optimizer's state that was loaded or scaled, or the program itself."
+        )
+    long = opening.rising or any(sign.code in ("GW303", "GW305") for sign in incident.signs)
+    if moved is not None and not long and step >= _FIRST and incident.kind in ("exploding", "spike", "diverging"):
+        return (
+            f"Look at what changed {moved} just before step {step}, alone of all layers: the program, a state that was loaded, "
+            "or the rate of its group."
+        )
+    if of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
+        return f"Look at the batch of step {step}: the last update cannot have raised its loss so far."
+    return ""
 
 
 def _lines(
@@ -154,7 +173,15 @@ def _harmless() -> Iterator[str]:
 
 def _explosion(incident: Incident, history: History, opening: Opening, *, of_the_batch: bool) -> Iterator[str]:
     facts = history.facts
+    down = next(
+        (sign.numbers["loss"] for sign in incident.signs if sign.code == "GW104" and sign.numbers["loss"] < 0), None
+    )
+    if down is not None:
+        yield f"Check the sign of the loss, or bound it: it ran down to {number(down)}, and has no floor there."
     yield from _scale(history, opening)
+    if _MOMENTUM < facts.momentum < 1 and opening.family == "sgd":
+        times = number(1 / (1 - facts.momentum), 2)
+        yield f"Lower the momentum: 0.9 instead of {number(facts.momentum, 6)}. It adds up to {times} updates in each step."
     if opening.raised_at >= 0:
         yield lower_rate(incident, history, opening)
         if opening.family == "adam":
@@ -256,14 +283,17 @@ def _nonfinite(incident: Incident, history: History) -> Iterator[str]:
             "overflows in float32."
         )
     elif incident.phase == "loss":
-        yield "Look for log(0), sqrt(0), a division by zero or exp of a large number in the loss, and for NaN in the batch."
+        yield (
+            "Look for log(0), sqrt(0), a division by zero or exp of a large number in the loss, and for NaN or infinity in the "
+            "batch."
+        )
     elif incident.phase == "weight":
         yield "Go back to the last checkpoint with finite weights: no update repairs a NaN weight."
     else:
         yield _behind(incident, history)
     lost = min((sign.step for sign in incident.signs if sign.code == "GW202"), default=None)
     if lost is not None and incident.phase != "weight":
-        first = min(sign.step for sign in incident.signs if sign.kind == "nonfinite")
+        first = min(incident.opened_step, *(sign.step for sign in incident.signs if sign.kind == "nonfinite"))
         back = "Begin anew" if first < BORN else f"Go back to a checkpoint from before step {first}"
         yield f"{back}: weights hold NaN or infinity since step {lost}, and no update repairs them."
     if facts.clip is None and not scaled:

@@ -74,6 +74,8 @@ class Aftermath:
 
     def close(self, incident: Incident, before: Before, step: int) -> Incident:
         """Return the incident as it closes at ``step``, with what it has left, and follow that from now on."""
+        if before.young and incident.severity == "notice":  # no update has raised the loss, and no level is known
+            before = replace(before, loss=math.nan, ceiling=math.nan, young=False)
         left = damage_since(self._history, before, self._broken(), self._silent())
         if left or before.young:
             self._before[incident.number] = before

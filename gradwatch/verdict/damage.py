@@ -11,7 +11,7 @@ import numpy as np
 from gradwatch.history.ending import not_learned
 from gradwatch.history.losses import EARLY
 from gradwatch.history.statistics import median, median_and_mad
-from gradwatch.text.wording import number
+from gradwatch.text.wording import counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -112,7 +112,7 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
         found.append(f"the loss {stands}")
     dead = dead_since(history, before, silent) if same_task else []
     if dead and (history.row.global_norm > 0 or high):  # without any gradient, the loss may be at its floor
-        more = f" and {len(dead) - _NAMED} more layers" if len(dead) > _NAMED else ""
+        more = f" and {counted(len(dead) - _NAMED, 'more layer')}" if len(dead) > _NAMED else ""
         are = "is" if len(dead) == 1 else "are"
         found.append(f"{', '.join(dead[:_NAMED])}{more} {are} dead: no gradient arrives where one did")
     if broken:

@@ -255,6 +255,7 @@ class Incidents:
             story.opening,
             harmless=story.harmless,
             of_the_batch=story.odd_batch,
+            moved=story.moved,
             beside=[one for one in (*self.damaged, *self.open) if one.number != after.number],
         )
         after = replace(after, advice=told)
@@ -274,6 +275,7 @@ class Incidents:
     def _take_findings(self, story: Story, kind: Kind) -> str | None:
         """Give the story what was found of its cause since the last time; return the layer that something has moved, if any."""
         moved, finding = (None, None) if story.weighed else self._suspects.moved()
+        story.moved = story.moved or moved
         story.weighed |= self._history.row.weight_norm is not None  # on a device some steps after the opening
         story.findings += [finding] if finding else []
         if self._origin is not None and kind in EXPLOSION:
