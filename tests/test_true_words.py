@@ -338,10 +338,20 @@ def test_a_layer_that_the_program_has_set_anew_is_named_and_not_the_batch() -> N
     with gradwatch.attach(model, report=None, strict=True) as monitor:
         for number in range(320):
             if number == 300:
-                with torch.no_grad():
-                    model[4].weight.normal_(std=2.0)
+                nn.init.normal_(next(model[4].parameters()), std=2.0)
             x = torch.randn(64, 8)
             step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
         assert monitor.incidents[0].opened_step == 300
         assert monitor.incidents[0].advice[0].startswith("Look at what changed 4.weight just before step 300")
         assert "batch" not in monitor.incidents[0].advice[0]
+
+
+def test_a_dropout_of_everything_is_named_where_layers_are_dead() -> None:
+    """A new initialisation or other activations would not help."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(1.0), nn.Linear(32, 5))
+    monitor = classify(model, torch.optim.Adam(model.parameters(), lr=1e-3), 60)
+    assert [incident.kind for incident in monitor.incidents] == ["dead"]
+    assert monitor.incidents[0].advice == (
+        "Lower the p of dropout 2: at 1 it drops everything, and no gradient passes.",
+    )

@@ -48,8 +48,6 @@ def above_limits(snapshot: Snapshot) -> tuple[str, ...]:
         # a clip sign is a note already, and no matter of incidents
         noted = {rule for rule in snapshot.firing if any(f"({rule.split()[0]})" in note for note in snapshot.notes)}
         found += [
-            f"an alarm fires although no incident is open: {rule}"
-            for rule in snapshot.firing
-            if rule not in named | noted
+            f"{rule} fires, which opens no incident by itself" for rule in snapshot.firing if rule not in named | noted
         ]
     return tuple(found)

@@ -140,6 +140,9 @@ def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
 def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
     module = (incident.suspect or "").rpartition(".")[0] or incident.suspect
     born = opening.step < BORN and incident.suspect is not None
+    if facts.dropouts:
+        yield f"Lower the p of dropout {', '.join(facts.dropouts[:_NAMED])}: at 1 it drops everything, and no gradient passes."
+        return
     if opening.zeros:
         more = f" and {len(opening.zeros) - _NAMED} more" if len(opening.zeros) > _NAMED else ""
         yield (
