@@ -353,7 +353,7 @@ def test_the_guard_says_its_reason() -> None:
         assert monitor.checkpoint_guard().reason.startswith("an incident has been open since step 4")
     with gradwatch.attach(model, report=None, rules=[]) as monitor:
         _open(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda step: math.nan if step == 2 else 1.0, 3)
-        assert monitor.checkpoint_guard().reason == "the loss of step 2 was NaN"
+        assert monitor.checkpoint_guard().reason == "the loss of step 2 was nan"
     model.get_parameter("2.bias").data.fill_(math.inf)
     with gradwatch.attach(model, report=None) as monitor:
         assert "parameter 0.weight holds" in monitor.checkpoint_guard().reason

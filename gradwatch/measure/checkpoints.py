@@ -13,7 +13,6 @@ from gradwatch import device
 from gradwatch.measure.deepspeed import is_partitioned, part_of
 from gradwatch.measure.norms import count_nonfinite, norm_of, unfit
 from gradwatch.measure.wrappers import local_of, plain_name, unwrapped
-from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,7 +54,7 @@ def worth_of(
             return Checkpoint(f"an incident has been open since step {one.opened_step}: {one.kind}, {one.severity}")
         return Checkpoint(f"the incident of step {one.opened_step} is over, with damage: {'; '.join(one.left)}")
     if history.loss_nonfinite:
-        return Checkpoint(f"the loss of step {history.row.step} was {number(history.row.loss)}")
+        return Checkpoint(f"the loss of step {history.row.step} was {history.row.loss}")
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return Checkpoint(damage_of(model))
     # use only what all processes know: if their answers differed, a collective save would hang
