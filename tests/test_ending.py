@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gradwatch
-from gradwatch.history.ending import how_it_stands
+from gradwatch.history.ending import how_it_stands, not_learned
 from gradwatch.rules.notation import Case
 from tests.trainings import mlp, train
 
@@ -30,8 +30,9 @@ def said(loss: str, grad: str = "1", *, resting: bool = False) -> str:
         ("2.3x150", "is 2.3, at the level at which it began (2.3)"),
         ("2.3x100 5x50", "is 5, above the level at which it began (2.3)"),
         ("2*0.99x100 0.75+0.002x300", "is 1.32, above its best level of 0.787 about step 119"),
-        ("2.5*0.98x9 2.12x391", "is 2.12 and has hardly fallen since step 135 (it began at 2.15)"),
+        ("2.5*0.98x9 2.12x391", "is 2.12 and has hardly fallen since step 135 (2.15 in its first 16 steps)"),
         ("1x20 nanx30", "is NaN, and has not been finite since step 20"),
+        ("1x200 nan", "is NaN in the last step, 200"),
     ],
 )
 def test_a_loss_that_stands_badly_is_told_with_its_levels(loss: str, words: str) -> None:
@@ -45,6 +46,15 @@ def test_a_loss_that_stands_badly_is_told_with_its_levels(loss: str, words: str)
 def test_a_loss_that_falls_or_has_fallen_far_needs_no_sentence(loss: str) -> None:
     """Nor one of a run that is too short, or whose way back up is small."""
     assert said(loss) == ""
+
+
+def test_a_loss_that_has_risen_is_not_said_to_have_hardly_fallen() -> None:
+    """It was lower once, and that level is named."""
+    history, rows = Case("a run", None, grad="1", loss="2.6 0.46x15 0.02*1.012x384").rows()
+    for row in rows:
+        history.push(row)
+        history.learn()
+    assert not_learned(history) == "is 1.6, above its best level of 0.0244 about step 17"
 
 
 def test_a_loss_that_need_not_fall_is_not_measured_by_its_past() -> None:

@@ -71,7 +71,7 @@ def middle(values: Floats) -> float:
 
 def check_no_traction(told: Told) -> None:
     """Both levels."""
-    told.say(middle(told.loss[-50:]), told.step, "where it began", middle(told.loss[:16]), "would be progress")
+    told.say(middle(told.loss[-50:]), told.step, "its first 16 steps", middle(told.loss[:16]), "would be progress")
 
 
 def check_loss_jump(told: Told) -> None:

@@ -30,12 +30,15 @@ def fires(rule: str, case: Case, **settings: Any) -> Alarm:
 def test_a_loss_that_rose_is_not_where_it_began() -> None:
     """No traction has three forms: still there, above, and below by less than it varies."""
     above = fires("GW101", Case("", None, loss="4x20 53x300")).words
-    assert above == "the loss was about 53 at step 271, above where it began (4)"
+    assert above == "the loss was about 53 at step 271, above that of its first 16 steps (4)"
     still = fires("GW101", Case("", None, loss="2.3x300")).words
-    assert still == "the loss was still about 2.3 at step 271, where it began (2.3); below 2.25 would be progress"
+    assert (
+        still
+        == "the loss was still about 2.3 at step 271, as in its first 16 steps (2.3); below 2.25 would be progress"
+    )
     noisy = " ".join(["3 2 1"] * 100)
     below = fires("GW101", Case("", None, loss=f"2.3x16 {noisy}")).words
-    assert "below where it began (2.3), but by too little: below" in below
+    assert "below that of its first 16 steps (2.3), but by too little: below" in below
 
 
 def test_losses_that_are_not_finite_are_left_out_and_counted() -> None:
@@ -107,7 +110,7 @@ def test_a_new_task_is_where_its_layers_came() -> None:
     for row in Case("", None, grad={"a": "1x300", "b": "1x300"}, loss="2.3x300").rows()[1]:
         history.push(row._replace(step=row.step + 40))
     alarm = Alarm("GW101", "no traction", "subtle", "stalled", None, 339, 2.0, 1.0, numbers=rule.numbers(history, 0))
-    assert "where it began (2.3 when layers were added)" in rule.sentence(alarm)
+    assert "as in its first 16 steps of the new task (2.3)" in rule.sentence(alarm)
 
 
 def test_measured_steps_are_called_so() -> None:

@@ -64,7 +64,7 @@ def test_a_loss_that_exploded_at_once_began_at_its_first_value() -> None:
     history = History(["a"])
     for step, loss in enumerate([1.5, *[1e4] * 20, *[1.45] * 60]):
         history.push(Row(step, loss, np.ones(1), 1.0, provenance=Provenance(loss="written")))
-    assert stuck_at(history) == {"loss": 1.45, "began": 1.5}
+    assert stuck_at(history) == {"loss": 1.45, "began": 1.5, "at once": 1.0}
 
 
 def test_growth_says_when_it_was_measured() -> None:
@@ -78,6 +78,13 @@ def test_growth_says_when_it_was_measured() -> None:
     assert line.startswith(
         "at step 12, gradients become 10 times as large with each step: at this pace they exceed float32"
     )
+
+
+def test_a_jump_of_one_step_has_no_pace() -> None:
+    """One odd batch, or a swing that is over, says nothing of the steps to come."""
+    assert forecast(np.array([1.0, 1.2, 0.9, 1.1, 1.0, 0.8, 1.1, 3e6]), 12) == []
+    assert forecast(np.array([1.0, 1.0, 20.0, 400.0, 8000.0, 900.0, 100.0, 60.0]), 12) == []
+    assert forecast(np.array([1.0, 1.0, 1.0, 1.0, 1.0, 20.0, 400.0, 8000.0]), 12)
 
 
 def test_one_sentence_is_shown_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,7 +195,7 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
             "with finite values.",
         )
     if mark.subject == "argument" and not mark.rows:
-        return ("Look at where it is made.",)
+        return (f"Look at where the `{mark.name}` of `{mark.op}` is made: it holds values that are not finite.",)
     if mark.subject in ("input", "argument"):
         return ("Look at these rows where they are loaded: assert torch.isfinite(x).all() in the Dataset.",)
     if mark.subject == "written":

@@ -30,6 +30,8 @@ def how_it_stands(history: History) -> str:
     """
     if history.lost_since is not None:
         now = "NaN" if math.isnan(history.row.loss) else "infinite"
+        if history.lost_since == history.row.step:
+            return f"is {now} in the last step, {history.row.step:,}"
         return f"is {now}, and has not been finite since step {history.lost_since:,}"
     level, scatter = median_and_mad(history.task_loss(last=_LEVEL))
     norms = history.global_norm(last=_SILENT)
@@ -49,11 +51,11 @@ def hangs(history: History) -> bool:
 
 def not_learned(history: History) -> str:
     """Return that the loss is where it began or above, or high and has not fallen for long, as `how_it_stands` does; else ""."""
-    level, _ = median_and_mad(history.task_loss(last=_LEVEL))
+    level, scatter = median_and_mad(history.task_loss(last=_LEVEL))
     if history.losses < _ENOUGH or history.resting or history.is_good_cross_entropy(level):
         return ""
-    levels, _, ends = _stretches(history)
-    return _at_its_beginning(history, level) or _has_hardly_fallen(history, level, levels, ends)
+    stretches = _stretches(history)
+    return _at_its_beginning(history, level) or _has_hardly_fallen(history, level, scatter, *stretches)
 
 
 def _badly(history: History, level: float, scatter: float) -> str:
@@ -62,7 +64,9 @@ def _badly(history: History, level: float, scatter: float) -> str:
     if beginning := _at_its_beginning(history, level):
         return beginning
     levels, middles, ends = _stretches(history)
-    return _above_its_best(history, level, scatter, levels, middles) or _has_hardly_fallen(history, level, levels, ends)
+    return _above_its_best(history, level, scatter, levels, middles) or _has_hardly_fallen(
+        history, level, scatter, levels, middles, ends
+    )
 
 
 def _at_its_beginning(history: History, level: float) -> str:
@@ -97,9 +101,14 @@ def _above_its_best(history: History, level: float, scatter: float, levels: list
     return ""
 
 
-def _has_hardly_fallen(history: History, level: float, levels: list[float], ends: list[int]) -> str:
+def _has_hardly_fallen(
+    history: History, level: float, scatter: float, levels: list[float], middles: list[int], ends: list[int]
+) -> str:
     began, third = history.reference_loss, len(levels) // 3
     if levels and level > _HIGH * began > 0 and min(levels[:third]) - level < _NEAR * began:
+        if above := _above_its_best(history, level, scatter, levels, middles):
+            return above
         how = "hardly" if level < began else "not"
-        return f"is {number(level)} and has {how} fallen since step {ends[third - 1]:,} (it began at {number(began)})"
+        since = f"{ends[third - 1]:,} ({number(began)} in its first 16 steps)"
+        return f"is {number(level)} and has {how} fallen since step {since}"
     return ""

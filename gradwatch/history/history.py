@@ -259,6 +259,11 @@ class History(LossLevels):
         return part
 
     @property
+    def top_rate(self) -> float:
+        """The largest learning rate so far; minus infinity if none is known."""
+        return self._top_rate
+
+    @property
     def warming_up(self) -> bool:
         """True if the learning rate reached a new maximum of the run within the last 50 rows."""
         return self.rows - self._rose_at < _WARM

@@ -128,6 +128,17 @@ def explained_rise(history: History) -> float:
         return float(np.nansum(row.grad_norm * moved))
 
 
+def moved_by_another(history: History) -> bool:
+    """Return whether the last update was that of another optimizer, of whose layers the last row has no gradient.
+
+    What that update has done to the loss is not known then, and `explained_rise` leaves it out.
+    """
+    row = history.row
+    if row.rate is None:
+        return False
+    return bool(((history.previous_rate > 0) & ~np.isfinite(row.rate) & np.isnan(row.grad_norm)).any())
+
+
 def task_became_harder(history: History) -> bool:
     """Return whether the last loss is due to the batch and more than twice as large as each of the four before it."""
     before = np.abs(history.loss(last=5)[:-1])

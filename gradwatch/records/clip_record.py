@@ -31,6 +31,7 @@ class ClipRecord:
             were well. The clip was then released at once.
         family: family of the optimizer.
         damage: what was worse than before the fault when the incident closed, in words.
+        mended_step: step at which that damage was over; None: it was not yet.
     """
 
     clip: str
@@ -49,6 +50,7 @@ class ClipRecord:
     unlearned: tuple[float, float] | None = None
     family: Family = "other"
     damage: str = ""
+    mended_step: int | None = None
 
     @property
     def share(self) -> float:
@@ -95,4 +97,7 @@ class ClipRecord:
             )
         if not self.clipped + self.skipped:
             return "it changed no step"
-        return f"over, with damage: {self.damage}" if self.damage else ""
+        if not self.damage:
+            return ""
+        gone = "" if self.mended_step is None else f", which was gone by step {self.mended_step}"
+        return f"over, with damage{gone}"

@@ -42,6 +42,7 @@ class Facts:
         optimizer_options: options of the optimizer except its learning rate, as they were when it was found, as text by name.
         prediction: shape of what the first loss compared with a target; empty if it is not known.
         narrow: whether some parameters are numbers of 16 bits.
+        dropouts: names of the dropout modules that drop everything.
     """
 
     model: str = "model"
@@ -65,6 +66,7 @@ class Facts:
     optimizer_options: dict[str, str] = field(default_factory=dict, hash=False)
     prediction: tuple[int, ...] = ()
     narrow: bool = False
+    dropouts: tuple[str, ...] = ()
 
     @property
     def called(self) -> str:

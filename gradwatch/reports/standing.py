@@ -25,7 +25,15 @@ def standing(snapshot: Snapshot) -> tuple[str, ...]:
 
 def sentences(snapshot: Snapshot) -> list[str]:
     """Return what belongs to the verdict, and how badly the loss stands, as sentences."""
-    return [*standing(snapshot), *([f"the loss {snapshot.ending}"] if snapshot.ending else [])]
+    ending = how_the_loss_stands(snapshot)
+    return [*standing(snapshot), *([ending] if ending else [])]
+
+
+def how_the_loss_stands(snapshot: Snapshot) -> str:
+    """Return how badly the loss stands, in a sentence; "" if it does not, or if what an incident has left says the same."""
+    same = any(line.startswith("the loss ") or ", it began at " in line for line in standing(snapshot))
+    more = "every gradient" in snapshot.ending or "finite" in snapshot.ending
+    return f"the loss {snapshot.ending}" if snapshot.ending and (more or not same) else ""
 
 
 def above_limits(snapshot: Snapshot) -> tuple[str, ...]:
@@ -40,8 +48,6 @@ def above_limits(snapshot: Snapshot) -> tuple[str, ...]:
         # a clip sign is a note already, and no matter of incidents
         noted = {rule for rule in snapshot.firing if any(f"({rule.split()[0]})" in note for note in snapshot.notes)}
         found += [
-            f"an alarm fires although no incident is open: {rule}"
-            for rule in snapshot.firing
-            if rule not in named | noted
+            f"{rule} fires, which opens no incident by itself" for rule in snapshot.firing if rule not in named | noted
         ]
     return tuple(found)

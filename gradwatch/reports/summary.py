@@ -10,7 +10,7 @@ from rich.padding import Padding
 
 from gradwatch.reports.line import Line
 from gradwatch.reports.names import names_of
-from gradwatch.reports.standing import standing
+from gradwatch.reports.standing import how_the_loss_stands, standing
 from gradwatch.reports.unsaid import unsaid
 from gradwatch.reports.view import SEVERITY_STYLES, STYLES, headline
 from gradwatch.text.wording import counted, number
@@ -57,8 +57,8 @@ class Summary:
         )
         for line in standing(snapshot):
             yield Line(f"  {self.names.told(line)}", STYLES[snapshot.verdict] if snapshot.verdict == "damaged" else "")
-        if snapshot.ending:
-            yield Line(f"  the loss {snapshot.ending}", "bold" if snapshot.verdict != "healthy" else "")
+        if ending := how_the_loss_stands(snapshot):
+            yield Line(f"  {ending}", "bold" if snapshot.verdict != "healthy" else "")
         if snapshot.step >= 0:
             loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]), 4)
             yield Line(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]), 4)}")

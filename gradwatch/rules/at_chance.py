@@ -90,5 +90,5 @@ class AtChance(Rule):
         loss, began, classes = (alarm.numbers[name] for name in ("loss", "began", "classes"))
         return (
             f"the loss was about {number(loss)} at step {alarm.step}, within {percent(self.near)} of guessing among "
-            f"{classes:.0f} classes (ln {classes:.0f} = {number(math.log(classes))}), where it began ({number(began)})"
+            f"{classes:.0f} classes (ln {classes:.0f} = {number(math.log(classes))}), as in its first 16 steps ({number(began)})"
         )

@@ -22,7 +22,7 @@ class NoTraction(Rule):
     """The model gets no traction on the training data: the loss stays poor.
 
     ## What it means
-    After `min_steps` (200) losses the loss is still close to where it began.
+    After `min_steps` (200) losses the loss is still close to that of its first 16 steps.
 
     ## Formula
     `value = max(s, |r| / 50) / (r - m)`, infinite where `m >= r`: the smallest improvement that counts, divided by the
@@ -93,15 +93,15 @@ class NoTraction(Rule):
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
         now, began, enough = (alarm.numbers[name] for name in ("loss", "began", "enough"))
-        first = number(began) + (" when layers were added" if alarm.numbers["new task"] else "")
+        first = f"its first 16 steps{' of the new task' if alarm.numbers['new task'] else ''} ({number(began)})"
         finite, of = alarm.numbers["finite"], alarm.numbers["of"]
         partly = f" (it was finite in {finite:.0f} of the last {of:.0f} steps)" if finite < of else ""
         begin, progress = f"about {number(now)} at step {alarm.step}", f"below {number(enough)} would be progress"
         if now - began > abs(began) / 50:
-            return f"the loss was {begin}, above where it began ({first}){partly}"
+            return f"the loss was {begin}, above that of {first}{partly}"
         if began - now <= abs(began) / 50:
-            return f"the loss was still {begin}, where it began ({first}); {progress}{partly}"
-        return f"the loss was {begin}, below where it began ({first}), but by too little: {progress}{partly}"
+            return f"the loss was still {begin}, as in {first}; {progress}{partly}"
+        return f"the loss was {begin}, below that of {first}, but by too little: {progress}{partly}"
 
 
 def gain_missing(history: History, window: int) -> float:
@@ -113,17 +113,18 @@ def gain_missing(history: History, window: int) -> float:
 
 
 def stuck_at(history: History) -> dict[str, float]:
-    """Return the loss of a run whose loss is stuck (`History.stuck`) and the loss at which it began, by name.
+    """Return the loss of a run whose loss is stuck (`History.stuck`) and the loss of its beginning, by name.
 
-    It began at its first loss where an explosion in the first steps has raised the reference loss.
+    That is the reference loss, or the first loss ("at once") where an explosion in the first steps has raised the reference.
     """
     exploded = history.reference_loss > history.first_loss + abs(history.first_loss)
     began = history.first_loss if exploded else history.reference_loss
-    return {"loss": median_and_mad(history.task_loss(last=32))[0], "began": began}
+    return {"loss": median_and_mad(history.task_loss(last=32))[0], "began": began, "at once": float(exploded)}
 
 
 def in_words(alarm: Alarm) -> str:
-    """Return that the loss was stuck where it began or above, or that it hung lower, from the numbers of `stuck_at`."""
+    """Return that the loss was stuck at that of its beginning or above, or hung lower, from the numbers of `stuck_at`."""
     loss, began = alarm.numbers["loss"], alarm.numbers["began"]
     how = "hung" if began - loss > abs(began) / 10 else "was stuck"
-    return f"the loss {how} at about {number(loss)} (it began at {number(began)})"
+    then = f"it began at {number(began)}" if alarm.numbers.get("at once") else f"{number(began)} in its first 16 steps"
+    return f"the loss {how} at about {number(loss)} ({then})"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from gradwatch.history.in_use import usual_norms_of
 from gradwatch.records import EXPLOSION
 from gradwatch.text.wording import number
-from gradwatch.verdict.rates import lower_rate, not_of_the_rate, still_rising
-from gradwatch.verdict.silent_advice import ORTHOGONAL, on_silence
+from gradwatch.verdict.rates import lower_rate, not_of_the_rate, still_rising, surge_of
+from gradwatch.verdict.silent_advice import BORN, ORTHOGONAL, on_silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _MOST = 4
 _LARGE = 1e3  # first loss from which targets may need scaling
 _CLIPPABLE = ("exploding", "diverging", "spike", "stalled", "vanishing")  # kinds on which a misplaced clip bears
+_FIRST = 12  # steps in which the weights of one layer may move alone
+_MOMENTUM = 0.99  # momentum of SGD beyond which the momentum is named
 _DEEP = 10  # weight matrices from which a model without normalisation is deep
 
 
@@ -36,6 +38,7 @@ def advise(
     harmless: bool = False,
     of_the_batch: bool = False,
     beside: Sequence[Incident] = (),
+    moved: str | None = None,
 ) -> tuple[str, ...]:
     """Return at most four pieces of advice, the most likely to help first.
 
@@ -47,31 +50,57 @@ def advise(
         harmless: whether the loss was not finite although every gradient of its step was zero.
         of_the_batch: whether it opened with a loss farther up than the last update can have raised it.
         beside: the other incidents that are open or have left damage, in opening order.
+        moved: the only layer whose weights were changed before it opened; None: there is none, or it is not known.
     """
     lines: list[str] = []
     codes = dict.fromkeys(sign.code for sign in incident.signs)
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
+    if history.facts.option("weight_decay") > 0:
+        told = [line for line in told if "L2 penalty" not in line]  # there is one
     if incident.kind in _CLIPPABLE:
         lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
-    by_the_rate = opening.raised_at >= 0  # which explains moved weights and a high loss
-    if not by_the_rate and opening.moved_layer is not None and incident.kind in ("exploding", "diverging"):
-        lines.append(
-            f"Look at what changed the weights just before step {incident.opened_step}: {opening.moved_layer} moved "
-            f"{number(opening.moved, 2)} times as far as its rate and its gradients can have moved it. It may be an "
-            "optimizer's state that was loaded or scaled, or the program itself."
-        )
-    elif not by_the_rate and of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
-        lines.append(
-            f"Look at the batch of step {incident.opened_step}: the last update cannot have raised its loss so far."
-        )
-    for line in _harmless() if harmless else _lines(incident, history, told, opening, beside):
+    first = _known_cause(incident, opening, moved, of_the_batch=of_the_batch)
+    lines += [first] if first else []
+    if first and incident.kind == "spike":
+        return tuple(lines)
+    for line in (
+        _harmless() if harmless else _lines(incident, history, told, opening, beside, of_the_batch=of_the_batch)
+    ):
         if line not in lines:
             lines.append(line)
     return tuple(lines[:_MOST])
 
 
+def _known_cause(incident: Incident, opening: Opening, moved: str | None, *, of_the_batch: bool) -> str:
+    """Return where to look: at what moved the weights, or at the batch; "" if neither is known."""
+    step = incident.opened_step
+    if opening.raised_at >= 0:  # which explains moved weights and a high loss
+        return ""
+    if opening.moved_layer is not None and incident.kind in ("exploding", "diverging"):
+        return (
+            f"Look at what changed the weights just before step {step}: {opening.moved_layer} moved "
+            f"{number(opening.moved, 2)} times as far as its rate and its gradients can have moved it. It may be an "
+            "optimizer's state that was loaded or scaled, or the program itself."
+        )
+    long = opening.rising or any(sign.code in ("GW303", "GW305") for sign in incident.signs)
+    if moved is not None and not long and step >= _FIRST and incident.kind in ("exploding", "spike", "diverging"):
+        return (
+            f"Look at what changed {moved} just before step {step}, alone of all layers: the program, a state that was loaded, "
+            "or the rate of its group."
+        )
+    if of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
+        return f"Look at the batch of step {step}: the last update cannot have raised its loss so far."
+    return ""
+
+
 def _lines(
-    incident: Incident, history: History, told: Sequence[str], opening: Opening, beside: Sequence[Incident]
+    incident: Incident,
+    history: History,
+    told: Sequence[str],
+    opening: Opening,
+    beside: Sequence[Incident],
+    *,
+    of_the_batch: bool,
 ) -> Iterator[str]:
     if incident.kind not in EXPLOSION:
         yield from on_silence(incident, history, told, opening, beside)
@@ -80,21 +109,26 @@ def _lines(
     if incident.origin is not None and incident.kind == "nonfinite":
         yield from incident.origin.advice
     if incident.kind == "spike":
-        yield from _spike(incident, history, opening)
+        yield from _spike(incident, history, opening, of_the_batch=of_the_batch)
     elif incident.kind == "nonfinite":
         yield from _nonfinite(incident, history)
         if both:
-            yield from _explosion(incident, history, opening)
+            yield from _explosion(incident, history, opening, of_the_batch=of_the_batch)
+        yield from _look_closer(incident)
     else:
         yield from _runaway_series(incident)
         if {sign.code for sign in incident.signs if sign.sign == "growth"} == {"GW306"}:
             yield from told  # no rate suits all layers
             yield from _structure(history.facts)
+        elif of_the_batch and opening.raised_at < 0 and not any(sign.sign == "growth" for sign in incident.signs):
+            if incident.period is None:  # no rate has raised the loss
+                yield "If the data or the targets were changed for good, nothing is wrong as long as the loss comes down again."
         else:
-            yield from _explosion(incident, history, opening)
+            yield from _explosion(incident, history, opening, of_the_batch=of_the_batch)
             yield from told if opening.raised_at < 0 else ()
         if both:
             yield from _nonfinite(incident, history)
+            yield from _look_closer(incident)
 
 
 def _runaway_series(incident: Incident) -> Iterator[str]:
@@ -105,20 +139,28 @@ def _runaway_series(incident: Incident) -> Iterator[str]:
         )
 
 
-def _spike(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
+def _spike(incident: Incident, history: History, opening: Opening, *, of_the_batch: bool) -> Iterator[str]:
     if incident.period is not None:
         yield (
             f"Look at what the program does about every {incident.period} steps, such as updating a target network or changing "
-            "the task: the last update cannot have raised the loss so far. If it is meant, nothing is wrong."
+            "the task, and whether the same odd batch comes round in each epoch: the last update cannot have raised the loss so "
+            "far. If it is meant, nothing is wrong."
         )
         return
     if opening.raised_at >= 0:
         yield lower_rate(incident, history, opening)
+        if not of_the_batch:
+            return
     elif rising := still_rising(history, opening):
         yield rising
-    yield (
-        f"Look at the batch of step {incident.opened_step}: a single jump that comes back is usually caused by one unusual batch."
-    )
+    step = incident.opened_step
+    if of_the_batch:
+        yield f"Look at the batch of step {step}: the last update cannot have raised its loss so far."
+    else:
+        yield (
+            f"Look at the batch of step {step}, and at the update before it, which may have raised the loss too. A single jump "
+            "that comes back is usually caused by one unusual batch."
+        )
     yield from _odd_batches(incident, history)
 
 
@@ -129,15 +171,23 @@ def _harmless() -> Iterator[str]:
     )
 
 
-def _explosion(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
+def _explosion(incident: Incident, history: History, opening: Opening, *, of_the_batch: bool) -> Iterator[str]:
     facts = history.facts
+    down = next(
+        (sign.numbers["loss"] for sign in incident.signs if sign.code == "GW104" and sign.numbers["loss"] < 0), None
+    )
+    if down is not None:
+        yield f"Check the sign of the loss, or bound it: it ran down to {number(down)}, and has no floor there."
     yield from _scale(history, opening)
+    if _MOMENTUM < facts.momentum < 1 and opening.family == "sgd":
+        times = number(1 / (1 - facts.momentum), 2)
+        yield f"Lower the momentum: 0.9 instead of {number(facts.momentum, 6)}. It adds up to {times} updates in each step."
     if opening.raised_at >= 0:
         yield lower_rate(incident, history, opening)
         if opening.family == "adam":
             yield f"A{_no_cure(facts)[1:]}."
         return
-    yield from _rate_and_clip(incident, history, opening)
+    yield from _rate_and_clip(incident, history, opening, of_the_batch=of_the_batch)
     if facts.recurrent:
         if not facts.gated:
             yield "Use an LSTM or GRU instead of the vanilla RNN."
@@ -145,7 +195,7 @@ def _explosion(incident: Incident, history: History, opening: Opening) -> Iterat
     yield from _structure(facts)
 
 
-def _rate_and_clip(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
+def _rate_and_clip(incident: Incident, history: History, opening: Opening, *, of_the_batch: bool) -> Iterator[str]:
     """Yield what to do about the rate and the clip, the more likely cause first."""
     facts = history.facts
     own_clip = history.clips_each_step
@@ -153,8 +203,10 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening) -> It
     clip_line = 'Clip by norm when it happens: attach(model, clip="norm").' if facts.clip is None else ""
     if own_clip:
         clip_line = "Lower the bound of your own clip: it bounds the length of a step, and the run leaves its range all the same."
+    step = opening.surged_at if opening.surged_at >= 0 else incident.opened_step
+    look = "" if of_the_batch else f"Look at what step {step} does, its batch and its loss."  # told before
     if blame := not_of_the_rate(incident, opening):
-        yield f"{clip_line or f'Look at what step {incident.opened_step} does, its batch and its loss.'} {blame}"
+        yield from _for_a_reason(clip_line or look, blame)
         if facts.recurrent and not facts.gated:
             yield ORTHOGONAL
     elif any(sign.code in ("GW303", "GW304", "GW305", "GW201") for sign in incident.signs):
@@ -164,11 +216,16 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening) -> It
         elif clip_line:
             yield clip_line
     elif opening.family == "adam":
-        yield rate_line
+        surged = surge_of(opening)
+        yield from _for_a_reason(look, surged) if surged else (rate_line,)
         if facts.clip is None and not own_clip:
             yield f'If single batches cause it, clip by norm: attach(model, clip="norm"); {_no_cure(facts)}.'
     else:
         yield from filter(None, (clip_line, rate_line))
+
+
+def _for_a_reason(line: str, why: str) -> tuple[str, ...]:
+    return (f"{line} {why}",) if line else ()
 
 
 def _structure(facts: Facts) -> Iterator[str]:
@@ -226,13 +283,24 @@ def _nonfinite(incident: Incident, history: History) -> Iterator[str]:
             "overflows in float32."
         )
     elif incident.phase == "loss":
-        yield "Look for log(0), sqrt(0), a division by zero or exp of a large number in the loss, and for NaN in the batch."
+        yield (
+            "Look for log(0), sqrt(0), a division by zero or exp of a large number in the loss, and for NaN or infinity in the "
+            "batch."
+        )
     elif incident.phase == "weight":
         yield "Go back to the last checkpoint with finite weights: no update repairs a NaN weight."
     else:
         yield _behind(incident, history)
+    lost = min((sign.step for sign in incident.signs if sign.code == "GW202"), default=None)
+    if lost is not None and incident.phase != "weight":
+        first = min(incident.opened_step, *(sign.step for sign in incident.signs if sign.kind == "nonfinite"))
+        back = "Begin anew" if first < BORN else f"Go back to a checkpoint from before step {first}"
+        yield f"{back}: weights hold NaN or infinity since step {lost}, and no update repairs them."
     if facts.clip is None and not scaled:
         yield 'Skip such steps: with attach(model, clip="norm"), they leave parameters and optimizer state untouched.'
+
+
+def _look_closer(incident: Incident) -> Iterator[str]:
     if incident.origin is None:
         yield "Run that one batch under gradwatch.find_nonfinite(model), which names the operation."
 

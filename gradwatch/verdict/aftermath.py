@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gradwatch.verdict.damage import Before, before_fault, damage_since, level_now, recovered_after
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Container, Iterable
 
     from gradwatch.history.history import History
     from gradwatch.records import ClipRecord, Incident
@@ -22,13 +22,18 @@ class Aftermath:
     Args:
         history: the history of the run, which is only read.
         broken: returns which weights and buffers are not finite, in words; empty if all are, as far as it is known.
+        silent: returns the layers that a rule calls dead, and not yet alive again.
     """
 
-    def __init__(self, history: History, broken: Callable[[], str]) -> None:
+    def __init__(
+        self, history: History, broken: Callable[[], str], silent: Callable[[], Container[str]] = frozenset
+    ) -> None:
         self._history = history
         self._broken = broken
+        self._silent = silent
         self._before: dict[int, Before] = {}  # by the number of the incident
         self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
+        self._excused: list[tuple[int, Before]] = []  # those whose damage was taken for a routine of the program
 
     def __len__(self) -> int:
         """The number of incidents that are followed."""
@@ -54,18 +59,24 @@ class Aftermath:
         """
         if story.recurrence.period is None:
             self._series = [(number, replace(before, ceiling=max(before.ceiling, story.peak)))]
+            self._excused = []
             return before
         if story.recurrence.grows:
+            self._before.update(self._excused)  # it is none
+            self._excused = []
             return self._series[0][1]
         for one, earlier in self._series:
-            if one in self._before:
+            if one in self._before and not math.isnan(self._before[one].loss):
+                self._excused.append((one, self._before[one]))
                 self._before[one] = replace(earlier, loss=math.nan, ceiling=math.nan)
         self._series.append((number, before))
         return replace(before, loss=math.nan, ceiling=math.nan)
 
     def close(self, incident: Incident, before: Before, step: int) -> Incident:
         """Return the incident as it closes at ``step``, with what it has left, and follow that from now on."""
-        left = damage_since(self._history, before, self._broken())
+        if before.young and incident.severity == "notice":  # no update has raised the loss, and no level is known
+            before = replace(before, loss=math.nan, ceiling=math.nan, young=False)
+        left = damage_since(self._history, before, self._broken(), self._silent())
         if left or before.young:
             self._before[incident.number] = before
         clip = incident.clip and self._judge(incident.clip, before, left)
@@ -80,10 +91,14 @@ class Aftermath:
         if before is None:
             return incident
         # the model is read only where everything else is well
-        left = damage_since(self._history, before, "") or damage_since(self._history, before, self._broken())
+        left = damage_since(self._history, before, "", self._silent()) or damage_since(
+            self._history, before, self._broken()
+        )
         clip = incident.clip
         if left and clip is not None and clip.helped:
             clip = replace(clip, helped=False, damage="; ".join(left))
+        if clip is not None and clip.damage and bool(left) is not (clip.mended_step is None):
+            clip = replace(clip, mended_step=None if left else self._history.row.step)
         if not left and not before.young:
             del self._before[incident.number]
         return replace(incident, verdict="damaged" if left else "resolved", left=left, clip=clip)

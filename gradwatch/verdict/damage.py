@@ -14,6 +14,8 @@ from gradwatch.history.statistics import median, median_and_mad
 from gradwatch.text.wording import counted, number
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from numpy.typing import NDArray
 
     from gradwatch.history.history import History
@@ -33,7 +35,8 @@ class Before:
         loss: level of the loss; NaN if it is not known.
         ceiling: level up to which the loss counts as back; NaN if it is not known. A run that had not learned yet is back once
             it has learned something.
-        young: whether the fault came with the first steps, so that the level is the one at which the run began.
+        young: whether the fault came with the first steps, so that no level of the loss is known from before.
+        began: whether the level is the loss of the first step.
         flowing: whether the gradients of each layer flowed, shape (L,).
         task: number of the row at which the task began that the run then had.
     """
@@ -42,6 +45,7 @@ class Before:
     loss: float
     ceiling: float
     young: bool
+    began: bool
     flowing: NDArray[np.bool_]
     task: int
 
@@ -58,7 +62,10 @@ def before_fault(history: History, step: int) -> Before:
     known = losses[:earlier]
     known = known[np.isfinite(known)][-_PAST:]
     flowing: NDArray[np.bool_] = np.any(norms[:earlier] > 0, axis=0)
-    return Before(step, *_level_and_ceiling(known), known.size < EARLY, flowing, history.rows - history.task_rows)
+    level, ceiling = _level_and_ceiling(known)
+    young = known.size < EARLY
+    began = young and known.size > 0 and level == history.first_loss
+    return Before(step, level, ceiling, young, began, flowing, history.rows - history.task_rows)
 
 
 def _level_and_ceiling(losses: Floats) -> tuple[float, float]:
@@ -77,7 +84,7 @@ def level_now(history: History) -> float:
     return median(np.nan_to_num(losses, nan=math.inf)) if history.losses else math.nan
 
 
-def damage_since(history: History, before: Before, broken: str) -> tuple[str, ...]:
+def damage_since(history: History, before: Before, broken: str, silent: Container[str] = ()) -> tuple[str, ...]:
     """Return what is worse than before the fault, a sentence each; none if nothing is, as far as it is known.
 
     Of a fault that came with the first steps, no level of the loss is known from before: a loss that has not been learned since,
@@ -87,6 +94,7 @@ def damage_since(history: History, before: Before, broken: str) -> tuple[str, ..
         history: the history of the run.
         before: the run before the fault.
         broken: which weights or buffers are not finite, in words; empty if all are.
+        silent: layers that count as dead although a gradient has woken them for a step.
     """
     found = []
     same_task = history.rows - history.task_rows == before.task
@@ -96,13 +104,13 @@ def damage_since(history: History, before: Before, broken: str) -> tuple[str, ..
         now = f"{number(level)}" if math.isfinite(level) else "not finite"
         then = (
             f"it began at {number(before.loss)}"
-            if before.young
+            if before.began
             else f"it was {number(before.loss)} before step {before.step}"
         )
         found.append(f"at step {history.row.step} the loss is {now}, {then}")
     elif same_task and before.young and (stands := not_learned(history)):
         found.append(f"the loss {stands}")
-    dead = dead_since(history, before) if same_task else []
+    dead = dead_since(history, before, silent) if same_task else []
     if dead and (history.row.global_norm > 0 or high):  # without any gradient, the loss may be at its floor
         more = f" and {counted(len(dead) - _NAMED, 'more layer')}" if len(dead) > _NAMED else ""
         are = "is" if len(dead) == 1 else "are"
@@ -112,12 +120,16 @@ def damage_since(history: History, before: Before, broken: str) -> tuple[str, ..
     return tuple(found)
 
 
-def dead_since(history: History, before: Before) -> list[str]:
-    """Return the layers whose gradient flowed before the fault and was exactly zero in each of the last rows that had one."""
+def dead_since(history: History, before: Before, silent: Container[str] = ()) -> list[str]:
+    """Return the layers whose gradient flowed before the fault and was exactly zero in each of the last rows that had one.
+
+    Those of ``silent`` count as well.
+    """
     last = history.grad_norm(last=min(_LEVEL, history.task_rows))
-    silent = (last == 0).any(axis=0) & ~(last > 0).any(axis=0) & ~(history.nonfinite > 0)
-    flowed = before.flowing[: len(silent)]
-    return [history.layers[index] for index in np.flatnonzero(silent[: len(flowed)] & flowed).tolist()]
+    quiet = (last == 0).any(axis=0) & ~(last > 0).any(axis=0) & ~(history.nonfinite > 0)
+    quiet |= np.array([name in silent for name in history.layers], dtype=bool)
+    flowed = before.flowing[: len(quiet)]
+    return [history.layers[index] for index in np.flatnonzero(quiet[: len(flowed)] & flowed).tolist()]
 
 
 def recovered_after(history: History, before: Before, start: int, end: int | None = None) -> int | None:

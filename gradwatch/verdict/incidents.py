@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from gradwatch.history.losses import EARLY
-from gradwatch.history.recurrence import is_of_the_batch
+from gradwatch.history.recurrence import is_of_the_batch, moved_by_another
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
 from gradwatch.verdict.aftermath import Aftermath
@@ -74,7 +74,7 @@ class Incidents:
         self._harm = Harm(history, rules, settings)
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
-        self._aftermath = Aftermath(history, broken)
+        self._aftermath = Aftermath(history, broken, self._silent)
         self._suspects = Suspects(history, settings)
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
@@ -163,6 +163,13 @@ class Incidents:
         new.signs = dict(new.firing)
         return [closed]
 
+    def _silent(self) -> frozenset[str]:
+        """Return the layers without any gradient, by the rule for dead ones, which takes more than one step to fall silent."""
+        story = self._stories.get("dead")
+        if story is None:
+            return frozenset()
+        return frozenset(sign.layer for sign in story.firing.values() if sign.layer and sign.numbers.get("layer"))
+
     def _look_again(self) -> list[Incident]:
         """Follow what closed incidents have left, and return those whose verdict changed."""
         news = []
@@ -208,7 +215,8 @@ class Incidents:
                 story.jumped = self._harm.has("jump", story.firing.values())
                 story.look_at = self._settings.lasting_steps
                 story.of_the_batch = step in story.odd_steps
-                story.odd_batch = story.of_the_batch or (story.jumped and is_of_the_batch(self._history))
+                odd = story.of_the_batch or (story.jumped and is_of_the_batch(self._history))
+                story.odd_batch = odd and not moved_by_another(self._history)
                 story.young = self._history.losses < EARLY and story.of_the_batch
                 if story.of_the_batch and name == "explosion":
                     story.recurrence = self.recurring.jumped(step, self._history.row.loss)
@@ -239,7 +247,7 @@ class Incidents:
         moved = self._take_findings(story, kind)
         after = self._described(story, signs, kind, moved, step)
         if before is None:
-            story.opening = opening_of(self._history, after.suspect)
+            story.opening = opening_of(self._history, after.suspect, min(sign.step for sign in signs))
         told = advise(
             after,
             self._history,
@@ -247,6 +255,7 @@ class Incidents:
             story.opening,
             harmless=story.harmless,
             of_the_batch=story.odd_batch,
+            moved=story.moved,
             beside=[one for one in (*self.damaged, *self.open) if one.number != after.number],
         )
         after = replace(after, advice=told)
@@ -266,14 +275,28 @@ class Incidents:
     def _take_findings(self, story: Story, kind: Kind) -> str | None:
         """Give the story what was found of its cause since the last time; return the layer that something has moved, if any."""
         moved, finding = (None, None) if story.weighed else self._suspects.moved()
+        story.moved = story.moved or moved
         story.weighed |= self._history.row.weight_norm is not None  # on a device some steps after the opening
         story.findings += [finding] if finding else []
         if self._origin is not None and kind in EXPLOSION:
-            story.origin, self._origin = story.origin or self._origin, None
+            if not self._is_consequence(story, self._origin):
+                story.origin = story.origin or self._origin
+            self._origin = None
         if self._unknown and kind in EXPLOSION and story.origin is None:
             story.findings += [] if story.unknown else [self._unknown]  # later steps have the same reason, as a rule
             story.unknown, self._unknown = True, ""
         return moved
+
+    @staticmethod
+    def _is_consequence(story: Story, origin: Origin) -> bool:
+        """Return whether a weight was found that an earlier step of the story has damaged, which is no origin of it."""
+        if (
+            origin.subject != "weight"
+            or story.incident is None
+            or (story.incident.clip and story.incident.clip.skipped)
+        ):
+            return False
+        return any(sign.kind == "nonfinite" and sign.step < origin.step for sign in story.incident.signs)
 
     def _described(self, story: Story, signs: tuple[Alarm, ...], kind: Kind, moved: str | None, step: int) -> Incident:
         """Return the incident of the story as its signs have it at ``step``, without advice."""

@@ -21,6 +21,7 @@ _SMALL = 0.3  # median gain below which all matrices are too small
 _REMEMBERED = 32  # earlier updates that still move the weights by momentum
 _JUMP = 3.0  # factor by which a rate rises in a single step only if it is set anew: a warm-up rises by two at most
 _BEFORE = 8  # rows before such a rise
+_RISING = 1.5  # multiple of the first rate from which a rate that is at its highest is rising
 _BORNE = 0.1  # share of its weights that an update of SGD may change in the first steps
 _USUAL_UPDATE = 1e-3  # share of its weights that an update usually changes
 
@@ -31,11 +32,13 @@ class Opening:
 
     Attributes:
         step: the step.
-        family: family of the optimizer of that step, or of the run's where it is not known.
-        rate: learning rate of the suspect, or the largest one; NaN if none is known.
+        family: family of the optimizer of that step, or of the run's where it is not known; "other" if another optimizer holds
+            the suspect.
+        rate: learning rate of the suspect, or the largest one if there is none; NaN if none is known.
         first_rate: first learning rate above zero; NaN if none is known.
-        raised_from, raised_at: the largest rate of the 8 rows or more before, and the step, if the learning rate has risen at
-            once within the last 32 rows; NaN and -1 if it has not.
+        top_rate: largest learning rate so far; minus infinity if none is known.
+        raised_from, raised_at: the largest rate of the 8 rows or more before, and the step, if the learning rate of the
+            optimizer that holds the suspect has risen at once within its last 32 rows; NaN and -1 if it has not.
         first_borne: learning rate of SGD at which the first update would have changed a tenth of a matrix, the one that it
             changed most (``first_base``, in words); NaN after the first steps, or if it is not known.
         large: times by which weights are too large for their number of inputs, in the first steps; NaN if they are not.
@@ -46,14 +49,16 @@ class Opening:
             is none (``usual_layer``); NaN if it is not known.
         zeros: names of matrices all of whose weights are zero, and that get no gradient.
         gain: median gain of the matrices if it is far below a usual one; NaN if it is not.
-        surge: times by which the gradient norm of the suspect has grown from one step to this one, after the first steps of the
-            run; NaN if it is not known.
+        surge: most times by which the gradient norm of the suspect has grown from one step to the next since the first sign,
+            after the first steps of the run, and the step to which (``surged_at``); NaN and -1 if it is not known.
+        rising: whether the learning rate was at its highest within the last 50 rows, and well above the first.
     """
 
     step: int
     rate: float
     family: Family = "other"
     first_rate: float = math.nan
+    top_rate: float = -math.inf
     large: float = math.nan
     large_layer: str | None = None
     usual_rate: float = math.nan
@@ -67,6 +72,8 @@ class Opening:
     zeros: tuple[str, ...] = ()
     gain: float = math.nan
     surge: float = math.nan
+    surged_at: int = -1
+    rising: bool = False
 
     @property
     def young(self) -> bool:
@@ -74,23 +81,28 @@ class Opening:
         return self.step < _FIRST
 
 
-def opening_of(history: History, suspect: str | None) -> Opening:
-    """Return what is known now, at the opening of an incident with this suspect."""
+def opening_of(history: History, suspect: str | None, since: int | None = None) -> Opening:
+    """Return what is known now, at the opening of an incident with this suspect and its first sign at step ``since``."""
     step, column = history.row.step, history.layers.index(suspect) if suspect in history.layers else None
-    own = math.nan if column is None else float(history.rate[column])
-    rate = own if math.isfinite(own) else float(np.fmax.reduce(history.rate, initial=math.nan))
+    elsewhere = column is not None and not math.isfinite(history.rate[column]) and bool(np.isfinite(history.rate).any())
+    if column is None:
+        rate = float(np.fmax.reduce(history.rate, initial=math.nan))
+    else:  # optimizers that step one after the other each know the rates of their own layers
+        rate = float((history.previous_rate if elsewhere else history.rate)[column])
     layer, times = _too_large(history) if step < _FIRST else (None, math.nan)
     told_of = column if column is not None else int(np.argmax(np.where(history.matrices, history.sizes, 0)))
-    usual = _usual_rate(history, told_of) if history.layers else math.nan
+    usual = _usual_rate(history, told_of) if history.layers and not elsewhere else math.nan
     moved_layer, moved = _moved_by_another(history)
-    raised_from, raised_at = _raised(history)
+    raised_from, raised_at = _raised(history, column)
     first_borne, first_base = _borne_at_first(history) if step < _FIRST else (math.nan, "")
     gain = _gain(history)
+    surge, surged_at = (math.nan, -1) if column is None or step < _FIRST else _surge(history, column, since)
     return Opening(
         step=step,
         rate=rate,
-        family=history.facts.family if history.row.family == "other" else history.row.family,
+        family="other" if elsewhere else history.facts.family if history.row.family == "other" else history.row.family,
         first_rate=history.first_rate,
+        top_rate=history.top_rate,
         large=times,
         large_layer=layer,
         usual_rate=usual,
@@ -103,7 +115,9 @@ def opening_of(history: History, suspect: str | None) -> Opening:
         first_base=first_base,
         zeros=_zeros(history),
         gain=gain if gain < _SMALL else math.nan,
-        surge=math.nan if column is None or step < _FIRST else _surge(history, column),
+        surge=surge,
+        surged_at=surged_at,
+        rising=history.warming_up and rate > _RISING * history.first_rate,
     )
 
 
@@ -127,18 +141,28 @@ def _zeros(history: History) -> tuple[str, ...]:
     return tuple(history.layers[column] for column in np.flatnonzero(zero).tolist())
 
 
-def _surge(history: History, column: int) -> float:
-    norms = history.grad_norm(last=min(2, history.task_rows))[:, column]
-    return float(norms[-1] / norms[0]) if len(norms) == 2 and norms[0] > 0 else math.nan
+def _surge(history: History, column: int, since: int | None) -> tuple[float, int]:
+    rows = 1 if since is None else int(np.count_nonzero(history.steps(last=_BEFORE) >= since))
+    rows = min(max(rows, 1) + 1, history.task_rows)
+    norms, steps = history.grad_norm(last=rows)[:, column], history.steps(last=rows)
+    with ignore_fp_warnings():
+        times = np.nan_to_num(norms[1:] / np.where(norms[:-1] > 0, norms[:-1], np.nan), nan=0.0)
+    most = int(np.argmax(times)) if times.size else -1
+    return (float(times[most]), int(steps[most + 1])) if times.size and times[most] > 0 else (math.nan, -1)
 
 
-def _raised(history: History) -> tuple[float, int]:
+def _raised(history: History, column: int | None) -> tuple[float, int]:
     """Return the rate from which the learning rate has risen at once, and the step; (NaN, -1) if it has not.
 
-    All rates before are lower by the factor, and all since are higher: rates of optimizers that take turns are not.
+    All rates before are lower by the factor, and all since are higher. Of optimizers that take turns, the rows count in which
+    the layer of ``column`` has a gradient.
     """
-    rows = min(history.task_rows, _REMEMBERED + _BEFORE)
-    rates, steps = history.learning_rate(last=rows), history.steps(last=rows)
+    rates, steps = history.learning_rate(last=history.task_rows), history.steps(last=history.task_rows)
+    if column is not None:
+        mine = ~np.isnan(history.grad_norm(last=history.task_rows)[:, column])
+        rates, steps = rates[mine], steps[mine]
+    rows = min(len(rates), _REMEMBERED + _BEFORE)
+    rates, steps = rates[-rows:], steps[-rows:]
     if rows <= _BEFORE or not (rates > 0).all():
         return math.nan, -1
     highest, lowest = np.maximum.accumulate(rates), np.minimum.accumulate(rates[::-1])[::-1]

@@ -56,13 +56,20 @@ def not_of_the_rate(incident: Incident, opening: Opening) -> str:
     """
     if opening.family != "sgd" or opening.raised_at >= 0 or not opening.rate > 0:
         return ""
-    if opening.surge > _SURGE:
-        return (
-            f"In one step, the gradient of {opening.usual_layer} became {number(opening.surge)} times as large, at a learning "
-            "rate that the run had borne until then."
-        )
+    if surged := surge_of(opening):
+        return surged
     new, told = _rate_to_try(incident, opening)
     return f"No usual learning rate bears such gradients. {told}" if new < _LEAST else ""
+
+
+def surge_of(opening: Opening) -> str:
+    """Return that the gradient grew a hundredfold in one step, at a rate that the run had borne; "" if it did not."""
+    if not opening.surge > _SURGE or opening.raised_at >= 0 or opening.rising:
+        return ""
+    return (
+        f"In one step, the gradient of {opening.usual_layer} became {number(opening.surge)} times as large, at a learning "
+        "rate that the run had borne until then."
+    )
 
 
 def _rate_to_try(incident: Incident, opening: Opening) -> tuple[float, str]:
@@ -104,12 +111,37 @@ def slower(incident: Incident) -> str:
 
 def raise_rate(opening: Opening) -> str:
     """Return the advice to raise a rate at which updates are far too short; "" if they are not."""
-    if not 0 < _RAISED * opening.rate < opening.usual_rate:
-        return ""
+    if not 0 < _RAISED * opening.rate < opening.usual_rate or math.isfinite(opening.gain):
+        return ""  # weights that have shrunk bear no rate
+    if opening.top_rate > _RISEN * opening.rate:
+        return (
+            f"The learning rate has fallen from {number(opening.top_rate)} to {number(opening.rate)}: check its schedule, and "
+            f"keep it above {number(opening.usual_rate, 1)}, at which an update changes a thousandth of {opening.usual_layer}."
+        )
     return (
         f"Raise the learning rate: {number(opening.usual_rate, 1)} instead of {number(opening.rate)}, so that an update "
         f"changes a thousandth of {opening.usual_layer}; then by factors of ten, as long as the loss falls faster."
     )
+
+
+def shrunk(history: History, opening: Opening) -> str:
+    """Return the advice on weights that are far smaller than usual in a run that does not learn; "" if they are not."""
+    if not math.isfinite(opening.gain):
+        return ""
+    small = f"for their number of inputs, the weights are {number(opening.gain, 2)} times the usual size"
+    facts = history.facts
+    decay, lasts = facts.option("weight_decay"), 1 - facts.momentum
+    if facts.decay > 0:  # decoupled: no momentum adds to it
+        lasts = 1.0
+    known = facts.decay > 0 or (opening.family == "sgd" and lasts > 0)
+    if decay > 0 and not known:
+        return f"Look at the weight decay of {number(decay)}: {small}."
+    share = opening.rate * decay / lasts if known else 0.0
+    if share > _USUAL:
+        new = number(_USUAL / 10 * lasts / opening.rate, 1)
+        told = f"it takes {number(100 * share, 2)} % of the weights in each step"
+        return f"Lower the weight decay: {new} instead of {number(decay)}. {told[:1].upper()}{told[1:]}; {small}."
+    return f"Initialise the weights anew, by He or Xavier: {small}."
 
 
 def at(rate: float) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from gradwatch.history.statistics import median
 from gradwatch.records import EXPLOSION
 from gradwatch.text.wording import number
-from gradwatch.verdict.rates import at, raise_rate, slower, still_rising
+from gradwatch.verdict.rates import at, raise_rate, shrunk, slower, still_rising
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -16,9 +17,17 @@ if TYPE_CHECKING:
     from gradwatch.records import Facts, Incident
     from gradwatch.verdict.opening import Opening
 
-_BORN_DEAD = 32  # steps before which what is dead was never alive
+BORN = 32  # steps before which what is dead was never alive
 _NAMED = 3  # layers that are named
 _NAMING = ("dead", "frozen", "vanishing")  # kinds that name what does not learn
+_FLOAT32 = "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
+_ROUNDED = 4.0  # multiple of the rate that changes a thousandth of a layer at which an update is as large as 2^-8 of it
+_CLIPS = 32  # steps whose clips are looked at
+_LITTLE = 0.1  # share of the gradients below which a clip leaves little
+_GATES = (
+    "Use an LSTM or GRU instead of the vanilla RNN, with gates that begin open: a forget-gate bias of ln(T) for sequences of T "
+    "steps."
+)
 ORTHOGONAL = "Initialise the recurrent weights orthogonally: they multiply the gradient at each time step."
 
 
@@ -52,7 +61,7 @@ def _left_by(incident: Incident, beside: Sequence[Incident]) -> str:
     if cause is None or cause.severity == "notice":
         return ""
     step = cause.opened_step
-    begin = "Begin anew" if step < _BORN_DEAD else f"Go back to a checkpoint from before step {step}"
+    begin = "Begin anew" if step < BORN else f"Go back to a checkpoint from before step {step}"
     return (
         f"{begin}, and follow the advice on the incident that opened at step {step} ({cause.kind}): it has probably left this "
         "behind."
@@ -71,14 +80,36 @@ def _stalled(
             f"Follow the advice on the incident that is open since step {named.opened_step} first: it names what does not learn "
             f"({named.kind}, {named.suspect})."
         )
-    known = [line for line in (slower(incident), raise_rate(opening), *told, still_rising(history, opening)) if line]
+    small = (
+        _held(history, opening),
+        slower(incident),
+        shrunk(history, opening),
+        raise_rate(opening),
+        _rounded(history.facts, opening),
+    )
+    known = [line for line in (*small, *told, still_rising(history, opening)) if line]
     yield from known
+    if history.facts.recurrent and not history.facts.gated:
+        yield _GATES
     yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
+    if incident.severity == "notice" and named is None:
+        yield "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
     yield f"Change the learning rate ({at(opening.rate)}) by factors of three in both directions."
     if not history.facts.embeds:
         yield "Scale the inputs to zero mean and unit variance."
-    if not known and named is None:
-        yield "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
+
+
+def _held(history: History, opening: Opening) -> str:
+    """Return that the user's clip leaves little of each gradient of SGD; "" if it does not."""
+    left = median(history.clip_coefficient(last=_CLIPS))
+    if not (history.clips_each_step and opening.family == "sgd" and left < _LITTLE):
+        return ""
+    return f"Raise the bound of your own clip: of the gradients of the last steps, it left {number(100 * left, 2)} % as a median."
+
+
+def _rounded(facts: Facts, opening: Opening) -> str:
+    """Return that updates below bfloat16's precision are lost; "" if weights have more bits, or if updates are longer."""
+    return _FLOAT32 if facts.narrow and not opening.rate > _ROUNDED * opening.usual_rate else ""
 
 
 def _zero_rate(history: History) -> str:
@@ -95,10 +126,7 @@ def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
             f"{number(opening.gain, 2)} times the usual size."
         )
     if facts.recurrent and not facts.gated:
-        yield (
-            "Use an LSTM or GRU instead of the vanilla RNN, with gates that begin open: a forget-gate bias of ln(T) for "
-            "sequences of T steps."
-        )
+        yield _GATES
     if facts.saturates:
         yield "Use ReLU-like activations instead of sigmoid or tanh, with He initialisation."
     if facts.recurrent:
@@ -111,7 +139,10 @@ def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
 
 def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
     module = (incident.suspect or "").rpartition(".")[0] or incident.suspect
-    born = opening.step < _BORN_DEAD and incident.suspect is not None
+    born = opening.step < BORN and incident.suspect is not None
+    if facts.dropouts:
+        yield f"Lower the p of dropout {', '.join(facts.dropouts[:_NAMED])}: at 1 it drops everything, and no gradient passes."
+        return
     if opening.zeros:
         more = f" and {len(opening.zeros) - _NAMED} more" if len(opening.zeros) > _NAMED else ""
         yield (
@@ -148,10 +179,11 @@ def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[
     if faint := _faint(suspect, history):
         yield faint
     if facts.narrow:
-        yield "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
+        yield _FLOAT32
     if not faint and not raised:
         yield f"Check the learning rate of the parameter group of {suspect} ({at(opening.rate)}), and its schedule."
-    yield f"Look for what puts {suspect} back to its old values after a step, such as another copy that is loaded into it."
+    if not raised:
+        yield f"Look for what puts {suspect} back to its old values after a step, such as another copy that is loaded into it."
 
 
 def _faint(suspect: str | None, history: History) -> str:

@@ -40,6 +40,7 @@ class Story:
     harmed: bool = False
     odd_steps: set[int] = field(default_factory=set)
     ranks: tuple[int, ...] = ()
+    moved: str | None = None  # the only layer whose weights were changed before it
     findings: list[str] = field(default_factory=list)
     opening: Opening = field(default_factory=lambda: Opening(-1, math.nan))
     harmless: bool = False  # no gradient but zero came with a loss that is not finite

@@ -1,0 +1,357 @@
+"""Words that are true when they are said: trainings with a fault that is known, and what they are told of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import gradwatch
+
+
+def mlp(outputs: int = 1, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    """Two layers of 32 units, and a head."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), activation(), nn.Linear(32, 32), activation(), nn.Linear(32, outputs))
+
+
+def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:
+    """Make one step of a loop, and return the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def advice(monitor: gradwatch.Monitor) -> str:
+    """All advice on all incidents, as one text."""
+    return " ".join(line for incident in monitor.incidents for line in incident.advice)
+
+
+def test_weights_that_a_nan_has_damaged_are_not_its_origin() -> None:
+    """They are what it has left: there is one more thing to do, and the batch stays named."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(80):
+            x = torch.randn(32, 8)
+            if number == 40:
+                x[3, 2] = torch.nan
+            step(optimizer, nn.functional.mse_loss(model(x), torch.ones(32, 1)))
+        (incident,) = monitor.incidents
+        assert (incident.kind, incident.opened_step) == ("nonfinite", 40)
+        assert incident.origin is None or incident.origin.step == 40
+        assert "was not finite before the forward" not in str(monitor.summary())
+        assert any(
+            "NaN or infinity in the batch" in line or "where they are loaded" in line for line in incident.advice
+        )
+        assert "Go back to a checkpoint from before step 40: weights hold NaN or infinity since step 41" in advice(
+            monitor
+        )
+
+
+def test_a_target_that_holds_nan_is_named_in_the_advice() -> None:
+    """Not "look at where it is made", which leaves open what."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(60):
+            x, y = torch.randn(32, 8), torch.ones(32, 1)
+            y[3] = torch.nan if number == 50 else 1.0
+            step(optimizer, nn.functional.mse_loss(model(x), y))
+        assert monitor.incidents[0].advice[0] == (
+            "Look at where the `target` of `mse_loss` is made: it holds values that are not finite."
+        )
+
+
+def test_no_second_weight_decay_is_advised() -> None:
+    """AdamW has one."""
+    for decay in (0.01, 0.0):
+        model = mlp(5, nn.ReLU)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2.0, weight_decay=decay)
+        with gradwatch.attach(model, report=None, strict=True) as monitor:
+            for _ in range(20):
+                x = torch.randn(64, 8)
+                step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
+            assert ("L2 penalty" in advice(monitor)) is (decay == 0)
+
+
+def test_a_rate_that_was_raised_is_the_cause_and_the_batch_is_not() -> None:
+    """The loss jumps in the next step, by an update that may have raised it; at first that is a spike."""
+    model = mlp(5, nn.ReLU)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(200):
+            optimizer.param_groups[0]["lr"] = 0.3 if number >= 197 else 1e-3
+            x = torch.randn(64, 8)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
+            if monitor.incidents:
+                assert (
+                    monitor.incidents[0]
+                    .advice[0]
+                    .startswith("The learning rate was raised from 0.001 to 0.3 at step 197")
+                )
+                assert "Look at the batch" not in advice(monitor)
+        assert monitor.incidents
+
+
+def test_the_rate_of_the_other_of_two_optimizers_is_named() -> None:
+    """One backward feeds both, and the step that sees the damage belongs to the one that did not do it."""
+    model = mlp(5, nn.ReLU)
+    body = torch.optim.Adam(model[:4].parameters(), lr=1e-3)
+    head = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(120):
+            head.param_groups[0]["lr"] = 50.0 if number >= 100 else 0.1
+            x = torch.randn(64, 8)
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)).backward()
+            body.step()
+            head.step()
+        assert monitor.incidents[0].suspect == "4.weight"
+        assert monitor.incidents[0].advice[0].startswith("The learning rate was raised from 0.1 to 50 at step 201")
+        assert "cannot have raised" not in advice(monitor)
+        assert "instead of 0.001" not in advice(monitor)
+
+
+def test_a_rate_that_rises_until_it_is_too_high_was_not_borne() -> None:
+    """As in a one-cycle schedule: the rate is named, not a single step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8.0, total_steps=800)
+    labels = torch.randn(20, 10)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(150):
+            x = torch.randn(64, 20)
+            step(optimizer, nn.functional.cross_entropy(model(x), (x @ labels).argmax(1)))
+            schedule.step()
+        assert any(incident.kind == "exploding" for incident in monitor.incidents)
+        assert "had borne until then" not in advice(monitor)
+        assert "learning rate" in monitor.incidents[0].advice[0]
+
+
+def test_a_jump_that_no_update_can_have_caused_is_not_met_with_the_rate() -> None:
+    """Targets that change for good: the loss stays up for long."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(260):
+            x = torch.randn(32, 8)
+            step(optimizer, nn.functional.mse_loss(model(x), x[:, :1] * (1 if number < 200 else 30)))
+        assert monitor.incidents[0].opened_step == 200
+        assert monitor.incidents[0].kind == "diverging"
+        assert "cannot have raised" in advice(monitor)
+        assert "learning rate" not in advice(monitor)
+
+
+def test_one_odd_batch_under_adam_is_looked_at_before_the_rate() -> None:
+    """Its gradient is a million times the usual one, at a rate that has not changed."""
+    model = mlp(1, nn.ReLU)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(130):
+            x = torch.randn(32, 8)
+            y = x[:, :1] - x[:, 1:2]
+            x[3] *= 1e4 if number == 120 else 1
+            step(optimizer, nn.functional.mse_loss(model(x), y))
+        assert monitor.incidents[0].opened_step == 120
+        assert "step 120" in monitor.incidents[0].advice[0]
+        assert "Lower the learning rate" not in advice(monitor)
+
+
+def test_the_summary_says_once_how_the_loss_stands() -> None:
+    """A unit that saturates in the first step: what the incident has left is that the loss hardly falls."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1), nn.Sigmoid())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(400):
+            x = torch.randn(64, 8)
+            step(optimizer, nn.functional.mse_loss(model(x), 20 * (x[:, :1] > 0).float()))
+        assert monitor.verdict == "damaged"
+        head = str(monitor.summary()).partition("last loss")[0]
+        assert head.count("hardly fallen") == 1
+
+
+def test_what_the_clip_record_says_of_damage_is_true_when_it_is_gone() -> None:
+    """A run that exploded is clipped, then trained on at a low rate until its loss is back."""
+    model = mlp(5, nn.ReLU)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, clip="norm", strict=True) as monitor:
+        for number in range(1500):
+            optimizer.param_groups[0]["lr"] = (
+                30.0 if 300 <= number < 308 else 0.1 if number < 500 or number >= 700 else 1e-7
+            )
+            x = torch.randn(64, 8)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
+            record = monitor.incidents[0].clip if monitor.incidents else None
+            if record is not None and record.damage:
+                assert ("over, with damage, which was gone by step" in str(record)) is (monitor.incidents[0].left == ())
+        assert record is not None
+        assert record.damage
+        assert monitor.incidents[0].verdict == "resolved"
+        assert "which was gone by step" in str(record)
+
+
+def classify(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, gamma: float = 1.0) -> gradwatch.Monitor:
+    """Learn to say which of five numbers is the largest, with a rate that falls by ``gamma`` in each step."""
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(steps):
+            x = torch.randn(64, 8)
+            logits = model(x.to(next(model.parameters()).dtype)).float()
+            step(optimizer, nn.functional.cross_entropy(logits, x[:, :5].argmax(1)))
+            schedule.step()
+    return monitor
+
+
+def test_weights_that_a_decay_has_shrunk_are_not_met_with_a_rate_in_the_thousands() -> None:
+    """The decay is named with what it takes, and followed, the run learns."""
+    model = mlp(5, nn.ReLU)
+    monitor = classify(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5), 300)
+    first = advice(monitor)
+    assert first.startswith("Lower the weight decay: 0.001 instead of 0.5. It takes 5 % of the weights in each step")
+    assert "Raise the learning rate" not in first
+    model = mlp(5, nn.ReLU)
+    assert classify(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.001), 300).verdict == "healthy"
+
+
+def test_a_rate_that_a_schedule_has_lowered_too_far_is_told_with_its_fall() -> None:
+    """Not as one that was chosen; and nothing puts the weights back."""
+    model = mlp(5, nn.ReLU)
+    first = advice(classify(model, torch.optim.Adam(model.parameters(), lr=1e-3), 300, gamma=0.93))
+    assert first.startswith("The learning rate has fallen from 0.001 to ")
+    assert "check its schedule" in first
+    assert "old values" not in first
+
+
+def test_updates_that_bfloat16_weights_round_away_are_told_where_the_loss_stalls() -> None:
+    """A few weights change in each step, so none is frozen."""
+    model = mlp(5, nn.ReLU).bfloat16()
+    first = advice(classify(model, torch.optim.AdamW(model.parameters(), lr=1e-5), 300))
+    assert "Keep a float32 copy of half-precision weights" in first
+
+
+def test_damage_that_was_taken_for_a_routine_counts_again_once_the_jumps_grow() -> None:
+    """Q-learning whose values run away: no jump of the series is called resolved in the end, with a loss far above it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    target = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(1000):
+            if number % 100 == 0:
+                target.load_state_dict(model.state_dict())
+            x, action = torch.randn(64, 4), torch.randint(2, (64,))
+            reward = torch.where(action == 0, x[:, 0], -x[:, 0])
+            value = reward + 1.5 * target(torch.randn(64, 4)).amax(1).detach()
+            step(optimizer, nn.functional.mse_loss(model(x).gather(1, action[:, None])[:, 0], value))
+        warned = [incident for incident in monitor.incidents if incident.severity != "notice"]
+        assert len(warned) > 2
+        assert all(incident.verdict != "resolved" for incident in warned)
+        assert "resolved" not in str(monitor.summary()).partition("last loss")[0]
+
+
+def test_an_explosion_is_not_resolved_while_the_layers_that_it_has_killed_are_dead() -> None:
+    """A gradient that wakes them for a step ends neither."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8.0, total_steps=800)
+    labels, woke = torch.randn(20, 10), False
+    with gradwatch.attach(model, report=None, clip="norm", strict=True) as monitor:
+        for _ in range(800):
+            x = torch.randn(64, 20)
+            step(optimizer, nn.functional.cross_entropy(model(x), (x @ labels).argmax(1)))
+            schedule.step()
+            dead = [incident for incident in monitor.incidents if incident.kind == "dead" and incident.open]
+            if dead:
+                woke |= float(monitor.history.grad_norm(last=1)[0][0]) > 0
+                assert all(incident.verdict != "resolved" for incident in monitor.incidents)
+        assert woke
+
+
+def test_a_good_model_whose_first_batches_differ_is_not_damaged() -> None:
+    """A pre-trained one: the loss is where it was, and a batch that was worse has done no harm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(150):
+            x = torch.randn(64, 8)
+            noise = torch.randn(64, 1) * (0.1 if number == 4 else 0.02)
+            step(optimizer, nn.functional.mse_loss(model(x), model(x).detach() + noise))
+            assert all(incident.verdict != "damaged" for incident in monitor.incidents)
+        assert [(incident.kind, incident.severity) for incident in monitor.incidents] == [("spike", "notice")]
+        assert monitor.verdict == "healthy"
+
+
+def test_a_clip_that_leaves_nothing_is_the_first_advice_where_the_loss_stalls() -> None:
+    """It is known how little it leaves."""
+    model = mlp(5, nn.ReLU)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(300):
+            x = torch.randn(64, 8)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+        assert (
+            monitor.incidents[0]
+            .advice[0]
+            .startswith("Raise the bound of your own clip: of the gradients of the last steps")
+        )
+
+
+def test_a_loss_that_runs_down_without_a_floor_is_asked_for_its_sign() -> None:
+    """A lower rate would only make it slower."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(80):
+            x = torch.randn(32, 8)
+            step(optimizer, -nn.functional.mse_loss(model(x), x[:, :1] - x[:, 1:2]))
+        assert monitor.incidents[0].advice[0].startswith("Check the sign of the loss, or bound it: it ran down to -")
+
+
+def test_a_momentum_that_adds_up_a_thousand_updates_is_named_and_lowering_it_helps() -> None:
+    """The rate is an ordinary one."""
+
+    def run(momentum: float) -> gradwatch.Monitor:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+        with gradwatch.attach(model, report=None, strict=True) as monitor:
+            for _ in range(200):
+                x = torch.randn(32, 8)
+                step(optimizer, nn.functional.mse_loss(model(x), x[:, :1] - x[:, 1:2]))
+        return monitor
+
+    assert run(0.999).incidents[0].advice[0].startswith("Lower the momentum: 0.9 instead of 0.999")
+    assert run(0.9).verdict == "healthy"
+
+
+def test_a_layer_that_the_program_has_set_anew_is_named_and_not_the_batch() -> None:
+    """It alone has moved."""
+    model = mlp(5, nn.ReLU)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(320):
+            if number == 300:
+                nn.init.normal_(next(model[4].parameters()), std=2.0)
+            x = torch.randn(64, 8)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
+        assert monitor.incidents[0].opened_step == 300
+        assert monitor.incidents[0].advice[0].startswith("Look at what changed 4.weight just before step 300")
+        assert "batch" not in monitor.incidents[0].advice[0]
+
+
+def test_a_dropout_of_everything_is_named_where_layers_are_dead() -> None:
+    """A new initialisation or other activations would not help."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(1.0), nn.Linear(32, 5))
+    monitor = classify(model, torch.optim.Adam(model.parameters(), lr=1e-3), 60)
+    assert [incident.kind for incident in monitor.incidents] == ["dead"]
+    assert monitor.incidents[0].advice == (
+        "Lower the p of dropout 2: at 1 it drops everything, and no gradient passes.",
+    )
