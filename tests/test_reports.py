@@ -131,6 +131,19 @@ def test_the_summary_tells_the_story() -> None:
         assert part in " ".join(text.split())
 
 
+def test_one_is_said_in_the_singular_and_nothing_is_said_of_no_step() -> None:
+    """Where nothing was stepped, no time per step is known."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        assert str(monitor.summary()).splitlines() == ["gradwatch healthy: 0 steps of Linear (1 layer, 2 parameters)"]
+        model(torch.ones(2)).backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    first, *_, last = str(monitor.summary()).splitlines()
+    assert first == "gradwatch healthy: 1 step of Linear (1 layer, 2 parameters) with SGD"
+    assert last.endswith("µs a step")
+    assert "loss from the tensor that backward() began at" in str(monitor.summary())
+
+
 def test_a_confirming_sign_alone_stands_beside_the_verdict() -> None:
     """Large but stable gradients."""
     text = str(Summary(snapshot(incidents=(), verdict="healthy", firing=("GW203 gradients above 1.0 in each layer",))))

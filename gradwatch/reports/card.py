@@ -228,11 +228,12 @@ def _notes(notes: tuple[str, ...], names: Names) -> Iterator[str]:
 
 def _foot(snapshot: Snapshot, names: Names, *, live: bool) -> Iterator[str]:
     facts = snapshot.facts
-    size = f"{facts.layers:,} layers, {facts.parameters:,} parameters"
+    size = f"{counted(facts.layers, 'layer')}, {counted(facts.parameters, 'parameter')}"
     if live:
         yield f"{size} · {pace(snapshot)}" if snapshot.step >= 0 else size
         return
     yield f"{size} · {snapshot.provenance}" if snapshot.step >= 0 else size
     if names.common:
         yield str(names)
-    yield f"gradwatch itself took {snapshot.cost_us:,.0f} µs a step"
+    if snapshot.step >= 0:
+        yield f"gradwatch itself took {snapshot.cost_us:,.0f} µs a step"
