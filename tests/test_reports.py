@@ -98,6 +98,7 @@ def test_the_view_at_80_by_24() -> None:
     assert lines[-3] == "  do: Lower the learning rate (now 0.1), or warm it up."
     assert lines[-2] == "auto-clip on  ClipNorm(max_norm=1.0), 5 clipped, 0 skipped"
     assert lines[-1] == "1,234 steps/s · gradwatch itself 62 µs a step (7.7 %)"
+    assert drawn(View(snapshot(steps_per_second=float("nan"))), 90, 30)[-1] == "gradwatch itself 62 µs a step"
     assert len(lines) == 23
 
 
