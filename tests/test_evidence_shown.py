@@ -84,6 +84,20 @@ def test_a_loss_that_runs_away_after_a_jump_is_not_measured_by_its_beginning() -
     assert "33.3 times the largest loss to which it had jumped without an update (3,000; limit 2.5)" in said
 
 
+def test_a_young_run_has_no_hundred_steps() -> None:
+    """The smallest weights are those of the steps that there are."""
+    said = {}
+    for steps in (40, 140):
+        history, rule = History(["a"]), gradwatch.rules.WeightsRunAway()
+        for step in range(steps):
+            weight = np.array([1.0 if step < steps - 1 else 9.0])
+            history.push(Row(step, 1.0, np.ones(1), 1.0, weight, provenance=Provenance(loss="written")))
+        numbers = {**rule.numbers(history, 0), "floor": 0.0}
+        said[steps] = rule.sentence(Alarm("GW304", "", "growth", "exploding", "a", step, 9.0, 4.0, numbers=numbers))
+    assert "9 times its smallest in 40 measured steps, 1 (limit" in said[40]
+    assert "9 times its smallest in 100 measured steps, 1 (limit" in said[140]
+
+
 def test_growth_says_when_it_was_measured() -> None:
     """And counts steps in words."""
     (line,) = forecast(np.array([2.0**n for n in range(8)]), 12)
