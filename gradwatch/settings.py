@@ -35,5 +35,7 @@ def _in_plain_words(settings: type[Settings], error: ValidationError) -> str:
             hint = did_you_mean(field, settings.model_fields)
             sentences.append(f"{settings.__name__} has no setting {field!r}.{hint}")
         else:
-            sentences.append(f"{settings.__name__}({field}={detail['input']!r}): {detail['msg']}.")
+            told = detail["msg"].removeprefix("Value error, ")  # the prefix is pydantic's
+            end = "" if told.endswith((".", "?")) else "."
+            sentences.append(f"{settings.__name__}({field}={detail['input']!r}): {told}{end}")
     return " ".join(sentences)

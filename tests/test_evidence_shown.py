@@ -67,6 +67,37 @@ def test_a_loss_that_exploded_at_once_began_at_its_first_value() -> None:
     assert stuck_at(history) == {"loss": 1.45, "began": 1.5, "at once": 1.0}
 
 
+def test_a_loss_that_runs_away_after_a_jump_is_not_measured_by_its_beginning() -> None:
+    """The sentence names the loss of the jump as such: the beginning was far lower."""
+    history, rule = History(["a"]), gradwatch.rules.LossRunaway()
+
+    def sentence(loss: float, step: int) -> str:
+        history.push(Row(step, loss, np.ones(1), 1.0, provenance=Provenance(loss="written")))
+        return rule.sentence(
+            Alarm("GW104", "", "subtle", "diverging", None, step, 9.0, 2.5, numbers=rule.numbers(history, 0))
+        )
+
+    assert "times the largest loss of its beginning (10; limit 2.5)" in [sentence(10.0, n) for n in range(20)][-1]
+    sentence(3000.0, 20)
+    history.follow_task()
+    said = [sentence(1e5, 21 + n) for n in range(8)][-1]
+    assert "33.3 times the largest loss to which it had jumped without an update (3,000; limit 2.5)" in said
+
+
+def test_a_young_run_has_no_hundred_steps() -> None:
+    """The smallest weights are those of the steps that there are."""
+    said = {}
+    for steps in (40, 140):
+        history, rule = History(["a"]), gradwatch.rules.WeightsRunAway()
+        for step in range(steps):
+            weight = np.array([1.0 if step < steps - 1 else 9.0])
+            history.push(Row(step, 1.0, np.ones(1), 1.0, weight, provenance=Provenance(loss="written")))
+        numbers = {**rule.numbers(history, 0), "floor": 0.0}
+        said[steps] = rule.sentence(Alarm("GW304", "", "growth", "exploding", "a", step, 9.0, 4.0, numbers=numbers))
+    assert "9 times its smallest in 40 measured steps, 1 (limit" in said[40]
+    assert "9 times its smallest in 100 measured steps, 1 (limit" in said[140]
+
+
 def test_growth_says_when_it_was_measured() -> None:
     """And counts steps in words."""
     (line,) = forecast(np.array([2.0**n for n in range(8)]), 12)

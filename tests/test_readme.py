@@ -44,6 +44,10 @@ def test_figures_stand_in_the_tables_that_commands_write() -> None:
     assert f"{recall[1]} % of faulty runs get an alarm, and {alarms[1]} % of healthy ones" in words
     one, of_one, other, of_other = map(int, repaired.groups())
     assert f"repairs {one + other} of the {of_one + of_other} runs that always clipping repairs" in words
+    programs = re.search(r"of the (\d+) programs that always clipping repairs", (ROOT / "docs/repair.md").read_text())
+    assert programs is not None
+    limits = " ".join((ROOT / "docs/limits.md").read_text().split())
+    assert f"always clipping repairs {programs[1]}; the shares" in limits
     shares = [round(100 * float(cell.split()[0])) for cell in own[1].split("|")]
     assert f"{min(shares)} to {max(shares)} % of that of a `clip_grad_norm_` call" in words
 

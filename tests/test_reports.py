@@ -98,6 +98,7 @@ def test_the_view_at_80_by_24() -> None:
     assert lines[-3] == "  do: Lower the learning rate (now 0.1), or warm it up."
     assert lines[-2] == "auto-clip on  ClipNorm(max_norm=1.0), 5 clipped, 0 skipped"
     assert lines[-1] == "1,234 steps/s · gradwatch itself 62 µs a step (7.7 %)"
+    assert drawn(View(snapshot(steps_per_second=float("nan"))), 90, 30)[-1] == "gradwatch itself 62 µs a step"
     assert len(lines) == 23
 
 
@@ -129,6 +130,19 @@ def test_the_summary_tells_the_story() -> None:
         "do: Lower the learning rate",
     ):
         assert part in " ".join(text.split())
+
+
+def test_one_is_said_in_the_singular_and_nothing_is_said_of_no_step() -> None:
+    """Where nothing was stepped, no time per step is known."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        assert str(monitor.summary()).splitlines() == ["gradwatch healthy: 0 steps of Linear (1 layer, 2 parameters)"]
+        model(torch.ones(2)).backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    first, *_, last = str(monitor.summary()).splitlines()
+    assert first == "gradwatch healthy: 1 step of Linear (1 layer, 2 parameters) with SGD"
+    assert last.endswith("µs a step")
+    assert "loss from the tensor that backward() began at" in str(monitor.summary())
 
 
 def test_a_confirming_sign_alone_stands_beside_the_verdict() -> None:

@@ -51,10 +51,17 @@ def test_norms_that_are_not_finite_change_nothing_but_their_count(
     assert suggest(norms * times).typical == pytest.approx(times * found.typical)
 
 
+def test_numbers_stand_as_in_other_sentences() -> None:
+    """No exponent below a million."""
+    said = str(suggest(np.array([0.5] * 60 + [8215.0])))
+    assert "largest 8,215, over 61 steps" in said
+    assert "e+" not in said
+
+
 def test_a_run_that_is_too_young_is_told_what_is_missing() -> None:
     """The count, and what to do."""
     with pytest.raises(
-        gradwatch.UsageError, match=r"after 3 steps with a finite norm; expected 16 at least\. Train on"
+        gradwatch.UsageError, match=r"after 3 steps with a finite norm; expected at least 16\. Train on"
     ):
         suggest(np.array([1.0, 2.0, np.nan, 3.0]))
 

@@ -85,6 +85,14 @@ def test_an_ordinal_ends_as_it_is_spoken(count: int, text: str) -> None:
             ClipRecord("ClipNorm(max_norm=1)", 7, skipped=1, steps=9, norm_before=99.0, norm_after=0.0),
             "99, of a step that was left",
         ),
+        (
+            ClipRecord("ClipNorm(max_norm=1)", 7, clipped=1600, steps=1600, norm_before=99.0, norm_after=1.0),
+            "clipped 1,600 of 1,600 steps;",
+        ),
+        (
+            ClipRecord("ClipNorm(max_norm=1)", 7, clipped=1, steps=1, norm_before=99.0, norm_after=1.0),
+            "clipped 1 of 1 step;",
+        ),
     ],
 )
 def test_what_a_clip_left_of_the_largest_norm_is_said_only_if_it_changed_it(record: ClipRecord, told: str) -> None:

@@ -15,6 +15,7 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
         ("test_incidents", "test_any_series", "test_quiet"),
         "it connects all parts and is tested by its inputs and outputs",
     ),
+    "settings": (("test_attach",), "its messages are those of the settings that a user passes"),
     "text/printable": (("test_foreign_text",), "the test is named after the purpose of the module"),
     "records/": (("test_incidents", "test_reports"), "plain data, tested where it is created and displayed"),
     "autoclip/": (

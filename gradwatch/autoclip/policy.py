@@ -23,8 +23,8 @@ class AutoClip(Settings):
         when: incident kinds that switch the clip on, or ``"always"`` for ordinary clipping with telemetry. ``"spike"`` also acts
             on single odd batches, which the default leaves alone: what looks like one may be a rare signal. On a device such a
             step is over before it is judged.
-        severity: lowest severity that switches the clip on. Default: ``"warning"``, or ``"notice"`` if ``when`` contains
-            ``"spike"``.
+        severity: lowest severity that switches the clip on. Default: ``"warning"``, or ``"notice"`` if you pass a ``when``
+            that contains ``"spike"``.
         threshold: how the bounds of the clip are chosen. A number between 0.5 and 10 is a multiple of the run's own typical
             global norm before the incident; in this range clipping still converges (Pascanu et al. 2013). If larger norms
             recur, such as those of a rare class, the typical norm is half of the size that they usually reach (see
@@ -99,7 +99,8 @@ class AutoClip(Settings):
             raise ValueError("expected incident kinds, or 'always'")  # noqa: TRY004  pydantic turns it into a UsageError
         for kind in () if kinds == "always" else kinds:
             if kind not in EXPLOSION:
-                raise ValueError(f"there is no explosive incident kind {kind!r}.{did_you_mean(str(kind), EXPLOSION)}")
+                known = (*EXPLOSION, "always")
+                raise ValueError(f"there is no explosive incident kind {kind!r}.{did_you_mean(str(kind), known)}")
         return kinds
 
     @field_validator("threshold")

@@ -12,6 +12,7 @@ import numpy as np
 
 from gradwatch.errors import UsageError
 from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
+from gradwatch.text.wording import counted, number
 
 if TYPE_CHECKING:
     from gradwatch.records import Floats
@@ -53,15 +54,15 @@ class Suggestion:
     def __str__(self) -> str:
         left_out = f", {self.nonfinite} more were not finite" if self.nonfinite else ""
         lines = [
-            f"Clip the global norm at {self.threshold:.3g}: attach(model, clip=gradwatch.ClipNorm({self.threshold:.3g})).",
-            f"Typical norm {self.typical:.3g}, largest {self.largest:.3g}, over {self.steps:,} steps{left_out}.",
+            f"Clip the global norm at {number(self.threshold)}: attach(model, clip=gradwatch.ClipNorm({self.threshold:.3g})).",
+            f"Typical norm {number(self.typical)}, largest {number(self.largest)}, over {self.steps:,} steps{left_out}.",
             "",
             f"{'threshold':>10}  {'would have clipped':>22}",
         ]
         for choice in self.choices:
             share = f"{choice.clipped:,} steps ({100 * choice.clipped / self.steps:.1f} %)"
             mark = "  <- suggested" if choice.threshold == self.threshold else ""
-            lines.append(f"{choice.threshold:>10.3g}  {share:>22}  {choice.why}{mark}")
+            lines.append(f"{number(choice.threshold):>10}  {share:>22}  {choice.why}{mark}")
         return "\n".join(lines)
 
 
@@ -84,8 +85,8 @@ def suggest(norms: Floats) -> Suggestion:
     finite = norms[np.isfinite(norms) & (norms > 0)]
     if finite.size < LEAST_NORMS:
         raise UsageError(
-            f"A threshold was requested after {finite.size} steps with a finite norm; expected {LEAST_NORMS} at least. "
-            "Train on without a clip, then ask again."
+            f"A threshold was requested after {counted(finite.size, 'step')} with a finite norm; expected at least "
+            f"{LEAST_NORMS}. Train on without a clip, then ask again."
         )
     typical = typical_norm(finite)
     named = {times * typical: f"{times:g} times the typical norm" for times in _TIMES}

@@ -64,8 +64,10 @@ def _run(options: argparse.Namespace) -> None:
         with _as_main([options.module, *given], Path.cwd()):
             runpy.run_module(options.module, run_name="__main__", alter_sys=True)
         return
-    if options.script is None or not options.script.is_file():
-        raise UsageError(f"gradwatch blame got {options.script} as script; expected the path of a Python file.")
+    if options.script is None:
+        raise UsageError("gradwatch blame got no script; expected the path of a Python file, or -m and a module.")
+    if not options.script.is_file():
+        raise UsageError(f"gradwatch blame found no file {options.script}; expected the path of a Python file.")
     with _as_main([str(options.script), *options.arguments], options.script.parent.resolve()):
         runpy.run_path(str(options.script), run_name="__main__")
 

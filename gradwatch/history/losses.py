@@ -90,6 +90,11 @@ class LossLevels(Ring):
         return max(self._harder, *map(abs, self._first_losses)) if enough else math.nan
 
     @property
+    def became_harder(self) -> bool:
+        """True if `largest_first_loss` is a loss passed to `follow_task`, and not one of the beginning."""
+        return self._harder > max(map(abs, self._first_losses), default=math.inf)
+
+    @property
     def stuck(self) -> bool:
         """True if at least 100 losses were seen and the median of the last 32 is less than a tenth below the reference.
 

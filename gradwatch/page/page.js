@@ -15,6 +15,7 @@ function element(tag, text, className) {
 const entities = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const whole = (value) => value.toLocaleString("en");
+const counted = (count, noun) => `${whole(count)} ${noun}${count === 1 ? "" : "s"}`;
 function number(value) {
   if (value === null || value === undefined || value === "nan") return "NaN";
   if (value === "inf" || value === "-inf") return "Inf";
@@ -231,14 +232,14 @@ function fillHead() {
   $("run").textContent = run.run;
   const facts = run.facts, session = run.sessions[run.sessions.length - 1];
   const optimizer = facts.optimizer ? `${facts.optimizer}, rate ${number(facts.rate)}` : null;
-  $("facts").textContent = [run.called, `${whole(run.layers.length)} layers`, `${whole(facts.parameters)} parameters`, optimizer,
+  $("facts").textContent = [run.called, counted(run.layers.length, "layer"), counted(facts.parameters, "parameter"), optimizer,
     "began " + new Date(run.sessions[0].started * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" }),
     run.sessions.length > 1 ? `resumed ${run.sessions.length - 1}×, last at step ${whole(session.first_step ?? 0)}` : null, run.state].filter(Boolean).join(" · ");
   const lastOf = (values) => (values && values.y.length ? number(values.y[values.y.length - 1]) : "not seen");
   const figures = [["steps", whole(run.step + 1)], ["last loss", lastOf(run.loss)], ["last global norm", lastOf(run.global_norm)],
     ["incidents", run.incidents.length ? `${run.incidents.length}, worst ${SEVERITIES[Math.max(...run.incidents.map((one) => SEVERITIES.indexOf(one.severity)))]}` : "none"]];
   if (run.last_loss_scale !== "nan") figures.push(["loss scale", number(run.last_loss_scale)]);
-  if (run.facts.clip) figures.push(["clipped", `${whole(run.clipped_steps)} steps`], ["skipped", `${whole(run.skipped_steps)} steps`]);
+  if (run.facts.clip) figures.push(["clipped", counted(run.clipped_steps, "step")], ["skipped", counted(run.skipped_steps, "step")]);
   for (const [name, value] of figures) {
     const pair = element("div");
     pair.append(element("dt", name), element("dd", value));

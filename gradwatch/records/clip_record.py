@@ -58,7 +58,7 @@ class ClipRecord:
         return self.clipped / self.steps if self.steps else math.nan
 
     def __str__(self) -> str:
-        parts = [f"{self.clip} clipped {self.clipped} of {self.steps} steps"]
+        parts = [f"{self.clip} clipped {self.clipped:,} of {counted(self.steps, 'step')}"]
         if self.skipped:
             parts[0] += f", {self.skipped} skipped"
         if math.isfinite(self.norm_before):

@@ -25,6 +25,21 @@ class NonFinite(IntFlag):
     INF = 2
 
 
+# the words for a reader; those of the fields are kept in run logs
+_CLIPPED: dict[Clipped, str] = {
+    "no clip before it seen": "no clip seen before it",
+    "before the user's clip": "before your own clip",
+    "as the optimizer sees it": "as the optimizer sees it",
+}
+_LOSS: dict[LossSource, str] = {
+    "monitor.loss()": "loss from monitor.loss()",
+    "closure": "loss from the closure",
+    "backward root": "loss from the tensor that backward() began at",
+    "written": "loss as written",
+    "none": "no loss seen",
+}
+
+
 class Provenance(NamedTuple):
     """The origin of the values of a row.
 
@@ -43,7 +58,7 @@ class Provenance(NamedTuple):
     def __str__(self) -> str:
         of = f", of all {self.processes} processes" if self.processes > 1 else ""
         at = "a step that the scaler left out" if self.source == "left out by the scaler" else self.source
-        return f"measured at {at}, {self.clipped}{of}; loss from {self.loss}"
+        return f"measured at {at}, {_CLIPPED[self.clipped]}{of}; {_LOSS[self.loss]}"
 
 
 class Culprits(NamedTuple):

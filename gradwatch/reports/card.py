@@ -88,7 +88,7 @@ def card_of(snapshot: Snapshot, *, live: bool) -> str:
         parts.append(_table(snapshot, names))
     if snapshot.clipping is not None:
         state = f" {'on' if snapshot.clip_on else 'armed'}" if live else ""
-        done = f"{snapshot.clipped:,} steps clipped, {snapshot.skipped:,} skipped"
+        done = f"{counted(snapshot.clipped, 'step')} clipped, {snapshot.skipped:,} skipped"
         parts.append(f"<div><b>auto-clip{state}</b> {_text(snapshot.clipping)}: {done}</div>")
     parts += _stories(snapshot, names, live=live)
     parts += _notes(snapshot.notes, names)
@@ -228,11 +228,12 @@ def _notes(notes: tuple[str, ...], names: Names) -> Iterator[str]:
 
 def _foot(snapshot: Snapshot, names: Names, *, live: bool) -> Iterator[str]:
     facts = snapshot.facts
-    size = f"{facts.layers:,} layers, {facts.parameters:,} parameters"
+    size = f"{counted(facts.layers, 'layer')}, {counted(facts.parameters, 'parameter')}"
     if live:
         yield f"{size} · {pace(snapshot)}" if snapshot.step >= 0 else size
         return
     yield f"{size} · {snapshot.provenance}" if snapshot.step >= 0 else size
     if names.common:
         yield str(names)
-    yield f"gradwatch itself took {snapshot.cost_us:,.0f} µs a step"
+    if snapshot.step >= 0:
+        yield f"gradwatch itself took {snapshot.cost_us:,.0f} µs a step"

@@ -49,10 +49,11 @@ class Summary:
         snapshot, facts = self.snapshot, self.snapshot.facts
         told = [incident for incident in snapshot.incidents if incident.severity != "notice"]
         notices = [incident for incident in snapshot.incidents if incident.severity == "notice"]
+        size = f"{counted(facts.layers, 'layer')}, {counted(facts.parameters, 'parameter')}"
         yield Line.assemble(
             ("gradwatch ", "bold"),
             (snapshot.verdict, STYLES[snapshot.verdict]),
-            f": {snapshot.step + 1:,} steps of {facts.called} ({facts.layers} layers, {facts.parameters:,} parameters)",
+            f": {counted(snapshot.step + 1, 'step')} of {facts.called} ({size})",
             f" with {facts.optimizer}" if facts.optimizer else "",
         )
         for line in standing(snapshot):
@@ -83,7 +84,8 @@ class Summary:
             yield _indented(Line(f"note: {self.names.told(note)}", "dim"), 2)
         if self.names.common:
             yield Line(f"  {self.names}", "dim")
-        yield Line(f"  gradwatch itself took {snapshot.cost_us:,.0f} µs a step", "dim")
+        if snapshot.step >= 0:
+            yield Line(f"  gradwatch itself took {snapshot.cost_us:,.0f} µs a step", "dim")
 
     def _story(self, incident: Incident, advised: dict[str, int]) -> RenderResult:
         yield _indented(headline(incident, self.names), 2)

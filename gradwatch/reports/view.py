@@ -194,11 +194,12 @@ class View:
 
 
 def pace(snapshot: Snapshot) -> str:
-    """Return the speed of the training and what gradwatch takes of it."""
-    speed = snapshot.steps_per_second
-    steps = "- steps/s" if math.isnan(speed) else f"{speed:,.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
-    share = "" if math.isnan(speed) else f" ({snapshot.cost_us * speed / 1e4:.1f} %)"
-    return f"{steps} · gradwatch itself {snapshot.cost_us:,.0f} µs a step{share}"
+    """Return the speed of the training, if it is known, and what gradwatch takes of it."""
+    speed, own = snapshot.steps_per_second, f"gradwatch itself {snapshot.cost_us:,.0f} µs a step"
+    if math.isnan(speed):
+        return own
+    steps = f"{speed:,.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
+    return f"{steps} · {own} ({snapshot.cost_us * speed / 1e4:.1f} %)"
 
 
 def headline(incident: Incident, names: Names, width: int | None = None) -> Text:

@@ -1,6 +1,6 @@
 """The rules, one per file: each with its measure, its documentation, its validated limits and its cases.
 
-To add a rule, add one file, one line here and one in the table of signs (`docs/reading.md`).
+To add a rule, add one file, its class here and what `CONTRIBUTING.md` lists.
 """
 
 from __future__ import annotations

@@ -73,7 +73,11 @@ class LossRunaway(Rule):
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
-        return {"loss": median_and_mad(history.task_loss(last=8))[0], "largest": history.largest_first_loss}
+        return {
+            "loss": median_and_mad(history.task_loss(last=8))[0],
+            "largest": history.largest_first_loss,
+            "harder": float(history.became_harder),
+        }
 
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
@@ -81,7 +85,8 @@ class LossRunaway(Rule):
         way, limit = ("up", alarm.limit) if loss > 0 else ("down", alarm.limit * self.downwards)
         times, most = apart(abs(loss) / largest, limit)
         size = "" if loss > 0 else "the size of "
+        whose = "to which it had jumped without an update" if alarm.numbers.get("harder") else "of its beginning"
         return (
-            f"the loss ran {way} to about {number(loss)} by step {alarm.step}, {times} times {size}the largest loss of its "
-            f"beginning ({number(largest)}; limit {most})"
+            f"the loss ran {way} to about {number(loss)} by step {alarm.step}, {times} times {size}the largest loss {whose} "
+            f"({number(largest)}; limit {most})"
         )

@@ -10,11 +10,14 @@ from pydantic import Field
 
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
-from gradwatch.text.wording import apart, number, percent
+from gradwatch.text.wording import apart, counted, number, percent
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Kind, Sign
+
+
+_ROWS = 100  # of `History.least_weight`
 
 
 class WeightsRunAway(Rule):
@@ -78,6 +81,7 @@ class WeightsRunAway(Rule):
             "least": history.least_weight[column],
             "floor": history.half_usual[column],
             "progress": history.gained(self.progress),
+            "rows": float(min(history.task_rows, _ROWS)),
         }
 
     def sentence(self, alarm: Alarm) -> str:
@@ -88,7 +92,8 @@ class WeightsRunAway(Rule):
             return f"{begin}, from {number(least)} at most 100 measured steps before"
         unless, share = ("while", self.share) if alarm.numbers["progress"] else ("unless", 1.0)
         times, limit = apart(norm / max(least, floor), alarm.limit / share)
-        base = "its smallest in 100 measured steps" if least >= floor else "half of a usual initialisation"
+        rows = counted(alarm.numbers.get("rows", _ROWS), "measured step")
+        base = f"its smallest in {rows}" if least >= floor else "half of a usual initialisation"
         return (
             f"{begin}, {times} times {base}, {number(max(least, floor))} (limit {limit} {unless} the median of 16 losses is "
             f"{percent(self.progress)} below the beginning)"
