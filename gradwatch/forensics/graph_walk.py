@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gradwatch.forensics.names import Names
 
 _MOST = 4096  # nodes
+_SIGN = 2**63
 _RESULTS = ("result", "output", "result0", "result1", "result2")
 
 
@@ -46,7 +47,12 @@ def saved_in(node: Any) -> dict[str, Any]:
     for name in dir(node):
         if name.startswith("_saved_"):
             try:
-                found[name.removeprefix("_saved_")] = getattr(node, name)
+                one = getattr(node, name)
+                if (
+                    type(one) is int and one >= _SIGN
+                ):  # torch returns negative dimensions and indices without their sign
+                    one -= 2 * _SIGN
+                found[name.removeprefix("_saved_")] = one
             except RuntimeError:  # freed by a backward
                 continue
     return found
@@ -114,9 +120,9 @@ class LossGraph:
         if gradient is None:
             return False
         here, values = plain(gradient), plain(output) if output is not None else None
-        if here is None or values is None or here.shape != values.shape:
+        if here is None or values is None or not _fits(values, here):
             return here is not None and bool((here != 0).any())
-        return bool((here[~torch.isfinite(values)] != 0).any())
+        return bool((here[~torch.isfinite(values.expand_as(here))] != 0).any())
 
     # One node.
 
@@ -153,8 +159,10 @@ class LossGraph:
             op,
             node=node.name(),
             inputs=tuple(operand_of(name.replace("self", "input"), one) for name, one in inputs.items())[:4],
-            output=operand_of("output", output) if output is not None else None,
-            scalars={"got": certain} if certain else {},
+            output=operand_of("output", output) if output is not None and _is_complete(op, kept) else None,
+            scalars=ops.signs_of(map(plain, inputs.values()))
+            | {name: one for name, one in kept.items() if isinstance(one, (int, float))}
+            | ({"got": certain} if certain else {}),
             rows=rows,
             rows_known=bool(rows),
         )
@@ -185,12 +193,23 @@ class LossGraph:
     def _output(self, op: str, kept: dict[str, Any]) -> Tensor | None:
         """Return what an operation returned, kept or computed again from what is kept; None if that is not known."""
         results = [kept[name] for name in _RESULTS if isinstance(kept.get(name), torch.Tensor)]
+        if isinstance(
+            kept.get("result0"), torch.Tensor
+        ):  # the others are for the backward alone, as that of ctc_loss with its -inf
+            results = [kept["result0"]]
         if results:
             found: Tensor = next((one for one in results if is_nonfinite(one)), results[0])
             return found
-        if op == "div" and isinstance(kept.get("other"), torch.Tensor) and kept.get("self") is None:
-            return 1 / kept["other"].detach() if kept["other"].is_floating_point() else None
+        if not _is_complete(op, kept):  # what is known is where it cannot be finite
+            divisor = kept["other"].detach()
+            return torch.where((divisor == 0) | (divisor != divisor), torch.inf, 0.0)  # noqa: PLR0124  only NaN differs from itself
         return _again(op, kept)
+
+
+def _fits(values: Tensor, whole: Tensor) -> bool:
+    """Return whether values have the shape of a whole, or one that is broadcast to it, as that of a divisor."""
+    ends = zip(reversed(values.shape), reversed(whole.shape), strict=False)
+    return values.dim() <= whole.dim() and all(one in (1, other) for one, other in ends)
 
 
 def _rows_of(tensor: Tensor | None, names: Names, batch: int) -> tuple[int, ...]:
@@ -216,7 +235,9 @@ def _why(op: str, kept: dict[str, Any]) -> str:
         and kept.get("reduction") == 1
         and not weight.any()
     ):
-        return "got only labels that are ignored"
+        target: Any = kept.get("target")
+        some = isinstance(target, torch.Tensor) and bool((target != kept.get("ignore_index", -1)).any())
+        return "got labels whose weights add up to 0" if some else "got only labels that are ignored"
     if op == "div" and isinstance(other, torch.Tensor) and (zeros := int((other == 0).sum().item())):
         return f"got {counted(zeros, 'zero')} of {other.numel()} to divide by"
     return ""
@@ -232,6 +253,11 @@ def _is_whole(op: str, inputs: dict[str, Tensor]) -> bool:
         if wanted and set(wanted) == set(inputs):
             return True
     return False
+
+
+def _is_complete(op: str, kept: dict[str, Any]) -> bool:
+    """Return whether a node keeps more of its operation than a divisor."""
+    return op != "div" or kept.get("self") is not None or not isinstance(kept.get("other"), torch.Tensor)
 
 
 def _again(op: str, kept: dict[str, Any]) -> Tensor | None:
