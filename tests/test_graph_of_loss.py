@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  as everywhere
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 
@@ -95,7 +96,9 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
         torch.where(EMPTY > 0, h / EMPTY.long(), 0.0).mean() + (h + INFINITE).mean()
     ),
     "an alignment that is well": lambda h: aligned(h) + (h + INFINITE).mean(),
-    "a power of zero by an exponent that is learned": lambda h: (BASE**h).mean() + Failing.apply(h).mean(),  # type: ignore[no-untyped-call]
+    "a power of zero by an exponent that is learned": lambda h: (
+        (BASE**h).mean() + Failing.apply(h).mean()  # type: ignore[no-untyped-call]
+    ),
     "a root whose gradient an exponent of zero drops": lambda h: (
         ((h**0.0) - 1).sqrt().mean() + Failing.apply(h).mean()  # type: ignore[no-untyped-call]
     ),
@@ -141,3 +144,85 @@ def test_what_is_said_is_what_happened(name: str) -> None:
     """Only the divisor of a quotient is kept, so that what it returned is not known."""
     loss_of, text = KNOWN[name]
     assert found_of(loss_of).startswith(text)
+
+
+heard: list[str] = []
+
+
+class Heard(torch.autograd.Function):
+    """A function that hears how often it is called."""
+
+    @staticmethod
+    def forward(_: Any, h: Tensor) -> Tensor:
+        """Double."""
+        heard.append("forward")
+        return 2 * h
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        """Double."""
+        heard.append("backward")
+        return 2 * gradient
+
+
+def hooked(h: Tensor) -> Tensor:
+    """Have hooks on all tensors."""
+    logs = (h * EMPTY).log()
+    for one in (h, logs):
+        one.register_hook(lambda _: heard.append("hook"))
+    return logs.mean()
+
+
+def packed(h: Tensor) -> Tensor:
+    """Keep what the backward needs elsewhere."""
+
+    def hear(kept: Tensor) -> Tensor:
+        heard.append("kept")
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(hear, hear):
+        return (h * EMPTY).log().mean()
+
+
+def listening(h: Tensor) -> Tensor:
+    """Drop something at random, and hear how often."""
+    heard.append("checkpoint")
+    return F.dropout(h, 0.5).sqrt()
+
+
+RUNS_CODE: dict[str, Callable[[Tensor], Tensor]] = {
+    "a function after": lambda h: Heard.apply((h * EMPTY).log()).mean(),  # type: ignore[no-untyped-call]
+    "a function before": lambda h: (Heard.apply(h) * EMPTY).log().mean(),  # type: ignore[no-untyped-call]
+    "hooks": hooked,
+    "what is kept elsewhere": packed,
+    "a checkpoint": lambda h: checkpoint(listening, (h * EMPTY).log(), use_reentrant=False).mean(),
+    "a checkpoint, reentrant": lambda h: checkpoint(listening, (h * EMPTY).log(), use_reentrant=True).mean(),
+    "a checkpoint around it": lambda h: checkpoint(lambda h: listening(h * EMPTY).log(), h, use_reentrant=False).mean(),
+}
+
+
+@pytest.mark.parametrize("name", RUNS_CODE)
+def test_no_code_of_the_program_is_run_for_a_graph(name: str) -> None:
+    """Neither in the step that fails nor in those that are well; the program hears as much as without gradwatch."""
+    runs = []
+    for watch in (False, True):
+        torch.manual_seed(0)
+        heard.clear()
+        model, count = Model(torch.sigmoid), Counted()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        monitor = gradwatch.attach(model, report=None, forensics=True, strict=True) if watch else None
+        for fails in (False, False, True):
+            EMPTY[3] = float(not fails)
+            optimizer.zero_grad()
+            loss = count(RUNS_CODE[name](model(torch.randn(ROWS, WIDTH))))
+            loss.backward()
+            optimizer.step()
+        runs.append(([*heard], count.calls, torch.get_rng_state().tolist()))
+        if monitor is not None:
+            assert not loss.isfinite()
+            found = [one.origin.op for one in monitor.incidents if one.origin is not None]
+            assert found in ([], ["log"])
+            assert found or name not in ("hooks", "a function before")
+            monitor.detach()
+    EMPTY[3] = 0
+    assert runs[0] == runs[1]

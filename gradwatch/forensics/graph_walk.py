@@ -13,6 +13,7 @@ import torch
 
 from gradwatch.forensics import ops
 from gradwatch.forensics.bounds import Bounds
+from gradwatch.forensics.flow import Flow, is_packed
 from gradwatch.forensics.marks import Mark
 from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, plain, rows_of
 from gradwatch.text.wording import counted
@@ -47,6 +48,8 @@ def saved_in(node: Any) -> dict[str, Any]:
     for name in dir(node):
         if name.startswith("_saved_"):
             try:
+                if is_packed(node, name.removeprefix("_saved_")):
+                    continue
                 one = getattr(node, name)
                 if (
                     type(one) is int and one >= _SIGN
@@ -74,9 +77,16 @@ class LossGraph:
         self._bounds = Bounds(self._ends, self._kept, self._output)
 
     def reaches(self, outputs: Sequence[Tensor]) -> bool:
-        """Return whether an element of the outputs that is not finite reaches a root."""
-        nodes = [one for one in outputs if one.grad_fn is not None and is_nonfinite(one)]
-        return any(self._counts(gradient, one) for gradient, one in zip(self._gradients(nodes), nodes, strict=True))
+        """Return whether an element of the outputs that is not finite reaches a root, or may."""
+        bad = [one for one in outputs if one.grad_fn is not None and is_nonfinite(one)]
+        try:
+            places = [(one.grad_fn, one.output_nr) for one in bad]
+            flow = self._flow(places)
+        except RuntimeError:  # something was changed in place since
+            return True
+        return any(
+            not flow.knows(place) or self._counts(flow.at(place), one) for place, one in zip(places, bad, strict=True)
+        )
 
     def origin(self, names: Names, batch: int) -> Mark | None:
         """Return the first operation of the loss that makes a non-finite number which reaches a root; None if unknown."""
@@ -87,9 +97,9 @@ class LossGraph:
             if made is not None:
                 found.append((node, *made))
         found.sort(key=lambda one: one[1].order)
-        edges = [torch.autograd.graph.GradientEdge(node, 0) for node, _, _ in found]
-        for gradient, (_, mark, output) in zip(self._gradients(edges), found, strict=True):
-            if self._counts(gradient, output):
+        flow = self._flow([(node, 0) for node, _, _ in found])
+        for node, mark, output in found:
+            if self._counts(flow.at((node, 0)), output):
                 return mark
         return None
 
@@ -101,18 +111,9 @@ class LossGraph:
             return None
         return may[0]
 
-    def _gradients(self, inputs: Sequence[Any]) -> Sequence[Tensor | None]:
-        """Return the gradients of the roots; the graph stays as it is."""
-        if not inputs or not self._roots or self._may_exchange():
-            return [None] * len(inputs)
-        with torch.enable_grad():
-            return torch.autograd.grad(self._roots, inputs, _ones(self._roots), retain_graph=True, allow_unused=True)
-
-    def _may_exchange(self) -> bool:
-        """Return whether a backward might wait for other processes, because functions written in Python take part in it."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self._nodes)
+    def _flow(self, places: list[tuple[Any, int]]) -> Flow:
+        """Return the gradients of the roots at some places; the graph stays as it is."""
+        return Flow(self._roots, places, self._ends)
 
     @staticmethod
     def _counts(gradient: Tensor | None, output: Tensor | None) -> bool:
@@ -202,7 +203,7 @@ class LossGraph:
             return found
         if not _is_complete(op, kept):  # what is known is where it cannot be finite
             divisor = kept["other"].detach()
-            return torch.where((divisor == 0) | (divisor != divisor), torch.inf, 0.0)  # noqa: PLR0124  only NaN differs from itself
+            return torch.where((divisor == 0) | divisor.isnan(), torch.inf, 0.0)
         return _again(op, kept)
 
 
@@ -218,10 +219,6 @@ def _rows_of(tensor: Tensor | None, names: Names, batch: int) -> tuple[int, ...]
         return ()
     rows = rows_of(tensor)
     return rows if len(rows) < batch else ()
-
-
-def _ones(roots: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.ones_like(one) for one in roots]
 
 
 def _why(op: str, kept: dict[str, Any]) -> str:

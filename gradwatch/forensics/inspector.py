@@ -348,7 +348,10 @@ class Inspector:
 
 def _got_finite(call: Call) -> bool:
     """Return whether what a forward got is finite."""
-    return not any(is_nonfinite(one) for _, one in tensors_in([call.args, call.kwargs]))
+    try:
+        return not any(is_nonfinite(one) for _, one in tensors_in([call.args, call.kwargs]))
+    except RuntimeError:  # a tensor of a kind that has no such numbers
+        return False
 
 
 def _tensors(roots: Any) -> list[Tensor]:
