@@ -190,7 +190,7 @@ def _got(mark: Mark) -> str:
 
 
 def _number_in(mark: Mark) -> float | None:
-    """Return the number of Python with which an operation has combined its tensor; None if there is none that can be at fault."""
+    """Return the number of Python with which an operation has combined its tensor; None if none can be at fault."""
     given = mark.scalars.get("other") if mark.op in _WITH_NUMBERS and len(mark.inputs) == 1 else None
     if not isinstance(given, (int, float)):
         return None

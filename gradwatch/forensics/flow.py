@@ -85,17 +85,13 @@ def is_of_program(node: Any) -> bool:
         or hasattr(node, "variable")
     ):
         return True
-    return any(
-        name.startswith("_raw_saved_") and is_packed(node, name.removeprefix("_raw_saved_")) for name in dir(node)
-    )
+    return any(is_packed(getattr(node, name)) for name in dir(node) if name.startswith("_raw_saved_"))
 
 
-def is_packed(node: Any, name: str) -> bool:
-    """Return whether reading what a node keeps calls a hook of the program, as under a checkpoint, which computes it anew."""
-    raw = getattr(node, f"_raw_saved_{name}", None)
-    return any(
-        getattr(one, "unpack_hook", None) is not None for one in (raw if isinstance(raw, (list, tuple)) else (raw,))
-    )
+def is_packed(raw: Any) -> bool:
+    """Return whether unpacking what a node keeps calls a hook of the program, or of a checkpoint, which computes it anew."""
+    kept = raw if isinstance(raw, (list, tuple)) else (raw,)
+    return any(getattr(one, "unpack_hook", None) is not None for one in kept)
 
 
 def _parents(roots: Sequence[Any], ends: frozenset[Any]) -> dict[Any, list[Any]]:

@@ -7,6 +7,7 @@ if the gradient of the root with respect to them is not zero.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,22 +44,31 @@ def nodes_below(roots: Iterable[Any], ends: frozenset[Any] = frozenset(), most: 
 
 
 def saved_in(node: Any) -> dict[str, Any]:
-    """Return what a node keeps of its operation, by the names of the operation's arguments."""
-    found = {}
-    for name in dir(node):
-        if name.startswith("_saved_"):
-            try:
-                if is_packed(node, name.removeprefix("_saved_")):
-                    continue
-                one = getattr(node, name)
-                if (
-                    type(one) is int and one >= _SIGN
-                ):  # torch returns negative dimensions and indices without their sign
-                    one -= 2 * _SIGN
-                found[name.removeprefix("_saved_")] = one
-            except RuntimeError:  # freed by a backward
-                continue
+    """Return what a node keeps of its operation, by the names of the operation's arguments, if reading it runs no hook."""
+    found: dict[str, Any] = {}
+    kind: Any = type(node)
+    if isinstance(node, torch.autograd.function.BackwardCFunction):  # what it keeps is the program's affair
+        return found
+    for name, raw in _kept_by(kind):
+        try:
+            if not raw or not is_packed(getattr(node, raw)):
+                found[name] = _signed(getattr(node, f"_saved_{name}"))
+        except RuntimeError:  # noqa: PERF203  freed by a backward
+            continue
     return found
+
+
+@cache
+def _kept_by(kind: Any) -> list[tuple[str, str]]:
+    """Return the names of what nodes of a kind keep, each with the name of its raw tensors, empty if it is none."""
+    names = dir(kind)
+    kept = [name.removeprefix("_saved_") for name in names if name.startswith("_saved_")]
+    return [(name, raw if (raw := f"_raw_saved_{name}") in names else "") for name in kept]
+
+
+def _signed(value: Any) -> Any:
+    """Return a value that a node keeps; torch returns negative dimensions and indices without their sign."""
+    return value - 2 * _SIGN if type(value) is int and value >= _SIGN else value
 
 
 class LossGraph:
