@@ -77,6 +77,68 @@ def test_a_step_that_fails_again_is_named_with_its_line() -> None:
     assert found.line in EXP.lines
 
 
+class Carried(nn.Module):
+    """A recurrent cell that is given its last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(3, 4)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        """Run."""
+        result: Tensor = self.cell(x, state)
+        return result
+
+
+class Spoiling:
+    """Makes NaN in a way of which no graph and no source says anything, in one call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """Count, and add NaN."""
+        self.calls += 1
+        return state + torch.full_like(state, torch.nan if self.calls == 2 else 0.0)
+
+
+@pytest.mark.parametrize("clip", ["norm", None])
+def test_what_a_step_has_left_that_was_not_explained_is_not_named(clip: str | None) -> None:
+    """Neither the weights that its update has damaged, nor a state that was carried on: both were finite before it."""
+    torch.manual_seed(0)
+    model, spoil, state = Carried(), Spoiling(), torch.zeros(5, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = gradwatch.attach(model, report=None, strict=True, forensics=True, clip=clip)
+    for _ in range(6):
+        optimizer.zero_grad()
+        state = spoil(model(torch.randn(5, 3), state))
+        state.mean().backward()
+        optimizer.step()
+        state = state.detach()
+    monitor.detach()
+    assert spoil.calls == 6
+    assert [one.kind for one in monitor.incidents] == ["nonfinite"]
+    assert monitor.incidents[0].origin is None
+
+
+def test_a_weight_that_is_damaged_after_the_trouble_is_over_is_named() -> None:
+    """A step that was well lies between."""
+    torch.manual_seed(0)
+    model, spoil = nn.Linear(3, 4), Spoiling()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = gradwatch.attach(model, report=None, strict=True, forensics=True, clip="norm")
+    for step in range(60):
+        optimizer.zero_grad()
+        if step == 50:
+            with torch.no_grad():
+                model.bias[1] = torch.nan
+        spoil(model(torch.randn(5, 3))).mean().backward()
+        optimizer.step()
+    monitor.detach()
+    found = next(one.origin for one in monitor.incidents if one.origin is not None)
+    assert (found.subject, found.name, found.step) == ("weight", "bias", 50)
+
+
 def test_a_step_long_after_is_not_watched() -> None:
     """Four steps are, so that a training is not slowed for good."""
     on = []

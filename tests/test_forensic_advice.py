@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings(r"ignore:std\(\). degrees of freedom", r"ignore:var\(\). degrees of freedom")
 ROWS, WIDTH = 8, 6
 ZERO = (torch.arange(ROWS) == 5)[:, None]
+WEIGHTS = torch.tensor([0.0, *[1.0] * (WIDTH - 1)])
 LABELS = torch.full((ROWS,), -100)
 EIGEN = torch.diag(torch.arange(WIDTH) * 1e-2)
 SMALLEST = torch.finfo(torch.float32).min
@@ -115,7 +116,24 @@ TRIED = [
           lambda h: ((h * 1e4).bfloat16() @ torch.full((WIDTH, WIDTH), 200.0).bfloat16()).float()),
     Tried("mm", lambda h: ((h * 1e30).bfloat16() @ torch.full((WIDTH, WIDTH), 1e30).bfloat16()).float(),
           "The inputs are too large", lambda h: (h.bfloat16() @ torch.full((WIDTH, WIDTH), 1.0).bfloat16()).float()),
-    Tried("mul", lambda h: h * float("nan"), "a factor or a summand on this line that is NaN", lambda h: h * 1.0),
+    Tried("addcmul", lambda h: torch.addcmul(h, h, h, value=torch.nan), "a factor or a summand on this line that is NaN",
+          lambda h: torch.addcmul(h, h, h, value=1.0)),
+    Tried("mul", lambda h: h * float("nan"), "where this number is made", lambda h: h * 1.0),
+    Tried("mul", lambda h: h + ZERO * -torch.inf, "x.masked_fill(mask, -torch.inf)",
+          lambda h: h.masked_fill(ZERO & (torch.arange(WIDTH) > 0), -torch.inf).softmax(1)),
+    Tried("div", lambda h: h.sum() / len(h[h > 1e9].tolist()), "x / max(n, 1)",
+          lambda h: h.sum() / max(len(h[h > 1e9].tolist()), 1)),
+    Tried("softmax", lambda h: masked(h, torch.inf).softmax(1), "x.masked_fill(mask, -torch.inf)",
+          lambda h: one_kept(h).softmax(1)),
+    Tried("nll_loss", lambda h: F.cross_entropy(h, LABELS.clamp(0), WEIGHTS), "weights.sum().clamp_min(1e-8)",
+          lambda h: F.cross_entropy(h, LABELS.clamp(0), WEIGHTS, reduction="sum") / WEIGHTS[:1].sum().clamp_min(1e-8)),
+    Tried("exp", lambda h: torch.exp((h * 1e3).half()).float(), "torch.exp(x.clamp_max(10))",
+          lambda h: torch.exp((h * 1e3).half().clamp_max(10)).float()),
+    Tried("pow", lambda h: (h.relu() * 1e20) ** 3, "The inputs are too large", lambda h: h.relu() ** 3),
+    Tried("var", lambda h: (h * 1e30).var(1), "The inputs are too large", lambda h: h.var(1)),
+    Tried("mean", lambda h: (h * 0 + 3e38).mean(), "The inputs are too large", lambda h: (h * 0 + 3.0).mean()),
+    Tried("weight_norm", lambda h: torch._weight_norm(h * 0, torch.ones(ROWS, 1), 0), "small random numbers",
+          lambda h: torch._weight_norm(h, torch.ones(ROWS, 1), 0)),
     Tried("to_copy", lambda h: (h + 1e6).half().float(), "stay in float32", lambda h: h + 1e6),
 ]  # fmt: skip
 
@@ -149,3 +167,38 @@ def test_in_float16_the_advice_says_that_its_constants_need_float32() -> None:
     found = found_in(lambda h: some_zero(h).half().abs().log().float())
     assert found is not None
     assert found.advice[0].endswith("Do it in float32: narrower numbers round such constants away.")
+
+
+SAID: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "a power that overflows beside zeros": (lambda h: (h.relu() * 1e20) ** 3, "got float32 numbers up to"),
+    "a power of a number": (lambda h: 2.0 ** (h.relu() * 1e4), "got float32 numbers up to"),
+    "a power of negative numbers": (lambda h: (h.clamp_max(0)) ** 1.5, "got numbers down to"),
+    "a negative power of zero": (lambda h: h.relu() ** -1.0, "zeros of 48"),
+    "a tensor as an exponent": (lambda h: h.relu() ** torch.tensor(-1.0), "zeros of 48"),
+    "a logarithm at -1 beside zeros": (
+        lambda h: torch.log1p(h.relu() - 2.0 * ZERO * (h > 0)),
+        "got numbers down to -1.84",
+    ),
+    "of a product with a logarithm, the other factor": (
+        lambda h: torch.xlogy(h.relu(), h - h.detach() - 1),
+        "down to -1",
+    ),
+    "an inverse root of negative numbers": (torch.rsqrt, "got numbers down to"),
+    "a variance that overflows": (lambda h: (h * 1e30).var(1), "got float32 numbers up to"),
+    "a variance of one": (lambda h: h[:, :1].var(1), "got too few elements"),
+    "infinity without a minus": (lambda h: masked(h, torch.inf).softmax(1), "got +inf"),
+    "a masked row": (lambda h: masked(h).softmax(1), "got a row of -inf"),
+    "0 times infinity": (lambda h: h.relu() * -torch.inf, "to multiply by minus infinity"),
+    "a division by a number": (lambda h: h.relu() / 0.0, "got 0 to divide by"),
+    "a summand": (lambda h: h - torch.nan, "got NaN to subtract"),
+    "the gamma function of zero": (lambda h: torch.lgamma(h.clamp(0, 1)), "zeros of 48"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_happened_is_said_by_what_made_the_result(name: str) -> None:
+    """And not by other numbers that the operation got, such as zeros in what overflows."""
+    run, words = SAID[name]
+    found = found_in(run)
+    assert found is not None
+    assert words in found.cause

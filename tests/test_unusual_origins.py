@@ -131,6 +131,12 @@ def divided(layer: Any, x: Tensor) -> Any:
     return out
 
 
+def scaled(layer: Any, x: Tensor) -> Any:
+    """Scale the input, which is infinite still, and subtract its mean, which is NaN."""
+    h = 2 * x
+    return layer(h - h.mean(0))
+
+
 def dropped(layer: Any, x: Tensor) -> Any:
     """Drop the elements at which the root is singular, after it was taken."""
     y = layer(x) * (x > 0)
@@ -234,6 +240,9 @@ PROGRAMS = {
     "an input that holds minus infinity": Program(
         plain, square, ("input", "addmm", "forward", "layer", "model", "x"), "layer(x)", with_infinity(-torch.inf)
     ),
+    "an infinity that is scaled before it is subtracted": Program(
+        scaled, square, ("input", "mul", "forward", *MODEL, "x"), "2 * x", with_infinity(torch.inf)
+    ),
     "a target of numpy": Program(plain, of_targets, ("argument", "mse_loss", "forward", *CODE, "target"), "mse_loss"),
     "one of several outputs": Program(
         in_parts,
@@ -293,7 +302,7 @@ def test_the_origin_is_named_or_nothing_is_said(name: str, find: Callable[[Progr
     assert said == program.origin
     assert program.text in linecache.getline(found.file, found.line)
     if found.subject == "input":
-        assert str(found).startswith("batch `x` held 1 infinity (row 5); `addmm`")
+        assert str(found).startswith(f"batch `x` held 1 infinity (row 5); `{found.op}`")
 
 
 @pytest.mark.parametrize(("find", "part"), [(after_the_fact, "model"), (while_watched, "unknown")])

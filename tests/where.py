@@ -42,6 +42,7 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
             "test_forensics_random",
             "test_forensic_advice",
             "test_armed_steps",
+            "test_graph_of_loss",
             "test_loss_source",
             "test_loss_elsewhere",
             "test_parts_of_models",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Operand
 
 _LOGS = frozenset({"log", "log2", "log10", "log1p", "xlogy", "special_xlog1py", "logit"})
+_AT_MINUS_ONE = frozenset({"log1p", "special_xlog1py"})  # whose zero is at -1
 _PRODUCTS = frozenset(
     {
         "mm",
@@ -40,21 +41,27 @@ _PRODUCTS = frozenset(
         "to_copy",
     }
 )
+_POWERS = frozenset({"mean", "std", "var", "pow"})  # which overflow, or fail in other ways
 # by what is wrong with the inputs; the first that holds is said
 _GROUPS: dict[str, frozenset[str]] = {
     "divides": frozenset({"div", "reciprocal", "rsqrt"}),
     "averages": frozenset({"mean", "nanmean", "nll_loss", "nll_loss2d"}),
+    "weighs": frozenset({"nll_loss", "nll_loss2d"}),
     "spreads": frozenset({"std", "var"}),
-    "of zero": _LOGS | {"pow"},
-    "of negative": _LOGS | {"sqrt", "pow", "lgamma"},
+    "of zero": (_LOGS - _AT_MINUS_ONE) | {"pow", "lgamma"},
+    "of negative": _LOGS | {"sqrt", "rsqrt", "pow", "lgamma"},
     "in a range": frozenset({"acos", "asin", "atanh", "erfinv", "binary_cross_entropy"}),
     "over a row": frozenset({"softmax", "log_softmax", "logsumexp"}),
     "grows": frozenset({"exp", "expm1"}),
-    "multiplies": _PRODUCTS,
+    "multiplies": _PRODUCTS | _POWERS,
 }
 # backwards whose inner operation has the gradient that arrived as its first input
 _GRADIENT_FIRST = frozenset((op, "div") for op in ("sqrt", "log", "log2", "log10", "log1p"))
 _HALF = ("float16", "bfloat16")
+# operations of a tensor and a number of Python, in words
+_WITH_NUMBERS = {"mul": "multiply by", "div": "divide by", "add": "add", "sub": "subtract"}
+_NO_WEIGHT = "got labels whose weights add up to 0"
+_ABOVE = "got +inf"
 _NOT_LARGE = 1e6  # size of numbers whose sums of products float32 holds
 
 _FORWARD = {
@@ -90,6 +97,7 @@ _FORWARD = {
     "layer_norm": "its inputs are too large for their dtype, or all alike with eps=0: run it in float32 with eps=1e-5.",
     "batch_norm": "its inputs are too large for their dtype, or all alike with eps=0: run it in float32 with eps=1e-5.",
     "to_copy": "the numbers do not fit into the narrower dtype: scale them, or stay in float32.",
+    "weight_norm": "weights of zero have no direction: give them small random numbers.",
     "clone": "the numbers do not fit into the narrower dtype.",
     "copy": "the numbers do not fit into the narrower dtype.",
 }
@@ -109,6 +117,10 @@ _BACKWARD = {
     "to_copy": "the gradients do not fit into the narrower dtype: scale the loss down, or use bfloat16 instead of float16.",
     "std": "its derivative is not finite where all elements are equal: torch.sqrt(x.var() + 1e-8).",
 }
+_BY_CAUSE = {
+    _ABOVE: "a mask holds -inf where it masks, not inf: x.masked_fill(mask, -torch.inf).",
+    _NO_WEIGHT: "skip the batch, or divide the sum of the losses by their weights.sum().clamp_min(1e-8).",
+}
 _WHERE = (
     "A branch that `torch.where` or a mask drops still has a backward, and 0 · inf is NaN: replace the bad arguments before "
     "the operation, torch.where(ok, f(torch.where(ok, x, 1)), 0)."
@@ -119,7 +131,8 @@ def cause_of(mark: Mark) -> str:
     """Return what happened, such as "got 3 zeros of 512 and returned 3 infinities"."""
     returned = _returned(mark.output)
     if "got" in mark.scalars:
-        return f"{mark.scalars['got']} and returned {returned if mark.output is not None else 'NaN'}"
+        made = "NaN" if mark.output is None and mark.op in _GROUPS["averages"] else returned
+        return f"{mark.scalars['got']} and returned {made}"
     if "singular" in mark.scalars:
         return f"is singular at {counted(mark.scalars['singular'], 'element')}: what its backward returns there is not finite"
     if mark.backward:
@@ -139,17 +152,31 @@ def _returned(output: Operand | None) -> str:
 
 def _got(mark: Mark) -> str:
     """Return what was wrong with the inputs of a forward; empty if that is not known."""
+    if "got" in mark.scalars:
+        return str(mark.scalars["got"])
     if not mark.inputs:
         return ""
     first, last = mark.inputs[0], mark.inputs[-1]
+    by_name = {one.name: one for one in mark.inputs}
+    base = by_name.get("other" if mark.op in ("xlogy", "special_xlog1py") else "input", first)
+    infinite, nan = _made(mark)
+    if (given := _number_in(mark)) is not None:
+        return _got_number(mark, given)
     by_op: dict[str, tuple[bool, str]] = {
         "divides": (bool(last.zeros), f"got {counted(last.zeros, 'zero')} of {last.elements} to divide by"),
         "averages": (not first.elements, "got no element"),
-        "spreads": (bool(first.elements), "got too few elements"),
-        "of zero": (bool(first.zeros), f"got {counted(first.zeros, 'zero')} of {first.elements}"),
-        "of negative": (first.smallest < 0, f"got numbers down to {number(first.smallest)}"),
+        "weighs": (nan and any(one.name == "weight" and one.zeros for one in mark.inputs), _NO_WEIGHT),
+        "spreads": (nan and not _is_large(first), "got too few elements"),
+        "of zero": (
+            bool(base.zeros) and infinite and (mark.op != "pow" or _exponents(mark)[0] < 0),
+            f"got {counted(base.zeros, 'zero')} of {base.elements}",
+        ),
+        "of negative": (
+            base.smallest < 0 and (nan or mark.op in _AT_MINUS_ONE or mark.op == "lgamma"),
+            f"got numbers down to {number(base.smallest)}",
+        ),
         "in a range": (True, f"got numbers from {number(first.smallest)} to {number(first.largest)}"),
-        "over a row": (bool(first.infs), "got a row of -inf"),
+        "over a row": (bool(first.infs), _ABOVE if mark.scalars.get("above") else "got a row of -inf"),
         "grows": (True, f"got {first.dtype} numbers up to {number(first.largest)}"),
         "multiplies": (True, _largest(mark.inputs)),
     }
@@ -161,6 +188,42 @@ def _got(mark: Mark) -> str:
         if mark.op in ops and holds:
             return words
     return ""
+
+
+def _number_in(mark: Mark) -> float | None:
+    """Return the number of Python with which an operation has combined its tensor; None if none can be at fault."""
+    given = mark.scalars.get("other") if mark.op in _WITH_NUMBERS and len(mark.inputs) == 1 else None
+    if not isinstance(given, (int, float)):
+        return None
+    return given if not math.isfinite(given) or (given == 0 and mark.op == "div") else None
+
+
+def _got_number(mark: Mark, given: float) -> str:
+    """Return what was wrong with a number of Python."""
+    zeros, elements = mark.inputs[0].zeros, mark.inputs[0].elements
+    if mark.op == "mul" and math.isinf(given) and zeros:
+        return f"got {counted(zeros, 'zero')} of {elements} to multiply by {number(given)}"
+    return f"got {number(given)} to {_WITH_NUMBERS[mark.op]}"
+
+
+def _made(mark: Mark) -> tuple[bool, bool]:
+    """Return whether an operation may have made an infinity, and NaN."""
+    return (True, True) if mark.output is None else (bool(mark.output.infs), bool(mark.output.nans))
+
+
+def _exponents(mark: Mark) -> tuple[float, float]:
+    """Return the range of the exponents of a power; of a base that is a number, NaN."""
+    given = mark.scalars.get("exponent")
+    if isinstance(given, (int, float)):
+        return given, given
+    found = next((one for one in mark.inputs if one.name == "exponent"), None)
+    return (found.smallest, found.largest) if found is not None and len(mark.inputs) > 1 else (math.nan, math.nan)
+
+
+def _is_large(one: Operand) -> bool:
+    """Return whether squares of an operand's numbers may not fit into its dtype."""
+    limit = {"float16": 200.0, "float64": 1e150}.get(one.dtype, 1e18)
+    return max(abs(one.smallest), abs(one.largest)) > limit
 
 
 def _largest(inputs: Sequence[Operand]) -> str:
@@ -187,6 +250,29 @@ def _is_dropped(mark: Mark) -> bool:
     )
 
 
+def _overflows(mark: Mark) -> bool:
+    """Return whether an operation that fails in other ways too has got numbers that are too large for it."""
+    return not mark.backward and mark.op in _POWERS and bool(mark.inputs) and _got(mark) == _largest(mark.inputs)
+
+
+def _known(mark: Mark) -> str | None:
+    """Return what is advised for an operation that fails as this one has; None if there is nothing in particular."""
+    if mark.backward:
+        return _BACKWARD.get(mark.op)
+    if (given := _number_in(mark)) is not None:
+        if mark.op == "mul" and math.isinf(given) and mark.inputs[0].zeros:
+            return "0 times infinity is NaN: write infinities where a mask is, x.masked_fill(mask, -torch.inf)."
+        return (
+            "keep the divisor from zero, as in x / max(n, 1)." if given == 0 else "look at where this number is made."
+        )
+    if _got(mark) in _BY_CAUSE:
+        return _BY_CAUSE[_got(mark)]
+    known = None if _overflows(mark) else _FORWARD.get(mark.op)
+    if known is not None and any(one.dtype == "float16" for one in mark.inputs):
+        return known.replace("20", "10")  # exp(20) is beyond its range
+    return known
+
+
 def advice_of(mark: Mark) -> tuple[str, ...]:
     """Return what to do, the most likely to help first."""
     if mark.subject in ("weight", "buffer"):
@@ -207,7 +293,7 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
     lines = []
     if mark.backward and _is_dropped(mark):
         lines.append(_WHERE)
-    known = (_BACKWARD if mark.backward else _FORWARD).get(mark.op)
+    known = _known(mark)
     if mark.op in _LOGS and known is None:
         known = _FORWARD["log"]
     if any(one.dtype == "float16" for one in mark.inputs) and mark.op in _PRODUCTS and not mark.backward:
@@ -220,7 +306,7 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
         lines.append(
             known[0].upper() + known[1:] + " Do it in float32: narrower numbers round such constants away." * narrow
         )
-    elif mark.op not in _PRODUCTS:
+    elif mark.op not in _PRODUCTS and not _overflows(mark):
         lines.append(
             f"Keep what `{mark.op}` gets within the range in which it{' and its derivative are' * mark.backward or ' is'} finite."
         )

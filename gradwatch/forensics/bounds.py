@@ -89,6 +89,10 @@ class Bounds:
     def is_safe(self, node: Any) -> bool:
         """Return whether a node returns finite numbers for whatever finite ones it gets."""
         op = ops.forward_of(node.name())
+        if op == "mean":  # it is a sum first, which float16 has in float32
+            count = self._kept(node).get("self_sym_numel") or math.inf
+            largest = max((_most(below) for below, _ in node.next_functions), default=math.inf)
+            return _dtype_of(node) is torch.float16 or count * largest < _ROOM * _range_of(node)
         return op in _UNIT or (op in _KEEPS and (op != "to_copy" or _range_of(node) > torch.finfo(torch.float16).max))
 
     def has_finite_inputs(self, node: Any) -> bool:
@@ -156,9 +160,25 @@ def _largest(tensor: Tensor) -> float | None:
     return max(abs(float(end.item())) for end in torch.aminmax(here))
 
 
+def _most(node: Any) -> float:
+    """Return the largest finite number that a node can have returned, by its dtype and by narrower ones before."""
+    largest = math.inf
+    while node is not None:
+        largest = min(largest, torch.finfo(kind).max if (kind := _dtype_of(node)) is not None else math.inf)
+        below = node.next_functions
+        node = below[0][0] if ops.forward_of(node.name()) in _KEEPS and len(below) == 1 else None
+    return largest
+
+
+def _dtype_of(node: Any) -> torch.dtype | None:
+    """Return the dtype of what a node has returned; None if it is not known."""
+    try:
+        found: torch.dtype = node._input_metadata[0].dtype
+    except (AttributeError, IndexError, RuntimeError):
+        return None
+    return found if found.is_floating_point else None
+
+
 def _range_of(node: Any) -> float:
     """Return the largest number of the dtype that a node has returned; of the narrowest if it is not known."""
-    try:
-        return float(torch.finfo(node._input_metadata[0].dtype).max)
-    except (AttributeError, IndexError, TypeError, RuntimeError):
-        return float(torch.finfo(torch.float16).max)
+    return float(torch.finfo(_dtype_of(node) or torch.float16).max)

@@ -7,12 +7,14 @@ if the gradient of the root with respect to them is not zero.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gradwatch.forensics import ops
 from gradwatch.forensics.bounds import Bounds
+from gradwatch.forensics.flow import Flow, is_packed
 from gradwatch.forensics.marks import Mark
 from gradwatch.forensics.operands import has_nan, is_nonfinite, operand_of, plain, rows_of
 from gradwatch.text.wording import counted
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from gradwatch.forensics.names import Names
 
 _MOST = 4096  # nodes
+_SIGN = 2**63
 _RESULTS = ("result", "output", "result0", "result1", "result2")
 
 
@@ -41,15 +44,31 @@ def nodes_below(roots: Iterable[Any], ends: frozenset[Any] = frozenset(), most: 
 
 
 def saved_in(node: Any) -> dict[str, Any]:
-    """Return what a node keeps of its operation, by the names of the operation's arguments."""
-    found = {}
-    for name in dir(node):
-        if name.startswith("_saved_"):
-            try:
-                found[name.removeprefix("_saved_")] = getattr(node, name)
-            except RuntimeError:  # freed by a backward
-                continue
+    """Return what a node keeps of its operation, by the names of the operation's arguments, if reading it runs no hook."""
+    found: dict[str, Any] = {}
+    kind: Any = type(node)
+    if isinstance(node, torch.autograd.function.BackwardCFunction):  # what it keeps is the program's affair
+        return found
+    for name, raw in _kept_by(kind):
+        try:
+            if not raw or not is_packed(getattr(node, raw)):
+                found[name] = _signed(getattr(node, f"_saved_{name}"))
+        except RuntimeError:  # noqa: PERF203  freed by a backward
+            continue
     return found
+
+
+@cache
+def _kept_by(kind: Any) -> list[tuple[str, str]]:
+    """Return the names of what nodes of a kind keep, each with the name of its raw tensors, empty if it is none."""
+    names = dir(kind)
+    kept = [name.removeprefix("_saved_") for name in names if name.startswith("_saved_")]
+    return [(name, raw if (raw := f"_raw_saved_{name}") in names else "") for name in kept]
+
+
+def _signed(value: Any) -> Any:
+    """Return a value that a node keeps; torch returns negative dimensions and indices without their sign."""
+    return value - 2 * _SIGN if type(value) is int and value >= _SIGN else value
 
 
 class LossGraph:
@@ -68,9 +87,16 @@ class LossGraph:
         self._bounds = Bounds(self._ends, self._kept, self._output)
 
     def reaches(self, outputs: Sequence[Tensor]) -> bool:
-        """Return whether an element of the outputs that is not finite reaches a root."""
-        nodes = [one for one in outputs if one.grad_fn is not None and is_nonfinite(one)]
-        return any(self._counts(gradient, one) for gradient, one in zip(self._gradients(nodes), nodes, strict=True))
+        """Return whether an element of the outputs that is not finite reaches a root, or may."""
+        bad = [one for one in outputs if one.grad_fn is not None and is_nonfinite(one)]
+        try:
+            places = [(one.grad_fn, one.output_nr) for one in bad]
+            flow = self._flow(places)
+        except RuntimeError:  # something was changed in place since
+            return True
+        return any(
+            not flow.knows(place) or self._counts(flow.at(place), one) for place, one in zip(places, bad, strict=True)
+        )
 
     def origin(self, names: Names, batch: int) -> Mark | None:
         """Return the first operation of the loss that makes a non-finite number which reaches a root; None if unknown."""
@@ -81,9 +107,9 @@ class LossGraph:
             if made is not None:
                 found.append((node, *made))
         found.sort(key=lambda one: one[1].order)
-        edges = [torch.autograd.graph.GradientEdge(node, 0) for node, _, _ in found]
-        for gradient, (_, mark, output) in zip(self._gradients(edges), found, strict=True):
-            if self._counts(gradient, output):
+        flow = self._flow([(node, 0) for node, _, _ in found])
+        for node, mark, output in found:
+            if self._counts(flow.at((node, 0)), output):
                 return mark
         return None
 
@@ -95,18 +121,9 @@ class LossGraph:
             return None
         return may[0]
 
-    def _gradients(self, inputs: Sequence[Any]) -> Sequence[Tensor | None]:
-        """Return the gradients of the roots; the graph stays as it is."""
-        if not inputs or not self._roots or self._may_exchange():
-            return [None] * len(inputs)
-        with torch.enable_grad():
-            return torch.autograd.grad(self._roots, inputs, _ones(self._roots), retain_graph=True, allow_unused=True)
-
-    def _may_exchange(self) -> bool:
-        """Return whether a backward might wait for other processes, because functions written in Python take part in it."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self._nodes)
+    def _flow(self, places: list[tuple[Any, int]]) -> Flow:
+        """Return the gradients of the roots at some places; the graph stays as it is."""
+        return Flow(self._roots, places, self._ends)
 
     @staticmethod
     def _counts(gradient: Tensor | None, output: Tensor | None) -> bool:
@@ -114,9 +131,9 @@ class LossGraph:
         if gradient is None:
             return False
         here, values = plain(gradient), plain(output) if output is not None else None
-        if here is None or values is None or here.shape != values.shape:
+        if here is None or values is None or not _fits(values, here):
             return here is not None and bool((here != 0).any())
-        return bool((here[~torch.isfinite(values)] != 0).any())
+        return bool((here[~torch.isfinite(values.expand_as(here))] != 0).any())
 
     # One node.
 
@@ -153,8 +170,10 @@ class LossGraph:
             op,
             node=node.name(),
             inputs=tuple(operand_of(name.replace("self", "input"), one) for name, one in inputs.items())[:4],
-            output=operand_of("output", output) if output is not None else None,
-            scalars={"got": certain} if certain else {},
+            output=operand_of("output", output) if output is not None and _is_complete(op, kept) else None,
+            scalars=ops.signs_of(map(plain, inputs.values()))
+            | {name: one for name, one in kept.items() if isinstance(one, (int, float))}
+            | ({"got": certain} if certain else {}),
             rows=rows,
             rows_known=bool(rows),
         )
@@ -185,12 +204,23 @@ class LossGraph:
     def _output(self, op: str, kept: dict[str, Any]) -> Tensor | None:
         """Return what an operation returned, kept or computed again from what is kept; None if that is not known."""
         results = [kept[name] for name in _RESULTS if isinstance(kept.get(name), torch.Tensor)]
+        if isinstance(
+            kept.get("result0"), torch.Tensor
+        ):  # the others are for the backward alone, as that of ctc_loss with its -inf
+            results = [kept["result0"]]
         if results:
             found: Tensor = next((one for one in results if is_nonfinite(one)), results[0])
             return found
-        if op == "div" and isinstance(kept.get("other"), torch.Tensor) and kept.get("self") is None:
-            return 1 / kept["other"].detach() if kept["other"].is_floating_point() else None
+        if not _is_complete(op, kept):  # what is known is where it cannot be finite
+            divisor = kept["other"].detach()
+            return torch.where((divisor == 0) | divisor.isnan(), torch.inf, 0.0)
         return _again(op, kept)
+
+
+def _fits(values: Tensor, whole: Tensor) -> bool:
+    """Return whether values have the shape of a whole, or one that is broadcast to it, as that of a divisor."""
+    ends = zip(reversed(values.shape), reversed(whole.shape), strict=False)
+    return values.dim() <= whole.dim() and all(one in (1, other) for one, other in ends)
 
 
 def _rows_of(tensor: Tensor | None, names: Names, batch: int) -> tuple[int, ...]:
@@ -199,10 +229,6 @@ def _rows_of(tensor: Tensor | None, names: Names, batch: int) -> tuple[int, ...]
         return ()
     rows = rows_of(tensor)
     return rows if len(rows) < batch else ()
-
-
-def _ones(roots: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.ones_like(one) for one in roots]
 
 
 def _why(op: str, kept: dict[str, Any]) -> str:
@@ -216,7 +242,9 @@ def _why(op: str, kept: dict[str, Any]) -> str:
         and kept.get("reduction") == 1
         and not weight.any()
     ):
-        return "got only labels that are ignored"
+        target: Any = kept.get("target")
+        some = isinstance(target, torch.Tensor) and bool((target != kept.get("ignore_index", -1)).any())
+        return "got labels whose weights add up to 0" if some else "got only labels that are ignored"
     if op == "div" and isinstance(other, torch.Tensor) and (zeros := int((other == 0).sum().item())):
         return f"got {counted(zeros, 'zero')} of {other.numel()} to divide by"
     return ""
@@ -232,6 +260,11 @@ def _is_whole(op: str, inputs: dict[str, Tensor]) -> bool:
         if wanted and set(wanted) == set(inputs):
             return True
     return False
+
+
+def _is_complete(op: str, kept: dict[str, Any]) -> bool:
+    """Return whether a node keeps more of its operation than a divisor."""
+    return op != "div" or kept.get("self") is not None or not isinstance(kept.get("other"), torch.Tensor)
 
 
 def _again(op: str, kept: dict[str, Any]) -> Tensor | None:

@@ -18,6 +18,8 @@ from gradwatch.forensics.findings import Findings
 from gradwatch.forensics.frames import line_of
 from gradwatch.forensics.investigation import Investigation, NothingFound
 from gradwatch.forensics.keep import keep
+from gradwatch.forensics.names import tensors_in
+from gradwatch.forensics.operands import is_nonfinite
 from gradwatch.forensics.price import Price
 from gradwatch.forensics.sharing import Sharing
 from gradwatch.forensics.singular import Singular
@@ -83,6 +85,8 @@ class Inspector:
         self._singular = Singular()
         self._left = _MOST
         self._in_trouble = self._was_in_trouble = False  # whether this step, and the one before, are not finite
+        self._unexplained = False  # whether nothing was found in the trouble that lasts
+        self._got_finite = False  # whether what its forwards got was finite
         self._price = Price(share) if mode == "auto" else None
         self._step = 0
         self._optimizer: weakref.ref[Optimizer] | None = None
@@ -241,9 +245,18 @@ class Inspector:
             return
         started = perf_counter()
         origin = self._armed.origin_in(tensors)
-        if origin is not None:
+        if origin is not None and not self._is_left_over(origin):
             self._armed.disarm()
             self._findings.tell(origin.at(self._step, perf_counter() - started))
+
+    def _is_left_over(self, origin: Origin) -> bool:
+        """Return whether a finding may be what a step has left that was not explained, such as a state that is carried on.
+
+        If that step got finite inputs, one that is not finite now was not loaded so.
+        """
+        if origin.subject in ("weight", "buffer"):
+            return self._was_in_trouble or self._unexplained
+        return origin.subject in ("input", "argument") and self._unexplained and self._got_finite
 
     def _is_spread(self) -> bool:
         model = self._model()
@@ -258,6 +271,7 @@ class Inspector:
             self._armed.step_over()
             if not self._armed.steps and self._only_armed:  # its inputs are not kept otherwise
                 self._capture.stop()
+        self._unexplained = self._unexplained and self._in_trouble
         self._was_in_trouble, self._in_trouble = self._in_trouble, False
         if optimizer is not None and (self._optimizer is None or self._optimizer() is not optimizer):
             self._optimizer = weakref.ref(optimizer)
@@ -301,6 +315,10 @@ class Inspector:
             with torch.enable_grad():
                 inquiry = Investigation(model, calls, self._backward, self._batch, may_run=self._mode == "lines")
                 origin = look(inquiry)
+            if self._is_left_over(origin):
+                what = f"`{origin.name}` was not finite already, after a step whose operation is not known"
+                self._findings.nothing(f"which operation made step {self._step} non-finite is not known: {what}")
+                return
             optimizer = self._optimizer() if self._optimizer is not None else None
             if origin.subject == "weight" and optimizer is not None and not self._was_in_trouble:
                 origin = update_origin(optimizer, self._step) or origin
@@ -309,6 +327,8 @@ class Inspector:
             if self._folder is not None and inquiry.guilty is not None:
                 keep(self._folder, model, inquiry.guilty, origin)
         except NothingFound as reason:
+            self._unexplained = True
+            self._got_finite = bool(calls) and all(map(_got_finite, calls))
             self._arm(model)
             self._findings.nothing(
                 f"which operation made step {self._step} non-finite is not known: {reason}; "
@@ -324,6 +344,14 @@ class Inspector:
         if self._armed.arm(model):
             self._only_armed = self._only_armed or not self._capture.installed
             self._capture.start()
+
+
+def _got_finite(call: Call) -> bool:
+    """Return whether what a forward got is finite."""
+    try:
+        return not any(is_nonfinite(one) for _, one in tensors_in([call.args, call.kwargs]))
+    except RuntimeError:  # a tensor of a kind that has no such numbers
+        return False
 
 
 def _tensors(roots: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from gradwatch.forensics.names import tensors_in
 from gradwatch.measure.wrappers import local_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -99,6 +99,7 @@ _PLAIN = {
     "scaled_dot_product_efficient_attention": "scaled_dot_product_attention",
     "scaled_dot_product_fused_attention_overrideable": "scaled_dot_product_attention",
     "linalg_eigh": "eigh",
+    "weight_norm_interface": "weight_norm",
 }
 
 
@@ -224,6 +225,11 @@ def scalars_of(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         for argument, value in _arguments(func, args, kwargs)
         if isinstance(value, plain) or (isinstance(value, (list, tuple)) and all(isinstance(v, plain) for v in value))
     }
+
+
+def signs_of(values: Iterable[Tensor | None]) -> dict[str, Any]:
+    """Return whether any number is infinite with a positive sign, as none of a mask is, by the name that it has in a mark."""
+    return {"above": True} if any(bool(torch.isposinf(one).any()) for one in values if one is not None) else {}
 
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:

@@ -99,7 +99,6 @@ _PASSES = frozenset(
             "slice",
             "abs",
             "sqrt",
-            "pow",
             "exp",
             "log",
             "addmm",
@@ -172,10 +171,20 @@ def _passes(node: Any, ends: frozenset[Any]) -> bool:
     """Return whether something non-finite that leaves a node is sure to reach the outputs of the model."""
     ahead, seen = [node], {node}
     while ahead:
-        for following, _ in ahead.pop().next_functions:
+        here = ahead.pop()
+        # of a power, the derivative by the base is singular, and that by the exponent is put to zero there
+        for following, _ in here.next_functions[: 1 if here.name() == "PowBackward1" else None]:
             if following in ends:
                 return True
-            if following is not None and following not in seen and ops.forward_of(following.name()) in _PASSES:
+            if following is not None and following not in seen and _passes_on(following):
                 seen.add(following)
                 ahead.append(following)
     return False
+
+
+def _passes_on(node: Any) -> bool:
+    """Return whether what a node returns is not finite if its gradient is not; a power of 0 has a derivative of zero."""
+    if ops.forward_of(node.name()) != "pow":
+        return ops.forward_of(node.name()) in _PASSES
+    exponent = getattr(node, "_saved_exponent", 0) if node.name() == "PowBackward0" else 0
+    return isinstance(exponent, (int, float)) and exponent != 0

@@ -158,7 +158,7 @@ class Trace(TorchDispatchMode):
         bad = [(name, one) for name, one in inputs if is_nonfinite(one)]
         if not bad:
             return (self._new(func, args, kwargs, inputs, outputs[0], order),)
-        each = [self.marks_of(one, func, order, name) for name, one in bad]
+        each = [self._heard_of(one, func, order, name) for name, one in bad]
         each = self._that_count(func, args, kwargs, bad, each, outputs[0])
         inherited = ordered(mark for marks in each for mark in marks)
         # what infinities that were written on purpose become, such as the softmax of a row that is masked altogether
@@ -171,6 +171,14 @@ class Trace(TorchDispatchMode):
         if self._makes(func, args, kwargs, [one for _, one in bad], [one for _, one in inputs]):
             inherited = ordered((*inherited, self._new(func, args, kwargs, inputs, outputs[0], order)))
         return inherited
+
+    def _heard_of(self, tensor: Tensor, func: Any, order: int, name: str) -> tuple[Mark, ...]:
+        """Return the marks of an input; infinities of one that is multiplied as it was given are those of no mask."""
+        known = self.marked.of(local_of(self._originals.get(id(tensor), tensor).detach()))
+        marks = self.marks_of(tensor, func, order, name)
+        if known or not ops.multiplies(func):
+            return marks
+        return tuple(one.heard() if one.subject in ("input", "argument", "buffer") else one for one in marks)
 
     def marks_of(self, tensor: Tensor, func: Any = None, order: int = -1, name: str = "") -> tuple[Mark, ...]:
         """Return the marks of a tensor that is not finite, also of one that was made before anything was watched.
@@ -263,7 +271,7 @@ class Trace(TorchDispatchMode):
             place=place,
             inputs=tuple(operand_of(name, one) for name, one in inputs[:_MOST]),
             output=operand_of("output", here),
-            scalars=ops.scalars_of(func, args, kwargs),
+            scalars=ops.scalars_of(func, args, kwargs) | ops.signs_of(plain(one) for _, one in inputs),
             rows=rows if len(rows) < self.batch else (),
             rows_known=self.names.has_no_dimension_of(self.batch),
         )
