@@ -135,6 +135,8 @@ class Inspector:
     # What happens in a step.
 
     def _forward_begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not (self.watching or self._armed.steps):  # as in nearly all steps
+            return
         model = self._model()
         if model is not None:
             self._armed.forward_begins(model, module, args, kwargs)

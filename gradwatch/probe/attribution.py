@@ -11,8 +11,11 @@ import torch
 
 from gradwatch.probe import patches
 from gradwatch.probe.backwards import Backward, has_changed, parameters_behind
+from gradwatch.probe.uncleared import Uncleared
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from gradwatch.measure.layers import Layers
@@ -33,18 +36,23 @@ class Attribution:
         layers: the watched parameters.
         owners: the owners of the parameters.
         gradient_hooks: know whether the model is sharded by FSDP.
+        mistaken: called with a sentence on a mistake of the program.
 
     Attributes:
         backwards: number of backwards of the watched model.
+        uncleared: notices gradients that are never cleared.
     """
 
-    def __init__(self, layers: Layers, owners: Owners, gradient_hooks: GradientHooks) -> None:
+    def __init__(
+        self, layers: Layers, owners: Owners, gradient_hooks: GradientHooks, mistaken: Callable[[str], object]
+    ) -> None:
         self._layers = layers
         self._owners = owners
         self._hooks = gradient_hooks
         self._strays: deque[tuple[list[Loss], weakref.ref[nn.Parameter]]] = deque(maxlen=_STRAYS)
         self._threads: set[int] = set()  # threads that called backward on this model
         self.backwards = 0
+        self.uncleared = Uncleared(mistaken)
 
     def begins(self, run: Run) -> None:
         """Note the gradients that exist before a backward, and forget losses whose gradients were cleared."""
@@ -56,6 +64,8 @@ class Attribution:
         try:
             before = [None if (g := one.grad) is None else (g, g._version) for one in sole.parameters]
             run.notes[id(self)] = sole, before
+            if self.uncleared.watches:
+                self.uncleared.begins(sole, before)
         finally:
             patches.READERS.remove(run.thread)
 
@@ -65,6 +75,8 @@ class Attribution:
                 return
             owners = self._owners.current()
             run.notes[id(self)] = before = Backward(owners, self._layers.model if self._hooks.hookless else None)
+            for owner in owners if self.uncleared.watches else ():
+                self.uncleared.begins(owner, before.of_owner(owner))
             if any(owner.coming.roots for owner in owners):
                 self._forget_cleared(before)
 
@@ -87,6 +99,8 @@ class Attribution:
         self.backwards += 1
         self._threads.add(run.thread)
         owner.coming.add(run.losses)
+        if self.uncleared.watches:
+            self.uncleared.reached(owner)
         return True
 
     def _end(self, run: Run, note: Any, *, fused: bool) -> bool:
@@ -102,6 +116,8 @@ class Attribution:
         losses = run.losses
         for owner, columns in reached:
             _add(owner, owner.own(losses), columns)
+            if self.uncleared.watches:
+                self.uncleared.reached(owner)
         return True
 
     def passed_by(self) -> None:

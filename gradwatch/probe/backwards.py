@@ -65,6 +65,10 @@ class Backward:
         backward._known.append((owner, before, None))
         return backward
 
+    def of_owner(self, owner: Gradients) -> Before:
+        """Return the gradients of one owner before the backward; empty if they are not known."""
+        return next((before for one, before, _ in self._known if one is owner), [])
+
     def cleared(self) -> Iterator[tuple[Gradients, list[Tensor]]]:
         """Yield owners that have losses although all their gradients are None or zero.
 
@@ -91,7 +95,7 @@ class Backward:
         """Return the columns whose gradient is None, or zero if ``by_value``; some of them may have been cleared."""
         if self._sharded is not None:
             return frozenset()
-        before = next(before for one, before, _ in self._known if one is owner)
+        before = self.of_owner(owner)
         by_value = by_value and not owner.sharded
         return frozenset(
             column

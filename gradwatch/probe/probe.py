@@ -87,7 +87,7 @@ class Probe:
         self.owners = Owners(layers, self._grow, self._find)
         self._deepspeed = DeepSpeed(self, layers, self.owners)
         self.gradient_hooks = GradientHooks(layers)
-        self.attribution = Attribution(layers, self.owners, self.gradient_hooks)
+        self.attribution = Attribution(layers, self.owners, self.gradient_hooks, self._mistaken)
         self._investigator = investigator
         self.losses = LossReader(scaler)
         self._loss_known = False
@@ -393,6 +393,8 @@ class Probe:
         mine = self.owners.known(optimizer)
         if mine is not None and mine.parameters:
             mine.restore()
+            if self.attribution.uncleared.watches:
+                self.attribution.uncleared.stepped(mine)
             if mine.around is not None:
                 self.owners.step_is_over(mine)
             self.recorder.skipping.over()
@@ -462,6 +464,9 @@ class Probe:
         reason = unmeasurable(optimizer=optimizer)
         if reason is not None:
             raise UsageError(f"{type(optimizer).__name__} cannot be watched: {reason}.")
+
+    def _mistaken(self, text: str) -> None:
+        self._guarded(self._judge.mistake, text)
 
     def _grow(self, news: set[int]) -> list[Root]:
         """Watch parameters that were added or replaced; return the losses of the backwards that have reached them."""

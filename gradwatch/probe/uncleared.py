@@ -1,0 +1,96 @@
+"""Programs that never clear gradients between steps, so that each update uses the sum of all gradients so far."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from gradwatch import device
+from gradwatch.measure.wrappers import version_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from gradwatch.probe.gradients import Gradients
+
+    Before = Sequence[tuple[Tensor, int] | None]
+
+_ENOUGH = 8  # steps in a row after which it is told
+_LONGEST = 64  # steps of all optimizers after which it is no longer looked for
+
+
+@dataclass(slots=True)
+class _Left:
+    """The first gradient of an optimizer, as its last step has left it."""
+
+    gradient: weakref.ref[Tensor]
+    version: int | None  # None once a backward has added to it
+    there: bool = True  # when the last backward began
+    steps: int = 0  # in a row over which it was there
+
+
+class Uncleared:
+    """Looks at one gradient of each optimizer in the first steps: as a step has left it, and when each later backward begins.
+
+    Args:
+        told: called once with a sentence if an optimizer's gradients are never cleared.
+
+    Attributes:
+        watches: True until it was told, or not seen for long.
+    """
+
+    def __init__(self, told: Callable[[str], object]) -> None:
+        self._told = told
+        self._steps = 0
+        self._left: weakref.WeakKeyDictionary[Gradients, _Left | None] = (
+            weakref.WeakKeyDictionary()
+        )  # None: it is cleared
+        self.watches = True
+
+    def begins(self, owner: Gradients, before: Before) -> None:
+        """Look at that gradient among those ``before`` a backward that begins, which may reach the optimizer's parameters."""
+        left = self._left.get(owner)
+        if left is None:
+            return
+        gradient, version = next((one for one in before if one is not None), (None, -1))
+        same = gradient is left.gradient() and left.version in (None, version)
+        # some programs clear by `grad.data.zero_()`, which leaves the version as it is
+        left.there = same and gradient is not None and bool(gradient.any())
+
+    def reached(self, owner: Gradients) -> None:
+        """Record that the backward has changed gradients of the optimizer."""
+        left = self._left.get(owner)
+        if left is not None and not left.there:
+            self._left[owner] = None
+        elif left is not None:
+            left.version = None
+
+    def stepped(self, owner: Gradients) -> None:
+        """Count a step over which the gradients were never cleared, and remember the first one as it is now."""
+        self._steps += 1
+        self.watches = self._steps <= _LONGEST
+        known = owner in self._left
+        left = self._left.get(owner)
+        if owner.hidden or owner.sharded or (known and left is None):
+            return
+        steps = left.steps + (left.version is None) if left is not None else 0
+        gradient = next((one.grad for one in owner.parameters if one.grad is not None), None)
+        if gradient is None or not _can_be_read(gradient):
+            self._left[owner] = None
+            return
+        self._left[owner] = _Left(weakref.ref(gradient), version_of(gradient), steps=steps)
+        if steps == _ENOUGH:
+            self.watches = False
+            self._told(
+                f"gradients are not cleared: over {_ENOUGH} steps in a row, each backward has added to those of earlier steps, "
+                "so that updates use the sum of all gradients so far. Call optimizer.zero_grad() in each step."
+            )
+
+
+def _can_be_read(gradient: Tensor) -> bool:
+    return gradient.layout is torch.strided and device.reading_is_free(gradient.device) and not gradient.is_inference()
