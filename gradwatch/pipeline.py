@@ -392,7 +392,7 @@ class Pipeline:
             firing=self.alarms.firing_rules(),
             incidents=tuple(self.incidents.all),
             verdict=self.verdict,
-            clipping=str(self.clipping.policy.clip) if self.clipping is not None else None,
+            clipping=self.clipping.called if self.clipping is not None else None,
             clip_on=self.clipping is not None and self.armed and self.clipping.on,
             clipped=self.clipping.clipped if self.clipping is not None else 0,
             skipped=self.clipping.skipped if self.clipping is not None else 0,

@@ -433,3 +433,24 @@ def test_what_a_clip_does_all_the_time_is_told_in_a_note() -> None:
     assert [note[:33] for note in monitor.notes] == ["auto-clip to a norm of 0.001 had c"[:33]]
     assert monitor.notes[0].endswith("(GW501).")
     assert monitor.incidents == []
+
+
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_reports_name_the_bound_that_was_set_and_none_before(clip: str) -> None:
+    """The bound of the class is not the one that clips."""
+    quiet, _ = exploding(clip, at=1000)
+    assert quiet.snapshot().clipping == {"norm": "ClipNorm", "value": "ClipValue"}[clip]
+    monitor, _ = exploding(clip)
+    record = monitor.incidents[0].clip
+    assert record is not None
+    assert record.clipped
+    assert monitor.snapshot().clipping == record.clip
+    given, _ = exploding(gradwatch.ClipNorm(0.5), at=1000)
+    assert given.snapshot().clipping == "ClipNorm(max_norm=0.5)"
+
+
+def test_reports_name_the_bound_of_the_class_if_the_run_has_no_norms_yet() -> None:
+    """In the first step there is nothing to choose a bound by."""
+    monitor, _ = exploding("norm", at=0)
+    assert monitor.snapshot().clipped
+    assert monitor.snapshot().clipping == "ClipNorm(max_norm=1.0)"

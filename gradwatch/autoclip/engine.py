@@ -99,6 +99,14 @@ class AutoClipEngine:
 
     # Which clip.
 
+    @property
+    def called(self) -> str:
+        """The clip in words, with the bounds that it has now; without any while they are still to be set by the run's norms."""
+        to_be_set = (
+            self.policy.threshold is not None and self._bounds is self.policy.clip and not (self.on or self.clipped)
+        )
+        return type(self._bounds).__name__ if to_be_set else str(self._bounds)
+
     def clip(self, rows: int) -> Clip | None:
         """Return the clip with its current bounds, given the first ``rows`` rows of the run; None if they are not known yet."""
         clip = self._bounds if self._baseline is None else self._baseline.clip(self.history, rows)
