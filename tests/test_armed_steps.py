@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import gradwatch
 from benchmarks.forensics import causes as failing
 from benchmarks.forensics.causes import CAUSES
-from gradwatch.forensics.armed import ArmedSteps
+from gradwatch.forensics.inspector import Inspector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,14 +142,14 @@ def test_a_weight_that_is_damaged_after_the_trouble_is_over_is_named() -> None:
 def test_a_step_long_after_is_not_watched() -> None:
     """Four steps are, so that a training is not slowed for good."""
     on = []
-    begins = ArmedSteps.forward_begins
+    begins = Inspector._forward_begins
 
-    def count(self: ArmedSteps, *args: Any) -> None:
+    def count(self: Inspector, *args: Any) -> None:
         begins(self, *args)
-        on.append(self.on)
+        on.append(self.watching)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ArmedSteps, "forward_begins", count)
+        patch.setattr(Inspector, "_forward_begins", count)
         train(lambda step: step == 2, steps=20)
     assert [step for step, is_on in enumerate(on) if is_on] == [3, 4, 5, 6]
 

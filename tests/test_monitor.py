@@ -227,4 +227,4 @@ def test_the_summary_is_plain_text_as_a_string() -> None:
     text = str(monitor.summary())
     assert "healthy: 3 steps of Sequential (6 layers, 433 parameters) with SGD" in text
     assert "\x1b" not in text
-    assert "no clip before it seen" in text
+    assert "no clip seen before it" in text
