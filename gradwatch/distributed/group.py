@@ -7,6 +7,7 @@ combinations. All processes then have the same row and reach the same decision.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import time
@@ -54,6 +55,15 @@ if TYPE_CHECKING:
     from gradwatch.measure.sampling import Sample
 
 _PATIENCE = 30.0  # seconds that the first step waits for the other processes to attach
+_AT_EXIT = 0.02  # seconds for which the interpreter's lock is given up before it ends
+
+
+def let_exchanges_end() -> None:
+    """Give up the interpreter's lock for a moment, so that threads of gloo can drop the tensors of the last exchange.
+
+    To drop one takes the lock, and a thread that still waits for it when the interpreter ends aborts the process.
+    """
+    time.sleep(_AT_EXIT)
 
 
 class Ranks:
@@ -72,6 +82,8 @@ class Ranks:
     """
 
     def __init__(self, layers: Layers, group: Any, replica: Any = None, pieces: int = 1) -> None:
+        atexit.unregister(let_exchanges_end)  # once for all monitors
+        atexit.register(let_exchanges_end)
         self._layers = layers
         self._group = None if group is dist.group.WORLD else group  # no reference: it is destroyed at exit
         self._pieces = pieces
