@@ -72,10 +72,10 @@ _FORWARD = {
     "div": "keep the divisor from zero: x / y.clamp_min(1e-8); a mean over a mask needs at least one element.",
     "reciprocal": "keep the divisor from zero: 1 / x.clamp_min(1e-8).",
     "pow": "keep the base above zero if the exponent is negative or a fraction: x.clamp_min(1e-4) ** e.",
-    "exp": "limit the argument, such as torch.exp(x.clamp_max(20)), or stay in logarithms: logsumexp, softplus.",
-    "expm1": "limit the argument, such as torch.expm1(x.clamp_max(20)).",
-    "cosh": "limit the argument, such as torch.cosh(x.clamp(-20, 20)).",
-    "sinh": "limit the argument, such as torch.sinh(x.clamp(-20, 20)).",
+    "exp": "limit the argument, such as torch.exp(x.clamp_max({most})), or stay in logarithms: logsumexp, softplus.",
+    "expm1": "limit the argument, such as torch.expm1(x.clamp_max({most})).",
+    "cosh": "limit the argument, such as torch.cosh(x.clamp(-{most}, {most})).",
+    "sinh": "limit the argument, such as torch.sinh(x.clamp(-{most}, {most})).",
     "acos": "clamp the argument: torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
     "asin": "clamp the argument: torch.asin(x.clamp(-1 + 1e-6, 1 - 1e-6)).",
     "acosh": "the argument must be above 1: torch.acosh(x.clamp_min(1 + 1e-6)).",
@@ -268,9 +268,10 @@ def _known(mark: Mark) -> str | None:
     if _got(mark) in _BY_CAUSE:
         return _BY_CAUSE[_got(mark)]
     known = None if _overflows(mark) else _FORWARD.get(mark.op)
-    if known is not None and any(one.dtype == "float16" for one in mark.inputs):
-        return known.replace("20", "10")  # exp(20) is beyond its range
-    return known
+    most = (
+        "10" if any(one.dtype == "float16" for one in mark.inputs) else "20"
+    )  # exp(20) is beyond the range of float16
+    return known.replace("{most}", most) if known is not None else None
 
 
 def advice_of(mark: Mark) -> tuple[str, ...]:

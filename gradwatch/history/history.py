@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _SMALLEST = 16  # fewest elements of a matrix whose norm is meaningful
 _WARM = 50  # rows without a new maximum after which the learning rate counts as settled
-_RECENT = 100  # rows over which fast growth of weights is measured
+RECENT = 100  # rows over which fast growth of weights is measured
 SETTLED = 8  # norms that a layer needs before it has a typical one
 
 
@@ -145,7 +145,7 @@ class History(LossLevels):
 
     def _take_weight(self, row: Row, weight: Floats) -> None:
         self.previous_weight, self.weight = self.weight, weight
-        self.least_weight = np.fmin.reduce(self.weight_norm(last=min(_RECENT, self.task_rows)), axis=0)
+        self.least_weight = np.fmin.reduce(self.weight_norm(last=min(RECENT, self.task_rows)), axis=0)
         self.weight_gap, self._weight_step = max(1, row.step - self._weight_step), row.step
         if row.nonfinite_weight is not None:
             self.nonfinite_weight = row.nonfinite_weight

@@ -47,9 +47,8 @@ class Uncleared:
     def __init__(self, told: Callable[[str], object]) -> None:
         self._told = told
         self._steps = 0
-        self._left: weakref.WeakKeyDictionary[Gradients, _Left | None] = (
-            weakref.WeakKeyDictionary()
-        )  # None: it is cleared
+        # None: the program clears them
+        self._left: weakref.WeakKeyDictionary[Gradients, _Left | None] = weakref.WeakKeyDictionary()
         self.watches = True
 
     def begins(self, owner: Gradients, before: Before) -> None:
@@ -58,9 +57,12 @@ class Uncleared:
         if left is None:
             return
         gradient, version = next((one for one in before if one is not None), (None, -1))
-        same = gradient is left.gradient() and left.version in (None, version)
-        # some programs clear by `grad.data.zero_()`, which leaves the version as it is
-        left.there = same and gradient is not None and bool(gradient.any())
+        left.there = (
+            gradient is not None
+            and gradient is left.gradient()
+            and left.version in (None, version)
+            and bool(gradient.any())  # `grad.data.zero_()` leaves the version as it is
+        )
 
     def reached(self, owner: Gradients) -> None:
         """Record that the backward has changed gradients of the optimizer."""
@@ -74,9 +76,8 @@ class Uncleared:
         """Count a step over which the gradients were never cleared, and remember the first one as it is now."""
         self._steps += 1
         self.watches = self._steps <= _LONGEST
-        known = owner in self._left
         left = self._left.get(owner)
-        if owner.hidden or owner.sharded or (known and left is None):
+        if owner.hidden or owner.sharded or (left is None and owner in self._left):
             return
         steps = left.steps + (left.version is None) if left is not None else 0
         gradient = next((one.grad for one in owner.parameters if one.grad is not None), None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from gradwatch.history.history import RECENT
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
 from gradwatch.text.wording import apart, counted, number, percent
@@ -15,9 +16,6 @@ from gradwatch.text.wording import apart, counted, number, percent
 if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Kind, Sign
-
-
-_ROWS = 100  # of `History.least_weight`
 
 
 class WeightsRunAway(Rule):
@@ -81,7 +79,7 @@ class WeightsRunAway(Rule):
             "least": history.least_weight[column],
             "floor": history.half_usual[column],
             "progress": history.gained(self.progress),
-            "rows": float(min(history.task_rows, _ROWS)),
+            "rows": float(min(history.task_rows, RECENT)),
         }
 
     def sentence(self, alarm: Alarm) -> str:
@@ -92,7 +90,7 @@ class WeightsRunAway(Rule):
             return f"{begin}, from {number(least)} at most 100 measured steps before"
         unless, share = ("while", self.share) if alarm.numbers["progress"] else ("unless", 1.0)
         times, limit = apart(norm / max(least, floor), alarm.limit / share)
-        rows = counted(alarm.numbers.get("rows", _ROWS), "measured step")
+        rows = counted(alarm.numbers.get("rows", RECENT), "measured step")
         base = f"its smallest in {rows}" if least >= floor else "half of a usual initialisation"
         return (
             f"{begin}, {times} times {base}, {number(max(least, floor))} (limit {limit} {unless} the median of 16 losses is "
