@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from gradwatch.records import Snapshot
+
 PICTURE = "of limit"
 
 
@@ -485,31 +487,46 @@ def test_runs_of_which_there_is_no_room_are_counted() -> None:
 
 @pytest.mark.parametrize(("took", "pause"), [(0.0, 0.0), (0.006, 0.6), (0.1, 2.0)])
 def test_drawing_takes_a_hundredth_of_the_time(took: float, pause: float) -> None:
-    """But never are two seconds without a picture."""
+    """But a picture never holds up the next one by more than two seconds."""
     assert pause_after(took) == pytest.approx(pause)
 
 
-def test_a_picture_that_takes_long_is_drawn_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After one of 40 ms, nothing is drawn for two seconds, although each step is new."""
-    pictures: list[float] = []
+def pictures_of(shown: list[Snapshot], number: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """Return the verdict and the time of the first pictures, each of 40 ms; the last snapshot is shown on and on."""
+    pictures: list[tuple[str, float]] = []
 
-    def slow(*_: object) -> list[str]:
+    def slow(_: Screen, snapshots: list[Snapshot]) -> list[str]:
         end = time.thread_time() + 0.04
         while time.thread_time() < end:
             pass
-        pictures.append(time.monotonic())
+        pictures.append((snapshots[0].verdict, time.monotonic()))
         return ["a picture"]
 
     monkeypatch.setattr(Screen, "_picture", slow)
     screen, run = Screen(Console(file=io.StringIO(), force_terminal=True)), object()
     screen.join(run)
     end = time.monotonic() + 30
-    while len(pictures) < 2 and time.monotonic() < end:
-        screen.show(run, snapshot(1))
+    while len(pictures) < number and time.monotonic() < end:
+        screen.show(run, shown[min(len(pictures), len(shown) - 1)])
         time.sleep(0.01)
     screen.leave(run)
-    first, second = pictures
+    return pictures[:number]
+
+
+def test_a_picture_that_takes_long_is_drawn_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one of 40 ms, nothing is drawn for two seconds, although each step is new."""
+    (_, first), (_, second) = pictures_of([snapshot(1)], 2, monkeypatch)
     assert second - first > 2.0
+
+
+def test_an_alarm_is_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait for the time of the next picture; the one after it waits twice as long, so that no more is drawn."""
+    shown = [replace(snapshot(1), verdict=verdict) for verdict in ("healthy", "confirmed")]
+    pictures = pictures_of(shown, 3, monkeypatch)
+    assert [verdict for verdict, _ in pictures] == ["healthy", "confirmed", "confirmed"]
+    first, second, third = (moment for _, moment in pictures)
+    assert third - first > 4.0
+    assert third - second > 2 * (second - first)
 
 
 def test_runs_that_share_a_picture_give_way_together() -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _LOOK = 0.1  # seconds between checks for a new snapshot, another terminal size or another display
 _SHARE = 0.01  # of the time, which drawing may take: it holds up the training while it holds the GIL
-_LONGEST = 2.0  # seconds between pictures at most, however long one takes
+_LONGEST = 2.0  # seconds that a picture holds up the next one at most, however long it took
 _LEAST = 4  # rows of a run that is more than its headline
 _ANOTHER = "another live display is running"
 _WORST_FIRST = ("confirmed", "damaged", "suspected", "healthy")
@@ -114,17 +114,22 @@ class Screen:
         return size if min(size) > 0 else self._console.size
 
     def _watch(self) -> None:
-        """Draw when there is something new or the size has changed. Otherwise do not draw, so that prompts are left alone."""
+        """Draw each new step when its time has come, news and another size at once. Otherwise leave prompts alone."""
         foot, drawn, due = self.foot, 0, 0.0
+        told: Sequence[tuple[str, bool, int]] = ()
         try:
             while not (self._over.wait(_LOOK) or foot.over):
                 changes = self._changes
+                snapshots = [one for one in list(self._runs.values()) if one is not None]
+                tells = [(one.verdict, one.clip_on, len(one.incidents)) for one in snapshots]
+                # news do not wait, but lengthen the pause after them, so that drawing takes no larger share
+                early = _LONGEST if tells != told else 0.0
                 if another_live(foot.stream):
                     foot.give_way(_ANOTHER)
-                elif foot.resized or (changes != drawn and perf_counter() >= due):
-                    drawn, began = changes, thread_time()
-                    foot.draw(self._picture([one for one in list(self._runs.values()) if one is not None]))
-                    due = perf_counter() + pause_after(thread_time() - began)
+                elif foot.resized or (changes != drawn and perf_counter() >= due - early):
+                    drawn, told, began = changes, tells, thread_time()
+                    foot.draw(self._picture(snapshots))
+                    due = min(max(due, now := perf_counter()), now + _LONGEST) + pause_after(thread_time() - began)
         except Exception as error:
             foot.give_way(f"the live picture failed ({words_of(error)})")
 
