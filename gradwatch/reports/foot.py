@@ -46,6 +46,7 @@ class Foot:
         over: True if nothing is drawn any more.
         reason: why drawing stopped, if not by `end`.
         settled: event that is clear while a picture is about to be drawn.
+        awaited: True while a prompt waits for the picture.
     """
 
     def __init__(self, stream: TextIO, size: Callable[[], tuple[int, int]]) -> None:
@@ -61,6 +62,7 @@ class Foot:
         self._process = os.getpid()
         self.over = False
         self.reason = ""
+        self.awaited = False
         self.settled = threading.Event()
         self.settled.set()
 
@@ -85,8 +87,13 @@ class Foot:
     def draw(self, picture: Sequence[str]) -> None:
         """Draw the rows of ``picture`` in place of the last picture."""
         with self._lock:
+            self._picture = picture
+            self.redraw()
+
+    def redraw(self) -> None:
+        """Draw the last picture again, below what has been written past the streams meanwhile."""
+        with self._lock:
             if not self.over:
-                self._picture = picture
                 self._emit(self._drawing())
         self.settled.set()
 
@@ -207,7 +214,9 @@ class Foot:
     def _flushed(self, tap: _Shared) -> None:
         """Wait for a pending picture if nothing was written, as when `input` flushes before a prompt that is not intercepted."""
         if tap.idle and not self.over and os.getpid() == self._process:
+            self.awaited = True
             self.settled.wait(_SETTLING)
+            self.awaited = False
         tap.idle = True
 
     # What is drawn.

@@ -114,8 +114,11 @@ class Screen:
         return size if min(size) > 0 else self._console.size
 
     def _watch(self) -> None:
-        """Draw each new step when its time has come, news and another size at once. Otherwise leave prompts alone."""
-        foot, drawn, due = self.foot, 0, 0.0
+        """Draw a new picture when its time has come, and the last one until then; news and another size are drawn at once.
+
+        Nothing is drawn while no step is new, so that prompts are left alone; before a prompt, the last step is drawn.
+        """
+        foot, drawn, seen, due = self.foot, 0, 0, 0.0
         told: Sequence[tuple[str, bool, int]] = ()
         try:
             while not (self._over.wait(_LOOK) or foot.over):
@@ -123,13 +126,17 @@ class Screen:
                 snapshots = [one for one in list(self._runs.values()) if one is not None]
                 tells = [(one.verdict, one.clip_on, len(one.incidents)) for one in snapshots]
                 # news do not wait, but lengthen the pause after them, so that drawing takes no larger share
-                early = _LONGEST if tells != told else 0.0
+                early = _LONGEST if tells != told or foot.awaited else 0.0
+                new = changes != seen or (foot.awaited and changes != drawn)
                 if another_live(foot.stream):
                     foot.give_way(_ANOTHER)
-                elif foot.resized or (changes != drawn and perf_counter() >= due - early):
+                elif foot.resized or (new and perf_counter() >= due - early):
                     drawn, told, began = changes, tells, thread_time()
                     foot.draw(self._picture(snapshots))
                     due = min(max(due, now := perf_counter()), now + _LONGEST) + pause_after(thread_time() - began)
+                elif new:
+                    foot.redraw()
+                seen = changes
         except Exception as error:
             foot.give_way(f"the live picture failed ({words_of(error)})")
 
