@@ -406,6 +406,7 @@ class Pipeline:
             clip_coefficient=float(history.clip_coefficient(last=1)[-1]) if history.rows else 1.0,
             usual_norms=usual_norms_of(history, None if explosion is None else explosion.opened_step),
             clip_use=clip_use_of(history, auto_clipped=self.clipping is not None and self.clipping.clipped > 0),
+            measured=history.measured,
         )
 
     @property

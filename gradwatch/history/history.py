@@ -235,6 +235,11 @@ class History(LossLevels):
         return np.where(told, self.typical_grad.value / np.sqrt(self.sizes), np.nan)
 
     @property
+    def measured(self) -> bool:
+        """True if a layer had a gradient in the last row, be it one that is not finite."""
+        return bool(self.nonfinite.any() or not np.isnan(self.row.grad_norm).all())
+
+    @property
     def arriving(self) -> NDArray[np.bool_]:
         """True for layers whose last gradient norm is not zero, or missing although a gradient has arrived before, shape (L,)."""
         some = self.row.grad_norm > 0

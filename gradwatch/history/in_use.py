@@ -30,9 +30,8 @@ def usual_norms_of(history: History, until: int | None = None) -> UsualNorms | N
         return None
     ordered = np.sort(norms[told])
     out = int(_OUTSIDE * len(ordered))
-    return UsualNorms(
-        float(ordered[out]), float(ordered[-1 - out]), int(steps[told][0]), history.row.global_norm, until
-    )
+    low, high, now = float(ordered[out]), float(ordered[-1 - out]), history.row.global_norm
+    return UsualNorms(low, high, int(steps[told][0]), now, until, history.measured)
 
 
 def clip_use_of(history: History, *, auto_clipped: bool) -> ClipUse | None:

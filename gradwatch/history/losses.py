@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Row
 
 EARLY = 12  # losses needed before their scatter is known
+_NEAR = 8  # losses on either side of a step that are compared
 
 
 class LossLevels(Ring):
@@ -110,15 +111,23 @@ class LossLevels(Ring):
         now, _ = median_and_mad(self.task_loss(last=last))
         return bool(self.reference_loss - now >= share * abs(self.reference_loss))
 
-    @property
-    def loss_halved(self) -> bool:
-        """True if the median of the last 32 losses is at most half of the first loss and of the reference loss.
+    def has_halved(self, part: float = 1.0) -> bool:
+        """Return whether the median of the last 32 losses is at most half of the first loss and of the reference loss.
 
-        The reference alone may be a loss of an explosion.
+        The reference alone may be a loss of an explosion. ``part`` of the first losses is what is compared: the rest may have
+        been of something that no longer counts.
         """
         now, _ = median_and_mad(self.task_loss(last=32))
-        began = min(self.reference_loss, self.first_loss)
+        began = part * min(self.reference_loss, self.first_loss)
         return bool(began > 0 and now <= began / 2)
+
+    def loss_left(self, step: int) -> float:
+        """Return what was left of the loss at ``step``: the median of 8 losses from there over that of 8 before, at most 1."""
+        losses = self.task_loss()
+        place = int(np.searchsorted(self.steps(last=len(losses)), step))
+        before, _ = median_and_mad(losses[max(0, place - _NEAR) : place])
+        after, _ = median_and_mad(losses[place : place + _NEAR])
+        return min(1.0, after / before) if before > 0 and after > 0 else 1.0
 
     def loss_is_rising(self) -> bool:
         """Return whether the last loss and the median of the last 4 are above the `loss_ceiling` of the 32 before them.

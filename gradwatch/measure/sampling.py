@@ -52,6 +52,7 @@ class Sample:
         nonfinite_weight: whether the weights are not finite.
         dead_share: share of dead units.
         unchanged: number of rows for which the weights have not changed.
+        first: number of the row since which changes are looked for.
     """
 
     row: int
@@ -60,6 +61,7 @@ class Sample:
     nonfinite_weight: NDArray[np.bool_] | None = None
     dead_share: Floats | None = None
     unchanged: Floats | None = None
+    first: Floats | None = None
 
     def fill(self, numbers: UnpackedRow) -> None:
         """Replace what was sampled by the numbers of all processes, or by those that arrived from a device."""
@@ -67,9 +69,9 @@ class Sample:
             known = ~self.gone
             self.weight_norm = np.where(known, numbers.weight_norm, np.nan)
             self.nonfinite_weight = known & ~np.isfinite(numbers.weight_norm)
-        if self.unchanged is not None:
+        if self.unchanged is not None and self.first is not None:
             self.dead_share = numbers.dead_share
-            self.unchanged = np.where(numbers.changed | self.gone, 0.0, self.row)
+            self.unchanged = np.where(numbers.changed | self.gone, 0.0, self.row - self.first)
 
 
 _NOT_DUE = Sample(-1, np.zeros(0, dtype=bool))
@@ -84,6 +86,8 @@ class Sampling:
         self._planned: tuple[list[torch.device], torch.device | None] = [], None
         self.rows = 0
         self._prints: dict[int, int] = {}
+        self._changed: set[int] = set()  # columns whose weights have changed since, which are not looked at again
+        self._first = np.zeros(len(layers))  # number of the row whose weights have the fingerprint
         self._alive: dict[int, tuple[int, Tensor, Tensor | bool]] = {}
         self._alive_at: torch.device | None = None
         self._dead_on: dict[int, Tensor] = {}
@@ -98,6 +102,8 @@ class Sampling:
         for known in (self._prints, self._prints_on, self._dead_on):
             for column in news & known.keys():
                 del known[column]
+        self._changed -= news
+        self._first = widened(self._first, len(self._layers), 0.0)
         self._dead_share = widened(self._dead_share, len(self._layers), np.nan)
         self._unchanged = widened(self._unchanged, len(self._layers), 0.0)
         self._plan = None
@@ -114,6 +120,7 @@ class Sampling:
             self._count_units(now)
             self._compare(row)
             sample.dead_share, sample.unchanged = self._dead_share.copy(), self._unchanged.copy()
+            sample.first = self._first.copy()
         return sample
 
     def weights(self) -> Sample:
@@ -168,8 +175,9 @@ class Sampling:
             sample.weight_norm = np.zeros(len(self._layers))
         if unit_check:
             self._count_units_on(now, slot.rows[DEAD], share)
-            self._compare_on(slot.rows[CHANGED], first=row == 0)
+            self._compare_on(slot.rows[CHANGED], row)
             sample.dead_share = sample.unchanged = np.full(len(self._layers), np.nan)
+            sample.first = self._first.copy()
         return sample
 
     def _weights_on(self, home: torch.device) -> tuple[Tensor, Tensor]:
@@ -196,15 +204,16 @@ class Sampling:
         if unknown:
             dead.scatter_(0, on_device(np.array(unknown), dead.device), np.nan)
 
-    def _compare_on(self, changed: Tensor, *, first: bool) -> None:
+    def _compare_on(self, changed: Tensor, row: int) -> None:
         for column, parameter in self._layers.measured():
-            held = self._layers.held(parameter)
-            if parameter.requires_grad and held.numel() and (first or column in self._prints_on):
-                now = fingerprint(held)
-                differs = now != moved(self._prints_on.setdefault(column, now), now.device)
-                changed[column].copy_(moved(differs, changed.device))
-            elif held.numel():  # has no fingerprint from the first row
+            if not parameter.requires_grad:
+                self._prints_on.pop(column, None)
                 changed[column].fill_(1)
+                continue
+            now = fingerprint(self._layers.held(parameter))
+            if column not in self._prints_on:
+                self._prints_on[column], self._first[column] = now, row
+            changed[column].copy_(moved(now != moved(self._prints_on[column], now.device), changed.device))
 
     def _weights(self, sample: Sample) -> None:
         columns, parameters, self._plan = self._planned_for(None)
@@ -245,16 +254,19 @@ class Sampling:
                 del self._alive[column]
 
     def _compare(self, row: int) -> None:
-        """Compare the exact fingerprints of the weights with those of the first row."""
+        """Compare the exact fingerprints of the weights with those of the first row in which they were to be trained."""
         for column, parameter in self._layers.measured():
-            if row and column not in self._prints:  # it has changed before, so it is never frozen
+            if column in self._changed:
                 continue
-            held = self._layers.held(parameter)
-            if not parameter.requires_grad or not held.numel():
+            if not parameter.requires_grad:
+                self._prints.pop(column, None)
+                self._unchanged[column] = 0
                 continue
-            now = int(fingerprint(held).item())
-            if self._prints.setdefault(column, now) == now:
-                self._unchanged[column] = row
+            now = int(fingerprint(self._layers.held(parameter)).item())
+            if column not in self._prints:
+                self._prints[column], self._first[column] = now, row
+            if self._prints[column] == now:
+                self._unchanged[column] = row - self._first[column]
             else:
-                del self._prints[column]
+                self._changed.add(column)
                 self._unchanged[column] = 0

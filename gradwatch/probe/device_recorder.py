@@ -81,6 +81,8 @@ class DeviceRecorder:
         plan = self._possible_plan(mine, optimizer) if acts else None
         scale, own_norms = self._losses.unread_loss_scale(), self._hooks.own_norms()
         bad = rows.take(mine, now, before, facts, loss, scale, optimizer, plan, own_norms, closely=closely)
+        if facts.sample is not None and facts.sample.unchanged is not None:
+            self._hooks.look()
         if bad is not None:
             facts.problem = self._skipping.leave_out_where(bad, real=is_fused(optimizer))
         elif not inside:

@@ -103,6 +103,19 @@ class GradientHooks:
         if not self._learning and not self._closely:
             self._rest()
 
+    def look(self) -> None:
+        """Look for gradients of layers that had none while the hooks were there, such as those that were frozen then."""
+        if self.hookless or self.arrived.all():
+            return
+        late = [
+            column
+            for column, parameter in self._layers.parameters()
+            if not self.arrived[column] and parameter.grad is not None
+        ]
+        if late:
+            self.arrived = self.arrived.copy()
+            self.arrived[late] = True
+
     def grow(self) -> None:
         """Register hooks anew after parameters were added or replaced."""
         self.arrived = widened(self.arrived, len(self._layers), 0)

@@ -291,13 +291,19 @@ class Gradients:
         else:
             measured.global_norm = float(np.linalg.norm(measured.norms[measured.columns]))
 
-    def rate(self, optimizer: Optimizer) -> Floats:
-        """Return the learning rate of each layer, shape (L,); NaN if it is not known."""
+    def rate(self, optimizer: Optimizer, *, anew: bool = False) -> Floats:
+        """Return the learning rate of each layer, shape (L,); NaN if it is not known, and for frozen layers.
+
+        Which layers are frozen, ``requires_grad`` False, is looked up where a rate has changed, and with ``anew``.
+        """
         rates = [_number(group.get("lr")) for group in optimizer.param_groups]
-        if rates != self._rates:
+        if rates != self._rates or anew:
             self._rates = rates
-            self._rate = np.full(self._layers, np.nan)
-            self._rate[self.columns] = np.array(rates)[self._groups]
+            rate = np.full(self._layers, np.nan)
+            trained = np.array([parameter.requires_grad for parameter in self.parameters], dtype=bool)
+            rate[self.columns] = np.where(trained, np.array(rates)[self._groups], np.nan)
+            if not np.array_equal(rate, self._rate, equal_nan=True):
+                self._rate = rate
         return self._rate
 
     def look_at_rates(self, told: list[Any]) -> None:

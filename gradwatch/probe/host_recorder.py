@@ -53,11 +53,13 @@ class HostRecorder:
 
         The row is None, and nothing is done, if the gradient scalers of all processes leave the step out.
         """
-        rate = mine.rate(optimizer) if optimizer is not None else None
+        rate = mine.rate(optimizer, anew=self._sampling.rest == 0) if optimizer is not None else None
         now = mine.measure(scale)
         before = mine.coming.before_clip
         whole = now if before is None else before.of(now)
         sampled = self._sampling.take(now, closely=closely)
+        if sampled.unchanged is not None:
+            self._hooks.look()
         row = self._row(step, source, now, whole, sampled, rate, mine, returned, word)
         if 0 < self._peers.left_out < PATIENCE:  # scalers leave out some steps while they search for their scale
             return None, NOTHING

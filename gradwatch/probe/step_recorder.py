@@ -6,6 +6,7 @@ On the CPU this happens at once. Rows of gradients on a device are read some ste
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,8 @@ class StepRecorder:
     def _enter_fast_path(self, mine: Gradients, optimizer: Optimizer | None, row: Row) -> None:
         """Let the next rows take the fast path, until one of them has to be judged or sampled."""
         if self.peers.ranks is not None or mine.sharded or optimizer is None:
+            return
+        if math.isnan(row.global_norm):  # no layer has a gradient
             return
         bounds = self._judge.bounds()
         rows = min(bounds.rows, self._sampling.rest) if bounds is not None else 0
@@ -308,7 +311,7 @@ class StepRecorder:
 
     def _send(self, mine: Gradients, source: Source, optimizer: Optimizer | None, returned: Any) -> None:
         """Start the transfer of the row from the device."""
-        rate = mine.rate(optimizer) if optimizer is not None else None
+        rate = mine.rate(optimizer, anew=self._sampling.rest == 0) if optimizer is not None else None
         now = mine.measure_unread(self._layers.home, getattr(optimizer, "grad_scale", None))
         self._read_all_before_moving()
         if self._investigator is not None:

@@ -17,6 +17,7 @@ class UsualNorms:
         since: step of the first norm in it.
         now: the last norm, which is not counted.
         until: step from which on norms are not counted, because an explosion that is open began there; None: there is none.
+        measured: False if no layer had a gradient in the last step.
     """
 
     low: float
@@ -24,6 +25,7 @@ class UsualNorms:
     since: int
     now: float
     until: int | None = None
+    measured: bool = True
 
     def __str__(self) -> str:
         times = self.now / self.high
@@ -35,7 +37,7 @@ class UsualNorms:
         low, high = number(self.low, 2), number(self.high, 2)
         span = low if low == high else f"{low} to {high}"
         when = f"since step {self.since}" if self.until is None else f"before the incident at step {self.until}"
-        return f"norm usually {span} {when}, now {number(self.now, 2)}"
+        return f"norm usually {span} {when}, now {number(self.now, 2) if self.measured else 'none'}"
 
 
 @dataclass(frozen=True, slots=True)

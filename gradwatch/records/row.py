@@ -96,7 +96,8 @@ class Row(NamedTuple):
         counts: number of (NaN, Inf) gradient elements by column, only for steps with non-finite gradients on the CPU.
         poisoned: whether the gradients that the optimizer is about to use are not finite. ``nonfinite`` may refer to those
             before the user's clip.
-        rate: learning rate of each layer's parameter group, shape (L,).
+        rate: learning rate of each layer's parameter group, shape (L,); NaN if it is not known, and for layers that are frozen
+            or not of the optimizer that made the step.
         family: family of the optimizer.
         applied: factor that the user's own clip put on the gradients; 1.0 if no clip was seen.
         dead_share: share of dead units, shape (L,); None if it was not sampled.

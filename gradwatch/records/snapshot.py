@@ -121,6 +121,7 @@ class Snapshot:
         ending: how badly the loss stands at the last row, in words; empty if it does not.
         usual_norms: the usual range of the global norm; None: it is not known.
         clip_use: what a clip that may act on each step did; None: there is none.
+        measured: False if no layer had a gradient in the last row.
     """
 
     facts: Facts
@@ -151,3 +152,4 @@ class Snapshot:
     ending: str = ""
     usual_norms: UsualNorms | None = None
     clip_use: ClipUse | None = None
+    measured: bool = True

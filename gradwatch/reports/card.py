@@ -117,8 +117,9 @@ def _charts(snapshot: Snapshot) -> Iterator[str]:
         finite = values[np.isfinite(values)]
         span = f" · {brief(float(finite.min()))} to {brief(float(finite.max()))}" if len(finite) > 1 else ""
         rows = f"last {len(values):,} rows" if len(values) > 1 else ""
+        last = brief(float(values[-1])) if title == "loss" or snapshot.measured else "none"
         yield (
-            f'<div><div>{title} <b>{brief(float(values[-1]))}</b> <span class="gw-soft">{rows}{span}</span></div>'
+            f'<div><div>{title} <b>{last}</b> <span class="gw-soft">{rows}{span}</span></div>'
             f"{_chart(values, title)}</div>"
         )
 

@@ -62,7 +62,8 @@ class Summary:
             yield Line(f"  {ending}", "bold" if snapshot.verdict != "healthy" else "")
         if snapshot.step >= 0:
             loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]), 4)
-            yield Line(f"  last loss {loss}, last global gradient norm {number(float(snapshot.global_norm[-1]), 4)}")
+            norm = number(float(snapshot.global_norm[-1]), 4) if snapshot.measured else "none"
+            yield Line(f"  last loss {loss}, last global gradient norm {norm}")
             yield from (
                 Line(f"  {answer}") for answer in (snapshot.usual_norms, snapshot.clip_use) if answer is not None
             )

@@ -116,7 +116,8 @@ class View:
         for label, values in (("loss", self.snapshot.loss), ("global norm", self.snapshot.global_norm)):
             last = float(values[-1]) if len(values) else math.nan
             seen = bool(len(values)) and not (label == "loss" and self.snapshot.provenance.loss == "none")
-            line = Line.assemble((f"{label:<12}", "bold"), f"{brief(last) if seen else '-':>9} ")
+            known = seen and (label == "loss" or self.snapshot.measured)
+            line = Line.assemble((f"{label:<12}", "bold"), f"{brief(last) if known else '-':>9} ")
             for block in sparkline(values, width - len(line.plain)) if seen else "":
                 line.append(block, "bold red" if block == "×" else "cyan")
             yield line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 
 _REST = 49  # rows after which a layer without a gradient no longer counts as idle, and in which a dead one must wake up
+_CHANCE = 1e-6  # of an absence as long as this one, in a layer that has a gradient as often as this one had
 
 
 class Dead(Rule):
-    """Units or whole layers are dead: their gradient is exactly zero.
+    """Units or whole layers are dead: their gradient is exactly zero, or no longer arrives.
 
     ## What it means
     A unit is a row of a weight matrix (an output of a linear layer, a channel of a convolution). It is dead if its
@@ -31,14 +33,20 @@ class Dead(Rule):
     initialisation a deep unit is on or off for all inputs alike, so two standard deviations of that chance share are
     subtracted (the value reported is the difference). `value = 1` where the gradient norm of the whole layer is exactly zero
     at this step and was not above zero in any of the 48 rows before: a head that is used now and then is only idle. If it was,
-    `value` is at least half the share of zeros among these 49 rows, up to the limit. A layer without elements cannot die, nor
-    can a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a critic. It
-    fires where `value > limit` (0.5) for `for_steps` (16) steps, and resolves once `value` was at most `release * limit`
+    `value` is at least half the share of zeros among these 49 rows, up to the limit. `value = 1` also where no gradient of the
+    layer arrived in these 49 rows although it did before, the layer is trainable and the optimizer that made the step holds
+    it: unless it was absent for half as long before, or is absent so often that an absence as long as this one, `n` steps at
+    a share `p` of steps with a gradient, may be chance (`(1 - p)^n > 1e-6`).
+
+    It fires where `value > limit` (0.5) for `for_steps` (16) steps, and resolves once `value` was at most `release * limit`
     (0.25) for more than `keep_steps` (16) steps: a layer that wakes up for one step stays dead. Only the weights of linear
     and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead while
     the gradient of the whole model is zero, because the loss is then at its floor, nor in a round of four samples one of
-    which had no gradient at all, such as a batch without a reward. Once the loss has fallen to half of the first and of the
-    reference loss, the incident is only a notice.
+    which had no gradient at all, such as a batch without a reward. A layer that you have frozen is not dead, nor one without
+    elements, nor a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a critic.
+
+    Once the loss has fallen to half of the first and of the reference loss, the incident is only a notice. What the loss lost
+    at the very step at which a whole layer fell silent does not count as fallen: it may have been the loss of that part.
 
     ## Why it is bad
     A dead unit never learns again: no gradient reaches it, so nothing can bring it back.
@@ -77,11 +85,14 @@ class Dead(Rule):
         """Return the share of dead units of each layer beyond chance, shape (L,); 1 where a whole layer is dead."""
         if history.row.global_norm == 0:  # the loss is at its floor
             return np.zeros(len(history.layers))
-        units = history.dead_share - self._by_chance(history)
         norms = history.grad_norm(last=_REST)
+        frozen = (history.row.grad_norm == 0) & ~np.isfinite(history.rate) & np.isfinite(history.rate).any()
+        units = np.where(frozen, 0.0, history.dead_share - self._by_chance(history))
+        units[_stopped(history, norms)] = 1.0
         if not (norms == 0).any():
             return units
         zero = np.where(history.sizes > 0, np.mean(norms == 0, axis=0), 0.0)  # a layer without elements cannot die
+        zero[frozen] = 0.0
         silent = (history.row.grad_norm == 0) & ~(norms > 0).any(axis=0) & (zero > 0)
         for column in np.flatnonzero(silent & ~history.matrices).tolist():
             if _cancels(history, column):
@@ -91,9 +102,14 @@ class Dead(Rule):
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
+        absent = column in _stopped(history, history.grad_norm(last=_REST))
+        layer = absent or history.row.grad_norm[column] == 0
+        since = int(history.steps(last=max(1, _gaps(history, column)[-1]))[0])
         return {
-            "layer": history.row.grad_norm[column] == 0,
-            "since": history.steps(last=_REST)[0],
+            "layer": layer,
+            "absent": absent,
+            "since": since,
+            "left": history.loss_left(since) if layer else 1.0,
             "share": history.dead_share[column],
             "units": max(1.0, history.sizes[column] / history.fan_in[column]),
             "by chance": self._by_chance(history)[column],
@@ -102,6 +118,11 @@ class Dead(Rule):
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
         numbers = alarm.numbers
+        if numbers["absent"]:
+            return (
+                f"at step {alarm.step}, no gradient had reached {alarm.layer} at any measured step since step "
+                f"{numbers['since']:.0f}, although the optimizer holds it and gradients reached it before"
+            )
         if numbers["layer"]:
             return (
                 f"the gradient of {alarm.layer} was exactly zero at step {alarm.step}, and above zero at no measured step since "
@@ -120,6 +141,31 @@ class Dead(Rule):
         known = np.isfinite(history.dead_share)
         first = known & (history.order == np.max(history.order, where=known, initial=-1))
         return np.where(first, 0.0, 1 / np.sqrt(units))
+
+
+def _stopped(history: History, norms: Floats) -> list[int]:
+    """Return the columns of layers whose gradient no longer arrives, of those without any in the last ``norms``."""
+    if len(norms) < _REST:
+        return []
+    absent = np.isfinite(history.rate) & np.isnan(norms).all(axis=0) & (history.nonfinite == 0)
+    return [column for column in np.flatnonzero(absent).tolist() if _has_stopped(history, column)]
+
+
+def _has_stopped(history: History, column: int) -> bool:
+    """Return whether a layer's gradient has been absent for longer than its earlier absences and chance explain."""
+    *before, gap = _gaps(history, column)
+    if history.rows > history.window and any(before[:1]):  # of the absence from which it came back, only a part is kept
+        return False
+    share = history.typical_grad.seen[column] / max(1, history.task_rows - gap)
+    return gap > 2 * max(before, default=0) and (share >= 1 or gap * math.log1p(-share) < math.log(_CHANCE))
+
+
+def _gaps(history: History, column: int) -> list[int]:
+    """Return the numbers of rows without a gradient above zero: before each row with one, and after the last that is kept."""
+    norms = history.grad_norm()[:, column]
+    came = np.flatnonzero(norms > 0)
+    gaps: list[int] = (np.diff(came, prepend=-1, append=len(norms)) - 1).tolist()
+    return gaps
 
 
 def _cancels(history: History, column: int) -> bool:

@@ -303,7 +303,8 @@ class Incidents:
         before = story.incident
         story.harmless = self._is_harmless(story, signs)
         severity, verdict = severity_of(signs, kind, harmless=story.harmless)
-        if kind == "dead" and self._history.loss_halved:  # the model learns without the dead units
+        left = min((sign.numbers.get("left", 1.0) for sign in signs), default=1.0)
+        if kind == "dead" and self._history.has_halved(left):  # the model learns without the dead units
             severity = "notice"
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)

@@ -50,7 +50,7 @@ def on_silence(
     elif incident.kind == "vanishing":
         yield from _vanishing(history.facts, opening)
     elif incident.kind == "dead":
-        yield from _dead(incident, history.facts, opening)
+        yield from _dead(incident, history, opening)
     elif incident.kind == "frozen":
         yield from _frozen(incident, history, opening)
 
@@ -137,7 +137,16 @@ def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
     yield "Look at the weights of the layers between: a scale far below one in each of them multiplies."
 
 
-def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
+def _dead(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
+    facts = history.facts
+    gone = [sign for sign in incident.signs if sign.numbers.get("absent")]
+    if gone:
+        since = f"since step {min(sign.numbers['since'] for sign in gone):.0f}"
+        yield (
+            f"Look for what the program does otherwise {since}: from then on, no backward reaches {incident.suspect} (a part "
+            "that is no longer used, a detach(), a torch.no_grad()). If that is meant, freeze it with requires_grad_(False)."
+        )
+        return
     module = (incident.suspect or "").rpartition(".")[0] or incident.suspect
     born = opening.step < BORN and incident.suspect is not None
     if facts.dropouts:
@@ -151,6 +160,10 @@ def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
         )
     elif born:
         yield f"Initialise module {module} anew, with biases at zero: {incident.suspect} was dead from the first steps on."
+    cut = f"Look for a detach(), an argmax or an output that the loss does not use, between {incident.suspect} and the loss."
+    unused = _ends_before_its_bias(incident, history)
+    if unused:
+        yield cut
     if facts.saturates and not facts.rectified:
         if not facts.embeds:
             yield "Scale the inputs to zero mean and unit variance: far from zero, sigmoid and tanh pass no gradient at all."
@@ -161,8 +174,20 @@ def _dead(incident: Incident, facts: Facts, opening: Opening) -> Iterator[str]:
         yield "Use LeakyReLU or GELU, and scale the inputs."
     elif facts.recurrent and not born:
         yield f"Lower the learning rate ({at(opening.rate)}): saturated states and gates pass no gradient."
-    if any(sign.numbers.get("layer") for sign in incident.signs):
-        yield f"Look for a detach(), an argmax or an output that the loss does not use, between {incident.suspect} and the loss."
+    if not unused and any(sign.numbers.get("layer") for sign in incident.signs):
+        yield cut
+
+
+def _ends_before_its_bias(incident: Incident, history: History) -> bool:
+    """Return whether the dead layers end with a whole module, bias included: dead inputs would leave its bias a gradient."""
+    silent = {sign.layer for sign in incident.signs if sign.layer in history.layers and sign.numbers.get("layer")}
+    places = [place for place, name in enumerate(history.layers) if name in silent]
+    if not places:
+        return False
+    last = min(places, key=lambda place: float(history.order[place]))
+    module = history.layers[last].rpartition(".")[0]
+    own = [place for place, name in enumerate(history.layers) if name.rpartition(".")[0] == module]
+    return len(own) > 1 and not history.matrices[own].all() and set(own) <= set(places)
 
 
 def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[str]:

@@ -327,6 +327,33 @@ def a_loss_that_is_overwritten_later_is_recorded_as_it_was(s: StandIn) -> None:
 
 
 @check("watching")
+def parts_that_no_longer_train_are_told_as_on_the_cpu(s: StandIn) -> None:
+    """One whose gradient stops, one that is frozen, and one that is unfrozen although no optimizer holds it."""
+    told: dict[str, list[object]] = {}
+    for where in ("cpu", "cuda"):
+        x, y = (part.to(where) for part in data(64))
+        torch.manual_seed(0)
+        stops, freezes, late = (mlp(inputs=8).to(where) for _ in range(3))
+        late.requires_grad_(requires_grad=False)
+        model = nn.ModuleList([stops, freezes, late])
+        optimizer = torch.optim.Adam([*stops.parameters(), *freezes.parameters()], lr=1e-4)
+        s.begin()
+        with gradwatch.attach(model, report=None, strict=True) as monitor:
+            for step in range(400):
+                freezes.requires_grad_(requires_grad=step < 100)
+                late.requires_grad_(requires_grad=step >= 100)
+                optimizer.zero_grad()
+                outputs = [part(x) for part in (stops, freezes, late)[step >= 200 :]]
+                sum(nn.functional.mse_loss(one, y) for one in outputs).backward()  # type: ignore[union-attr]
+                optimizer.step()
+            assert s.waits == ""
+        told[where] = [[one.kind, one.suspect, one.signs[0].words, one.advice[0]] for one in monitor.incidents]
+        told[where] += monitor.notes
+    assert told["cpu"] == told["cuda"]
+    assert [line[:2] for line in told["cpu"]] == [["frozen", "2.0.weight"], ["dead", "0.0.weight"]], told  # type: ignore[index]
+
+
+@check("watching")
 def gradients_set_to_zero_after_a_left_out_step_take_its_loss_along(s: StandIn) -> None:
     """They are not read for that."""
     model = mlp().to("cuda")

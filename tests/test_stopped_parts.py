@@ -1,0 +1,218 @@
+"""Parts of a model that no longer train: whose gradient stops, that were frozen, or that no optimizer holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradwatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STOP = 200  # step from which on the program does something else
+
+Losses = tuple[Tensor, Tensor]
+
+
+class TwoHeads(nn.Module):
+    """A trunk with two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(8, 32), nn.ReLU())
+        self.head = nn.Linear(32, 3)
+        self.aux = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def trained(
+    loss_of: Callable[[TwoHeads, Tensor, int], Tensor],
+    steps: int = 400,
+    *,
+    learns: bool = True,
+    to_none: bool = True,
+    **settings: Any,
+) -> gradwatch.Monitor:
+    """Train on a loss of the model, the batch and the step; ``learns`` is False for labels drawn by lot."""
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3 if learns else 1e-4)
+    with gradwatch.attach(model, report=None, strict=True, **settings) as monitor:
+        for step in range(steps):
+            x = torch.randn(64, 8)
+            optimizer.zero_grad(set_to_none=to_none)
+            loss_of(model, x, step).backward()
+            optimizer.step()
+    return monitor
+
+
+def entropy(outputs: Tensor, x: Tensor) -> Tensor:
+    """Return the cross-entropy against classes that the inputs tell."""
+    return nn.functional.cross_entropy(outputs, x[:, :3].argmax(1))
+
+
+def both(model: TwoHeads, x: Tensor) -> Tensor:
+    """Return the loss of both heads."""
+    hidden = model.trunk(x)
+    return entropy(model.head(hidden), x) + entropy(model.aux(hidden), x)
+
+
+def unused(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+    """Use the second head at first only."""
+    return both(model, x) if step < STOP else entropy(model.head(model.trunk(x)), x)
+
+
+def detached(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+    """Cut the trunk off later."""
+    if step < STOP:
+        return both(model, x)
+    hidden = model.trunk(x).detach()
+    return entropy(model.head(hidden), x) + entropy(model.aux(hidden), x)
+
+
+def without_grad(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+    """Compute the trunk without autograd later."""
+    with torch.set_grad_enabled(step < STOP):
+        hidden = model.trunk(x)
+    return entropy(model.head(hidden), x) + entropy(model.aux(hidden), x)
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "layer", "settings"),
+    [
+        (unused, "aux.0.weight", {}),
+        (detached, "trunk.0.weight", {}),
+        (without_grad, "trunk.0.weight", {}),
+        (unused, "aux.0.weight", {"clip": "norm"}),
+        (unused, "aux.0.weight", {"every": 2}),
+    ],
+)
+def test_a_part_whose_gradient_stops_is_told_with_its_step(
+    loss_of: Callable[[TwoHeads, Tensor, int], Tensor], layer: str, settings: dict[str, Any]
+) -> None:
+    """Although the gradient is missing, not zero."""
+    monitor = trained(loss_of, **settings)
+    (incident,) = [incident for incident in monitor.incidents if incident.kind == "dead"]
+    assert incident.suspect == layer
+    assert incident.open
+    (sign,) = [sign for sign in incident.signs if sign.layer == layer]
+    assert f"no gradient had reached {layer} at any measured step since step {STOP}, although the optimizer" in str(
+        sign
+    )
+    assert f"since step {STOP}: from then on, no backward reaches {layer}" in incident.advice[0]
+    assert len(incident.advice) == 1
+
+
+def test_a_run_that_has_not_learned_is_not_healthy_without_a_part_of_it() -> None:
+    """Where the loss has been halved without it, it is a notice."""
+
+    def by_lot(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+        return unused(model, x[torch.randperm(64)] * 0.01, step)
+
+    assert trained(unused).verdict == "healthy"
+    assert trained(by_lot, learns=False).verdict == "suspected"
+
+
+def test_it_is_over_when_the_gradient_is_back() -> None:
+    """Not at the first step."""
+
+    def back(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+        return unused(model, x, step if step < 300 else 0)
+
+    (incident,) = [incident for incident in trained(back).incidents if incident.kind == "dead"]
+    assert incident.closed_step is not None
+    assert 300 + 16 <= incident.closed_step < 360
+
+
+def one_of_two(model: TwoHeads, x: Tensor, first: bool) -> Tensor:
+    """Return the loss of one head."""
+    hidden = model.trunk(x)
+    return entropy((model.head if first else model.aux)(hidden), x)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda step: step % 2 == 0,
+        lambda step: step % 30 > 0,
+        lambda _: torch.rand(()).item() < 0.9,
+        lambda _: torch.rand(()).item() < 0.98,
+    ],
+    ids=["by turns", "each thirtieth", "a tenth by chance", "a fiftieth by chance"],
+)
+def test_a_part_that_is_used_now_and_then_has_not_stopped(first: Callable[[int], bool]) -> None:
+    """Neither where its steps are regular, nor where they are few."""
+    monitor = trained(lambda model, x, step: one_of_two(model, x, first(step)), 900)
+    assert [incident for incident in monitor.incidents if incident.kind == "dead"] == []
+
+
+def test_parts_that_train_in_turns_of_many_steps_are_told_once() -> None:
+    """Once a part has come back, an absence as long as its last one is not news, however long ago it began."""
+    monitor = trained(lambda model, x, step: one_of_two(model, x, step // 300 % 2 == 0), 3000)
+    dead = [incident for incident in monitor.incidents if incident.kind == "dead"]
+    assert len(dead) == 1
+    assert dead[0].closed_step is not None
+    (note,) = monitor.notes
+    assert note.startswith("no gradient has reached aux.0.weight, aux.0.bias, aux.2.weight and 1 more in 112 steps")
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("begin", [0, STOP])
+def test_a_part_that_is_frozen_on_purpose_is_neither_dead_nor_missed(begin: int, to_none: bool) -> None:
+    """Though the optimizer holds it; from the start or later, with gradients that are left at zero or removed."""
+
+    def freezes(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+        if step == begin:
+            model.trunk.requires_grad_(requires_grad=False)
+        return both(model, x)
+
+    monitor = trained(freezes, to_none=to_none)
+    assert monitor.incidents == []
+    assert monitor.notes == []
+    trunk = [name.startswith("trunk") for name in monitor.history.layers]
+    assert torch.isnan(torch.tensor(monitor.history.rate)).tolist() == trunk
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_part_that_is_unfrozen_later_must_be_in_an_optimizer(held: bool) -> None:
+    """The classic mistake of transfer learning: the optimizer was built from what was trainable at first."""
+    torch.manual_seed(0)
+    model = TwoHeads()
+    model.trunk.requires_grad_(requires_grad=False)
+    parameters = [one for one in model.parameters() if held or one.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(500):
+            if step == 100:
+                model.trunk.requires_grad_(requires_grad=True)
+            x = torch.randn(64, 8)
+            optimizer.zero_grad()
+            both(model, x).backward()
+            optimizer.step()
+    frozen = [incident for incident in monitor.incidents if incident.kind == "frozen"]
+    assert [incident.suspect for incident in frozen] == ([] if held else ["trunk.0.weight"])
+    if not held:
+        assert frozen[0].advice[0].startswith("Build the optimizer from model.parameters() after the model is final")
+        assert monitor.verdict != "healthy"
+
+
+@pytest.mark.parametrize("first", [0, STOP])
+def test_an_optimizer_without_any_gradient_does_not_stop_watching(first: int) -> None:
+    """Steps that no backward came before, such as with a scheduler of its own, or after the data has run out."""
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(400):
+            optimizer.zero_grad()
+            if step < first:
+                both(model, torch.randn(64, 8)).backward()
+            optimizer.step()
+        told = str(monitor.summary())
+    assert monitor.history.rows == 400
+    assert "last global gradient norm none" in told
+    assert ("now none" in told) is (first > 0)
+    assert [incident.kind for incident in monitor.incidents] == (["dead"] if first else [])
