@@ -115,6 +115,8 @@ def test_a_jump_of_one_step_has_no_pace() -> None:
     """One odd batch, or a swing that is over, says nothing of the steps to come."""
     assert forecast(np.array([1.0, 1.2, 0.9, 1.1, 1.0, 0.8, 1.1, 3e6]), 12) == []
     assert forecast(np.array([1.0, 1.0, 20.0, 400.0, 8000.0, 900.0, 100.0, 60.0]), 12) == []
+    assert forecast(np.array([1.0, 1.0, 60.0, 60.0, 61.0, 60.0, 4000.0, 4001.0]), 12) == []
+    assert forecast(np.array([1.0, 1.0, 1.0, 60.0, 60.0, 61.0, 60.0, 4000.0]), 12) == []
     assert forecast(np.array([1.0, 1.0, 1.0, 1.0, 1.0, 20.0, 400.0, 8000.0]), 12)
 
 

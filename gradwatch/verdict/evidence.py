@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.history.statistics import doubling, ignore_fp_warnings
+from gradwatch.history.statistics import doubling, ignore_fp_warnings, median
 from gradwatch.text.wording import counted, number
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def said(signs: Sequence[Alarm], suspect: str | None) -> str:
 def forecast(norms: Floats, step: int) -> list[str]:
     """Return a sentence that says when growing gradients will exceed float16 and float32; no sentence if they do not grow.
 
-    A jump of one step has no pace: the growth of the other steps counts, and the last norm has to be the largest.
+    A jump of one step has no pace: the growth of the other steps counts, the median of the last three steps has to keep half of
+    the pace, and the last norm has to be the largest.
 
     Args:
         norms: the last global norms, shape (n,), oldest first.
@@ -85,8 +86,11 @@ def forecast(norms: Floats, step: int) -> list[str]:
     """
     steps = doubling(norms)
     with ignore_fp_warnings():
-        jump = np.fmax.reduce(norms[1:] / norms[:-1], initial=1.0)
+        grown = norms[1:] / norms[:-1]
+        jump = np.fmax.reduce(grown, initial=1.0)
     if not steps <= _QUICK or not 4 * jump * norms[0] < norms[-1] < math.inf or norms[-1] < np.fmax.reduce(norms):
+        return []
+    if not median(grown[-3:]) >= 2 ** (0.5 / steps):
         return []
     room = {np.dtype(kind).name: float(np.finfo(kind).max / norms[-1]) for kind in (np.float16, np.float32)}
     until = {
