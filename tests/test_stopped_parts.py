@@ -176,6 +176,25 @@ def test_a_part_that_is_frozen_on_purpose_is_neither_dead_nor_missed(begin: int,
     assert torch.isnan(torch.tensor(monitor.history.rate)).tolist() == trunk
 
 
+def test_a_model_that_is_frozen_as_a_whole_keeps_its_learning_rate() -> None:
+    """No rate is known of a row without a trainable layer, which is not a rate of zero."""
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(300):
+            model.requires_grad_(step < STOP)
+            optimizer.zero_grad()
+            loss = both(model, torch.randn(64, 8))
+            if loss.requires_grad:
+                loss.backward()
+            optimizer.step()
+    assert monitor.history.facts.rate == 0.01
+    assert monitor.history.zero_rate_since is None
+    assert monitor.incidents == []
+    assert monitor.notes == []
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_a_part_that_is_unfrozen_later_must_be_in_an_optimizer(held: bool) -> None:
     """The classic mistake of transfer learning: the optimizer was built from what was trainable at first."""

@@ -99,8 +99,8 @@ class History(LossLevels):
         if row.rate is not None and row.rate is not self.rate:
             self.rate = row.rate
             top = self._largest_rate
-            with ignore_fp_warnings():
-                self.facts = replace(self.facts, rate=float(np.nanmax(row.rate, initial=0.0)))
+            if not math.isnan(top):  # unknown, or all layers are frozen
+                self.facts = replace(self.facts, rate=max(top, 0.0))
             if math.isnan(self.first_rate) and top > 0:
                 self.first_rate = top
             if top != 0:
