@@ -161,7 +161,7 @@ def _dead(incident: Incident, history: History, opening: Opening) -> Iterator[st
     elif born:
         yield f"Initialise module {module} anew, with biases at zero: {incident.suspect} was dead from the first steps on."
     cut = f"Look for a detach(), an argmax or an output that the loss does not use, between {incident.suspect} and the loss."
-    unused = _ends_before_its_bias(incident, history)
+    unused = not facts.saturates and _ends_before_its_bias(incident, history)
     if unused:
         yield cut
     if facts.saturates and not facts.rectified:
@@ -179,7 +179,10 @@ def _dead(incident: Incident, history: History, opening: Opening) -> Iterator[st
 
 
 def _ends_before_its_bias(incident: Incident, history: History) -> bool:
-    """Return whether the dead layers end with a whole module, bias included: dead inputs would leave its bias a gradient."""
+    """Return whether the dead layers end with a whole module, bias included.
+
+    A dead ReLU leaves a gradient to the bias of the layer after it; a saturated activation may leave all of that layer alive.
+    """
     silent = {sign.layer for sign in incident.signs if sign.layer in history.layers and sign.numbers.get("layer")}
     places = [place for place, name in enumerate(history.layers) if name in silent]
     if not places:
