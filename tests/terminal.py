@@ -213,7 +213,7 @@ class Person:
             self.raw += part
             self._stream.feed(part)
 
-    def until(self, *words: str, seconds: float = 30) -> str:
+    def until(self, *words: str, seconds: float = 90) -> str:
         """Look until all words are on the screen; return it."""
         deadline = time.monotonic() + seconds
         while not all(word in "\n".join(self.lines) for word in words):
@@ -233,7 +233,7 @@ class Person:
 
     def leave(self) -> int:
         """Wait for the command's end; return its exit code."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while self.process.poll() is None:
             assert time.monotonic() < deadline
             self.look(0.05)
