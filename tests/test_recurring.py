@@ -1,8 +1,9 @@
-"""Jumps that come back with a period: one story, a routine of the program unless they grow."""
+"""What comes back: jumps with a period, a routine of the program unless they grow, and steps that are not finite."""
 
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 import torch
@@ -90,3 +91,55 @@ def test_targets_that_grow_with_a_period_run_away() -> None:
     assert grave
     assert "the values run away" in grave[-1].advice[0]
     assert monitor.verdict != "healthy"
+
+
+def interrupted(bad: dict[int, str]) -> tuple[gradwatch.Monitor, str]:
+    """Train a model whose input or whose loss is NaN at some steps; return the monitor and its lines."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    lines = io.StringIO()
+    with gradwatch.attach(model, report=LogReport(lines), clip="norm", strict=True, forensics=False) as monitor:
+        for step in range(max(bad) + 40):
+            x = torch.randn(32, 10)
+            target = 2 * x[:, :1]
+            if bad.get(step) == "input":
+                x[3, 2] = math.nan
+            optimizer.zero_grad()
+            kept = 0 if bad.get(step) == "mean over nothing" else 32  # as when a mask leaves no row
+            loss = nn.functional.mse_loss(model(x)[:kept], target[:kept])
+            loss.backward()
+            optimizer.step()
+    return monitor, lines.getvalue()
+
+
+def test_steps_that_are_not_finite_again_say_which_time_it_is_and_refer_to_the_advice() -> None:
+    """A bad batch every 50 steps: from the second time on with the period, since the start of the run counts as one."""
+    monitor, lines = interrupted(dict.fromkeys((50, 100, 150, 200), "input"))
+    first, *again = map(str, monitor.incidents)
+    assert "time" not in first
+    assert [one.partition(", the ")[2] for one in again] == [
+        f"{nth} time since step 50, about every 50 steps" for nth in ("2nd", "3rd", "4th")
+    ]
+    assert lines.count("|   do: Look for log(0)") == 1
+    assert lines.count("|   do: as at step 50") == 3
+
+
+def test_the_times_are_all_of_the_run_whatever_was_not_finite() -> None:
+    """A NaN loss without a gradient and one with, and one within the first incident; a later period is one of late."""
+    bad = {40: "input", 61: "input", 230: "mean over nothing", 330: "input", 430: "mean over nothing"}
+    monitor, _ = interrupted(bad)
+    assert [str(one).partition(", the ")[2] for one in monitor.incidents] == [
+        "",
+        "3rd time since step 40",
+        "4th time since step 40",
+        "5th time since step 40, lately about every 100 steps",
+    ]
+    assert "not finite again once, last at step 61" in monitor.incidents[0].evidence
+
+
+def test_times_within_an_open_incident_are_one_of_its_sentences() -> None:
+    """A bad batch every ten steps leaves no time in which an incident could close."""
+    monitor, _ = interrupted(dict.fromkeys(range(10, 111, 10), "input"))
+    (incident,) = monitor.incidents
+    assert incident.evidence[-1] == "not finite again 10 times, last at step 110, about every 10 steps"

@@ -9,7 +9,7 @@ from gradwatch.records.clip_record import ClipRecord  # noqa: TC001
 from gradwatch.records.kinds import EXPLOSION, Kind, Phase, Severity, Verdict
 from gradwatch.records.origin import Origin  # noqa: TC001
 from gradwatch.text.printable import printable
-from gradwatch.text.wording import ordinal
+from gradwatch.text.wording import about_every, ordinal
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -37,8 +37,10 @@ class Incident:
         origin: the operation that made the first non-finite number; None if it is not known.
         number: index of the incident in the run, from 0.
         left: what is worse than before the fault although the incident is closed, in sentences.
-        times: its number in a series of jumps that come back with a period; 1: there is no series.
-        period: number of steps from one of them to the next; None: there is no series.
+        times: its number in a series of jumps that come back with a period, or among all times that steps of the run were not
+            finite; 1: it is the first, or there is no series.
+        period: number of steps from one of them to the next; None: they come without a period.
+        since: step of the first of the times that steps were not finite; None: it is of another kind.
     """
 
     kind: Kind
@@ -60,6 +62,7 @@ class Incident:
     origin: Origin | None = None
     times: int = 1
     period: int | None = None
+    since: int | None = None
 
     @property
     def open(self) -> bool:
@@ -85,8 +88,19 @@ class Incident:
         steps = f"step {self.opened_step}" + (f" to {self.closed_step}" if self.closed_step is not None else "")
         suspect = f", prime suspect {self.suspect}" if self.suspect else ""
         word = "over, with damage" if self.verdict == "damaged" else self.verdict
-        again = f", the {ordinal(self.times)} time, about every {self.period} steps" if self.period is not None else ""
-        return printable(f"{self.kind} {word} ({self.severity}), {steps}{again}{suspect}")
+        return printable(f"{self.kind} {word} ({self.severity}), {steps}{self._again}{suspect}")
+
+    @property
+    def _again(self) -> str:
+        """Which time it is, if it is known to come back."""
+        if self.since is None:
+            return (
+                f", the {ordinal(self.times)} time, about every {self.period} steps" if self.period is not None else ""
+            )
+        if self.times < 2:
+            return ""
+        pace = about_every(self.period, self.opened_step - self.since, self.times - 1)
+        return f", the {ordinal(self.times)} time since step {self.since}{pace}"
 
     def __str__(self) -> str:
         origin = f": {self.origin}" if self.origin is not None else ""

@@ -58,6 +58,18 @@ def ordinal(count: int) -> str:
     return f"{count:,}" + ("th" if 10 < last < 20 else {1: "st", 2: "nd", 3: "rd"}.get(last % 10, "th"))
 
 
+def about_every(period: int | None, steps: int, times: int) -> str:
+    """Return the period of something that came ``times`` times in so many steps; "lately" unless it is that of all of them.
+
+    >>> about_every(50, 400, 8), about_every(50, 400, 5), about_every(None, 400, 5)
+    (', about every 50 steps', ', lately about every 50 steps', '')
+    """
+    if period is None:
+        return ""
+    lately = "lately " if abs(steps - times * period) > max(times, steps / 100) else ""
+    return f", {lately}about every {period} steps"
+
+
 def last_steps(count: float, first: float, last: float) -> str:
     """Return the last ``count`` measured steps as a phrase, which says so if others from ``first`` to ``last`` were not measured.
 

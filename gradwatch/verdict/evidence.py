@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.statistics import doubling, ignore_fp_warnings, median
-from gradwatch.text.wording import counted, number
+from gradwatch.text.wording import about_every, counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gradwatch.history.history import History
-    from gradwatch.records import Alarm, Floats
+    from gradwatch.records import Alarm, Floats, Incident
+    from gradwatch.verdict.recurring import Returns
     from gradwatch.verdict.story import Story
 
 _TREND = 8  # steps over which growth is measured
@@ -45,6 +46,15 @@ class Evidence:
         if any(sign.sign == "growth" for sign in signs):
             lines += forecast(self._history.global_norm(last=_TREND), self._history.row.step)
         return (*lines, *story.findings)
+
+    @staticmethod
+    def returned(incident: Incident, last: Returns) -> tuple[str, ...]:
+        """Return that steps of an open incident were not finite again; () if they were not."""
+        times = last.times - incident.times
+        if not times:
+            return ()
+        pace = about_every(last.period, last.step - incident.opened_step, times)
+        return (f"not finite again {'once' if times == 1 else counted(times, 'time')}, last at step {last.step}{pace}",)
 
     def _find(self, story: Story) -> None:
         """Record the layer, the elements and the processes at which the first non-finite values were found."""

@@ -21,7 +21,7 @@ from gradwatch.verdict.damage import damage_since
 from gradwatch.verdict.evidence import Evidence
 from gradwatch.verdict.harm import Harm
 from gradwatch.verdict.opening import opening_of
-from gradwatch.verdict.recurring import Recurring
+from gradwatch.verdict.recurring import Recurring, TimesNonFinite
 from gradwatch.verdict.story import Story, kind_of, phase_of, severity_of
 from gradwatch.verdict.suspects import Suspects
 
@@ -79,6 +79,7 @@ class Incidents:
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
         self.recurring = Recurring()
+        self._nonfinite = TimesNonFinite()
         self._told = 0
         self._exploded = -math.inf  # step at which the last explosion that was more than a notice has ended
         self._origin: Origin | None = None  # of the row that is about to be judged
@@ -124,6 +125,7 @@ class Incidents:
             The incidents that opened or closed, or whose kind, severity or verdict changed.
         """
         self._suspects.follow(step)
+        was_finite = not self._is_nonfinite()
         touched = set()
         for alarm in changes:
             name: str = "explosion" if alarm.kind in EXPLOSION else alarm.kind
@@ -135,12 +137,19 @@ class Incidents:
             else:
                 story.firing.pop(key, None)
             touched.add(name)
+        if was_finite and self._is_nonfinite():
+            self._nonfinite.came(step)
         news = self._end_by_another_cause(step)
         for name in list(self._stories):
             new = self._judge(name, self._stories[name], step, touched=name in touched)
             if new is not None:
                 news.append(new)
         return news + self._look_again() if self._aftermath else news
+
+    def _is_nonfinite(self) -> bool:
+        """Return whether a sign of NaN or infinity fires."""
+        story = self._stories.get("explosion")
+        return story is not None and any(sign.kind == "nonfinite" for sign in story.firing.values())
 
     def _end_by_another_cause(self, step: int) -> list[Incident]:
         """Close the open explosion if a sign of another cause begins to fire after it is over; return it.
@@ -316,7 +325,7 @@ class Incidents:
         suspect = self._suspects.prime(signs, layers, kind, phase, moved)
         if before is not None and before.suspect and not moved and (before.kind == kind or phase is None):
             suspect = before.suspect
-        return replace(
+        after = replace(
             before or Incident(kind, severity, verdict, opened_step=step, number=self._told),
             kind=kind,
             severity=severity,
@@ -331,7 +340,17 @@ class Incidents:
             origin=story.origin,
             times=story.recurrence.times,
             period=story.recurrence.period,
+            since=None,
         )
+        return self._counted(after, before) if kind == "nonfinite" else after
+
+    def _counted(self, after: Incident, before: Incident | None) -> Incident:
+        """Return a non-finite incident with its place among the times that steps of the run were not finite."""
+        last = self._nonfinite.last
+        if before is None or before.kind != "nonfinite":
+            return replace(after, times=last.times, since=last.since, period=last.period)
+        evidence = (*after.evidence, *self._evidence.returned(before, last))
+        return replace(after, times=before.times, since=before.since, period=before.period, evidence=evidence)
 
     def _add(self, story: Story, incident: Incident) -> None:
         """Add an incident that opens."""

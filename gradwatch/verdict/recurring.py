@@ -1,4 +1,7 @@
-"""Jumps of the loss that no update has caused and that come back with a period: targets or data that the program changes then."""
+"""What comes back: jumps of the loss that no update has caused, and steps that are not finite.
+
+Jumps that come back with a period are those of targets or data that the program changes then.
+"""
 
 from __future__ import annotations
 
@@ -68,3 +71,38 @@ class Recurring:
     def _fits(gap: int, period: int) -> bool:
         periods = round(gap / period)
         return 1 <= periods <= _MISSED and abs(gap - periods * period) <= max(1.0, _NEAR * gap)
+
+
+class Returns(NamedTuple):
+    """The place of a step that is not finite among those of the run.
+
+    Attributes:
+        times: times that steps were not finite so far, this one included; those in between which the alarm did not resolve are
+            one time.
+        since: the first such step; None: there was none.
+        step: the step at which it came last.
+        period: number of steps from one time to the next; None: they do not come with a period, or it is not known yet.
+    """
+
+    times: int = 0
+    since: int | None = None
+    step: int = -1
+    period: int | None = None
+
+
+class TimesNonFinite:
+    """The times that steps of one run were not finite, whatever was: the loss, gradients or weights.
+
+    Attributes:
+        last: place of the last one.
+    """
+
+    def __init__(self) -> None:
+        self._series = Recurring()
+        self.last = Returns()
+
+    def came(self, step: int) -> None:
+        """Record that ``step`` is not finite, after steps that were."""
+        period = self._series.jumped(step, 0.0).period
+        since = step if self.last.since is None else self.last.since
+        self.last = Returns(self.last.times + 1, since, step, period)
