@@ -133,6 +133,27 @@ def test_a_clip_is_judged_by_the_steps_that_it_cut() -> None:
     assert text in str(monitor.summary())
 
 
+def test_a_clip_that_scales_up_is_said_to_have_done_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In summary, live view, card, page and run log: a norm above all of the run's, then one within them."""
+    for norm in (100.0, 0.5):
+        model, folder = mlp(), tmp_path / str(norm)
+        policy = gradwatch.AutoClip(gradwatch.ScaleToNorm(norm), when="always")
+        with gradwatch.attach(model, log=folder, report=None, strict=True, clip=policy) as monitor:
+            train(model, torch.optim.SGD(model.parameters(), lr=1e-4), 60)
+        norms = monitor.history.global_norm()
+        cut, larger = int((norms > norm).sum()), int((norms < norm).sum())
+        did, share = f"{cut or 'none'}", f"{100 * larger / 60:.0f} %"
+        summary = str(monitor.summary())
+        assert f": {cut} steps clipped, {larger} scaled up, 0 skipped" in summary
+        assert f"of the last 60 steps and scaled up {share}" in summary
+        assert (f"which cut {did} of" in summary) is (cut == 0)
+        assert f"{larger} scaled up" in " ".join(drawn(monitor.snapshot(), 100, 24))
+        with RunLog(folder) as log:
+            assert snapshot_of(log).scaled_up == larger
+        assert main(["report", str(folder), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["scaled_up"] == larger
+
+
 def test_clips_are_called_by_their_owner() -> None:
     """Yours, auto-clip's, or both."""
     policy = gradwatch.AutoClip(gradwatch.ClipNorm(0.3), when="always")

@@ -22,7 +22,7 @@ from gradwatch.history.history import SETTLED
 from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import jump_scale, one_step_norms
 from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
-from gradwatch.records import SEVERITIES, ClipRecord
+from gradwatch.records import SCALED_UP, SEVERITIES, ClipRecord
 
 if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
@@ -48,6 +48,7 @@ class AutoClipEngine:
 
     Attributes:
         clipped: number of steps that were clipped.
+        scaled_up: number of steps whose gradients the clip made larger.
         skipped: number of steps that were left out.
         further: the state of the measures beyond clipping.
         record: what was done since an incident switched auto-clip on; None if no incident did.
@@ -58,6 +59,7 @@ class AutoClipEngine:
         self._limits = policy.limits
         self.history = history
         self.clipped = 0
+        self.scaled_up = 0
         self.skipped = 0
         self.further = Escalation(policy)
         self.record: ClipRecord | None = None
@@ -264,7 +266,9 @@ class AutoClipEngine:
             coefficient: global norm after clipping over the norm before.
         """
         clipped = decision.clip is not None and coefficient < 1.0
+        scaled_up = decision.clip is not None and coefficient > SCALED_UP
         self.clipped += clipped
+        self.scaled_up += scaled_up
         self.skipped += decision.skip
         self._idle = 0 if clipped or decision.skip else self._idle + 1
         if self.record is None:
@@ -278,6 +282,7 @@ class AutoClipEngine:
             self.record,
             steps=self.record.steps + 1,
             clipped=self.record.clipped + clipped,
+            scaled_up=self.record.scaled_up + scaled_up,
             skipped=self.record.skipped + decision.skip,
             loss_after=row.loss,
         )

@@ -99,6 +99,7 @@ def _plain(log: RunLog, snapshot: Snapshot) -> dict[str, Any]:
                 "usual_norms": snapshot.usual_norms,
                 "clip_use": snapshot.clip_use,
                 "clipped": snapshot.clipped,
+                "scaled_up": snapshot.scaled_up,
                 "skipped": snapshot.skipped,
                 "incidents": list(snapshot.incidents),
                 "notes": list(snapshot.notes),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.typical_norm import LEAST_NORMS, PAST
-from gradwatch.records import ClipUse, UsualNorms
+from gradwatch.records import SCALED_UP, ClipUse, UsualNorms
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
@@ -48,4 +48,5 @@ def clip_use_of(history: History, *, auto_clipped: bool) -> ClipUse | None:
     left = history.clip_coefficient()[~history.skipped()]
     cut = left[left < 1]
     whose = " and ".join(filter(None, (yours, auto)))
-    return ClipUse(whose, len(left), len(cut), float(cut.min()) if len(cut) else float("nan"))
+    enlarged = int(np.count_nonzero(left > SCALED_UP))
+    return ClipUse(whose, len(left), len(cut), float(cut.min()) if len(cut) else float("nan"), enlarged)

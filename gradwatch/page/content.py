@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.history.statistics import ignore_fp_warnings
+from gradwatch.records import SCALED_UP
 from gradwatch.reports.names import labels_of, names_of
 from gradwatch.reports.standing import sentences
 from gradwatch.runlog import Series
@@ -55,13 +56,14 @@ def content_of(log: RunLog) -> dict[str, Any]:
         "loss": line_of(series.step, series.loss) if snapshot.provenance.loss != "none" else None,
         "global_norm": line_of(series.step, series.global_norm),
         "clip_coefficient": line_of(series.step, series.clip_coefficient)
-        if (series.clip_coefficient < 1).any()
+        if ((series.clip_coefficient < 1) | (series.clip_coefficient > SCALED_UP)).any()
         else None,
         "learning_rate": _changing(series.step, series.learning_rate),
         "loss_scale": _changing(series.step, series.loss_scale),
         "last_loss_scale": float(series.loss_scale[-1]) if len(series.step) else float("nan"),
         "skipped": series.step[series.skipped][:2000].tolist(),
         "clipped_steps": int((series.clip_coefficient < 1).sum()),
+        "scaled_up_steps": int((series.clip_coefficient > SCALED_UP).sum()),
         "skipped_steps": int(series.skipped.sum()),
         "gradient": cells_of(steps, norms, _COLUMNS, log.nonfinite()),
         "weight": cells_of(weight_steps, weights, _WEIGHT_COLUMNS, log.nonfinite(weight=True)),

@@ -240,6 +240,7 @@ function fillHead() {
     ["incidents", run.incidents.length ? `${run.incidents.length}, worst ${SEVERITIES[Math.max(...run.incidents.map((one) => SEVERITIES.indexOf(one.severity)))]}` : "none"]];
   if (run.last_loss_scale !== "nan") figures.push(["loss scale", number(run.last_loss_scale)]);
   if (run.facts.clip) figures.push(["clipped", counted(run.clipped_steps, "step")], ["skipped", counted(run.skipped_steps, "step")]);
+  if (run.scaled_up_steps) figures.push(["scaled up", counted(run.scaled_up_steps, "step")]);
   for (const [name, value] of figures) {
     const pair = element("div");
     pair.append(element("dt", name), element("dd", value));

@@ -24,11 +24,12 @@ from gradwatch.records.kinds import (
 )
 from gradwatch.records.origin import Direction, Operand, Origin, Part, Subject, Way
 from gradwatch.records.own_time import OwnTime
-from gradwatch.records.row import Culprits, NonFinite, Provenance, Row, Scalars
+from gradwatch.records.row import SCALED_UP, Culprits, NonFinite, Provenance, Row, Scalars
 from gradwatch.records.snapshot import Facts, Snapshot
 
 __all__ = [
     "EXPLOSION",
+    "SCALED_UP",
     "SEVERITIES",
     "VERDICTS",
     "Alarm",

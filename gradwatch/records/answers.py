@@ -49,22 +49,27 @@ class ClipUse:
         steps: number of steps that are counted.
         cut: number of those in which it made the gradients smaller.
         least: smallest share of a norm that it left; NaN if it made none smaller.
+        enlarged: number of those in which it made the gradients larger.
     """
 
     whose: str
     steps: int
     cut: int
     least: float
+    enlarged: int = 0
 
     def __str__(self) -> str:
-        return self.brief + (" of the norm" if self.cut else "")
+        return self.brief + (" of the norm" if self.cut and not self.enlarged else "")
 
     @property
     def brief(self) -> str:
         """The same in at most 80 characters, if the name of the clip is short."""
         last = f"norm before {self.whose}, which cut {{}} of the last {counted(self.steps, 'step')}"
+        share = percent(self.cut / self.steps) if self.cut else "none"
+        if self.enlarged:
+            return f"{last.format(share)} and scaled up {percent(self.enlarged / self.steps)}"
         if not self.cut:
-            return last.format("none")
+            return last.format(share)
         left = 100 * self.least
         left = math.floor(left) if left >= 1 else left
-        return f"{last.format(percent(self.cut / self.steps))}, never below {number(left, 2)} %"
+        return f"{last.format(share)}, never below {number(left, 2)} %"

@@ -17,6 +17,7 @@ class ClipRecord:
         clip: the clip, in words.
         from_step: step at which auto-clip was switched on.
         clipped: number of steps that were clipped.
+        scaled_up: number of steps whose gradients the clip made larger.
         skipped: number of steps that were left out.
         steps: number of steps while it was on.
         norm_before: largest global norm meanwhile.
@@ -51,6 +52,7 @@ class ClipRecord:
     family: Family = "other"
     damage: str = ""
     mended_step: int | None = None
+    scaled_up: int = 0
 
     @property
     def share(self) -> float:
@@ -59,6 +61,8 @@ class ClipRecord:
 
     def __str__(self) -> str:
         parts = [f"{self.clip} clipped {self.clipped:,} of {counted(self.steps, 'step')}"]
+        if self.scaled_up:
+            parts[0] += f", {self.scaled_up:,} scaled up"
         if self.skipped:
             parts[0] += f", {self.skipped} skipped"
         if math.isfinite(self.norm_before):
@@ -82,7 +86,9 @@ class ClipRecord:
         if self.norm_after == 0 and self.skipped:
             return ", of a step that was left out"
         before, after = number(self.norm_before), number(self.norm_after)
-        return f", clipped to {after}" if self.norm_after < self.norm_before and before != after else ""
+        if before == after or math.isnan(self.norm_after):
+            return ""
+        return f", {'clipped' if self.norm_after < self.norm_before else 'scaled up'} to {after}"
 
     @property
     def _outcome(self) -> str:
@@ -95,7 +101,7 @@ class ClipRecord:
                 "the others were well: they carry a rare signal. It is not switched on again for gradients up to "
                 f"{number(self.norm_before)}"
             )
-        if not self.clipped + self.skipped:
+        if not self.clipped + self.scaled_up + self.skipped:
             return "it changed no step"
         if not self.damage:
             return ""

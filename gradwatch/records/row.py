@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from gradwatch.records.kinds import Floats
 
+SCALED_UP = (
+    1 + 1e-6
+)  # clip coefficient beyond which gradients were made larger; a norm that is measured again may differ by less
+
 
 class NonFinite(IntFlag):
     """The kinds of non-finite values in a gradient."""

@@ -122,6 +122,7 @@ class Snapshot:
         usual_norms: the usual range of the global norm; None: it is not known.
         clip_use: what a clip that may act on each step did; None: there is none.
         measured: False if no layer had a gradient in the last row.
+        scaled_up: number of steps whose gradients auto-clip made larger.
     """
 
     facts: Facts
@@ -153,3 +154,9 @@ class Snapshot:
     usual_norms: UsualNorms | None = None
     clip_use: ClipUse | None = None
     measured: bool = True
+    scaled_up: int = 0
+
+    @property
+    def not_clipped(self) -> str:
+        """What auto-clip did to steps that it did not clip, in words."""
+        return (f"{self.scaled_up:,} scaled up, " if self.scaled_up else "") + f"{self.skipped:,} skipped"

@@ -88,7 +88,7 @@ def card_of(snapshot: Snapshot, *, live: bool) -> str:
         parts.append(_table(snapshot, names))
     if snapshot.clipping is not None:
         state = f" {'on' if snapshot.clip_on else 'armed'}" if live else ""
-        done = f"{counted(snapshot.clipped, 'step')} clipped, {snapshot.skipped:,} skipped"
+        done = f"{counted(snapshot.clipped, 'step')} clipped, {snapshot.not_clipped}"
         parts.append(f"<div><b>auto-clip{state}</b> {_text(snapshot.clipping)}: {done}</div>")
     parts += _stories(snapshot, names, live=live)
     parts += _notes(snapshot.notes, names)

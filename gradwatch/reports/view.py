@@ -185,7 +185,7 @@ class View:
             Line.assemble(
                 ("auto-clip ", "bold"),
                 state,
-                f"  {snapshot.clipping}, {snapshot.clipped:,} clipped, {snapshot.skipped:,} skipped",
+                f"  {snapshot.clipping}, {snapshot.clipped:,} clipped, {snapshot.not_clipped}",
             ),
             width,
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from gradwatch.records import SCALED_UP
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
 from gradwatch.text.wording import last_steps, number
@@ -24,9 +25,9 @@ class ClipNeverBites(Rule):
     be clipped.
 
     ## Formula
-    `value` is the number of rows since a clip coefficient was last below 1, among those that the history keeps, if a clip is
-    applied on each step; else `0`. It fires where `value > limit` (500). It opens no incident; it is
-    reported as a note, once.
+    `value` is the number of rows since a clip coefficient was last below 1, or above it, as where gradients are scaled to a
+    norm, among those that the history keeps, if a clip is applied on each step; else `0`. It fires where `value > limit` (500).
+    It opens no incident; it is reported as a note, once.
 
     ## Why it is bad
     It does no harm as long as training goes well. But a clip that has never bitten will do little about the first spike: a
@@ -53,6 +54,7 @@ class ClipNeverBites(Rule):
     cases: ClassVar[tuple[Case, ...]] = (
         Case("a threshold far too high", fires=500, clip="1x520"),
         Case("it bit once, 300 steps ago", fires=None, clip="1x200 0.5 1x300"),
+        Case("gradients are scaled up", fires=None, clip="3x520"),
         Case("no clip at all", fires=None, grad="1x520"),
     )
 
@@ -62,7 +64,8 @@ class ClipNeverBites(Rule):
         """Return the number of rows since a clip last bit, shape (1,); 0 while that is at most ``limit``."""
         if not history.clips_each_step or history.rows <= self.limit:
             return np.zeros(1)
-        bites = np.flatnonzero(history.clip_coefficient() < 1)
+        left = history.clip_coefficient()
+        bites = np.flatnonzero((left < 1) | (left > SCALED_UP))
         kept = min(history.rows, history.window)
         return np.array([float(kept - 1 - bites[-1]) if bites.size else float(kept)])
 

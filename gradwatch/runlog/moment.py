@@ -28,8 +28,9 @@ class Moment:
     cost_us: float
     provenance: Provenance
     ending: str = ""
-    usual_norms: UsualNorms | None = None  # not in logs of earlier versions, nor is the next
+    usual_norms: UsualNorms | None = None  # not in logs of earlier versions, nor are the next
     clip_use: ClipUse | None = None
+    scaled_up: int = 0
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Moment:
@@ -50,4 +51,5 @@ class Moment:
             ending=snapshot.ending,
             usual_norms=snapshot.usual_norms,
             clip_use=snapshot.clip_use,
+            scaled_up=snapshot.scaled_up,
         )
