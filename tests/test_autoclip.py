@@ -274,7 +274,17 @@ def test_an_automatic_threshold_goes_down_where_steps_are_too_long() -> None:
     typical = float(np.median(before))
     outside = np.split(before, np.flatnonzero(before <= 2 * typical))  # each excursion, behind the norm before it
     peaks = sorted(float(norms[1:].max()) for norms in outside[1:-1] if len(norms) > 1)
-    assert left.incidents[0].clip.clip == f"ClipNorm(max_norm={float(f'{max(2 * typical, peaks[-3]):.4g}') / 4})"
+    first, record = float(f"{max(2 * typical, peaks[-3]):.4g}"), left.incidents[0].clip
+    assert record.clip == f"ClipNorm(max_norm={first / 4})"
+    assert f": ClipNorm(max_norm={first}), narrowed to {record.clip} by step {record.narrowed_step}, clipped" in str(
+        left.summary()
+    )
+    assert f"auto-clip last set to {record.clip}: " in str(left.summary())
+    lengths, steps = left.history.clip_coefficient() * left.history.global_norm(), left.history.steps()
+    narrow = lengths[(steps >= record.narrowed_step) & (steps < record.narrowed_step + 99)]
+    wide = lengths[(steps >= record.from_step) & (steps < record.narrowed_step)]
+    assert wide.max() == pytest.approx(4 * narrow.max(), rel=1e-3)  # the bound, or less where the step would overshoot
+    assert wide.min() == pytest.approx(2 * narrow.max(), rel=1e-3)
     monitor, seen = exploding(gradwatch.AutoClip("norm", patience=10), steps=80, lasts=80)
     typical = float(np.median(monitor.history.global_norm()[:30]))
     assert [norm(gradients) / typical for gradients in seen[30:]] == pytest.approx([2.0] * 50, rel=1e-3)

@@ -97,6 +97,10 @@ def test_an_ordinal_ends_as_it_is_spoken(count: int, text: str) -> None:
             ClipRecord("ScaleToNorm(norm=9)", 7, clipped=0, scaled_up=2, steps=2, norm_before=3.0, norm_after=9.0),
             "clipped 0 of 2 steps, 2 scaled up; largest norm 3, scaled up to 9;",
         ),
+        (
+            ClipRecord("ClipNorm(max_norm=1)", 7, clipped=5, steps=9, norm_before=9.0, norm_after=4.0, loosened=True),
+            "largest norm 9, clipped to 4 while the bound was loosened;",
+        ),
     ],
 )
 def test_what_a_clip_left_of_the_largest_norm_is_said_only_if_it_changed_it(record: ClipRecord, told: str) -> None:

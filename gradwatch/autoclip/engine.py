@@ -287,7 +287,8 @@ class AutoClipEngine:
             loss_after=row.loss,
         )
         if math.isfinite(norm) and not norm <= record.norm_before:
-            record = replace(record, norm_before=norm, norm_after=0.0 if decision.skip else norm * coefficient)
+            after = 0.0 if decision.skip else norm * coefficient
+            record = replace(record, norm_before=norm, norm_after=after, loosened=self._looseness > 1.0)
         self.record = self._changed = record
 
     def take_changed(self) -> ClipRecord | None:
@@ -381,7 +382,8 @@ class AutoClipEngine:
         if narrows and too_long:
             self._narrowed /= 2
             self._bounds = self._bounds.loosened(1 / 2)
-            self.record = replace(self.record, clip=str(self._bounds))
+            first = self.record.narrowed_from or self.record.clip
+            self.record = replace(self.record, clip=str(self._bounds), narrowed_from=first, narrowed_step=row.step)
         elif self.further.left and not well:
             began = incident.opened_step if incident is not None else self.record.from_step
             done = self.further.go_on(row, began, self._well_below, level)

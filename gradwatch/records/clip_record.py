@@ -14,10 +14,9 @@ class ClipRecord:
     """What auto-clip did about an incident, and whether it helped.
 
     Attributes:
-        clip: the clip, in words.
+        clip: the clip, in words, with the bounds that it had last, before any release by degrees.
         from_step: step at which auto-clip was switched on.
         clipped: number of steps that were clipped.
-        scaled_up: number of steps whose gradients the clip made larger.
         skipped: number of steps that were left out.
         steps: number of steps while it was on.
         norm_before: largest global norm meanwhile.
@@ -33,6 +32,10 @@ class ClipRecord:
         family: family of the optimizer.
         damage: what was worse than before the fault when the incident closed, in words.
         mended_step: step at which that damage was over; None: it was not yet.
+        scaled_up: number of steps whose gradients the clip made larger.
+        narrowed_from: the clip with the bounds at which it was switched on, if they were lowered since; else empty.
+        narrowed_step: step at which they were lowered last; None: they were not.
+        loosened: whether the largest norm came while the bounds were loosened, to release the clip by degrees.
     """
 
     clip: str
@@ -53,6 +56,9 @@ class ClipRecord:
     damage: str = ""
     mended_step: int | None = None
     scaled_up: int = 0
+    narrowed_from: str = ""
+    narrowed_step: int | None = None
+    loosened: bool = False
 
     @property
     def share(self) -> float:
@@ -60,7 +66,10 @@ class ClipRecord:
         return self.clipped / self.steps if self.steps else math.nan
 
     def __str__(self) -> str:
-        parts = [f"{self.clip} clipped {self.clipped:,} of {counted(self.steps, 'step')}"]
+        clip = self.clip
+        if self.narrowed_from:
+            clip = f"{self.narrowed_from}, narrowed to {self.clip} by step {self.narrowed_step},"
+        parts = [f"{clip} clipped {self.clipped:,} of {counted(self.steps, 'step')}"]
         if self.scaled_up:
             parts[0] += f", {self.scaled_up:,} scaled up"
         if self.skipped:
@@ -88,7 +97,8 @@ class ClipRecord:
         before, after = number(self.norm_before), number(self.norm_after)
         if before == after or math.isnan(self.norm_after):
             return ""
-        return f", {'clipped' if self.norm_after < self.norm_before else 'scaled up'} to {after}"
+        done = "clipped" if self.norm_after < self.norm_before else "scaled up"
+        return f", {done} to {after}" + (" while the bound was loosened" if self.loosened else "")
 
     @property
     def _outcome(self) -> str:

@@ -157,6 +157,14 @@ class Snapshot:
     scaled_up: int = 0
 
     @property
+    def clip_of_all(self) -> str:
+        """The clip of auto-clip in words that a count of all its steps may follow: it may have had other bounds before."""
+        had = {
+            clip for one in self.incidents if one.clip is not None for clip in (one.clip.narrowed_from, one.clip.clip)
+        }
+        return f"last set to {self.clipping}" if had - {"", self.clipping} else str(self.clipping)
+
+    @property
     def not_clipped(self) -> str:
         """What auto-clip did to steps that it did not clip, in words."""
         return (f"{self.scaled_up:,} scaled up, " if self.scaled_up else "") + f"{self.skipped:,} skipped"

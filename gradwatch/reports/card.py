@@ -89,7 +89,7 @@ def card_of(snapshot: Snapshot, *, live: bool) -> str:
     if snapshot.clipping is not None:
         state = f" {'on' if snapshot.clip_on else 'armed'}" if live else ""
         done = f"{counted(snapshot.clipped, 'step')} clipped, {snapshot.not_clipped}"
-        parts.append(f"<div><b>auto-clip{state}</b> {_text(snapshot.clipping)}: {done}</div>")
+        parts.append(f"<div><b>auto-clip{state}</b> {_text(snapshot.clip_of_all)}: {done}</div>")
     parts += _stories(snapshot, names, live=live)
     parts += _notes(snapshot.notes, names)
     parts += (f'<div class="gw-soft">{_text(line)}</div>' for line in _foot(snapshot, names, live=live))

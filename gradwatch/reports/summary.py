@@ -70,7 +70,7 @@ class Summary:
             yield Line(f"  {snapshot.provenance}", "dim")
         if snapshot.clipping is not None:
             yield Line(
-                f"  auto-clip {snapshot.clipping}: {counted(snapshot.clipped, 'step')} clipped, {snapshot.not_clipped}"
+                f"  auto-clip {snapshot.clip_of_all}: {counted(snapshot.clipped, 'step')} clipped, {snapshot.not_clipped}"
             )
         advised: dict[str, int] = {}
         for incident in told[:_MOST]:
