@@ -16,7 +16,9 @@ import pytest
 import torch
 
 import gradwatch
+from gradwatch import AutoClip
 from gradwatch.__main__ import main
+from gradwatch.autoclip.limits import AutoClipLimits
 from gradwatch.autoclip.suggest import suggest
 from gradwatch.commands import COMMANDS
 from gradwatch.runlog import RunLog
@@ -162,6 +164,47 @@ def test_compare_says_first_in_which_settings_two_runs_differ(
     assert "learning rate, from step 0 on 0.05 from 0.1 to 0.025" in text
     assert "otherwise the same: loss scale, " in text
     assert text.index("settings that differ") < text.index("losses: first difference")
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "differ"),
+    [
+        (AutoClip("norm"), AutoClip("norm", hold=50), {"auto-clip hold": ("30", "50")}),
+        (
+            AutoClip(gradwatch.ClipNorm(1.0), limits=AutoClipLimits(wide=3.0)),
+            AutoClip(gradwatch.ClipNorm(2.0), escalate=("rate",)),
+            {
+                "auto-clip clip.max_norm": ("1.0", "2.0"),
+                "auto-clip escalate": ("()", "('rate',)"),
+                "auto-clip limits.wide": ("3.0", "2.0"),
+            },
+        ),
+        (
+            AutoClip(gradwatch.ClipValue(1.0), when="always"),
+            AutoClip(gradwatch.ClipValue(1.0, layers={"0.*": 2.0}), when="always"),
+            {"auto-clip clip.layers": ("none", "{'0.*': 2.0}")},
+        ),
+        (
+            AutoClip(gradwatch.ClipValue(1.0), when="always"),
+            AutoClip(gradwatch.ClipNorm(1.0), when="always"),
+            {"auto-clip clip": ("ClipValue(max_value=1.0)", "ClipNorm(max_norm=1.0)")},
+        ),
+    ],
+    ids=["one", "nested", "of the clip", "another clip"],
+)
+def test_compare_names_the_settings_in_which_two_policies_of_auto_clip_differ(
+    left: AutoClip,
+    right: AutoClip,
+    differ: dict[str, tuple[str, str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And no others, which are the same twenty in every run; equal policies are one setting."""
+    for name, clip in (("left", left), ("right", right)):
+        watched(tmp_path / name, steps=3, clip=clip)
+    found = told(capsys, "compare", tmp_path / "left", tmp_path / "right")["settings"]
+    assert {one["name"]: (one["left"], one["right"]) for one in found} == differ
+    assert ", auto-clip," in said(capsys, "compare", tmp_path / "left", tmp_path / "left")
 
 
 def test_compare_says_what_is_not_known(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

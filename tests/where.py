@@ -10,6 +10,7 @@ WHERE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "__main__": (("test_command_line",), "it is run as by a user, in a separate process"),
     "errors": (("test_attach", "test_first_use"), "each error is tested with its message where it is raised"),
+    "offline/policy": (("test_commands",), "the commands `compare` and `replay` are its only users"),
     "offline/settings": (("test_commands",), "the command `compare` is its only user"),
     "pipeline": (
         ("test_incidents", "test_any_series", "test_quiet"),

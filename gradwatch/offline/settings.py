@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.offline.policy import differences
 from gradwatch.text.wording import number
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from gradwatch.runlog.session import Series
 
 UNKNOWN = "not known"
+_CLIP = "auto-clip"
 _OF_OPTIMIZER = " of the optimizer"
 
 
@@ -51,8 +53,15 @@ def settings_of(left: RunLog, right: RunLog) -> list[Setting]:
     return [
         _of_steps("learning rate", a, b, (a.learning_rate, b.learning_rate), UNKNOWN),
         _of_steps("loss scale", a, b, (a.loss_scale, b.loss_scale), "none"),
-        *(Setting(name, _told(name, of_each[0]), _told(name, of_each[1])) for name in of_each[0] | of_each[1]),
+        *(one for name in of_each[0] | of_each[1] for one in _named(name, *of_each)),
     ]
+
+
+def _named(name: str, left: dict[str, str], right: dict[str, str]) -> list[Setting]:
+    """Return a setting of two runs; for auto-clip, those of its own in which the policies differ."""
+    a, b = _told(name, left), _told(name, right)
+    inside = differences(a, b) if name == _CLIP else {}
+    return [Setting(f"{name} {field}", *both) for field, both in inside.items()] or [Setting(name, a, b)]
 
 
 def _told(name: str, told: dict[str, str]) -> str:
@@ -96,7 +105,7 @@ def _of_session(log: RunLog) -> dict[str, str]:
         "model": facts.model,
         "layers": str(facts.layers),
         "parameters": f"{facts.parameters:,}",
-        "auto-clip": str(environment.get("clip") or "off"),
+        _CLIP: str(environment.get("clip") or "off"),
     }
     for rule in environment.get("rules", []):
         for name, value in rule["settings"].items():
