@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import sqlite3
 import subprocess
@@ -105,6 +106,37 @@ def test_replay_says_what_other_thresholds_would_have_said(runs: Path, capsys: p
     assert "GW302 6 0" in text
     assert "incidents, replayed:" in text
     said(capsys, "replay", runs / "explodes", "--rule", "GW302.limits=5", code=2)
+
+
+def test_replay_says_that_explosions_close_without_the_hold_of_auto_clip(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the numbers that were in force on either side; nothing of it where there was no auto-clip."""
+
+    def spoil(step: int) -> None:
+        if step == 30:
+            x[0, 0] = math.nan
+        elif step == 31:
+            x[0, 0] = 0.0
+
+    model, (x, y) = mlp(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradwatch.attach(
+        model, report=None, log=tmp_path / "held", clip=gradwatch.AutoClip("norm", hold=35), strict=True
+    ):
+        for step in range(90):
+            spoil(step)
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+    found = told(capsys, "replay", tmp_path / "held", "--rule", "verdict.calm_steps=15")
+    (before,), (after,) = found["recorded"]["incidents"], found["replayed"]["incidents"]
+    assert before["closed_step"] - after["closed_step"] == 35 - 15
+    words = "auto-clip is not replayed: an explosion closes after 15 calm steps here (verdict.calm_steps), after 35 or more in"
+    assert found["auto-clip"].startswith(words)
+    assert words in said(capsys, "replay", tmp_path / "held", "--rule", "verdict.calm_steps=15")
+    assert told(capsys, "replay", runs / "explodes")["auto-clip"] is None
+    assert "auto-clip" not in said(capsys, "replay", runs / "explodes")
 
 
 def test_compare_says_where_two_runs_part(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

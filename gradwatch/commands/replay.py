@@ -7,11 +7,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.commands.values import a_path
+from gradwatch.offline.policy import fields_of
 from gradwatch.offline.replay import Replayed, replay, with_settings
 from gradwatch.offline.traces import is_trace, read_trace
+from gradwatch.records import EXPLOSION
 from gradwatch.rules import default_rules
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.plain import to_json
+from gradwatch.text.wording import counted
 
 if TYPE_CHECKING:
     import argparse
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from gradwatch.records import Incident
+    from gradwatch.verdict import VerdictSettings
 
 NAME = "replay"
 HELP = "judge the rows of a run log or a written trace again, with other limits"
@@ -29,8 +33,8 @@ EXAMPLES = """\
   gradwatch replay runs/today --rule GW203.for_steps=10 --rule GW203.limit=2 --json
   gradwatch replay spike.txt                               a trace written by hand, or taken from a publication
 
-Auto-clip is not replayed, so an incident may close at another step. Where the log was thinned, the rules see the
-layers of every eighth row only."""
+Auto-clip is not replayed, so an explosion may close at another step; the output says so. Where the log was thinned,
+the rules see the layers of every eighth row only."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +58,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     unknown: list[str] = []
     before: list[Incident] = []
     fired: dict[str, int] = {}
+    closing = ""
     if is_trace(path):
         again = replay(*read_trace(path).rows(), *with_settings(default_rules(), options.rule))
     else:
@@ -63,11 +68,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
             before, fired = log.incidents, _fired(log.alarms)
             origins = [one.origin for one in before if one.origin is not None]
             again = replay(log.history(), log.rows(), rules, verdict, origins)
+            if any(one.kind in EXPLOSION for one in (*before, *again.incidents)):
+                closing = _closing(log, verdict)
     now = _fired(again.alarms)
     if options.json:
         told = {
             "rows": again.rows,
             "left out": unknown,
+            "auto-clip": closing or None,
             "recorded": {"alarms": fired, "incidents": [json.loads(to_json(one)) for one in before]},
             "replayed": {"alarms": now, "incidents": [json.loads(to_json(one)) for one in again.incidents]},
         }
@@ -76,6 +84,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     _show(console, None if is_trace(path) else before, fired, again, now)
     from gradwatch.reports.line import Line
 
+    if closing:
+        console.print(Line(closing))
     for code in unknown:
         console.print(Line(f"left out: {code} is not one of gradwatch's rules"))
     return 0
@@ -88,6 +98,17 @@ def _fired(alarms: Any) -> dict[str, int]:
         if alarm.state == "firing":
             counts[alarm.code] = counts.get(alarm.code, 0) + 1
     return dict(sorted(counts.items()))
+
+
+def _closing(log: RunLog, verdict: VerdictSettings) -> str:
+    """Return after how many calm steps explosions close here, and after how many in the run, if it had auto-clip; else ""."""
+    policies = [str(one.environment["clip"]) for one in log.sessions if one.environment.get("clip")]
+    if not policies:
+        return ""
+    hold = fields_of(policies[-1]).get("hold", "")
+    steps = counted(verdict.calm_steps, "calm step")
+    held = f"after {hold} or more" if hold.isdecimal() else "when auto-clip was released"
+    return f"auto-clip is not replayed: an explosion closes after {steps} here (verdict.calm_steps), {held} in the run (hold)."
 
 
 def _show(
