@@ -97,7 +97,26 @@ def test_codes_and_names_are_unique() -> None:
 
 
 def test_a_rule_is_found_by_its_code_in_any_case() -> None:
-    """And an unknown code gets the nearest one."""
-    assert rule_by_code("gw203") is rules.GradientsAboveOne
-    with pytest.raises(gradwatch.UsageError, match=r"There is no rule 'GW2O3'\. Did you mean 'GW203'"):
-        rule_by_code("GW2O3")
+    """And by the name of its class."""
+    assert rule_by_code("gw203") is rule_by_code("GradientsAboveOne") is rules.GradientsAboveOne
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        ("GW2O3", "Did you mean 'GW203' (gradients above 1.0 in each layer)?"),
+        ("GW5", "Did you mean 'GW501' (clip bites on most steps) or 'GW502' (clip never bites)?"),
+        ("gw107", "Did you mean " + ", ".join(f"'{rule.code}' ({rule.name})" for rule in RULES[:3]) + " or 'GW104' ("),
+        ("GW9", f"`gradwatch rules` lists the {len(RULES)} there are."),
+        ("GW", f"`gradwatch rules` lists the {len(RULES)} there are."),
+        ("301", "Did you mean 'GW301' (gradient norm surges)?"),
+        ("surge", "Did you mean 'GW301' (gradient norm surges)?"),
+        ("verdikt", "Did you mean 'verdict'?"),
+        ("nothing like it", f"`gradwatch rules` lists the {len(RULES)} there are."),
+    ],
+)
+def test_an_unknown_code_gets_those_that_may_be_meant_or_how_to_list_all(code: str, hint: str) -> None:
+    """No code of another group: GW9 is none of GW502's."""
+    with pytest.raises(gradwatch.UsageError) as caught:
+        rule_by_code(code)
+    assert str(caught.value).startswith(f"There is no rule {code!r}. {hint}")

@@ -28,6 +28,6 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Print a page; return the exit code."""
     from rich.markdown import Markdown
 
-    explained = VerdictSettings if options.code == "verdict" else rule_by_code(options.code)
+    explained = VerdictSettings if options.code.lower() == "verdict" else rule_by_code(options.code)
     console.print(Markdown(explained.documentation()))
     return 0

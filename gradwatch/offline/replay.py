@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradwatch.errors import UsageError, did_you_mean
+from gradwatch.errors import UsageError
 from gradwatch.pipeline import Pipeline
 from gradwatch.reports.notes import Notes
 from gradwatch.rules import rule_by_code
@@ -80,6 +80,8 @@ def with_settings(rules: Sequence[Rule], settings: Sequence[str]) -> tuple[list[
             continue
         rule = rule_by_code(code)
         if rule.code not in changed:
-            raise UsageError(f"The run was not judged by {rule.code}.{did_you_mean(rule.code, changed)}")
+            raise UsageError(
+                f"The run was not judged by {rule.code}, but by {', '.join(sorted(changed)) or 'no rule'}."
+            )
         changed[rule.code] = rule(**{**changed[rule.code].model_dump(), name: value})
     return list(changed.values()), verdict

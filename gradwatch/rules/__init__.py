@@ -5,7 +5,9 @@ To add a rule, add one file, its class here and what `CONTRIBUTING.md` lists.
 
 from __future__ import annotations
 
-from gradwatch.errors import UsageError, did_you_mean
+from difflib import get_close_matches
+
+from gradwatch.errors import UsageError
 from gradwatch.rules.at_chance import AtChance
 from gradwatch.rules.base import Rule
 from gradwatch.rules.clip_bites import ClipBites
@@ -28,6 +30,10 @@ from gradwatch.rules.vanishing import Vanishing
 from gradwatch.rules.weight_growth import WeightGrowth
 from gradwatch.rules.weight_nonfinite import WeightNonFinite
 from gradwatch.rules.weights_run_away import WeightsRunAway
+from gradwatch.text.wording import in_a_row
+
+_WORD = 3  # letters from which a part of a name says which rules may be meant
+_MOST = 6  # rules that are named as those that may be meant
 
 RULES: tuple[type[Rule], ...] = (
     NoTraction,
@@ -63,13 +69,30 @@ def rule_by_code(code: str) -> type[Rule]:
     """Return the rule class with this code or class name, in any case.
 
     Raises:
-        UsageError: there is no such rule; the message names the nearest one.
+        UsageError: there is no such rule; the message names those that may be meant, or says how to list them.
     """
     known = {rule.code: rule for rule in RULES} | {rule.__name__: rule for rule in RULES}
     found = {name.lower(): rule for name, rule in known.items()}.get(code.lower())
     if found is None:
-        raise UsageError(f"There is no rule {code!r}.{did_you_mean(code.upper(), [r.code for r in RULES])}")
+        meant = [f"{rule.code!r} ({rule.name})" for rule in _meant(code.lower())]
+        meant = meant or [repr(word) for word in get_close_matches(code.lower(), ["verdict"])]
+        listed = f" `gradwatch rules` lists the {len(RULES)} there are."
+        raise UsageError(f"There is no rule {code!r}.{f' Did you mean {in_a_row(meant)}?' if meant else listed}")
     return found
+
+
+def _meant(word: str) -> list[type[Rule]]:
+    """Return the rules that a word may mean: of a code those that begin like it, else those named like it, else the nearest."""
+    code = f"gw{word}" if word.isdecimal() else word
+    if code.startswith("gw") and code[2:].isdecimal():  # another first digit is another group of rules
+        group = [rule for rule in RULES if rule.code.lower().startswith(code[: len("gw3")])]
+        return [rule for rule in group if rule.code.lower() == code] or group
+    if len(word) >= _WORD:
+        named = [rule for rule in RULES if word in rule.name.lower() or word in rule.__name__.lower()]
+        if named:
+            return named if len(named) <= _MOST else []
+    by_name = {name.lower(): rule for rule in RULES for name in (rule.code, rule.__name__)}
+    return [by_name[name] for name in get_close_matches(word, by_name, n=1, cutoff=0.6)]
 
 
 __all__ = [

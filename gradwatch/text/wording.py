@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -46,6 +50,15 @@ def counted(count: float, noun: str) -> str:
     if count != 1 and noun != "NaN":
         noun = noun[:-1] + "ies" if noun.endswith("ity") else f"{noun}s"
     return f"{count:,.0f} {noun}"
+
+
+def in_a_row(words: Sequence[str]) -> str:
+    """Return alternatives as they stand in a sentence.
+
+    >>> in_a_row(["a"]), in_a_row(["a", "b"]), in_a_row(["a", "b", "c"])
+    ('a', 'a or b', 'a, b or c')
+    """
+    return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def ordinal(count: int) -> str:
