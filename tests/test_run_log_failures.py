@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import torch
 import gradwatch
 from gradwatch.errors import RunLogError
 from gradwatch.records import Facts, Scalars
+from gradwatch.reports.log import LogReport
 from gradwatch.runlog import RunLog
 from gradwatch.runlog.batch import Batch
 from gradwatch.runlog.store import Store
@@ -244,6 +246,28 @@ def test_a_log_that_is_removed_is_said_once_and_training_goes_on(tmp_path: Path)
     assert [note for note in monitor.notes if "was removed" in note] == monitor.notes
     assert len(monitor.notes) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("when", ["no report", "log lines", "log lines, after the last step"])
+def test_what_the_log_has_to_say_stands_once_before_the_summary(
+    when: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the lines of the report, and through logging only where no report shows it any more."""
+    model, lines = mlp(), io.StringIO()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    report = None if when == "no report" else LogReport(lines)
+    with gradwatch.attach(model, report=report, log=tmp_path / "run", strict=True) as monitor:
+        train(model, optimizer, 50)
+        assert monitor.flush()
+        shutil.rmtree(tmp_path / "run")
+        if not when.endswith("last step"):
+            train(model, optimizer, 50)
+            assert not monitor.flush()
+            train(model, optimizer, 50)
+    said = [line for line in lines.getvalue().splitlines() if "was removed" in line and line.startswith("gradwatch |")]
+    logged = [record for record in caplog.records if "was removed" in record.getMessage()]
+    assert (len(said), len(logged)) == ((1, 0) if when == "log lines" else (0, 1))
+    assert len(monitor.notes) == 1
 
 
 class _SlowStore(Store):

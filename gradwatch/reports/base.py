@@ -30,10 +30,12 @@ class Report:
     Attributes:
         takes_rows: whether it receives the numbers of every row too, through `rows`.
         period: time in seconds between two calls of `step` if there is no news; infinite by default.
+        shows_notes: whether it shows each new note at once, where a person looks.
     """
 
     takes_rows: ClassVar[bool] = False
     period: ClassVar[float] = math.inf
+    shows_notes: ClassVar[bool] = False
 
     def connect(self, now: Callable[[], Snapshot]) -> None:
         """Receive a function that returns the state of the run when it is called. Called before `start`."""

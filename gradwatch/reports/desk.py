@@ -52,6 +52,7 @@ class ReportDesk:
         self._passed = history.rows  # rows that reports have received
         self._shown_at: dict[int, float] = {}
         self._notes_shown = 0
+        self._look_who_shows_notes()
 
     @property
     def next_due(self) -> float:
@@ -135,6 +136,7 @@ class ReportDesk:
     def close(self) -> list[Failure]:
         """Pass the last rows and the last snapshot to all reports and close them, even if some raise; return what failed."""
         rows: Scalars | None = None
+        self._notes.be_shown(shown=False)  # no report shows what the run log has to say when it is closed
 
         def last() -> None:
             self._shown = self._snapshot(self.news)
@@ -161,6 +163,9 @@ class ReportDesk:
         self._reports.clear()
         return failures
 
+    def _look_who_shows_notes(self) -> None:
+        self._notes.be_shown(shown=any(report.shows_notes for report in self._reports))
+
     def _tell(self, report: Report, method: str, *arguments: Any) -> None:
         try:
             getattr(report, method)(*arguments)
@@ -170,4 +175,5 @@ class ReportDesk:
                 self.log = None
             with suppress(Exception):  # the failure of the report is noted below
                 report.abandon()
+            self._look_who_shows_notes()
             self._notes.part_failed(f"report {type(report).__name__}", error)

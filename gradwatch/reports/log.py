@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from gradwatch.reports.base import Report
 from gradwatch.reports.unsaid import unsaid
@@ -19,6 +19,8 @@ class LogReport(Report):
     Args:
         stream: stream to write to; None: the standard error stream at the time of writing.
     """
+
+    shows_notes: ClassVar[bool] = True
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream

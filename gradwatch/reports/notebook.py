@@ -33,6 +33,7 @@ class NotebookReport(Report):
     """
 
     period: ClassVar[float] = 0.5
+    shows_notes: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._begin()

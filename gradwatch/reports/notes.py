@@ -29,6 +29,11 @@ class Notes:
         self.strict = strict
         self.all: list[str] = []
         self._failed: set[str] = set()
+        self._shown = False
+
+    def be_shown(self, *, shown: bool) -> None:
+        """Record whether a report shows each new note, so that a warning need not be logged too."""
+        self._shown = shown
 
     def add(self, text: str) -> None:
         """Add a note unless an equal one exists."""
@@ -40,9 +45,10 @@ class Notes:
         self.all.extend(news)
 
     def warn(self, text: str) -> None:
-        """Add a note and log it as a warning."""
+        """Add a note, and log it as a warning unless a report shows it."""
         self.add(text)
-        _say(logging.WARNING, printable(text))
+        if not self._shown:
+            _say(logging.WARNING, printable(text))
 
     def part_failed(self, part: str, error: Exception) -> None:
         """Add a note that a part raised and is switched off, or raise its error if ``strict``."""
