@@ -69,7 +69,9 @@ def test_a_loss_that_stays_above_its_level_is_damage_until_it_is_back() -> None:
     after = learn(model, optimizer, 500)
     (incident,) = [one for one in monitor.incidents if one.kind == "exploding"]
     assert incident.verdict == "damaged"
-    found = re.fullmatch(r"at step (\d+) the loss is (\S+), it was (\S+) before step (\d+)", incident.left[0])
+    found = re.fullmatch(
+        r"at step (\d+) the loss is (\S+) \(median of 16 losses\), it was (\S+) before step (\d+)", incident.left[0]
+    )
     assert found is not None
     last, first = int(found[1]), int(found[4])
     losses = np.array(before + after)
@@ -79,6 +81,9 @@ def test_a_loss_that_stays_above_its_level_is_damage_until_it_is_back() -> None:
     all_say(monitor, "damaged")
     assert incident.left[0] in monitor.checkpoint_guard().reason
     assert incident.left[0] in str(monitor.summary())
+    stands = re.search(r"  the loss is (\S+) \(median of 32 losses\), above", str(monitor.summary()))
+    assert stands is not None  # two levels of one loss in one summary, each with its number of losses
+    assert float(stands[1]) == pytest.approx(np.median(losses[-32:]), rel=0.01)
     with torch.no_grad():
         for parameter, well in zip(model.parameters(), kept, strict=True):
             parameter.copy_(well)
@@ -116,7 +121,10 @@ def test_a_first_explosion_after_which_nothing_is_learned_is_not_resolved_for_go
     assert incident.opened_step < 5
     assert incident.verdict == "resolved"
     learn(model, optimizer, 200)
-    assert re.match(r"the loss is 1\.\d+ and has hardly fallen since step \d+ ", monitor.incidents[0].left[0])
+    assert re.match(
+        r"the loss is 1\.\d+ \(median of 32 losses\) and has hardly fallen since step \d+ ",
+        monitor.incidents[0].left[0],
+    )
     all_say(monitor, "damaged")
     rate(optimizer, 0.1)
     learn(model, optimizer, 300)

@@ -27,10 +27,13 @@ def said(loss: str, grad: str = "1", *, resting: bool = False) -> str:
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        ("2.3x150", "is 2.3, at the level at which it began (2.3)"),
-        ("2.3x100 5x50", "is 5, above the level at which it began (2.3)"),
-        ("2*0.99x100 0.75+0.002x300", "is 1.32, above its best level of 0.787 about step 119"),
-        ("2.5*0.98x9 2.12x391", "is 2.12 and has hardly fallen since step 135 (2.15 in its first 16 steps)"),
+        ("2.3x150", "is 2.3 (median of 32 losses), at the level at which it began (2.3)"),
+        ("2.3x100 5x50", "is 5 (median of 32 losses), above the level at which it began (2.3)"),
+        ("2*0.99x100 0.75+0.002x300", "is 1.32 (median of 32 losses), above its best level of 0.787 about step 119"),
+        (
+            "2.5*0.98x9 2.12x391",
+            "is 2.12 (median of 32 losses) and has hardly fallen since step 135 (2.15 in its first 16 steps)",
+        ),
         ("1x20 nanx30", "is NaN, and has not been finite since step 20"),
         ("1x200 nan", "is NaN in the last step, 200"),
     ],
@@ -54,7 +57,7 @@ def test_a_loss_that_has_risen_is_not_said_to_have_hardly_fallen() -> None:
     for row in rows:
         history.push(row)
         history.learn()
-    assert not_learned(history) == "is 1.6, above its best level of 0.0244 about step 17"
+    assert not_learned(history) == "is 1.6 (median of 32 losses), above its best level of 0.0244 about step 17"
 
 
 def test_a_loss_that_need_not_fall_is_not_measured_by_its_past() -> None:
@@ -62,7 +65,8 @@ def test_a_loss_that_need_not_fall_is_not_measured_by_its_past() -> None:
     assert said("2.3x150", resting=True) == ""
     assert said("1x20 nanx30", resting=True) == "is NaN, and has not been finite since step 20"
     assert (
-        said("2*0.99x200", grad="1x100 0x100") == "is 0.316, and every gradient has been zero since step 136 or before"
+        said("2*0.99x200", grad="1x100 0x100")
+        == "is 0.316 (median of 32 losses), and every gradient has been zero since step 136 or before"
     )
 
 
@@ -75,4 +79,4 @@ def test_the_summary_says_it_beside_healthy() -> None:
         optimizer.param_groups[0]["weight_decay"] = 30.0
         train(model, optimizer, 300)
         assert monitor.verdict == "healthy"
-        assert re.search(r"the loss is [0-9.]+, above ", str(monitor.summary()))
+        assert re.search(r"the loss is [0-9.]+ \(median of 32 losses\), above ", str(monitor.summary()))

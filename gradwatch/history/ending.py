@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.statistics import median, median_and_mad
-from gradwatch.text.wording import number
+from gradwatch.text.wording import median_in_words, number
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
@@ -36,7 +36,8 @@ def how_it_stands(history: History) -> str:
     level, scatter = median_and_mad(history.task_loss(last=_LEVEL))
     norms = history.global_norm(last=_SILENT)
     if len(norms) == _SILENT and (norms == 0).all() and history.losses:
-        return f"is {number(level)}, and every gradient has been zero since step {history.steps(last=_SILENT)[0]:,} or before"
+        silent = f"every gradient has been zero since step {history.steps(last=_SILENT)[0]:,} or before"
+        return f"is {_in_words(history, level)}, and {silent}"
     return _badly(history, level, scatter)
 
 
@@ -58,6 +59,11 @@ def not_learned(history: History) -> str:
     return _at_its_beginning(history, level) or _has_hardly_fallen(history, level, scatter, *stretches)
 
 
+def _in_words(history: History, level: float) -> str:
+    """Return the level of the last losses with their number: what an incident has left is told by fewer of them."""
+    return median_in_words(level, int(np.count_nonzero(np.isfinite(history.task_loss(last=_LEVEL)))))
+
+
 def _badly(history: History, level: float, scatter: float) -> str:
     if history.losses < _ENOUGH or history.resting:
         return ""
@@ -74,7 +80,7 @@ def _at_its_beginning(history: History, level: float) -> str:
     if not level >= began - _NEAR * abs(began):
         return ""
     where = "at" if level <= began + _NEAR * abs(began) else "above"
-    return f"is {number(level)}, {where} the level at which it began ({number(began)})"
+    return f"is {_in_words(history, level)}, {where} the level at which it began ({number(began)})"
 
 
 def _stretches(history: History) -> tuple[list[float], list[int], list[int]]:
@@ -97,7 +103,8 @@ def _above_its_best(history: History, level: float, scatter: float, levels: list
         return ""
     best = int(np.argmin(levels))
     if level - levels[best] > max(_LOST * (history.reference_loss - levels[best]), 2 * scatter):
-        return f"is {number(level)}, above its best level of {number(levels[best])} about step {middles[best]:,}"
+        now = _in_words(history, level)
+        return f"is {now}, above its best level of {number(levels[best])} about step {middles[best]:,}"
     return ""
 
 
@@ -110,5 +117,5 @@ def _has_hardly_fallen(
             return above
         how = "hardly" if level < began else "not"
         since = f"{ends[third - 1]:,} ({number(began)} in its first 16 steps)"
-        return f"is {number(level)} and has {how} fallen since step {since}"
+        return f"is {_in_words(history, level)} and has {how} fallen since step {since}"
     return ""

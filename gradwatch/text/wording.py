@@ -52,6 +52,16 @@ def counted(count: float, noun: str) -> str:
     return f"{count:,.0f} {noun}"
 
 
+def median_in_words(value: float, of: int) -> str:
+    """Return the median of so many losses, which may stand beside another number that is also called the loss.
+
+    >>> median_in_words(2.094, 16), median_in_words(math.inf, 16), median_in_words(2.094, 1)
+    ('2.09 (median of 16 losses)', 'not finite (median of 16 losses)', '2.09')
+    """
+    now = number(value) if math.isfinite(value) else "not finite"
+    return f"{now} (median of {of} losses)" if of > 1 else now
+
+
 def in_a_row(words: Sequence[str]) -> str:
     """Return alternatives as they stand in a sentence.
 

@@ -11,7 +11,7 @@ import numpy as np
 from gradwatch.history.ending import not_learned
 from gradwatch.history.losses import EARLY
 from gradwatch.history.statistics import median, median_and_mad
-from gradwatch.text.wording import counted, number
+from gradwatch.text.wording import counted, median_in_words, number
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -101,7 +101,7 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
     level = level_now(history)
     high = same_task and not math.isnan(level) and level > before.ceiling
     if high:
-        now = f"{number(level)}" if math.isfinite(level) else "not finite"
+        now = median_in_words(level, len(history.task_loss(last=_LEVEL)))
         then = (
             f"it began at {number(before.loss)}"
             if before.began
