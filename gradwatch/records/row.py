@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
     from gradwatch.records.kinds import Floats
 
-SCALED_UP = (
-    1 + 1e-6
-)  # clip coefficient beyond which gradients were made larger; a norm that is measured again may differ by less
+SCALED_UP = 1 + 1e-6  # clip coefficient beyond which gradients were made larger, and not only measured again
 
 
 class NonFinite(IntFlag):
