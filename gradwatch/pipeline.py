@@ -276,7 +276,7 @@ class Pipeline:
     def _note_idle_layers(self) -> None:
         """Note the layers that an optimizer holds and that no gradient has ever reached."""
         norms = self.history.grad_norm()
-        idle = np.isfinite(self.history.rate) & np.isnan(norms).all(axis=0)
+        idle = np.isfinite(self.history.rate) & np.isnan(norms).all(axis=0) & (self.history.typical_grad.seen == 0)
         if self.history.row.arrived is not None:
             idle &= ~self.history.row.arrived
         names = [name for name, hit in zip(self.history.layers, idle, strict=True) if hit]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
+from gradwatch import device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,6 +79,13 @@ def without_grad(model: TwoHeads, x: Tensor, step: int) -> Tensor:
     with torch.set_grad_enabled(step < STOP):
         hidden = model.trunk(x)
     return entropy(model.head(hidden), x) + entropy(model.aux(hidden), x)
+
+
+@pytest.fixture(params=["host", "device path"])
+def any_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows are made: gradients on the CPU can be treated as on a device."""
+    if request.param == "device path":
+        monkeypatch.setattr(device, "reading_is_free", lambda _: False)
 
 
 @pytest.mark.parametrize(
@@ -235,3 +243,118 @@ def test_an_optimizer_without_any_gradient_does_not_stop_watching(first: int) ->
     assert "last global gradient norm none" in told
     assert ("now none" in told) is (first > 0)
     assert [incident.kind for incident in monitor.incidents] == (["dead"] if first else [])
+
+
+@pytest.mark.usefixtures("any_path")
+@pytest.mark.parametrize("place", ["replaced", "added"])
+def test_a_part_that_is_replaced_or_added_must_be_in_an_optimizer(place: str) -> None:
+    """The optimizer holds the old head, if any; it does not hold the layer that now has this name."""
+    torch.manual_seed(0)
+    model, third = TwoHeads(), nn.Linear(32, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(500):
+            x = torch.randn(64, 8)
+            if step == STOP and place == "replaced":
+                model.head = nn.Linear(32, 3)
+            elif step == STOP:
+                model.add_module("third", third)
+            optimizer.zero_grad()
+            loss = both(model, x)
+            if step >= STOP and place == "added":
+                loss = loss + entropy(third(model.trunk(x)), x)
+            loss.backward()
+            optimizer.step()
+    layer = "head.weight" if place == "replaced" else "third.weight"
+    assert not [incident for incident in monitor.incidents if incident.kind == "dead"]
+    (frozen,) = [incident for incident in monitor.incidents if incident.kind == "frozen"]
+    assert frozen.suspect == layer
+    assert "no optimizer that made a step holds it" in str(frozen.signs[0])
+    assert frozen.advice == (
+        f"Build the optimizer from model.parameters() after the model is final: none that made a step holds {layer}.",
+    )
+
+
+def test_a_part_that_is_replaced_together_with_its_optimizer_is_not_frozen() -> None:
+    """Nor dead: the new layer has no past."""
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(500):
+            if step == STOP:
+                model.head = nn.Linear(32, 3)
+                optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+            optimizer.zero_grad()
+            both(model, torch.randn(64, 8)).backward()
+            optimizer.step()
+    assert not [incident for incident in monitor.incidents if incident.kind in ("dead", "frozen")]
+
+
+@pytest.mark.usefixtures("any_path")
+@pytest.mark.parametrize("to_none", [True, False])
+def test_parts_that_are_frozen_by_turns_are_not_dead(to_none: bool) -> None:
+    """Units without a gradient while their layer was frozen say nothing after it."""
+
+    def turns(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+        if step % 150 == 0:
+            for number, part in enumerate((model.trunk, model.head, model.aux)):
+                part.requires_grad_(requires_grad=step // 150 % 3 == number)
+        return both(model, x)
+
+    monitor = trained(turns, 1800, to_none=to_none)
+    assert not [incident for incident in monitor.incidents if incident.kind in ("dead", "frozen")]
+    assert monitor.notes == []
+
+
+@pytest.mark.usefixtures("any_path")
+def test_a_group_that_waits_at_rate_zero_is_not_frozen_when_its_rate_rises() -> None:
+    """Its weights could not change before."""
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optimizer = torch.optim.Adam([{"params": part.parameters()} for part in model.children()], lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(400):
+            optimizer.param_groups[0]["lr"] = 0.0 if step < STOP else 3e-3
+            optimizer.zero_grad()
+            both(model, torch.randn(64, 8)).backward()
+            optimizer.step()
+    assert monitor.incidents == []
+
+
+def test_a_part_that_had_one_gradient_may_get_the_next_one_much_later() -> None:
+    """A regulariser at each hundredth step, for instance: one gradient does not tell how often they come."""
+    monitor = trained(lambda model, x, step: one_of_two(model, x, step % 100 > 0), 600)
+    assert [incident for incident in monitor.incidents if incident.kind == "dead"] == []
+
+
+def test_the_advice_names_the_step_of_its_own_layer() -> None:
+    """Another one, which had a gradient in each twelfth step alone, stopped before and is told later."""
+
+    def ends(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+        hidden = model.trunk(x) if step < STOP else model.trunk(x).detach()
+        loss = entropy(model.head(hidden), x)
+        return loss + entropy(model.aux(hidden), x) if step < 190 and step % 12 == 0 else loss
+
+    (incident,) = [incident for incident in trained(ends, 700).incidents if incident.kind == "dead"]
+    assert {sign.numbers["since"] for sign in incident.signs} == {181, STOP}
+    assert incident.suspect == "trunk.0.weight"
+    assert f"since step {STOP}: from then on, no backward reaches trunk.0.weight" in incident.advice[0]
+
+
+def test_what_stopped_before_a_run_was_resumed_is_told_without_its_step() -> None:
+    """The rows before are not kept, and it is not noted as never reached."""
+    state = trained(unused, 300).state_dict()
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        monitor.load_state_dict(state)
+        for _ in range(200):
+            optimizer.zero_grad()
+            unused(model, torch.randn(64, 8), STOP).backward()
+            optimizer.step()
+    (incident,) = [incident for incident in monitor.incidents if incident.kind == "dead"]
+    assert "at any measured step since step 300 or before, although the optimizer holds it" in str(incident.signs[0])
+    assert "otherwise since step 300 or before: from then on" in incident.advice[0]
+    assert monitor.notes == []

@@ -91,6 +91,16 @@ class Layers:
             self._home = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         return self._home
 
+    @property
+    def has_strangers(self) -> bool:
+        """True if the model has parameters without a column, which were added or replaced; False if that is not known yet."""
+        model = self._model()
+        if model is None or self.zero is not None:
+            return False
+        strangers = [one for one in unwrapped(model).parameters() if self.column(one) is None]
+        fit = any(one.is_floating_point() or one.is_complex() for one in strangers)
+        return fit and not any(isinstance(one, UninitializedParameter) for one in strangers)
+
     def look_again(self) -> set[int]:
         """Update the columns for parameters that were replaced or added, and return these columns.
 

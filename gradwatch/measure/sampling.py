@@ -108,8 +108,14 @@ class Sampling:
         self._unchanged = widened(self._unchanged, len(self._layers), 0.0)
         self._plan = None
 
-    def take(self, now: Measured, *, closely: bool) -> Sample:
-        """Return the sample that is due with the row ``now``; ``closely`` makes the weights due. Call it without autograd."""
+    def take(self, now: Measured, rate: Floats | None = None, *, closely: bool) -> Sample:
+        """Return the sample that is due with the row ``now``. Call it without autograd.
+
+        Args:
+            now: what was measured.
+            rate: learning rate of each layer, shape (L,); None: not known.
+            closely: whether the weights are due in any case.
+        """
         row, weights, unit_check = self._due(closely=closely)
         if not (weights or unit_check):
             return _NOT_DUE
@@ -118,7 +124,7 @@ class Sampling:
             self._able(self._weights, sample)
         if unit_check:
             self._count_units(now)
-            self._compare(row)
+            self._compare(row, _waiting(rate))
             sample.dead_share, sample.unchanged = self._dead_share.copy(), self._unchanged.copy()
             sample.first = self._first.copy()
         return sample
@@ -148,7 +154,12 @@ class Sampling:
         """Return the number of the row, whether the weights are due, and whether the check of units and changes is."""
         row, self.rows = self.rows, self.rows + 1
         weights = closely or row < _FIRST_ROWS or (row + 1) % cadence(row + 1) == 0  # as the rules judge
-        return row, weights, row == 0 or row in _FIRST_UNIT_CHECKS or row % _UNIT_CHECK_EVERY == 0
+        return row, weights, _checks_units(row)
+
+    @property
+    def looks(self) -> bool:
+        """True if the check of units and changes is due with the coming row."""
+        return _checks_units(self.rows)
 
     @property
     def rest(self) -> int:
@@ -160,7 +171,9 @@ class Sampling:
         """Count a row for which nothing was due."""
         self.rows += 1
 
-    def take_unread(self, now: Unread, slot: Slot, share: Parts | None, *, closely: bool) -> Sample:
+    def take_unread(
+        self, now: Unread, slot: Slot, share: Parts | None, rate: Floats | None = None, *, closely: bool
+    ) -> Sample:
         """Write the statistics that are due into ``slot`` on the device, and return a sample that says which they are.
 
         `Sample.fill` adds the numbers once they have arrived on the host.
@@ -175,7 +188,7 @@ class Sampling:
             sample.weight_norm = np.zeros(len(self._layers))
         if unit_check:
             self._count_units_on(now, slot.rows[DEAD], share)
-            self._compare_on(slot.rows[CHANGED], row)
+            self._compare_on(slot.rows[CHANGED], row, _waiting(rate))
             sample.dead_share = sample.unchanged = np.full(len(self._layers), np.nan)
             sample.first = self._first.copy()
         return sample
@@ -196,7 +209,10 @@ class Sampling:
         return [column for column, _ in measured], parameters, plan
 
     def _count_units_on(self, now: Unread, dead: Tensor, share: Parts | None) -> None:
-        rounds = self._finished_rounds(now)
+        frozen = self._forget_frozen()
+        for column in frozen & self._dead_on.keys():
+            del self._dead_on[column]
+        rounds = self._finished_rounds(now, frozen)
         self._dead_on.update({column: moved(found, dead.device) * ~untold for column, found, untold in rounds})
         for column, here in self._dead_on.items():
             dead[column].copy_(here if share is None else here * share.part[column])
@@ -204,9 +220,9 @@ class Sampling:
         if unknown:
             dead.scatter_(0, on_device(np.array(unknown), dead.device), np.nan)
 
-    def _compare_on(self, changed: Tensor, row: int) -> None:
+    def _compare_on(self, changed: Tensor, row: int, waiting: set[int]) -> None:
         for column, parameter in self._layers.measured():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or column in waiting:
                 self._prints_on.pop(column, None)
                 changed[column].fill_(1)
                 continue
@@ -226,10 +242,19 @@ class Sampling:
         sample.weight_norm, sample.nonfinite_weight = norms, nonfinite
 
     def _count_units(self, now: Measured) -> None:
-        for column, share, untold in self._finished_rounds(now):
+        frozen = self._forget_frozen()
+        self._dead_share[list(frozen)] = np.nan
+        for column, share, untold in self._finished_rounds(now, frozen):
             self._dead_share[column] = 0.0 if untold else share.item()
 
-    def _finished_rounds(self, now: Measured | Unread) -> Iterator[tuple[int, Tensor, Tensor | bool]]:
+    def _forget_frozen(self) -> set[int]:
+        """Forget the units seen of layers that are frozen, whose gradients may be left at zero; return their columns."""
+        frozen = {column for column, parameter in self._layers.parameters() if not parameter.requires_grad}
+        for column in frozen & self._alive.keys():
+            del self._alive[column]
+        return frozen
+
+    def _finished_rounds(self, now: Measured | Unread, frozen: set[int]) -> Iterator[tuple[int, Tensor, Tensor | bool]]:
         """Record which units have a gradient; yield the column and dead share, shape (), of layers that finished a round.
 
         Also yields whether there was a batch without any gradient, which says nothing about single units, in that round.
@@ -242,7 +267,7 @@ class Sampling:
             self._alive_at = home
         silent = now.global_norm == 0 if isinstance(now, Measured) else ~now.norms.any()
         for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
-            if not self._layers.with_units[column] or not has_units(gradient):
+            if column in frozen or not self._layers.with_units[column] or not has_units(gradient):
                 continue
             looks, live, untold = self._alive.get(column, (0, None, False))
             seen = live_units(gradient)
@@ -253,12 +278,12 @@ class Sampling:
                 yield column, 1.0 - live.float().mean(), untold
                 del self._alive[column]
 
-    def _compare(self, row: int) -> None:
+    def _compare(self, row: int, waiting: set[int]) -> None:
         """Compare the exact fingerprints of the weights with those of the first row in which they were to be trained."""
         for column, parameter in self._layers.measured():
             if column in self._changed:
                 continue
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or column in waiting:
                 self._prints.pop(column, None)
                 self._unchanged[column] = 0
                 continue
@@ -270,3 +295,12 @@ class Sampling:
             else:
                 self._changed.add(column)
                 self._unchanged[column] = 0
+
+
+def _checks_units(row: int) -> bool:
+    return row == 0 or row in _FIRST_UNIT_CHECKS or row % _UNIT_CHECK_EVERY == 0
+
+
+def _waiting(rate: Floats | None) -> set[int]:
+    """Return the columns whose learning rate is zero beside others that are not: they wait to be unfrozen."""
+    return set(np.flatnonzero(rate == 0).tolist()) if rate is not None and (rate > 0).any() else set()

@@ -128,7 +128,7 @@ class DeferredRows:
         self._writer.write(
             slot, now if before is None else self._writer.same_columns(before, now), now, loss, own_norms
         )
-        facts.sample = self._sampling.take_unread(now, slot, self._writer.parts, closely=closely)
+        facts.sample = self._sampling.take_unread(now, slot, self._writer.parts, facts.rate, closely=closely)
         model, decides = self._layers.model, self._ranks is not None or plan is not None
         if decides and facts.sample.weight_norm is not None and model is not None:
             slot.ranks[FLAGS, self._rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))

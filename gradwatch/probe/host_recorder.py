@@ -57,7 +57,7 @@ class HostRecorder:
         now = mine.measure(scale)
         before = mine.coming.before_clip
         whole = now if before is None else before.of(now)
-        sampled = self._sampling.take(now, closely=closely)
+        sampled = self._sampling.take(now, rate, closely=closely)
         if sampled.unchanged is not None:
             self._hooks.look()
         row = self._row(step, source, now, whole, sampled, rate, mine, returned, word)
@@ -92,7 +92,7 @@ class HostRecorder:
     ) -> None:
         """Make and judge one row of the steps that an optimizer made inside backward, on which nothing can act."""
         now = assembled(parts, len(self._layers))
-        sampled = self._sampling.take(now, closely=closely)
+        sampled = self._sampling.take(now, rate, closely=closely)
         row = self._row(step, "optimizer in backward", now, now, sampled, rate, mine, None, word)
         row = row._replace(family=family, optimizer=-1, poisoned=False)
         if self._investigator is not None and row.nonfinite is not None:

@@ -206,6 +206,7 @@ class Probe:
 
     def _end_of_backward(self) -> None:
         if self._loop.backward_ended():
+            self._finds_strangers()
             self._take(self.owners.everything(), "end of backward")
 
     def user_clips(self, gradients: Sequence[Tensor]) -> None:
@@ -347,6 +348,11 @@ class Probe:
         if self.gradient_hooks.came:  # from a backward that did not go through the patch
             self.gradient_hooks.end()
             self.attribution.passed_by()
+        if self._finds_strangers():
+            mine = self.owners.get(optimizer)
+            if mine is None:
+                self._stepping = None
+                return None
         self.recorder.skipping.comes(optimizer, self.attribution.backwards)
         self._loop.optimizer_steps()
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
@@ -357,6 +363,13 @@ class Probe:
         self.recorder.skipping.expect_closure(mine)
         wrapped = self._wrap(closure, optimizer)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+
+    def _finds_strangers(self) -> bool:
+        """Watch parameters that were added or replaced by now, if it is time to look; return whether there are any."""
+        if not self.recorder.looks_at_model or not self._layers.has_strangers:
+            return False
+        self.owners.look_again()
+        return True
 
     def _meet_deepspeed(self) -> None:
         self.recorder.grow(set(range(len(self._layers))))
@@ -445,6 +458,7 @@ class Probe:
         self._guarded(self._take_everything)
 
     def _take_everything(self) -> None:
+        self._finds_strangers()
         self._take(self.owners.everything(), "monitor.step()")
 
     def _find(self, optimizer: Optimizer) -> None:

@@ -110,6 +110,11 @@ class StepRecorder:
         if self.peers.ranks is not None:
             self.peers.meet()
 
+    @property
+    def looks_at_model(self) -> bool:
+        """True if parameters that were added or replaced are to be looked for before the coming row."""
+        return self._sampling.looks and not self._hooks.hookless  # FSDP2 replaces parameters itself
+
     def go_on_from(self, step: int) -> None:
         """Set the step number of the next row, because a run was resumed."""
         self.step = step

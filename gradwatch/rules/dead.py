@@ -13,12 +13,14 @@ from gradwatch.rules.notation import Case
 from gradwatch.text.wording import apart, counted
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 _REST = 49  # rows after which a layer without a gradient no longer counts as idle, and in which a dead one must wake up
-_CHANCE = 1e-6  # of an absence as long as this one, in a layer that has a gradient as often as this one had
+_CHANCE = 1e-6  # of an absence as long as this one, in a layer that had a gradient as often as this one
 
 
 class Dead(Rule):
@@ -35,8 +37,8 @@ class Dead(Rule):
     at this step and was not above zero in any of the 48 rows before: a head that is used now and then is only idle. If it was,
     `value` is at least half the share of zeros among these 49 rows, up to the limit. `value = 1` also where no gradient of the
     layer arrived in these 49 rows although it did before, the layer is trainable and the optimizer that made the step holds
-    it: unless it was absent for half as long before, or is absent so often that an absence as long as this one, `n` steps at
-    a share `p` of steps with a gradient, may be chance (`(1 - p)^n > 1e-6`).
+    it: unless it was absent for half as long before, or an absence as long as this one, `n` steps after `k` steps with a gradient
+    among `t`, may be chance (`(t / (t + n))^k > 1e-6`).
 
     It fires where `value > limit` (0.5) for `for_steps` (16) steps, and resolves once `value` was at most `release * limit`
     (0.25) for more than `keep_steps` (16) steps: a layer that wakes up for one step stays dead. Only the weights of linear
@@ -104,11 +106,13 @@ class Dead(Rule):
         """Return the numbers of the sentence; see `Rule.numbers`."""
         absent = column in _stopped(history, history.grad_norm(last=_REST))
         layer = absent or history.row.grad_norm[column] == 0
-        since = int(history.steps(last=max(1, _gaps(history, column)[-1]))[0])
+        gaps = _gaps(history, column)
+        since = int(history.steps(last=max(1, gaps[-1]))[0])
         return {
             "layer": layer,
             "absent": absent,
             "since": since,
+            "exactly": len(gaps) > 1,
             "left": history.loss_left(since) if layer else 1.0,
             "share": history.dead_share[column],
             "units": max(1.0, history.sizes[column] / history.fan_in[column]),
@@ -120,8 +124,8 @@ class Dead(Rule):
         numbers = alarm.numbers
         if numbers["absent"]:
             return (
-                f"at step {alarm.step}, no gradient had reached {alarm.layer} at any measured step since step "
-                f"{numbers['since']:.0f}, although the optimizer holds it and gradients reached it before"
+                f"at step {alarm.step}, no gradient had reached {alarm.layer} at any measured step since {began(numbers)}, "
+                "although the optimizer holds it and gradients reached it before"
             )
         if numbers["layer"]:
             return (
@@ -156,8 +160,9 @@ def _has_stopped(history: History, column: int) -> bool:
     *before, gap = _gaps(history, column)
     if history.rows > history.window and any(before[:1]):  # of the absence from which it came back, only a part is kept
         return False
-    share = history.typical_grad.seen[column] / max(1, history.task_rows - gap)
-    return gap > 2 * max(before, default=0) and (share >= 1 or gap * math.log1p(-share) < math.log(_CHANCE))
+    seen = int(history.typical_grad.seen[column])
+    steps = max(1, seen, history.task_rows - gap)
+    return gap > 2 * max(before, default=0) and seen * math.log1p(gap / steps) > -math.log(_CHANCE)
 
 
 def _gaps(history: History, column: int) -> list[int]:
@@ -173,3 +178,8 @@ def _cancels(history: History, column: int) -> bool:
     module = history.layers[column].rpartition(".")[0]
     own = [history.layers[other].rpartition(".")[0] == module for other in np.flatnonzero(history.matrices).tolist()]
     return bool(module) and bool((history.row.grad_norm[history.matrices][own] > 0).any())
+
+
+def began(numbers: Mapping[str, float]) -> str:
+    """Return since when a layer has had no gradient: only steps that are still kept are known."""
+    return f"step {numbers['since']:.0f}" + ("" if numbers.get("exactly", True) else " or before")

@@ -27,13 +27,14 @@ class Frozen(Rule):
     Not one bit of the layer has changed since watching began, although it is trainable and its gradient is not zero.
 
     ## Formula
-    `value` is the number of steps since watching began if an exact fingerprint of the layer's bits was the same at every
-    sample; steps at which the layer had no gradient, or one of exactly zero, do not count. If instead the loss is stuck (at
-    least 100 losses, improved by less than a tenth) and the update of every layer is too small for float32 (`u < 6e-8 ||w||`,
-    with `u = lr ||g||` for SGD and `u = lr sqrt(n)` for Adam), `value` is the number of losses. If the learning rate of every
-    group is 0, `value` is the number of steps since then. Otherwise it is `0`. It fires where `value > limit` (48). Not
-    considered are biases and gains (the gradient of a critic's last bias cancels), layers whose gradient is missing or exactly
-    zero, and parameter groups at learning rate zero beside others that are not, because they wait to be unfrozen.
+    `value` is the number of steps since watching began, or since the layer became trainable at a learning rate above zero, if
+    an exact fingerprint of its bits was the same at every sample; steps at which the layer had no gradient, or one of exactly
+    zero, do not count. If instead the loss is stuck (at least 100 losses, improved by less than a tenth) and the update of
+    every layer is too small for float32 (`u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and `u = lr sqrt(n)` for Adam),
+    `value` is the number of losses. If the learning rate of every group is 0, `value` is the number of steps since then.
+    Otherwise it is `0`. It fires where `value > limit` (48). Not considered are biases and gains (the gradient of a critic's
+    last bias cancels), layers whose gradient is missing or exactly zero, and parameter groups at learning rate zero beside
+    others that are not, because they wait to be unfrozen.
 
     ## Why it is bad
     The layer is not being trained, and nothing reports it: the optimizer holds another copy of the parameters or was built
@@ -72,9 +73,10 @@ class Frozen(Rule):
         meant = (history.rate == 0) & (history.rate > 0).any()
         value = np.where(history.arriving & ~meant & history.matrices, history.unchanged, 0.0)
         if (value > self.limit).any():  # count steps with a gradient only: a sparse reward gives none for a long time
-            norms = history.grad_norm()
-            unowned = np.isnan(norms).all(axis=0)  # in no optimizer, so its gradients are never measured
-            value = np.where(unowned, value, np.minimum(value, np.count_nonzero(norms[:-1] > 0, axis=0)))
+            for column in np.flatnonzero(value > self.limit).tolist():
+                norms = _norms_unchanged(history, column)
+                if not np.isnan(norms).all():  # otherwise no optimizer holds it, so its gradients are never measured
+                    value[column] = min(value[column], np.count_nonzero(norms[:-1] > 0))
         if history.still_since is not None:
             value = np.where(history.matrices & (history.rate == 0), history.row.step - history.still_since, value)
         if self._update(history) is not None:
@@ -88,7 +90,7 @@ class Frozen(Rule):
             return {"still since": step, "exactly": exactly}
         update = self._update(history)
         lost = update is not None and history.losses == self.measure(history)[column]
-        told = {"lost": lost, "owned": not np.isnan(history.grad_norm()[:, column]).all()}
+        told = {"lost": lost, "owned": not np.isnan(_norms_unchanged(history, column)).all()}
         if update is None or not lost:
             return told
         return told | {"update": update[column], "weight": history.weight[column]} | stuck_at(history)
@@ -119,3 +121,10 @@ class Frozen(Rule):
         sgd = history.row.family == "sgd"
         update: Floats = history.rate * (history.row.grad_norm if sgd else np.sqrt(history.sizes))
         return update if told.any() and (update[told] / history.weight[told] < _HELD).all() else None
+
+
+def _norms_unchanged(history: History, column: int) -> Floats:
+    """Return the gradient norms of a layer in the rows since which its weights are known not to have changed."""
+    unchanged = history.unchanged[column]
+    norms: Floats = history.grad_norm(last=int(unchanged) + 1 if unchanged > 0 else None)[:, column]
+    return norms

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.history.statistics import median
 from gradwatch.records import EXPLOSION
+from gradwatch.rules.dead import began
 from gradwatch.text.wording import number
 from gradwatch.verdict.rates import at, raise_rate, shrunk, slower, still_rising
 
@@ -141,10 +142,11 @@ def _dead(incident: Incident, history: History, opening: Opening) -> Iterator[st
     facts = history.facts
     gone = [sign for sign in incident.signs if sign.numbers.get("absent")]
     if gone:
-        since = f"since step {min(sign.numbers['since'] for sign in gone):.0f}"
+        sign = next((sign for sign in gone if sign.layer == incident.suspect), gone[0])
         yield (
-            f"Look for what the program does otherwise {since}: from then on, no backward reaches {incident.suspect} (a part "
-            "that is no longer used, a detach(), a torch.no_grad()). If that is meant, freeze it with requires_grad_(False)."
+            f"Look for what the program does otherwise since {began(sign.numbers)}: from then on, no backward reaches "
+            f"{sign.layer} (a part that is no longer used, an expert that no router chooses, a detach(), a torch.no_grad()). "
+            "If that is meant, freeze it with requires_grad_(False)."
         )
         return
     module = (incident.suspect or "").rpartition(".")[0] or incident.suspect
