@@ -358,3 +358,61 @@ def test_what_stopped_before_a_run_was_resumed_is_told_without_its_step() -> Non
     assert "at any measured step since step 300 or before, although the optimizer holds it" in str(incident.signs[0])
     assert "otherwise since step 300 or before: from then on" in incident.advice[0]
     assert monitor.notes == []
+
+
+@pytest.mark.usefixtures("any_path")
+@pytest.mark.parametrize("apart", ["trunk", "matrices"])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_part_of_one_of_several_optimizers_stops_too(apart: str, to_none: bool) -> None:
+    """Rows of another optimizer, which do not measure it, neither hide nor end that."""
+    torch.manual_seed(0)
+    model = TwoHeads()
+    named = dict(model.named_parameters())
+    first = [name for name, one in named.items() if (name.startswith("trunk") if apart == "trunk" else one.dim() == 2)]
+    optimizers = [
+        torch.optim.SGD([named[name] for name in first], lr=0.05),
+        torch.optim.Adam([one for name, one in named.items() if name not in first], lr=3e-3),
+    ]
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(400):
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=to_none)
+            detached(model, torch.randn(64, 8), step).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    dead = [incident for incident in monitor.incidents if incident.kind == "dead"]
+    if apart == "trunk" and not to_none:  # all gradients of an optimizer are zero where its loss is at its floor too
+        assert dead == []
+        return
+    (incident,) = dead
+    assert incident.suspect == "trunk.0.weight"
+    assert incident.open
+    assert incident.signs[0].numbers["since"] in (2 * STOP, 2 * STOP + 1)
+
+
+@pytest.mark.usefixtures("any_path")
+@pytest.mark.parametrize(
+    "turn",
+    [lambda _: "dg", lambda step: "dg" if step % 5 == 4 else "d", lambda step: "d" if step < 300 else "g"],
+    ids=["each step", "five to one", "one after the other"],
+)
+def test_a_generator_and_its_discriminator_have_not_stopped(turn: Callable[[int], str]) -> None:
+    """Neither while the other one steps, nor where one of them steps no more."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"g": TwoHeads().trunk.append(nn.Linear(32, 8)), "d": TwoHeads().trunk.append(nn.Linear(32, 1))}
+    )
+    optimizers = {name: torch.optim.Adam(part.parameters(), lr=1e-3) for name, part in model.items()}
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(600):
+            for name in turn(step):
+                made = model["g"](torch.randn(32, 8))
+                optimizers[name].zero_grad()
+                if name == "d":
+                    real = nn.functional.softplus(-model["d"](torch.randn(32, 8) + 1))
+                    loss = real.mean() + nn.functional.softplus(model["d"](made.detach())).mean()
+                else:
+                    loss = nn.functional.softplus(-model["d"](made)).mean()
+                loss.backward()
+                optimizers[name].step()
+    assert [incident for incident in monitor.incidents if incident.kind in ("dead", "frozen")] == []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.history.columns import widened
+from gradwatch.history.holders import Holders
 from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Provenance, Row, Scalars
 
@@ -29,6 +30,7 @@ class Ring:
     Attributes:
         rows: number of rows so far.
         window: number of rows that are kept.
+        holders: what the optimizer of each row held.
     """
 
     def __init__(self, count: int, window: int) -> None:
@@ -43,6 +45,7 @@ class Ring:
         self._skipped = np.zeros(self.window, dtype=bool)
         self._learning_rate = np.full(self.window, np.nan)
         self._loss_scale = np.full(self.window, np.nan)
+        self.holders = Holders(count, self.window)
         self._rates: Floats | None = None  # of the last row, and the largest of them
         self._largest_rate = math.nan
         self._step = np.full(self.window, -1, dtype=np.int64)
@@ -55,6 +58,7 @@ class Ring:
         self._add_norms()
         if row.rate is not self._rates:
             self._rates, self._largest_rate = row.rate, _largest(row.rate)
+            self.holders.follow(self.rows, row.rate)
         slot = self._put(row.step, row.loss, row.grad_norm, self._largest_rate)
         self._row, self._row_is_last, self._normed = row, True, self.rows
         self._norm[slot] = row.global_norm
@@ -75,6 +79,7 @@ class Ring:
         """Extend the ring to ``count`` layers; past values of new ones are missing."""
         self._grad = widened(self._grad, count, np.nan)
         self._weight = widened(self._weight, count, np.nan)
+        self.holders.widen(count)
         self._row = self.row._replace(grad_norm=widened(self.row.grad_norm, count, np.nan))
 
     def _add_norms(self) -> None:
@@ -162,6 +167,11 @@ class Ring:
     def grad_norm(self, last: int | None = None) -> Floats:
         """Return the gradient norms as measured, before auto-clip, shape (n, L), oldest first."""
         return self._last(self._grad, last)
+
+    def grad_norm_at(self, places: NDArray[np.intp]) -> Floats:
+        """Return the gradient norms of some of the rows that are kept, by their places in `grad_norm`, shape (n, L)."""
+        rows: Floats = self._grad[(max(0, self.rows - self.window) + places) % self.window]
+        return rows
 
     def weight_norm(self, last: int | None = None) -> Floats:
         """Return the weight norms before the update of each step, shape (n, L), oldest first; NaN where not sampled."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -14,6 +15,8 @@ from gradwatch.text.wording import apart, counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from numpy.typing import NDArray
 
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Kind, Sign
@@ -34,18 +37,20 @@ class Dead(Rule):
     `value = dead units / units` of the layer, over the four samples, minus `1 / sqrt(units)` except in the first layer: at
     initialisation a deep unit is on or off for all inputs alike, so two standard deviations of that chance share are
     subtracted (the value reported is the difference). `value = 1` where the gradient norm of the whole layer is exactly zero
-    at this step and was not above zero in any of the 48 rows before: a head that is used now and then is only idle. If it was,
-    `value` is at least half the share of zeros among these 49 rows, up to the limit. `value = 1` also where no gradient of the
-    layer arrived in these 49 rows although it did before, the layer is trainable and the optimizer that made the step holds
-    it: unless it was absent for half as long before, or an absence as long as this one, `n` steps after `k` steps with a gradient
-    among `t`, may be chance (`(t / (t + n))^k > 1e-6`).
+    at this step and was not above zero in any of the 48 rows before: a head that is used now and then is only idle. If it
+    was, `value` is at least half the share of zeros among these 49 rows, up to the limit. `value = 1` also where no gradient
+    of the layer arrived in these 49 rows although it did before, the layer is trainable and the optimizer that made the step
+    holds it. Where several optimizers step by turns, only the rows of its own count. It is not so if the layer was absent for
+    half as long before, nor if an absence as long as this one may be chance: `n` steps after `k` steps with a gradient among
+    `t`, where `(t / (t + n))^k > 1e-6`.
 
     It fires where `value > limit` (0.5) for `for_steps` (16) steps, and resolves once `value` was at most `release * limit`
     (0.25) for more than `keep_steps` (16) steps: a layer that wakes up for one step stays dead. Only the weights of linear
     and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead while
-    the gradient of the whole model is zero, because the loss is then at its floor, nor in a round of four samples one of
-    which had no gradient at all, such as a batch without a reward. A layer that you have frozen is not dead, nor one without
-    elements, nor a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a critic.
+    the gradient of the whole model, or of all that its optimizer holds, is zero, because the loss is then at its floor, nor
+    in a round of four samples one of which had no gradient at all, such as a batch without a reward. A layer that you have
+    frozen is not dead, nor one without elements, nor a bias whose own weights have a gradient: its gradient cancels, as in
+    the last layer of a critic.
 
     Once the loss has fallen to half of the first and of the reference loss, the incident is only a notice. What the loss lost
     at the very step at which a whole layer fell silent does not count as fallen: it may have been the loss of that part.
@@ -85,29 +90,40 @@ class Dead(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the share of dead units of each layer beyond chance, shape (L,); 1 where a whole layer is dead."""
-        if history.row.global_norm == 0:  # the loss is at its floor
+        mine, *others = _parts(history)
+        value = self._measured(history, mine)
+        for part in others:
+            value[part.held] = self._measured(history, part)[part.held]
+        return value
+
+    def _measured(self, history: History, part: _Part) -> Floats:
+        """Return the value of each layer by the rows of its optimizer, shape (L,)."""
+        norms = part.last(_REST)
+        now = norms[-1]
+        if (now == 0).any() and not (now > 0).any() and not history.nonfinite.any():  # its loss is at its floor
             return np.zeros(len(history.layers))
-        norms = history.grad_norm(last=_REST)
-        frozen = (history.row.grad_norm == 0) & ~np.isfinite(history.rate) & np.isfinite(history.rate).any()
+        frozen = (now == 0) & ~part.held & part.held.any()
         units = np.where(frozen, 0.0, history.dead_share - self._by_chance(history))
-        units[_stopped(history, norms)] = 1.0
+        units[_stopped(history, part)] = 1.0
         if not (norms == 0).any():
             return units
         zero = np.where(history.sizes > 0, np.mean(norms == 0, axis=0), 0.0)  # a layer without elements cannot die
         zero[frozen] = 0.0
-        silent = (history.row.grad_norm == 0) & ~(norms > 0).any(axis=0) & (zero > 0)
+        silent = (now == 0) & ~(norms > 0).any(axis=0) & (zero > 0)
         for column in np.flatnonzero(silent & ~history.matrices).tolist():
-            if _cancels(history, column):
+            if _cancels(history, now, column):
                 zero[column] = silent[column] = 0
         asleep: Floats = np.where(silent, 1.0, np.minimum(zero / 2, self.limit))
-        return np.where(zero > 0, np.fmax(np.where(history.row.grad_norm == 0, 0.0, units), asleep), units)
+        return np.where(zero > 0, np.fmax(np.where(now == 0, 0.0, units), asleep), units)
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
-        absent = column in _stopped(history, history.grad_norm(last=_REST))
-        layer = absent or history.row.grad_norm[column] == 0
-        gaps = _gaps(history, column)
-        since = int(history.steps(last=max(1, gaps[-1]))[0])
+        mine, *others = _parts(history)
+        part = next((one for one in others if one.held[column]), mine)
+        absent = column in _stopped(history, part)
+        layer = absent or part.last(1)[0, column] == 0
+        gaps = _gaps(part, column)
+        since = int(part.steps[-max(1, gaps[-1])])
         return {
             "layer": layer,
             "absent": absent,
@@ -147,37 +163,77 @@ class Dead(Rule):
         return np.where(first, 0.0, 1 / np.sqrt(units))
 
 
-def _stopped(history: History, norms: Floats) -> list[int]:
-    """Return the columns of layers whose gradient no longer arrives, of those without any in the last ``norms``."""
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one optimizer, of those that are kept.
+
+    Attributes:
+        history: the history.
+        held: whether it holds each layer, and the layer is trainable, shape (L,).
+        places: places of its rows, oldest first; None: all.
+    """
+
+    history: History
+    held: NDArray[np.bool_]
+    places: NDArray[np.intp] | None = None
+
+    def last(self, count: int | None = None) -> Floats:
+        """Return the last norms of all layers, shape (n, L)."""
+        if self.places is None:
+            return self.history.grad_norm(last=count)
+        return self.history.grad_norm_at(self.places[-count if count else None :])
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """The steps of the rows."""
+        return self.history.steps() if self.places is None else self.history.steps()[self.places]
+
+    @property
+    def share(self) -> float:
+        """Share of the rows."""
+        return 1.0 if self.places is None else len(self.places) / len(self.history.steps())
+
+
+def _parts(history: History) -> list[_Part]:
+    """Return the rows of each optimizer that has made one of the last rows, that of the last row first."""
+    turns = history.holders.turns(history.rows, 2 * _REST)
+    if not turns:
+        return [_Part(history, np.isfinite(history.rate))]
+    return [_Part(history, held, places) for held, places in turns]
+
+
+def _stopped(history: History, part: _Part) -> list[int]:
+    """Return the columns of layers whose gradient no longer arrives, although an optimizer holds them that makes steps."""
+    norms = part.last(_REST)
     if len(norms) < _REST:
         return []
-    absent = np.isfinite(history.rate) & np.isnan(norms).all(axis=0) & (history.nonfinite == 0)
-    return [column for column in np.flatnonzero(absent).tolist() if _has_stopped(history, column)]
+    absent = part.held & np.isnan(norms).all(axis=0) & (history.nonfinite == 0)
+    return [column for column in np.flatnonzero(absent).tolist() if _has_stopped(history, part, column)]
 
 
-def _has_stopped(history: History, column: int) -> bool:
+def _has_stopped(history: History, part: _Part, column: int) -> bool:
     """Return whether a layer's gradient has been absent for longer than its earlier absences and chance explain."""
-    *before, gap = _gaps(history, column)
+    *before, gap = _gaps(part, column)
     if history.rows > history.window and any(before[:1]):  # of the absence from which it came back, only a part is kept
         return False
     seen = int(history.typical_grad.seen[column])
-    steps = max(1, seen, history.task_rows - gap)
+    steps = max(1, seen, history.task_rows * part.share - gap)
     return gap > 2 * max(before, default=0) and seen * math.log1p(gap / steps) > -math.log(_CHANCE)
 
 
-def _gaps(history: History, column: int) -> list[int]:
+def _gaps(part: _Part, column: int) -> list[int]:
     """Return the numbers of rows without a gradient above zero: before each row with one, and after the last that is kept."""
-    norms = history.grad_norm()[:, column]
+    norms = part.last()[:, column]
     came = np.flatnonzero(norms > 0)
     gaps: list[int] = (np.diff(came, prepend=-1, append=len(norms)) - 1).tolist()
     return gaps
 
 
-def _cancels(history: History, column: int) -> bool:
-    """Return whether the weights of the module that a bias or gain belongs to have a gradient."""
+def _cancels(history: History, norms: Floats, column: int) -> bool:
+    """Return whether the weights of the module that a bias or gain belongs to have a gradient in the row ``norms``."""
     module = history.layers[column].rpartition(".")[0]
     own = [history.layers[other].rpartition(".")[0] == module for other in np.flatnonzero(history.matrices).tolist()]
-    return bool(module) and bool((history.row.grad_norm[history.matrices][own] > 0).any())
+    return bool(module) and bool((norms[history.matrices][own] > 0).any())
 
 
 def began(numbers: Mapping[str, float]) -> str:
