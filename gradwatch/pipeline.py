@@ -282,9 +282,13 @@ class Pipeline:
         names = [name for name, hit in zip(self.history.layers, idle, strict=True) if hit]
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            rows, steps = self.history.rows, self.history.steps()
+            each = steps[-1] - steps[0] == len(steps) - 1
+            seen = f"{rows} steps" if each else f"{rows} measured steps"
+            them, when = "it" if len(names) == 1 else "them", "" if each else " at these steps"
             self.note(
-                f"no gradient has reached {', '.join(names[:3])}{more} in {self.history.rows} steps although an optimizer holds "
-                f"{'it' if len(names) == 1 else 'them'}: a detach(), or a part that the loss does not use."
+                f"no gradient has reached {', '.join(names[:3])}{more} in {seen} although an optimizer holds {them}: a detach(), "
+                f"or a part that the loss does not use{when}."
             )
 
     @property

@@ -416,3 +416,24 @@ def test_a_generator_and_its_discriminator_have_not_stopped(turn: Callable[[int]
                 loss.backward()
                 optimizers[name].step()
     assert [incident for incident in monitor.incidents if incident.kind in ("dead", "frozen")] == []
+
+
+def test_a_part_that_is_used_between_the_measured_steps_alone_is_said_to_be_unseen_at_these() -> None:
+    """With ``every=4`` and heads by turns, always the same head is measured."""
+
+    def by_turns(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+        return one_of_two(model, x, step % 4 < 3)
+
+    (note,) = trained(by_turns, 600, every=4).notes
+    assert note.startswith(
+        "no gradient has reached aux.0.weight, aux.0.bias, aux.2.weight and 1 more in 112 measured steps"
+    )
+    assert note.endswith("a detach(), or a part that the loss does not use at these steps.")
+
+
+@pytest.mark.usefixtures("any_path")
+@pytest.mark.parametrize("first", [620, 1100])
+def test_a_part_that_is_used_late_is_not_frozen_before_its_weights_are_looked_at_again(first: int) -> None:
+    """Its gradients since the last look may have changed them."""
+    monitor = trained(lambda model, x, step: one_of_two(model, x, step < first), first + 100)
+    assert [incident for incident in monitor.incidents if incident.kind == "frozen"] == []

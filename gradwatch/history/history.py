@@ -72,6 +72,7 @@ class History(LossLevels):
         self.nonfinite_weight = np.zeros(count, dtype=bool)
         self.dead_share: Floats = np.full(count, np.nan)
         self.unchanged: Floats = np.full(count, np.nan)
+        self._compared = 0  # number of rows when the weights were last compared
         self.rate: Floats = np.full(count, np.nan)
         self.previous_rate: Floats = self.rate
         self._top_rate, self._rose_at = -math.inf, 0
@@ -112,7 +113,7 @@ class History(LossLevels):
         if row.dead_share is not None:
             self.dead_share = row.dead_share
         if row.unchanged is not None:
-            self.unchanged = row.unchanged
+            self.unchanged, self._compared = row.unchanged, self.rows
         if row.weight_norm is not None:
             self._take_weight(row, row.weight_norm)
 
@@ -233,6 +234,17 @@ class History(LossLevels):
         """Return the typical size of a gradient element of each matrix that has a gradient, shape (L,); NaN if unknown."""
         told = (self.typical_grad.seen >= SETTLED) & self.matrices & (self.row.grad_norm > 0)
         return np.where(told, self.typical_grad.value / np.sqrt(self.sizes), np.nan)
+
+    def unchanged_by(self, column: int) -> int | None:
+        """Return the number of gradients above zero that are known not to have changed a layer; None if none was measured.
+
+        Those since its weights were last compared do not count.
+        """
+        unchanged, since = self.unchanged[column], self.rows - self._compared
+        norms = self.grad_norm(last=int(unchanged) + 1 + since if unchanged > 0 else None)[:, column]
+        if np.isnan(norms).all():
+            return None
+        return int(np.count_nonzero(norms[: max(0, len(norms) - since - 1)] > 0))
 
     @property
     def measured(self) -> bool:

@@ -74,9 +74,9 @@ class Frozen(Rule):
         value = np.where(history.arriving & ~meant & history.matrices, history.unchanged, 0.0)
         if (value > self.limit).any():  # count steps with a gradient only: a sparse reward gives none for a long time
             for column in np.flatnonzero(value > self.limit).tolist():
-                norms = _norms_unchanged(history, column)
-                if not np.isnan(norms).all():  # otherwise no optimizer holds it, so its gradients are never measured
-                    value[column] = min(value[column], np.count_nonzero(norms[:-1] > 0))
+                gradients = history.unchanged_by(column)
+                if gradients is not None:  # otherwise no optimizer holds it, so its gradients are never measured
+                    value[column] = min(value[column], gradients)
         if history.still_since is not None:
             value = np.where(history.matrices & (history.rate == 0), history.row.step - history.still_since, value)
         if self._update(history) is not None:
@@ -90,7 +90,7 @@ class Frozen(Rule):
             return {"still since": step, "exactly": exactly}
         update = self._update(history)
         lost = update is not None and history.losses == self.measure(history)[column]
-        told = {"lost": lost, "owned": not np.isnan(_norms_unchanged(history, column)).all()}
+        told = {"lost": lost, "owned": history.unchanged_by(column) is not None}
         if update is None or not lost:
             return told
         return told | {"update": update[column], "weight": history.weight[column]} | stuck_at(history)
@@ -121,10 +121,3 @@ class Frozen(Rule):
         sgd = history.row.family == "sgd"
         update: Floats = history.rate * (history.row.grad_norm if sgd else np.sqrt(history.sizes))
         return update if told.any() and (update[told] / history.weight[told] < _HELD).all() else None
-
-
-def _norms_unchanged(history: History, column: int) -> Floats:
-    """Return the gradient norms of a layer in the rows since which its weights are known not to have changed."""
-    unchanged = history.unchanged[column]
-    norms: Floats = history.grad_norm(last=int(unchanged) + 1 if unchanged > 0 else None)[:, column]
-    return norms
