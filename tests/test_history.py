@@ -106,3 +106,19 @@ def test_references_survive_a_resume_and_refuse_another_model() -> None:
     assert other.typical_grad.value[0] == pytest.approx(2.0)
     with pytest.raises(UsageError, match="1 saved, 2 watched"):
         History(["a", "b"]).load_state_dict(one.state_dict())
+
+
+def test_the_longest_absence_of_a_gradient_is_that_of_a_loop() -> None:
+    """Also of absences that began in rows which are no longer kept, with norms processed in batches of any length."""
+    random = np.random.default_rng(0)
+    came = random.random((500, 3)) < (0.02, 0.3, 0.95)
+    history = History(["a", "b", "c"], window=64)
+    run, longest = np.zeros(3), np.zeros(3)
+    for step, here in enumerate(came):
+        history.push(Row(step, 1.0, np.where(here, 1.0, np.nan), 1.0))
+        history.learn()
+        longest = np.where(here, np.maximum(longest, run), longest)
+        run = np.where(here, 0, run + 1)
+        if random.random() < 0.1:
+            assert history.longest_absence.tolist() == longest.tolist()
+    assert history.longest_absence.tolist() == longest.tolist()

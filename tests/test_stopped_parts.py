@@ -157,9 +157,10 @@ def test_a_part_that_is_used_now_and_then_has_not_stopped(first: Callable[[int],
     assert [incident for incident in monitor.incidents if incident.kind == "dead"] == []
 
 
-def test_parts_that_train_in_turns_of_many_steps_are_told_once() -> None:
+@pytest.mark.parametrize(("turn", "steps"), [(300, 3000), (1100, 4500)])
+def test_parts_that_train_in_turns_of_many_steps_are_told_once(turn: int, steps: int) -> None:
     """Once a part has come back, an absence as long as its last one is not news, however long ago it began."""
-    monitor = trained(lambda model, x, step: one_of_two(model, x, step // 300 % 2 == 0), 3000)
+    monitor = trained(lambda model, x, step: one_of_two(model, x, step // turn % 2 == 0), steps)
     dead = [incident for incident in monitor.incidents if incident.kind == "dead"]
     assert len(dead) == 1
     assert dead[0].closed_step is not None

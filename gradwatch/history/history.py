@@ -61,6 +61,7 @@ class History(LossLevels):
         self.facts = Facts()
         self._typical_grad = Typical(count, half_life=64)
         self._learned = self._to_learn = 0
+        self._absence = self._longest_absence = np.zeros(count, dtype=np.int64)
         self.typical_weight = Typical(count, half_life=16)
         self.weight: Floats = np.full(count, np.nan)
         self.previous_weight: Floats = np.full(count, np.nan)
@@ -180,6 +181,7 @@ class History(LossLevels):
         count = len(self.layers)
         self._task = self._learned = self._to_learn = self.rows
         self._typical_grad = Typical(count, half_life=64)
+        self._absence = self._longest_absence = np.zeros(count, dtype=np.int64)
         self.typical_weight = Typical(count, half_life=16)
         self.weight, self.previous_weight, self.least_weight = np.full((3, count), np.nan)
         self._forget_losses()
@@ -208,6 +210,27 @@ class History(LossLevels):
         self._learned = self._to_learn
         with ignore_fp_warnings():
             self._typical_grad.update_all(self._grad[slots])
+            self._follow_absences(self._grad[slots] > 0)
+
+    def _follow_absences(self, came: NDArray[np.bool_]) -> None:
+        """Follow how long layers are without a gradient above zero; ``came``, (n, L): whether each of the next rows has one."""
+        if came.all() and not self._absence.any():
+            return
+        places = np.arange(1, len(came) + 1)[:, None]
+        latest = np.maximum.accumulate(
+            np.where(came, places, -self._absence), axis=0
+        )  # with a gradient, before row 1: <= 0
+        before = np.vstack([-self._absence, latest[:-1]])
+        ended = np.max(np.where(came, places - before - 1, 0), axis=0, initial=0)
+        self._longest_absence = np.maximum(self._longest_absence, ended)
+        self._absence = (len(came) - latest[-1]) if len(came) else self._absence
+
+    @property
+    def longest_absence(self) -> NDArray[np.int64]:
+        """The most rows in a row in which each layer had no gradient above zero, of absences that are over, shape (L,)."""
+        if self._learned < self._to_learn:
+            self._catch_up()
+        return self._longest_absence
 
     # Reading.
 

@@ -214,11 +214,10 @@ def _stopped(history: History, part: _Part) -> list[int]:
 def _has_stopped(history: History, part: _Part, column: int) -> bool:
     """Return whether a layer's gradient has been absent for longer than its earlier absences and chance explain."""
     *before, gap = _gaps(part, column)
-    if history.rows > history.window and any(before[:1]):  # of the absence from which it came back, only a part is kept
-        return False
+    before.append(int(history.longest_absence[column]))  # rows are kept for a while only
     seen = int(history.typical_grad.seen[column])
     steps = max(1, seen, history.task_rows * part.share - gap)
-    return gap > 2 * max(before, default=0) and seen * math.log1p(gap / steps) > -math.log(_CHANCE)
+    return gap > 2 * max(before) and seen * math.log1p(gap / steps) > -math.log(_CHANCE)
 
 
 def _gaps(part: _Part, column: int) -> list[int]:
