@@ -438,3 +438,100 @@ def test_a_part_that_is_used_late_is_not_frozen_before_its_weights_are_looked_at
     """Its gradients since the last look may have changed them."""
     monitor = trained(lambda model, x, step: one_of_two(model, x, step < first), first + 100)
     assert [incident for incident in monitor.incidents if incident.kind == "frozen"] == []
+
+
+class Gan(nn.Module):
+    """A generator that ends in a ReLU, and a discriminator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2), nn.ReLU())
+        self.discriminator = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 1))
+
+
+def adversaries(dies: int, steps: int, *, hinge: bool = False, wakes: tuple[int, ...] = ()) -> gradwatch.Monitor:
+    """Train a GAN whose generator dies at a step, but for the steps in ``wakes``."""
+    torch.manual_seed(0)
+    model = Gan()
+    last = model.generator[2]
+    assert isinstance(last, nn.Linear)
+    of_generator, of_discriminator = (
+        torch.optim.Adam(part.parameters(), lr=rate)
+        for part, rate in ((model.generator, 1e-3), (model.discriminator, 1e-2 if hinge else 1e-3))
+    )
+
+    def loss_of(outputs: Tensor, real: float) -> Tensor:
+        if hinge:
+            return torch.relu(1 - (2 * real - 1) * outputs).mean()
+        return nn.functional.binary_cross_entropy_with_logits(outputs, torch.full_like(outputs, real))
+
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(steps):
+            with torch.no_grad():
+                if step >= dies:
+                    last.bias.fill_(1.0 if step in wakes else -100.0)
+            fake = model.generator(torch.randn(64, 4))
+            of_discriminator.zero_grad()
+            real = (9 if hinge else 1) + 0.1 * torch.rand(64, 2)
+            outputs = model.discriminator(real), model.discriminator(fake.detach())
+            (loss_of(outputs[0], 1.0) + loss_of(outputs[1], 0.0)).backward()
+            of_discriminator.step()
+            of_generator.zero_grad()
+            (-model.discriminator(fake).mean() if hinge else loss_of(model.discriminator(fake), 1.0)).backward()
+            of_generator.step()
+    return monitor
+
+
+@pytest.mark.parametrize("wakes", [(), (250, 300, 350)])
+def test_a_dead_generator_beside_a_discriminator_that_learns_is_not_healthy(wakes: tuple[int, ...]) -> None:
+    """All gradients of its optimizer are exactly zero, but for some steps, and its loss is higher than it was."""
+    monitor = adversaries(70, 400, wakes=wakes)
+    assert monitor.verdict == "suspected"
+    (incident,) = [incident for incident in monitor.incidents if incident.kind == "dead"]
+    assert incident.open
+    assert incident.suspect == "generator.0.weight"
+    assert {sign.layer for sign in incident.signs} == {
+        f"generator.{n}.{what}" for n in (0, 2) for what in ("weight", "bias")
+    }
+
+
+def test_it_stays_dead_for_longer_than_rows_are_kept() -> None:
+    """The ring has rows of neither before it died then."""
+    monitor = adversaries(70, 800)
+    assert monitor.verdict == "suspected"
+    assert len(monitor.incidents) == 1
+
+
+def test_a_discriminator_at_the_floor_of_its_hinge_is_not_dead() -> None:
+    """Its loss is zero, so that there is nothing to learn, while the generator's goes on."""
+    monitor = adversaries(10**9, 400, hinge=True)
+    norms = monitor.history.grad_norm()
+    discriminator = [name.startswith("discriminator") for name in monitor.history.layers]
+    assert (norms[:, discriminator] == 0).all(axis=1).sum() > 100
+    assert [incident for incident in monitor.incidents if incident.kind == "dead"] == []
+
+
+def alone(objective: Callable[[Tensor, Tensor], Tensor], dies: int, steps: int = 300) -> gradwatch.Monitor:
+    """Train a classifier, all of whose outputs are cut to zero by ReLUs from a step on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3), nn.ReLU())
+    last = model[2]
+    assert isinstance(last, nn.Linear)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(steps):
+            if step >= dies:
+                last.bias.data.fill_(-100.0)
+            x = torch.randn(64, 8)
+            optimizer.zero_grad()
+            objective(model(x), x).backward()
+            optimizer.step()
+    return monitor
+
+
+def test_a_network_that_died_as_a_whole_is_dead_unless_its_loss_is_at_its_floor() -> None:
+    """A loss that is zero, or lower than ever, has nothing left to learn from."""
+    assert "dead" in [one.kind for one in alone(entropy, 150).incidents if one.severity == "warning"]
+    assert alone(entropy, 150).verdict == "suspected"
+    assert alone(lambda outputs, _: outputs.square().mean(), 150).incidents == []
+    assert alone(lambda outputs, _: outputs.mean() - 1, 150).incidents == []

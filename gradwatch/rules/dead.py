@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field
 
+from gradwatch.history.optimizer_rows import rows_by_optimizer
+from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
 from gradwatch.text.wording import apart, counted
@@ -16,13 +17,14 @@ from gradwatch.text.wording import apart, counted
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numpy.typing import NDArray
-
     from gradwatch.history.history import History
+    from gradwatch.history.optimizer_rows import OptimizerRows
     from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
 _REST = 49  # rows after which a layer without a gradient no longer counts as idle, and in which a dead one must wake up
+_LEVEL = 32  # newest losses whose median is the level of a loss
+_FLOOR = 0.01  # share of the first losses below which a loss is at its floor
 _CHANCE = 1e-6  # of an absence as long as this one, in a layer that had a gradient as often as this one
 
 
@@ -46,14 +48,16 @@ class Dead(Rule):
 
     It fires where `value > limit` (0.5) for `for_steps` (16) steps, and resolves once `value` was at most `release * limit`
     (0.25) for more than `keep_steps` (16) steps: a layer that wakes up for one step stays dead. Only the weights of linear
-    and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead while
-    the gradient of the whole model, or of all that its optimizer holds, is zero, because the loss is then at its floor, nor
-    in a round of four samples one of which had no gradient at all, such as a batch without a reward. A layer that you have
-    frozen is not dead, nor one without elements, nor a bias whose own weights have a gradient: its gradient cancels, as in
-    the last layer of a critic.
+    and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead in a
+    round of four samples one of which had no gradient at all, such as a batch without a reward. Where the gradient of all
+    that an optimizer holds is zero, its loss may be at its floor: nothing counts as dead unless the loss (the median of the
+    last 32) is not zero and higher than it was before. A layer that you have frozen is not dead,
+    nor one without elements, nor a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a
+    critic.
 
-    Once the loss has fallen to half of the first and of the reference loss, the incident is only a notice. What the loss lost
-    at the very step at which a whole layer fell silent does not count as fallen: it may have been the loss of that part.
+    Once the loss has fallen to half of the first and of the reference loss, the incident is only a notice, unless the loss
+    need not fall (a GAN). What the loss lost at the very step at which a whole layer fell silent does not count as fallen: it
+    may have been the loss of that part.
 
     ## Why it is bad
     A dead unit never learns again: no gradient reaches it, so nothing can bring it back.
@@ -90,17 +94,18 @@ class Dead(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the share of dead units of each layer beyond chance, shape (L,); 1 where a whole layer is dead."""
-        mine, *others = _parts(history)
+        mine, *others = rows_by_optimizer(history, 2 * _REST)
         value = self._measured(history, mine)
         for part in others:
             value[part.held] = self._measured(history, part)[part.held]
         return value
 
-    def _measured(self, history: History, part: _Part) -> Floats:
+    def _measured(self, history: History, part: OptimizerRows) -> Floats:
         """Return the value of each layer by the rows of its optimizer, shape (L,)."""
         norms = part.last(_REST)
         now = norms[-1]
-        if (now == 0).any() and not (now > 0).any() and not history.nonfinite.any():  # its loss is at its floor
+        silent = (now == 0).any() and not (now > 0).any() and not history.nonfinite.any()
+        if silent and _is_at_floor(history, part):
             return np.zeros(len(history.layers))
         frozen = (now == 0) & ~part.held & part.held.any()
         units = np.where(frozen, 0.0, history.dead_share - self._by_chance(history))
@@ -109,16 +114,16 @@ class Dead(Rule):
             return units
         zero = np.where(history.sizes > 0, np.mean(norms == 0, axis=0), 0.0)  # a layer without elements cannot die
         zero[frozen] = 0.0
-        silent = (now == 0) & ~(norms > 0).any(axis=0) & (zero > 0)
-        for column in np.flatnonzero(silent & ~history.matrices).tolist():
+        dead = (now == 0) & ~(norms > 0).any(axis=0) & (zero > 0)
+        for column in np.flatnonzero(dead & ~history.matrices).tolist():
             if _cancels(history, now, column):
-                zero[column] = silent[column] = 0
-        asleep: Floats = np.where(silent, 1.0, np.minimum(zero / 2, self.limit))
+                zero[column] = dead[column] = 0
+        asleep: Floats = np.where(dead, 1.0, np.minimum(zero / 2, self.limit))
         return np.where(zero > 0, np.fmax(np.where(now == 0, 0.0, units), asleep), units)
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
-        mine, *others = _parts(history)
+        mine, *others = rows_by_optimizer(history, 2 * _REST)
         part = next((one for one in others if one.held[column]), mine)
         absent = column in _stopped(history, part)
         layer = absent or part.last(1)[0, column] == 0
@@ -163,46 +168,21 @@ class Dead(Rule):
         return np.where(first, 0.0, 1 / np.sqrt(units))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The rows of one optimizer, of those that are kept.
-
-    Attributes:
-        history: the history.
-        held: whether it holds each layer, and the layer is trainable, shape (L,).
-        places: places of its rows, oldest first; None: all.
-    """
-
-    history: History
-    held: NDArray[np.bool_]
-    places: NDArray[np.intp] | None = None
-
-    def last(self, count: int | None = None) -> Floats:
-        """Return the last norms of all layers, shape (n, L)."""
-        if self.places is None:
-            return self.history.grad_norm(last=count)
-        return self.history.grad_norm_at(self.places[-count if count else None :])
-
-    @property
-    def steps(self) -> NDArray[np.int64]:
-        """The steps of the rows."""
-        return self.history.steps() if self.places is None else self.history.steps()[self.places]
-
-    @property
-    def share(self) -> float:
-        """Share of the rows."""
-        return 1.0 if self.places is None else len(self.places) / len(self.history.steps())
+def _is_at_floor(history: History, part: OptimizerRows) -> bool:
+    """Return whether the loss is zero or as low as ever, where all of an optimizer's gradients are; True if it is not known."""
+    alive = np.flatnonzero((part.last()[:, part.held] > 0).any(axis=1))
+    losses = part.losses
+    since = int(alive[-1]) + 1 if alive.size else 0
+    now, _ = median_and_mad(losses[since:][-_LEVEL:])
+    before = losses[:since][np.isfinite(losses[:since])]
+    if before.size:
+        return now == 0 or not now > before.min()
+    if not (history.typical_grad.seen[part.held] > 0).any():  # no gradient ever
+        return True
+    return not now > _FLOOR * abs(history.reference_loss)  # it is silent for longer than rows are kept
 
 
-def _parts(history: History) -> list[_Part]:
-    """Return the rows of each optimizer that has made one of the last rows, that of the last row first."""
-    turns = history.holders.turns(history.rows, 2 * _REST)
-    if not turns:
-        return [_Part(history, np.isfinite(history.rate))]
-    return [_Part(history, held, places) for held, places in turns]
-
-
-def _stopped(history: History, part: _Part) -> list[int]:
+def _stopped(history: History, part: OptimizerRows) -> list[int]:
     """Return the columns of layers whose gradient no longer arrives, although an optimizer holds them that makes steps."""
     norms = part.last(_REST)
     if len(norms) < _REST:
@@ -211,7 +191,7 @@ def _stopped(history: History, part: _Part) -> list[int]:
     return [column for column in np.flatnonzero(absent).tolist() if _has_stopped(history, part, column)]
 
 
-def _has_stopped(history: History, part: _Part, column: int) -> bool:
+def _has_stopped(history: History, part: OptimizerRows, column: int) -> bool:
     """Return whether a layer's gradient has been absent for longer than its earlier absences and chance explain."""
     *before, gap = _gaps(part, column)
     before.append(int(history.longest_absence[column]))  # rows are kept for a while only
@@ -220,7 +200,7 @@ def _has_stopped(history: History, part: _Part, column: int) -> bool:
     return gap > 2 * max(before) and seen * math.log1p(gap / steps) > -math.log(_CHANCE)
 
 
-def _gaps(part: _Part, column: int) -> list[int]:
+def _gaps(part: OptimizerRows, column: int) -> list[int]:
     """Return the numbers of rows without a gradient above zero: before each row with one, and after the last that is kept."""
     norms = part.last()[:, column]
     came = np.flatnonzero(norms > 0)

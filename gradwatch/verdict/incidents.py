@@ -313,7 +313,8 @@ class Incidents:
         story.harmless = self._is_harmless(story, signs)
         severity, verdict = severity_of(signs, kind, harmless=story.harmless)
         left = min((sign.numbers.get("left", 1.0) for sign in signs), default=1.0)
-        if kind == "dead" and self._history.has_halved(left):  # the model learns without the dead units
+        learns = not self._history.resting and self._history.has_halved(left)
+        if kind == "dead" and learns:  # without the dead units
             severity = "notice"
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)
