@@ -217,9 +217,8 @@ class History(LossLevels):
         if came.all() and not self._absence.any():
             return
         places = np.arange(1, len(came) + 1)[:, None]
-        latest = np.maximum.accumulate(
-            np.where(came, places, -self._absence), axis=0
-        )  # with a gradient, before row 1: <= 0
+        # place of the newest row with a gradient, 0 or less if it is before these
+        latest = np.maximum.accumulate(np.where(came, places, -self._absence), axis=0)
         before = np.vstack([-self._absence, latest[:-1]])
         ended = np.max(np.where(came, places - before - 1, 0), axis=0, initial=0)
         self._longest_absence = np.maximum(self._longest_absence, ended)

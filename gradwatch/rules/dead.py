@@ -51,9 +51,8 @@ class Dead(Rule):
     and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead in a
     round of four samples one of which had no gradient at all, such as a batch without a reward. Where the gradient of all
     that an optimizer holds is zero, its loss may be at its floor: nothing counts as dead unless the loss (the median of the
-    last 32) is not zero and higher than it was before. A layer that you have frozen is not dead,
-    nor one without elements, nor a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a
-    critic.
+    last 32) is not zero and higher than it was before. A layer that you have frozen is not dead, nor one without elements,
+    nor a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a critic.
 
     Once the loss has fallen to half of the first and of the reference loss, the incident is only a notice, unless the loss
     need not fall (a GAN). What the loss lost at the very step at which a whole layer fell silent does not count as fallen: it
@@ -109,7 +108,7 @@ class Dead(Rule):
             return np.zeros(len(history.layers))
         frozen = (now == 0) & ~part.held & part.held.any()
         units = np.where(frozen, 0.0, history.dead_share - self._by_chance(history))
-        units[_stopped(history, part)] = 1.0
+        units[_stopped(history, part, norms)] = 1.0
         if not (norms == 0).any():
             return units
         zero = np.where(history.sizes > 0, np.mean(norms == 0, axis=0), 0.0)  # a layer without elements cannot die
@@ -125,7 +124,7 @@ class Dead(Rule):
         """Return the numbers of the sentence; see `Rule.numbers`."""
         mine, *others = rows_by_optimizer(history, 2 * _REST)
         part = next((one for one in others if one.held[column]), mine)
-        absent = column in _stopped(history, part)
+        absent = column in _stopped(history, part, part.last(_REST))
         layer = absent or part.last(1)[0, column] == 0
         gaps = _gaps(part, column)
         since = int(part.steps[-max(1, gaps[-1])])
@@ -182,9 +181,8 @@ def _is_at_floor(history: History, part: OptimizerRows) -> bool:
     return not now > _FLOOR * abs(history.reference_loss)  # it is silent for longer than rows are kept
 
 
-def _stopped(history: History, part: OptimizerRows) -> list[int]:
-    """Return the columns of layers whose gradient no longer arrives, although an optimizer holds them that makes steps."""
-    norms = part.last(_REST)
+def _stopped(history: History, part: OptimizerRows, norms: Floats) -> list[int]:
+    """Return the columns of layers whose gradient no longer arrives; ``norms``, (n, L): the last norms of their optimizer."""
     if len(norms) < _REST:
         return []
     absent = part.held & np.isnan(norms).all(axis=0) & (history.nonfinite == 0)
