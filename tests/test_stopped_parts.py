@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 import gradwatch
 from gradwatch import device
+from gradwatch.reports.summary import Summary
+from gradwatch.runlog import RunLog
+from gradwatch.runlog.latest import snapshot_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 STOP = 200  # step from which on the program does something else
 
@@ -228,18 +232,20 @@ def test_a_part_that_is_unfrozen_later_must_be_in_an_optimizer(held: bool) -> No
 
 
 @pytest.mark.parametrize("first", [0, STOP])
-def test_an_optimizer_without_any_gradient_does_not_stop_watching(first: int) -> None:
+def test_an_optimizer_without_any_gradient_does_not_stop_watching(first: int, tmp_path: Path) -> None:
     """Steps that no backward came before, such as with a scheduler of its own, or after the data has run out."""
     torch.manual_seed(0)
     model = TwoHeads()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with gradwatch.attach(model, report=None, strict=True) as monitor:
+    with gradwatch.attach(model, report=None, strict=True, log=tmp_path / "run") as monitor:
         for step in range(400):
             optimizer.zero_grad()
             if step < first:
                 both(model, torch.randn(64, 8)).backward()
             optimizer.step()
         told = str(monitor.summary())
+    with RunLog(tmp_path / "run") as log:
+        assert "last global gradient norm none" in str(Summary(snapshot_of(log)))
     assert monitor.history.rows == 400
     assert "last global gradient norm none" in told
     assert ("now none" in told) is (first > 0)

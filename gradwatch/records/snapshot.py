@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gradwatch.records.kinds import Family  # noqa: TC001  pydantic reads the annotations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from gradwatch.records.answers import ClipUse, UsualNorms
@@ -121,7 +122,6 @@ class Snapshot:
         ending: how badly the loss stands at the last row, in words; empty if it does not.
         usual_norms: the usual range of the global norm; None: it is not known.
         clip_use: what a clip that may act on each step did; None: there is none.
-        measured: False if no layer had a gradient in the last row.
         scaled_up: number of steps whose gradients auto-clip made larger.
     """
 
@@ -153,8 +153,12 @@ class Snapshot:
     ending: str = ""
     usual_norms: UsualNorms | None = None
     clip_use: ClipUse | None = None
-    measured: bool = True
     scaled_up: int = 0
+
+    @property
+    def measured(self) -> bool:
+        """True if a layer had a gradient in the last row, be it one that is not finite."""
+        return bool(self.nonfinite.any() or not np.isnan(self.grad_norm).all())
 
     @property
     def clip_of_all(self) -> str:
