@@ -263,7 +263,7 @@ def test_a_ring_reads_in_order_and_never_holds_more_than_its_lag() -> None:
 def test_a_step_surges_far_out_or_beside_a_loss_that_suffers(norms: list[float], loss: float, expected: bool) -> None:
     """Ten times the usual norm is learning that begins, unless the loss is up; a hundred times is not, except in all layers."""
     plan = DevicePlan(
-        surge=10, far=100, loss_ceiling=1.0, loss_level=0.8, usual=np.ones(3), least_weight=np.full(3, np.inf)
+        surge=10, far=100, loss_ceiling=1.0, loss_level=0.8, usual=np.ones(3), judged=3, least_weight=np.full(3, np.inf)
     )
     limits = SquaredLimits(torch.device("cpu")).of(plan, None)
     assert limits is not None

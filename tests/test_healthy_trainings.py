@@ -61,6 +61,18 @@ def batch_normalisation() -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Te
     return model, torch.optim.Adam(model.parameters(), lr=1e-3), classify(model, 200, shape=(1, 8, 8))
 
 
+def batch_normalisation_frozen_later() -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
+    """Then the bias before it has a gradient, a million times the rounding noise that it had."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+
+    def losses() -> Iterator[Tensor]:
+        yield from classify(model, 200, shape=(1, 8, 8))
+        model[1].eval().requires_grad_(requires_grad=False)
+        yield from classify(model, 200, shape=(1, 8, 8))
+
+    return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), losses()
+
+
 def batches_of_one() -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
     """Losses and norms that scatter over orders of magnitude."""
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -194,6 +206,7 @@ PROGRAMS: list[Program] = [
     softmax_from_zero,
     adagrad_from_zero,
     batch_normalisation,
+    batch_normalisation_frozen_later,
     batches_of_one,
     batches_of_one_under_adam,
     attention,

@@ -41,6 +41,7 @@ class DevicePlan:
         guard: corrections beyond the clip while auto-clip is on; None: no corrections.
         reserve: clip to apply to a step that surges or overshoots (see `gradwatch.probe.surge`).
         usual: norms that a surge of one step is measured by, shape (L,) (see `gradwatch.history.recurrence.one_step_norms`).
+        judged: number of layers with such a norm.
         least_weight: norms below which weights count as that large, as in GW303, shape (L,); infinite where no update is too
             large for the weights.
         skip: True to leave out a step whose gradients are not finite.
@@ -63,6 +64,7 @@ class DevicePlan:
     guard: Guard | None = None
     reserve: Clip | None = None
     usual: Floats | None = None
+    judged: int = 0
     least_weight: Floats | None = None
     skip: bool = False
     surge: float = math.inf

@@ -71,6 +71,7 @@ class AutoClipEngine:
         self._typical = math.nan
         self._usual: Floats = np.full(0, np.nan)
         self._one_step: Floats = np.full(0, np.nan)
+        self._with_usual = 0  # number of layers of which that is known
         self._least_weight: Floats = np.full(0, np.inf)
         self._jump_scale = math.nan
         self._narrowed = 1.0
@@ -141,6 +142,7 @@ class AutoClipEngine:
         if explosive and not self.on and (old or self._reserve < rows < _YOUNG):
             self._set_bounds(0)
             self._one_step = one_step_norms(self.history)
+            self._with_usual = int(np.count_nonzero(np.isfinite(self._one_step)))
             self._jump_scale = self._next_jump(recurring=True)[1]
             if len(self._least_weight) != len(self.history.layers):
                 self._least_weight = np.where(self.history.large_matrices, self.history.half_usual, np.inf)
@@ -155,6 +157,7 @@ class AutoClipEngine:
             guard=self._guard() if self.on else None,
             reserve=reserve,
             usual=self._one_step,
+            judged=self._with_usual,
             least_weight=self._least_weight,
             skip=self.policy.on_nonfinite != "ignore",
             surge=surge,

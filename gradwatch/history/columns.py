@@ -34,6 +34,19 @@ class Columns(Protocol):
         """The number of inputs of each unit, per layer."""
 
 
+def weights_of(names: Sequence[str]) -> NDArray[np.intp]:
+    """Return the column of the weight that each bias belongs to, by their names, shape (L,); -1 where there is none."""
+    column = {name: index for index, name in enumerate(names)}
+    found = [column.get(_weight_beside(name), -1) for name in names]
+    return np.array(found, dtype=np.intp)
+
+
+def _weight_beside(bias: str) -> str:
+    """Return the name of the weight beside a bias, as ``rnn.weight_hh_l0`` beside ``rnn.bias_hh_l0``; "" for other names."""
+    module, dot, parameter = bias.rpartition(".")
+    return module + dot + parameter.replace("bias", "weight") if "bias" in parameter else ""
+
+
 def widened(array: NDArray[Value], count: int, fill: float) -> NDArray[Value]:
     """Return ``array`` (..., L) extended to ``count`` columns; the columns of new layers hold ``fill``."""
     more = np.full((*array.shape[:-1], count - array.shape[-1]), fill, dtype=array.dtype)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.history.columns import widened
+from gradwatch.history.columns import weights_of, widened
 from gradwatch.history.losses import LossLevels
 from gradwatch.history.saved import read_state
 from gradwatch.history.statistics import Typical, ignore_fp_warnings, median
@@ -41,6 +41,9 @@ class History(LossLevels):
         matrices: whether each layer has two or more dimensions, shape (L,). Biases and gains behave differently.
         fan_in: number of inputs of each unit, per layer, shape (L,).
         window: number of rows to keep. Fewer are kept (at least 64) if they would take over 16 MB.
+
+    Attributes:
+        weight_of: column of the weight that each bias belongs to, shape (L,); -1 where there is none.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class History(LossLevels):
         self.matrices = np.asarray(matrices if matrices is not None else [True] * count, dtype=bool)
         self.fan_in = np.asarray(fan_in if fan_in is not None else [10] * count, dtype=np.float64)
         self.order: NDArray[np.intp] = np.arange(count)[::-1].copy()
+        self.weight_of = weights_of(self.layers)
         self.facts = Facts()
         self._typical_grad = Typical(count, half_life=64)
         self._learned = self._to_learn = 0
@@ -156,6 +160,7 @@ class History(LossLevels):
         """Extend the history to the columns of added layers. Their past values are missing, and a new task begins."""
         self.layers = tuple(columns.names)
         count = len(self.layers)
+        self.weight_of = weights_of(self.layers)
         self.sizes = np.asarray(columns.sizes, dtype=np.float64)
         self.matrices = np.asarray(columns.matrices, dtype=bool)
         self.fan_in = np.asarray(columns.fan_in, dtype=np.float64)
@@ -246,11 +251,23 @@ class History(LossLevels):
     def surge(self) -> Floats:
         """Return the last gradient norms divided by their typical values, shape (L,).
 
-        NaN for layers whose gradient is not finite or that have fewer than 8 norms so far.
+        NaN for layers whose gradient is not finite, and where `has_usual` is false.
         """
         ratio: Floats = self.row.grad_norm / self.typical_grad.value
-        ratio[(self.typical_grad.seen < SETTLED) | (self.nonfinite > 0)] = np.nan
+        ratio[~self.has_usual | (self.nonfinite > 0)] = np.nan
         return ratio
+
+    @property
+    def has_usual(self) -> NDArray[np.bool_]:
+        """True for layers with at least 8 norms so far, except biases beside such a weight, shape (L,).
+
+        The gradient of a bias is a sum. Before a normalisation, its addends cancel: it is rounding noise until that is frozen or
+        removed. The gradient of its weight shows how large they are.
+        """
+        settled = self.typical_grad.seen >= SETTLED
+        weight = self.weight_of
+        beside = (weight >= 0) & settled[weight] & ~np.isnan(self.row.grad_norm[weight])
+        return settled & ~beside
 
     def typical_elements(self) -> Floats:
         """Return the typical size of a gradient element of each matrix that has a gradient, shape (L,); NaN if unknown."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.history.history import SETTLED
 from gradwatch.history.statistics import ignore_fp_warnings, median_and_mad
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def spread_of(history: History) -> Floats:
 
 
 def one_step_norms(history: History) -> Floats:
-    """Return the norms that a surge of a single step is measured by, shape (L,); NaN where too few norms are known.
+    """Return the norms that a surge of a single step is measured by, shape (L,); NaN where `History.has_usual` is false.
 
     A surge that lasts for one step counts a tenth of one that lasts (GW301), so these are ten times the usual norms.
     """
@@ -102,7 +101,7 @@ def one_step_norms(history: History) -> Floats:
         high = np.flatnonzero(peaks > ONE_STEP * usual)  # only there larger norms may recur
         if high.size:
             usual[high] = usual_norms(history, high.tolist())
-        return np.where(typical.seen >= SETTLED, ONE_STEP * spread_of(history) * usual, np.nan)
+        return np.where(history.has_usual, ONE_STEP * spread_of(history) * usual, np.nan)
 
 
 def explained_rise(history: History) -> float:

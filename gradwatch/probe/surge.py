@@ -86,7 +86,7 @@ def surges(squares: Tensor, limits: Tensor, loss: Tensor, plan: DevicePlan, *, e
     far, surging, *long = (beyond > 0).unbind()
     level = loss <= plan.loss_level
     # of two truth values, "greater" is one kernel for "and not"
-    alone = far > ((beyond[0] > limits.shape[1] // 2) & level)
+    alone = far > ((beyond[0] > plan.judged // 2) & level)
     fires = alone | (surging > (loss <= plan.loss_ceiling))
     return fires | (long[0] if early else long[0] > (loss <= plan.loss_jump)) if long else fires
 

@@ -114,9 +114,8 @@ class Dead(Rule):
         zero = np.where(history.sizes > 0, np.mean(norms == 0, axis=0), 0.0)  # a layer without elements cannot die
         zero[frozen] = 0.0
         dead = (now == 0) & ~(norms > 0).any(axis=0) & (zero > 0)
-        for column in np.flatnonzero(dead & ~history.matrices).tolist():
-            if _cancels(history, now, column):
-                zero[column] = dead[column] = 0
+        cancels = dead & (history.weight_of >= 0) & (now[history.weight_of] > 0)
+        zero[cancels] = dead[cancels] = 0
         asleep: Floats = np.where(dead, 1.0, np.minimum(zero / 2, self.limit))
         return np.where(zero > 0, np.fmax(np.where(now == 0, 0.0, units), asleep), units)
 
@@ -204,13 +203,6 @@ def _gaps(part: OptimizerRows, column: int) -> list[int]:
     came = np.flatnonzero(norms > 0)
     gaps: list[int] = (np.diff(came, prepend=-1, append=len(norms)) - 1).tolist()
     return gaps
-
-
-def _cancels(history: History, norms: Floats, column: int) -> bool:
-    """Return whether the weights of the module that a bias or gain belongs to have a gradient in the row ``norms``."""
-    module = history.layers[column].rpartition(".")[0]
-    own = [history.layers[other].rpartition(".")[0] == module for other in np.flatnonzero(history.matrices).tolist()]
-    return bool(module) and bool((norms[history.matrices][own] > 0).any())
 
 
 def began(numbers: Mapping[str, float]) -> str:

@@ -30,7 +30,9 @@ class GradientSurge(Rule):
     `s` the usual distance of a log norm from it, and `p` the third-highest peak of the excursions above `2t` that came back.
     It fires where `value > limit` (10): two steps above 10 times the typical norm, or one above 100 times. Larger factors
     are needed in runs whose norms vary widely from step to step, such as those with a batch size of one, and in runs whose
-    large norms recur, such as those with a rare class. It is silent during a layer's first 8 steps.
+    large norms recur, such as those with a rare class. It is silent during a layer's first 8 steps, and for a bias whose own
+    weight has a gradient: that of a bias is a sum, which may cancel (before a normalisation it is rounding noise), and that of
+    its weight shows how large the addends are.
 
     ## Why it is bad
     Gradients are best compared with the run's own history: explosions show as growth long before they show as NaN.

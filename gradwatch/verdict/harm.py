@@ -150,4 +150,5 @@ class Harm:
         if self.has("update", [sign for sign in signs if sign.step == self._history.row.step]):
             return True  # no plateau ends with an update larger than the weights
         middle, scatter = self._history.loss_level()
-        return 2 * len(far) <= len(self._history.layers) or not self._history.row.loss <= middle + scatter
+        judged = int(np.count_nonzero(np.isfinite(self._history.surge())))
+        return 2 * len(far) <= judged or not self._history.row.loss <= middle + scatter

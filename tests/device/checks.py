@@ -487,6 +487,29 @@ def no_clip_waits_nor_touches_a_healthy_step(s: StandIn) -> None:
 
 
 @check("clips")
+def a_bias_that_had_only_rounding_noise_is_not_clipped_once_it_has_a_gradient(s: StandIn) -> None:
+    """As when the normalisation after it is frozen; the gradient of its weight shows that nothing explodes."""
+    verdicts = []
+    for where in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)).to(where)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+            for step in range(300):
+                if step == 200:
+                    model[1].eval().requires_grad_(requires_grad=False)
+                x = torch.randn(64, 8)
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(x.to(where)), 3 * x[:, :4].to(where)).backward()
+                optimizer.step()
+        noise, gradient = monitor.history.grad_norm()[[150, 200], 1]
+        assert gradient > 1e4 * noise > 0
+        assert set(monitor.history.clip_coefficient()) == {1.0}, where
+        verdicts.append((monitor.verdict, len(monitor.incidents)))
+    assert verdicts == [("healthy", 0)] * 2
+
+
+@check("clips")
 def every_clip_does_what_it_does_on_the_cpu(s: StandIn) -> None:
     """The same coefficients, the same parameters."""
     bounds: list[gradwatch.Clip] = [
