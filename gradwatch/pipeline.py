@@ -97,7 +97,6 @@ class Pipeline:
         self._timed_step = 0
         self._first_step: int | None = None
         self._looked_for_idle = False
-        self._opposed = ""
         self._newest = -1  # largest index of an optimizer so far
         self._speed = math.nan
         self.desk = ReportDesk(reports, notes, self.snapshot, history)
@@ -115,14 +114,17 @@ class Pipeline:
 
     def losses_oppose(self) -> None:
         """Record that two optimizers take turns, where the loss of one runs through what the other trains."""
-        self._opposed = "two optimizers take turns, and the loss of one runs through what the other trains"
+        self.history.know(replace(self.history.facts, opposed=True))
         self._rest_losses()
 
     def _rest_losses(self) -> None:
         """Let the rules that expect the loss to fall rest where it need not, and note it."""
         last = self.incidents.recurring.last
-        routine = f"it jumps about every {last.period} steps farther than an update can raise it (a target network, a new task)"
-        why = self._opposed or (routine if last.routine else "")
+        why = ""
+        if self.history.facts.opposed:
+            why = "two optimizers take turns, and the loss of one runs through what the other trains"
+        elif last.routine:
+            why = f"it jumps about every {last.period} steps farther than an update can raise it (a target network, a new task)"
         if why != self.history.resting:
             self.history.rest_loss(why)
             if why:

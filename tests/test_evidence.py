@@ -185,6 +185,16 @@ def check_overwritten(told: Told) -> None:
     told.say("stuck at about", middle(told.loss[-32:]), middle(told.loss[:16]))
 
 
+def check_opponent(told: Told) -> None:
+    """The norms and the losses of the generator's own rows: every second one."""
+    own = ~np.isnan(told.own)
+    last, loss = told.own[own][-49:], told.loss[own]
+    told.say("by step", told.step, told.alarm.numbers["largest"], last.max(), told.alarm.value, "limit 300")
+    told.say("its loss rose", told.alarm.numbers["then"], middle(loss[-32:]))
+    assert told.own[own][8:].min() < last.max() < told.alarm.numbers["largest"] / 300 < told.own[own].max() / 300
+    assert loss.min() < told.alarm.numbers["then"] < middle(loss[-32:])
+
+
 def check_clip_bites(told: Told) -> None:
     """The bound that the user set, and the norms before it."""
     told.say("your clip to a norm of 0.001", 100.0, "last 100 steps", told.step, "80 %", middle(told.norm[-100:]))
@@ -216,6 +226,7 @@ CHECKS: dict[str, Callable[[Told], None]] = {
     "GW404": check_scale,
     "GW405": check_chance,
     "GW406": check_overwritten,
+    "GW407": check_opponent,
     "GW501": check_clip_bites,
     "GW502": check_never,
 }

@@ -11,10 +11,24 @@ from gradwatch.errors import UsageError
 from gradwatch.offline.replay import replay, with_settings
 from gradwatch.rules.notation import Case
 from gradwatch.runlog import RunLog
+from tests.test_rule_trainings import adversarial
 from tests.test_run_log import watched
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+def test_a_replay_knows_that_losses_oppose(faulty: bool, tmp_path: Path) -> None:
+    """So that the rules which expect a loss to fall rest there too, and the one on opponents does not."""
+    monitor = adversarial(faulty, log=tmp_path)
+    with RunLog(tmp_path) as log:
+        rules, _ = log.rules()
+        again = replay(log.history(), log.rows(), rules)
+    assert [(a.code, a.layer, a.step, a.state) for a in again.alarms] == [
+        (a.code, a.layer, a.step, a.state) for a in monitor.alarms
+    ]
+    assert [(i.kind, i.advice) for i in again.incidents] == [(i.kind, i.advice) for i in monitor.incidents]
 
 
 @pytest.mark.parametrize(("rate", "steps"), [(0.05, 700), (1.0, 300), (30.0, 200), (1e6, 120)])

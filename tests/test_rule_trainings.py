@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 import gradwatch
 from gradwatch.rules import RULES
 from tests.trainings import data, mlp, train
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Training = Callable[[bool], gradwatch.Monitor]
 
@@ -217,6 +221,29 @@ def decay_too_high(faulty: bool) -> gradwatch.Monitor:
     return watched(model, optimizer, 160, loss_of=nn.functional.cross_entropy, x_y=(x, labels))
 
 
+def adversarial(faulty: bool, log: Path | None = None) -> gradwatch.Monitor:
+    """A generator whose loss saturates once its discriminator wins, against one whose loss does not."""
+    generator = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    discriminator = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    model = nn.ModuleDict({"G": generator, "D": discriminator})
+    slow, fast = (
+        torch.optim.Adam(generator.parameters(), lr=2e-4),
+        torch.optim.Adam(discriminator.parameters(), lr=1e-2),
+    )
+    with gradwatch.attach(model, log=log, report=None, strict=True) as monitor:
+        for _ in range(400):
+            real, fake = torch.randn(64, 2) / 10 + 3, generator(torch.randn(64, 8))
+            fast.zero_grad()
+            softplus = nn.functional.softplus
+            (softplus(-discriminator(real)) + softplus(discriminator(fake.detach()))).mean().backward()
+            fast.step()
+            slow.zero_grad()
+            judged = discriminator(generator(torch.randn(64, 8)))
+            (-softplus(judged) if faulty else softplus(-judged)).mean().backward()
+            slow.step()
+    return monitor
+
+
 def own_clip(bound: float, steps: int) -> gradwatch.Monitor:
     """The user's own clip at a bound."""
     model = mlp()
@@ -257,6 +284,7 @@ TRAININGS: dict[str, Training] = {
     "GW404": one_large_layer,
     "GW405": labels_by_lot,
     "GW406": decay_too_high,
+    "GW407": adversarial,
     "GW501": clip_too_low,
     "GW502": clip_too_high,
 }

@@ -65,6 +65,7 @@ class History(LossLevels):
         self.facts = Facts()
         self._typical_grad = Typical(count, half_life=64)
         self._learned = self._to_learn = 0
+        self._largest_grad, self._loss_at_largest = np.full((2, count), np.nan)
         self._absence = self._longest_absence = np.zeros(count, dtype=np.int64)
         self.typical_weight = Typical(count, half_life=16)
         self.weight: Floats = np.full(count, np.nan)
@@ -186,6 +187,7 @@ class History(LossLevels):
         count = len(self.layers)
         self._task = self._learned = self._to_learn = self.rows
         self._typical_grad = Typical(count, half_life=64)
+        self._largest_grad, self._loss_at_largest = np.full((2, count), np.nan)
         self._absence = self._longest_absence = np.zeros(count, dtype=np.int64)
         self.typical_weight = Typical(count, half_life=16)
         self.weight, self.previous_weight, self.least_weight = np.full((3, count), np.nan)
@@ -215,7 +217,18 @@ class History(LossLevels):
         self._learned = self._to_learn
         with ignore_fp_warnings():
             self._typical_grad.update_all(self._grad[slots])
-            self._follow_absences(self._grad[slots] > 0)
+            came = self._grad[slots] > 0
+            self._follow_absences(came)
+            self._follow_largest(came, self._loss[slots])
+
+    def _follow_largest(self, came: NDArray[np.bool_], losses: Floats) -> None:
+        """Follow the largest typical norm of each layer, and the loss of its rows then: ``came`` (n, L), ``losses`` (n,)."""
+        typical = self._typical_grad
+        larger = (typical.seen >= SETTLED) & ~(typical.value <= self._largest_grad)
+        if larger.any():
+            told = came[:, larger] & np.isfinite(losses)[:, None]
+            self._largest_grad = np.where(larger, typical.value, self._largest_grad)
+            self._loss_at_largest[larger] = np.nan_to_num(losses) @ told / told.sum(axis=0)
 
     def _follow_absences(self, came: NDArray[np.bool_]) -> None:
         """Follow how long layers are without a gradient above zero; ``came``, (n, L): whether each of the next rows has one."""
@@ -228,6 +241,13 @@ class History(LossLevels):
         ended = np.max(np.where(came, places - before - 1, 0), axis=0, initial=0)
         self._longest_absence = np.maximum(self._longest_absence, ended)
         self._absence = (len(came) - latest[-1]) if len(came) else self._absence
+
+    @property
+    def largest_typical(self) -> tuple[Floats, Floats]:
+        """The largest typical gradient norm of each layer so far, and the mean loss of the rows then, (L,); NaN if unknown."""
+        if self._learned < self._to_learn:
+            self._catch_up()
+        return self._largest_grad, self._loss_at_largest
 
     @property
     def longest_absence(self) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ class Holders:
         self._window = window
         self._sets = [np.zeros(count, dtype=bool)]
         self._of_row = np.zeros(window, dtype=np.int32)
-        self._now = self._until = 0
+        self._now = self._until = self._changed = 0
 
     def widen(self, count: int) -> None:
         """Extend the sets to ``count`` layers."""
@@ -47,7 +47,7 @@ class Holders:
             self._sets, self._of_row[:], known = [], 0, 0
         if known == len(self._sets):
             self._sets.append(held)
-        self._now = known
+        self._now, self._changed = known, row
 
     def _fill(self, row: int) -> None:
         self._of_row[np.arange(max(self._until, row - self._window), row) % self._window] = self._now
@@ -64,7 +64,7 @@ class Holders:
             For each, the layers, shape (L,), and the places of its rows among those that are kept, oldest first. Empty if one
             optimizer has made all of them, be it with other layers frozen.
         """
-        if len(self._sets) == 1:
+        if rows - self._changed >= last:  # one optimizer has made all of them
             return []
         self._fill(rows)
         ids = self._of_row[np.arange(max(0, rows - self._window), rows) % self._window]

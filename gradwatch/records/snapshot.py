@@ -43,6 +43,7 @@ class Facts:
         optimizer_options: options of the optimizer except its learning rate, as they were when it was found, as text by name.
         prediction: shape of what the first loss compared with a target; empty if it is not known.
         narrow: whether some parameters are numbers of 16 bits.
+        opposed: whether two optimizers take turns, and the loss of one runs through what the other trains.
         dropouts: names of the dropout modules that drop everything.
     """
 
@@ -67,6 +68,7 @@ class Facts:
     optimizer_options: dict[str, str] = field(default_factory=dict, hash=False)
     prediction: tuple[int, ...] = ()
     narrow: bool = False
+    opposed: bool = False
     dropouts: tuple[str, ...] = ()
 
     @property

@@ -22,6 +22,7 @@ from gradwatch.rules.loss_jump import LossJump
 from gradwatch.rules.loss_nonfinite import LossNonFinite
 from gradwatch.rules.loss_runaway import LossRunaway
 from gradwatch.rules.no_traction import NoTraction
+from gradwatch.rules.opponent_won import OpponentWon
 from gradwatch.rules.out_of_scale import OutOfScale
 from gradwatch.rules.overwritten import Overwritten
 from gradwatch.rules.step_overshoots import StepOvershoots
@@ -55,6 +56,7 @@ RULES: tuple[type[Rule], ...] = (
     OutOfScale,
     AtChance,
     Overwritten,
+    OpponentWon,
     ClipBites,
     ClipNeverBites,
 )
@@ -110,6 +112,7 @@ __all__ = [
     "LossNonFinite",
     "LossRunaway",
     "NoTraction",
+    "OpponentWon",
     "OutOfScale",
     "Overwritten",
     "Rule",

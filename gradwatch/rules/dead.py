@@ -102,12 +102,15 @@ class Dead(Rule):
     def _measured(self, history: History, part: OptimizerRows) -> Floats:
         """Return the value of each layer by the rows of its optimizer, shape (L,)."""
         norms = part.last(_REST)
+        units = self._units_beyond_chance(history)
+        if norms.min(initial=np.inf) > 0:  # false for NaN: each layer had a gradient in each row
+            return units
         now = norms[-1]
         silent = (now == 0).any() and not (now > 0).any() and not history.nonfinite.any()
         if silent and _is_at_floor(history, part):
             return np.zeros(len(history.layers))
         frozen = (now == 0) & ~part.held & part.held.any()
-        units = np.where(frozen, 0.0, history.dead_share - self._by_chance(history))
+        units = np.where(frozen, 0.0, units)
         units[_stopped(history, part, norms)] = 1.0
         if not (norms == 0).any():
             return units
@@ -156,6 +159,10 @@ class Dead(Rule):
             f"{share} % of the {counted(numbers['units'], 'unit')} of {alarm.layer} were dead at step {alarm.step}: a gradient "
             f"of exactly zero in each of the last four samples (limit {limit} %)"
         )
+
+    def _units_beyond_chance(self, history: History) -> Floats:
+        share = history.dead_share
+        return share - self._by_chance(history) if (share > 0).any() else share.copy()
 
     @staticmethod
     def _by_chance(history: History) -> Floats:

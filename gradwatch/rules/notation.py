@@ -67,6 +67,7 @@ class Case:
         rate: learning rate, or a series of them.
         family: optimizer family.
         size: number of elements of each layer.
+        opposed: whether the losses of two optimizers oppose each other.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Case:
     rate: float | str = 0.01
     family: Literal["sgd", "adam", "other"] = "sgd"
     size: int = 100
+    opposed: bool = False
 
     def rows(self) -> tuple[History, Iterator[Row]]:
         """Return an empty history and an iterator over the rows to push into it."""
@@ -100,7 +102,7 @@ class Case:
             len(losses), len(left), len(rates), *(len(values) for columns_ in columns.values() for values in columns_)
         )
         history = History(layers, sizes=[self.size] * len(layers))
-        history.know(Facts(optimizer=_OPTIMIZERS[self.family], family=self.family))
+        history.know(Facts(optimizer=_OPTIMIZERS[self.family], family=self.family, opposed=self.opposed))
 
         def written() -> Iterator[Row]:
             for step in range(steps):

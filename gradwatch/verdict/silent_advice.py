@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from gradwatch.history.statistics import median
 from gradwatch.records import EXPLOSION
 from gradwatch.rules.dead import began
+from gradwatch.rules.opponent_won import OpponentWon, rate_of_opponent
 from gradwatch.text.wording import number
 from gradwatch.verdict.rates import at, raise_rate, shrunk, slower, still_rising
 
@@ -49,7 +50,10 @@ def on_silence(
     elif incident.kind == "stalled":
         yield from _stalled(incident, history, told, opening, beside)
     elif incident.kind == "vanishing":
-        yield from _vanishing(history.facts, opening)
+        if any(sign.code == OpponentWon.code for sign in incident.signs):
+            yield from _lost(incident, history)
+        else:
+            yield from _vanishing(history.facts, opening)
     elif incident.kind == "dead":
         yield from _dead(incident, history, opening)
     elif incident.kind == "frozen":
@@ -118,6 +122,15 @@ def _zero_rate(history: History) -> str:
         return ""
     step, exactly = history.zero_rate_since
     return f"The learning rate of every group has been 0 since step {step}{'' if exactly else ' or before'}: check the scheduler."
+
+
+def _lost(incident: Incident, history: History) -> Iterator[str]:
+    yield (
+        f"Train what {incident.suspect} belongs to by a loss that does not saturate where the other part wins, such as "
+        "-log D(G(z)) in place of log(1 - D(G(z))), or the Wasserstein loss."
+    )
+    rate = rate_of_opponent(history, incident.suspect)
+    yield f"Lower the learning rate of the other optimizer{f' ({at(rate)})' if rate > 0 else ''}, or let it make fewer steps."
 
 
 def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
