@@ -13,6 +13,8 @@ import gradwatch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    Turn = Callable[[nn.Module, nn.Module, torch.optim.Optimizer, torch.optim.Optimizer], None]
+
 OPPOSED = "the loss may be one that need not fall: two optimizers take turns"
 bce = nn.functional.binary_cross_entropy_with_logits
 
@@ -36,6 +38,13 @@ def adversarial(first: nn.Module, second: nn.Module, one: torch.optim.Optimizer,
     step(one, bce(second(first(torch.randn(32, 4))), torch.ones(32, 1)))
 
 
+def behind(first: nn.Module, second: nn.Module, one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
+    """The same, where the generator makes the first step."""
+    step(one, bce(second(first(torch.randn(32, 4))), torch.ones(32, 1)))
+    real, fake = torch.randn(32, 2) + 1, first(torch.randn(32, 4)).detach()
+    step(other, bce(second(real), torch.ones(32, 1)) + bce(second(fake), torch.zeros(32, 1)))
+
+
 def joint(first: nn.Module, second: nn.Module, one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
     """Both are trained by one loss."""
     x = torch.randn(32, 4)
@@ -56,7 +65,7 @@ def apart(first: nn.Module, second: nn.Module, one: torch.optim.Optimizer, other
 @pytest.mark.parametrize("watched", ["both in one", "the first", "the second"])
 @pytest.mark.parametrize(("turn", "opposed"), [(adversarial, True), (joint, False), (apart, False)])
 def test_losses_oppose_where_one_runs_through_what_the_other_trains(
-    turn: Callable[[nn.Module, nn.Module, torch.optim.Optimizer, torch.optim.Optimizer], None],
+    turn: Turn,
     opposed: bool,
     watched: str,
 ) -> None:
@@ -109,4 +118,21 @@ def test_a_healthy_adversarial_training_is_not_called_stalled_or_diverging() -> 
         for _ in range(400):
             adversarial(both["first"], both["second"], one, other)
         assert not {incident.kind for incident in monitor.incidents} & {"stalled", "diverging"}
+        assert monitor.verdict == "healthy"
+
+
+@pytest.mark.parametrize("ahead", [adversarial, behind])
+def test_an_adversarial_phase_after_another_is_no_divergence(ahead: Turn) -> None:
+    """Its losses are none of the phase before, whichever of the two makes the first step."""
+    torch.manual_seed(0)
+    both = nn.ModuleDict({"first": net(4, 2), "second": net(2, 1)})
+    first, second = both["first"], both["second"]
+    one, other = (torch.optim.Adam(part.parameters(), lr=1e-3) for part in (first, second))
+    with gradwatch.attach(both, report=None, strict=True) as monitor:
+        for _ in range(400):
+            x = torch.randn(64, 4)
+            step(one, nn.functional.mse_loss(first(x), x[:, :2].tanh()))
+        for _ in range(100):
+            ahead(first, second, one, other)
+        assert [incident for incident in monitor.incidents if incident.severity != "notice"] == []
         assert monitor.verdict == "healthy"

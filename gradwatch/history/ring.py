@@ -211,6 +211,11 @@ class Ring:
         """The number of rows of the current task (see `History.begin_task`), which began with the run if there was no other."""
         return self.rows - self._task
 
+    @property
+    def task_step(self) -> int:
+        """The step of the first row of the current task, of those that are kept."""
+        return int(self.steps(last=self.task_rows)[0])
+
     def task_loss(self, last: int | None = None) -> Floats:
         """Return the losses of the current task, shape (n,), oldest first: those before a new head say nothing about it."""
         return self.loss(last=self.task_rows if last is None else min(last, self.task_rows))

@@ -233,6 +233,8 @@ class Incidents:
                 elif name == "explosion" and step - self._exploded <= self._settings.returning_steps:
                     story.harmed = story.lasting = True  # it comes back: the task has not changed
         may_last = not story.lasting and (story.harmed or not story.young) and not story.recurrence.routine
+        # the level of another task is none that the loss has to come back to
+        may_last = may_last and story.incident is not None and story.incident.opened_step >= self._history.task_step
         if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
             story.lasting = self._harm.level_lasts(story)
             story.look_at *= 2
