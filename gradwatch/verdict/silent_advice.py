@@ -26,6 +26,8 @@ _FLOAT32 = "Keep a float32 copy of half-precision weights: small updates are los
 _ROUNDED = 4.0  # multiple of the rate that changes a thousandth of a layer at which an update is as large as 2^-8 of it
 _CLIPS = 32  # steps whose clips are looked at
 _LITTLE = 0.1  # share of the gradients below which a clip leaves little
+_OVERFIT = "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
+_GOOD = "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
 _GATES = (
     "Use an LSTM or GRU instead of the vanilla RNN, with gates that begin open: a forget-gate bias of ln(T) for sequences of T "
     "steps."
@@ -92,13 +94,11 @@ def _stalled(
         raise_rate(opening),
         _rounded(history.facts, opening),
     )
-    known = [line for line in (*small, *told, still_rising(history, opening)) if line]
-    yield from known
-    if history.facts.recurrent and not history.facts.gated:
-        yield _GATES
-    yield "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
-    if incident.severity == "notice" and named is None:
-        yield "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
+    gates = _GATES if history.facts.recurrent and not history.facts.gated else ""
+    first, *more = [line for line in (*small, *told, still_rising(history, opening), gates, _OVERFIT) if line]
+    # a notice is shown with its first advice alone
+    yield f"{first} {_GOOD}" if incident.severity == "notice" and named is None else first
+    yield from more
     yield f"Change the learning rate ({at(opening.rate)}) by factors of three in both directions."
     if not history.facts.embeds:
         yield "Scale the inputs to zero mean and unit variance."
