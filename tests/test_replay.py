@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from torch import nn
 
 import gradwatch
 from gradwatch.errors import UsageError
@@ -13,6 +17,7 @@ from gradwatch.rules.notation import Case
 from gradwatch.runlog import RunLog
 from tests.test_rule_trainings import adversarial
 from tests.test_run_log import watched
+from tests.trainings import data, mlp
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +34,29 @@ def test_a_replay_knows_that_losses_oppose(faulty: bool, tmp_path: Path) -> None
         (a.code, a.layer, a.step, a.state) for a in monitor.alarms
     ]
     assert [(i.kind, i.advice) for i in again.incidents] == [(i.kind, i.advice) for i in monitor.incidents]
+
+
+def test_a_replay_finds_what_no_optimizer_holds(tmp_path: Path) -> None:
+    """Its gradients are never measured; the log keeps that they arrived. One of before that was kept is read without."""
+    model = nn.ModuleList([mlp(), mlp()])
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.01)
+    x, y = data()
+    with gradwatch.attach(model, log=tmp_path, report=None, strict=True) as monitor:
+        for _ in range(150):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model[0](x) + model[1](x), y).backward()
+            optimizer.step()
+    with RunLog(tmp_path) as log:
+        rules, _ = log.rules()
+        again = replay(log.history(), log.rows(), rules)
+    assert {alarm.code for alarm in monitor.alarms} == {"GW403"}
+    assert [(a.layer, a.step, a.sentence) for a in again.alarms] == [
+        (a.layer, a.step, a.sentence) for a in monitor.alarms
+    ]
+    with closing(sqlite3.connect(tmp_path / "run.sqlite")) as db:
+        db.execute("DROP TABLE arrivals")
+    with RunLog(tmp_path) as log:
+        assert replay(log.history(), log.rows(), rules).rows == 150
 
 
 @pytest.mark.parametrize(("rate", "steps"), [(0.05, 700), (1.0, 300), (30.0, 200), (1e6, 120)])

@@ -184,7 +184,7 @@ class RunLog:
     def _settings_of(self, ids: NDArray[np.int64]) -> Floats:
         """Return the learning rate and the loss scale of rows, shape (n, 2): those of the last change in their session."""
         settings = np.full((len(ids), 2), np.nan)
-        (known,) = self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'step_settings'").fetchone()
+        known = self._has("step_settings")
         found = self._db.execute("SELECT * FROM step_settings ORDER BY id").fetchall() if known else []
         if found:
             changed = np.array([one for one, *_ in found], dtype=np.int64)
@@ -193,6 +193,10 @@ class RunLog:
             same = (place >= 0) & (changed[place] // OF_SESSION == ids // OF_SESSION)
             settings[same] = values[place[same]]
         return settings
+
+    def _has(self, table: str) -> bool:
+        """Return whether there is a table that logs of earlier versions lack."""
+        return self._db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
 
     def times(self, ids: NDArray[np.int64]) -> Floats:
         """Return the times of rows in seconds since 1970, shape (n,), interpolated between the times that were recorded."""
@@ -327,12 +331,16 @@ class RunLog:
         statement = (
             "SELECT step, line.loss, global_norm, clip_coefficient, norms.gradient, norms.weight, "
             "rate, dead_share, unchanged, applied, nonfinite.gradient, nonfinite.weight, counts, culprits, "
-            "source, clipped, provenances.loss, processes "
+            "source, clipped, provenances.loss, processes, {} "
             "FROM line LEFT JOIN norms USING (id) LEFT JOIN samples USING (id) LEFT JOIN nonfinite USING (id) "
-            "LEFT JOIN provenances USING (provenance) ORDER BY id"
+            "LEFT JOIN provenances USING (provenance) {} ORDER BY id"
         )
         with self.reading():
             (count,) = self._db.execute("SELECT count(*) FROM steps").fetchone()
             self._check_size(count)
-            for numbers in self._db.execute(statement):
-                yield row_of(numbers, len(self.layers), family)
+            known = self._has("arrivals")
+            statement = statement.format(*(("arrived", "LEFT JOIN arrivals USING (id)") if known else ("NULL", "")))
+            arrived = None
+            for *numbers, came in self._db.execute(statement):
+                arrived = arrived if came is None else came
+                yield row_of(tuple(numbers), arrived, len(self.layers), family)

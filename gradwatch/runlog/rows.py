@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
-def row_of(numbers: tuple[Any, ...], layers: int, family: Any) -> Row:
+def row_of(numbers: tuple[Any, ...], arrived: bytes | None, layers: int, family: Any) -> Row:
     """Return the row of ``layers`` layers that is stored in these columns (see `RunLog.rows`).
+
+    ``arrived`` is the newest entry of ``arrivals``; None: it is not known.
 
     Raises:
         ValueError, TypeError: the columns do not hold a valid row.
@@ -47,6 +49,7 @@ def row_of(numbers: tuple[Any, ...], layers: int, family: Any) -> Row:
         applied=float(applied),
         dead_share=unpacked_or_one(dead, layers),
         unchanged=unpacked_or_one(unchanged, layers),
+        arrived=None if arrived is None else _mask(arrived, layers) > 0,
         culprits=None if culprits is None else from_json(Culprits, culprits),
         provenance=Provenance() if provenance[0] is None else _provenance(*provenance),
     )

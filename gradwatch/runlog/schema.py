@@ -104,7 +104,13 @@ CREATE TABLE step_settings (       -- learning rate and loss scale of a row and 
     learning_rate REAL,            -- largest among the layers of the step's optimizer; NULL: not known
     loss_scale REAL                -- of the gradient scaler; NULL: no scaler made the step
 );
-"""
+""",
+    "arrivals": """
+CREATE TABLE arrivals (            -- of a row and of those after it in its session, up to the next
+    id INTEGER PRIMARY KEY,
+    arrived BLOB NOT NULL          -- a byte for each layer: 1 if a gradient was seen to arrive so far
+);
+""",
 }
 
 

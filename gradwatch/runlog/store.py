@@ -110,7 +110,8 @@ class Store:
             "SELECT pid, host, ?, environment, facts, backward_order FROM sessions WHERE session = ?",
             (now, done.session),
         )
-        done.session, done.started, done.settings = int(made.lastrowid or 0), False, UNKNOWN
+        done.session, done.started = int(made.lastrowid or 0), False
+        done.settings, done.rate, done.arrived = UNKNOWN, None, b""
 
     def _add_layers(self, columns: Sequence[tuple[str, int, int, int]]) -> None:
         (known,) = self._connection.execute("SELECT count(*) FROM layers").fetchone()
@@ -255,6 +256,10 @@ class Store:
         if any(one is not None for one in samples):
             self._done.rate = row.rate
             self._connection.execute("INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?)", (key, *samples))
+        arrived = b"" if row.arrived is None else row.arrived.tobytes()
+        if arrived and arrived != self._done.arrived:
+            self._done.arrived = arrived
+            self._connection.execute("INSERT OR REPLACE INTO arrivals VALUES (?, ?)", (key, arrived))
         bad = row.nonfinite_weight
         if row.nonfinite is not None or (bad is not None and bad.any()):
             found = (

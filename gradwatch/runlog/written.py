@@ -26,6 +26,7 @@ class Written:
     provenances: dict[Provenance, int] = field(default_factory=dict)
     provenance: int = -1
     rate: Floats | None = None
+    arrived: bytes = b""  # for each layer, whether a gradient was seen to arrive so far
     settings: Floats = field(default_factory=lambda: UNKNOWN)  # learning rate and loss scale of the last row
     incidents: dict[int, Incident] = field(default_factory=dict)
     homes: dict[int, int] = field(default_factory=dict)
