@@ -108,7 +108,8 @@ class Monitor:
         well = self._probe.recorder.peers.buffers_are_well
         try:
             with torch.no_grad():
-                return damage_without_waiting(model, self.history, buffers_are_well=well)
+                constants = self._layers.constants
+                return damage_without_waiting(model, self.history, buffers_are_well=well, constants=constants)
         except Exception as error:  # a tensor of a kind that cannot be read
             return f"the model cannot be read: {words_of(error)}"
 
@@ -365,8 +366,9 @@ class Monitor:
         """Return whether the model is worth a checkpoint: ``if monitor.checkpoint_guard(): torch.save(...)``.
 
         The result is true or false, and its ``reason`` says why it is false: the verdict is not healthy, the last loss was not
-        finite, or a parameter or buffer is not finite now. This reads all values of the model, so it is meant for checkpoints
-        and not for each step. In distributed training all processes get the same result, from what they last exchanged: weights
+        finite, or a parameter or buffer is not finite now. Buffers that were not finite when the model was attached, such as a
+        causal mask of minus infinity, do not count. This reads all values of the model, so it is meant for checkpoints and not
+        for each step. In distributed training all processes get the same result, from what they last exchanged: weights
         and buffers are checked at the first 32 steps, at least at every 32nd step later, and at each step while an explosion is
         open.
         """
@@ -375,7 +377,9 @@ class Monitor:
         if model is None:
             return Checkpoint("the model is gone")
         well, incidents = self._probe.recorder.peers.buffers_are_well, self._pipeline.incidents
-        return worth_of(model, self.history, [*incidents.open, *incidents.damaged], buffers_are_well=well)
+        suspects = [*incidents.open, *incidents.damaged]
+        constants = self._layers.constants
+        return worth_of(model, self.history, suspects, buffers_are_well=well, constants=constants)
 
     def snapshot(self) -> Snapshot:
         """Return the state of the run as reports receive it. It does not wait for rows that are under way on a device."""

@@ -20,7 +20,7 @@ from gradwatch.history.in_use import clip_use_of, usual_norms_of
 from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, cadence
 from gradwatch.history.statistics import ignore_fp_warnings
-from gradwatch.records import Alarm, Family, Incident, OwnTime, Row, RunVerdict, Snapshot
+from gradwatch.records import EXPLOSION, Alarm, Family, Incident, OwnTime, Row, RunVerdict, Snapshot
 from gradwatch.reports.desk import ReportDesk
 from gradwatch.text.wording import number
 from gradwatch.verdict import Alarms, Band, Incidents, VerdictSettings
@@ -44,6 +44,8 @@ _SPEED_OVER = 0.2  # seconds over which the speed is measured
 _NUMBERS = 1 << 20  # bound of hashes, so that they are exact in float32
 _IDLE = 100  # rows after which layers that never had a gradient are noted
 _NO_LOSS = 5  # rows without a loss after which it is reported that the loss rules are inactive
+_RISEN = 2  # rows whose losses are high already before an optimizer comes: it brings no new task then
+_LOSS_RULES = ("GW101", "GW104", "GW405")  # those that expect the loss to fall
 
 
 class Pipeline:
@@ -114,23 +116,28 @@ class Pipeline:
 
     def losses_oppose(self) -> None:
         """Record that two optimizers take turns, where the loss of one runs through what the other trains."""
-        self.history.know(replace(self.history.facts, opposed=True))
+        self.history.know(replace(self.history.facts, opposed_since=max(0, self.history.row.step)))
         self._rest_losses()
 
     def _rest_losses(self) -> None:
         """Let the rules that expect the loss to fall rest where it need not, and note it."""
         last = self.incidents.recurring.last
         why = ""
-        if self.history.facts.opposed:
+        if self.history.opposed:
             why = "two optimizers take turns, and the loss of one runs through what the other trains"
-        elif last.routine:
+        elif last.routine and (self.history.resting or not self._expect_a_fall()):
             why = f"it jumps about every {last.period} steps farther than an update can raise it (a target network, a new task)"
         if why != self.history.resting:
             self.history.rest_loss(why)
             if why:
                 self.note(
-                    f"the loss may be one that need not fall: {why}. The rules that expect it rest (GW101, GW104, GW405)."
+                    f"the loss may be one that need not fall: {why}. The rules that expect it rest "
+                    f"({', '.join(_LOSS_RULES)})."
                 )
+
+    def _expect_a_fall(self) -> bool:
+        """Return whether a rule that expects the loss to fall fires: its incident would seem resolved if it went to rest."""
+        return any(code.split()[0] in _LOSS_RULES for code in self.alarms.firing_rules())
 
     def grown(self, columns: Columns, facts: Facts) -> None:
         """Extend everything to the columns of added layers, whose gradients are judged until a typical norm is known."""
@@ -266,7 +273,10 @@ class Pipeline:
     def _look_for_new_task(self, row: Row) -> None:
         """Begin a new task if a new optimizer makes its first step at a loss far above the usual, which it cannot have raised."""
         first, self._newest = self._newest < 0, row.optimizer
+        earlier = self.history.loss(last=_RISEN + 1)[:-1]
         if first or self.history.losses < 2 or not row.loss > self._band.loss:
+            return
+        if (earlier > self._band.loss).all() or any(one.kind in EXPLOSION for one in self.incidents.open_and_grave):
             return
         usual, _ = self.history.loss_level()
         self.history.begin_task(row)

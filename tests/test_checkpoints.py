@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -514,3 +514,37 @@ def test_forwards_without_a_backward_are_no_part_of_a_steps_row() -> None:
     np.testing.assert_array_equal(rows[0][0], rows[1][0])
     np.testing.assert_array_equal(rows[0][1], rows[1][1])
     assert rows[0][2:] == rows[1][2:] == ([], [])
+
+
+class Causal(nn.Module):
+    """Attention under a causal mask of minus infinity, before a normalisation whose running mean may break."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(6), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised output, (batch, features, places)."""
+        out, _ = self.attention(x, x, x, attn_mask=self.mask, need_weights=False)
+        return cast("Tensor", self.norm(out.transpose(1, 2)))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_infinities_that_were_there_before_the_run_are_no_damage(persistent: bool) -> None:
+    """Those that a buffer gets later are."""
+    torch.manual_seed(0)
+    model = Causal(persistent)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, clip=WIDE, report=None, strict=True) as monitor:
+        for i in range(60):
+            optimizer.zero_grad()
+            (model(torch.randn(16, 6, 8)).square().mean() * (math.nan if i == BAD else 1)).backward()
+            optimizer.step()
+        guard = monitor.checkpoint_guard()
+        assert (guard.reason, monitor.verdict) == ("", "healthy")
+        assert [incident.verdict for incident in monitor.incidents] == ["resolved"]
+        assert model.norm.running_mean is not None
+        model.norm.running_mean[2] = math.inf
+        assert monitor.checkpoint_guard().reason == "buffer norm.running_mean holds 0 NaN and 1 infinite of 8 elements"

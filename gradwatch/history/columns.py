@@ -34,17 +34,28 @@ class Columns(Protocol):
         """The number of inputs of each unit, per layer."""
 
 
-def weights_of(names: Sequence[str]) -> NDArray[np.intp]:
-    """Return the column of the weight that each bias belongs to, by their names, shape (L,); -1 where there is none."""
+def weights_of(names: Sequence[str], matrices: Sequence[bool]) -> NDArray[np.intp]:
+    """Return the column of the weight that each bias or gain belongs to, shape (L,); -1 where there is none.
+
+    It is the parameter whose name differs by "weight" for "bias", such as ``rnn.weight_hh_l0`` for ``rnn.bias_hh_l0``, or else
+    a matrix of the same module, parametrisations of it included.
+    """
     column = {name: index for index, name in enumerate(names)}
-    found = [column.get(_weight_beside(name), -1) for name in names]
-    return np.array(found, dtype=np.intp)
+    matrix = {_module_of(name): index for index, name in enumerate(names) if matrices[index]}
+    return np.array([_weight_of(name, column, matrix, matrices) for name in names], dtype=np.intp)
 
 
-def _weight_beside(bias: str) -> str:
-    """Return the name of the weight beside a bias, as ``rnn.weight_hh_l0`` beside ``rnn.bias_hh_l0``; "" for other names."""
-    module, dot, parameter = bias.rpartition(".")
-    return module + dot + parameter.replace("bias", "weight") if "bias" in parameter else ""
+def _weight_of(name: str, column: dict[str, int], matrix: dict[str, int], matrices: Sequence[bool]) -> int:
+    module, dot, parameter = name.rpartition(".")
+    weight = column.get(module + dot + parameter.replace("bias", "weight"), -1) if "bias" in parameter else -1
+    if weight < 0 and dot and not matrices[column[name]]:
+        return matrix.get(_module_of(name), -1)
+    return weight
+
+
+def _module_of(name: str) -> str:
+    """Return the name of the module of a parameter, of a parametrised one that of the module whose weight it makes."""
+    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
 
 
 def widened(array: NDArray[Value], count: int, fill: float) -> NDArray[Value]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 _SMALLEST = 16  # fewest elements of a matrix whose norm is meaningful
+_ABSENT = 49  # rows without a gradient after which a weight says nothing of its bias
 _WARM = 50  # rows without a new maximum after which the learning rate counts as settled
 RECENT = 100  # rows over which fast growth of weights is measured
 SETTLED = 8  # norms that a layer needs before it has a typical one
@@ -43,7 +44,7 @@ class History(LossLevels):
         window: number of rows to keep. Fewer are kept (at least 64) if they would take over 16 MB.
 
     Attributes:
-        weight_of: column of the weight that each bias belongs to, shape (L,); -1 where there is none.
+        weight_of: column of the weight that each bias or gain belongs to, shape (L,); -1 where there is none.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class History(LossLevels):
         self.sizes = np.asarray(sizes if sizes is not None else [1024] * count, dtype=np.float64)
         self.matrices = np.asarray(matrices if matrices is not None else [True] * count, dtype=bool)
         self.fan_in = np.asarray(fan_in if fan_in is not None else [10] * count, dtype=np.float64)
+        self.weight_of = weights_of(self.layers, self.matrices.tolist())
         self.order: NDArray[np.intp] = np.arange(count)[::-1].copy()
-        self.weight_of = weights_of(self.layers)
         self.facts = Facts()
         self._typical_grad = Typical(count, half_life=64)
         self._learned = self._to_learn = 0
@@ -161,10 +162,10 @@ class History(LossLevels):
         """Extend the history to the columns of added layers. Their past values are missing, and a new task begins."""
         self.layers = tuple(columns.names)
         count = len(self.layers)
-        self.weight_of = weights_of(self.layers)
         self.sizes = np.asarray(columns.sizes, dtype=np.float64)
         self.matrices = np.asarray(columns.matrices, dtype=bool)
         self.fan_in = np.asarray(columns.fan_in, dtype=np.float64)
+        self.weight_of = weights_of(self.layers, self.matrices.tolist())
         self.order = widened(self.order, count, count)
         for name in ("weight", "previous_weight", "least_weight", "dead_share", "unchanged", "rate", "previous_rate"):
             setattr(self, name, widened(getattr(self, name), count, np.nan))
@@ -226,7 +227,9 @@ class History(LossLevels):
         typical = self._typical_grad
         larger = (typical.seen >= SETTLED) & ~(typical.value <= self._largest_grad)
         if larger.any():
-            told = came[:, larger] & np.isfinite(losses)[:, None]
+            told = came & np.isfinite(losses)[:, None]
+            larger &= told.any(axis=0)
+            told = told[:, larger]
             self._largest_grad = np.where(larger, typical.value, self._largest_grad)
             self._loss_at_largest[larger] = np.nan_to_num(losses) @ told / told.sum(axis=0)
 
@@ -259,6 +262,12 @@ class History(LossLevels):
     # Reading.
 
     @property
+    def opposed(self) -> bool:
+        """True once two optimizers are known to take turns, where the loss of one runs through what the other trains."""
+        since = self.facts.opposed_since
+        return since is not None and self.row.step >= since
+
+    @property
     def clips_each_step(self) -> bool:
         """True if every step is clipped, by the user or by auto-clip with ``when="always"``."""
         return self.facts.clips_always or self.clipped_by_user
@@ -282,11 +291,10 @@ class History(LossLevels):
         """True for layers with at least 8 norms so far, except biases beside such a weight, shape (L,).
 
         The gradient of a bias is a sum. Before a normalisation, its addends cancel: it is rounding noise until that is frozen or
-        removed. The gradient of its weight shows how large they are.
+        removed. The gradient of its weight shows how large they are, unless it has had none for 49 rows.
         """
         settled = self.typical_grad.seen >= SETTLED
-        weight = self.weight_of
-        beside = (weight >= 0) & settled[weight] & ~np.isnan(self.row.grad_norm[weight])
+        beside = (self.weight_of >= 0) & (settled & (self._absence < _ABSENT))[self.weight_of]
         return settled & ~beside
 
     def typical_elements(self) -> Floats:
@@ -354,11 +362,11 @@ class History(LossLevels):
             return None
         rates, steps = self.learning_rate(), self.steps()
         above = np.flatnonzero(rates != 0)
-        return (
-            (int(steps[above[-1] + 1]), bool(rates[above[-1]] > 0))
-            if above.size
-            else (int(steps[0]), bool(steps[0] == 0))
-        )
+        if above.size == 0:
+            return int(steps[0]), bool(steps[0] == 0)
+        if above[-1] + 1 == len(steps):  # of the last row, it is not known
+            return self.still_since, False
+        return int(steps[above[-1] + 1]), bool(rates[above[-1]] > 0)
 
     @property
     def rows_at_top_rate(self) -> int:

@@ -212,9 +212,9 @@ class Ring:
         return self.rows - self._task
 
     @property
-    def task_step(self) -> int:
-        """The step of the first row of the current task, of those that are kept."""
-        return int(self.steps(last=self.task_rows)[0])
+    def last_step_before_task(self) -> int:
+        """The step of the row before the current task, or of the oldest that is kept."""
+        return int(self.steps(last=self.task_rows + 1)[0])
 
     def task_loss(self, last: int | None = None) -> Floats:
         """Return the losses of the current task, shape (n,), oldest first: those before a new head say nothing about it."""

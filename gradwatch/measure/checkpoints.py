@@ -15,7 +15,7 @@ from gradwatch.measure.norms import count_nonfinite, norm_of, unfit
 from gradwatch.measure.wrappers import local_of, plain_name, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Container, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -34,7 +34,12 @@ class Checkpoint:
 
 
 def worth_of(
-    model: nn.Module, history: History, incidents: Sequence[Incident], *, buffers_are_well: bool = True
+    model: nn.Module,
+    history: History,
+    incidents: Sequence[Incident],
+    *,
+    buffers_are_well: bool = True,
+    constants: Container[str] = (),
 ) -> Checkpoint:
     """Return whether the model is fit for a checkpoint, as in `gradwatch.Monitor.checkpoint_guard`.
 
@@ -44,6 +49,7 @@ def worth_of(
         history: history of the run.
         incidents: incidents that are open, or over with damage.
         buffers_are_well: with several processes, whether all buffers were finite at the last exchange.
+        constants: names of buffers that may hold infinities (see `constants_of`).
     """
     if device.capturing():
         return Checkpoint("a CUDA graph is being captured, so that no value can be read")
@@ -56,16 +62,18 @@ def worth_of(
     if history.loss_nonfinite:
         return Checkpoint(f"the loss of step {history.row.step} was {history.row.loss}")
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return Checkpoint(damage_of(model))
+        return Checkpoint(damage_of(model, constants))
     # use only what all processes know: if their answers differed, a collective save would hang
     return Checkpoint(_damage_seen(history, buffers_are_well=buffers_are_well))
 
 
-def damage_without_waiting(model: nn.Module, history: History, *, buffers_are_well: bool) -> str:
+def damage_without_waiting(
+    model: nn.Module, history: History, *, buffers_are_well: bool, constants: Container[str] = ()
+) -> str:
     """Return the same as `damage_of`; where the model is on a device, what its rows have said last."""
     # of parts, a process knows its own alone
     if all(device.reading_is_free(one.device) and not is_partitioned(one) for one in model.parameters()):
-        return damage_of(model)
+        return damage_of(model, constants)
     return _damage_seen(history, buffers_are_well=buffers_are_well)
 
 
@@ -77,13 +85,19 @@ def _damage_seen(history: History, *, buffers_are_well: bool) -> str:
     return "" if buffers_are_well else "a buffer was not finite when it was last checked"
 
 
-def damage_of(model: nn.Module) -> str:
-    """Return a description of the first parameter or buffer that holds NaN or Inf; empty if all are finite.
+def constants_of(model: nn.Module) -> frozenset[str]:
+    """Return the names of the buffers that are not finite now, before the run: a causal mask of minus infinity is no damage."""
+    held = ((name, local_of(tensor)) for kind, name, tensor in _tensors(model) if kind == "buffer")
+    return frozenset(name for name, own in held if own.numel() and not math.isfinite(norm_of(own)))
+
+
+def damage_of(model: nn.Module, constants: Container[str] = ()) -> str:
+    """Return a description of the first parameter or buffer that holds NaN or Inf; empty if all but ``constants`` are finite.
 
     Reads the tensors on the host.
     """
     for kind, name, tensor in _tensors(model):
-        if math.isfinite(norm_of(tensor)):
+        if name in constants or math.isfinite(norm_of(tensor)):
             continue
         nans, infs, _ = count_nonfinite(tensor)
         if nans or infs:  # the norm of finite elements may overflow
@@ -91,11 +105,16 @@ def damage_of(model: nn.Module) -> str:
     return ""
 
 
-def buffers_are_bad(model: nn.Module, home: torch.device) -> Tensor:
+def buffers_are_bad(model: nn.Module, home: torch.device, constants: Container[str] = ()) -> Tensor:
     """Return whether a buffer in this process is not finite, as a bool tensor of shape (); nothing is read on the host."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for kind, _, tensor in _tensors(model):
-        if kind == "buffer" and tensor.layout is torch.strided and (own := local_of(tensor)).numel():
+    for kind, name, tensor in _tensors(model):
+        if (
+            kind == "buffer"
+            and name not in constants
+            and tensor.layout is torch.strided
+            and (own := local_of(tensor)).numel()
+        ):
             real = torch.view_as_real(own.resolve_conj()) if own.is_complex() else own
             kinds.setdefault((real.device, real.dtype), []).append(real)
     fine = [

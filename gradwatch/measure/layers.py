@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from gradwatch.errors import UsageError
+from gradwatch.measure.checkpoints import constants_of
 from gradwatch.measure.deepspeed import Zero, engine_of, zero_under
 from gradwatch.measure.norms import unfit
 from gradwatch.measure.wrappers import local_of, own_name, plain_name, unwrapped, whole_shapes
@@ -44,6 +45,7 @@ class Layers:
         names, sizes, matrices, fan_in, with_units: per column, the name, the number of elements, whether it has two or more
             dimensions, the inputs of each unit, and whether its rows are units.
         untold: sentences about parameters that cannot be measured, which have not been reported yet.
+        constants: names of the buffers that were not finite before the run.
         zero: DeepSpeed's own optimizer of the model, and what this process holds under it; None if there is none.
 
     Raises:
@@ -67,6 +69,7 @@ class Layers:
         self._engine: weakref.ref[nn.Module] | None = None
         self.meet_zero()
         self.look_again()
+        self.constants = constants_of(model)
         if not any(parameter.requires_grad for _, parameter in self.parameters()):
             raise UsageError(
                 f"{type(model).__name__} has no trainable parameter ({len(self.names)} parameters in all), so there is "

@@ -131,7 +131,7 @@ class DeferredRows:
         facts.sample = self._sampling.take_unread(now, slot, self._writer.parts, facts.rate, closely=closely)
         model, decides = self._layers.model, self._ranks is not None or plan is not None
         if decides and facts.sample.weight_norm is not None and model is not None:
-            slot.ranks[FLAGS, self._rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home))
+            slot.ranks[FLAGS, self._rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home, self._layers.constants))
         if loss_scale is not None:
             slot.singles[SCALE].copy_(device.moved(loss_scale, self.home).reshape(()))
         if overflow is not None:

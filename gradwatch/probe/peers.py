@@ -168,7 +168,9 @@ class Peers:
         assert self.ranks is not None
         bad = any(not math.isfinite(norm.item()) for norm in self._hooks.own_norms())
         model, looked = self._layers.model, sampled.weight_norm is not None
-        buffer_bad = looked and model is not None and bool(buffers_are_bad(model, self._layers.home))
+        buffer_bad = (
+            looked and model is not None and bool(buffers_are_bad(model, self._layers.home, self._layers.constants))
+        )
         mine = Local(loss if source != "none" else None, word, bad, self._after, buffer_bad)
         united = self.ranks.unite(mine, whole, now, sampled)
         if looked:

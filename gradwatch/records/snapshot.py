@@ -43,7 +43,8 @@ class Facts:
         optimizer_options: options of the optimizer except its learning rate, as they were when it was found, as text by name.
         prediction: shape of what the first loss compared with a target; empty if it is not known.
         narrow: whether some parameters are numbers of 16 bits.
-        opposed: whether two optimizers take turns, and the loss of one runs through what the other trains.
+        opposed_since: step since which two optimizers are known to take turns, where the loss of one runs through what the other
+            trains; None: they are not.
         dropouts: names of the dropout modules that drop everything.
     """
 
@@ -68,7 +69,7 @@ class Facts:
     optimizer_options: dict[str, str] = field(default_factory=dict, hash=False)
     prediction: tuple[int, ...] = ()
     narrow: bool = False
-    opposed: bool = False
+    opposed_since: int | None = None
     dropouts: tuple[str, ...] = ()
 
     @property

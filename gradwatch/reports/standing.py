@@ -31,7 +31,7 @@ def sentences(snapshot: Snapshot) -> list[str]:
 
 def how_the_loss_stands(snapshot: Snapshot) -> str:
     """Return how badly the loss stands, in a sentence; "" if it does not, or if what an incident has left says the same."""
-    same = any(line.startswith("the loss ") or ", it began at " in line for line in standing(snapshot))
+    same = any("the loss " in line and "before step" not in line for line in standing(snapshot))
     more = "every gradient" in snapshot.ending or "finite" in snapshot.ending
     return f"the loss {snapshot.ending}" if snapshot.ending and (more or not same) else ""
 

@@ -102,7 +102,9 @@ class Case:
             len(losses), len(left), len(rates), *(len(values) for columns_ in columns.values() for values in columns_)
         )
         history = History(layers, sizes=[self.size] * len(layers))
-        history.know(Facts(optimizer=_OPTIMIZERS[self.family], family=self.family, opposed=self.opposed))
+        history.know(
+            Facts(optimizer=_OPTIMIZERS[self.family], family=self.family, opposed_since=0 if self.opposed else None)
+        )
 
         def written() -> Iterator[Row]:
             for step in range(steps):

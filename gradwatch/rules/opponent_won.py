@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _ROWS = 49  # newest rows of an optimizer whose gradients are all to be small
 _LEVEL = 32  # newest losses whose median is the level of a loss
+_REGRESSIONS = ("squared error", "smooth L1", "Huber")  # losses of a critic, whose actor may well end at a bound
 _HIGHER = 0.1  # share of a loss by which it has to be higher
 
 
@@ -30,15 +31,16 @@ class OpponentWon(Rule):
     """Of two optimizers whose losses oppose each other, one has won: the other gets next to no gradient.
 
     ## What it means
-    A generator and its discriminator, or an actor and its critic, take turns, and the loss of one runs through what the other
-    trains. Where the other wins, that loss saturates: it is at its worst, and its gradient vanishes.
+    A generator and its discriminator take turns, and the loss of one runs through what the other trains. Where the other wins,
+    that loss saturates: it is at its worst, and its gradient vanishes.
 
     ## Formula
     `value = min_l(T_l / m_l)` over the matrices that an optimizer holds, with `m_l` the largest gradient norm of layer `l` in
     that optimizer's last 49 rows, and `T_l` the largest that its typical norm (GW301) has been. It fires where `value > limit`
     (300), as long as the loss of that optimizer (the median of its last 32) is higher, by a tenth, than in the rows in which
     its typical norms were largest. It resolves once a gradient is back to a thirtieth. Only where two optimizers are seen to
-    take turns so; gradients of exactly zero belong to GW402.
+    take turns so, and the first loss of the run is no regression, as that of a critic: its actor's gradient vanishes where the
+    best action is at a bound. Gradients of exactly zero belong to GW402.
 
     ## Why it is bad
     What gets no gradient does not learn: the winner has nothing more to learn from it either.
@@ -48,7 +50,8 @@ class OpponentWon(Rule):
     learning rate of the winner, or let it make fewer steps.
 
     ## When it is harmless
-    A game without random batches that has reached its equilibrium, where all gradients vanish.
+    A game without random batches that has reached its equilibrium, where all gradients vanish; an actor whose best action is at
+    a bound.
 
     ## Source
     Goodfellow et al., "Generative adversarial nets" (2014), section 3; Arjovsky and Bottou, "Towards principled methods for
@@ -78,9 +81,9 @@ class OpponentWon(Rule):
     def measure(self, history: History) -> Floats:
         """Return how many times smaller the gradients of all that a layer's optimizer holds are than they were, shape (L,)."""
         value = np.zeros(len(history.layers))
-        if not history.facts.opposed:
+        if not history.opposed or history.facts.loss in _REGRESSIONS:
             return value
-        for part in rows_by_optimizer(history, 2 * _ROWS):
+        for part in rows_by_optimizer(history, history.window):  # one that has lost may not even make steps
             mine, norms = _matrices(history, part), part.last(_ROWS)
             if mine.any() and len(norms) == _ROWS:
                 largest, _ = history.largest_typical
@@ -92,7 +95,7 @@ class OpponentWon(Rule):
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
-        part = next(one for one in rows_by_optimizer(history, 2 * _ROWS) if one.held[column])
+        part = next(one for one in rows_by_optimizer(history, history.window) if one.held[column])
         now, then = _losses(history, part)
         norms, (largest, _) = part.last(_ROWS)[:, column], history.largest_typical
         return {"norm": np.fmax.reduce(norms), "largest": largest[column], "loss": now, "then": then}
@@ -122,8 +125,10 @@ def _losses(history: History, part: OptimizerRows) -> tuple[float, float]:
 
 
 def rate_of_opponent(history: History, layer: str | None) -> float:
-    """Return the learning rate of the optimizer that takes turns with that of ``layer``; NaN if it is not watched."""
-    rates = history.learning_rate()
-    parts = [part for part in rows_by_optimizer(history, 2 * _ROWS) if part.places is not None]
-    others = [part.places for part in parts if layer in history.layers and not part.held[history.layers.index(layer)]]
-    return float(rates[others[0][-1]]) if others and others[0] is not None else math.nan
+    """Return the learning rate of the one optimizer that takes turns with that of ``layer``; NaN if it is not known."""
+    if layer not in history.layers:
+        return math.nan
+    column, rates = history.layers.index(layer), history.learning_rate()
+    others = [part for part in rows_by_optimizer(history, history.window) if not part.held[column]]
+    places = others[0].places if len(others) == 1 else None
+    return math.nan if places is None else float(rates[places[-1]])

@@ -340,7 +340,9 @@ class RunLog:
             self._check_size(count)
             known = self._has("arrivals")
             statement = statement.format(*(("arrived", "LEFT JOIN arrivals USING (id)") if known else ("NULL", "")))
-            arrived = None
+            arrived, rate = None, None
             for *numbers, came in self._db.execute(statement):
                 arrived = arrived if came is None else came
-                yield row_of(tuple(numbers), arrived, len(self.layers), family)
+                row = row_of(tuple(numbers), arrived, len(self.layers), family)
+                rate = rate if row.rate is None else row.rate  # kept where it changes
+                yield row._replace(rate=rate)

@@ -59,7 +59,8 @@ CREATE TABLE norms (               -- the norms of each layer in a row; thinned
 );
 CREATE TABLE samples (             -- values of some rows only; a single number applies to all layers
     id INTEGER PRIMARY KEY,
-    rate, dead_share, unchanged,
+    rate,                          -- of this row and of those after it, up to the next that is not NULL
+    dead_share, unchanged,
     applied REAL                   -- factor of the user's own clip if auto-clip acted too
 );
 CREATE TABLE nonfinite (           -- rows with gradients or weights that are not finite

@@ -76,6 +76,10 @@ class Aftermath:
         """Return the incident as it closes at ``step``, with what it has left, and follow that from now on."""
         if before.young and incident.severity == "notice":  # no update has raised the loss, and no level is known
             before = replace(before, loss=math.nan, ceiling=math.nan, young=False)
+        elif (
+            before.young and incident.kind == "nonfinite"
+        ):  # nothing has exploded, so nothing need be learned to be back
+            before = replace(before, ceiling=before.loss + abs(before.loss) / 10)
         left = damage_since(self._history, before, self._broken(), self._silent())
         if left or before.young:
             self._before[incident.number] = before

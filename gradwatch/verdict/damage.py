@@ -102,12 +102,7 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
     high = same_task and not math.isnan(level) and level > before.ceiling
     if high:
         now = median_in_words(level, len(history.task_loss(last=_LEVEL)))
-        then = (
-            f"it began at {number(before.loss)}"
-            if before.began
-            else f"it was {number(before.loss)} before step {before.step}"
-        )
-        found.append(f"at step {history.row.step} the loss is {now}, {then}")
+        found.append(f"at step {history.row.step} the loss is {now}, {_then(before, level)}")
     elif same_task and before.young and (stands := not_learned(history)):
         found.append(f"the loss {stands}")
     dead = dead_since(history, before, silent) if same_task else []
@@ -118,6 +113,18 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
     if broken:
         found.append(broken)
     return tuple(found)
+
+
+def _then(before: Before, level: float) -> str:
+    """Return the level of the loss before the fault, as the end of a sentence about ``level``, which is not back there."""
+    if level > before.loss:
+        return (
+            f"it began at {number(before.loss)}"
+            if before.began
+            else f"it was {number(before.loss)} before step {before.step}"
+        )
+    then = "at which it began" if before.began else f"that it had before step {before.step}"
+    return f"hardly below the {number(before.loss)} {then}"
 
 
 def dead_since(history: History, before: Before, silent: Container[str] = ()) -> list[str]:

@@ -96,6 +96,11 @@ class Incidents:
         return [story.incident for story in self._stories.values() if story.incident is not None]
 
     @property
+    def open_and_grave(self) -> list[Incident]:
+        """The incidents that are open and more than a notice."""
+        return [incident for incident in self.open if incident.severity != "notice"]
+
+    @property
     def damaged(self) -> list[Incident]:
         """The closed incidents whose damage is still there."""
         return [incident for incident in self.all if incident.verdict == "damaged"] if self._aftermath else []
@@ -233,8 +238,9 @@ class Incidents:
                 elif name == "explosion" and step - self._exploded <= self._settings.returning_steps:
                     story.harmed = story.lasting = True  # it comes back: the task has not changed
         may_last = not story.lasting and (story.harmed or not story.young) and not story.recurrence.routine
-        # the level of another task is none that the loss has to come back to
-        may_last = may_last and story.incident is not None and story.incident.opened_step >= self._history.task_step
+        if may_last and self._history.task_rows < self._history.rows and story.incident is not None:
+            # what came with a new task, or in the row before, need not go back to the level of the one before
+            may_last = story.incident.opened_step != self._history.last_step_before_task
         if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
             story.lasting = self._harm.level_lasts(story)
             story.look_at *= 2
