@@ -81,7 +81,7 @@ def test_a_loss_that_runs_away_after_a_jump_is_not_measured_by_its_beginning() -
     sentence(3000.0, 20)
     history.follow_task()
     said = [sentence(1e5, 21 + n) for n in range(8)][-1]
-    assert "33.3 times the largest loss to which it had jumped without an update (3,000; limit 2.5)" in said
+    assert "33.3 times the largest loss to which it had jumped before (3,000; limit 2.5)" in said
 
 
 def test_a_young_run_has_no_hundred_steps() -> None:

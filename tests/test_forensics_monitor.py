@@ -516,3 +516,21 @@ def test_on_a_device_wait_reads_the_loss_at_each_step(monkeypatch: pytest.Monkey
     found = origin_in(watched(Net(CAUSES["log of zero"].run), steps=12, forensics="wait"))
     assert found is not None
     assert (found.op, found.module, found.lag) == ("log", MODULE, 0)
+
+
+def test_what_the_program_computes_between_two_modules_is_no_batch() -> None:
+    """There is nothing to look for where rows are loaded."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Linear(8, 16), "second": nn.Linear(16, 1)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True, forensics=True) as monitor:
+        for step in range(6):
+            optimizer.zero_grad()
+            hidden = model["first"](torch.randn(32, 8)).relu()
+            scale = 1e30 if step == 5 else 1.0
+            model["second"](hidden * scale * scale).square().mean().backward()
+            optimizer.step()
+    found = origin_in(monitor)
+    assert found is not None
+    assert found.subject != "input"
+    assert not any("loaded" in line for line in found.advice)

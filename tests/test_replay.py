@@ -59,6 +59,25 @@ def test_a_replay_finds_what_no_optimizer_holds(tmp_path: Path) -> None:
         assert replay(log.history(), log.rows(), rules).rows == 150
 
 
+def test_a_replay_knows_since_when_rates_are_zero(tmp_path: Path) -> None:
+    """The log keeps rates where they change: each row has those of the last change."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = data()
+    with gradwatch.attach(model, log=tmp_path, report=None, strict=True) as monitor:
+        for step in range(200):
+            optimizer.param_groups[0]["lr"] = 0.01 if step < 60 else 0.0
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+    with RunLog(tmp_path) as log:
+        rules, _ = log.rules()
+        again = replay(log.history(), log.rows(), rules)
+        assert [row.rate is not None and row.rate[0] for row in log.rows()] == [0.01] * 60 + [0.0] * 140
+    assert [incident.advice for incident in again.incidents] == [incident.advice for incident in monitor.incidents]
+    assert "has been 0 since step 60" in again.incidents[0].advice[0]
+
+
 @pytest.mark.parametrize(("rate", "steps"), [(0.05, 700), (1.0, 300), (30.0, 200), (1e6, 120)])
 def test_the_same_rules_say_the_same_of_a_log(rate: float, steps: int, tmp_path: Path) -> None:
     """As they said in the training: the same alarms at the same steps, the same incidents."""

@@ -541,3 +541,39 @@ def test_a_network_that_died_as_a_whole_is_dead_unless_its_loss_is_at_its_floor(
     assert alone(entropy, 150).verdict == "suspected"
     assert alone(lambda outputs, _: outputs.square().mean(), 150).incidents == []
     assert alone(lambda outputs, _: outputs.mean() - 1, 150).incidents == []
+
+
+class Named(nn.Module):
+    """A linear layer whose parameters have names of their own."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(outputs, inputs) / inputs), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs."""
+        return x @ self.w.T + self.b
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        nn.Linear,
+        Named,
+        lambda *sizes: nn.utils.spectral_norm(nn.Linear(*sizes)),
+        lambda *sizes: nn.utils.parametrizations.spectral_norm(nn.Linear(*sizes)),
+        lambda *sizes: nn.utils.parametrizations.weight_norm(nn.Linear(*sizes)),
+    ],
+    ids=["plain", "own names", "spectral_norm", "parametrized spectral_norm", "parametrized weight_norm"],
+)
+def test_the_last_bias_of_a_critic_is_not_dead(made: Callable[[int, int], nn.Module]) -> None:
+    """Its gradient cancels, whatever the weight beside it is called."""
+    torch.manual_seed(0)
+    critic = nn.Sequential(made(2, 32), nn.LeakyReLU(0.2), made(32, 1))
+    optimizer = torch.optim.RMSprop(critic.parameters(), lr=1e-3)
+    with gradwatch.attach(critic, report=None, strict=True) as monitor:
+        for _ in range(120):
+            optimizer.zero_grad()
+            (critic(torch.randn(64, 2)).mean() - critic(torch.randn(64, 2) + 1).mean()).backward()
+            optimizer.step()
+        assert not [incident for incident in monitor.incidents if incident.kind == "dead"]

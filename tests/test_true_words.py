@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 import torch
 from torch import nn
 
@@ -355,3 +358,84 @@ def test_a_dropout_of_everything_is_named_where_layers_are_dead() -> None:
     assert monitor.incidents[0].advice == (
         "Lower the p of dropout 2: at 1 it drops everything, and no gradient passes.",
     )
+
+
+def test_an_optimizer_of_another_model_is_the_first_advice() -> None:
+    """There is no rate to change."""
+    model, other = mlp(), mlp()
+    optimizer = torch.optim.Adam(other.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(100):
+            x = torch.randn(32, 8)
+            step(optimizer, nn.functional.mse_loss(model(x) + other(x), x[:, :1]))
+            model.zero_grad()
+        incident = next(one for one in monitor.incidents if one.kind == "frozen")
+    assert "no optimizer that made a step holds it" in incident.evidence[0]
+    assert incident.advice == (
+        f"Build the optimizer from model.parameters() after the model is final: none that made a step holds {incident.suspect}.",
+    )
+
+
+def test_a_loss_rule_that_goes_to_rest_resolves_nothing() -> None:
+    """Jumps with a period let it rest, but a loss that has not fallen by then has not fallen."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(800):
+            x = torch.randn(32, 8)
+            y = x[:, :1] * x[:, 1:2]
+            if number % 200 == 150:
+                y[:3] = 300.0
+            step(optimizer, nn.functional.mse_loss(model(x), y))
+        stalled = [incident for incident in monitor.incidents if incident.kind == "stalled"]
+        assert [incident.open for incident in stalled] == [True]
+
+
+def test_a_skipped_nan_in_the_first_steps_leaves_no_damage_where_the_loss_has_come_down_since() -> None:
+    """Nothing has exploded, so that nothing has to be learned to be back; a loss above its level is damage."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+        for number in range(140):
+            x = torch.randn(256, 8)
+            step(optimizer, nn.functional.mse_loss(model(x), x[:, :1]) * (torch.nan if number == 5 else 1))
+        (incident,) = monitor.incidents
+        assert (incident.kind, incident.verdict, incident.left) == ("nonfinite", "resolved", ())
+
+
+def test_an_update_is_as_long_as_the_evidence_says() -> None:
+    """A rate that is to move weights by a multiple of themselves: evidence and advice give the same one."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(30):
+            x = torch.randn(32, 8)
+            step(optimizer, nn.functional.mse_loss(model(x), 300 * x[:, :1]))
+        incident = next(one for one in monitor.incidents if any(sign.code == "GW303" for sign in one.signs))
+    told = re.search(
+        r"An update was to be (\S+) times as long as (?:the weights of|.* initialisation of) (\S+)\.", advice(monitor)
+    )
+    assert told is not None, advice(monitor)
+    sign = next(one for one in incident.signs if one.code == "GW303" and one.layer == told[2])
+    weight = max(sign.numbers["weight"], sign.numbers["floor"])
+    assert float(told[1]) == pytest.approx(sign.numbers["update"] / weight, rel=0.01)
+
+
+def test_an_explosion_before_a_new_optimizer_is_no_new_task() -> None:
+    """Some programs make a new one for each epoch: the loss has to come back to the level before the explosion."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(500):
+            if number == 200:
+                optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+            if number == 195:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.mul_(-8.0)
+            x = torch.randn(32, 8)
+            step(optimizer, nn.functional.mse_loss(model(x), x[:, :1]))
+        assert not any("new task" in note for note in monitor.notes)
+        assert monitor.verdict != "healthy"

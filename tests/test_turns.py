@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -136,3 +137,76 @@ def test_an_adversarial_phase_after_another_is_no_divergence(ahead: Turn) -> Non
             ahead(first, second, one, other)
         assert [incident for incident in monitor.incidents if incident.severity != "notice"] == []
         assert monitor.verdict == "healthy"
+
+
+def saturating(turns: int, *, after: int = 0, resumed: int | None = None, third: bool = False) -> gradwatch.Monitor:
+    """A generator under log(1 - D) whose discriminator wins, then ``after`` steps of the discriminator alone."""
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    discriminator = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    model = nn.ModuleDict({"G": generator, "D": discriminator, "C": nn.Linear(2, 1)})
+    slow, fast = (
+        torch.optim.Adam(generator.parameters(), lr=2e-4),
+        torch.optim.Adam(discriminator.parameters(), lr=1e-2),
+    )
+    aside = torch.optim.SGD(model["C"].parameters(), lr=0.003)
+    monitor = gradwatch.attach(model, report=None, strict=True)
+    for turn in range(turns + after):
+        if turn == resumed:
+            state = monitor.state_dict()
+            monitor.detach()
+            monitor = gradwatch.attach(model, report=None, strict=True)
+            monitor.load_state_dict(state)
+        x = torch.randn(64, 2) / 10 + 3
+        if third:
+            step(aside, model["C"](x).square().mean())
+        fake = generator(torch.randn(64, 8)).detach()
+        step(fast, bce(discriminator(x), torch.ones(64, 1)) + bce(discriminator(fake), torch.zeros(64, 1)))
+        if turn < turns:
+            step(slow, -bce(discriminator(generator(torch.randn(64, 8))), torch.zeros(64, 1)))
+    monitor.detach()
+    return monitor
+
+
+def won(monitor: gradwatch.Monitor) -> list[gradwatch.Incident]:
+    """Return the incidents in which an opponent has won."""
+    return [one for one in monitor.incidents if any(sign.code == "GW407" for sign in one.signs)]
+
+
+def test_who_has_lost_has_not_recovered_by_making_no_steps() -> None:
+    """No gradient has come back."""
+    (incident,) = won(saturating(250, after=200))
+    assert incident.open
+
+
+def test_a_resumed_run_knows_that_an_opponent_has_won() -> None:
+    """Layers that have made no step since have no loss of which their gradients were largest."""
+    assert won(saturating(250, resumed=10))
+
+
+@pytest.mark.parametrize("third", [False, True])
+def test_the_rate_of_the_winner_is_named_only_if_it_is_known_who_it_is(third: bool) -> None:
+    """A third optimizer may have nothing to do with it."""
+    (incident,) = won(saturating(250, third=third))
+    assert ("(0.01 when this began)" in incident.advice[1]) is not third
+    assert "0.003" not in incident.advice[1]
+
+
+def test_an_actor_whose_best_action_is_at_a_bound_has_not_lost() -> None:
+    """Its gradient vanishes as its tanh saturates, and its loss rises with the costs that its critic learns of."""
+    torch.manual_seed(0)
+    actor = nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, 1), nn.Tanh())
+    critic = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
+    one, other = torch.optim.Adam(actor.parameters(), lr=3e-2), torch.optim.Adam(critic.parameters(), lr=1e-2)
+    model = nn.ModuleDict({"A": actor, "C": critic})
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for turn in range(500):
+            state = torch.randn(64, 3)
+            action = actor(state).detach() + torch.randn(64, 1) / 10
+            cost = 10 + turn / 10 - 5 * action
+            step(other, nn.functional.mse_loss(critic(torch.cat([state, action], 1)), cost))
+            step(one, critic(torch.cat([state, actor(state)], 1)).mean())
+        history = monitor.history
+        norms = history.grad_norm()[-100:, 0]
+        assert np.nanmax(norms) < history.largest_typical[0][0] / 300
+        assert not won(monitor)

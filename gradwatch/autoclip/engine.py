@@ -311,8 +311,8 @@ class AutoClipEngine:
         """Release the clip at once, because it harms the steps that it clips."""
         assert self.record is not None
         unlearned, self._spared = self._effect.unlearned, max(self._spared, self._effect.largest_norm)
-        record = replace(self.record, unlearned=unlearned, released_step=step, helped=False)
-        record = replace(record, loss_after=self.history.loss_level(self._limits.level)[0], norm_before=self._spared)
+        record = replace(self.record, unlearned=unlearned, spared=self._spared, released_step=step, helped=False)
+        record = replace(record, loss_after=self.history.loss_level(self._limits.level)[0])
         self.record, self._changed, self._looseness = None, record, 1.0
 
     def try_to_let_go(self, step: int, calm: int) -> bool:

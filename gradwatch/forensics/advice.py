@@ -282,7 +282,11 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
             "with finite values.",
         )
     if mark.subject == "argument" and not mark.rows:
-        return (f"Look at where the `{mark.name}` of `{mark.op}` is made: it holds values that are not finite.",)
+        beyond = " In float16, numbers beyond 65,504 are infinite: make it in float32 or bfloat16."
+        narrow = bool(mark.inputs) and mark.inputs[0].dtype == "float16" and not mark.inputs[0].nans
+        return (
+            f"Look at where the `{mark.name}` of `{mark.op}` is made: it holds values that are not finite.{beyond * narrow}",
+        )
     if mark.subject in ("input", "argument"):
         return ("Look at these rows where they are loaded: assert torch.isfinite(x).all() in the Dataset.",)
     if mark.subject == "written":

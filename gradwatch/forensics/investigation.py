@@ -151,9 +151,8 @@ class Investigation(Attempts):
             NothingFound: it is not known.
         """
         for call in self._calls:
-            names = {
-                name: one for name, one in inputs_of(unwrapped(call.module), call.args, call.kwargs) if has_nan(one)
-            }
+            given = inputs_of(unwrapped(call.module), call.args, call.kwargs)
+            names = {name: one for name, one in given if one.grad_fn is None and has_nan(one)}
             found = self._repeat(call)
             # weights of later steps may be damaged by this one, so that only an input that holds NaN is still known
             if found is not None and (found[0].subject not in ("weight", "buffer") or names):

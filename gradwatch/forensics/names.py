@@ -11,7 +11,7 @@ import torch
 from gradwatch.measure.wrappers import local_of, plain_name, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Container, Iterable, Iterator
 
     from torch import Tensor, nn
 
@@ -57,10 +57,12 @@ class Names:
         for name, buffer in model.named_buffers():
             self._add("buffer", plain_name(name), buffer)
 
-    def add_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add the tensors of a call of ``module``."""
+    def add_inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], computed: Container[str] = ()
+    ) -> None:
+        """Add the tensors of a call of ``module``; those whose names are in ``computed`` are no batch, but come from weights."""
         for name, tensor in inputs_of(module, args, kwargs):
-            self._add("input", name, tensor)
+            self._add("argument" if name in computed or tensor.grad_fn is not None else "input", name, tensor)
 
     def add_named(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Add tensors that the user has named."""

@@ -12,7 +12,7 @@ import torch
 from gradwatch.forensics.call import Call, outputs_in
 from gradwatch.forensics.casts import casts
 from gradwatch.forensics.marks import Mark, ordered
-from gradwatch.forensics.names import Names, tensors_in
+from gradwatch.forensics.names import Names, inputs_of, tensors_in
 from gradwatch.forensics.narrowed import overflowed_gradients
 from gradwatch.forensics.reached import FirstGradient, ReachedError, RowsAt
 from gradwatch.forensics.spread import gathered
@@ -119,7 +119,8 @@ class Repeat:
         with ExitStack() as stack:
             weights = stack.enter_context((gathered if self._together else stand_ins)(self.model))
             if names is not None:
-                names.add_inputs(self._module, args, kwargs)
+                given = inputs_of(self._module, self.call.args, self.call.kwargs)
+                names.add_inputs(self._module, args, kwargs, {name for name, one in given if one.grad_fn is not None})
                 names.add_state(self.model)
             stack.enter_context(generators_kept(self.call.generator))
             stack.enter_context(eagerly())

@@ -201,7 +201,8 @@ class Trace(TorchDispatchMode):
         key = id(known.tensor) if known is not None else (order, argument)
         if key not in self._outside:
             place = place_of(self.names, 4, self._until) if func is not None else Place()
-            of_batch = known is not None or self.names.has_no_dimension_of(self.batch)
+            # rows of what was computed are not those that were loaded
+            of_batch = self.names.has_no_dimension_of(self.batch) if known is None else subject != "argument"
             rows = rows_of(tensor) if of_batch and len(tensor.shape) and len(tensor) == self.batch else ()
             self._outside[key] = Mark(
                 order,

@@ -25,7 +25,7 @@ class ClipRecord:
         loss_after: last loss while auto-clip is on; level of the loss when the incident closes.
         released_step: step at which auto-clip was switched off; None: it is still on.
         helped: whether everything is as well as before the fault, after it had changed steps; None: not known.
-        recovered_after: number of steps after which the loss was back at its level for good; None: it was not yet.
+        recovered_after: number of steps after which the loss was back at its level; None: it was not yet.
         measures: measures beyond clipping, in words.
         unlearned: first and last level of the losses of clipped steps, if clipping kept them high while all other losses
             were well. The clip was then released at once.
@@ -35,6 +35,7 @@ class ClipRecord:
         scaled_up: number of steps whose gradients the clip made larger.
         narrowed_from: the clip with the bounds at which it was switched on, if they were lowered since; else empty.
         narrowed_step: step at which they were lowered last; None: they were not.
+        spared: largest global norm of the clipped steps if it was released because of ``unlearned``; NaN otherwise.
         loosened: whether the largest norm came while the bounds were loosened, to release the clip by degrees.
     """
 
@@ -59,6 +60,7 @@ class ClipRecord:
     narrowed_from: str = ""
     narrowed_step: int | None = None
     loosened: bool = False
+    spared: float = float("nan")
 
     @property
     def share(self) -> float:
@@ -108,8 +110,8 @@ class ClipRecord:
             before, after = self.unlearned
             return (
                 f"the losses of the steps that it clipped did not come down, from {number(before)} to {number(after)}, while "
-                "the others were well: they carry a rare signal. It is not switched on again for gradients up to "
-                f"{number(self.norm_before)}"
+                "the others were well: they carry a rare signal, or these batches are odd. It is not switched on again for "
+                f"gradients up to {number(self.spared)}"
             )
         if not self.clipped + self.scaled_up + self.skipped:
             return "it changed no step"

@@ -90,7 +90,8 @@ class Frozen(Rule):
             return {"still since": step, "exactly": exactly}
         update = self._update(history)
         lost = update is not None and history.losses == self.measure(history)[column]
-        told = {"lost": lost, "owned": history.unchanged_by(column) is not None}
+        owned = history.facts.optimizer is not None and history.unchanged_by(column) is not None
+        told = {"lost": lost, "owned": owned}
         if update is None or not lost:
             return told
         return told | {"update": update[column], "weight": history.weight[column]} | stuck_at(history)

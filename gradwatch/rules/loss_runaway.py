@@ -85,7 +85,7 @@ class LossRunaway(Rule):
         way, limit = ("up", alarm.limit) if loss > 0 else ("down", alarm.limit * self.downwards)
         times, most = apart(abs(loss) / largest, limit)
         size = "" if loss > 0 else "the size of "
-        whose = "to which it had jumped without an update" if alarm.numbers.get("harder") else "of its beginning"
+        whose = "to which it had jumped before" if alarm.numbers.get("harder") else "of its beginning"
         return (
             f"the loss ran {way} to about {number(loss)} by step {alarm.step}, {times} times {size}the largest loss {whose} "
             f"({number(largest)}; limit {most})"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _LEVEL = 16  # losses whose median is the level now, and rows in which a part that is not dead has a gradient
 _PAST = 32  # losses before the fault whose median is the level then
+_BACK = 8  # losses of which most are at their level once it is back
 _NAMED = 3  # dead layers that are named
 
 
@@ -140,11 +141,18 @@ def dead_since(history: History, before: Before, silent: Container[str] = ()) ->
 
 
 def recovered_after(history: History, before: Before, start: int, end: int | None = None) -> int | None:
-    """Return the number of steps from ``start`` until the loss stayed at its level before the fault; None if no loss is kept.
+    """Return the number of steps from ``start`` until the loss was back at its level before the fault; None if no loss is kept.
 
-    Steps from ``end`` on are not counted; None: all are.
+    It is back at the first loss after one above the level from which on the median of 8 losses is not above it either. 0 if none
+    was above. Steps from ``end`` on are not counted; None: all are.
     """
     losses, steps = history.loss(), history.steps()
     losses = losses[(steps >= start) & (steps < (math.inf if end is None else end))]
-    above = np.flatnonzero(~(losses <= before.ceiling))
-    return None if not losses.size else int(above[-1]) + 1 if above.size else 0
+    back = losses <= np.fmax(before.ceiling, before.loss)
+    if not losses.size:
+        return None
+    if back.all():
+        return 0
+    first = int(np.argmin(back))
+    later = (place for place in range(first, len(losses)) if back[place] and back[place : place + _BACK].mean() > 0.5)
+    return next(later, len(losses))

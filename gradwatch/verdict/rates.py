@@ -17,7 +17,7 @@ from gradwatch.verdict.opening import weights_in_words
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Incident
+    from gradwatch.records import Alarm, Incident
     from gradwatch.verdict.opening import Opening
 
 _BORNE = {"sgd": 0.1}  # share of its weights that an update may change in the first steps
@@ -42,7 +42,7 @@ def lower_rate(incident: Incident, history: History, opening: Opening) -> str:
         )
     new, told = _rate_to_try(incident, opening)
     if math.isnan(new):
-        return f"Lower the learning rate{_whose(incident, history)} ({at(rate)}), or warm it up."
+        return f"Lower the learning rate{_whose(incident, history)}{at(rate)}, or warm it up."
     if rate > _RISEN * opening.first_rate:
         risen = f"The learning rate has risen from {number(opening.first_rate)} to {number(rate)} since the start"
         return f"{risen}: check its schedule, and keep it below {number(new, 1)}. {told}"
@@ -81,13 +81,17 @@ def _rate_to_try(incident: Incident, opening: Opening) -> tuple[float, str]:
             opening.first_borne,
             f"At {number(rate)}, the first update alone is {_length(share, opening.first_base)}.",
         )
-    longest, base = _at_first(incident, "GW303")
-    over, _ = _at_first(incident, "GW305")
+    longest, over = _at_first(incident, "GW303"), _at_first(incident, "GW305")
     borne = _BORNE.get(opening.family, _BORNE_ELSE)
-    if longest > borne:
-        return rate * borne / longest, f"An update was {_length(longest, base)}."
-    if over > 1:
-        return rate / over, f"A step was to take {number(over)} times as much from the loss as it held."
+    if longest is not None and longest.value > borne:
+        told = longest.numbers
+        small = told.get("weight", 0.0) < told.get("floor", 0.0)
+        base = weights_in_words(longest.layer or "", small=small)
+        # half of what a rate alone is to move is compared with the limit
+        length = _length((2 if told.get("by rate") else 1) * longest.value, base)
+        return rate * borne / longest.value, f"An update was {'to be ' if told.get('by rate') else ''}{length}."
+    if over is not None and over.value > 1:
+        return rate / over.value, f"A step was to take {number(over.value)} times as much from the loss as it held."
     return math.nan, ""
 
 
@@ -145,8 +149,8 @@ def shrunk(history: History, opening: Opening) -> str:
 
 
 def at(rate: float) -> str:
-    """Return the rate at which an incident began, in words."""
-    return f"{number(rate)} when this began" if math.isfinite(rate) else "of its parameter group"
+    """Return the rate at which an incident began, in brackets; "" if it is not known."""
+    return f" ({number(rate)} when this began)" if math.isfinite(rate) else ""
 
 
 def still_rising(history: History, opening: Opening) -> str:
@@ -157,15 +161,11 @@ def still_rising(history: History, opening: Opening) -> str:
     return f"The learning rate has risen {rise}: check that its warm-up ends."
 
 
-def _at_first(incident: Incident, code: str) -> tuple[float, str]:
-    """Return the largest finite value of a rule's first signs, and the weights it compares with; 0.0 if there are none."""
+def _at_first(incident: Incident, code: str) -> Alarm | None:
+    """Return the sign with the largest finite value among the first ones of a rule; None if there is none."""
     signs = [sign for sign in incident.signs if sign.code == code and math.isfinite(sign.value)]
     first = min((sign.step for sign in signs), default=0)
-    most = max((sign for sign in signs if sign.step == first), key=lambda sign: sign.value, default=None)
-    if most is None:
-        return 0.0, ""
-    small = most.numbers.get("weight", 0.0) < most.numbers.get("floor", 0.0)
-    return most.value, weights_in_words(most.layer or "", small=small)
+    return max((sign for sign in signs if sign.step == first), key=lambda sign: sign.value, default=None)
 
 
 def _whose(incident: Incident, history: History) -> str:

@@ -47,7 +47,9 @@ def on_silence(
         opening: what was known when it opened.
         beside: the other incidents that are open or have left damage.
     """
-    if left := _left_by(incident, beside):
+    if incident.kind in ("stalled", "frozen") and (zero := _zero_rate(history)):
+        yield zero
+    elif left := _left_by(incident, beside):
         yield left
     elif incident.kind == "stalled":
         yield from _stalled(incident, history, told, opening, beside)
@@ -78,9 +80,6 @@ def _left_by(incident: Incident, beside: Sequence[Incident]) -> str:
 def _stalled(
     incident: Incident, history: History, told: Sequence[str], opening: Opening, beside: Sequence[Incident]
 ) -> Iterator[str]:
-    if zero := _zero_rate(history):
-        yield zero
-        return
     named = next((one for one in beside if one.open and one.kind in _NAMING and one.severity != "notice"), None)
     if named is not None:
         yield (
@@ -99,7 +98,7 @@ def _stalled(
     # a notice is shown with its first advice alone
     yield f"{first} {_GOOD}" if incident.severity == "notice" and named is None else first
     yield from more
-    yield f"Change the learning rate ({at(opening.rate)}) by factors of three in both directions."
+    yield f"Change the learning rate{at(opening.rate)} by factors of three in both directions."
     if not history.facts.embeds:
         yield "Scale the inputs to zero mean and unit variance."
 
@@ -130,7 +129,7 @@ def _lost(incident: Incident, history: History) -> Iterator[str]:
         "-log D(G(z)) in place of log(1 - D(G(z))), or the Wasserstein loss."
     )
     rate = rate_of_opponent(history, incident.suspect)
-    yield f"Lower the learning rate of the other optimizer{f' ({at(rate)})' if rate > 0 else ''}, or let it make fewer steps."
+    yield f"Lower the learning rate of the other optimizer{at(rate)}, or let it make fewer steps."
 
 
 def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
@@ -182,13 +181,13 @@ def _dead(incident: Incident, history: History, opening: Opening) -> Iterator[st
     if facts.saturates and not facts.rectified:
         if not facts.embeds:
             yield "Scale the inputs to zero mean and unit variance: far from zero, sigmoid and tanh pass no gradient at all."
-        yield f"Lower the learning rate ({at(opening.rate)}): large weights saturate sigmoid and tanh too."
+        yield f"Lower the learning rate{at(opening.rate)}: large weights saturate sigmoid and tanh too."
     elif facts.rectified:
         if not born:
-            yield f"Lower the learning rate ({at(opening.rate)}): ReLU units usually die from a single large step."
+            yield f"Lower the learning rate{at(opening.rate)}: ReLU units usually die from a single large step."
         yield "Use LeakyReLU or GELU, and scale the inputs."
     elif facts.recurrent and not born:
-        yield f"Lower the learning rate ({at(opening.rate)}): saturated states and gates pass no gradient."
+        yield f"Lower the learning rate{at(opening.rate)}: saturated states and gates pass no gradient."
     if not unused and any(sign.numbers.get("layer") for sign in incident.signs):
         yield cut
 
@@ -209,9 +208,6 @@ def _ends_before_its_bias(incident: Incident, history: History) -> bool:
 
 
 def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
-    if zero := _zero_rate(history):
-        yield zero
-        return
     facts, suspect = history.facts, incident.suspect
     sign = next((sign for sign in incident.signs if sign.layer == suspect), incident.signs[0])
     if not sign.numbers.get("owned", True):
@@ -224,7 +220,7 @@ def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[
     if facts.narrow:
         yield _FLOAT32
     if not faint and not raised:
-        yield f"Check the learning rate of the parameter group of {suspect} ({at(opening.rate)}), and its schedule."
+        yield f"Check the learning rate of the parameter group of {suspect}{at(opening.rate)}, and its schedule."
     if not raised:
         yield f"Look for what puts {suspect} back to its old values after a step, such as another copy that is loaded into it."
 
