@@ -420,7 +420,9 @@ class Pipeline:
             news=news,
             ending=how_it_stands(history) if history.rows else "",
             clip_coefficient=float(history.clip_coefficient(last=1)[-1]) if history.rows else 1.0,
-            usual_norms=usual_norms_of(history, None if explosion is None else explosion.opened_step),
+            usual_norms=usual_norms_of(
+                history, None if explosion is None else explosion.opened_step, self.incidents.explosions
+            ),
             clip_use=clip_use_of(history, auto_clipped=self.clipping is not None and self.clipping.clipped > 0),
             scaled_up=self.clipping.scaled_up if self.clipping is not None else 0,
         )

@@ -93,6 +93,29 @@ def test_an_explosion_does_not_become_usual_while_it_is_open() -> None:
     ).replace("e+", "e") + f", {usual.now / usual.high:.1e} times the upper end".replace("e+0", "e").replace("e+", "e")
 
 
+def test_an_explosion_does_not_become_usual_once_it_is_over() -> None:
+    """The range is of the other steps, and says so."""
+    torch.manual_seed(0)
+    model, report = nn.Linear(4, 1), Keep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, report=report, strict=True) as monitor:
+        for step in range(500):
+            x = torch.randn(32, 4)
+            optimizer.zero_grad()
+            (
+                (model(x) - x[:, :1] - torch.randn(32, 1)) * (30.0 if step == 200 else 1.0)
+            ).square().mean().backward()
+            optimizer.step()
+        (incident,) = [one for one in monitor.incidents if one.severity != "notice"]
+        assert incident.closed_step is not None
+        norms, steps = monitor.history.global_norm()[:-1], monitor.history.steps()[:-1]
+        within = (steps >= incident.opened_step) & (steps <= incident.closed_step)
+    usual = report.kept.usual_norms
+    assert usual is not None
+    assert usual.high <= np.sort(norms[~within][-256:])[-13] < norms[within].max() / 10
+    assert f"since step {usual.since} outside of incidents, now" in str(usual)
+
+
 @pytest.mark.parametrize(
     ("norms", "text"),
     [

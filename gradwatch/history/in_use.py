@@ -10,28 +10,36 @@ from gradwatch.history.typical_norm import LEAST_NORMS, PAST
 from gradwatch.records import SCALED_UP, ClipUse, UsualNorms
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from gradwatch.history.history import History
 
 _OUTSIDE = 0.05  # share of norms below the usual range, and above it
 
 
-def usual_norms_of(history: History, until: int | None = None) -> UsualNorms | None:
+def usual_norms_of(
+    history: History, until: int | None = None, explosions: Iterable[tuple[int, int]] = ()
+) -> UsualNorms | None:
     """Return the range of the last 256 norms of the current task; None if fewer than 16 are finite and not zero.
 
-    The last row is not counted, nor are rows from step ``until`` on.
+    The last row is not counted, nor are rows from step ``until`` on and those of ``explosions``, each from a step to a step.
     """
     rows = history.task_rows
     norms, steps = history.global_norm(last=rows)[:-1], history.steps(last=rows)[:-1]
     if until is not None:
         norms, steps = norms[steps < until], steps[steps < until]
-    norms, steps = norms[-PAST:], steps[-PAST:]
+    calm = np.ones(len(steps), dtype=bool)
+    for start, end in (one for one in explosions if len(steps) and one[1] >= steps[0]):
+        calm &= (steps < start) | (steps > end)
+    apart = not calm[-PAST:].all()
+    norms, steps = norms[calm][-PAST:], steps[calm][-PAST:]
     told = np.isfinite(norms) & (norms > 0)
     if np.count_nonzero(told) < LEAST_NORMS:
         return None
     ordered = np.sort(norms[told])
     out = int(_OUTSIDE * len(ordered))
     low, high, now = float(ordered[out]), float(ordered[-1 - out]), history.row.global_norm
-    return UsualNorms(low, high, int(steps[told][0]), now, until, history.measured)
+    return UsualNorms(low, high, int(steps[told][0]), now, until, history.measured, apart)
 
 
 def clip_use_of(history: History, *, auto_clipped: bool) -> ClipUse | None:

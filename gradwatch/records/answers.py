@@ -18,6 +18,7 @@ class UsualNorms:
         now: the last norm, which is not counted.
         until: step from which on norms are not counted, because an explosion that is open began there; None: there is none.
         measured: False if no layer had a gradient in the last step.
+        apart: whether norms of explosions that are over were left out.
     """
 
     low: float
@@ -26,6 +27,7 @@ class UsualNorms:
     now: float
     until: int | None = None
     measured: bool = True
+    apart: bool = False
 
     def __str__(self) -> str:
         times = self.now / self.high
@@ -36,7 +38,11 @@ class UsualNorms:
         """The same without the comparison of the last norm with the range."""
         low, high = number(self.low, 2), number(self.high, 2)
         span = low if low == high else f"{low} to {high}"
-        when = f"since step {self.since}" if self.until is None else f"before the incident at step {self.until}"
+        when = (
+            f"since step {self.since}{' outside of incidents' * self.apart}"
+            if self.until is None
+            else f"before the incident at step {self.until}"
+        )
         return f"norm usually {span} {when}, now {number(self.now, 2) if self.measured else 'none'}"
 
 

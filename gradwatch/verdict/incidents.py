@@ -101,6 +101,15 @@ class Incidents:
         return [incident for incident in self.open if incident.severity != "notice"]
 
     @property
+    def explosions(self) -> list[tuple[int, int]]:
+        """The first and the last step of each explosion that is over and was more than a notice."""
+        return [
+            (one.opened_step, one.closed_step)
+            for one in self.all
+            if one.kind in EXPLOSION and one.severity != "notice" and one.closed_step is not None
+        ]
+
+    @property
     def damaged(self) -> list[Incident]:
         """The closed incidents whose damage is still there."""
         return [incident for incident in self.all if incident.verdict == "damaged"] if self._aftermath else []
