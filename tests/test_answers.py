@@ -102,9 +102,7 @@ def test_an_explosion_does_not_become_usual_once_it_is_over() -> None:
         for step in range(500):
             x = torch.randn(32, 4)
             optimizer.zero_grad()
-            (
-                (model(x) - x[:, :1] - torch.randn(32, 1)) * (30.0 if step == 200 else 1.0)
-            ).square().mean().backward()
+            ((model(x) - x[:, :1] - torch.randn(32, 1)) * (30.0 if step == 200 else 1.0)).square().mean().backward()
             optimizer.step()
         (incident,) = [one for one in monitor.incidents if one.severity != "notice"]
         assert incident.closed_step is not None

@@ -64,7 +64,7 @@ class Holders:
             For each, the layers, shape (L,), and the places of its rows among those that are kept, oldest first. Empty if one
             optimizer has made all of them, be it with other layers frozen.
         """
-        if rows - self._changed >= last:  # one optimizer has made all of them
+        if not rows or rows - self._changed >= last:  # one optimizer has made all of them
             return []
         self._fill(rows)
         ids = self._of_row[np.arange(max(0, rows - self._window), rows) % self._window]

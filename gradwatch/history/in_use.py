@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.history.optimizer_rows import rows_by_optimizer
 from gradwatch.history.typical_norm import LEAST_NORMS, PAST
 from gradwatch.records import SCALED_UP, ClipUse, UsualNorms
 
@@ -23,9 +24,14 @@ def usual_norms_of(
     """Return the range of the last 256 norms of the current task; None if fewer than 16 are finite and not zero.
 
     The last row is not counted, nor are rows from step ``until`` on and those of ``explosions``, each from a step to a step.
+    Where several optimizers take turns, only the rows of the one that made the last step count.
     """
-    rows = history.task_rows
-    norms, steps = history.global_norm(last=rows)[:-1], history.steps(last=rows)[:-1]
+    mine, *others = rows_by_optimizer(history, 2 * PAST)
+    norms, steps, first = history.global_norm(), history.steps(), len(history.steps()) - history.task_rows
+    if others and mine.places is not None:
+        norms, steps = norms[mine.places], steps[mine.places]
+        first = int(np.searchsorted(mine.places, first))
+    norms, steps = norms[max(0, first) : -1], steps[max(0, first) : -1]
     if until is not None:
         norms, steps = norms[steps < until], steps[steps < until]
     calm = np.ones(len(steps), dtype=bool)
@@ -39,7 +45,7 @@ def usual_norms_of(
     ordered = np.sort(norms[told])
     out = int(_OUTSIDE * len(ordered))
     low, high, now = float(ordered[out]), float(ordered[-1 - out]), history.row.global_norm
-    return UsualNorms(low, high, int(steps[told][0]), now, until, history.measured, apart)
+    return UsualNorms(low, high, int(steps[told][0]), now, until, history.measured, apart, bool(others))
 
 
 def clip_use_of(history: History, *, auto_clipped: bool) -> ClipUse | None:

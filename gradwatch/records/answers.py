@@ -19,6 +19,7 @@ class UsualNorms:
         until: step from which on norms are not counted, because an explosion that is open began there; None: there is none.
         measured: False if no layer had a gradient in the last step.
         apart: whether norms of explosions that are over were left out.
+        in_turn: whether several optimizers take turns, so that the norms are those of one of them.
     """
 
     low: float
@@ -28,6 +29,7 @@ class UsualNorms:
     until: int | None = None
     measured: bool = True
     apart: bool = False
+    in_turn: bool = False
 
     def __str__(self) -> str:
         times = self.now / self.high
@@ -43,6 +45,7 @@ class UsualNorms:
             if self.until is None
             else f"before the incident at step {self.until}"
         )
+        when += " in the steps of this optimizer" * self.in_turn
         return f"norm usually {span} {when}, now {number(self.now, 2) if self.measured else 'none'}"
 
 
