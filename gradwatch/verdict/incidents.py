@@ -248,7 +248,7 @@ class Incidents:
                     story.harmed = story.lasting = True  # it comes back: the task has not changed
         may_last = not story.lasting and (story.harmed or not story.young) and not story.recurrence.routine
         if may_last and self._history.task_rows < self._history.rows and story.incident is not None:
-            # what came with a new task, or in the row before, need not go back to the level of the one before
+            # a jump in the row before a new task comes with it, and need not go back to the level of the task before
             may_last = story.incident.opened_step != self._history.last_step_before_task
         if story.incident is not None and may_last and step - story.incident.opened_step >= story.look_at:
             story.lasting = self._harm.level_lasts(story)
