@@ -15,12 +15,15 @@ from gradwatch.measure.norms import count_nonfinite, norm_of, unfit
 from gradwatch.measure.wrappers import local_of, plain_name, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from gradwatch.history.history import History
     from gradwatch.records import Incident
+
+
+NONE: Mapping[str, Tensor] = {}  # no buffer is known not to have been finite before
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ def worth_of(
     incidents: Sequence[Incident],
     *,
     buffers_are_well: bool = True,
-    constants: Container[str] = (),
+    constants: Mapping[str, Tensor] = NONE,
 ) -> Checkpoint:
     """Return whether the model is fit for a checkpoint, as in `gradwatch.Monitor.checkpoint_guard`.
 
@@ -49,7 +52,7 @@ def worth_of(
         history: history of the run.
         incidents: incidents that are open, or over with damage.
         buffers_are_well: with several processes, whether all buffers were finite at the last exchange.
-        constants: names of buffers that may hold infinities (see `constants_of`).
+        constants: which buffers may hold infinities (see `constants_of`).
     """
     if device.capturing():
         return Checkpoint("a CUDA graph is being captured, so that no value can be read")
@@ -68,7 +71,7 @@ def worth_of(
 
 
 def damage_without_waiting(
-    model: nn.Module, history: History, *, buffers_are_well: bool, constants: Container[str] = ()
+    model: nn.Module, history: History, *, buffers_are_well: bool, constants: Mapping[str, Tensor] = NONE
 ) -> str:
     """Return the same as `damage_of`; where the model is on a device, what its rows have said last."""
     # of parts, a process knows its own alone
@@ -85,19 +88,22 @@ def _damage_seen(history: History, *, buffers_are_well: bool) -> str:
     return "" if buffers_are_well else "a buffer was not finite when it was last checked"
 
 
-def constants_of(model: nn.Module) -> frozenset[str]:
-    """Return the names of the buffers that are not finite now, before the run: a causal mask of minus infinity is no damage."""
-    held = ((name, local_of(tensor)) for kind, name, tensor in _tensors(model) if kind == "buffer")
-    return frozenset(name for name, own in held if own.numel() and not math.isfinite(norm_of(own)))
+def constants_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return by name whether each buffer is not finite now, before the run: a causal mask of minus infinity is no damage.
+
+    The values are bool tensors of shape (); nothing is read on the host.
+    """
+    found = ((names, (~finite).unbind()) for names, finite in _finite_buffers(model))
+    return {name: one for names, bad in found for name, one in zip(names, bad, strict=True)}
 
 
-def damage_of(model: nn.Module, constants: Container[str] = ()) -> str:
+def damage_of(model: nn.Module, constants: Mapping[str, Tensor] = NONE) -> str:
     """Return a description of the first parameter or buffer that holds NaN or Inf; empty if all but ``constants`` are finite.
 
     Reads the tensors on the host.
     """
     for kind, name, tensor in _tensors(model):
-        if name in constants or math.isfinite(norm_of(tensor)):
+        if math.isfinite(norm_of(tensor)) or (kind == "buffer" and name in constants and constants[name]):
             continue
         nans, infs, _ = count_nonfinite(tensor)
         if nans or infs:  # the norm of finite elements may overflow
@@ -105,23 +111,26 @@ def damage_of(model: nn.Module, constants: Container[str] = ()) -> str:
     return ""
 
 
-def buffers_are_bad(model: nn.Module, home: torch.device, constants: Container[str] = ()) -> Tensor:
+def buffers_are_bad(model: nn.Module, home: torch.device, constants: Mapping[str, Tensor] = NONE) -> Tensor:
     """Return whether a buffer in this process is not finite, as a bool tensor of shape (); nothing is read on the host."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    fine = [torch.ones((), dtype=torch.bool, device=home)]
+    for names, finite in _finite_buffers(model):
+        nothing = torch.zeros_like(finite[0])
+        excused = [device.moved(constants[name], finite.device) if name in constants else nothing for name in names]
+        fine.append(device.moved((finite | torch.stack(excused)).all(), home))
+    return ~torch.stack(fine).all()
+
+
+def _finite_buffers(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield the names of buffers of one device and dtype, and whether each is finite in this process, shape (n,)."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
     for kind, name, tensor in _tensors(model):
-        if (
-            kind == "buffer"
-            and name not in constants
-            and tensor.layout is torch.strided
-            and (own := local_of(tensor)).numel()
-        ):
+        if kind == "buffer" and tensor.layout is torch.strided and (own := local_of(tensor)).numel():
             real = torch.view_as_real(own.resolve_conj()) if own.is_complex() else own
-            kinds.setdefault((real.device, real.dtype), []).append(real)
-    fine = [
-        device.moved(torch.isfinite(torch.stack(torch._foreach_norm(together, torch.inf))).all(), home)
-        for together in kinds.values()
-    ]
-    return ~torch.stack(fine).all() if fine else torch.zeros((), dtype=torch.bool, device=home)
+            kinds.setdefault((real.device, real.dtype), []).append((name, real))
+    for together in kinds.values():
+        names, tensors = zip(*together, strict=True)
+        yield list(names), torch.isfinite(torch.stack(torch._foreach_norm(list(tensors), torch.inf)))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

@@ -45,7 +45,7 @@ class Layers:
         names, sizes, matrices, fan_in, with_units: per column, the name, the number of elements, whether it has two or more
             dimensions, the inputs of each unit, and whether its rows are units.
         untold: sentences about parameters that cannot be measured, which have not been reported yet.
-        constants: names of the buffers that were not finite before the run.
+        constants: by name, whether each buffer was not finite before the run, as bool tensors of shape ().
         zero: DeepSpeed's own optimizer of the model, and what this process holds under it; None if there is none.
 
     Raises:
