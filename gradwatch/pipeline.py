@@ -20,7 +20,7 @@ from gradwatch.history.in_use import clip_use_of, usual_norms_of
 from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, cadence
 from gradwatch.history.statistics import ignore_fp_warnings
-from gradwatch.records import EXPLOSION, Alarm, Family, Incident, OwnTime, Row, RunVerdict, Snapshot
+from gradwatch.records import Alarm, Family, Incident, OwnTime, Row, RunVerdict, Snapshot
 from gradwatch.reports.desk import ReportDesk
 from gradwatch.text.wording import number
 from gradwatch.verdict import Alarms, Band, Incidents, VerdictSettings
@@ -276,7 +276,8 @@ class Pipeline:
         earlier = self.history.loss(last=_RISEN + 1)[:-1]
         if first or self.history.losses < 2 or not row.loss > self._band.loss:
             return
-        if (earlier > self._band.loss).all() or any(one.kind in EXPLOSION for one in self.incidents.open_and_grave):
+        explosion = self.incidents.open_explosion()
+        if (earlier > self._band.loss).all() or (explosion is not None and explosion.severity != "notice"):
             return
         usual, _ = self.history.loss_level()
         self.history.begin_task(row)

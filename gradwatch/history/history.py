@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 _SMALLEST = 16  # fewest elements of a matrix whose norm is meaningful
-_ABSENT = 49  # rows without a gradient after which a weight says nothing of its bias
+ABSENT = 49  # rows of its optimizer without a gradient after which a layer is no longer idle
 _WARM = 50  # rows without a new maximum after which the learning rate counts as settled
 RECENT = 100  # rows over which fast growth of weights is measured
 SETTLED = 8  # norms that a layer needs before it has a typical one
@@ -294,7 +294,7 @@ class History(LossLevels):
         removed. The gradient of its weight shows how large they are, unless it has had none for 49 rows.
         """
         settled = self.typical_grad.seen >= SETTLED
-        beside = (self.weight_of >= 0) & (settled & (self._absence < _ABSENT))[self.weight_of]
+        beside = (self.weight_of >= 0) & (settled & (self._absence < ABSENT))[self.weight_of]
         return settled & ~beside
 
     def typical_elements(self) -> Floats:

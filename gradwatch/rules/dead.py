@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from gradwatch.history.history import ABSENT
 from gradwatch.history.optimizer_rows import rows_by_optimizer
 from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from gradwatch.records import Alarm, Floats, Kind, Sign
 
 
-_REST = 49  # rows after which a layer without a gradient no longer counts as idle, and in which a dead one must wake up
 _LEVEL = 32  # newest losses whose median is the level of a loss
 _FLOOR = 0.01  # share of the first losses below which a loss is at its floor
 _CHANCE = 1e-6  # of an absence as long as this one, in a layer that had a gradient as often as this one
@@ -93,7 +93,7 @@ class Dead(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the share of dead units of each layer beyond chance, shape (L,); 1 where a whole layer is dead."""
-        mine, *others = rows_by_optimizer(history, 2 * _REST)
+        mine, *others = rows_by_optimizer(history, 2 * ABSENT)
         value = self._measured(history, mine)
         for part in others:
             value[part.held] = self._measured(history, part)[part.held]
@@ -101,7 +101,7 @@ class Dead(Rule):
 
     def _measured(self, history: History, part: OptimizerRows) -> Floats:
         """Return the value of each layer by the rows of its optimizer, shape (L,)."""
-        norms = part.last(_REST)
+        norms = part.last(ABSENT)
         units = self._units_beyond_chance(history)
         if norms.min(initial=np.inf) > 0:  # false for NaN: each layer had a gradient in each row
             return units
@@ -124,9 +124,9 @@ class Dead(Rule):
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
-        mine, *others = rows_by_optimizer(history, 2 * _REST)
+        mine, *others = rows_by_optimizer(history, 2 * ABSENT)
         part = next((one for one in others if one.held[column]), mine)
-        absent = column in _stopped(history, part, part.last(_REST))
+        absent = column in _stopped(history, part, part.last(ABSENT))
         layer = absent or part.last(1)[0, column] == 0
         gaps = _gaps(part, column)
         since = int(part.steps[-max(1, gaps[-1])])
@@ -189,7 +189,7 @@ def _is_at_floor(history: History, part: OptimizerRows) -> bool:
 
 def _stopped(history: History, part: OptimizerRows, norms: Floats) -> list[int]:
     """Return the columns of layers whose gradient no longer arrives; ``norms``, (n, L): the last norms of their optimizer."""
-    if len(norms) < _REST:
+    if len(norms) < ABSENT:
         return []
     absent = part.held & np.isnan(norms).all(axis=0) & (history.nonfinite == 0)
     return [column for column in np.flatnonzero(absent).tolist() if _has_stopped(history, part, column)]

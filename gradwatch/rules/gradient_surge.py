@@ -28,11 +28,11 @@ class GradientSurge(Rule):
     `value = max(min(q_t, q_{t-1}), q_t / 10) / max(1, exp(4 s) / 10) / max(1, p / 2t)`, with `q = ||g|| / t`, `t` the
     layer's typical gradient norm (an exponential average of log norms, half-life 64 steps, finite values only, winsorised),
     `s` the usual distance of a log norm from it, and `p` the third-highest peak of the excursions above `2t` that came back.
-    It fires where `value > limit` (10): two steps above 10 times the typical norm, or one above 100 times. Larger factors
-    are needed in runs whose norms vary widely from step to step, such as those with a batch size of one, and in runs whose
-    large norms recur, such as those with a rare class. It is silent during a layer's first 8 steps, and for a bias whose own
-    weight has a gradient: that of a bias is a sum, which may cancel (before a normalisation it is rounding noise), and that of
-    its weight shows how large the addends are.
+    It fires where `value > limit` (10): two steps above 10 times the typical norm, or one above 100 times. Larger factors are
+    needed in runs whose norms vary widely from step to step, such as those with a batch size of one, and in runs whose large
+    norms recur, such as those with a rare class. It is silent during a layer's first 8 steps, and for a bias or gain whose own
+    weight has had a gradient in the last 49 rows: that of a bias is a sum, which may cancel (before a normalisation it is
+    rounding noise), and that of its weight shows how large the addends are.
 
     ## Why it is bad
     Gradients are best compared with the run's own history: explosions show as growth long before they show as NaN.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from gradwatch.history.history import ABSENT
 from gradwatch.history.optimizer_rows import rows_by_optimizer
 from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from gradwatch.history.optimizer_rows import OptimizerRows
     from gradwatch.records import Alarm, Floats, Kind, Sign
 
-_ROWS = 49  # newest rows of an optimizer whose gradients are all to be small
 _LEVEL = 32  # newest losses whose median is the level of a loss
 _REGRESSIONS = ("squared error", "smooth L1", "Huber")  # losses of a critic, whose actor may well end at a bound
 _HIGHER = 0.1  # share of a loss by which it has to be higher
@@ -38,9 +38,9 @@ class OpponentWon(Rule):
     `value = min_l(T_l / m_l)` over the matrices that an optimizer holds, with `m_l` the largest gradient norm of layer `l` in
     that optimizer's last 49 rows, and `T_l` the largest that its typical norm (GW301) has been. It fires where `value > limit`
     (300), as long as the loss of that optimizer (the median of its last 32) is higher, by a tenth, than in the rows in which
-    its typical norms were largest. It resolves once a gradient is back to a thirtieth. Only where two optimizers are seen to
-    take turns so, and the first loss of the run is no regression, as that of a critic: its actor's gradient vanishes where the
-    best action is at a bound. Gradients of exactly zero belong to GW402.
+    its typical norms were largest. It resolves once a gradient is back to a thirtieth, or the loss is no longer higher. Only
+    where two optimizers are seen to take turns so, and the first loss of the run is no regression, as that of a critic: its
+    actor's gradient vanishes where the best action is at a bound. Gradients of exactly zero belong to GW402.
 
     ## Why it is bad
     What gets no gradient does not learn: the winner has nothing more to learn from it either.
@@ -84,8 +84,8 @@ class OpponentWon(Rule):
         if not history.opposed or history.facts.loss in _REGRESSIONS:
             return value
         for part in rows_by_optimizer(history, history.window):  # one that has lost may not even make steps
-            mine, norms = _matrices(history, part), part.last(_ROWS)
-            if mine.any() and len(norms) == _ROWS:
+            mine, norms = _matrices(history, part), part.last(ABSENT)
+            if mine.any() and len(norms) == ABSENT:
                 largest, _ = history.largest_typical
                 times = float((largest[mine] / np.fmax.reduce(norms[:, mine], axis=0)).min())
                 now, then = _losses(history, part)
@@ -97,7 +97,7 @@ class OpponentWon(Rule):
         """Return the numbers of the sentence; see `Rule.numbers`."""
         part = next(one for one in rows_by_optimizer(history, history.window) if one.held[column])
         now, then = _losses(history, part)
-        norms, (largest, _) = part.last(_ROWS)[:, column], history.largest_typical
+        norms, (largest, _) = part.last(ABSENT)[:, column], history.largest_typical
         return {"norm": np.fmax.reduce(norms), "largest": largest[column], "loss": now, "then": then}
 
     def sentence(self, alarm: Alarm) -> str:

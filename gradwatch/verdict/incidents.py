@@ -96,11 +96,6 @@ class Incidents:
         return [story.incident for story in self._stories.values() if story.incident is not None]
 
     @property
-    def open_and_grave(self) -> list[Incident]:
-        """The incidents that are open and more than a notice."""
-        return [incident for incident in self.open if incident.severity != "notice"]
-
-    @property
     def explosions(self) -> list[tuple[int, int]]:
         """The first and the last step of each explosion that is over and was more than a notice."""
         return [
