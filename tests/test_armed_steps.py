@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import gradwatch
 from benchmarks.forensics import causes as failing
 from benchmarks.forensics.causes import CAUSES
+from gradwatch.forensics import ops
 from gradwatch.forensics.inspector import Inspector
 
 if TYPE_CHECKING:
@@ -164,6 +165,26 @@ def test_a_training_with_watched_steps_is_bit_identical(make: Callable[[], nn.Mo
 
     for one, other in zip(run(watch=True), run(watch=False), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("function", ["changed_by", "copied", "is_view"])
+def test_an_error_while_an_operation_is_prepared_does_not_reach_the_training(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there is no memory for a copy of what it changes in place."""
+
+    def run(*, watch: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        return train(lambda step: step == 2, watch=watch, model=Recurrent(), strict=False)[1]
+
+    unwatched = run(watch=False)
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ops, function, fails)
+    for one, other in zip(run(watch=True), unwatched, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 class Counting(TorchDispatchMode):

@@ -101,23 +101,39 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it returns."""
         kwargs = kwargs or {}
-        if self.failed is not None or ops.is_view(func) or ops.is_of_profiler(func):
-            return func(*args, **kwargs)
+        before: tuple[Any, Any] | None = None
+        changed: Sequence[Tensor] = ()
+        try:
+            if self.failed is None and not ops.is_view(func) and not ops.is_of_profiler(func):
+                changed, before = self._prepare(func, args, kwargs)
+        except CannotRepeatError:
+            raise
+        except Exception as error:  # watching must not change what is watched: copies may find no memory
+            self.failed = error
+        result = func(*args, **kwargs)
+        try:
+            if before is not None:
+                self._look(func, *before, result, changed)
+        except Exception as error:
+            self.failed = error
+        self._originals = {}
+        return result
+
+    def _prepare(self, func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], tuple[Any, Any]]:
+        """Return the tensors that an operation is about to change, and its arguments, with copies in place of those tensors.
+
+        Raises:
+            CannotRepeatError: the trace is to repeat a step, and the operation cannot be repeated.
+        """
         if self._alone and ops.is_collective(func):
             raise CannotRepeatError("it exchanges tensors with other processes, which do not repeat it")
         if not self._random and ops.is_random(func):
             raise CannotRepeatError("it draws random numbers")
         changed = ops.changed_by(func, args, kwargs)
-        before = (args, kwargs)
-        if changed:
-            before, self._originals = ops.copied(args, kwargs, changed)
-        result = func(*args, **kwargs)
-        try:
-            self._look(func, *before, result, changed)
-        except Exception as error:  # watching must not change what is watched
-            self.failed = error
-        self._originals = {}
-        return result
+        if not changed:
+            return [], (args, kwargs)
+        before, self._originals = ops.copied(args, kwargs, changed)
+        return changed, before
 
     def _look(self, func: Any, args: Any, kwargs: Any, result: Any, changed: Sequence[Tensor]) -> None:
         order, self.count = self.count, self.count + 1
