@@ -180,10 +180,13 @@ class Pipeline:
         Raises:
             TrainingUnstableError: the policy of auto-clip is to stop the run here.
         """
+        if row.begins_task:  # a replay: only what has made the rows knows it
+            self.history.begin_next_task()
         self.history.push(row)
         if row.optimizer > self._newest:
             self._look_for_new_task(row)
-        self.desk.row(row)
+        begins = self.history.task_rows == 1 < self.history.rows
+        self.desk.row(row._replace(begins_task=True) if begins else row)
         try:
             if self._is_quiet(row):
                 decision = self._decide(row)
@@ -263,7 +266,10 @@ class Pipeline:
             if alarm.sign == "clip" and alarm.state == "firing" and alarm.code not in self._told:
                 self._told.add(alarm.code)
                 self.note(f"{alarm}.")
-        self.desk.judged(changes, self.incidents.update(changes, row.step))
+        news = self.incidents.update(changes, row.step)
+        if news:
+            self.history.know_explosions(self.incidents.explosions)
+        self.desk.judged(changes, news)
         self._rest_losses()
         self._band.follow(self.history)
         if not row.has_loss and self.history.rows == _NO_LOSS and not self.history.losses:
@@ -421,9 +427,7 @@ class Pipeline:
             news=news,
             ending=how_it_stands(history) if history.rows else "",
             clip_coefficient=float(history.clip_coefficient(last=1)[-1]) if history.rows else 1.0,
-            usual_norms=usual_norms_of(
-                history, None if explosion is None else explosion.opened_step, self.incidents.explosions
-            ),
+            usual_norms=usual_norms_of(history, None if explosion is None else explosion.opened_step),
             clip_use=clip_use_of(history, auto_clipped=self.clipping is not None and self.clipping.clipped > 0),
             scaled_up=self.clipping.scaled_up if self.clipping is not None else 0,
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,9 @@ from torch import nn
 import gradwatch
 from gradwatch.reports.log import LogReport
 from gradwatch.verdict.recurring import Recurrence, Recurring
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def places(*jumps: tuple[int, float]) -> list[Recurrence]:
@@ -91,6 +96,76 @@ def test_targets_that_grow_with_a_period_run_away() -> None:
     assert grave
     assert "the values run away" in grave[-1].advice[0]
     assert monitor.verdict != "healthy"
+
+
+def retargeted(seed: int, targets: str, clip: str | None = None) -> gradwatch.Monitor:
+    """Fit ones for 300 steps, then "another" mean with noise, or nothing but "noise" of their size; return the monitor."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-4)
+    with gradwatch.attach(model, report=None, clip=clip, strict=True) as monitor:
+        for step in range(450):
+            x = torch.randn(64, 4)
+            target = torch.ones(64, 1)
+            if step >= 300:
+                target = 0.3 * torch.randn(64, 1) if targets == "another" else torch.randn(64, 1)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), target).backward()
+            optimizer.step()
+    return monitor
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("clip", [None, "norm"])
+def test_targets_that_are_learned_as_the_first_ones_were_are_no_explosion(seed: int, clip: str | None) -> None:
+    """The loss was 1e-4: it jumps to where the run began, and need not be back there in 24 steps."""
+    monitor = retargeted(seed, "another", clip)
+    assert {incident.severity for incident in monitor.incidents} == {"notice"}
+    assert all(incident.clip is None for incident in monitor.incidents)
+
+
+def test_targets_that_cannot_be_learned_keep_the_loss_up() -> None:
+    """Although it is no higher than where the run began."""
+    assert retargeted(0, "noise").verdict != "healthy"
+
+
+def with_large_batches(
+    clip: str | None, optimizer: Callable[..., torch.optim.Optimizer], rate: float
+) -> tuple[gradwatch.Monitor, str, float]:
+    """Fit with a batch 30 times as large every 200 steps; return the monitor, its lines and the median of the last losses."""
+    torch.manual_seed(0)
+    weights = torch.randn(10, 1)
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    own = optimizer(model.parameters(), lr=rate)
+    lines, losses = io.StringIO(), []
+    with gradwatch.attach(model, report=LogReport(lines), clip=clip, strict=True) as monitor:
+        for step in range(1300):
+            x = torch.randn(32, 10)
+            times = 30.0 if step and step % 200 == 0 else 1.0
+            loss = nn.functional.mse_loss(model(times * x), times * torch.tanh(x @ weights))
+            own.zero_grad()
+            loss.backward()
+            own.step()
+            losses.append(loss.item())
+    return monitor, lines.getvalue(), float(np.median(losses[-50:]))
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [(torch.optim.SGD, 0.02), (torch.optim.Adam, 0.01)])
+def test_an_explosion_that_comes_back_is_never_taken_for_usual(
+    optimizer: Callable[..., torch.optim.Optimizer], rate: float
+) -> None:
+    """After three large batches, the fourth was as large as usual: nothing was clipped, and the run was lost."""
+    monitor, lines, loss = with_large_batches("norm", optimizer, rate)
+    assert [(one.opened_step, one.times, one.since) for one in monitor.incidents] == [
+        (200 * n, n, 200) for n in range(1, 7)
+    ]
+    assert [one.period for one in monitor.incidents] == [None] + [200] * 5
+    assert all(one.clip is not None and one.clip.clipped for one in monitor.incidents)
+    assert loss < 0.05
+    assert not with_large_batches(None, optimizer, rate)[2] < 0.5
+    assert "step 600, the 3rd time since step 200, about every 200 steps, prime suspect" in lines
+    assert lines.count("|   do: Look at what comes about every 200 steps, first at step 200: an odd batch") == 1
+    assert "do: as at step 400" in lines
 
 
 def interrupted(bad: dict[int, str]) -> tuple[gradwatch.Monitor, str]:

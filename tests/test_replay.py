@@ -15,6 +15,7 @@ from gradwatch.errors import UsageError
 from gradwatch.offline.replay import replay, with_settings
 from gradwatch.rules.notation import Case
 from gradwatch.runlog import RunLog
+from tests.test_new_tasks import fit, net
 from tests.test_rule_trainings import adversarial
 from tests.test_run_log import watched
 from tests.trainings import data, mlp
@@ -57,6 +58,29 @@ def test_a_replay_finds_what_no_optimizer_holds(tmp_path: Path) -> None:
         db.execute("DROP TABLE arrivals")
     with RunLog(tmp_path) as log:
         assert replay(log.history(), log.rows(), rules).rows == 150
+
+
+@pytest.mark.parametrize("how", ["replaced", "reset", "added"])
+def test_a_replay_knows_that_a_new_task_began(how: str, tmp_path: Path) -> None:
+    """Where a head is replaced or reset, or a part is added: its loss is no explosion there either."""
+    model = net()
+    with gradwatch.attach(model, log=tmp_path, report=None, strict=True) as monitor:
+        fit(model, torch.optim.Adam(model.parameters(), lr=3e-3), 300)
+        if how == "replaced":
+            model[2] = nn.Linear(64, 5)
+        elif how == "reset":
+            model[2].reset_parameters()  # type: ignore[operator]
+        else:
+            model.append(nn.Linear(5, 5))
+        fit(model, torch.optim.Adam(model.parameters(), lr=3e-3), 200, torch.tensor([3, 1, 4, 0, 2]))
+    with RunLog(tmp_path) as log:
+        rules, _ = log.rules()
+        again = replay(log.history(), log.rows(), rules)
+        assert [row.step for row in log.rows() if row.begins_task] == [300]
+    assert not [incident for incident in (*monitor.incidents, *again.incidents) if incident.severity != "notice"]
+    assert [(a.code, a.layer, a.step, a.state) for a in again.alarms] == [
+        (a.code, a.layer, a.step, a.state) for a in monitor.alarms
+    ]
 
 
 def test_a_replay_knows_since_when_rates_are_zero(tmp_path: Path) -> None:

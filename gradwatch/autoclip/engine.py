@@ -18,7 +18,7 @@ from gradwatch.autoclip.guard import Guard
 from gradwatch.clips import ClipNorm
 from gradwatch.clips.base import OneFactor
 from gradwatch.errors import TrainingUnstableError
-from gradwatch.history.history import SETTLED
+from gradwatch.history.gradient_norms import SETTLED
 from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import jump_scale, one_step_norms
 from gradwatch.history.typical_norm import LEAST_NORMS, typical_norm
@@ -117,8 +117,9 @@ class AutoClipEngine:
 
     def _set_bounds(self, but: int) -> None:
         """Set the bounds of the policy's clip by its threshold and the norms before the newest ``but``."""
-        norms = self.history.global_norm(last=self.history.task_rows)
-        self._typical = typical_norm(norms[: len(norms) - but])
+        rows = self.history.task_rows
+        norms, calm = self.history.global_norm(last=rows)[: rows - but], self.history.calm(last=rows)[: rows - but]
+        self._typical = typical_norm(norms[calm] if np.count_nonzero(calm) >= LEAST_NORMS else norms)
         self._narrowed = 1.0
         times = self._limits.wide if self.policy.threshold == "auto" else self.policy.threshold or math.nan
         bound = times * self._typical
@@ -177,8 +178,7 @@ class AutoClipEngine:
         """Return the level of the loss and the scale of a jump for the next loss; NaN before the fourth."""
         if self.history.losses < 3:
             return math.nan, math.nan
-        past = self.history.task_loss() if recurring else self.history.task_loss(last=32)
-        return jump_scale(self.history, past, 32, recurring=recurring)
+        return jump_scale(self.history, 32, recurring=recurring, coming=True)
 
     def _in_reserve(self, clip: Clip | None) -> Clip | None:
         """Return what clips a step that surges before a rule has judged it: one factor for all, which costs next to nothing."""

@@ -11,32 +11,27 @@ from gradwatch.history.typical_norm import LEAST_NORMS, PAST
 from gradwatch.records import SCALED_UP, ClipUse, UsualNorms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from gradwatch.history.history import History
 
 _OUTSIDE = 0.05  # share of norms below the usual range, and above it
 
 
-def usual_norms_of(
-    history: History, until: int | None = None, explosions: Iterable[tuple[int, int]] = ()
-) -> UsualNorms | None:
+def usual_norms_of(history: History, until: int | None = None) -> UsualNorms | None:
     """Return the range of the last 256 norms of the current task; None if fewer than 16 are finite and not zero.
 
-    The last row is not counted, nor are rows from step ``until`` on and those of ``explosions``, each from a step to a step.
+    The last row is not counted, nor are rows from step ``until`` on and those of explosions.
     Where several optimizers take turns, only the rows of the one that made the last step count.
     """
     mine, *others = rows_by_optimizer(history, 2 * PAST)
-    norms, steps, first = history.global_norm(), history.steps(), len(history.steps()) - history.task_rows
+    norms, steps, calm = history.global_norm(), history.steps(), history.calm()
+    first = len(steps) - history.task_rows
     if others and mine.places is not None:
-        norms, steps = norms[mine.places], steps[mine.places]
+        norms, steps, calm = norms[mine.places], steps[mine.places], calm[mine.places]
         first = int(np.searchsorted(mine.places, first))
-    norms, steps = norms[max(0, first) : -1], steps[max(0, first) : -1]
+    norms, steps, calm = norms[max(0, first) : -1], steps[max(0, first) : -1], calm[max(0, first) : -1]
     if until is not None:
-        norms, steps = norms[steps < until], steps[steps < until]
-    calm = np.ones(len(steps), dtype=bool)
-    for start, end in (one for one in explosions if len(steps) and one[1] >= steps[0]):
-        calm &= (steps < start) | (steps > end)
+        before = steps < until
+        norms, steps, calm = norms[before], steps[before], calm[before]
     apart = not calm[-PAST:].all()
     norms, steps = norms[calm][-PAST:], steps[calm][-PAST:]
     told = np.isfinite(norms) & (norms > 0)

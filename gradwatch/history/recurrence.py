@@ -1,8 +1,8 @@
 """The size that norms and losses reach repeatedly. Signals that are rare or bursty by nature are no explosion.
 
 A batch with a rare class, a reward or a hard example has a gradient many times the usual size, and the next batch is back to
-normal. The height of such excursions is the reference for the next one. An explosion does not come back, so it never becomes
-a reference for itself.
+normal. The height of such excursions is the reference for the next one. An explosion never becomes a reference for itself: as a
+rule it does not come back, and rows of incidents that were more than a notice are left out.
 """
 
 from __future__ import annotations
@@ -55,15 +55,18 @@ def usual_size(values: Floats, typical: float) -> float:
     return max(typical, usual_peak(values, AT_REST * typical) / AT_REST)
 
 
-def jump_scale(history: History, past: Floats, window: int, *, recurring: bool) -> tuple[float, float]:
+def jump_scale(history: History, window: int, *, recurring: bool, coming: bool = False) -> tuple[float, float]:
     """Return the level of losses, and the scale in which GW102 measures a jump above it; (NaN, NaN) if none is finite.
 
     Args:
         history: the history of the run.
-        past: losses before the one that is measured, shape (n,), oldest first.
-        window: number of the newest losses that the level is taken from.
+        window: number of the newest losses before the measured one that the level is taken from.
         recurring: whether peaks count that all of the losses reach repeatedly: looking for them takes a while.
+        coming: whether the coming loss is measured; else the last one is.
     """
+    rows = history.task_rows if recurring else window + 1
+    losses = history.task_loss(last=rows)
+    past = losses if coming else losses[:-1]
     newest = past[-window:]
     middle, spread = median_and_mad(newest)
     if math.isnan(middle):
@@ -72,13 +75,15 @@ def jump_scale(history: History, past: Floats, window: int, *, recurring: bool) 
     scale = max(spread, abs(middle) / 10, abs(history.reference_loss) / 20, (highest - middle) / 5)
     if recurring:
         at_rest = middle + 3 * max(spread, abs(middle) / 10)
-        scale = max(scale, (usual_peak(past, at_rest) - middle) / 5)
+        calm = past[history.calm(last=rows)[: len(past)]]
+        scale = max(scale, (usual_peak(calm, at_rest) - middle) / 5)
     return middle, scale
 
 
 def usual_norms(history: History, columns: Sequence[int]) -> Floats:
     """Return the usual gradient norm of the given layers, not including the last row, shape (len(columns),)."""
     past = history.grad_norm(last=history.task_rows)[:-1]
+    past = past[history.calm(last=history.task_rows)[:-1]]
     typical = history.typical_grad.value
     return np.array([usual_size(past[:, column], float(typical[column])) for column in columns])
 

@@ -13,6 +13,8 @@ from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Provenance, Row, Scalars
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from gradwatch.records import Floats
@@ -31,6 +33,7 @@ class Ring:
         rows: number of rows so far.
         window: number of rows that are kept.
         holders: what the optimizer of each row held.
+        explosions: the first and the last step of each explosion so far that was more than a notice.
     """
 
     def __init__(self, count: int, window: int) -> None:
@@ -46,6 +49,7 @@ class Ring:
         self._learning_rate = np.full(self.window, np.nan)
         self._loss_scale = np.full(self.window, np.nan)
         self.holders = Holders(count, self.window)
+        self.explosions: Sequence[tuple[int, int]] = ()
         self._rates: Floats | None = None  # of the last row, and the largest of them
         self._largest_rate = math.nan
         self._step = np.full(self.window, -1, dtype=np.int64)
@@ -205,6 +209,18 @@ class Ring:
     def steps(self, last: int | None = None) -> NDArray[np.int64]:
         """Return the optimizer steps of the rows, shape (n,), oldest first."""
         return self._last(self._step, last)
+
+    def know_explosions(self, explosions: Sequence[tuple[int, int]]) -> None:
+        """Set the `explosions` of the run so far."""
+        self.explosions = explosions
+
+    def calm(self, last: int | None = None) -> NDArray[np.bool_]:
+        """Return whether each row is outside of the `explosions`, which are no reference for what is usual, shape (n,)."""
+        steps = self.steps(last)
+        outside = np.ones(len(steps), dtype=bool)
+        for start, end in (one for one in self.explosions if len(steps) and one[1] >= steps[0]):
+            outside &= (steps < start) | (steps > end)
+        return outside
 
     @property
     def task_rows(self) -> int:

@@ -111,6 +111,7 @@ class Row(NamedTuple):
             update, or several do inside backward.
         order: rank of each layer in the order in which gradients arrived in backward, shape (L,); None: as in the row before.
         loss_scale: factor of the gradient scaler that made the step; NaN if there was none.
+        begins_task: whether a new task is known to begin with it (see `gradwatch.history.History.begin_task`).
     """
 
     step: int
@@ -133,6 +134,7 @@ class Row(NamedTuple):
     optimizer: int = -1
     order: NDArray[np.intp] | None = None
     loss_scale: float = float("nan")
+    begins_task: bool = False
 
     @property
     def has_loss(self) -> bool:

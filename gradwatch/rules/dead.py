@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from gradwatch.history.history import ABSENT
+from gradwatch.history.gradient_norms import ABSENT
 from gradwatch.history.optimizer_rows import rows_by_optimizer
 from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule

@@ -65,12 +65,11 @@ class LossJump(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the last loss's distance from the median in units of ``s``, shape (1,); NaN before the fourth loss."""
-        past = history.task_loss(last=self.window + 1)[:-1]
-        middle, scale = jump_scale(history, past, self.window, recurring=False)
+        middle, scale = jump_scale(history, self.window, recurring=False)
         if history.losses < 4 or math.isnan(middle) or not math.isfinite(history.row.loss):
             return np.array([np.nan])
         if history.row.loss - middle > self.limit * scale:  # the lookup is expensive, so only where the rule would fire
-            middle, scale = jump_scale(history, history.task_loss()[:-1], self.window, recurring=True)
+            middle, scale = jump_scale(history, self.window, recurring=True)
         return np.array([(history.row.loss - middle) / scale if scale else np.nan])
 
     def numbers(self, history: History, column: int) -> dict[str, float]:

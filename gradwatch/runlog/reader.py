@@ -331,18 +331,19 @@ class RunLog:
         statement = (
             "SELECT step, line.loss, global_norm, clip_coefficient, norms.gradient, norms.weight, "
             "rate, dead_share, unchanged, applied, nonfinite.gradient, nonfinite.weight, counts, culprits, "
-            "source, clipped, provenances.loss, processes, {} "
+            "source, clipped, provenances.loss, processes, {}, {} "
             "FROM line LEFT JOIN norms USING (id) LEFT JOIN samples USING (id) LEFT JOIN nonfinite USING (id) "
-            "LEFT JOIN provenances USING (provenance) {} ORDER BY id"
+            "LEFT JOIN provenances USING (provenance) {} {} ORDER BY id"
         )
         with self.reading():
             (count,) = self._db.execute("SELECT count(*) FROM steps").fetchone()
             self._check_size(count)
-            known = self._has("arrivals")
-            statement = statement.format(*(("arrived", "LEFT JOIN arrivals USING (id)") if known else ("NULL", "")))
+            columns = {"arrivals": "arrived", "tasks": "tasks.id"}
+            told = [column if self._has(table) else "NULL" for table, column in columns.items()]
+            joins = [f"LEFT JOIN {table} USING (id)" if self._has(table) else "" for table in columns]
             arrived, rate = None, None
-            for *numbers, came in self._db.execute(statement):
+            for *numbers, came, task in self._db.execute(statement.format(*told, *joins)):
                 arrived = arrived if came is None else came
                 row = row_of(tuple(numbers), arrived, len(self.layers), family)
                 rate = rate if row.rate is None else row.rate  # kept where it changes
-                yield row._replace(rate=rate)
+                yield row._replace(rate=rate, begins_task=task is not None)

@@ -260,6 +260,8 @@ class Store:
         if arrived and arrived != self._done.arrived:
             self._done.arrived = arrived
             self._connection.execute("INSERT OR REPLACE INTO arrivals VALUES (?, ?)", (key, arrived))
+        if row.begins_task:
+            self._connection.execute("INSERT OR REPLACE INTO tasks VALUES (?)", (key,))
         bad = row.nonfinite_weight
         if row.nonfinite is not None or (bad is not None and bad.any()):
             found = (

@@ -88,9 +88,20 @@ def _known_cause(incident: Incident, opening: Opening, moved: str | None, *, of_
             f"Look at what changed {moved} just before step {step}, alone of all layers: the program, a state that was loaded, "
             "or the rate of its group."
         )
-    if of_the_batch and incident.kind in ("exploding", "diverging") and incident.period is None:
+    if _comes_round(incident, opening, of_the_batch=of_the_batch):
+        return (
+            f"Look at what comes about every {incident.period} steps, first at step {incident.since}: an odd batch that comes "
+            "round, or what the program does then."
+        )
+    if of_the_batch and incident.kind in ("exploding", "diverging") and not incident.in_series:
         return f"Look at the batch of step {step}: the last update cannot have raised its loss so far."
     return ""
+
+
+def _comes_round(incident: Incident, opening: Opening, *, of_the_batch: bool) -> bool:
+    """Return whether it is an explosion of one step that comes back with a period."""
+    again = incident.since is not None and incident.period is not None and incident.kind in ("exploding", "diverging")
+    return again and (of_the_batch or surge_of(opening) != "")
 
 
 def _lines(
@@ -121,7 +132,7 @@ def _lines(
             yield from told  # no rate suits all layers
             yield from _structure(history.facts)
         elif of_the_batch and opening.raised_at < 0 and not any(sign.sign == "growth" for sign in incident.signs):
-            if incident.period is None:  # no rate has raised the loss
+            if not incident.in_series:  # no rate has raised the loss
                 yield "If the data or the targets were changed for good, nothing is wrong as long as the loss comes down again."
         else:
             yield from _explosion(incident, history, opening, of_the_batch=of_the_batch)
@@ -132,7 +143,7 @@ def _lines(
 
 
 def _runaway_series(incident: Incident) -> Iterator[str]:
-    if incident.period is not None:
+    if incident.in_series:
         yield (
             f"Look at what the program does about every {incident.period} steps: the loss jumps farther each time. If it updates "
             "a target network, the values run away: check the discount and the end of episodes, bound the targets."
@@ -140,7 +151,7 @@ def _runaway_series(incident: Incident) -> Iterator[str]:
 
 
 def _spike(incident: Incident, history: History, opening: Opening, *, of_the_batch: bool) -> Iterator[str]:
-    if incident.period is not None:
+    if incident.in_series:
         yield (
             f"Look at what the program does about every {incident.period} steps, such as updating a target network or changing "
             "the task, and whether the same odd batch comes round in each epoch: the last update cannot have raised the loss so "
@@ -204,7 +215,11 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening, *, of
     if own_clip:
         clip_line = "Lower the bound of your own clip: it bounds the length of a step, and the run leaves its range all the same."
     step = opening.surged_at if opening.surged_at >= 0 else incident.opened_step
-    look = "" if of_the_batch else f"Look at what step {step} does, its batch and its loss."  # told before
+    look = (
+        ""
+        if of_the_batch or _comes_round(incident, opening, of_the_batch=False)
+        else f"Look at what step {step} does, its batch and its loss."
+    )  # told before
     if blame := not_of_the_rate(incident, opening):
         yield from _for_a_reason(clip_line or look, blame)
         if facts.recurrent and not facts.gated:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gradwatch.verdict.settings import VerdictSettings
     from gradwatch.verdict.story import Story
 
+_HIGHER = 1.5  # multiple of the first loss up to which a loss is no higher than where the run began
+
 
 class Harm:
     """What the signs of a story and the loss say of the harm to the run.
@@ -50,7 +52,7 @@ class Harm:
         if not too_long and is_of_the_batch(self._history):
             story.odd_steps.add(now)
         # the program changes its targets or data: what follows settles again, unless it breaks
-        if story.recurrence.routine:
+        if story.recurrence.routine or self._starts_over(story):
             return any(sign.kind == "nonfinite" or sign.sign == "numeric" for sign in signs) or self.has(
                 "damage", signs
             )
@@ -80,10 +82,12 @@ class Harm:
 
         The loss is high if it is more than twice its usual ceiling. It decreases, as after a change of the task, if it has come
         back half of the way at the first check (two thirds at later ones), measured in logarithms, or if it is a fifth lower
-        than at the check before.
+        than at the check before. A loss that starts over is not high once it has halved, as it has since the beginning.
         """
         level, _ = self._history.loss_level(story.look_at - 2)
         before, story.level = story.level, level
+        if self._starts_over(story) and level <= min(story.peak, self._history.first_loss) / 2:
+            return False
         if not level > max(story.ceiling, 2 * story.ceiling):  # for a negative loss, the ceiling itself
             return False
         first = self._settings.lasting_steps
@@ -103,9 +107,19 @@ class Harm:
         history, confirmed = self._history, self.has("damage", story.firing.values())
         if not story.jumped or story.lasting or confirmed or history.row.loss > story.peak + abs(story.peak) / 4:
             return False
+        if self._starts_over(story):
+            return True
         assert story.incident is not None
         settled = history.row.step - story.incident.opened_step >= self._settings.lasting_steps
         return not (settled and bool((history.surge() > self._settings.settled).any()))
+
+    def _starts_over(self, story: Story) -> bool:
+        """Return True while a loss that no update has raised is no higher than where the run began.
+
+        The program has changed the targets, which are learned anew as at first: what is usual was measured on the old ones.
+        """
+        highest = _HIGHER * self._history.first_loss
+        return story.of_the_batch and story.jumped and story.peak <= highest and self._history.row.loss <= highest
 
     def _suffers(self, story: Story, told: Sequence[Alarm]) -> bool:
         """Return True if the loss jumps or rises in this step, or norms surge so far that it need not be seen to."""

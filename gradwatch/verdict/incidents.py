@@ -21,7 +21,7 @@ from gradwatch.verdict.damage import damage_since
 from gradwatch.verdict.evidence import Evidence
 from gradwatch.verdict.harm import Harm
 from gradwatch.verdict.opening import opening_of
-from gradwatch.verdict.recurring import Recurring, TimesNonFinite
+from gradwatch.verdict.recurring import Recurring, Times
 from gradwatch.verdict.story import Story, kind_of, phase_of, severity_of
 from gradwatch.verdict.suspects import Suspects
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gradwatch.verdict.settings import VerdictSettings
 
 _KEPT = 1000  # most incidents to keep
+_ENDLESS = 2**62  # last step of an incident that is open
 
 
 class Treatment(Protocol):
@@ -79,7 +80,7 @@ class Incidents:
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
         self.recurring = Recurring()
-        self._nonfinite = TimesNonFinite()
+        self._nonfinite, self._explosions = Times(), Times()
         self._told = 0
         self._exploded = -math.inf  # step at which the last explosion that was more than a notice has ended
         self._origin: Origin | None = None  # of the row that is about to be judged
@@ -97,11 +98,11 @@ class Incidents:
 
     @property
     def explosions(self) -> list[tuple[int, int]]:
-        """The first and the last step of each explosion that is over and was more than a notice."""
+        """The first and the last step of each explosion that is more than a notice; the last is endless while it is open."""
         return [
-            (one.opened_step, one.closed_step)
+            (one.opened_step, _ENDLESS if one.closed_step is None else one.closed_step)
             for one in self.all
-            if one.kind in EXPLOSION and one.severity != "notice" and one.closed_step is not None
+            if one.kind in EXPLOSION and one.severity != "notice"
         ]
 
     @property
@@ -355,7 +356,13 @@ class Incidents:
             period=story.recurrence.period,
             since=None,
         )
-        return self._counted(after, before) if kind == "nonfinite" else after
+        if kind == "nonfinite":
+            return self._counted(after, before)
+        if kind in EXPLOSION and severity != "notice" and not after.in_series:
+            story.returns = story.returns or self._explosions.came(after.opened_step)
+            times, since, _, period = story.returns
+            after = replace(after, times=times, since=since, period=period)
+        return after
 
     def _counted(self, after: Incident, before: Incident | None) -> Incident:
         """Return a non-finite incident with its place among the times that steps of the run were not finite."""

@@ -1,4 +1,4 @@
-"""What comes back: jumps of the loss that no update has caused, and steps that are not finite.
+"""What comes back: jumps of the loss that no update has caused, explosions, and steps that are not finite.
 
 Jumps that come back with a period are those of targets or data that the program changes then.
 """
@@ -74,12 +74,11 @@ class Recurring:
 
 
 class Returns(NamedTuple):
-    """The place of a step that is not finite among those of the run.
+    """The place of an explosion, or of steps that are not finite, among those of the run.
 
     Attributes:
-        times: times that steps were not finite so far, this one included; those in between which the alarm did not resolve are
-            one time.
-        since: the first such step; None: there was none.
+        times: times that it came so far, this one included; times between which the alarm did not resolve are one.
+        since: the first step at which it came; None: it never did.
         step: the step at which it came last.
         period: number of steps from one time to the next; None: they do not come with a period, or it is not known yet.
     """
@@ -90,8 +89,8 @@ class Returns(NamedTuple):
     period: int | None = None
 
 
-class TimesNonFinite:
-    """The times that steps of one run were not finite, whatever was: the loss, gradients or weights.
+class Times:
+    """The times that one thing came in a run.
 
     Attributes:
         last: place of the last one.
@@ -101,8 +100,9 @@ class TimesNonFinite:
         self._series = Recurring()
         self.last = Returns()
 
-    def came(self, step: int) -> None:
-        """Record that ``step`` is not finite, after steps that were."""
+    def came(self, step: int) -> Returns:
+        """Record that it came at ``step``, after steps without it, and return its place."""
         period = self._series.jumped(step, 0.0).period
         since = step if self.last.since is None else self.last.since
         self.last = Returns(self.last.times + 1, since, step, period)
+        return self.last

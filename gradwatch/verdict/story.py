@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.records import EXPLOSION, Alarm, Incident, Kind, Origin, Phase, Severity, Verdict
 from gradwatch.verdict.opening import Opening
-from gradwatch.verdict.recurring import Recurrence
+from gradwatch.verdict.recurring import Recurrence, Returns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +48,7 @@ class Story:
     origin: Origin | None = None
     unknown: bool = False  # whether it was told why the origin is not known
     recurrence: Recurrence = field(default_factory=Recurrence)
+    returns: Returns | None = None  # the place among the explosions that are more than a notice, once it is one
 
 
 def kind_of(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
