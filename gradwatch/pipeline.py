@@ -23,7 +23,7 @@ from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import Alarm, Family, Incident, OwnTime, Row, RunVerdict, Snapshot
 from gradwatch.reports.desk import ReportDesk
 from gradwatch.text.wording import number
-from gradwatch.verdict import Alarms, Band, Incidents, VerdictSettings
+from gradwatch.verdict import Alarms, Band, Incidents, Resting, VerdictSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,6 @@ _NUMBERS = 1 << 20  # bound of hashes, so that they are exact in float32
 _IDLE = 100  # rows after which layers that never had a gradient are noted
 _NO_LOSS = 5  # rows without a loss after which it is reported that the loss rules are inactive
 _RISEN = 2  # rows whose losses are high already before an optimizer comes: it brings no new task then
-_LOSS_RULES = ("GW101", "GW104", "GW405")  # those that expect the loss to fall
 
 
 class Pipeline:
@@ -90,6 +89,7 @@ class Pipeline:
         self.armed = clipping is not None
         self.changes: deque[Alarm] = deque(maxlen=keep)
         self.notes = notes
+        self._resting = Resting(history, self.alarms, self.incidents.recurring, self.note)
         self._own_time = own_time or OwnTime()
         self._limits = {role: _limit(rules, role) for role in ("surge", "jump", "update", "overshoot")}
         self._told: set[str] = set()  # the codes of the clip signs that were noted
@@ -117,27 +117,7 @@ class Pipeline:
     def losses_oppose(self) -> None:
         """Record that two optimizers take turns, where the loss of one runs through what the other trains."""
         self.history.know(replace(self.history.facts, opposed_since=max(0, self.history.row.step)))
-        self._rest_losses()
-
-    def _rest_losses(self) -> None:
-        """Let the rules that expect the loss to fall rest where it need not, and note it."""
-        last = self.incidents.recurring.last
-        why = ""
-        if self.history.opposed:
-            why = "two optimizers take turns, and the loss of one runs through what the other trains"
-        elif last.routine and (self.history.resting or not self._expect_a_fall()):
-            why = f"it jumps about every {last.period} steps farther than an update can raise it (a target network, a new task)"
-        if why != self.history.resting:
-            self.history.rest_loss(why)
-            if why:
-                self.note(
-                    f"the loss may be one that need not fall: {why}. The rules that expect it rest "
-                    f"({', '.join(_LOSS_RULES)})."
-                )
-
-    def _expect_a_fall(self) -> bool:
-        """Return whether a rule that expects the loss to fall fires: its incident would seem resolved if it went to rest."""
-        return any(code.split()[0] in _LOSS_RULES for code in self.alarms.firing_rules())
+        self._resting.look()
 
     def grown(self, columns: Columns, facts: Facts) -> None:
         """Extend everything to the columns of added layers, whose gradients are judged until a typical norm is known."""
@@ -270,7 +250,7 @@ class Pipeline:
         if news:
             self.history.know_explosions(self.incidents.explosions)
         self.desk.judged(changes, news)
-        self._rest_losses()
+        self._resting.look()
         self._band.follow(self.history)
         if not row.has_loss and self.history.rows == _NO_LOSS and not self.history.losses:
             # all of the first rows are judged, so this one is

@@ -210,3 +210,47 @@ def test_an_actor_whose_best_action_is_at_a_bound_has_not_lost() -> None:
         norms = history.grad_norm()[-100:, 0]
         assert np.nanmax(norms) < history.largest_typical[0][0] / 300
         assert not won(monitor)
+
+
+def unequal(*, clip: str | None = None, large: int = -1, silent: int = 500) -> gradwatch.Monitor:
+    """Train two models by turns, of losses about 400 and 0.1.
+
+    Batch ``large`` of the second is 60 times as large, and from step ``silent`` on every gradient is zero.
+    """
+    torch.manual_seed(0)
+    models = nn.ModuleList(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1)) for _ in range(2))
+    optimizers = [
+        torch.optim.SGD(model.parameters(), lr=rate) for model, rate in zip(models, (1e-4, 0.05), strict=True)
+    ]
+    with gradwatch.attach(models, report=None, clip=clip, strict=True) as monitor:
+        for step in range(500):
+            for number, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+                x = torch.randn(64, 8) * (60 if number and step == large else 1)
+                target = torch.tanh(x[:, :1]) + (1 - number) * 20 * torch.randn(64, 1)
+                optimizer.zero_grad()
+                loss = nn.functional.mse_loss(model(x), target)
+                (loss if step < silent else loss.detach() + 0 * loss).backward()
+                optimizer.step()
+    return monitor
+
+
+def test_losses_of_several_optimizers_have_no_level_together() -> None:
+    """The rules that expect a loss to fall rest, and say so; "stalled" was said of the median of both."""
+    monitor = unequal()
+    assert monitor.incidents == []
+    assert any("there is no one loss that must fall: several optimizers take turns" in note for note in monitor.notes)
+    assert monitor.snapshot().ending == ""
+
+
+def test_what_an_incident_has_left_is_compared_with_the_losses_of_its_optimizer() -> None:
+    """Not with a median of both, which was 200."""
+    (incident,) = [one for one in unequal(clip="norm", large=200).incidents if one.severity != "notice"]
+    assert incident.clip is not None
+    assert incident.clip.damage.startswith("at step 436, where the optimizer of 1.0.weight steps, the loss is 0.04")
+    assert incident.clip.loss_before < 0.1
+    assert not any("has risen" in line for line in incident.advice)  # the first optimizer's rate is another one
+
+
+def test_gradients_that_are_all_zero_are_told_of_several_optimizers_too() -> None:
+    """With the last loss: there is no level of both."""
+    assert "in the last step, and every gradient has been zero since step 936" in unequal(silent=400).snapshot().ending

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.history.optimizer_rows import rows_by_optimizer
+from gradwatch.history.optimizer_rows import with_losses_of_their_own
 from gradwatch.history.statistics import median, median_and_mad
 from gradwatch.text.wording import median_in_words, number
 
@@ -36,19 +36,12 @@ def how_it_stands(history: History) -> str:
         return f"is {now}, and has not been finite since step {history.lost_since:,}"
     level, scatter = median_and_mad(history.task_loss(last=_LEVEL))
     norms = history.global_norm(last=_SILENT)
-    if _differ_by_optimizer(history):
-        return ""  # a level of losses that are none of one another
+    differ = bool(with_losses_of_their_own(history))  # which have no level together
     if len(norms) == _SILENT and (norms == 0).all() and history.losses:
         silent = f"every gradient has been zero since step {history.steps(last=_SILENT)[0]:,} or before"
-        return f"is {_in_words(history, level)}, and {silent}"
-    return _badly(history, level, scatter)
-
-
-def _differ_by_optimizer(history: History) -> bool:
-    """Return whether several optimizers take turns with losses of their own, whose levels differ."""
-    parts = rows_by_optimizer(history, 2 * _LEVEL)
-    levels = [median_and_mad(part.losses[-_LEVEL:])[0] for part in parts]
-    return len(parts) > 1 and max(levels) - min(levels) > 2 * _NEAR * max(map(abs, levels))
+        now = f"{number(history.row.loss)} in the last step" if differ else _in_words(history, level)
+        return f"is {now}, and {silent}"
+    return "" if differ else _badly(history, level, scatter)
 
 
 def hangs(history: History) -> bool:
@@ -64,6 +57,8 @@ def not_learned(history: History) -> str:
     """Return that the loss is where it began or above, or high and has not fallen for long, as `how_it_stands` does; else ""."""
     level, scatter = median_and_mad(history.task_loss(last=_LEVEL))
     if history.losses < _ENOUGH or history.resting or history.is_good_cross_entropy(level):
+        return ""
+    if with_losses_of_their_own(history):
         return ""
     stretches = _stretches(history)
     return _at_its_beginning(history, level) or _has_hardly_fallen(history, level, scatter, *stretches)

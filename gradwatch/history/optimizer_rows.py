@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.history.statistics import median_and_mad
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gradwatch.history.history import History
     from gradwatch.records import Floats
+
+
+_LEVEL = 32  # losses of an optimizer whose median is their level
+_TURNS = 3  # times that optimizers have returned within twice as many rows, if they take turns
+_SAME = 0.1  # share by which levels may differ that are those of one loss
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,34 @@ def rows_by_optimizer(history: History, last: int) -> list[OptimizerRows]:
     if not turns:
         return [OptimizerRows(history, np.isfinite(history.rate))]
     return [OptimizerRows(history, held, places) for held, places in turns]
+
+
+def with_losses_of_their_own(history: History) -> list[OptimizerRows]:
+    """Return the rows of each of several optimizers that take turns with losses of different levels; nothing if none do.
+
+    Parts of a model that are frozen by turns, for longer, have one loss.
+    """
+    parts = rows_by_optimizer(history, 2 * _LEVEL)
+    if len(parts) == 1:
+        return []
+    first = len(history.steps()) - 2 * _LEVEL
+    changes = sum(
+        np.count_nonzero(np.diff(part.places[part.places >= first]) > 1) for part in parts if part.places is not None
+    )
+    if changes < _TURNS:
+        return []
+    levels = [median_and_mad(part.losses[-_LEVEL:])[0] for part in parts]
+    return parts if max(levels) - min(levels) > _SAME * max(map(abs, levels)) else []
+
+
+def places_of(history: History, held: NDArray[np.bool_] | None) -> NDArray[np.intp]:
+    """Return the places of the kept rows of the current task that the optimizer which holds ``held`` has made; None: of all."""
+    count = len(history.steps())
+    first = max(0, count - history.task_rows)
+    if held is None:
+        return np.arange(first, count)
+    parts = rows_by_optimizer(history, history.window)
+    mine = next((part for part in parts if np.array_equal(part.held, held)), None)
+    if mine is None or mine.places is None:
+        return np.arange(first, count) if mine is not None else np.zeros(0, dtype=np.intp)
+    return mine.places[mine.places >= first]

@@ -3,6 +3,7 @@
 from gradwatch.verdict.alarms import Alarms
 from gradwatch.verdict.band import Band
 from gradwatch.verdict.incidents import Incidents
+from gradwatch.verdict.resting import Resting
 from gradwatch.verdict.settings import VerdictSettings
 
-__all__ = ["Alarms", "Band", "Incidents", "VerdictSettings"]
+__all__ = ["Alarms", "Band", "Incidents", "Resting", "VerdictSettings"]

@@ -48,7 +48,7 @@ class Aftermath:
         before = before_fault(self._history, step)
         for incident in damaged:
             earlier = self._before[incident.number]
-            if earlier.task == before.task and earlier.loss < before.loss:
+            if earlier.task == before.task and earlier.whose == before.whose and earlier.loss < before.loss:
                 before = earlier
         return before
 
@@ -111,7 +111,7 @@ class Aftermath:
         """Return the record with what became of the loss. If no loss was seen or no step was changed, nothing is said to help."""
         if clip.unlearned is not None:
             return clip
-        level = level_now(self._history)
+        level = level_now(self._history, before)
         known = not math.isnan(before.loss) and not math.isnan(level) and clip.clipped + clip.skipped > 0
         helped = not left if known else None
         since = recovered_after(self._history, before, clip.from_step, clip.released_step) if helped else None

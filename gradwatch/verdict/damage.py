@@ -10,6 +10,7 @@ import numpy as np
 
 from gradwatch.history.ending import not_learned
 from gradwatch.history.losses import EARLY
+from gradwatch.history.optimizer_rows import places_of, with_losses_of_their_own
 from gradwatch.history.statistics import median, median_and_mad
 from gradwatch.text.wording import counted, median_in_words, number
 
@@ -40,6 +41,9 @@ class Before:
         began: whether the level is the loss of the first step.
         flowing: whether the gradients of each layer flowed, shape (L,).
         task: number of the row at which the task began that the run then had.
+        held: whether the optimizer of the first sign holds each layer, shape (L,), where several take turns with losses of their
+            own: only those of its steps are compared; None: all are.
+        whose: the first of these layers; "" if all losses are compared.
     """
 
     step: int
@@ -49,6 +53,8 @@ class Before:
     began: bool
     flowing: NDArray[np.bool_]
     task: int
+    held: NDArray[np.bool_] | None = None
+    whose: str = ""
 
 
 def before_fault(history: History, step: int) -> Before:
@@ -57,16 +63,19 @@ def before_fault(history: History, step: int) -> Before:
     The level of the loss is the median of the last 32 losses before that step. While fewer than 12 are known, it is the loss of
     the first step, if that is lower: a median of losses that already rise is none.
     """
-    steps = history.steps(last=history.task_rows)
-    losses, norms = history.task_loss(), history.grad_norm(last=history.task_rows)
+    steps, norms = history.steps(last=history.task_rows), history.grad_norm(last=history.task_rows)
     earlier = max(int(np.count_nonzero(steps < step)), 1)  # the loss of the first step is older than any update
-    known = losses[:earlier]
-    known = known[np.isfinite(known)][-_PAST:]
     flowing: NDArray[np.bool_] = np.any(norms[:earlier] > 0, axis=0)
+    parts = with_losses_of_their_own(history)
+    held = parts[0].held if parts else None
+    whose = history.layers[int(np.argmax(held))] if held is not None else ""
+    places = places_of(history, held)
+    known = history.loss()[places[history.steps()[places] < max(step, int(steps[0]) + 1)]]
+    known = known[np.isfinite(known)][-_PAST:]
     level, ceiling = _level_and_ceiling(known)
     young = known.size < EARLY
     began = young and known.size > 0 and level == history.first_loss
-    return Before(step, level, ceiling, young, began, flowing, history.rows - history.task_rows)
+    return Before(step, level, ceiling, young, began, flowing, history.rows - history.task_rows, held, whose)
 
 
 def _level_and_ceiling(losses: Floats) -> tuple[float, float]:
@@ -79,10 +88,16 @@ def _level_and_ceiling(losses: Floats) -> tuple[float, float]:
     return level, level - abs(level) / 10
 
 
-def level_now(history: History) -> float:
-    """Return the median of the last 16 losses, in which NaN counts as infinite; NaN if none was seen."""
-    losses = history.task_loss(last=_LEVEL)
-    return median(np.nan_to_num(losses, nan=math.inf)) if history.losses else math.nan
+def level_now(history: History, before: Before) -> float:
+    """Return the median of the last 16 losses to compare, in which NaN counts as infinite; NaN if none was seen."""
+    losses = _last_losses(history, before)
+    return median(np.nan_to_num(losses, nan=math.inf)) if history.losses and losses.size else math.nan
+
+
+def _last_losses(history: History, before: Before) -> Floats:
+    if before.held is None:
+        return history.task_loss(last=_LEVEL)
+    return history.loss()[places_of(history, before.held)[-_LEVEL:]]
 
 
 def damage_since(history: History, before: Before, broken: str, silent: Container[str] = ()) -> tuple[str, ...]:
@@ -99,11 +114,12 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
     """
     found = []
     same_task = history.rows - history.task_rows == before.task
-    level = level_now(history)
+    level = level_now(history, before)
     high = same_task and not math.isnan(level) and level > before.ceiling
     if high:
-        now = median_in_words(level, len(history.task_loss(last=_LEVEL)))
-        found.append(f"at step {history.row.step} the loss is {now}, {_then(before, level)}")
+        now = median_in_words(level, len(_last_losses(history, before)))
+        where = f", where the optimizer of {before.whose} steps," if before.whose else ""
+        found.append(f"at step {history.row.step}{where} the loss is {now}, {_then(before, level)}")
     elif same_task and before.young and (stands := not_learned(history)):
         found.append(f"the loss {stands}")
     dead = dead_since(history, before, silent) if same_task else []
@@ -147,6 +163,9 @@ def recovered_after(history: History, before: Before, start: int, end: int | Non
     was above. Steps from ``end`` on are not counted; None: all are.
     """
     losses, steps = history.loss(), history.steps()
+    if before.held is not None:
+        places = places_of(history, before.held)
+        losses, steps = losses[places], steps[places]
     losses = losses[(steps >= start) & (steps < (math.inf if end is None else end))]
     back = losses <= np.fmax(before.ceiling, before.loss)
     if not losses.size:

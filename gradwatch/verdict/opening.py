@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.history.optimizer_rows import rows_by_optimizer
 from gradwatch.history.statistics import ignore_fp_warnings, median
 
 if TYPE_CHECKING:
@@ -96,13 +97,14 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
     raised_from, raised_at = _raised(history, column)
     first_borne, first_base = _borne_at_first(history) if step < _FIRST else (math.nan, "")
     gain = _gain(history)
+    first_rate, top_rate = _rates_of(history, column)
     surge, surged_at = (math.nan, -1) if column is None or step < _FIRST else _surge(history, column, since)
     return Opening(
         step=step,
         rate=rate,
         family="other" if elsewhere else history.facts.family if history.row.family == "other" else history.row.family,
-        first_rate=history.first_rate,
-        top_rate=history.top_rate,
+        first_rate=first_rate,
+        top_rate=top_rate,
         large=times,
         large_layer=layer,
         usual_rate=usual,
@@ -117,8 +119,24 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
         gain=gain if gain < _SMALL else math.nan,
         surge=surge,
         surged_at=surged_at,
-        rising=history.warming_up and rate > _RISING * history.first_rate,
+        rising=history.warming_up and rate > _RISING * first_rate,
     )
+
+
+def _rates_of(history: History, column: int | None) -> tuple[float, float]:
+    """Return the first learning rate above zero and the largest so far; those of its optimizer if a layer is given.
+
+    Of several optimizers that take turns, the rates of the kept rows are known; the first only if all rows are kept.
+    """
+    parts = rows_by_optimizer(history, history.window)
+    mine = next((part.places for part in parts if column is not None and part.held[column]), None)
+    if mine is None:
+        return history.first_rate, history.top_rate
+    rates = history.learning_rate()[mine]
+    rates = rates[rates > 0]
+    if not rates.size:
+        return math.nan, -math.inf
+    return float(rates[0]) if history.rows <= history.window else math.nan, float(rates.max())
 
 
 def _too_large(history: History) -> tuple[str | None, float]:
