@@ -543,6 +543,55 @@ def test_a_network_that_died_as_a_whole_is_dead_unless_its_loss_is_at_its_floor(
     assert alone(lambda outputs, _: outputs.mean() - 1, 150).incidents == []
 
 
+def test_a_network_that_dies_when_its_loss_has_halved_is_no_mere_notice() -> None:
+    """Nothing learns any more: that its loss is low is no comfort. It was "healthy", with a sentence."""
+
+    def dies(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+        loss = both(model, x)
+        return loss if step < STOP else 0 * loss + 0.9
+
+    monitor = trained(dies)
+    (incident,) = monitor.incidents
+    assert (incident.kind, incident.severity) == ("dead", "warning")
+    assert monitor.verdict == "suspected"
+
+
+def test_the_notice_of_a_dead_part_is_raised_when_the_loss_is_high_again() -> None:
+    """From step 600 on, labels are drawn by lot."""
+
+    def rises(model: TwoHeads, x: Tensor, step: int) -> Tensor:
+        loss = detached(model, x, step)
+        return (
+            loss
+            if step < 3 * STOP
+            else loss.detach()
+            + nn.functional.cross_entropy(model.head(model.trunk(x).detach()), torch.randint(3, (64,)))
+        )
+
+    early, late = trained(rises, 3 * STOP), trained(rises, 6 * STOP)
+    assert [one.severity for one in early.incidents if one.kind == "dead"] == ["notice"]
+    assert early.verdict == "healthy"
+    assert [one.severity for one in late.incidents if one.kind == "dead"] == ["warning"]
+
+
+def test_weights_that_are_all_zero_from_the_start_never_train() -> None:
+    """As both matrices of a LoRA: no gradient passes through zeros, and the loss is not zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 1, bias=False))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(150):
+            x = torch.randn(64, 8)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), 3 * x[:, :1]).backward()
+            optimizer.step()
+    (incident,) = monitor.incidents
+    assert (incident.kind, incident.severity) == ("dead", "warning")
+    assert incident.advice[0].startswith("Initialise the weights anew, by He or Xavier: those of 0.weight are all zero")
+
+
 class Named(nn.Module):
     """A linear layer whose parameters have names of their own."""
 

@@ -51,12 +51,13 @@ class Dead(Rule):
     and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead in a
     round of four samples one of which had no gradient at all, such as a batch without a reward. Where the gradient of all
     that an optimizer holds is zero, its loss may be at its floor: nothing counts as dead unless the loss (the median of the
-    last 32) is not zero and higher than it was before. A layer that you have frozen is not dead, nor one without elements,
-    nor a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a critic.
+    last 32) is not zero and higher than it was before, or there never was a gradient in at least 49 rows. A layer that you
+    have frozen is not dead, nor one without elements, nor a bias whose own weights have a gradient: its gradient cancels, as
+    in the last layer of a critic.
 
-    Once the loss has fallen to half of the first and of the reference loss, the incident is only a notice, unless the loss
-    need not fall (a GAN). What the loss lost at the very step at which a whole layer fell silent does not count as fallen: it
-    may have been the loss of that part.
+    While the loss is at most half of the first and of the reference loss, and some gradient arrives, the incident is only a
+    notice, unless the loss need not fall (a GAN). What the loss lost at the very step at which a whole layer fell silent does
+    not count as fallen: it may have been the loss of that part.
 
     ## Why it is bad
     A dead unit never learns again: no gradient reaches it, so nothing can bring it back.
@@ -183,7 +184,7 @@ def _is_at_floor(history: History, part: OptimizerRows) -> bool:
     if before.size:
         return now == 0 or not now > before.min()
     if not (history.typical_grad.seen[part.held] > 0).any():  # no gradient ever
-        return True
+        return now == 0 or not np.count_nonzero(np.isfinite(losses)) >= ABSENT
     return not now > _FLOOR * abs(history.reference_loss)  # it is silent for longer than rows are kept
 
 

@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from gradwatch.history.gradient_norms import ABSENT
 from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import is_of_the_batch, moved_by_another
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
@@ -253,6 +254,8 @@ class Incidents:
         if not active and self._try_to_end(name, step, calm=step - story.last_fired):
             return self._close(name, story, step)
         touched |= story.incident is not None and not story.weighed and self._history.row.weight_norm is not None
+        if name == "dead" and story.incident is not None and story.incident.severity == "notice":
+            touched |= not self._learns_without(story.incident.signs)  # any more
         if not touched:
             return None
         return self._tell(story, step)
@@ -325,9 +328,7 @@ class Incidents:
         before = story.incident
         story.harmless = self._is_harmless(story, signs)
         severity, verdict = severity_of(signs, kind, harmless=story.harmless)
-        left = min((sign.numbers.get("left", 1.0) for sign in signs), default=1.0)
-        learns = not self._history.resting and self._history.has_halved(left)
-        if kind == "dead" and learns:  # without the dead units
+        if kind == "dead" and self._learns_without(signs):
             severity = "notice"
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)
@@ -363,6 +364,13 @@ class Incidents:
             times, since, _, period = story.returns
             after = replace(after, times=times, since=since, period=period)
         return after
+
+    def _learns_without(self, dead: Iterable[Alarm]) -> bool:
+        """Return whether the run learns without the parts that these signs call dead: some gradient arrives, and the loss is low."""
+        history = self._history
+        left = min((sign.numbers.get("left", 1.0) for sign in dead), default=1.0)
+        flows = bool((history.global_norm(last=ABSENT) > 0).any())
+        return flows and not history.resting and history.has_halved(left)
 
     def _counted(self, after: Incident, before: Incident | None) -> Incident:
         """Return a non-finite incident with its place among the times that steps of the run were not finite."""
