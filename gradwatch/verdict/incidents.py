@@ -366,7 +366,7 @@ class Incidents:
         return after
 
     def _learns_without(self, dead: Iterable[Alarm]) -> bool:
-        """Return whether the run learns without the parts that these signs call dead: some gradient arrives, and the loss is low."""
+        """Return whether the run learns without what these signs call dead: some gradient arrives, and the loss is low."""
         history = self._history
         left = min((sign.numbers.get("left", 1.0) for sign in dead), default=1.0)
         flows = bool((history.global_norm(last=ABSENT) > 0).any())
