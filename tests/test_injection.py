@@ -32,7 +32,8 @@ GUARDS = (
     # parts of detach: one that does not even begin leaves what it should have removed
     "Monitor._forget",
     "Probe.stop",
-    "Pipeline.close",
+    "ReportDesk.close",
+    "Notes.be_shown",
     "Store.close",
     "WriterLock.release",
 )
