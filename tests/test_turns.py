@@ -248,6 +248,7 @@ def test_what_an_incident_has_left_is_compared_with_the_losses_of_its_optimizer(
     assert incident.clip is not None
     assert incident.clip.damage.startswith("at step 436, where the optimizer of 1.0.weight steps, the loss is 0.04")
     assert incident.clip.loss_before < 0.1
+    assert "shorter than its bound, because the step would have overshot" in str(incident.clip)
     assert not any("has risen" in line for line in incident.advice)  # the first optimizer's rate is another one
 
 

@@ -15,6 +15,7 @@ from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.autoclip.effect import ClipEffect
 from gradwatch.autoclip.escalation import Escalation
 from gradwatch.autoclip.guard import Guard
+from gradwatch.autoclip.release import Release
 from gradwatch.clips import ClipNorm
 from gradwatch.clips.base import OneFactor
 from gradwatch.errors import TrainingUnstableError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, Incident, Row
 
 
+_SHORTER = 0.99  # share of its bound below which a clipped norm was shortened by more than the clip
 _YOUNG = 64  # rows before which the bounds in reserve follow each row
 
 
@@ -77,12 +79,7 @@ class AutoClipEngine:
         self._narrowed = 1.0
         # by optimizer, since a step of another optimizer does not end a series of skips
         self._skips_in_a_row: dict[int, int] = {}
-        self._hold: float = policy.hold
-        self._held_since = 0
-        self._looseness = 1.0
-        self._loss_ceiling = math.inf
-        self._well_below = math.inf
-        self._idle = 0
+        self._release = Release(policy.hold, policy.limits, history)
         self._effect = ClipEffect(math.inf, policy.limits)
         self._spared = -math.inf  # norm up to which clipping was found to do harm
         self._judged = ClipRecord("", 0)
@@ -113,7 +110,7 @@ class AutoClipEngine:
     def clip(self, rows: int) -> Clip | None:
         """Return the clip with its current bounds, given the first ``rows`` rows of the run; None if they are not known yet."""
         clip = self._bounds if self._baseline is None else self._baseline.clip(self.history, rows)
-        return clip if self._looseness == 1.0 or clip is None else clip.loosened(self._looseness)
+        return clip.loosened(self._release.looseness) if clip is not None and self._release.begun else clip
 
     def _set_bounds(self, but: int) -> None:
         """Set the bounds of the policy's clip by its threshold and the norms before the newest ``but``."""
@@ -230,7 +227,7 @@ class AutoClipEngine:
             return None
         history = self.history
         usual = self._usual if len(self._usual) == len(history.layers) else np.full(len(history.layers), np.nan)
-        return Guard(usual, history.decrease_rates, history.reference_loss, self._looseness, self._limits)
+        return Guard(usual, history.decrease_rates, history.reference_loss, self._release.looseness, self._limits)
 
     def _begin_to_catch_up(self) -> bool:
         behind = self._baseline is not None and self.history.rows - self._looked >= self.history.window // 2
@@ -246,17 +243,12 @@ class AutoClipEngine:
     def _begin(self, row: Row, earlier: ClipRecord | None) -> None:
         before, scatter = self.history.loss_level()
         before = before if math.isfinite(before) else row.loss
-        # a run that began with the explosion has recovered only once it has learned something since
-        young = self.history.losses < self._limits.level
-        self._well_below = before - abs(before) / 10 if young else before + max(scatter, abs(before) / 20)
-        self._hold = self.policy.hold
+        self._release.hold(row.step, before, scatter, young=self.history.losses < self._limits.level)
         self._set_bounds(1)
         self._usual = self._settled_norms()
         told = (str(earlier),) if earlier is not None else ()  # it was released during this same incident
         self.record = ClipRecord(str(self._bounds), row.step, loss_before=before, family=row.family, measures=told)
-        self._held_since, self._idle = row.step, 0
-        self._effect = ClipEffect(self._well_below, self._limits)
-        self._looseness, self._loss_ceiling = 1.0, math.inf
+        self._effect = ClipEffect(self._release.well_below, self._limits)
         self._judged, self._judged_at, self._judged_level, self._predicted = self.record, row.step, math.inf, 0.0
         self.further.begin()
 
@@ -273,7 +265,7 @@ class AutoClipEngine:
         self.clipped += clipped
         self.scaled_up += scaled_up
         self.skipped += decision.skip
-        self._idle = 0 if clipped or decision.skip else self._idle + 1
+        self._release.take(changed=clipped or decision.skip)
         if self.record is None:
             return
         if not decision.skip and not row.poisoned:
@@ -291,7 +283,11 @@ class AutoClipEngine:
         )
         if math.isfinite(norm) and not norm <= record.norm_before:
             after = 0.0 if decision.skip else norm * coefficient
-            record = replace(record, norm_before=norm, norm_after=after, loosened=self._looseness > 1.0)
+            bound = decision.clip.max_norm if isinstance(decision.clip, ClipNorm) else 0.0
+            shorter = not decision.skip and clipped and after < _SHORTER * min(bound, norm)
+            record = replace(
+                record, norm_before=norm, norm_after=after, loosened=self._release.begun, corrected=shorter
+            )
         self.record = self._changed = record
 
     def take_changed(self) -> ClipRecord | None:
@@ -313,43 +309,22 @@ class AutoClipEngine:
         unlearned, self._spared = self._effect.unlearned, max(self._spared, self._effect.largest_norm)
         record = replace(self.record, unlearned=unlearned, spared=self._spared, released_step=step, helped=False)
         record = replace(record, loss_after=self.history.loss_level(self._limits.level)[0])
-        self.record, self._changed, self._looseness = None, record, 1.0
+        self._release.end()
+        self.record, self._changed = None, record
 
     def try_to_let_go(self, step: int, calm: int) -> bool:
         """Loosen the clip if it still bites after ``calm`` calm steps; return True when the run no longer needs it."""
         if self.record is None:
             return calm >= self.policy.hold
-        if min(calm, step - self._held_since) < self._hold:
-            if self._looseness > 1.0:
-                self._tighten(step)
-            return False
-        level, scatter = self.history.loss_level(self._limits.level)
-        # under Adam and similar optimizers a constant clip has no effect anyway
-        if level > self._well_below and calm < self._limits.long * self._hold and self.record.family != "adam":
-            return False  # calm, but the loss has not recovered: a release might raise it further
-        if self._idle >= (self._hold if self._looseness == 1.0 else self._limits.idle):
-            return True
-        if level > self._loss_ceiling:
-            self._tighten(step)
-            return False
-        if math.isfinite(level):
-            # a small rise of a loss that has come down far takes back little
-            bearable = min(abs(level), max(0.0, self.record.loss_before - level) / 10)
-            self._loss_ceiling = min(self._loss_ceiling, level + max(3 * scatter, bearable))
-        self._looseness *= self._limits.loosen
-        return False
-
-    def _tighten(self, step: int) -> None:
-        """Restore the bounds and double the hold, because loosening did harm."""
-        self._looseness, self._loss_ceiling = 1.0, math.inf
-        self._hold, self._held_since = self._limits.longer * self._hold, step
+        return self._release.go_on(self.record, step, calm)
 
     def let_go(self, step: int) -> ClipRecord | None:
         """Switch auto-clip off because the incident closes; return the finished record, or None if it was not on."""
         if self.record is None:
             return None
         record = replace(self.record, released_step=step)
-        self.record, self._looseness = None, 1.0
+        self._release.end()
+        self.record = None
         return record
 
     # Further measures.
@@ -369,11 +344,11 @@ class AutoClipEngine:
         however slow the progress.
         """
         assert self.record is not None
-        if row.step - self._judged_at < self.policy.patience or self._looseness > 1.0:
+        if row.step - self._judged_at < self.policy.patience or self._release.begun:
             return
         level, _ = self.history.loss_level(self._limits.level)
         fell, predicted = self._judged_level - level, self._predicted
-        falls, well = level < self._limits.falls * self._judged_level, not level > self._well_below
+        falls, well = level < self._limits.falls * self._judged_level, not level > self._release.well_below
         steps, clipped = self.record.steps - self._judged.steps, self.record.clipped - self._judged.clipped
         self._judged, self._judged_at, self._predicted = self.record, row.step, 0.0
         self._judged_level = min(level, self._judged_level)
@@ -389,7 +364,7 @@ class AutoClipEngine:
             self.record = replace(self.record, clip=str(self._bounds), narrowed_from=first, narrowed_step=row.step)
         elif self.further.left and not well:
             began = incident.opened_step if incident is not None else self.record.from_step
-            done = self.further.go_on(row, began, self._well_below, level)
+            done = self.further.go_on(row, began, self._release.well_below, level)
             self.record = replace(self.record, measures=(*self.record.measures, done))
 
     def _skip(self, row: Row) -> Decision:

@@ -37,6 +37,7 @@ class ClipRecord:
         narrowed_step: step at which they were lowered last; None: they were not.
         spared: largest global norm of the clipped steps if it was released because of ``unlearned``; NaN otherwise.
         loosened: whether the largest norm came while the bounds were loosened, to release the clip by degrees.
+        corrected: whether it was left shorter than the bound, because the step would have overshot or a layer stood out.
     """
 
     clip: str
@@ -61,6 +62,7 @@ class ClipRecord:
     narrowed_step: int | None = None
     loosened: bool = False
     spared: float = float("nan")
+    corrected: bool = False
 
     @property
     def share(self) -> float:
@@ -100,7 +102,10 @@ class ClipRecord:
         if before == after or math.isnan(self.norm_after):
             return ""
         done = "clipped" if self.norm_after < self.norm_before else "scaled up"
-        return f", {done} to {after}" + (" while the bound was loosened" if self.loosened else "")
+        why = " while the bound was loosened" if self.loosened else ""
+        if self.corrected:
+            why += ", shorter than its bound, because the step would have overshot or one layer stood out"
+        return f", {done} to {after}{why}"
 
     @property
     def _outcome(self) -> str:
