@@ -248,7 +248,7 @@ class Pipeline:
                 self.note(f"{alarm}.")
         news = self.incidents.update(changes, row.step)
         if news:
-            self.history.know_explosions(self.incidents.explosions)
+            self.history.know_explosions(self.incidents.explosions, self.incidents.destructive)
         self.desk.judged(changes, news)
         self._resting.look()
         self._band.follow(self.history)

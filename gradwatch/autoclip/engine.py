@@ -115,7 +115,10 @@ class AutoClipEngine:
     def _set_bounds(self, but: int) -> None:
         """Set the bounds of the policy's clip by its threshold and the norms before the newest ``but``."""
         rows = self.history.task_rows
-        norms, calm = self.history.global_norm(last=rows)[: rows - but], self.history.calm(last=rows)[: rows - but]
+        norms, calm = (
+            self.history.global_norm(last=rows)[: rows - but],
+            self.history.outside(self.history.destructive, rows)[: rows - but],
+        )
         self._typical = typical_norm(norms[calm] if np.count_nonzero(calm) >= LEAST_NORMS else norms)
         self._narrowed = 1.0
         times = self._limits.wide if self.policy.threshold == "auto" else self.policy.threshold or math.nan

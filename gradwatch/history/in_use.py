@@ -23,7 +23,7 @@ def usual_norms_of(history: History, until: int | None = None) -> UsualNorms | N
     Where several optimizers take turns, only the rows of the one that made the last step count.
     """
     mine, *others = rows_by_optimizer(history, 2 * PAST)
-    norms, steps, calm = history.global_norm(), history.steps(), history.calm()
+    norms, steps, calm = history.global_norm(), history.steps(), history.outside(history.explosions)
     first = len(steps) - history.task_rows
     if others and mine.places is not None:
         norms, steps, calm = norms[mine.places], steps[mine.places], calm[mine.places]

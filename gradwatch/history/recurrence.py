@@ -2,7 +2,7 @@
 
 A batch with a rare class, a reward or a hard example has a gradient many times the usual size, and the next batch is back to
 normal. The height of such excursions is the reference for the next one. An explosion never becomes a reference for itself: as a
-rule it does not come back, and rows of incidents that were more than a notice are left out.
+rule it does not come back, and rows of destructive ones are left out (see `gradwatch.verdict.incidents`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def jump_scale(history: History, window: int, *, recurring: bool, coming: bool =
     scale = max(spread, abs(middle) / 10, abs(history.reference_loss) / 20, (highest - middle) / 5)
     if recurring:
         at_rest = middle + 3 * max(spread, abs(middle) / 10)
-        calm = past[history.calm(last=rows)[: len(past)]]
+        calm = past[history.outside(history.destructive, rows)[: len(past)]]
         scale = max(scale, (usual_peak(calm, at_rest) - middle) / 5)
     return middle, scale
 
@@ -83,7 +83,7 @@ def jump_scale(history: History, window: int, *, recurring: bool, coming: bool =
 def usual_norms(history: History, columns: Sequence[int]) -> Floats:
     """Return the usual gradient norm of the given layers, not including the last row, shape (len(columns),)."""
     past = history.grad_norm(last=history.task_rows)[:-1]
-    past = past[history.calm(last=history.task_rows)[:-1]]
+    past = past[history.outside(history.destructive, history.task_rows)[:-1]]
     typical = history.typical_grad.value
     return np.array([usual_size(past[:, column], float(typical[column])) for column in columns])
 

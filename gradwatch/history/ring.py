@@ -34,6 +34,7 @@ class Ring:
         window: number of rows that are kept.
         holders: what the optimizer of each row held.
         explosions: the first and the last step of each explosion so far that was more than a notice.
+        destructive: those of them whose rows never become a reference for what is usual.
     """
 
     def __init__(self, count: int, window: int) -> None:
@@ -50,6 +51,7 @@ class Ring:
         self._loss_scale = np.full(self.window, np.nan)
         self.holders = Holders(count, self.window)
         self.explosions: Sequence[tuple[int, int]] = ()
+        self.destructive: Sequence[tuple[int, int]] = ()
         self._rates: Floats | None = None  # of the last row, and the largest of them
         self._largest_rate = math.nan
         self._step = np.full(self.window, -1, dtype=np.int64)
@@ -210,15 +212,15 @@ class Ring:
         """Return the optimizer steps of the rows, shape (n,), oldest first."""
         return self._last(self._step, last)
 
-    def know_explosions(self, explosions: Sequence[tuple[int, int]]) -> None:
-        """Set the `explosions` of the run so far."""
-        self.explosions = explosions
+    def know_explosions(self, explosions: Sequence[tuple[int, int]], destructive: Sequence[tuple[int, int]]) -> None:
+        """Set the `explosions` of the run so far, and the `destructive` ones."""
+        self.explosions, self.destructive = explosions, destructive
 
-    def calm(self, last: int | None = None) -> NDArray[np.bool_]:
-        """Return whether each row is outside of the `explosions`, which are no reference for what is usual, shape (n,)."""
+    def outside(self, explosions: Sequence[tuple[int, int]], last: int | None = None) -> NDArray[np.bool_]:
+        """Return whether each row is outside of the given explosions, shape (n,)."""
         steps = self.steps(last)
         outside = np.ones(len(steps), dtype=bool)
-        for start, end in (one for one in self.explosions if len(steps) and one[1] >= steps[0]):
+        for start, end in (one for one in explosions if len(steps) and one[1] >= steps[0]):
             outside &= (steps < start) | (steps > end)
         return outside
 

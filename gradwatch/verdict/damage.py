@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _LEVEL = 16  # losses whose median is the level now, and rows in which a part that is not dead has a gradient
 _PAST = 32  # losses before the fault whose median is the level then
 _BACK = 8  # losses of which most are at their level once it is back
+_UNDONE = 0.25  # share of what the loss had fallen that is lost where what was learned is undone
 _NAMED = 3  # dead layers that are named
 
 
@@ -130,6 +131,11 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
     if broken:
         found.append(broken)
     return tuple(found)
+
+
+def is_undone(history: History, before: Before) -> bool:
+    """Return whether the loss is above its level before the fault by a quarter of what it had fallen since the first step."""
+    return level_now(history, before) > before.loss + _UNDONE * max(0.0, history.first_loss - before.loss)
 
 
 def _then(before: Before, level: float) -> str:

@@ -18,7 +18,7 @@ from gradwatch.history.recurrence import is_of_the_batch, moved_by_another
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
 from gradwatch.verdict.aftermath import Aftermath
-from gradwatch.verdict.damage import damage_since
+from gradwatch.verdict.damage import damage_since, is_undone
 from gradwatch.verdict.evidence import Evidence
 from gradwatch.verdict.harm import Harm
 from gradwatch.verdict.opening import opening_of
@@ -83,6 +83,7 @@ class Incidents:
         self.recurring = Recurring()
         self._nonfinite, self._explosions = Times(), Times()
         self._told = 0
+        self._harmful: set[int] = set()  # numbers of explosions that undid what was learned, and changed no step
         self._exploded = -math.inf  # step at which the last explosion that was more than a notice has ended
         self._origin: Origin | None = None  # of the row that is about to be judged
         self._unknown = ""
@@ -104,6 +105,22 @@ class Incidents:
             (one.opened_step, _ENDLESS if one.closed_step is None else one.closed_step)
             for one in self.all
             if one.kind in EXPLOSION and one.severity != "notice"
+        ]
+
+    @property
+    def destructive(self) -> list[tuple[int, int]]:
+        """Those explosions whose gradients are never usual, however often they come.
+
+        Those whose update would have taken far more from the loss than it holds; all, once one that was not clipped has undone a
+        part of what was learned. Others may carry a rare signal that is worth learning.
+        """
+        harmful = not self._harmful.isdisjoint(one.number for one in self.all)
+        return [
+            (one.opened_step, _ENDLESS if one.closed_step is None else one.closed_step)
+            for one in self.all
+            if one.kind in EXPLOSION
+            and one.severity != "notice"
+            and (harmful or self._harm.has("overshoot", one.signs))
         ]
 
     @property
@@ -425,6 +442,9 @@ class Incidents:
         incident = replace(story.incident, kind=kind, clip=clip or story.incident.clip)
         closed = self._aftermath.close(incident, story.before, step)
         self._replace(story, closed)
+        changed = closed.clip is not None and closed.clip.clipped + closed.clip.skipped > 0
+        if not changed and closed.severity != "notice" and is_undone(self._history, story.before):
+            self._harmful.add(closed.number)
         if kind == "exploding" and closed.severity != "notice":
             self._exploded = step
         self._stories[name] = Story(firing=story.firing)
