@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _SHORTER = 0.99  # share of its bound below which a clipped norm was shortened by more than the clip
+_WEIGHTS = "GW304"  # growth of weights, as that of a run that learns
 _YOUNG = 64  # rows before which the bounds in reserve follow each row
 
 
@@ -86,11 +87,16 @@ class AutoClipEngine:
         self._judged_at = 0
         self._judged_level = math.inf
         self._predicted = 0.0
+        self._clips = True  # whether the open incident is one of norms
 
     @property
     def on(self) -> bool:
-        """True while auto-clip clips."""
+        """True while auto-clip acts on each step."""
         return self.record is not None or self.policy.when == "always"
+
+    @property
+    def _is_clipping(self) -> bool:
+        return self.policy.when == "always" or (self.record is not None and self._clips)
 
     @property
     def acts(self) -> bool:
@@ -154,8 +160,8 @@ class AutoClipEngine:
         middle, scale = self._next_jump(recurring=False) if reserve is not None else (math.nan, math.nan)
         early = self.history.losses + ahead + 1 < EARLY  # the rules judge a step with its own loss counted
         return DevicePlan(
-            clip=clip if self.on else None,
-            guard=self._guard() if self.on else None,
+            clip=clip if self._is_clipping else None,
+            guard=self._guard() if self._is_clipping else None,
             reserve=reserve,
             usual=self._one_step,
             judged=self._with_usual,
@@ -208,6 +214,9 @@ class AutoClipEngine:
         """
         if self.record is None and incident is not None and self._switches_on(incident, row):
             self._begin(row, incident.clip)
+        if incident is not None:  # norms are not what is wrong where nothing but NaN or infinity was seen
+            grown = [one for one in incident.signs if one.sign == "growth" and one.code != _WEIGHTS]
+            self._clips = bool(grown) or incident.kind != "nonfinite"
         if row.poisoned:
             return self._skip(row) if self.policy.on_nonfinite != "ignore" else NOTHING
         if self.record is not None and self._effect.unlearned is not None:
@@ -223,7 +232,7 @@ class AutoClipEngine:
         clip = self.clip(self.history.rows - 1) if self.on or self._begin_to_catch_up() else None
         if not self.acts:
             return NOTHING
-        return Decision(clip if self.on else None, rate=self.further.rate, guard=self._guard())
+        return Decision(clip if self._is_clipping else None, rate=self.further.rate, guard=self._guard())
 
     def _guard(self) -> Guard | None:
         if self.record is None or self.policy.threshold != "auto":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Row
 
 EARLY = 12  # losses needed before their scatter is known
+APART = "several optimizers take turns with losses of their own, which have no level together"
 _NEAR = 8  # losses on either side of a step that are compared
 
 

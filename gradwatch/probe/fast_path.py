@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats, LossSource
 
 _LARGEST = float(np.finfo(np.float64).max)
+_FAR = 1.5  # factor by which a learning rate may change in one step that is not judged
 _LEARNING_RATE = operator.itemgetter("lr")
 
 
@@ -177,17 +178,22 @@ class FastPath:
         if not self._left or not expected or perf_counter() > self._until or mine.is_stale(optimizer):
             return "not"
         norms, coefficient = (self._clipped_norms(), self._coefficient) if self._clip else (self._measured(), 1.0)
-        if norms is None or not coefficient > 0:
+        if norms is None or not coefficient > 0 or (self._has_rates and not self._rates_are_near(optimizer)):
             return "not"
         self._left -= 1
         mine.count_step()
-        if self._has_rates:
-            rates = list(map(_LEARNING_RATE, optimizer.param_groups))
-            if mine.told_rates is None or rates != mine.told_rates:
-                mine.look_at_rates(rates)
         self._history.note(step, loss, norms, self._columns, coefficient, mine.largest_rate)
         self._used(losses)
         return "noted"
+
+    def _rates_are_near(self, optimizer: Optimizer) -> bool:
+        """Look at the learning rates if they have changed; return whether by little, so that the update need not be judged."""
+        rates, mine = list(map(_LEARNING_RATE, optimizer.param_groups)), self.mine
+        if mine.told_rates is not None and rates == mine.told_rates:
+            return True
+        before = mine.largest_rate
+        mine.look_at_rates(rates)
+        return before / _FAR <= mine.largest_rate <= _FAR * before or not before > 0
 
     def _used(self, losses: LossReader) -> None:
         if losses.given:

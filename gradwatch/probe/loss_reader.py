@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from gradwatch.records import LossSource
 
 
-_USUAL_SCALE = 2.0**16  # at which a scaler begins by default
-
-
 class LossReader:
     """Reads the loss of a step: the user's own, that of a closure, or the roots of backwards (`gradwatch.probe.coming.Coming`).
 
@@ -63,12 +60,11 @@ class LossReader:
         return self.scaler._get_scale_async() if self.scaler is not None else None
 
     def scale_to_find(self) -> int:
-        """Return how often the scaler of this step may have to lower a scale that began higher than usual, at 2^16."""
+        """Return how often the scaler of this step may have to lower its first scale until that is 1, below which none helps."""
         scaler = self._scaler()
         if scaler is None or not 0 < scaler._backoff_factor < 1:
             return 0
-        over = math.log(max(scaler._init_scale, 1.0) / _USUAL_SCALE) / -math.log(scaler._backoff_factor)
-        return max(0, math.ceil(over))
+        return math.ceil(math.log(max(scaler._init_scale, 1.0)) / -math.log(scaler._backoff_factor))
 
     def forget(self) -> None:
         """Discard the given losses."""

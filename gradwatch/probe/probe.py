@@ -248,7 +248,7 @@ class Probe:
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
             # other processes may make this step and wait for the row
-            patience = PATIENCE + (self.losses.scale_to_find() if not mine.steps else 0)
+            patience = PATIENCE if mine.steps else max(PATIENCE, self.losses.scale_to_find())
             if self._left_out >= patience or self._guarded(self.recorder.meet_peers):
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)

@@ -184,7 +184,8 @@ def _is_at_floor(history: History, part: OptimizerRows) -> bool:
     if before.size:
         return now == 0 or not now > before.min()
     if not (history.typical_grad.seen[part.held] > 0).any():  # no gradient ever
-        return now == 0 or not np.count_nonzero(np.isfinite(losses)) >= ABSENT
+        waits = part.places is not None  # one of several optimizers may wait for its turn
+        return waits or now == 0 or not np.count_nonzero(np.isfinite(losses)) >= ABSENT
     return not now > _FLOOR * abs(history.reference_loss)  # it is silent for longer than rows are kept
 
 

@@ -90,7 +90,7 @@ class Frozen(Rule):
             return {"still since": step, "exactly": exactly}
         update = self._update(history)
         lost = update is not None and history.losses == self.measure(history)[column]
-        owned = history.facts.optimizer is not None and history.unchanged_by(column) is not None
+        owned = history.facts.optimizer is not None and bool(np.isfinite(history.rate[column]))
         told = {"lost": lost, "owned": owned}
         if update is None or not lost:
             return told

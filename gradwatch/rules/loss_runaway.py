@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from gradwatch.history.losses import APART
 from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
@@ -67,7 +68,7 @@ class LossRunaway(Rule):
         beginning = history.largest_first_loss
         now, _ = median_and_mad(history.task_loss(last=8))
         before, _ = median_and_mad(history.task_loss(last=40)[:-8])
-        if history.resting or abs(now) < self.moving * abs(before):
+        if (history.resting and history.resting != APART) or abs(now) < self.moving * abs(before):
             return np.zeros(1)
         return np.array([max(now, -now / self.downwards) / beginning if beginning > 0 else np.nan])
 

@@ -71,7 +71,9 @@ def before_fault(history: History, step: int) -> Before:
     held = parts[0].held if parts else None
     whose = history.layers[int(np.argmax(held))] if held is not None else ""
     places = places_of(history, held)
-    known = history.loss()[places[history.steps()[places] < max(step, int(steps[0]) + 1)]]
+    places = places[history.steps()[places] < max(step, int(steps[0]) + 1)]
+    calm = places[history.outside(history.explosions)[places]]
+    known = history.loss()[calm if len(calm) >= EARLY else places]
     known = known[np.isfinite(known)][-_PAST:]
     level, ceiling = _level_and_ceiling(known)
     young = known.size < EARLY
@@ -98,7 +100,8 @@ def level_now(history: History, before: Before) -> float:
 def _last_losses(history: History, before: Before) -> Floats:
     if before.held is None:
         return history.task_loss(last=_LEVEL)
-    return history.loss()[places_of(history, before.held)[-_LEVEL:]]
+    places = places_of(history, before.held)[-_LEVEL:]
+    return history.loss()[places[history.steps()[places] > before.step]]
 
 
 def damage_since(history: History, before: Before, broken: str, silent: Container[str] = ()) -> tuple[str, ...]:

@@ -82,11 +82,12 @@ class Harm:
 
         The loss is high if it is more than twice its usual ceiling. It decreases, as after a change of the task, if it has come
         back half of the way at the first check (two thirds at later ones), measured in logarithms, or if it is a fifth lower
-        than at the check before. A loss that starts over is not high once it has halved, as it has since the beginning.
+        than at the check before. A loss that starts over only has to halve by each check.
         """
         level, _ = self._history.loss_level(story.look_at - 2)
         before, story.level = story.level, level
-        if self._starts_over(story) and level <= min(story.peak, self._history.first_loss) / 2:
+        learned = min(story.peak, self._history.first_loss) * self._settings.lasting_steps / (2 * story.look_at)
+        if self._starts_over(story) and level <= learned:
             return False
         if not level > max(story.ceiling, 2 * story.ceiling):  # for a negative loss, the ceiling itself
             return False
@@ -95,8 +96,10 @@ class Harm:
             after = self._history.task_loss(last=first)
             before, _ = median_and_mad(after[: first // 2])
             level, _ = median_and_mad(after[first // 2 :])
-        way = 1 / 2 if story.look_at == first else 1 / 3
-        back = story.ceiling * (story.peak / story.ceiling) ** way if 0 < story.ceiling < story.peak else -math.inf
+        way, peak = 1 / 2 if story.look_at == first else 1 / 3, story.peak
+        if story.look_at > 2 * first:  # that of an odd batch says nothing of the losses that followed
+            peak = min(peak, float(np.fmax.reduce(self._history.task_loss(last=story.look_at)[1:], initial=-math.inf)))
+        back = story.ceiling * (peak / story.ceiling) ** way if 0 < story.ceiling < peak else -math.inf
         return not (level < back or before - level > abs(before) / 5)
 
     def falls(self, story: Story) -> bool:

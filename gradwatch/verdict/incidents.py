@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from gradwatch.rules import Rule
     from gradwatch.verdict.settings import VerdictSettings
 
+_LOST = 48  # steps after which losses that are not finite are no notice, although no gradient came with them
+_HIGH = 100  # steps for which the loss is high again before a dead part is no notice
 _KEPT = 1000  # most incidents to keep
 _ENDLESS = 2**62  # last step of an incident that is open
 
@@ -271,8 +273,7 @@ class Incidents:
         if not active and self._try_to_end(name, step, calm=step - story.last_fired):
             return self._close(name, story, step)
         touched |= story.incident is not None and not story.weighed and self._history.row.weight_norm is not None
-        if name == "dead" and story.incident is not None and story.incident.severity == "notice":
-            touched |= not self._learns_without(story.incident.signs)  # any more
+        touched |= story.incident is not None and self._grows_worse(name, story, step)
         if not touched:
             return None
         return self._tell(story, step)
@@ -344,8 +345,8 @@ class Incidents:
         """Return the incident of the story as its signs have it at ``step``, without advice."""
         before = story.incident
         story.harmless = self._is_harmless(story, signs)
-        severity, verdict = severity_of(signs, kind, harmless=story.harmless)
-        if kind == "dead" and self._learns_without(signs):
+        severity, verdict = severity_of(signs, kind, harmless=story.harmless and not self._is_lost)
+        if kind == "dead" and (self._learns_without(signs) or not self._has_been_high(story, step)):
             severity = "notice"
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)
@@ -386,8 +387,34 @@ class Incidents:
         """Return whether the run learns without what these signs call dead: some gradient arrives, and the loss is low."""
         history = self._history
         left = min((sign.numbers.get("left", 1.0) for sign in dead), default=1.0)
-        flows = bool((history.global_norm(last=ABSENT) > 0).any())
-        return flows and not history.resting and history.has_halved(left)
+        return self._flows and not history.resting and history.has_halved(left)
+
+    @property
+    def _flows(self) -> bool:
+        return bool((self._history.global_norm(last=ABSENT) > 0).any())
+
+    def _grows_worse(self, name: str, story: Story, step: int) -> bool:
+        """Return whether what was a notice is none any more, although no sign has changed."""
+        assert story.incident is not None
+        if name == "dead" and story.incident.severity == "notice":
+            return not self._learns_without(story.incident.signs) and self._has_been_high(story, step)
+        return story.harmless and self._is_lost
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether no loss has been finite for many steps."""
+        since = self._history.lost_since
+        return since is not None and self._history.row.step - since >= _LOST
+
+    def _has_been_high(self, story: Story, step: int) -> bool:
+        """Return whether a run that learned without its dead parts no longer has for 100 steps: a new task may yet be learned."""
+        if story.incident is None or not self._flows or self._history.resting:
+            return True
+        if self._learns_without(story.incident.signs):
+            story.high_since = None
+            return False
+        story.high_since = step if story.high_since is None else story.high_since
+        return step - story.high_since >= _HIGH
 
     def _counted(self, after: Incident, before: Incident | None) -> Incident:
         """Return a non-finite incident with its place among the times that steps of the run were not finite."""
@@ -399,7 +426,8 @@ class Incidents:
 
     def _add(self, story: Story, incident: Incident) -> None:
         """Add an incident that opens."""
-        first = min(sign.step for sign in incident.signs)
+        opening = [sign.step for sign in incident.signs if sign.code in self._opening]
+        first = min(opening or [incident.opened_step])  # not of a sign that has fired since the run began
         story.before = self._aftermath.of_series(self._told, story, self._aftermath.run_before(first, self.damaged))
         self._make_room()
         self._told += 1

@@ -19,6 +19,7 @@ _FIRST = 12  # steps in which the weights are still those of the initialisation
 _ODD = 10.0  # gain of one matrix, relative to the median one, beyond which it is named
 _LARGE = 4.0  # median gain beyond which all matrices are too large; usual initialisations have 0.6 to 1.4
 _SMALL = 0.3  # median gain below which all matrices are too small
+_BURST = 3.0  # multiple of the rates before and after beyond which that of one step is named
 _REMEMBERED = 32  # earlier updates that still move the weights by momentum
 _JUMP = 3.0  # factor by which a rate rises in a single step only if it is set anew: a warm-up rises by two at most
 _BEFORE = 8  # rows before such a rise
@@ -36,6 +37,8 @@ class Opening:
         family: family of the optimizer of that step, or of the run's where it is not known; "other" if another optimizer holds
             the suspect.
         rate: learning rate of the suspect, or the largest one if there is none; NaN if none is known.
+        burst: learning rate of the last update, if it was far above those before and after; NaN otherwise.
+        burst_at: step of that update.
         first_rate: first learning rate above zero; NaN if none is known.
         top_rate: largest learning rate so far; minus infinity if none is known.
         raised_from, raised_at: the largest rate of the 8 rows or more before, and the step, if the learning rate of the
@@ -58,6 +61,8 @@ class Opening:
     step: int
     rate: float
     family: Family = "other"
+    burst: float = math.nan
+    burst_at: int = -1
     first_rate: float = math.nan
     top_rate: float = -math.inf
     large: float = math.nan
@@ -98,11 +103,14 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
     first_borne, first_base = _borne_at_first(history) if step < _FIRST else (math.nan, "")
     gain = _gain(history)
     first_rate, top_rate = _rates_of(history, column)
+    burst, burst_at = _burst(history)
     surge, surged_at = (math.nan, -1) if column is None or step < _FIRST else _surge(history, column, since)
     return Opening(
         step=step,
         rate=rate,
         family="other" if elsewhere else history.facts.family if history.row.family == "other" else history.row.family,
+        burst=burst,
+        burst_at=burst_at,
         first_rate=first_rate,
         top_rate=top_rate,
         large=times,
@@ -121,6 +129,15 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
         surged_at=surged_at,
         rising=history.warming_up and rate > _RISING * first_rate,
     )
+
+
+def _burst(history: History) -> tuple[float, int]:
+    """Return the learning rate of the row before the last and its step, if it was far above those beside it; else (NaN, -1)."""
+    rates, steps = history.learning_rate(last=3), history.steps(last=3)
+    if history.task_rows < 3 or history.holders.turns(history.rows, 3):
+        return math.nan, -1
+    before, rate, now = rates.tolist()
+    return (rate, int(steps[1])) if rate > _BURST * max(before, now) > 0 else (math.nan, -1)
 
 
 def _rates_of(history: History, column: int | None) -> tuple[float, float]:

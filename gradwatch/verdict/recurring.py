@@ -60,7 +60,7 @@ class Recurring:
             grown = self._rising >= _RISING and loss > _GROWN * self._first_loss
             self.last = Recurrence(self.last.times + 1, known, self.last.grows or grown)
         elif before is not None and abs(gap - before) <= max(1.0, _NEAR * before):
-            self.last = Recurrence(3 if self._others else 2, before)
+            self.last = Recurrence(3 if self._others else 2, gap)
         else:
             self.last = Recurrence()
         if self.last.period is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gradwatch.history.losses import APART
 from gradwatch.history.optimizer_rows import with_losses_of_their_own
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ _TURNS = (
     64  # rows after which it is looked for optimizers with losses of their own, a multiple of those between judged rows
 )
 _OPPOSED = "two optimizers take turns, and the loss of one runs through what the other trains"
-_APART = "several optimizers take turns with losses of their own, which have no level together"
 
 
 class Resting:
@@ -44,8 +44,10 @@ class Resting:
             return
         self._history.rest_loss(why)
         if why:
-            need = "there is no one loss that must fall" if why == _APART else "the loss may be one that need not fall"
-            self._note(f"{need}: {why}. The rules that expect it rest ({', '.join(_RULES)}).")
+            need, rules = "the loss may be one that need not fall", list(_RULES)
+            if why == APART:  # that one of them runs away is seen all the same
+                need, rules = "there is no one loss that must fall", [one for one in _RULES if one != "GW104"]
+            self._note(f"{need}: {why}. The rules that expect it rest ({', '.join(rules)}).")
 
     def _why(self) -> str:
         resting, last = self._history.resting, self._recurring.last
@@ -53,9 +55,9 @@ class Resting:
             return _OPPOSED
         if last.routine and (resting or not self._one_fires()):
             return f"it jumps about every {last.period} steps farther than an update can raise it (a target network, a new task)"
-        if resting == _APART or (self._history.rows % _TURNS == 0 and self._are_apart()):
-            return _APART
-        return ""
+        if self._history.rows % _TURNS:
+            return resting if resting == APART else ""
+        return APART if self._are_apart() else ""
 
     def _are_apart(self) -> bool:
         return not self._one_fires() and bool(with_losses_of_their_own(self._history))

@@ -44,6 +44,7 @@ class Story:
     findings: list[str] = field(default_factory=list)
     opening: Opening = field(default_factory=lambda: Opening(-1, math.nan))
     harmless: bool = False  # no gradient but zero came with a loss that is not finite
+    high_since: int | None = None  # step since which the loss is high again beside a dead part
     weighed: bool = False  # whether weights were sampled since it opened, so that a layer that changed alone is known
     origin: Origin | None = None
     unknown: bool = False  # whether it was told why the origin is not known
