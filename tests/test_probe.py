@@ -406,7 +406,7 @@ def test_a_step_that_the_scaler_leaves_out_is_no_row_and_no_incident(*, fused: b
 
 @pytest.mark.parametrize(("scale", "told"), [(2.0**40, False), (2.0**16, True)])
 def test_a_scale_that_begins_high_is_searched_without_an_incident(scale: float, *, told: bool) -> None:
-    """As many steps may be left out as it takes to come down to the usual scale; beyond that it is a fault."""
+    """As many steps may be left out as it takes to come down to a scale of 1; beyond that it is a fault."""
     x, y = data()
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -439,3 +439,115 @@ def test_an_explosion_before_a_new_optimizer_is_no_new_task() -> None:
             step(optimizer, nn.functional.mse_loss(model(x), x[:, :1]))
         assert not any("new task" in note for note in monitor.notes)
         assert monitor.verdict != "healthy"
+
+
+def around_a_hundred() -> tuple[torch.Tensor, torch.Tensor, nn.Sequential]:
+    """Inputs, targets around 100, which make gradients above 1 from the first steps on, and a model."""
+    torch.manual_seed(0)
+    x = torch.randn(4000, 10)
+    y = 100 + x @ torch.randn(10, 1)
+    return x, y, nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+
+
+def test_the_level_before_a_fault_is_not_that_of_a_sign_which_has_fired_since_the_start() -> None:
+    """Gradients were above 1 since step 2, where the loss was 9,950: "resolved" was said of a loss at 24 times its level."""
+    x, y, model = around_a_hundred()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    last = model[4]
+    assert isinstance(last, nn.Linear)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(600):
+            if number == 300:
+                last.weight.data.mul_(-0.6)
+            optimizer.param_groups[0]["lr"] = 3e-3 if number < 300 else 1e-6
+            batch = torch.randint(0, 4000, (64,))
+            step(optimizer, nn.functional.mse_loss(model(x[batch]), y[batch]))
+    (exploded,) = [one for one in monitor.incidents if one.kind == "exploding"]
+    assert monitor.verdict == "damaged"
+    assert re.search(r"the loss is [\d,]+ \(median of 16 losses\), it was 1\d\d before step 300", exploded.left[0])
+
+
+def test_a_loss_that_an_odd_batch_has_raised_for_good_is_no_notice() -> None:
+    """The loss of the batch itself is so high that a loss at 750 times its level seemed nearly back."""
+    x, y, model = around_a_hundred()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(1300):
+            batch = torch.randint(0, 4000, (64,))
+            targets = y[batch].clone()
+            if number == 900:
+                targets[:4] = 1e7
+            step(optimizer, nn.functional.mse_loss(model(x[batch]), targets))
+    assert monitor.verdict == "damaged"
+    assert not monitor.checkpoint_guard()
+
+
+@pytest.mark.parametrize(("normal", "high"), [(0.05, 20.0), (0.02, 8.0)])
+def test_a_rate_that_is_far_too_high_for_one_step_is_named(normal: float, high: float) -> None:
+    """The rows before it are not judged one by one: it was put on the batch of the next step."""
+    model = mlp(5, nn.ReLU)
+    optimizer = torch.optim.SGD(model.parameters(), lr=normal, momentum=0.9 if normal < 0.05 else 0.0)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(300):
+            optimizer.param_groups[0]["lr"] = high if number == 200 else normal
+            x = torch.randn(32, 8)
+            labels = torch.where(torch.rand(32) < 0.1, torch.randint(0, 5, (32,)), x[:, :5].argmax(1))
+            step(optimizer, nn.functional.cross_entropy(model(x), labels))
+    first = next(one for one in monitor.incidents if one.severity != "notice")
+    told = f"it was {high:g} at step 200 alone, and {normal:g} after it." if first.opened_step > 200 else f"{high:g}"
+    assert told in first.advice[0]
+    assert "batch" not in first.advice[0]
+
+
+def test_losses_that_are_all_nan_are_no_notice() -> None:
+    """That a batch without a label does no harm is no comfort where every batch is one."""
+    model = mlp(5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(60):
+            if number == 30:
+                assert monitor.verdict == "healthy"
+            step(optimizer, nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.full((32,), -100)))
+    assert monitor.verdict == "suspected"
+    assert "The weights took no harm" in monitor.incidents[0].advice[0]
+
+
+def test_a_search_for_a_loss_scale_goes_on_until_it_is_one() -> None:
+    """A loss of 1e5, as of a sum, needs 15 halvings from the usual first scale."""
+    model = mlp(4, nn.ReLU)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1e-6), torch.amp.GradScaler("cpu")
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(60):
+            x = torch.randn(32, 8)
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = 1e5 * nn.functional.cross_entropy(model(x), x[:, :4].argmax(1))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert scaler.get_scale() < 2**6
+    assert monitor.incidents == []
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_after_nan_alone_no_norm_is_clipped(watched: bool) -> None:
+    """Steps that are not finite are left out, as by hand; norms are 30 here, and a bound of 1 held up the run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=3e-3)
+    slope = 5 * torch.randn(20, 1)
+    monitor = gradwatch.attach(model, report=None, clip="norm", strict=True) if watched else None
+    for number in range(200):
+        x = torch.randn(64, 20)
+        target = x @ slope
+        if number % 15 == 3:
+            x[0, 0] = torch.nan
+        loss = nn.functional.mse_loss(model(x), target)
+        if watched or loss.isfinite():
+            step(optimizer, loss)
+    with torch.no_grad():
+        x = torch.randn(1000, 20)
+        assert nn.functional.mse_loss(model(x), x @ slope) < 5  # 3.5; it was above 100
+    if monitor is not None:
+        assert [one.clip.clipped for one in monitor.incidents if one.clip is not None] == [0]
+        monitor.detach()
