@@ -132,11 +132,14 @@ def test_the_summary_tells_the_story() -> None:
         assert part in " ".join(text.split())
 
 
-def test_one_is_said_in_the_singular_and_nothing_is_said_of_no_step() -> None:
+def test_one_is_said_in_the_singular_and_of_no_step_that_nothing_is_known() -> None:
     """Where nothing was stepped, no time per step is known."""
     model = torch.nn.Linear(2, 1, bias=False)
     with gradwatch.attach(model, report=None, strict=True) as monitor:
-        assert str(monitor.summary()).splitlines() == ["gradwatch healthy: 0 steps of Linear (1 layer, 2 parameters)"]
+        assert str(monitor.summary()).splitlines() == [
+            "gradwatch healthy: 0 steps of Linear (1 layer, 2 parameters)",
+            "  no step of an optimizer was seen, so nothing is known",
+        ]
         model(torch.ones(2)).backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
     first, *_, last = str(monitor.summary()).splitlines()

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 def standing(snapshot: Snapshot) -> tuple[str, ...]:
     """Return what belongs to the verdict of a snapshot, the most important first; nothing if the word says it all."""
     found = []
+    if snapshot.step < 0:
+        found.append("no step of an optimizer was seen, so nothing is known")
     if snapshot.verdict == "damaged":
         found += [line for incident in snapshot.incidents if incident.severity != "notice" for line in incident.left]
     if snapshot.verdict == "healthy":

@@ -192,7 +192,8 @@ def _explosion(incident: Incident, history: History, opening: Opening, *, of_the
     )
     if down is not None:
         yield f"Check the sign of the loss, or bound it: it ran down to {number(down)}, and has no floor there."
-    yield from _scale(history, opening)
+    if opening.raised_at < 0:  # what the run had borne before is not too large
+        yield from _scale(history, opening)
     if _MOMENTUM < facts.momentum < 1 and opening.family == "sgd":
         times = number(1 / (1 - facts.momentum), 2)
         yield f"Lower the momentum: 0.9 instead of {number(facts.momentum, 6)}. It adds up to {times} updates in each step."

@@ -96,7 +96,8 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
     else:  # optimizers that step one after the other each know the rates of their own layers
         rate = float((history.previous_rate if elsewhere else history.rate)[column])
     layer, times = _too_large(history) if step < _FIRST else (None, math.nan)
-    told_of = column if column is not None else int(np.argmax(np.where(history.matrices, history.sizes, 0)))
+    trained = history.matrices & (np.isfinite(history.rate) if np.isfinite(history.rate).any() else True)
+    told_of = column if column is not None else int(np.argmax(np.where(trained, history.sizes, 0)))
     usual = _usual_rate(history, told_of) if history.layers and not elsewhere else math.nan
     moved_layer, moved = _moved_by_another(history)
     raised_from, raised_at = _raised(history, column)
@@ -197,13 +198,15 @@ def _raised(history: History, column: int | None) -> tuple[float, int]:
         mine = ~np.isnan(history.grad_norm(last=history.task_rows)[:, column])
         rates, steps = rates[mine], steps[mine]
     rows = min(len(rates), _REMEMBERED + _BEFORE)
+    borne = float(np.fmax.reduce(rates[: len(rates) - rows], initial=-math.inf))  # such as before a warm restart
     rates, steps = rates[-rows:], steps[-rows:]
     if rows <= _BEFORE or not (rates > 0).all():
         return math.nan, -1
     highest, lowest = np.maximum.accumulate(rates), np.minimum.accumulate(rates[::-1])[::-1]
     times = (lowest[1:] / highest[:-1])[_BEFORE - 1 :]
     at = int(np.argmax(times)) + _BEFORE
-    return (float(highest[at - 1]), int(steps[at])) if times[at - _BEFORE] > _JUMP else (math.nan, -1)
+    raised = times[at - _BEFORE] > _JUMP and not borne >= lowest[at]
+    return (float(highest[at - 1]), int(steps[at])) if raised else (math.nan, -1)
 
 
 def _borne_at_first(history: History) -> tuple[float, str]:
