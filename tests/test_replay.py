@@ -83,6 +83,28 @@ def test_a_replay_knows_that_a_new_task_began(how: str, tmp_path: Path) -> None:
     ]
 
 
+def test_a_replay_knows_which_optimizer_made_a_step(tmp_path: Path) -> None:
+    """An update of SGD can be too long for the loss, one of Adam cannot: each row has the family of its optimizer."""
+    torch.manual_seed(0)
+    models = nn.ModuleList(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1)) for _ in range(2))
+    optimizers = [torch.optim.Adam(models[0].parameters(), lr=1e-3), torch.optim.SGD(models[1].parameters(), lr=0.01)]
+    with gradwatch.attach(models, log=tmp_path, report=None, strict=True) as monitor:
+        for step in range(200):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                x = torch.randn(64, 8) * (60 if step == 150 else 1)
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(x), 2 * x[:, :1]).backward()
+                optimizer.step()
+    with RunLog(tmp_path) as log:
+        rules, _ = log.rules()
+        again = replay(log.history(), log.rows(), rules)
+        assert [row.family for row in log.rows()] == ["adam", "sgd"] * 200
+    assert [(i.kind, i.severity, i.opened_step) for i in again.incidents] == [
+        (i.kind, i.severity, i.opened_step) for i in monitor.incidents
+    ]
+    assert monitor.incidents
+
+
 def test_a_replay_knows_since_when_rates_are_zero(tmp_path: Path) -> None:
     """The log keeps rates where they change: each row has those of the last change."""
     model = mlp()

@@ -15,7 +15,7 @@ import numpy as np
 
 from gradwatch.errors import RunLogError
 from gradwatch.history.history import History
-from gradwatch.records import Alarm, Facts, Incident
+from gradwatch.records import Alarm, Facts, Family, Incident
 from gradwatch.rules import RULES
 from gradwatch.runlog.checks import check_kind, connection_to_look, told_of
 from gradwatch.runlog.lock import is_written
@@ -331,19 +331,20 @@ class RunLog:
         statement = (
             "SELECT step, line.loss, global_norm, clip_coefficient, norms.gradient, norms.weight, "
             "rate, dead_share, unchanged, applied, nonfinite.gradient, nonfinite.weight, counts, culprits, "
-            "source, clipped, provenances.loss, processes, {}, {} "
+            "source, clipped, provenances.loss, processes, {}, {}, {} "
             "FROM line LEFT JOIN norms USING (id) LEFT JOIN samples USING (id) LEFT JOIN nonfinite USING (id) "
-            "LEFT JOIN provenances USING (provenance) {} {} ORDER BY id"
+            "LEFT JOIN provenances USING (provenance) {} {} {} ORDER BY id"
         )
         with self.reading():
             (count,) = self._db.execute("SELECT count(*) FROM steps").fetchone()
             self._check_size(count)
-            columns = {"arrivals": "arrived", "tasks": "tasks.id"}
+            columns = {"arrivals": "arrived", "families": "family", "tasks": "tasks.id"}
             told = [column if self._has(table) else "NULL" for table, column in columns.items()]
             joins = [f"LEFT JOIN {table} USING (id)" if self._has(table) else "" for table in columns]
             arrived, rate = None, None
-            for *numbers, came, task in self._db.execute(statement.format(*told, *joins)):
+            for *numbers, came, by, task in self._db.execute(statement.format(*told, *joins)):
                 arrived = arrived if came is None else came
+                family = family if by is None else checked(Family, by)
                 row = row_of(tuple(numbers), arrived, len(self.layers), family)
                 rate = rate if row.rate is None else row.rate  # kept where it changes
                 yield row._replace(rate=rate, begins_task=task is not None)

@@ -112,6 +112,12 @@ CREATE TABLE arrivals (            -- of a row and of those after it in its sess
     arrived BLOB NOT NULL          -- a byte for each layer: 1 if a gradient was seen to arrive so far
 );
 """,
+    "families": """
+CREATE TABLE families (            -- of a row and of those after it in its session, up to the next
+    id INTEGER PRIMARY KEY,
+    family TEXT NOT NULL           -- of the optimizer that made the step
+);
+""",
     "tasks": """
 CREATE TABLE tasks (id INTEGER PRIMARY KEY);  -- rows with which a new task begins: layers or an optimizer came
 """,

@@ -260,6 +260,9 @@ class Store:
         if arrived and arrived != self._done.arrived:
             self._done.arrived = arrived
             self._connection.execute("INSERT OR REPLACE INTO arrivals VALUES (?, ?)", (key, arrived))
+        if row.family != self._done.family:
+            self._done.family = row.family
+            self._connection.execute("INSERT OR REPLACE INTO families VALUES (?, ?)", (key, row.family))
         if row.begins_task:
             self._connection.execute("INSERT OR REPLACE INTO tasks VALUES (?)", (key,))
         bad = row.nonfinite_weight

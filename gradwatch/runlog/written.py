@@ -27,6 +27,7 @@ class Written:
     provenance: int = -1
     rate: Floats | None = None
     arrived: bytes = b""  # for each layer, whether a gradient was seen to arrive so far
+    family: str = ""  # of the optimizer that made the last step
     settings: Floats = field(default_factory=lambda: UNKNOWN)  # learning rate and loss scale of the last row
     incidents: dict[int, Incident] = field(default_factory=dict)
     homes: dict[int, int] = field(default_factory=dict)
