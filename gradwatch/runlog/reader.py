@@ -344,7 +344,7 @@ class RunLog:
             arrived, rate = None, None
             for *numbers, came, by, task in self._db.execute(statement.format(*told, *joins)):
                 arrived = arrived if came is None else came
-                family = family if by is None else checked(Family, by)
+                family = family if by is None else checked(Family, by)  # type: ignore[arg-type]
                 row = row_of(tuple(numbers), arrived, len(self.layers), family)
                 rate = rate if row.rate is None else row.rate  # kept where it changes
                 yield row._replace(rate=rate, begins_task=task is not None)
