@@ -277,3 +277,31 @@ def test_a_rate_beyond_the_edge_is_found_before_the_loss_is_tenfold(momentum: fl
     assert grave[0].kind == "exploding"
     assert grave[0].opened_step <= beyond
     assert monitor.verdict == "confirmed"
+
+
+@pytest.mark.parametrize("rate", [2e-3, 4e-3])
+def test_branches_that_begin_at_a_millionth_may_grow(rate: float) -> None:
+    """As in ConvNeXt: their gradients grow ten-thousandfold, and are still next to nothing beside the others."""
+    torch.manual_seed(1)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+            self.scale = nn.Parameter(1e-6 * torch.ones(16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = x + self.scale * self.inner(x)
+            return result
+
+    model = nn.Sequential(nn.Linear(8, 16), *(Block() for _ in range(4)), nn.Linear(16, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(300):
+            x = torch.randn(64, 8)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), (x[:, :4] * x[:, 4:]).argmax(1))
+            loss.backward()
+            optimizer.step()
+    assert loss.item() < 1
+    assert [one for one in monitor.incidents if one.severity != "notice"] == []

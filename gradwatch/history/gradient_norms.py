@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Floats
 
 ABSENT = 49  # rows of its optimizer without a gradient after which a layer is no longer idle
+_LEAST = 0.01  # share of the usual norm of all layers below which that of one says nothing of the run
 SETTLED = 8  # norms that a layer needs before it has a typical one
 
 
@@ -111,12 +113,23 @@ class GradientNorms(LossLevels):
             self._catch_up()
         return self._longest_absence
 
+    @property
+    def usual_grad(self) -> Floats:
+        """The typical gradient norm of each layer, at least a hundredth of that of all layers of the last row together, (L,).
+
+        A gradient that is next to nothing beside the others may grow a thousandfold while a run learns, as in a branch that
+        begins at a scale of 1e-6.
+        """
+        typical = self.typical_grad.value
+        whole = math.sqrt(np.nansum(np.square(np.where(self.row.grad_norm > 0, typical, 0.0))))
+        return np.where(typical < _LEAST * whole, _LEAST * whole, typical)  # NaN stays
+
     def surge(self) -> Floats:
-        """Return the last gradient norms divided by their typical values, shape (L,).
+        """Return the last gradient norms divided by `usual_grad`, shape (L,).
 
         NaN for layers whose gradient is not finite, and where `has_usual` is false.
         """
-        ratio: Floats = self.row.grad_norm / self.typical_grad.value
+        ratio: Floats = self.row.grad_norm / self.usual_grad
         ratio[~self.has_usual | (self.nonfinite > 0)] = np.nan
         return ratio
 

@@ -84,8 +84,8 @@ def usual_norms(history: History, columns: Sequence[int]) -> Floats:
     """Return the usual gradient norm of the given layers, not including the last row, shape (len(columns),)."""
     past = history.grad_norm(last=history.task_rows)[:-1]
     past = past[history.outside(history.destructive, history.task_rows)[:-1]]
-    typical = history.typical_grad.value
-    return np.array([usual_size(past[:, column], float(typical[column])) for column in columns])
+    usual = history.usual_grad
+    return np.array([usual_size(past[:, column], float(usual[column])) for column in columns])
 
 
 def spread_of(history: History) -> Floats:
@@ -99,8 +99,7 @@ def one_step_norms(history: History) -> Floats:
 
     A surge that lasts for one step counts a tenth of one that lasts (GW301), so these are ten times the usual norms.
     """
-    typical = history.typical_grad
-    usual, past = typical.value.copy(), history.grad_norm(last=history.task_rows)
+    usual, past = history.usual_grad, history.grad_norm(last=history.task_rows)
     with ignore_fp_warnings():
         peaks = np.fmax.reduce(past, axis=0, initial=0.0)
         high = np.flatnonzero(peaks > ONE_STEP * usual)  # only there larger norms may recur

@@ -26,7 +26,9 @@ class GradientSurge(Rule):
 
     ## Formula
     `value = max(min(q_t, q_{t-1}), q_t / 10) / max(1, exp(4 s) / 10) / max(1, p / 2t)`, with `q = ||g|| / t`, `t` the
-    layer's typical gradient norm (an exponential average of log norms, half-life 64 steps, finite values only, winsorised),
+    layer's typical gradient norm (an exponential average of log norms, half-life 64 steps, finite values only, winsorised), at
+    least a hundredth of that of all layers of the step together: what is next to nothing beside the others may grow a
+    thousandfold while a run learns, as in a branch that begins at a scale of 1e-6,
     `s` the usual distance of a log norm from it, and `p` the third-highest peak of the excursions above `2t` that came back.
     It fires where `value > limit` (10): two steps above 10 times the typical norm, or one above 100 times. Larger factors are
     needed in runs whose norms vary widely from step to step, such as those with a batch size of one, and in runs whose large
@@ -74,11 +76,11 @@ class GradientSurge(Rule):
         now = history.surge()
         if history.task_rows < 2:
             return now
-        before = history.grad_norm(last=2)[0] / history.typical_grad.value
+        before = history.grad_norm(last=2)[0] / history.usual_grad
         value: Floats = np.fmax(np.minimum(now, before), now / ONE_STEP) / spread_of(history)
         high = np.flatnonzero(value > self.limit)
         if high.size:  # the lookup is expensive, so only where the rule would fire
-            value[high] *= history.typical_grad.value[high] / usual_norms(history, high.tolist())
+            value[high] *= history.usual_grad[high] / usual_norms(history, high.tolist())
         return value
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
@@ -89,6 +91,7 @@ class GradientSurge(Rule):
             "before": history.grad_norm(last=2)[0, column] if two else math.nan,
             "step before": history.steps(last=2)[0],
             "usual": usual_norms(history, [column])[0],
+            "least": history.usual_grad[column] > history.typical_grad.value[column],
             "spread": max(1.0, math.exp(4 * history.typical_grad.scatter[column]) / 10),
         }
 
@@ -97,11 +100,14 @@ class GradientSurge(Rule):
         norm, before, usual = (alarm.numbers[name] for name in ("norm", "before", "usual"))
         begin, limit = f"the gradient norm of {alarm.layer} was {number(norm)} at step {alarm.step}", alarm.limit
         limit *= alarm.numbers["spread"]
+        base = f"its usual {number(usual)}"
+        if alarm.numbers.get("least"):
+            base = f"{number(usual)}, a hundredth of what all layers usually have together"
         if before >= norm / 10:  # not where there was no gradient in the step before
             times, most = apart(min(norm, before) / usual, limit)
             return (
-                f"{begin} and {number(before)} at step {alarm.numbers['step before']:.0f}, at least {times} times its usual "
-                f"{number(usual)} (limit {most} for two steps)"
+                f"{begin} and {number(before)} at step {alarm.numbers['step before']:.0f}, at least {times} times "
+                f"{base} (limit {most} for two steps)"
             )
         times, most = apart(norm / usual, 10 * limit)
-        return f"{begin}, {times} times its usual {number(usual)} (limit {most} for a single step)"
+        return f"{begin}, {times} times {base} (limit {most} for a single step)"

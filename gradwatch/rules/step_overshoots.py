@@ -104,5 +104,5 @@ class StepOvershoots(Rule):
 
 def _share_that_is_unusual(history: History) -> Floats:
     """Return by how much the square of each layer's typical norm lies below that of its usual one, shape (L,)."""
-    share = np.square(history.typical_grad.value / usual_norms(history, range(len(history.layers))))
+    share = np.square(history.usual_grad / usual_norms(history, range(len(history.layers))))
     return np.where(np.isfinite(share), share, 1.0)
