@@ -273,7 +273,9 @@ class Incidents:
         if not active and self._try_to_end(name, step, calm=step - story.last_fired):
             return self._close(name, story, step)
         touched |= story.incident is not None and not story.weighed and self._history.row.weight_norm is not None
-        touched |= story.incident is not None and self._grows_worse(name, story, step)
+        if story.incident is not None and story.incident.severity == "notice":
+            self._follow_high(story, step)
+            touched |= self._grows_worse(name, story, step)
         if not touched:
             return None
         return self._tell(story, step)
@@ -346,7 +348,7 @@ class Incidents:
         before = story.incident
         story.harmless = self._is_harmless(story, signs)
         severity, verdict = severity_of(signs, kind, harmless=story.harmless and not self._is_lost)
-        if kind == "dead" and (self._learns_without(signs) or not self._has_been_high(story, step)):
+        if kind == "dead" and (self._learns_without(signs) or not self._is_high(story, step)):
             severity = "notice"
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)
@@ -396,8 +398,8 @@ class Incidents:
     def _grows_worse(self, name: str, story: Story, step: int) -> bool:
         """Return whether what was a notice is none any more, although no sign has changed."""
         assert story.incident is not None
-        if name == "dead" and story.incident.severity == "notice":
-            return not self._learns_without(story.incident.signs) and self._has_been_high(story, step)
+        if name == "dead":
+            return not self._learns_without(story.incident.signs) and self._is_high(story, step)
         return story.harmless and self._is_lost
 
     @property
@@ -406,15 +408,17 @@ class Incidents:
         since = self._history.lost_since
         return since is not None and self._history.row.step - since >= _LOST
 
-    def _has_been_high(self, story: Story, step: int) -> bool:
-        """Return whether a run that learned without its dead parts no longer has for 100 steps: a new task may yet be learned."""
+    def _follow_high(self, story: Story, step: int) -> None:
+        """Record since when a run that learned without the dead parts of an open notice does so no longer."""
+        assert story.incident is not None
+        learns = story.incident.kind == "dead" and self._learns_without(story.incident.signs)
+        story.high_since = None if learns else step if story.high_since is None else story.high_since
+
+    def _is_high(self, story: Story, step: int) -> bool:
+        """Return whether the loss is high beside dead parts; in an open notice for 100 steps, since a new task may be learned."""
         if story.incident is None or not self._flows or self._history.resting:
             return True
-        if self._learns_without(story.incident.signs):
-            story.high_since = None
-            return False
-        story.high_since = step if story.high_since is None else story.high_since
-        return step - story.high_since >= _HIGH
+        return story.high_since is not None and step - story.high_since >= _HIGH
 
     def _counted(self, after: Incident, before: Incident | None) -> Incident:
         """Return a non-finite incident with its place among the times that steps of the run were not finite."""
