@@ -12,7 +12,6 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from gradwatch.history.gradient_norms import ABSENT
 from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import is_of_the_batch, moved_by_another
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
@@ -20,10 +19,11 @@ from gradwatch.verdict.advice import advise
 from gradwatch.verdict.aftermath import Aftermath
 from gradwatch.verdict.damage import damage_since, is_undone
 from gradwatch.verdict.evidence import Evidence
+from gradwatch.verdict.gravity import Gravity
 from gradwatch.verdict.harm import Harm
 from gradwatch.verdict.opening import opening_of
 from gradwatch.verdict.recurring import Recurring, Times
-from gradwatch.verdict.story import Story, kind_of, phase_of, severity_of
+from gradwatch.verdict.story import Story, kind_of, phase_of
 from gradwatch.verdict.suspects import Suspects
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from gradwatch.rules import Rule
     from gradwatch.verdict.settings import VerdictSettings
 
-_LOST = 48  # steps after which losses that are not finite are no notice, although no gradient came with them
-_HIGH = 100  # steps for which the loss is high again before a dead part is no notice
 _KEPT = 1000  # most incidents to keep
 _ENDLESS = 2**62  # last step of an incident that is open
 
@@ -79,6 +77,7 @@ class Incidents:
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
         self._aftermath = Aftermath(history, broken, self._silent)
+        self._gravity = Gravity(history)
         self._suspects = Suspects(history, settings)
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
@@ -274,8 +273,8 @@ class Incidents:
             return self._close(name, story, step)
         touched |= story.incident is not None and not story.weighed and self._history.row.weight_norm is not None
         if story.incident is not None and story.incident.severity == "notice":
-            self._follow_high(story, step)
-            touched |= self._grows_worse(name, story, step)
+            self._gravity.follow(story, step)
+            touched |= self._gravity.has_grown(name, story, step)
         if not touched:
             return None
         return self._tell(story, step)
@@ -347,9 +346,7 @@ class Incidents:
         """Return the incident of the story as its signs have it at ``step``, without advice."""
         before = story.incident
         story.harmless = self._is_harmless(story, signs)
-        severity, verdict = severity_of(signs, kind, harmless=story.harmless and not self._is_lost)
-        if kind == "dead" and (self._learns_without(signs) or not self._is_high(story, step)):
-            severity = "notice"
+        severity, verdict = self._gravity.of(story, signs, kind, step)
         if before is not None:
             severity = max(severity, before.severity, key=SEVERITIES.index)
         confirmed = before.confirmed_step if before is not None else None
@@ -384,41 +381,6 @@ class Incidents:
             times, since, _, period = story.returns
             after = replace(after, times=times, since=since, period=period)
         return after
-
-    def _learns_without(self, dead: Iterable[Alarm]) -> bool:
-        """Return whether the run learns without what these signs call dead: some gradient arrives, and the loss is low."""
-        history = self._history
-        left = min((sign.numbers.get("left", 1.0) for sign in dead), default=1.0)
-        return self._flows and not history.resting and history.has_halved(left)
-
-    @property
-    def _flows(self) -> bool:
-        return bool((self._history.global_norm(last=ABSENT) > 0).any())
-
-    def _grows_worse(self, name: str, story: Story, step: int) -> bool:
-        """Return whether what was a notice is none any more, although no sign has changed."""
-        assert story.incident is not None
-        if name == "dead":
-            return not self._learns_without(story.incident.signs) and self._is_high(story, step)
-        return story.harmless and self._is_lost
-
-    @property
-    def _is_lost(self) -> bool:
-        """Whether no loss has been finite for many steps."""
-        since = self._history.lost_since
-        return since is not None and self._history.row.step - since >= _LOST
-
-    def _follow_high(self, story: Story, step: int) -> None:
-        """Record since when a run that learned without the dead parts of an open notice does so no longer."""
-        assert story.incident is not None
-        learns = story.incident.kind == "dead" and self._learns_without(story.incident.signs)
-        story.high_since = None if learns else step if story.high_since is None else story.high_since
-
-    def _is_high(self, story: Story, step: int) -> bool:
-        """Return whether the loss is high beside dead parts; in an open notice for 100 steps, since a new task may be learned."""
-        if story.incident is None or not self._flows or self._history.resting:
-            return True
-        return story.high_since is not None and step - story.high_since >= _HIGH
 
     def _counted(self, after: Incident, before: Incident | None) -> Incident:
         """Return a non-finite incident with its place among the times that steps of the run were not finite."""
