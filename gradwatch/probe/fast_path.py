@@ -11,7 +11,7 @@ import math
 import operator
 import weakref
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -178,7 +178,8 @@ class FastPath:
         if not self._left or not expected or perf_counter() > self._until or mine.is_stale(optimizer):
             return "not"
         norms, coefficient = (self._clipped_norms(), self._coefficient) if self._clip else (self._measured(), 1.0)
-        if norms is None or not coefficient > 0 or (self._has_rates and not self._rates_are_near(optimizer)):
+        rates = list(map(_LEARNING_RATE, optimizer.param_groups)) if self._has_rates else mine.told_rates
+        if norms is None or not coefficient > 0 or (rates != mine.told_rates and not self._takes_near(rates)):
             return "not"
         self._left -= 1
         mine.count_step()
@@ -186,11 +187,9 @@ class FastPath:
         self._used(losses)
         return "noted"
 
-    def _rates_are_near(self, optimizer: Optimizer) -> bool:
-        """Look at the learning rates if they have changed; return whether by little, so that the update need not be judged."""
-        rates, mine = list(map(_LEARNING_RATE, optimizer.param_groups)), self.mine
-        if mine.told_rates is not None and rates == mine.told_rates:
-            return True
+    def _takes_near(self, rates: Any) -> bool:
+        """Look at learning rates that may have changed; return whether by little, so that the update need not be judged."""
+        mine = self.mine
         before = mine.largest_rate
         mine.look_at_rates(rates)
         return before / _FAR <= mine.largest_rate <= _FAR * before or not before > 0
