@@ -121,10 +121,9 @@ class AutoClipEngine:
     def _set_bounds(self, but: int) -> None:
         """Set the bounds of the policy's clip by its threshold and the norms before the newest ``but``."""
         rows = self.history.task_rows
-        norms, calm = (
-            self.history.global_norm(last=rows)[: rows - but],
-            self.history.outside(self.history.destructive, rows)[: rows - but],
-        )
+        norms = self.history.global_norm(last=rows)
+        calm = self.history.outside(self.history.destructive, rows)
+        norms, calm = norms[: rows - but], calm[: rows - but]
         self._typical = typical_norm(norms[calm] if np.count_nonzero(calm) >= LEAST_NORMS else norms)
         self._narrowed = 1.0
         times = self._limits.wide if self.policy.threshold == "auto" else self.policy.threshold or math.nan
@@ -161,7 +160,7 @@ class AutoClipEngine:
         early = self.history.losses + ahead + 1 < EARLY  # the rules judge a step with its own loss counted
         return DevicePlan(
             clip=clip if self._is_clipping else None,
-            guard=self._guard() if self._is_clipping else None,
+            guard=self._guard(),
             reserve=reserve,
             usual=self._one_step,
             judged=self._with_usual,
@@ -235,7 +234,7 @@ class AutoClipEngine:
         return Decision(clip if self._is_clipping else None, rate=self.further.rate, guard=self._guard())
 
     def _guard(self) -> Guard | None:
-        if self.record is None or self.policy.threshold != "auto":
+        if self.record is None or not self._clips or self.policy.threshold != "auto":
             return None
         history = self.history
         usual = self._usual if len(self._usual) == len(history.layers) else np.full(len(history.layers), np.nan)

@@ -23,15 +23,12 @@ def usual_norms_of(history: History, until: int | None = None) -> UsualNorms | N
     Where several optimizers take turns, only the rows of the one that made the last step count.
     """
     mine, *others = rows_by_optimizer(history, 2 * PAST)
-    norms, steps, calm = history.global_norm(), history.steps(), history.outside(history.explosions)
-    first = len(steps) - history.task_rows
-    if others and mine.places is not None:
-        norms, steps, calm = norms[mine.places], steps[mine.places], calm[mine.places]
-        first = int(np.searchsorted(mine.places, first))
-    norms, steps, calm = norms[max(0, first) : -1], steps[max(0, first) : -1], calm[max(0, first) : -1]
+    steps = history.steps()
+    places = mine.places if others and mine.places is not None else np.arange(len(steps))
+    places = places[places >= len(steps) - history.task_rows][:-1]
     if until is not None:
-        before = steps < until
-        norms, steps, calm = norms[before], steps[before], calm[before]
+        places = places[steps[places] < until]
+    norms, steps, calm = history.global_norm()[places], steps[places], history.outside(history.explosions)[places]
     apart = not calm[-PAST:].all()
     norms, steps = norms[calm][-PAST:], steps[calm][-PAST:]
     told = np.isfinite(norms) & (norms > 0)

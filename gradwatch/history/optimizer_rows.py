@@ -91,6 +91,6 @@ def places_of(history: History, held: NDArray[np.bool_] | None) -> NDArray[np.in
         return np.arange(first, count)
     parts = rows_by_optimizer(history, history.window)
     mine = next((part for part in parts if np.array_equal(part.held, held)), None)
-    if mine is None or mine.places is None:
-        return np.arange(first, count) if mine is not None else np.zeros(0, dtype=np.intp)
-    return mine.places[mine.places >= first]
+    if mine is None:
+        return np.zeros(0, dtype=np.intp)
+    return np.arange(first, count) if mine.places is None else mine.places[mine.places >= first]

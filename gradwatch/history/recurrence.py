@@ -1,8 +1,8 @@
 """The size that norms and losses reach repeatedly. Signals that are rare or bursty by nature are no explosion.
 
 A batch with a rare class, a reward or a hard example has a gradient many times the usual size, and the next batch is back to
-normal. The height of such excursions is the reference for the next one. An explosion never becomes a reference for itself: as a
-rule it does not come back, and rows of destructive ones are left out (see `gradwatch.verdict.incidents`).
+normal. The height of such excursions is the reference for the next one. As a rule an explosion does not come back, so it is
+no reference for itself, and rows of destructive ones are left out (see `gradwatch.verdict.incidents`).
 """
 
 from __future__ import annotations

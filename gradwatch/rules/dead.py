@@ -51,13 +51,14 @@ class Dead(Rule):
     and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead in a
     round of four samples one of which had no gradient at all, such as a batch without a reward. Where the gradient of all
     that an optimizer holds is zero, its loss may be at its floor: nothing counts as dead unless the loss (the median of the
-    last 32) is not zero and higher than it was before, or there never was a gradient in at least 49 rows. A layer that you
-    have frozen is not dead, nor one without elements, nor a bias whose own weights have a gradient: its gradient cancels, as
-    in the last layer of a critic.
+    last 32) is not zero and higher than it was before, or the only optimizer never had a gradient in at least 49 rows. A
+    layer that you have frozen is not dead, nor one without elements, nor a bias whose own weights have a gradient: its
+    gradient cancels, as in the last layer of a critic.
 
     While the loss is at most half of the first and of the reference loss, and some gradient arrives, the incident is only a
-    notice, unless the loss need not fall (a GAN). What the loss lost at the very step at which a whole layer fell silent does
-    not count as fallen: it may have been the loss of that part.
+    notice, unless the loss need not fall (a GAN); it becomes a warning once the loss has been high again for 100 steps. What
+    the loss lost at the very step at which a whole layer fell silent does not count as fallen: it may have been the loss of
+    that part.
 
     ## Why it is bad
     A dead unit never learns again: no gradient reaches it, so nothing can bring it back.

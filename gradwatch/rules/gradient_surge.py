@@ -27,9 +27,9 @@ class GradientSurge(Rule):
     ## Formula
     `value = max(min(q_t, q_{t-1}), q_t / 10) / max(1, exp(4 s) / 10) / max(1, p / 2t)`, with `q = ||g|| / t`, `t` the
     layer's typical gradient norm (an exponential average of log norms, half-life 64 steps, finite values only, winsorised), at
-    least a hundredth of that of all layers of the step together: what is next to nothing beside the others may grow a
-    thousandfold while a run learns, as in a branch that begins at a scale of 1e-6,
-    `s` the usual distance of a log norm from it, and `p` the third-highest peak of the excursions above `2t` that came back.
+    least a hundredth of that of all layers of the step together, `s` the usual distance of a log norm from it, and `p` the
+    third-highest peak of the excursions above `2t` that came back, those of destructive explosions left out. What is next to
+    nothing beside the others may grow a thousandfold while a run learns, as in a branch that begins at a scale of 1e-6.
     It fires where `value > limit` (10): two steps above 10 times the typical norm, or one above 100 times. Larger factors are
     needed in runs whose norms vary widely from step to step, such as those with a batch size of one, and in runs whose large
     norms recur, such as those with a rare class. It is silent during a layer's first 8 steps, and for a bias or gain whose own
@@ -73,14 +73,14 @@ class GradientSurge(Rule):
 
     def measure(self, history: History) -> Floats:
         """Return the surge of each layer, shape (L,); NaN during a layer's first eight steps."""
-        now = history.surge()
+        now, usual = history.surge(), history.usual_grad
         if history.task_rows < 2:
             return now
-        before = history.grad_norm(last=2)[0] / history.usual_grad
+        before = history.grad_norm(last=2)[0] / usual
         value: Floats = np.fmax(np.minimum(now, before), now / ONE_STEP) / spread_of(history)
         high = np.flatnonzero(value > self.limit)
         if high.size:  # the lookup is expensive, so only where the rule would fire
-            value[high] *= history.usual_grad[high] / usual_norms(history, high.tolist())
+            value[high] *= usual[high] / usual_norms(history, high.tolist())
         return value
 
     def numbers(self, history: History, column: int) -> dict[str, float]:

@@ -27,10 +27,11 @@ class LossJump(Rule):
     ## Formula
     `value = (x - m) / s`, where `x` is the last loss, and `m` and `d` are the median and the scaled MAD of up to 32 losses
     before it. The scale is `s = max(d, |m| / 10, |r| / 20, (h - m) / 5)`, where `r` is the reference loss (median of the
-    first 16) and `h` the highest of the losses before, or the third-highest peak of all excursions of the loss that came
-    back, if that is higher. It fires where `value > limit` (10). The loss has then at least doubled, has risen by at least
-    half of the reference loss, and has risen twice as far as at any of the 32 steps before and as it repeatedly does. The
-    ordinary noise of a converged run and batches with a rare class therefore stay below. Falls never count.
+    first 16) and `h` the highest of the losses before, or the third-highest peak of all excursions of the loss that came back
+    (those of destructive explosions left out), if that is higher. It fires where `value > limit` (10). The loss has then at
+    least doubled, has risen by at least half of the reference loss, and has risen twice as far as at any of the 32 steps
+    before and as it repeatedly does. The ordinary noise of a converged run and batches with a rare class therefore stay
+    below. Falls never count.
 
     ## Why it is bad
     One update did more harm than many updates did good: the step was too long for the local curvature, or the batch was

@@ -219,11 +219,8 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening, *, of
     if own_clip:
         clip_line = "Lower the bound of your own clip: it bounds the length of a step, and the run leaves its range all the same."
     step = opening.surged_at if opening.surged_at >= 0 else incident.opened_step
-    look = (
-        ""
-        if of_the_batch or _comes_round(incident, opening, of_the_batch=False)
-        else f"Look at what step {step} does, its batch and its loss."
-    )  # told before
+    known = of_the_batch or _comes_round(incident, opening, of_the_batch=False)  # and told before
+    look = "" if known else f"Look at what step {step} does, its batch and its loss."
     if blame := not_of_the_rate(incident, opening):
         yield from _for_a_reason(clip_line or look, blame)
         if facts.recurrent and not facts.gated:

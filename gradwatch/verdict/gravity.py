@@ -31,8 +31,12 @@ class Gravity:
     def follow(self, story: Story, step: int) -> None:
         """Record since when a run that learned without the dead parts of an open notice does so no longer."""
         assert story.incident is not None
-        learns = story.incident.kind == "dead" and self._learns_without(story.incident.signs)
-        story.high_since = None if learns else step if story.high_since is None else story.high_since
+        if story.incident.kind != "dead":
+            return
+        if self._learns_without(story.incident.signs):
+            story.high_since = None
+        elif story.high_since is None:
+            story.high_since = step
 
     def of(self, story: Story, signs: Sequence[Alarm], kind: Kind, step: int) -> tuple[Severity, Verdict]:
         """Return how grave and how sure the incident of a story with these signs is at ``step``."""
@@ -42,11 +46,8 @@ class Gravity:
         return severity, verdict
 
     def has_grown(self, name: str, story: Story, step: int) -> bool:
-        """Return whether an open notice is none any more."""
-        assert story.incident is not None
-        if name == "dead":
-            return not self._learns_without(story.incident.signs) and self._is_high(story, step)
-        return story.harmless and self._is_lost
+        """Return whether an open notice, which was followed up to this step, is none any more."""
+        return self._is_high(story, step) if name == "dead" else story.harmless and self._is_lost
 
     def _learns_without(self, dead: Iterable[Alarm]) -> bool:
         """Return whether the run learns without what these signs call dead: some gradient arrives, and the loss is low."""

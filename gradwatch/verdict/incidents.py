@@ -102,11 +102,7 @@ class Incidents:
     @property
     def explosions(self) -> list[tuple[int, int]]:
         """The first and the last step of each explosion that is more than a notice; the last is endless while it is open."""
-        return [
-            (one.opened_step, _ENDLESS if one.closed_step is None else one.closed_step)
-            for one in self.all
-            if one.kind in EXPLOSION and one.severity != "notice"
-        ]
+        return [_steps_of(one) for one in self.all if _is_grave_explosion(one)]
 
     @property
     def destructive(self) -> list[tuple[int, int]]:
@@ -117,11 +113,9 @@ class Incidents:
         """
         harmful = not self._harmful.isdisjoint(one.number for one in self.all)
         return [
-            (one.opened_step, _ENDLESS if one.closed_step is None else one.closed_step)
+            _steps_of(one)
             for one in self.all
-            if one.kind in EXPLOSION
-            and one.severity != "notice"
-            and (harmful or self._harm.has("overshoot", one.signs))
+            if _is_grave_explosion(one) and (harmful or self._harm.has("overshoot", one.signs))
         ]
 
     @property
@@ -443,3 +437,12 @@ class Incidents:
             self._exploded = step
         self._stories[name] = Story(firing=story.firing)
         return closed
+
+
+def _is_grave_explosion(incident: Incident) -> bool:
+    return incident.kind in EXPLOSION and incident.severity != "notice"
+
+
+def _steps_of(incident: Incident) -> tuple[int, int]:
+    """Return the first and the last step of an incident; the last is endless while it is open."""
+    return incident.opened_step, _ENDLESS if incident.closed_step is None else incident.closed_step

@@ -19,7 +19,6 @@ _FIRST = 12  # steps in which the weights are still those of the initialisation
 _ODD = 10.0  # gain of one matrix, relative to the median one, beyond which it is named
 _LARGE = 4.0  # median gain beyond which all matrices are too large; usual initialisations have 0.6 to 1.4
 _SMALL = 0.3  # median gain below which all matrices are too small
-_BURST = 3.0  # multiple of the rates before and after beyond which that of one step is named
 _REMEMBERED = 32  # earlier updates that still move the weights by momentum
 _JUMP = 3.0  # factor by which a rate rises in a single step only if it is set anew: a warm-up rises by two at most
 _BEFORE = 8  # rows before such a rise
@@ -138,7 +137,7 @@ def _burst(history: History) -> tuple[float, int]:
     if history.task_rows < 3 or history.holders.turns(history.rows, 3):
         return math.nan, -1
     before, rate, now = rates.tolist()
-    return (rate, int(steps[1])) if rate > _BURST * max(before, now) > 0 else (math.nan, -1)
+    return (rate, int(steps[1])) if rate > _JUMP * max(before, now) > 0 else (math.nan, -1)
 
 
 def _rates_of(history: History, column: int | None) -> tuple[float, float]:
