@@ -52,6 +52,7 @@ class HostFacts:
     optimizer: int = -1
     sample: Sample | None = None
     clip: Clip | None = None
+    patience: int = PATIENCE
     problem: str = ""  # why the step does not count as left out although the optimizer cannot use its gradients
     word: Word | None = None
 
@@ -82,6 +83,7 @@ class DeferredRows:
         self._writer = RowWriter(home, ranks)
         self._action = DeviceAction(layers, self._writer, home, ranks, confirms=self._confirms)
         self._left_out = 0
+        self._made = False
         self.home = home
 
     @property
@@ -185,8 +187,9 @@ class DeferredRows:
                 raise PeerError("gradwatch failed in another process, whose output shows the cause")
             left_out = numbers.left_out >= self._processes  # if some processes make the step, it is judged
             self._left_out = self._left_out + 1 if left_out else 0
+            self._made |= not left_out
             if left_out:  # scalers leave out some steps while they search for their scale
-                if self._left_out < PATIENCE:
+                if self._left_out < (PATIENCE if self._made else facts.patience):
                     continue
                 facts.source = "left out by the scaler"
             decision = NOTHING

@@ -74,6 +74,7 @@ class DeviceRecorder:
             arrived=self._hooks.arrived,
             order=self._hooks.order,
             optimizer=mine.number,
+            patience=self._losses.patience(found=False),
             word=word,
         )
         inside = source == "optimizer in backward"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from gradwatch.autoclip.decision import NOTHING, Decision
 from gradwatch.errors import PeerError, TrainingUnstableError
 from gradwatch.measure.measured_gradients import assembled
-from gradwatch.measure.readback import PATIENCE
 from gradwatch.probe.patches import clip_seen
 from gradwatch.records import Provenance, Row
 
@@ -61,7 +60,9 @@ class HostRecorder:
         if sampled.unchanged is not None:
             self._hooks.look()
         row = self._row(step, source, now, whole, sampled, rate, mine, returned, word)
-        if 0 < self._peers.left_out < PATIENCE:  # scalers leave out some steps while they search for their scale
+        left_out = self._peers.left_out
+        # scalers leave out some steps while they search for their scale
+        if left_out and left_out < self._losses.patience(found=mine.steps > 0):
             return None, NOTHING
         if sampled.weight_norm is None and self._peers.ranks is None and self._judge.is_unusual(row):
             looked = self._sampling.weights()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 import torch
 
 from gradwatch import device
+from gradwatch.measure.readback import PATIENCE
 from gradwatch.measure.wrappers import local_of, summed
 
 if TYPE_CHECKING:
@@ -59,12 +60,15 @@ class LossReader:
         """Return the same as `loss_scale`, as a tensor on the device of the scaler; None if there is none."""
         return self.scaler._get_scale_async() if self.scaler is not None else None
 
-    def scale_to_find(self) -> int:
-        """Return how often the scaler of this step may have to lower its first scale until that is 1, below which none helps."""
-        scaler = self._scaler()
+    def patience(self, *, found: bool) -> int:
+        """Return how many steps in a row the scaler may leave out before one of them is judged.
+
+        At first, as many as it may take to lower its scale to 1, below which none helps. ``found``: a step was made since.
+        """
+        scaler = None if found else self._scaler()
         if scaler is None or not 0 < scaler._backoff_factor < 1:
-            return 0
-        return math.ceil(math.log(max(scaler._init_scale, 1.0)) / -math.log(scaler._backoff_factor))
+            return PATIENCE
+        return max(PATIENCE, math.ceil(math.log(max(scaler._init_scale, 1.0)) / -math.log(scaler._backoff_factor)))
 
     def forget(self) -> None:
         """Discard the given losses."""

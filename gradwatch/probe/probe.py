@@ -18,7 +18,6 @@ from gradwatch import device
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
 from gradwatch.measure.deepspeed import OFFLOADED
 from gradwatch.measure.layers import facts_of, family_of, options_of
-from gradwatch.measure.readback import PATIENCE
 from gradwatch.measure.wrappers import unmeasurable
 from gradwatch.probe import optimizer_hooks, patches
 from gradwatch.probe.attribution import Attribution
@@ -248,8 +247,7 @@ class Probe:
         mine = self._guarded(self.owners.stepping, optimizer)
         if mine is not None and self._left_out > self._left_out_before:
             # other processes may make this step and wait for the row
-            patience = PATIENCE if mine.steps else max(PATIENCE, self.losses.scale_to_find())
-            if self._left_out >= patience or self._guarded(self.recorder.meet_peers):
+            if self._left_out >= self.losses.patience(found=mine.steps > 0) or self._guarded(self.recorder.meet_peers):
                 self._guarded(self._take, mine, "left out by the scaler", optimizer)
             self._used(mine)
             self._step_over(None)

@@ -634,6 +634,25 @@ def a_gradient_scaler_finds_its_optimizer_as_it_left_it(s: StandIn) -> None:
 
 
 @check("clips")
+def a_search_for_a_loss_scale_is_no_incident(s: StandIn) -> None:
+    """It takes a dozen halvings of the usual first scale to bring such gradients into the range of float32."""
+    x, y = (one.cuda() for one in data(64))
+    for name, fused in FUSED[:2]:
+        model = mlp().cuda()
+        optimizer, scaler = optimizer_of(model, name, fused, lr=1e-40), torch.amp.GradScaler("cuda")
+        with gradwatch.attach(model, report=None, strict=True) as monitor:
+            for _ in range(40):
+                optimizer.zero_grad()
+                loss = 1e37 * nn.functional.mse_loss(torch.tanh(model(x)), y.clamp(-1, 1))
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        assert scaler.get_scale() <= 2**5
+        assert monitor.incidents == [], name
+        assert monitor.history.rows > 20
+
+
+@check("clips")
 def what_a_step_that_raised_was_lent_is_not_taken_from_the_next(s: StandIn) -> None:
     """The next step may be of a gradient scaler, which sets the same attributes."""
     model = mlp().to("cuda")
