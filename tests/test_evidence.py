@@ -91,6 +91,12 @@ def check_loss_runaway(told: Told) -> None:
     told.say("ran down to", level, told.step, abs(level) / largest, largest, 100.0)
 
 
+def check_stays_up(told: Told) -> None:
+    """Both levels, and the step between."""
+    assert 140 < np.argmax(told.loss[140:] > 0.01) + 140 <= 151
+    told.say(middle(told.loss[-32:]), "since about step 151", told.step, middle(told.loss[-64:151]))
+
+
 def check_weight_growth(told: Told) -> None:
     """In the second row, the usual norm is the first."""
     told.say(told.alarm.layer or "", told.own_weight[-1], told.step, told.own_weight[-1] / told.own_weight[0], 5.0)
@@ -211,6 +217,7 @@ CHECKS: dict[str, Callable[[Told], None]] = {
     "GW102": check_loss_jump,
     "GW103": check_loss_nonfinite,
     "GW104": check_loss_runaway,
+    "GW105": check_stays_up,
     "GW201": check_weight_growth,
     "GW202": check_weight_nonfinite,
     "GW203": check_above_one,

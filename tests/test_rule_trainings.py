@@ -88,6 +88,21 @@ def wrong_sign(faulty: bool) -> gradwatch.Monitor:
     return watched(model, torch.optim.Adam(model.parameters(), lr=0.01), 200, loss_of=loss_of)
 
 
+def smaller_targets(faulty: bool) -> gradwatch.Monitor:
+    """Targets a fifth smaller from step 150 on, at a rate that has fallen to nothing, against targets that stay."""
+    x, _ = data()
+    y = x[:, :1] - x[:, 1:2]
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def change(step: int) -> None:
+        optimizer.param_groups[0]["lr"] = 0.1 if step < 150 else 1e-6
+        y.mul_(0.8 if faulty and step == 150 else 1)
+
+    return watched(model, optimizer, 250, each=change, x_y=(x, y))
+
+
 def unscaled_targets(faulty: bool) -> gradwatch.Monitor:
     """Targets in the hundreds, against scaled ones."""
     x, y = data()
@@ -269,6 +284,7 @@ TRAININGS: dict[str, Training] = {
     "GW102": rate_too_high,
     "GW103": logarithm_of_zero,
     "GW104": wrong_sign,
+    "GW105": smaller_targets,
     "GW201": adam_rate,
     "GW202": rate_too_high,
     "GW203": unscaled_targets,

@@ -551,3 +551,25 @@ def test_after_nan_alone_no_norm_is_clipped(watched: bool) -> None:
     if monitor is not None:
         assert [one.clip.clipped for one in monitor.incidents if one.clip is not None] == [0]
         monitor.detach()
+
+
+def test_a_loss_that_stays_orders_of_magnitude_above_its_level_is_not_healthy() -> None:
+    """It is a seventh of what it was at first, and 3,000 times what had been reached; no update did it, and no clip helps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    slope, losses = 5 * torch.randn(20, 1), []
+    with gradwatch.attach(model, report=None, clip="norm", strict=True) as monitor:
+        for number in range(800):
+            optimizer.param_groups[0]["lr"] = 0.01 if number < 600 else 1e-6
+            x = torch.randn(64, 20)
+            loss = nn.functional.mse_loss(model(x * (1 if number < 600 else 0.5)), x @ slope)
+            losses.append(loss.item())
+            step(optimizer, loss)
+        assert not monitor.checkpoint_guard()
+    assert 100 * losses[590] < losses[610] < losses[0] / 2
+    (incident,) = (one for one in monitor.incidents if one.severity != "notice")
+    assert (incident.kind, incident.verdict) == ("diverging", "damaged")
+    assert "before step 600" in incident.left[0]
+    assert incident.advice[0].startswith("Look at what changed about step 600")
+    assert incident.clip is None or incident.clip.clipped == 0

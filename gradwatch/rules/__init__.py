@@ -21,6 +21,7 @@ from gradwatch.rules.grows_backward import GrowsBackward
 from gradwatch.rules.loss_jump import LossJump
 from gradwatch.rules.loss_nonfinite import LossNonFinite
 from gradwatch.rules.loss_runaway import LossRunaway
+from gradwatch.rules.loss_stays_up import LossStaysUp
 from gradwatch.rules.no_traction import NoTraction
 from gradwatch.rules.opponent_won import OpponentWon
 from gradwatch.rules.out_of_scale import OutOfScale
@@ -41,6 +42,7 @@ RULES: tuple[type[Rule], ...] = (
     LossJump,
     LossNonFinite,
     LossRunaway,
+    LossStaysUp,
     WeightGrowth,
     WeightNonFinite,
     GradientsAboveOne,
@@ -111,6 +113,7 @@ __all__ = [
     "LossJump",
     "LossNonFinite",
     "LossRunaway",
+    "LossStaysUp",
     "NoTraction",
     "OpponentWon",
     "OutOfScale",

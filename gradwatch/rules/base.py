@@ -38,9 +38,9 @@ class Rule(Settings):
         opens: True if an alarm may open an incident. If False, it only joins one that another sign opens, and one of a clip is
             noted.
         role: additional meaning of an alarm in the verdict. ``"surge"``: the gradient norm is far above its usual value;
-            ``"jump"``: the loss jumped; ``"update"``: the coming update is too long for the weights; ``"overshoot"``: the
-            coming update is too long for the loss; ``"damage"``: the weights have been harmed; ``"backward"``: gradients
-            grow on the way back; ``""``: none.
+            ``"jump"``: the loss jumped; ``"level"``: it stays up since it jumped; ``"update"``: the coming update is too long for
+            the weights; ``"overshoot"``: the coming update is too long for the loss; ``"damage"``: the weights have been
+            harmed; ``"backward"``: gradients grow on the way back; ``""``: none.
         remedy: advice that an alarm adds to its incident, with ``{suspect}`` in place of the prime suspect; ``""``: none.
         cases: written runs on which the rule must fire or must stay quiet.
     """

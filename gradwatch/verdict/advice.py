@@ -6,6 +6,7 @@ Zhang & Sennrich 2019, Wortsman et al. 2023, arXiv:2309.14322 (rates and warm-up
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from gradwatch.history.in_use import usual_norms_of
@@ -62,6 +63,9 @@ def advise(
     if opening.burst_at >= 0 and incident.kind in ("exploding", "diverging", "spike"):
         burst = f"it was {number(opening.burst)} at step {opening.burst_at} alone, and {number(opening.rate)} after it"
         return (*lines, f"Look at what sets the learning rate: {burst}.")
+    since = next((sign.numbers["high since"] for sign in incident.signs if sign.code == "GW105"), math.inf)
+    if since < incident.opened_step and opening.raised_at < 0:
+        return (*lines, _what_changed(int(since)))
     first = _known_cause(incident, opening, moved, of_the_batch=of_the_batch)
     lines += [first] if first else []
     if first and incident.kind == "spike":
@@ -99,6 +103,13 @@ def _known_cause(incident: Incident, opening: Opening, moved: str | None, *, of_
     if of_the_batch and incident.kind in ("exploding", "diverging") and not incident.in_series:
         return f"Look at the batch of step {step}: the last update cannot have raised its loss so far."
     return ""
+
+
+def _what_changed(step: int) -> str:
+    return (
+        f"Look at what changed about step {step}: the data, the scale of the inputs or of the targets, weights that were loaded, "
+        "or the loss itself. If that was meant, nothing is wrong as long as the loss comes down again."
+    )
 
 
 def _comes_round(incident: Incident, opening: Opening, *, of_the_batch: bool) -> bool:

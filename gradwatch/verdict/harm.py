@@ -58,7 +58,11 @@ class Harm:
             )
         told = [sign for sign in signs if sign.step not in story.odd_steps]
         return (
-            any((sign.sign == "subtle" and sign.kind != "spike") or sign.sign == "numeric" for sign in signs)
+            any(
+                sign.sign == "numeric"
+                or (sign.sign == "subtle" and sign.kind != "spike" and self._role[sign.code] != "level")
+                for sign in signs
+            )
             or any(sign.kind == "nonfinite" for sign in signs)
             or (self._suffers(story, told) and not self._at_the_edge(signs))
             or self.has("backward", signs)

@@ -134,7 +134,9 @@ class Incidents:
         No clip lowers a loss that an update has not raised.
         """
         story = self._stories.get("explosion")
-        return None if story is None or (story.of_the_batch and not story.harmed and not batches) else story.incident
+        if story is None or (not story.harmed and (story.stays_up or (story.of_the_batch and not batches))):
+            return None
+        return story.incident
 
     @property
     def exploding(self) -> bool:
@@ -240,7 +242,8 @@ class Incidents:
                 story.harmed = touched = True
             if story.incident is None:
                 jumped = any(sign.kind == "spike" for sign in story.firing.values())
-                if name == "explosion" and not (story.harmed or jumped):
+                story.stays_up = self._harm.has("level", story.firing.values())
+                if name == "explosion" and not (story.harmed or jumped or story.stays_up):
                     return None  # growth while the loss is fine is kept as a sign, but opens no incident
                 touched = True
                 story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
@@ -386,7 +389,9 @@ class Incidents:
 
     def _add(self, story: Story, incident: Incident) -> None:
         """Add an incident that opens."""
-        opening = [sign.step for sign in incident.signs if sign.code in self._opening]
+        opening = [
+            int(sign.numbers.get("high since", sign.step)) for sign in incident.signs if sign.code in self._opening
+        ]
         first = min(opening or [incident.opened_step])  # not of a sign that has fired since the run began
         story.before = self._aftermath.of_series(self._told, story, self._aftermath.run_before(first, self.damaged))
         self._make_room()

@@ -33,6 +33,7 @@ class Story:
     jumped: bool = False
     of_the_batch: bool = False  # opened by a jump that the last update cannot have caused
     odd_batch: bool = False  # opened with such a jump, whether or not an update was too long as well
+    stays_up: bool = False  # opened after the loss had been far above its level for long
     young: bool = False  # of_the_batch, and opened before the run had a usual loss level
     look_at: int = 0
     level: float = math.nan
