@@ -107,8 +107,10 @@ class Pipeline:
 
     def optimizer_found(self, name: str, family: Family, options: Mapping[str, str] | None = None) -> None:
         """Record the class, the family and the options of an optimizer of watched parameters."""
-        known = self.history.facts
-        self.history.know(replace(known, optimizer=name, family=family, optimizer_options=dict(options or {})))
+        known, now = self.history.facts, dict(options or {})
+        if known.optimizer is not None and known.maximizes is not (now.get("maximize") == "True"):
+            now.pop("maximize", None)  # one may lower the loss and another raise it, as for adversarial inputs
+        self.history.know(replace(known, optimizer=name, family=family, optimizer_options=now))
 
     def loss_found(self, kind: str, prediction: tuple[int, ...] = ()) -> None:
         """Record the kind of the loss, such as "cross-entropy", and the shape of what it compares with a target."""
@@ -143,8 +145,9 @@ class Pipeline:
     def mistake(self, text: str) -> None:
         """Report once a mistake of the program that is certain; advice names it first."""
         known = self.history.facts
-        self.history.know(replace(known, mistakes=(*known.mistakes, text)))
-        self.note(text)
+        if text not in known.mistakes:
+            self.history.know(replace(known, mistakes=(*known.mistakes, text)))
+            self.note(text)
 
     def part_failed(self, part: str, error: Exception) -> None:
         """Report that a part of gradwatch raised and is switched off; raise its error if strict."""
@@ -251,6 +254,9 @@ class Pipeline:
             self.history.know_explosions(self.incidents.explosions, self.incidents.destructive)
         self.desk.judged(changes, news)
         self._resting.look()
+        if self.history.is_raised:
+            told, loss = self.history.facts.optimizer, self.history.facts.loss
+            self.mistake(f"{told} was made with maximize=True: each step raises the {loss}. Leave maximize out.")
         self._band.follow(self.history)
         if not row.has_loss and self.history.rows == _NO_LOSS and not self.history.losses:
             # all of the first rows are judged, so this one is

@@ -573,3 +573,34 @@ def test_a_loss_that_stays_orders_of_magnitude_above_its_level_is_not_healthy() 
     assert "before step 600" in incident.left[0]
     assert incident.advice[0].startswith("Look at what changed about step 600")
     assert incident.clip is None or incident.clip.clipped == 0
+
+
+def test_a_cross_entropy_that_only_rises_is_told_with_the_option_that_raises_it() -> None:
+    """It doubles every hundred steps, so that no step stands out."""
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=2e-3, maximize=True)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(400):
+            x = 2 * torch.randn(32, 20)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
+        assert monitor.verdict == "suspected"
+    incident = next(one for one in monitor.incidents if one.kind == "diverging")
+    assert incident.advice == (
+        "SGD was made with maximize=True: each step raises the cross-entropy. Leave maximize out.",
+    )
+
+
+@pytest.mark.parametrize("minus", [False, True])
+def test_what_is_meant_to_be_raised_is_healthy(minus: bool) -> None:
+    """A reward, or a loss with a minus sign."""
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(400):
+            x = torch.randn(32, 20)
+            output, labels = model(x), x[:, :5].argmax(1)
+            reward = nn.functional.softmax(output, 1).gather(1, labels[:, None]).mean()
+            step(optimizer, -nn.functional.cross_entropy(output, labels) if minus else reward)
+        assert (monitor.verdict, monitor.incidents) == ("healthy", [])
+    assert any("the optimizer raises it (maximize=True)" in note for note in monitor.notes)
+    assert monitor.snapshot().ending == ""

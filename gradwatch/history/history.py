@@ -230,11 +230,12 @@ class History(GradientNorms):
     def decrease_rates(self) -> Floats:
         """The factor on each layer's squared gradient norm that gives the first-order decrease of the loss, shape (L,).
 
-        It is the learning rate for SGD. NaN for other optimizers, if the gradients may not stem from the loss that was seen,
-        and if a loss below zero was seen, since zero is then no lower bound.
+        It is the learning rate for SGD. NaN for other optimizers, if it raises the loss, if the gradients may not stem from the
+        loss that was seen, and if a loss below zero was seen, since zero is then no lower bound.
         """
         row = self.row
-        if row.family != "sgd" or row.provenance.loss in ("none", "monitor.loss()") or not self.least_loss >= 0:
+        lowers = row.family == "sgd" and not self.facts.maximizes
+        if not lowers or row.provenance.loss in ("none", "monitor.loss()") or not self.least_loss >= 0:
             return np.full(len(self.layers), np.nan)
         return self.rate
 
@@ -283,11 +284,20 @@ class History(GradientNorms):
         last = int(np.argmin(np.where(self.matrices, self.order, np.inf)))
         return math.log(max(self.sizes[last] / self.fan_in[last], 1.0))
 
+    @property
+    def is_raised(self) -> bool:
+        """True if the optimizer raises what is known to be a loss, and not one with a minus sign."""
+        return self.facts.maximizes and bool(self.facts.loss) and self.first_loss > 0
+
+    @property
+    def guessing(self) -> float:
+        """The loss of guessing, if the loss is known to be a cross-entropy; else NaN."""
+        binary = self.facts.loss == "binary cross-entropy"
+        return math.log(2) if binary else self.chance_loss if self.facts.loss == "cross-entropy" else math.nan
+
     def is_good_cross_entropy(self, loss: float) -> bool:
         """Return whether ``loss`` is known to be good: a cross-entropy of less than half that of guessing."""
-        if self.facts.loss == "binary cross-entropy":
-            return loss < math.log(2) / 2
-        return self.facts.loss == "cross-entropy" and loss < self.chance_loss / 2
+        return loss < self.guessing / 2
 
     @property
     def large_matrices(self) -> NDArray[np.bool_]:

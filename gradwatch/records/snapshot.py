@@ -88,6 +88,11 @@ class Facts:
         decoupled = self.optimizer == "AdamW" or self.optimizer_options.get("decoupled_weight_decay") == "True"
         return self.option("weight_decay") if decoupled else 0.0
 
+    @property
+    def maximizes(self) -> bool:
+        """Whether the optimizer raises what backward begins at, in each of its groups."""
+        return self.optimizer_options.get("maximize") == "True"
+
     def option(self, name: str) -> float:
         """Return a number among the options of the optimizer; 0.0 if it is not known, or not the same in each group."""
         try:

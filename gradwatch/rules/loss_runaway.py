@@ -28,7 +28,8 @@ class LossRunaway(Rule):
     `value = m / max |x_k|` upwards and `value = -m / max |x_k| / downwards` (40) downwards, where `m` is the median of the
     last 8 losses. `x_k` are the first 16 finite losses, and losses after jumps that the last update cannot have caused (the
     task became harder). `value = 0` when the loss no longer moves away: `|m|` is below `moving` (1.5) times the absolute
-    median of the 32 losses before. It fires where `value > limit` (2.5) for `for_steps` (3) steps: at 2.5 times the
+    median of the 32 losses before; for a cross-entropy above `worse` (2.0) times that of guessing, which no plateau explains, of
+    the 32 losses 128 steps before. It fires where `value > limit` (2.5) for `for_steps` (3) steps: at 2.5 times the
     beginning upwards, and at 100 times downwards, because a loss that may be negative has no natural floor.
 
     ## Why it is bad
@@ -61,13 +62,15 @@ class LossRunaway(Rule):
     limit: float = Field(default=2.5, gt=1)
     moving: float = Field(default=1.5, ge=1)
     downwards: float = Field(default=40.0, ge=1)
+    worse: float = Field(default=2.0, ge=1)
     for_steps: int = Field(default=3, ge=1)
 
     def measure(self, history: History) -> Floats:
         """Return the loss over the largest loss at the beginning, shape (1,); NaN or 0 before 16 finite losses."""
         beginning = history.largest_first_loss
         now, _ = median_and_mad(history.task_loss(last=8))
-        before, _ = median_and_mad(history.task_loss(last=40)[:-8])
+        slow = now > self.worse * history.guessing  # a cross-entropy, whose scale is known
+        before, _ = median_and_mad(history.task_loss(last=136 if slow else 40)[:-8][:32])
         if (history.resting and history.resting != APART) or abs(now) < self.moving * abs(before):
             return np.zeros(1)
         return np.array([max(now, -now / self.downwards) / beginning if beginning > 0 else np.nan])

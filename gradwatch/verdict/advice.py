@@ -60,6 +60,8 @@ def advise(
         told = [line for line in told if "L2 penalty" not in line]  # there is one
     if incident.kind in _CLIPPABLE:
         lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
+        if history.is_raised:
+            return tuple(lines)
     if opening.burst_at >= 0 and incident.kind in ("exploding", "diverging", "spike"):
         burst = f"it was {number(opening.burst)} at step {opening.burst_at} alone, and {number(opening.rate)} after it"
         return (*lines, f"Look at what sets the learning rate: {burst}.")

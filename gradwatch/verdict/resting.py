@@ -18,6 +18,7 @@ _RULES = ("GW101", "GW104", "GW105", "GW405")  # those that expect the loss to f
 _TURNS = (
     64  # rows after which it is looked for optimizers with losses of their own, a multiple of those between judged rows
 )
+_RAISED = "the optimizer raises it (maximize=True)"
 _OPPOSED = "two optimizers take turns, and the loss of one runs through what the other trains"
 
 
@@ -53,6 +54,8 @@ class Resting:
         resting, last = self._history.resting, self._recurring.last
         if self._history.opposed:
             return _OPPOSED
+        if self._history.facts.maximizes and not self._history.is_raised:
+            return _RAISED
         if last.routine and (resting or not self._one_fires()):
             return f"it jumps about every {last.period} steps farther than an update can raise it (a target network, a new task)"
         if self._history.rows % _TURNS:
