@@ -213,6 +213,7 @@ class Pipeline:
             or self.alarms.stirring
             or self.alarms.waiting
             or self.exploding
+            or row.buffers_well is False
             or self._band.is_left_by(row)
         )
 

@@ -386,7 +386,7 @@ def test_all_processes_get_the_guards_same_answer(later: bool, seen: list[Both])
     assert [one["finite"], other["finite"]] == [[True] * 3, [False, True, True]]
     assert one["guards"] == other["guards"]
     assert one["guards"][:8] == [""] * 8
-    assert one["guards"][-1] == "a buffer was not finite when it was last checked"
+    assert one["guards"][-1] == "an incident has been open since step 8: nonfinite, critical"
 
 
 def normalised_training(

@@ -143,6 +143,12 @@ def check_overshoot(told: Told) -> None:
     told.say(told.step, lower, lower / told.loss[-1], "the whole loss", told.loss[-1], "limit 8", "most of it in")
 
 
+def check_buffers(told: Told) -> None:
+    """Found with a sample of the weights, at most 32 rows after the batch."""
+    assert 50 <= told.step < 82
+    assert told.words == f"a buffer of the model held NaN or infinity by step {told.step}"
+
+
 def check_vanishing(told: Told) -> None:
     """The usual gradient of an element is an average of logarithms."""
     usual = float(np.exp(np.log(told.own[:-1]).mean())) / math.sqrt(told.size)
@@ -227,6 +233,7 @@ CHECKS: dict[str, Callable[[Told], None]] = {
     "GW304": check_run_away,
     "GW305": check_overshoot,
     "GW306": check_growth_backward,
+    "GW307": check_buffers,
     "GW401": check_vanishing,
     "GW402": check_dead,
     "GW403": check_frozen,

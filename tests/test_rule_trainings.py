@@ -166,6 +166,25 @@ def large_gates(faulty: bool) -> gradwatch.Monitor:
     return monitor
 
 
+def batch_left_out(faulty: bool) -> gradwatch.Monitor:
+    """A batch with NaN at step 50 that is left out because its loss is NaN, against one that never meets the model."""
+    x, y = data()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(100):
+            inputs = x * (math.nan if step == 50 else 1)
+            if not faulty and not inputs.isfinite().all():
+                continue
+            loss = nn.functional.mse_loss(model(inputs), y)
+            if loss.isfinite():
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return monitor
+
+
 def deep_sigmoids(faulty: bool) -> gradwatch.Monitor:
     """Fourteen layers of sigmoids, against ReLU."""
     model = mlp(depth=14, activation=nn.Sigmoid if faulty else nn.ReLU)
@@ -294,6 +313,7 @@ TRAININGS: dict[str, Training] = {
     "GW304": growing_weights,
     "GW305": unscaled_targets,
     "GW306": large_gates,
+    "GW307": batch_left_out,
     "GW401": deep_sigmoids,
     "GW402": dying_units,
     "GW403": stale_optimizer,

@@ -71,6 +71,7 @@ class History(GradientNorms):
         self._all_finite = np.zeros(count, dtype=np.uint8)
         self.nonfinite = self._all_finite
         self.nonfinite_weight = np.zeros(count, dtype=bool)
+        self.buffers_bad_since: int | None = None  # step of the sample since which a buffer is not finite
         self.dead_share: Floats = np.full(count, np.nan)
         self.unchanged: Floats = np.full(count, np.nan)
         self._compared = 0  # number of rows when the weights were last compared
@@ -111,6 +112,9 @@ class History(GradientNorms):
                 self.still_since = row.step
             if top > 1.0001 * self._top_rate:
                 self._top_rate, self._rose_at = top, self.rows
+        if row.buffers_well is not None:
+            since = row.step if self.buffers_bad_since is None else self.buffers_bad_since
+            self.buffers_bad_since = None if row.buffers_well else since
         if row.dead_share is not None:
             self.dead_share = row.dead_share
         if row.unchanged is not None:

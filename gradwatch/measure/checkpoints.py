@@ -111,12 +111,16 @@ def damage_of(model: nn.Module, constants: Mapping[str, Tensor] = NONE) -> str:
     return ""
 
 
-def buffers_are_bad(model: nn.Module, home: torch.device, constants: Mapping[str, Tensor] = NONE) -> Tensor:
-    """Return whether a buffer in this process is not finite, as a bool tensor of shape (); nothing is read on the host."""
+def buffers_are_bad(model: nn.Module, home: torch.device, constants: dict[str, Tensor]) -> Tensor:
+    """Return whether a buffer in this process is not finite, as a bool tensor of shape (); nothing is read on the host.
+
+    Buffers that the model did not have before are added to ``constants`` as they are: a mask may be made with the first batch.
+    """
     fine = [torch.ones((), dtype=torch.bool, device=home)]
     for names, finite in _finite_buffers(model):
-        nothing = torch.zeros_like(finite[0])
-        excused = [device.moved(constants[name], finite.device) if name in constants else nothing for name in names]
+        if not constants.keys() >= set(names):
+            constants.update((name, one) for name, one in zip(names, ~finite, strict=True) if name not in constants)
+        excused = [device.moved(constants[name], finite.device) for name in names]
         fine.append(device.moved((finite | torch.stack(excused)).all(), home))
     return ~torch.stack(fine).all()
 

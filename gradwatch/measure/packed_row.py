@@ -78,6 +78,11 @@ class UnpackedRow:
     ranks: NDArray[np.int64]
     loss_scale: float
 
+    @property
+    def buffers_are_well(self) -> bool:
+        """True if no process has found a buffer that is not finite, given that they were looked at."""
+        return not (self.ranks[FLAGS] & BUFFER_BAD).any()
+
     @classmethod
     def of(cls, table: PackedRow) -> UnpackedRow:
         """Unpack ``table``."""

@@ -131,8 +131,8 @@ class DeferredRows:
             slot, now if before is None else self._writer.same_columns(before, now), now, loss, own_norms
         )
         facts.sample = self._sampling.take_unread(now, slot, self._writer.parts, facts.rate, closely=closely)
-        model, decides = self._layers.model, self._ranks is not None or plan is not None
-        if decides and facts.sample.weight_norm is not None and model is not None:
+        model = self._layers.model
+        if facts.sample.weight_norm is not None and model is not None:
             slot.ranks[FLAGS, self._rank].add_(BUFFER_BAD * buffers_are_bad(model, self.home, self._layers.constants))
         if loss_scale is not None:
             slot.singles[SCALE].copy_(device.moved(loss_scale, self.home).reshape(()))
@@ -231,4 +231,5 @@ class DeferredRows:
             culprits=self._ranks.culprits(numbers) if self._ranks is not None else None,
             provenance=Provenance(facts.source, facts.clipped, loss_source, self._processes),
             loss_scale=numbers.loss_scale,
+            buffers_well=None if sample.weight_norm is None else numbers.buffers_are_well,
         )

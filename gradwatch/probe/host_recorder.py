@@ -162,6 +162,7 @@ class HostRecorder:
             arrived=self._hooks.arrived,
             order=self._hooks.order,
             culprits=culprits,
+            buffers_well=self._peers.look_at_buffers() if sampled.weight_norm is not None else None,
             provenance=self._provenance(
                 source, (whole is not now and mine.coming.clips) or limit is not None, loss_source, processes
             ),

@@ -10,7 +10,6 @@ from gradwatch.distributed.agreement import PACE, differences, settings_of, told
 from gradwatch.distributed.find import Unsupported, find_ranks
 from gradwatch.distributed.words import Agreed, Local, Word
 from gradwatch.measure.checkpoints import buffers_are_bad
-from gradwatch.measure.packed_row import BUFFER_BAD, FLAGS
 from gradwatch.measure.readback import LAG
 
 if TYPE_CHECKING:
@@ -167,10 +166,8 @@ class Peers:
         """Combine the measured values of all processes in place; return the mean loss, its source, and the ranks at fault."""
         assert self.ranks is not None
         bad = any(not math.isfinite(norm.item()) for norm in self._hooks.own_norms())
-        model, looked = self._layers.model, sampled.weight_norm is not None
-        buffer_bad = (
-            looked and model is not None and bool(buffers_are_bad(model, self._layers.home, self._layers.constants))
-        )
+        looked = sampled.weight_norm is not None
+        buffer_bad = looked and self._own_are_bad()
         mine = Local(loss if source != "none" else None, word, bad, self._after, buffer_bad)
         united = self.ranks.unite(mine, whole, now, sampled)
         if looked:
@@ -182,11 +179,21 @@ class Peers:
             return math.nan, "none", united.culprits
         return united.loss, source if source != "none" else "backward root", united.culprits
 
+    def look_at_buffers(self) -> bool:
+        """Return whether all buffers are finite; of several processes, what their last exchange has said."""
+        if self.ranks is None:
+            self.buffers_are_well = not self._own_are_bad()
+        return self.buffers_are_well
+
+    def _own_are_bad(self) -> bool:
+        model = self._layers.model
+        return model is not None and bool(buffers_are_bad(model, self._layers.home, self._layers.constants))
+
     def take(self, numbers: UnpackedRow, *, looked: bool) -> None:
         """Apply the agreements of a row that has arrived from a device; ``looked`` is True if its buffers were checked."""
         self._settle(numbers.after_norm)
         if looked:
-            self.buffers_are_well = not (numbers.ranks[FLAGS] & BUFFER_BAD).any()
+            self.buffers_are_well = numbers.buffers_are_well
         if self.ranks is not None:
             self._apply_agreement(self.ranks.agreed(numbers))
 

@@ -9,7 +9,7 @@ import numpy as np
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 Sign = Literal["subtle", "confirming", "growth", "numeric", "silent", "clip"]
-Role = Literal["", "surge", "jump", "level", "update", "overshoot", "damage", "backward"]
+Role = Literal["", "surge", "jump", "level", "update", "overshoot", "damage", "backward", "buffer"]
 Kind = Literal["exploding", "spike", "nonfinite", "diverging", "vanishing", "stalled", "dead", "frozen", "clipping"]
 Severity = Literal["notice", "warning", "critical"]
 Verdict = Literal["suspected", "confirmed", "damaged", "resolved"]

@@ -111,6 +111,7 @@ class Row(NamedTuple):
             update, or several do inside backward.
         order: rank of each layer in the order in which gradients arrived in backward, shape (L,); None: as in the row before.
         loss_scale: factor of the gradient scaler that made the step; NaN if there was none.
+        buffers_well: whether all buffers of the model are finite, but for those that never were; None if they were not sampled.
         begins_task: whether a new task is known to begin with it (see `gradwatch.history.History.begin_task`).
     """
 
@@ -134,6 +135,7 @@ class Row(NamedTuple):
     optimizer: int = -1
     order: NDArray[np.intp] | None = None
     loss_scale: float = float("nan")
+    buffers_well: bool | None = None
     begins_task: bool = False
 
     @property

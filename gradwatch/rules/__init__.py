@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from gradwatch.errors import UsageError
 from gradwatch.rules.at_chance import AtChance
 from gradwatch.rules.base import Rule
+from gradwatch.rules.buffer_nonfinite import BufferNonFinite
 from gradwatch.rules.clip_bites import ClipBites
 from gradwatch.rules.clip_never_bites import ClipNeverBites
 from gradwatch.rules.dead import Dead
@@ -52,6 +53,7 @@ RULES: tuple[type[Rule], ...] = (
     WeightsRunAway,
     StepOvershoots,
     GrowsBackward,
+    BufferNonFinite,
     Vanishing,
     Dead,
     Frozen,
@@ -102,6 +104,7 @@ def _meant(word: str) -> list[type[Rule]]:
 __all__ = [
     "RULES",
     "AtChance",
+    "BufferNonFinite",
     "ClipBites",
     "ClipNeverBites",
     "Dead",

@@ -40,7 +40,7 @@ class Rule(Settings):
         role: additional meaning of an alarm in the verdict. ``"surge"``: the gradient norm is far above its usual value;
             ``"jump"``: the loss jumped; ``"level"``: it stays up since it jumped; ``"update"``: the coming update is too long for
             the weights; ``"overshoot"``: the coming update is too long for the loss; ``"damage"``: the weights have been
-            harmed; ``"backward"``: gradients grow on the way back; ``""``: none.
+            harmed; ``"backward"``: gradients grow on the way back; ``"buffer"``: a buffer is not finite; ``""``: none.
         remedy: advice that an alarm adds to its incident, with ``{suspect}`` in place of the prime suspect; ``""``: none.
         cases: written runs on which the rule must fire or must stay quiet.
     """

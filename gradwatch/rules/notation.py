@@ -67,6 +67,7 @@ class Case:
         rate: learning rate, or a series of them.
         family: optimizer family.
         size: number of elements of each layer.
+        buffers: series of 1 where all buffers are finite, and 0 where one is not.
         opposed: whether the losses of two optimizers oppose each other.
     """
 
@@ -81,6 +82,7 @@ class Case:
     rate: float | str = 0.01
     family: Literal["sgd", "adam", "other"] = "sgd"
     size: int = 100
+    buffers: str = "1"
     opposed: bool = False
 
     def rows(self) -> tuple[History, Iterator[Row]]:
@@ -96,10 +98,14 @@ class Case:
                 ("unchanged", self.unchanged),
             )
         }
-        losses, left = series(self.loss), series(self.clip)
+        losses, left, well = series(self.loss), series(self.clip), series(self.buffers)
         rates = series(self.rate) if isinstance(self.rate, str) else [self.rate]
         steps = max(
-            len(losses), len(left), len(rates), *(len(values) for columns_ in columns.values() for values in columns_)
+            len(losses),
+            len(left),
+            len(rates),
+            len(well),
+            *(len(values) for columns_ in columns.values() for values in columns_),
         )
         history = History(layers, sizes=[self.size] * len(layers))
         history.know(
@@ -114,7 +120,8 @@ class Case:
                 }
                 applied = left[min(step, len(left) - 1)] if left else math.nan
                 now["rate"] = np.full(len(layers), rates[min(step, len(rates) - 1)])
-                yield _row(step, losses[min(step, len(losses) - 1)], now, applied, self)
+                row = _row(step, losses[min(step, len(losses) - 1)], now, applied, self)
+                yield row._replace(buffers_well=well[min(step, len(well) - 1)] > 0)
 
         return history, written()
 

@@ -331,20 +331,21 @@ class RunLog:
         statement = (
             "SELECT step, line.loss, global_norm, clip_coefficient, norms.gradient, norms.weight, "
             "rate, dead_share, unchanged, applied, nonfinite.gradient, nonfinite.weight, counts, culprits, "
-            "source, clipped, provenances.loss, processes, {}, {}, {} "
+            "source, clipped, provenances.loss, processes, {}, {}, {}, {} "
             "FROM line LEFT JOIN norms USING (id) LEFT JOIN samples USING (id) LEFT JOIN nonfinite USING (id) "
-            "LEFT JOIN provenances USING (provenance) {} {} {} ORDER BY id"
+            "LEFT JOIN provenances USING (provenance) {} {} {} {} ORDER BY id"
         )
         with self.reading():
             (count,) = self._db.execute("SELECT count(*) FROM steps").fetchone()
             self._check_size(count)
-            columns = {"arrivals": "arrived", "families": "family", "tasks": "tasks.id"}
+            columns = {"arrivals": "arrived", "families": "family", "buffers": "well", "tasks": "tasks.id"}
             told = [column if self._has(table) else "NULL" for table, column in columns.items()]
             joins = [f"LEFT JOIN {table} USING (id)" if self._has(table) else "" for table in columns]
             arrived, rate = None, None
-            for *numbers, came, by, task in self._db.execute(statement.format(*told, *joins)):
+            for *numbers, came, by, well, task in self._db.execute(statement.format(*told, *joins)):
                 arrived = arrived if came is None else came
                 family = family if by is None else checked(Family, by)  # type: ignore[arg-type]
                 row = row_of(tuple(numbers), arrived, len(self.layers), family)
                 rate = rate if row.rate is None else row.rate  # kept where it changes
-                yield row._replace(rate=rate, begins_task=task is not None)
+                buffers_well = None if well is None else bool(well)
+                yield row._replace(rate=rate, begins_task=task is not None, buffers_well=buffers_well)

@@ -118,6 +118,12 @@ CREATE TABLE families (            -- of a row and of those after it in its sess
     family TEXT NOT NULL           -- of the optimizer that made the step
 );
 """,
+    "buffers": """
+CREATE TABLE buffers (             -- rows with a sample in which that changed
+    id INTEGER PRIMARY KEY,
+    well INTEGER NOT NULL          -- 1: all buffers of the model were finite, but for those that never were
+);
+""",
     "tasks": """
 CREATE TABLE tasks (id INTEGER PRIMARY KEY);  -- rows with which a new task begins: layers or an optimizer came
 """,

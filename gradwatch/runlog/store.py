@@ -263,6 +263,9 @@ class Store:
         if row.family != self._done.family:
             self._done.family = row.family
             self._connection.execute("INSERT OR REPLACE INTO families VALUES (?, ?)", (key, row.family))
+        if row.buffers_well not in (None, self._done.buffers_well):
+            self._done.buffers_well = row.buffers_well
+            self._connection.execute("INSERT OR REPLACE INTO buffers VALUES (?, ?)", (key, row.buffers_well))
         if row.begins_task:
             self._connection.execute("INSERT OR REPLACE INTO tasks VALUES (?)", (key,))
         bad = row.nonfinite_weight

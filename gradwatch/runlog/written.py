@@ -26,6 +26,7 @@ class Written:
     provenances: dict[Provenance, int] = field(default_factory=dict)
     provenance: int = -1
     rate: Floats | None = None
+    buffers_well: bool = True
     arrived: bytes = b""  # for each layer, whether a gradient was seen to arrive so far
     family: str = ""  # of the optimizer that made the last step
     settings: Floats = field(default_factory=lambda: UNKNOWN)  # learning rate and loss scale of the last row

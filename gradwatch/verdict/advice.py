@@ -132,6 +132,9 @@ def _lines(
     if incident.kind not in EXPLOSION:
         yield from on_silence(incident, history, told, opening, beside)
         return
+    if {sign.code for sign in incident.signs} == {"GW307"}:
+        yield from _buffers()
+        return
     both = any(s.sign == "growth" for s in incident.signs) and any(s.kind == "nonfinite" for s in incident.signs)
     if incident.origin is not None and incident.kind == "nonfinite":
         yield from incident.origin.advice
@@ -156,6 +159,17 @@ def _lines(
         if both:
             yield from _nonfinite(incident, history)
             yield from _look_closer(incident)
+
+
+def _buffers() -> Iterator[str]:
+    yield (
+        "Leave batches with NaN or infinity out before the forward pass: a normalisation takes them into its running statistics "
+        "there, whether or not a step is made."
+    )
+    yield (
+        "Go back to a checkpoint whose buffers are finite, or call reset_running_stats() on that module and train on: evaluation "
+        "uses these statistics."
+    )
 
 
 def _runaway_series(incident: Incident) -> Iterator[str]:

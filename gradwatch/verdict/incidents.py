@@ -76,6 +76,7 @@ class Incidents:
         self._harm = Harm(history, rules, settings)
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
+        self._broken = broken
         self._aftermath = Aftermath(history, broken, self._silent)
         self._gravity = Gravity(history)
         self._suspects = Suspects(history, settings)
@@ -319,6 +320,8 @@ class Incidents:
         story.moved = story.moved or moved
         story.weighed |= self._history.row.weight_norm is not None  # on a device some steps after the opening
         story.findings += [finding] if finding else []
+        if self._harm.has("buffer", story.firing.values()) and (named := self._broken()) not in story.findings:
+            story.findings += [named] if named else []
         if self._origin is not None and kind in EXPLOSION:
             if not self._is_consequence(story, self._origin):
                 story.origin = story.origin or self._origin
