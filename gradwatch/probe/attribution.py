@@ -11,7 +11,7 @@ import torch
 
 from gradwatch.probe import patches
 from gradwatch.probe.backwards import Backward, has_changed, parameters_behind
-from gradwatch.probe.uncleared import Uncleared
+from gradwatch.probe.clearing import Clearing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ class Attribution:
 
     Attributes:
         backwards: number of backwards of the watched model.
-        uncleared: notices gradients that are never cleared.
+        clearing: notices gradients that are never cleared, and those that are cleared too early.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Attribution:
         self._strays: deque[tuple[list[Loss], weakref.ref[nn.Parameter]]] = deque(maxlen=_STRAYS)
         self._threads: set[int] = set()  # threads that called backward on this model
         self.backwards = 0
-        self.uncleared = Uncleared(mistaken)
+        self.clearing = Clearing(mistaken)
 
     def begins(self, run: Run) -> None:
         """Note the gradients that exist before a backward, and forget losses whose gradients were cleared."""
@@ -64,8 +64,8 @@ class Attribution:
         try:
             before = [None if (g := one.grad) is None else (g, g._version) for one in sole.parameters]
             run.notes[id(self)] = sole, before
-            if self.uncleared.watches:
-                self.uncleared.begins(sole, before)
+            if self.clearing.watches:
+                self.clearing.begins(sole, before)
         finally:
             patches.READERS.remove(run.thread)
 
@@ -75,8 +75,8 @@ class Attribution:
                 return
             owners = self._owners.current()
             run.notes[id(self)] = before = Backward(owners, self._layers.model if self._hooks.hookless else None)
-            for owner in owners if self.uncleared.watches else ():
-                self.uncleared.begins(owner, before.of_owner(owner))
+            for owner in owners if self.clearing.watches else ():
+                self.clearing.begins(owner, before.of_owner(owner))
             if any(owner.coming.roots for owner in owners):
                 self._forget_cleared(before)
 
@@ -99,8 +99,8 @@ class Attribution:
         self.backwards += 1
         self._threads.add(run.thread)
         owner.coming.add(run.losses)
-        if self.uncleared.watches:
-            self.uncleared.reached(owner)
+        if self.clearing.watches:
+            self.clearing.reached(owner)
         return True
 
     def _end(self, run: Run, note: Any, *, fused: bool) -> bool:
@@ -116,8 +116,8 @@ class Attribution:
         losses = run.losses
         for owner, columns in reached:
             _add(owner, owner.own(losses), columns)
-            if self.uncleared.watches:
-                self.uncleared.reached(owner)
+            if self.clearing.watches:
+                self.clearing.reached(owner)
         return True
 
     def passed_by(self) -> None:

@@ -267,9 +267,16 @@ class Probe:
         """Measure the gradients that the optimizer is about to use; return new arguments if it has a closure, else None."""
         if self._turns.watches:
             self._guarded(self._turns.stepped, optimizer)
+        if self.attribution.clearing.watches:
+            self._guarded(self._look_at_clearing, optimizer)
         if not kwargs and (len(args) == 1 or args[1:] == (None,)) and self._take_fast_path(optimizer):
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
+
+    def _look_at_clearing(self, optimizer: Optimizer) -> None:
+        mine = self.owners.known(optimizer)
+        if mine is not None and self._loop.kind == "optimizer":
+            self.attribution.clearing.comes(mine)
 
     def before_step_without_hook(self, optimizer: Any) -> None:
         """Measure the gradients that an optimizer without torch's hooks is about to use."""
@@ -404,8 +411,8 @@ class Probe:
         mine = self.owners.known(optimizer)
         if mine is not None and mine.parameters:
             mine.restore()
-            if self.attribution.uncleared.watches:
-                self.attribution.uncleared.stepped(mine)
+            if self.attribution.clearing.watches:
+                self.attribution.clearing.stepped(mine)
             if mine.around is not None:
                 self.owners.step_is_over(mine)
             self.recorder.skipping.over()

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _MOST = 4
 _LARGE = 1e3  # first loss from which targets may need scaling
-_CLIPPABLE = ("exploding", "diverging", "spike", "stalled", "vanishing")  # kinds on which a misplaced clip bears
 _FIRST = 12  # steps in which the weights of one layer may move alone
 _MOMENTUM = 0.99  # momentum of SGD beyond which the momentum is named
 _DEEP = 10  # weight matrices from which a model without normalisation is deep
@@ -58,10 +57,9 @@ def advise(
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
     if history.facts.option("weight_decay") > 0:
         told = [line for line in told if "L2 penalty" not in line]  # there is one
-    if incident.kind in _CLIPPABLE:
-        lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
-        if history.is_raised:
-            return tuple(lines)
+    lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
+    if history.is_raised:
+        return tuple(lines)
     if opening.burst_at >= 0 and incident.kind in ("exploding", "diverging", "spike"):
         burst = f"it was {number(opening.burst)} at step {opening.burst_at} alone, and {number(opening.rate)} after it"
         return (*lines, f"Look at what sets the learning rate: {burst}.")

@@ -1,4 +1,4 @@
-"""Programs that never clear gradients between steps, so that each update uses the sum of all gradients so far."""
+"""Programs that clear gradients at the wrong time: never, so that updates use the sum of all so far, or before the step."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class _Left:
     steps: int = 0  # in a row over which it was there
 
 
-class Uncleared:
-    """Looks at one gradient of each optimizer in the first steps: as a step has left it, and when each later backward begins.
+class Clearing:
+    """Looks at the gradients of each optimizer in the first steps: after a step, around each backward, before the next step.
 
     Args:
-        told: called once with a sentence if an optimizer's gradients are never cleared.
+        told: called once with a sentence if an optimizer's gradients are never cleared, or cleared before its steps.
 
     Attributes:
         watches: True until it was told, or not seen for long.
@@ -49,6 +49,10 @@ class Uncleared:
         self._steps = 0
         # None: the program clears them
         self._left: weakref.WeakKeyDictionary[Gradients, _Left | None] = weakref.WeakKeyDictionary()
+        self._brought: weakref.WeakSet[Gradients] = (
+            weakref.WeakSet()
+        )  # to which the last backward has brought gradients
+        self._emptied: weakref.WeakKeyDictionary[Gradients, int] = weakref.WeakKeyDictionary()  # steps in a row
         self.watches = True
 
     def begins(self, owner: Gradients, before: Before) -> None:
@@ -66,14 +70,33 @@ class Uncleared:
 
     def reached(self, owner: Gradients) -> None:
         """Record that the backward has changed gradients of the optimizer."""
+        if any(_is_there(one.grad) for one in owner.parameters):
+            self._brought.add(owner)
+        else:
+            self._brought.discard(owner)
         left = self._left.get(owner)
         if left is not None and not left.there:
             self._left[owner] = None
         elif left is not None:
             left.version = None
 
+    def comes(self, owner: Gradients) -> None:
+        """Count a step that is about to be made without any of the gradients that the last backward has brought."""
+        if owner.hidden or owner.sharded or owner not in self._brought:
+            return
+        gradients = [one.grad for one in owner.parameters if one.grad is not None]
+        emptied = all(_can_be_read(one) and not one.any() for one in gradients)
+        self._emptied[owner] = self._emptied.get(owner, 0) + 1 if emptied else 0
+        if self._emptied[owner] == _ENOUGH:
+            self.watches = False
+            self._told(
+                f"gradients are cleared between backward() and optimizer.step(): in {_ENOUGH} steps in a row, the optimizer got none "
+                "of those that the backward had brought. Call optimizer.zero_grad() before backward(), or after the step."
+            )
+
     def stepped(self, owner: Gradients) -> None:
         """Count a step over which the gradients were never cleared, and remember the first one as it is now."""
+        self._brought.discard(owner)
         self._steps += 1
         self.watches = self._steps <= _LONGEST
         left = self._left.get(owner)
@@ -91,6 +114,11 @@ class Uncleared:
                 f"gradients are not cleared: over {_ENOUGH} steps in a row, each backward has added to those of earlier steps, "
                 "so that updates use the sum of all gradients so far. Call optimizer.zero_grad() in each step."
             )
+
+
+def _is_there(gradient: Tensor | None) -> bool:
+    """Return whether there is a gradient, and one above zero where that can be read without waiting."""
+    return gradient is not None and (not _can_be_read(gradient) or bool(gradient.any()))
 
 
 def _can_be_read(gradient: Tensor) -> bool:

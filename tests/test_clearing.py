@@ -1,4 +1,4 @@
-"""Gradients that are never cleared between steps are a mistake, which is told once; ways to clear them are recognised."""
+"""Gradients that are never cleared, or cleared before the step, are a mistake, told once; ways to clear them are recognised."""
 
 from __future__ import annotations
 
@@ -135,3 +135,48 @@ def test_it_is_the_first_advice_where_the_run_explodes() -> None:
     grave = [incident for incident in monitor.incidents if incident.severity != "notice"]
     assert grave
     assert TOLD in grave[-1].advice[0].lower()
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_that_are_cleared_before_the_step_are_told_once_and_are_the_first_advice(to_none: bool) -> None:
+    """The optimizer gets nothing; the parts that do not learn are not blamed for it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(120):
+            x = torch.randn(64, 8)
+            nn.functional.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+            optimizer.zero_grad(set_to_none=to_none)
+            optimizer.step()
+    early = "gradients are cleared between backward() and optimizer.step()"
+    assert sum(early in note for note in monitor.notes) == 1
+    assert monitor.verdict == "suspected"
+    for incident in monitor.incidents:
+        assert early in incident.advice[0].lower()
+
+
+def test_what_a_step_leaves_out_now_and_then_is_not_taken_for_clearing_too_early() -> None:
+    """Each third backward is dropped, a line search clears before its closure, and a step clears after it."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3)
+    optimizer, search = torch.optim.SGD(model.parameters(), lr=0.01), torch.optim.LBFGS(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(60):
+            x = torch.randn(64, 8)
+            loss = nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+            loss.backward()
+            if number % 3 == 0:
+                optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            loss = nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+            loss.backward()
+            return loss
+
+        for _ in range(20):
+            search.zero_grad()
+            search.step(closure)
+    assert not any("cleared" in note for note in monitor.notes)
