@@ -94,7 +94,7 @@ def check_loss_runaway(told: Told) -> None:
 def check_stays_up(told: Told) -> None:
     """Both levels, and the step between."""
     assert 140 < np.argmax(told.loss[140:] > 0.01) + 140 <= 151
-    told.say(middle(told.loss[-32:]), "since about step 151", told.step, middle(told.loss[-64:151]))
+    told.say(middle(told.loss[-64:]), "since about step 151", told.step, middle(told.loss[-128:151]))
 
 
 def check_weight_growth(told: Told) -> None:

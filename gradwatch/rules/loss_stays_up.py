@@ -22,13 +22,13 @@ class LossStaysUp(Rule):
     """The loss stays up: it jumped from far below where it began, and does not come back.
 
     ## What it means
-    Within a few dozen steps the run has lost most of the orders of magnitude that its loss had fallen by.
+    Within some sixty steps the run has lost most of the orders of magnitude that its loss had fallen by.
 
     ## Formula
-    `value = m / max(times b, sqrt(r b))`, where `m` is the median of the last `window` (32) losses, `b` that of as many before
+    `value = m / max(times b, sqrt(r b))`, where `m` is the median of the last `window` (64) losses, `b` that of as many before
     them, and `r` the reference loss (median of the first 16): above the root, the loss is back by more than half of the way,
     measured in logarithms. `value = 0` until three quarters of the older half of the window are above that denominator, while the
-    loss comes down (the median of the newer half is at least a fifth, `falling`, below that of the older half), and where it
+    loss comes down (the median of the newer half is at least a tenth, `falling`, below that of the older half), and where it
     need not fall. It fires where `value > limit` (1.0), with
     `times` = 10. Losses at or below zero have no logarithm and do not count.
 
@@ -40,7 +40,7 @@ class LossStaysUp(Rule):
     Look at what changed at that step: the data, the targets, the scale of the inputs, the rate, weights that were loaded.
 
     ## When it is harmless
-    A new task that is learned so slowly that the loss falls by less than a fifth in 16 steps.
+    A new task that is learned so slowly that the loss falls by less than a tenth in 32 steps.
 
     ## Source
     The second of the practitioners' signs (Brownlee 2019), by levels instead of single updates; the limits are this project's.
@@ -54,16 +54,16 @@ class LossStaysUp(Rule):
     per_layer: ClassVar[bool] = False
     urgent: ClassVar[bool] = False
     cases: ClassVar[tuple[Case, ...]] = (
-        Case("a jump that lasts", fires=97, loss="100*0.9x60 0.2x10 20x60"),
-        Case("a jump that comes back", fires=None, loss="100*0.9x60 0.2x10 20*0.95x80"),
-        Case("one odd batch", fires=None, loss="100*0.9x60 0.2x40 60 0.2x60"),
-        Case("less than half of the way", fires=None, loss="100*0.9x60 0.02x40 0.5x60"),
+        Case("a jump that lasts", fires=185, loss="100*0.9x60 0.2x70 20x80"),
+        Case("a jump that comes back", fires=None, loss="100*0.9x60 0.2x70 20*0.98x150"),
+        Case("one odd batch", fires=None, loss="100*0.9x60 0.2x70 60 0.2x80"),
+        Case("less than half of the way", fires=None, loss="100*0.9x60 0.02x70 0.5x80"),
     )
 
     limit: float = Field(default=1.0, gt=0)
     times: float = Field(default=10.0, gt=1)
-    falling: float = Field(default=0.2, gt=0, lt=1)
-    window: int = Field(default=32, ge=8)
+    falling: float = Field(default=0.1, gt=0, lt=1)
+    window: int = Field(default=64, ge=8)
 
     def measure(self, history: History) -> Floats:
         """Return the level of the loss over the one up to which it may rise, shape (1,); 0 while it comes down."""
