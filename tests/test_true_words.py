@@ -577,6 +577,7 @@ def test_a_loss_that_stays_orders_of_magnitude_above_its_level_is_not_healthy() 
 
 def test_a_cross_entropy_that_only_rises_is_told_with_the_option_that_raises_it() -> None:
     """It doubles every hundred steps, so that no step stands out."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=2e-3, maximize=True)
     with gradwatch.attach(model, report=None, strict=True) as monitor:
@@ -593,6 +594,7 @@ def test_a_cross_entropy_that_only_rises_is_told_with_the_option_that_raises_it(
 @pytest.mark.parametrize("minus", [False, True])
 def test_what_is_meant_to_be_raised_is_healthy(minus: bool) -> None:
     """A reward, or a loss with a minus sign."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
     with gradwatch.attach(model, report=None, strict=True) as monitor:
@@ -604,3 +606,39 @@ def test_what_is_meant_to_be_raised_is_healthy(minus: bool) -> None:
         assert (monitor.verdict, monitor.incidents) == ("healthy", [])
     assert any("the optimizer raises it (maximize=True)" in note for note in monitor.notes)
     assert monitor.snapshot().ending == ""
+
+
+def test_nan_in_a_batch_while_the_loss_comes_down_from_an_outlier_is_a_cause_of_its_own() -> None:
+    """Fifteen steps after the outlier; the notice on it stays a notice."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with gradwatch.attach(model, report=None, clip="norm", strict=True) as monitor:
+        for number in range(300):
+            x = torch.randn(32, 8)
+            target = 2 * x[:, :1]
+            if number == 150:
+                target[3] = 2000
+            if number == 165:
+                x[0, 0] = torch.nan
+            step(optimizer, nn.functional.mse_loss(model(x), target))
+    outlier, batch = monitor.incidents
+    assert (outlier.opened_step, outlier.kind, outlier.severity) == (150, "spike", "notice")
+    assert (batch.opened_step, batch.kind) == (165, "nonfinite")
+    assert outlier.advice[0].startswith("Look at the batch of step 150")
+    assert "NaN" in batch.advice[0]
+
+
+def test_an_infinite_target_gets_no_advice_on_the_rate() -> None:
+    """No update has made it."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with gradwatch.attach(model, report=None, clip="norm", strict=True) as monitor:
+        for number in range(120):
+            x = torch.randn(32, 8)
+            target = 2 * x[:, :1]
+            if number == 80:
+                target[3] = torch.inf
+            step(optimizer, nn.functional.mse_loss(model(x), target))
+    (incident,) = monitor.incidents
+    assert "`target` of `mse_loss`" in incident.advice[0]
+    assert "rate" not in advice(monitor)

@@ -90,8 +90,8 @@ class Clearing:
         if self._emptied[owner] == _ENOUGH:
             self.watches = False
             self._told(
-                f"gradients are cleared between backward() and optimizer.step(): in {_ENOUGH} steps in a row, the optimizer got none "
-                "of those that the backward had brought. Call optimizer.zero_grad() before backward(), or after the step."
+                f"gradients are cleared between backward() and optimizer.step(): in {_ENOUGH} steps in a row, the optimizer got "
+                "none of those that the backward had brought. Call optimizer.zero_grad() before backward(), or after the step."
             )
 
     def stepped(self, owner: Gradients) -> None:

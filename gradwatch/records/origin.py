@@ -143,6 +143,11 @@ class Origin:
         return f"`{self.op}`{self.place} {self.cause}"
 
     @property
+    def came_with_the_batch(self) -> bool:
+        """Whether the model or the loss was given the value, so that no update has made it."""
+        return self.subject in ("input", "argument")
+
+    @property
     def _met(self) -> str:
         return f"; `{self.op}`{self.place} got it" if self.op and not self.op.startswith("(") else ""
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Kind, Role, Sign
 
+_FIRST = 8  # losses after the jump with which later ones are compared
+
 
 class LossStaysUp(Rule):
     """The loss stays up: it jumped from far below where it began, and does not come back.
@@ -27,10 +29,10 @@ class LossStaysUp(Rule):
     ## Formula
     `value = m / max(times b, sqrt(r b))`, where `m` is the median of the last `window` (64) losses, `b` that of as many before
     them, and `r` the reference loss (median of the first 16): above the root, the loss is back by more than half of the way,
-    measured in logarithms. `value = 0` until three quarters of the older half of the window are above that denominator, while the
-    loss comes down (the median of the newer half is at least a tenth, `falling`, below that of the older half), and where it
-    need not fall. It fires where `value > limit` (1.0), with
-    `times` = 10. Losses at or below zero have no logarithm and do not count.
+    measured in logarithms. `value = 0` until three quarters of the older half of the window are above that denominator, and
+    while the loss comes down: the median of the newer half is at least a tenth, `falling`, below that of the older half, or has
+    halved since the highest of the first 8 losses after the jump. It is also `0` where the loss need not fall. It fires where
+    `value > limit` (1.0), with `times` = 10. Losses at or below zero have no logarithm and do not count.
 
     ## Why it is bad
     GW102 leaves jumps alone that are small beside the first losses, because a converged run and batches with a rare class make
@@ -76,7 +78,10 @@ class LossStaysUp(Rule):
         if not level > self.limit * bound > 0:
             return np.zeros(1)
         older, newer = np.split(losses[-self.window :], 2)
-        stays = np.sort(older)[len(older) // 4] > bound and median(newer) > (1 - self.falling) * median(older)
+        if not np.sort(older)[len(older) // 4] > bound:
+            return np.zeros(1)
+        jumped = losses[_since(losses, bound) :][:_FIRST]
+        stays = median(newer) > max((1 - self.falling) * median(older), float(jumped.max()) / 2)
         return np.array([level / bound if stays else 0.0])
 
     def _bound(self, history: History, losses: Floats) -> float:
@@ -90,8 +95,7 @@ class LossStaysUp(Rule):
         losses, steps = history.task_loss(last=2 * self.window), history.steps(last=2 * self.window)
         steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
         bound = self._bound(history, losses)
-        # the place that parts them best into losses up to the bound and losses above it
-        since = int(np.argmax(np.cumsum(np.where(losses > bound, -1, 1)))) + 1
+        since = _since(losses, bound)
         before = median(losses[:since])
         return {
             "loss": median(losses[-self.window :]),
@@ -109,3 +113,8 @@ class LossStaysUp(Rule):
             f"the loss has been about {level} {since}, and about {number(before)} before; above {limit}, it is back by more than "
             "half of the orders of magnitude that it had fallen by"
         )
+
+
+def _since(losses: Floats, bound: float) -> int:
+    """Return the place that parts losses best into those up to ``bound`` and those above it."""
+    return int(np.argmax(np.cumsum(np.where(losses > bound, -1, 1)))) + 1

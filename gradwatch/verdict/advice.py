@@ -140,7 +140,7 @@ def _lines(
         yield from _spike(incident, history, opening, of_the_batch=of_the_batch)
     elif incident.kind == "nonfinite":
         yield from _nonfinite(incident, history)
-        if both:
+        if both and not (incident.origin is not None and incident.origin.came_with_the_batch):
             yield from _explosion(incident, history, opening, of_the_batch=of_the_batch)
         yield from _look_closer(incident)
     else:

@@ -180,22 +180,26 @@ class Incidents:
     def _end_by_another_cause(self, step: int) -> list[Incident]:
         """Close the open explosion if a sign of another cause begins to fire after it is over; return it.
 
-        A step that was not finite and a surge of finite numbers have different causes, and so different advice.
+        A step that was not finite and a surge of finite numbers have different causes, and so different advice. So have a jump
+        of the loss and NaN that came with a batch, or when the loss was halfway down, also where the jump is not over.
         """
         story = self._stories.get("explosion")
-        if story is None or story.incident is None or step - story.last_fired < self._settings.apart_steps:
+        if story is None or story.incident is None or story.before is None:
             return []
-        told = [sign for sign in story.firing.values() if sign.code in self._opening]
-        nonfinite = [sign.kind == "nonfinite" for sign in told]
-        if not told or story.before is None or any(nonfinite) is (story.incident.kind == "nonfinite"):
+        told = {key: sign for key, sign in story.firing.items() if sign.code in self._opening}
+        nonfinite = {key: sign for key, sign in told.items() if sign.kind == "nonfinite"}
+        if not told or bool(nonfinite) is (story.incident.kind == "nonfinite"):
             return []
-        if any(nonfinite) and not all(nonfinite):
-            return []
-        if damage_since(self._history, story.before, ""):
-            return []
+        before = self._history.loss(last=2)[0]
+        given = self._origin is not None and self._origin.came_with_the_batch
+        batch = bool(nonfinite) and story.incident.kind == "spike" and (given or before < story.peak / 2)
+        if not batch:
+            over = step - story.last_fired >= self._settings.apart_steps and len(nonfinite) in (0, len(told))
+            if not over or damage_since(self._history, story.before, ""):
+                return []
         closed = self._close("explosion", story, step)
         new = self._stories["explosion"]
-        new.signs = dict(new.firing)
+        new.signs = nonfinite if batch else dict(new.firing)
         return [closed]
 
     def _silent(self) -> frozenset[str]:
