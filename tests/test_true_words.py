@@ -642,3 +642,52 @@ def test_an_infinite_target_gets_no_advice_on_the_rate() -> None:
     (incident,) = monitor.incidents
     assert "`target` of `mse_loss`" in incident.advice[0]
     assert "rate" not in advice(monitor)
+
+
+class Adapted(nn.Module):
+    """A frozen net of two layers, each with an addend of rank 4 that begins at zero (LoRA)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5)).requires_grad_(False)
+        self.a1, self.b1 = nn.Parameter(torch.randn(4, 20) / 20**0.5), nn.Parameter(torch.zeros(64, 4))
+        self.a2, self.b2 = nn.Parameter(torch.randn(4, 64) / 8), nn.Parameter(torch.zeros(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs."""
+        first, _, second = self.base
+        hidden = (first(x) + x @ self.a1.T @ self.b1.T).relu()
+        told: torch.Tensor = second(hidden) + hidden @ self.a2.T @ self.b2.T
+        return told
+
+
+def test_an_adapter_at_a_thousandth_of_its_rate_is_told_to_raise_it() -> None:
+    """Matrices that began at zero pass little back to those behind them: nothing explodes there, and nothing vanishes."""
+    torch.manual_seed(0)
+    model = Adapted()
+    before = torch.optim.Adam(model.base.requires_grad_().parameters(), lr=3e-3)
+    for _ in range(400):
+        x = torch.randn(64, 20)
+        step(before, nn.functional.cross_entropy(model(x), (x[:, :5].argmax(1) + 1) % 5))
+    model.base.requires_grad_(False)
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=3e-6)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(400):
+            x = torch.randn(32, 20)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
+    (incident,) = monitor.incidents
+    assert (incident.kind, incident.severity) == ("stalled", "warning")
+    assert "above that of guessing among 5 classes" in " ".join(incident.evidence)
+    assert re.match(r"Raise the learning rate: \S+ instead of 3e-6", incident.advice[0])
+
+
+def test_gradients_that_no_usual_rate_fits_are_not_met_with_a_rate_of_ninety() -> None:
+    """The loss is divided by a million."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(400):
+            x = torch.randn(32, 20)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)) / 1e6)
+    assert monitor.incidents[0].advice[0].startswith("Look at what makes the gradients so small")

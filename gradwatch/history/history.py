@@ -66,6 +66,7 @@ class History(GradientNorms):
         self.weight: Floats = np.full(count, np.nan)
         self.previous_weight: Floats = np.full(count, np.nan)
         self.least_weight: Floats = np.full(count, np.nan)
+        self.began_at_zero = np.zeros(count, dtype=bool)  # layers whose first weights were all zero
         self.weight_gap = 1
         self._weight_step = 0
         self._all_finite = np.zeros(count, dtype=np.uint8)
@@ -150,6 +151,7 @@ class History(GradientNorms):
         self._to_learn = self.rows
 
     def _take_weight(self, row: Row, weight: Floats) -> None:
+        self.began_at_zero |= np.isnan(self.weight) & (weight == 0)
         self.previous_weight, self.weight = self.weight, weight
         self.least_weight = np.fmin.reduce(self.weight_norm(last=min(RECENT, self.task_rows)), axis=0)
         self.weight_gap, self._weight_step = max(1, row.step - self._weight_step), row.step
@@ -170,6 +172,7 @@ class History(GradientNorms):
         self._all_finite = np.zeros(count, dtype=np.uint8)
         self.nonfinite = widened(self.nonfinite, count, 0)
         self.nonfinite_weight = widened(self.nonfinite_weight, count, 0)
+        self.began_at_zero = widened(self.began_at_zero, count, 0)
         self._widen(count)
         self.begin_next_task()
 

@@ -1,4 +1,4 @@
-"""GW405: the loss stays at chance level."""
+"""GW405: the loss stays at chance level, or above it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 class AtChance(Rule):
-    """The loss stays at chance level.
+    """The loss stays at chance level, or above it.
 
     ## What it means
-    Since the beginning of the run, the loss has been that of a model that gives each class the same probability.
+    Since the beginning of the run, the loss has been that of a model that gives each class the same probability, or worse.
 
     ## Formula
     `value` is the smallest improvement that counts, divided by the improvement so far, as in GW101. It is `0` unless the
     median of the last `window` (50) losses is within `near` (0.03) of `ln(C)`, as a share of it, where `C` is the number of
-    units of the last matrix, and the reference loss (median of the first 16) within twice as much. It is also `0` before
+    units of the last matrix, and the reference loss (median of the first 16) within twice as much; a loss that is known to be a
+    cross-entropy may also be above. It is also `0` before
     `min_steps` (200) losses and while the learning rate reached its highest value within the last 50 rows. It fires where
     `value > limit` (1.0) for `for_steps` (50) steps. A single output unit (a binary loss) has no such level.
 
@@ -70,12 +71,16 @@ class AtChance(Rule):
         """Return the required improvement over the actual one, shape (1,); 0 away from chance level."""
         if history.losses < self.min_steps or history.resting or history.warming_up or not history.matrices.any():
             return np.zeros(1)
-        chance = history.chance_loss
         # a run that has learned nothing also began there; this test rejects most runs
-        if not abs(history.reference_loss - chance) <= 2 * self.near * chance:
+        if not self._is_there(history, history.reference_loss, 2 * self.near):
             return np.zeros(1)
         level, _ = history.loss_level(self.window)
-        return np.array([gain_missing(history, self.window) if abs(level - chance) <= self.near * chance else 0.0])
+        return np.array([gain_missing(history, self.window) if self._is_there(history, level, self.near) else 0.0])
+
+    @staticmethod
+    def _is_there(history: History, loss: float, near: float) -> bool:
+        chance = history.chance_loss
+        return abs(loss - chance) <= near * chance or (history.facts.loss == "cross-entropy" and loss > chance)
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
@@ -88,7 +93,11 @@ class AtChance(Rule):
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
         loss, began, classes = (alarm.numbers[name] for name in ("loss", "began", "classes"))
+        chance = math.log(classes)
+        above = loss > (1 + self.near) * chance
+        where = "above that" if above else f"within {percent(self.near)}"
+        then = f"{number(began)} in its first 16 steps" if above else f"as in its first 16 steps ({number(began)})"
         return (
-            f"the loss was about {number(loss)} at step {alarm.step}, within {percent(self.near)} of guessing among "
-            f"{classes:.0f} classes (ln {classes:.0f} = {number(math.log(classes))}), as in its first 16 steps ({number(began)})"
+            f"the loss was about {number(loss)} at step {alarm.step}, {where} of guessing among {classes:.0f} classes "
+            f"(ln {classes:.0f} = {number(chance)}), {then}"
         )

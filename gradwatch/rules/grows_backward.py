@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -25,7 +26,9 @@ class GrowsBackward(Rule):
 
     ## Formula
     `value = rms_l / min_k(rms_k)` over the layers `k` that are nearer to the loss than layer `l`, with `rms_l = t_l / sqrt(n_l)`,
-    `t_l` the typical gradient norm of layer `l` and `n_l` its number of elements. It is 0 unless the loss is stuck (at least
+    `t_l` the typical gradient norm of layer `l` and `n_l` its number of elements. Those are left out whose elements are smaller
+    than those of one nearer still by more than the root of the limit: a branch that begins near zero, such as a LoRA or a
+    LayerScale, which other gradients pass by. It is 0 unless the loss is stuck (at least
     100 losses, improved by less than a tenth). It fires where `value > limit` (1000) for `for_steps` (32) steps. Only matrices
     are considered, and of them those with a gradient.
 
@@ -73,12 +76,12 @@ class GrowsBackward(Rule):
         if not history.stuck:
             return np.zeros(len(history.layers))
         rms = history.typical_elements()
-        return rms / _least_before(rms, history)
+        return rms / self._least_before(rms, history)
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
         rms = history.typical_elements()
-        return {"element": rms[column], "least": _least_before(rms, history)[column]} | stuck_at(history)
+        return {"element": rms[column], "least": self._least_before(rms, history)[column]} | stuck_at(history)
 
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
@@ -89,10 +92,11 @@ class GrowsBackward(Rule):
             f"than that of a layer nearer to the loss ({number(least)}; limit {limit}), and {in_words(alarm)}"
         )
 
-
-def _least_before(rms: Floats, history: History) -> Floats:
-    """Return the smallest element of the layers whose gradients arrive before that of each layer, itself included, shape (L,)."""
-    order = np.argsort(history.order)
-    least: Floats = np.empty(len(rms))
-    least[order] = np.fmin.accumulate(rms[order])
-    return least
+    def _least_before(self, rms: Floats, history: History) -> Floats:
+        """Return the smallest element of the layers whose gradients arrive before that of each layer, itself included, (L,)."""
+        order = np.argsort(history.order)
+        chain = rms[order]
+        in_line = chain >= np.fmax.accumulate(chain) / math.sqrt(self.limit)
+        least: Floats = np.empty(len(rms))
+        least[order] = np.fmin.accumulate(np.where(in_line, chain, np.nan))
+        return least

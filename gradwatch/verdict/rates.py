@@ -26,6 +26,7 @@ _USUAL = 1e-3  # share of its weights that an update usually changes
 _RISEN = 10.0  # multiple of the first rate beyond which a rate has risen
 _RAISED = 10.0  # least factor by which a rate is to be raised
 _LEAST = 1e-5  # rate of SGD below which no one trains: it is the gradients that are too large
+_MOST = 10.0  # and above which: they are too small
 _SURGE = 100.0  # growth of a gradient from one step to the next that no rate explains under which the run went well
 
 
@@ -114,13 +115,19 @@ def slower(incident: Incident) -> str:
 
 
 def raise_rate(opening: Opening) -> str:
-    """Return the advice to raise a rate at which updates are far too short; "" if they are not."""
+    """Return the advice to raise a rate at which updates are far too short, or the gradients; "" if they are not."""
     if not 0 < _RAISED * opening.rate < opening.usual_rate or math.isfinite(opening.gain):
         return ""  # weights that have shrunk bear no rate
     if opening.top_rate > _RISEN * opening.rate:
         return (
             f"The learning rate has fallen from {number(opening.top_rate)} to {number(opening.rate)}: check its schedule, and "
             f"keep it above {number(opening.usual_rate, 1)}, at which an update changes a thousandth of {opening.usual_layer}."
+        )
+    if opening.family == "sgd" and opening.usual_rate > _MOST:
+        share = f"{number(_USUAL * opening.rate / opening.usual_rate)} of {opening.usual_layer}"
+        return (
+            "Look at what makes the gradients so small, such as a loss that is divided twice, or inputs far below one: at a rate "
+            f"of {number(opening.rate)}, an update changes {share}, and no usual rate changes a thousandth."
         )
     return (
         f"Raise the learning rate: {number(opening.usual_rate, 1)} instead of {number(opening.rate)}, so that an update "
