@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradwatch import device
+from gradwatch.measure.norms import unfit
 from gradwatch.measure.wrappers import version_of
 
 if TYPE_CHECKING:
@@ -122,4 +123,5 @@ def _is_there(gradient: Tensor | None) -> bool:
 
 
 def _can_be_read(gradient: Tensor) -> bool:
-    return gradient.layout is torch.strided and device.reading_is_free(gradient.device) and not gradient.is_inference()
+    strided = gradient.layout is torch.strided and unfit(gradient) is None
+    return strided and device.reading_is_free(gradient.device) and not gradient.is_inference()

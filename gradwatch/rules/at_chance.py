@@ -27,10 +27,10 @@ class AtChance(Rule):
     ## Formula
     `value` is the smallest improvement that counts, divided by the improvement so far, as in GW101. It is `0` unless the
     median of the last `window` (50) losses is within `near` (0.03) of `ln(C)`, as a share of it, where `C` is the number of
-    units of the last matrix, and the reference loss (median of the first 16) within twice as much; a loss that is known to be a
-    cross-entropy may also be above. It is also `0` before
-    `min_steps` (200) losses and while the learning rate reached its highest value within the last 50 rows. It fires where
-    `value > limit` (1.0) for `for_steps` (50) steps. A single output unit (a binary loss) has no such level.
+    units of the last matrix, and the reference loss (median of the first 16) within twice as much; or unless all losses kept
+    are above `ln(C)` and known to be cross-entropies. It is also `0` before `min_steps` (200) losses and while the learning
+    rate reached its highest value within the last 50 rows. It fires where `value > limit` (1.0) for `for_steps` (50) steps. A
+    single output unit (a binary loss) has no such level.
 
     ## Why it is bad
     GW101 alone may be a plateau, or a loss that does not measure progress, as in reinforcement learning. A cross-entropy
@@ -80,7 +80,8 @@ class AtChance(Rule):
     @staticmethod
     def _is_there(history: History, loss: float, near: float) -> bool:
         chance = history.chance_loss
-        return abs(loss - chance) <= near * chance or (history.facts.loss == "cross-entropy" and loss > chance)
+        worse = history.facts.loss == "cross-entropy" and history.least_loss > chance
+        return worse or abs(loss - chance) <= near * chance
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""

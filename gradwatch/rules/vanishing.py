@@ -71,16 +71,14 @@ class Vanishing(Rule):
             return rms
         largest = int(np.nanargmax(rms))
         # a small gradient nearer to the loss than the largest has not vanished: from there on gradients grow
-        value: Floats = np.where(
-            history.order > history.order[largest], rms[largest] / _from_there_on(rms, history), np.nan
-        )
+        value: Floats = np.where(history.order > history.order[largest], rms[largest] / _farther(rms, history), np.nan)
         value[_behind_zeros(rms, history)] = 0.0
         return value * self.stuck if history.stuck else value
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
         rms = history.typical_elements()
-        told = {"element": _from_there_on(rms, history)[column], "largest": np.fmax.reduce(rms), "stuck": history.stuck}
+        told = {"element": _farther(rms, history)[column], "largest": np.fmax.reduce(rms), "stuck": history.stuck}
         return told | stuck_at(history)
 
     def sentence(self, alarm: Alarm) -> str:
@@ -96,10 +94,10 @@ class Vanishing(Rule):
         )
 
 
-def _from_there_on(rms: Floats, history: History) -> Floats:
+def _farther(rms: Floats, history: History) -> Floats:
     """Return the largest element of each layer with a gradient and of all that are farther from the loss, shape (L,)."""
     order = np.argsort(-history.order)
-    largest: Floats = np.full(len(rms), np.nan)
+    largest: Floats = np.empty(len(rms))
     largest[order] = np.fmax.accumulate(rms[order])
     return np.where(np.isnan(rms), np.nan, largest)
 
