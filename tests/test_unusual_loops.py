@@ -472,6 +472,7 @@ LISTENING = [
     ("", "user_clips"),
     ("", "user_norms"),
     ("", "user_scales"),
+    ("", "user_clips_nothing"),
     ("", "scaler_unscales"),
     ("", "scaler_steps"),
     ("", "scaler_stepped"),
@@ -502,6 +503,8 @@ def test_a_failure_of_one_monitor_reaches_neither_the_loop_nor_another_monitor(
         if step == at:
             monkeypatch.setattr(getattr(broken._probe, part) if part else broken._probe, name, fail)
         optimizer.zero_grad()
+        if step == at + 1:  # where there is nothing to clip
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if step == at + 2:
             with pytest.raises(RuntimeError, match="does not require grad"):
                 torch.zeros(1).backward()

@@ -162,3 +162,20 @@ def test_one_of_two_optimizers_whose_gradients_are_fresh_keeps_the_clip_in_time(
             nn.utils.clip_grad_norm_(parameters, 0.1)
             other.step()
         assert not [note for note in monitor.notes if note.startswith(LATE)]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_clip_before_backward_is_told_once(*, early: bool) -> None:
+    """It finds no gradient, so that nothing is clipped; where a second clip comes after backward, nothing is wrong."""
+    model, (x, y) = mlp(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(40):
+            optimizer.zero_grad()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            nn.functional.mse_loss(model(x), y).backward()
+            if not early:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+    assert sum("your clip comes before backward()" in note for note in monitor.notes) == early
+    assert (monitor.history.clip_coefficient() < 1).any() != early

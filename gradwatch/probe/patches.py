@@ -67,6 +67,9 @@ class Listener(Fallible, Protocol):
     def user_norms(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """Return the L2 norm of these gradients as one vector, exactly as torch computes it; None to let torch compute it."""
 
+    def user_clips_nothing(self, parameters: Sequence[Tensor]) -> None:
+        """Called with parameters that the user has clipped although none of them has a gradient."""
+
     def user_scales(self, total: Tensor, max_norm: float) -> None:
         """Called after the user has clipped gradients whose norm was ``total`` to ``max_norm``."""
 
@@ -262,6 +265,8 @@ def _wrap_scaling(original: Function, patch: Patch) -> Function:
     def scaling(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(parameters, max_norm, total_norm, *args, **kwargs)
         tell(patch.listeners, "user_scales", total_norm, max_norm)
+        if type(parameters) is list and all(one.grad is None for one in parameters):  # the first one has one, as a rule
+            tell(patch.listeners, "user_clips_nothing", parameters)
         return result
 
     return scaling

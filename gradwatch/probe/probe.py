@@ -229,6 +229,10 @@ class Probe:
         """Record that the user has clipped gradients of the norm ``total`` to ``max_norm``."""
         self._guarded(self._user_clips.ends, total, max_norm)
 
+    def user_clips_nothing(self, parameters: Sequence[Tensor]) -> None:
+        """Record that the user has clipped parameters without any gradient."""
+        self._guarded(self._user_clips.found_nothing, parameters)
+
     def scaler_unscales(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """Divide the norms before the user's clip by the loss scale if that clip came before the scaler has done so."""
         mine = self._guarded(self.owners.stepping, optimizer)
@@ -413,6 +417,8 @@ class Probe:
             mine.restore()
             if self.attribution.clearing.watches:
                 self.attribution.clearing.stepped(mine)
+            if self._user_clips.early:
+                self._user_clips.stepped(mine)
             if mine.around is not None:
                 self.owners.step_is_over(mine)
             self.recorder.skipping.over()

@@ -1,9 +1,10 @@
-"""The user's own clips: the gradients are measured before them, and two mistakes in their order are reported."""
+"""The user's own clips: the gradients are measured before them, and three mistakes in their order are reported."""
 
 from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from typing import TYPE_CHECKING
 
 import torch.nn.utils.clip_grad as torch_clip
@@ -28,6 +29,11 @@ _AFTER_STEP = (
     "your clip comes after optimizer.step(): it changes gradients that the step has already used. Move it between backward() and "
     "step()."
 )
+_EARLY = (
+    "your clip comes before backward(): in {} steps in a row it found no gradient, and the step used those that backward() "
+    "brought after it. Move it between backward() and step()."
+)
+_ENOUGH = 8  # steps in a row after which that is told
 _DEEP = 16  # frames among which the function by which the user clips is looked for
 
 
@@ -40,6 +46,9 @@ class UserClips:
         recorder: keeps the norms before a clip.
         loop: knows what makes the updates.
         judge: is told of mistakes.
+
+    Attributes:
+        early: number of steps in a row of each owner before which the clip of its parameters found no gradient.
     """
 
     def __init__(
@@ -52,6 +61,8 @@ class UserClips:
         self._judge = judge
         self._strange = 0  # gradients in the clip that do not belong to the model
         self._told: set[str] = set()
+        self._nothing: weakref.WeakSet[Gradients] = weakref.WeakSet()  # since the last step
+        self.early: weakref.WeakKeyDictionary[Gradients, int] = weakref.WeakKeyDictionary()
 
     def begins(self, gradients: Sequence[Tensor]) -> None:
         """Measure the gradients that the user is about to clip."""
@@ -67,6 +78,7 @@ class UserClips:
         hit = [one for one in self._owners.current() if any(id(each.grad) in clipped for each in one.parameters)]
         for owner in hit:
             self._recorder.measure_before_clip(owner)
+            self.early.pop(owner, None)
         late = bool(hit) and self._loop.kind == "optimizer" and all(owner.coming.spent for owner in hit)
         if late and "late" not in self._told and _is_a_clip():
             self._tell("late", _AFTER_STEP)
@@ -84,6 +96,24 @@ class UserClips:
         for owner in self._owners.current():
             if owner.coming.before_clip is not None:
                 owner.coming.before_clip.ended(max_norm if isinstance(max_norm, (int, float)) else None)
+
+    def found_nothing(self, parameters: Sequence[Tensor]) -> None:
+        """Record that the user has clipped parameters none of which has a gradient."""
+        given = set(map(id, parameters))
+        for owner in self._owners.current():
+            if "early" not in self._told and not owner.hidden and any(id(one) in given for one in owner.parameters):
+                self._nothing.add(owner)
+                self.early.setdefault(owner, 0)
+
+    def stepped(self, owner: Gradients) -> None:
+        """Count a step of an owner with gradients that came after such a clip."""
+        if owner not in self._nothing:
+            return
+        self._nothing.discard(owner)
+        self.early[owner] = self.early.get(owner, 0) + any(one.grad is not None for one in owner.parameters)
+        if self.early[owner] == _ENOUGH:
+            self._tell("early", _EARLY.format(_ENOUGH))
+            self.early.clear()
 
     def unscaled(self, mine: Gradients, scale: Tensor | None) -> None:
         """Divide the norms before the user's clip by ``scale``, which the gradients still have; None: they have none."""
