@@ -240,3 +240,41 @@ def test_times_within_an_open_incident_are_one_of_its_sentences() -> None:
     monitor, _ = interrupted(dict.fromkeys(range(10, 111, 10), "input"))
     (incident,) = monitor.incidents
     assert incident.evidence[-1] == "not finite again 10 times, last at step 110, about every 10 steps"
+
+
+def with_outliers(times: float) -> gradwatch.Monitor:
+    """Fit with AdamW; every 200 steps, the targets of one batch are ``times`` as large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    direction = torch.randn(10, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(900):
+            x = torch.randn(64, 10)
+            target = torch.tanh(x @ direction) * (times if number % 200 == 199 else 1)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), target).backward()
+            optimizer.step()
+    return monitor
+
+
+def test_single_batches_that_come_round_are_no_new_targets() -> None:
+    """The loss is back in the next step: they are counted as odd batches, each with the advice to look for what comes round."""
+    spikes = [one for one in with_outliers(30).incidents if one.kind == "spike"]
+    assert [one.opened_step for one in spikes] == [199, 399, 599, 799]
+    assert [one.times for one in spikes] == [1, 2, 3, 4]
+    assert "the 4th time since step 199, about every 200 steps" in str(spikes[-1])
+    assert spikes[-1].advice[0].startswith("Look at what comes about every 200 steps, first at step 199")
+
+
+def test_single_batches_that_come_round_and_ruin_the_run_are_not_healthy() -> None:
+    """A routine of the program would excuse a loss that stays 100 times its level."""
+    monitor = with_outliers(1000)
+    level = monitor.history.loss(last=16).mean()
+    assert level > 100 * monitor.history.loss()[150:199].mean()
+    assert monitor.verdict != "healthy"
+    grave = next(one for one in monitor.incidents if one.severity != "notice")
+    assert (
+        grave.advice[0]
+        == "Follow the advice on the incident that opened at step 399 (spike): it has probably left this behind."
+    )

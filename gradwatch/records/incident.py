@@ -37,10 +37,10 @@ class Incident:
         origin: the operation that made the first non-finite number; None if it is not known.
         number: index of the incident in the run, from 0.
         left: what is worse than before the fault although the incident is closed, in sentences.
-        times: its number in a series of jumps that come back with a period, among the explosions of the run, or among all times
-            that its steps were not finite; 1: it is the first, or there is no series.
+        times: its number in a series of jumps that come back with a period, among the explosions of the run, among its odd
+            batches, or among all times that its steps were not finite; 1: it is the first, or there is no series.
         period: number of steps from one of them to the next; None: they come without a period.
-        since: step of the first explosion, or of the first time that steps were not finite; None: it is of another kind.
+        since: step of the first explosion, odd batch, or step that was not finite; None: it is of another kind.
     """
 
     kind: Kind

@@ -65,7 +65,7 @@ def advise(
         return (*lines, f"Look at what sets the learning rate: {burst}.")
     since = next((sign.numbers["high since"] for sign in incident.signs if sign.code == "GW105"), math.inf)
     if since < incident.opened_step and opening.raised_at < 0:
-        return (*lines, _what_changed(int(since)))
+        return (*lines, _what_changed(int(since), beside))
     first = _known_cause(incident, opening, moved, of_the_batch=of_the_batch)
     lines += [first] if first else []
     if first and incident.kind == "spike":
@@ -96,16 +96,19 @@ def _known_cause(incident: Incident, opening: Opening, moved: str | None, *, of_
             "or the rate of its group."
         )
     if _comes_round(incident, opening, of_the_batch=of_the_batch):
-        return (
-            f"Look at what comes about every {incident.period} steps, first at step {incident.since}: an odd batch that comes "
-            "round, or what the program does then."
-        )
+        return _what_comes_round(incident)
     if of_the_batch and incident.kind in ("exploding", "diverging") and not incident.in_series:
         return f"Look at the batch of step {step}: the last update cannot have raised its loss so far."
     return ""
 
 
-def _what_changed(step: int) -> str:
+def _what_changed(step: int, beside: Sequence[Incident]) -> str:
+    cause = next((one for one in beside if one.kind in EXPLOSION and one.left), None)
+    if cause is not None:
+        return (
+            f"Follow the advice on the incident that opened at step {cause.opened_step} ({cause.kind}): it has probably left this "
+            "behind."
+        )
     return (
         f"Look at what changed about step {step}: the data, the scale of the inputs or of the targets, weights that were loaded, "
         "or the loss itself. If that was meant, nothing is wrong as long as the loss comes down again."
@@ -116,6 +119,13 @@ def _comes_round(incident: Incident, opening: Opening, *, of_the_batch: bool) ->
     """Return whether it is an explosion of one step that comes back with a period."""
     again = incident.since is not None and incident.period is not None and incident.kind in ("exploding", "diverging")
     return again and (of_the_batch or surge_of(opening) != "")
+
+
+def _what_comes_round(incident: Incident) -> str:
+    return (
+        f"Look at what comes about every {incident.period} steps, first at step {incident.since}: an odd batch that comes round, or "
+        "what the program does then."
+    )
 
 
 def _lines(
@@ -193,7 +203,9 @@ def _spike(incident: Incident, history: History, opening: Opening, *, of_the_bat
     elif rising := still_rising(history, opening):
         yield rising
     step = incident.opened_step
-    if of_the_batch:
+    if of_the_batch and incident.period is not None:
+        yield _what_comes_round(incident)
+    elif of_the_batch:
         yield f"Look at the batch of step {step}: the last update cannot have raised its loss so far."
     else:
         yield (

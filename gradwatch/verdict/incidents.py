@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from gradwatch.history.losses import EARLY
-from gradwatch.history.recurrence import is_of_the_batch, moved_by_another
+from gradwatch.history.recurrence import is_of_the_batch, moved_by_another, was_one_batch
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
 from gradwatch.verdict.aftermath import Aftermath
@@ -83,7 +83,7 @@ class Incidents:
         self._evidence = Evidence(history)
         self._stories: dict[str, Story] = {}
         self.recurring = Recurring()
-        self._nonfinite, self._explosions = Times(), Times()
+        self._nonfinite, self._explosions, self._batches = Times(), Times(), Times()
         self._told = 0
         self._harmful: set[int] = set()  # numbers of explosions that undid what was learned, and changed no step
         self._exploded = -math.inf  # step at which the last explosion that was more than a notice has ended
@@ -259,7 +259,8 @@ class Incidents:
                 story.odd_batch = odd and not moved_by_another(self._history)
                 story.young = self._history.losses < EARLY and story.of_the_batch
                 if story.of_the_batch and name == "explosion":
-                    story.recurrence = self.recurring.jumped(step, self._history.row.loss)
+                    one_batch = was_one_batch(self._history, self.recurring.step)
+                    story.recurrence = self.recurring.jumped(step, self._history.row.loss, one_batch=one_batch)
                     story.lasting = story.recurrence.grows
                 elif name == "explosion" and step - self._exploded <= self._settings.returning_steps:
                     story.harmed = story.lasting = True  # it comes back: the task has not changed
@@ -382,8 +383,10 @@ class Incidents:
             return self._counted(after, before)
         if kind in EXPLOSION and severity != "notice" and not after.in_series:
             story.returns = story.returns or self._explosions.came(after.opened_step)
-            times, since, _, period = story.returns
-            after = replace(after, times=times, since=since, period=period)
+        elif kind == "spike" and story.odd_batch and not after.in_series:
+            story.batch_returns = story.batch_returns or self._batches.came(after.opened_step)
+        if (returns := story.returns or story.batch_returns) is not None:
+            after = replace(after, times=returns.times, since=returns.since, period=returns.period)
         return after
 
     def _counted(self, after: Incident, before: Incident | None) -> Incident:

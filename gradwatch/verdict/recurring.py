@@ -37,26 +37,30 @@ class Recurring:
 
     Attributes:
         last: place of the last jump in the series.
+        step: step of the last jump; 0 before the first, whose place the start of the run takes.
     """
 
     def __init__(self) -> None:
-        self._last = 0  # the start of the run stands before the first jump
+        self.step = 0
         self._gap: int | None = None
         self._first_loss = self._last_loss = 0.0
         self._rising = 0  # jumps in a row, the last one included, each higher than the one before
         self._others = False  # whether the last jump was not the first
         self.last = Recurrence()
 
-    def jumped(self, step: int, loss: float) -> Recurrence:
+    def jumped(self, step: int, loss: float, *, one_batch: bool = False) -> Recurrence:
         """Record a jump to ``loss`` at ``step``, and return its place.
 
         A series begins with two distances that are the same, where that of the first jump of the run is counted from its start.
+        ``one_batch``: the jump before was that of one batch alone, so that the program has not changed its data for good.
         """
-        gap, before, known = step - self._last, self._gap, self.last.period
-        self._last, self._gap = step, gap
+        gap, before, known = step - self.step, self._gap, self.last.period
+        self.step, self._gap = step, gap
         self._rising = self._rising + 1 if loss > self._last_loss else 1
         self._last_loss = loss
-        if known is not None and self._fits(gap, known):
+        if one_batch:
+            self.last = Recurrence()
+        elif known is not None and self._fits(gap, known):
             grown = self._rising >= _RISING and loss > _GROWN * self._first_loss
             self.last = Recurrence(self.last.times + 1, known, self.last.grows or grown)
         elif before is not None and abs(gap - before) <= max(1.0, _NEAR * before):

@@ -67,7 +67,7 @@ def on_silence(
 def _left_by(incident: Incident, beside: Sequence[Incident]) -> str:
     """Return what to do about what an earlier explosion has probably left behind; "" if there was none."""
     cause = next((one for one in beside if one.kind in EXPLOSION and one.opened_step < incident.opened_step), None)
-    if cause is None or cause.severity == "notice":
+    if cause is None or (cause.severity == "notice" and not cause.left):
         return ""
     step = cause.opened_step
     begin = "Begin anew" if step < BORN else f"Go back to a checkpoint from before step {step}"

@@ -51,6 +51,7 @@ class Story:
     unknown: bool = False  # whether it was told why the origin is not known
     recurrence: Recurrence = field(default_factory=Recurrence)
     returns: Returns | None = None  # the place among the explosions that are more than a notice, once it is one
+    batch_returns: Returns | None = None  # the place among the notices on odd batches
 
 
 def kind_of(signs: Sequence[Alarm], *, lasting: bool) -> Kind:
