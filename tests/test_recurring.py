@@ -268,10 +268,10 @@ def test_single_batches_that_come_round_are_no_new_targets() -> None:
 
 
 def test_single_batches_that_come_round_and_ruin_the_run_are_not_healthy() -> None:
-    """A routine of the program would excuse a loss that stays 100 times its level."""
+    """A routine of the program would excuse a loss that stays 50 times its level."""
     monitor = with_outliers(1000)
     level = monitor.history.loss(last=16).mean()
-    assert level > 100 * monitor.history.loss()[150:199].mean()
+    assert level > 50 * monitor.history.loss()[150:199].mean()
     assert monitor.verdict != "healthy"
     grave = next(one for one in monitor.incidents if one.severity != "notice")
     assert (

@@ -105,10 +105,8 @@ def _known_cause(incident: Incident, opening: Opening, moved: str | None, *, of_
 def _what_changed(step: int, beside: Sequence[Incident]) -> str:
     cause = next((one for one in beside if one.kind in EXPLOSION and one.left), None)
     if cause is not None:
-        return (
-            f"Follow the advice on the incident that opened at step {cause.opened_step} ({cause.kind}): it has probably left this "
-            "behind."
-        )
+        told = f"the incident that opened at step {cause.opened_step} ({cause.kind})"
+        return f"Follow the advice on {told}: it has probably left this behind."
     return (
         f"Look at what changed about step {step}: the data, the scale of the inputs or of the targets, weights that were loaded, "
         "or the loss itself. If that was meant, nothing is wrong as long as the loss comes down again."
@@ -123,8 +121,8 @@ def _comes_round(incident: Incident, opening: Opening, *, of_the_batch: bool) ->
 
 def _what_comes_round(incident: Incident) -> str:
     return (
-        f"Look at what comes about every {incident.period} steps, first at step {incident.since}: an odd batch that comes round, or "
-        "what the program does then."
+        f"Look at what comes about every {incident.period} steps, first at step {incident.since}: an odd batch that comes round, "
+        "or what the program does then."
     )
 
 
