@@ -15,7 +15,7 @@ from gradwatch.measure.norms import count_nonfinite, norm_of, unfit
 from gradwatch.measure.wrappers import local_of, plain_name, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -128,8 +128,8 @@ def buffers_are_bad(model: nn.Module, home: torch.device, constants: dict[str, T
 def _finite_buffers(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
     """Yield the names of buffers of one device and dtype, and whether each is finite in this process, shape (n,)."""
     kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
-    for kind, name, tensor in _tensors(model):
-        if kind == "buffer" and tensor.layout is torch.strided and (own := local_of(tensor)).numel():
+    for name, tensor in _measurable(unwrapped(model).named_buffers()):
+        if tensor.layout is torch.strided and (own := local_of(tensor)).numel():
             real = torch.view_as_real(own.resolve_conj()) if own.is_complex() else own
             kinds.setdefault((real.device, real.dtype), []).append((name, real))
     for together in kinds.values():
@@ -139,10 +139,12 @@ def _finite_buffers(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     model = unwrapped(model)
-    named = [("parameter", *one) for one in model.named_parameters()] + [
-        ("buffer", *one) for one in model.named_buffers()
-    ]
-    held = ((kind, name, part_of(one) if is_partitioned(one) else one.detach()) for kind, name, one in named)
-    numbers = ((kind, name, one) for kind, name, one in held if one.is_floating_point() or one.is_complex())
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        yield from ((kind, name, one) for name, one in _measurable(named))
+
+
+def _measurable(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    held = ((name, part_of(one) if is_partitioned(one) else one.detach()) for name, one in named)
+    numbers = ((name, one) for name, one in held if one.is_floating_point() or one.is_complex())
     # other tensors cannot be measured; raising for them would cost the user the checkpoint
-    return (one for one in numbers if not one[2].is_meta and unfit(one[2]) is None)
+    return (one for one in numbers if not one[1].is_meta and unfit(one[1]) is None)
