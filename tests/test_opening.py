@@ -325,3 +325,23 @@ def test_what_an_explosion_has_left_is_not_advised_on_alone() -> None:
             f"Go back to a checkpoint from before step {cause.opened_step}, and follow the advice on the incident that opened at "
             f"step {cause.opened_step} (exploding): it has probably left this behind.",
         )
+
+
+def test_a_surge_is_seen_although_another_optimizer_steps_in_between() -> None:
+    """One batch of one of two nets: its rate is not blamed."""
+    torch.manual_seed(0)
+    nets = nn.ModuleDict({name: nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1)) for name in "ab"})
+    optimizers = {name: torch.optim.SGD(net.parameters(), lr=0.02) for name, net in nets.items()}
+    direction = torch.randn(10, 1)
+    with gradwatch.attach(nets, report=None, strict=True) as monitor:
+        for number in range(220):
+            for name, net in nets.items():
+                x = torch.randn(64, 10)
+                target = x @ direction * (300 if (number, name) == (200, "a") else 1)
+                optimizers[name].zero_grad()
+                nn.functional.mse_loss(net(x), target).backward()
+                optimizers[name].step()
+    incident = next(one for one in monitor.incidents if one.severity != "notice")
+    assert incident.opened_step == 400
+    assert "In one step, the gradient of a." in incident.advice[0]
+    assert not any("Lower the learning rate" in line for line in incident.advice)

@@ -178,9 +178,12 @@ def _zeros(history: History) -> tuple[str, ...]:
 
 
 def _surge(history: History, column: int, since: int | None) -> tuple[float, int]:
-    rows = 1 if since is None else int(np.count_nonzero(history.steps(last=_BEFORE) >= since))
-    rows = min(max(rows, 1) + 1, history.task_rows)
-    norms, steps = history.grad_norm(last=rows)[:, column], history.steps(last=rows)
+    norms, steps = history.grad_norm(last=history.task_rows)[:, column], history.steps(last=history.task_rows)
+    known = ~np.isnan(norms)  # not in the rows of another optimizer
+    norms, steps = norms[known], steps[known]
+    rows = 1 if since is None else int(np.count_nonzero(steps[-_BEFORE:] >= since))
+    rows = min(max(rows, 1) + 1, len(steps))
+    norms, steps = norms[len(norms) - rows :], steps[len(steps) - rows :]
     with ignore_fp_warnings():
         times = np.nan_to_num(norms[1:] / np.where(norms[:-1] > 0, norms[:-1], np.nan), nan=0.0)
     most = int(np.argmax(times)) if times.size else -1
