@@ -64,7 +64,7 @@ def advise(
         burst = f"it was {number(opening.burst)} at step {opening.burst_at} alone, and {number(opening.rate)} after it"
         return (*lines, f"Look at what sets the learning rate: {burst}.")
     since = next((sign.numbers["high since"] for sign in incident.signs if sign.code == "GW105"), math.inf)
-    if since < incident.opened_step and opening.raised_at < 0:
+    if incident.kind == "diverging" and since < incident.opened_step and opening.raised_at < 0 and not opening.rising:
         return (*lines, _what_changed(int(since), beside))
     first = _known_cause(incident, opening, moved, of_the_batch=of_the_batch)
     lines += [first] if first else []
