@@ -691,3 +691,27 @@ def test_gradients_that_no_usual_rate_fits_are_not_met_with_a_rate_of_ninety() -
             x = torch.randn(32, 20)
             step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)) / 1e6)
     assert monitor.incidents[0].advice[0].startswith("Look at what makes the gradients so small")
+
+
+def test_classes_are_those_that_the_loss_compares() -> None:
+    """The head of a language model shares its weights with the embedding, whose gradient comes last."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.hidden = nn.Embedding(500, 32), nn.Linear(32, 32)
+            self.head = nn.Linear(32, 500, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            told: torch.Tensor = self.head(torch.tanh(self.hidden(self.embedding(x))))
+            return told
+
+    torch.manual_seed(0)
+    model = Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-7)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(300):
+            x = torch.randint(0, 500, (64,))
+            step(optimizer, nn.functional.cross_entropy(model(x), (x + 1) % 500))
+    assert "above that of guessing among 500 classes (ln 500 = 6.21)" in " ".join(monitor.incidents[0].evidence)

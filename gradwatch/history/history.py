@@ -285,7 +285,12 @@ class History(GradientNorms):
 
     @property
     def chance_loss(self) -> float:
-        """The cross-entropy of guessing among as many classes as the last matrix has units; NaN if there is no matrix."""
+        """The cross-entropy of guessing among all classes; NaN if their number is not known.
+
+        That is the number of predictions that a loss of cross-entropy compares, or else of units of the last matrix.
+        """
+        if self.facts.loss == "cross-entropy" and len(self.facts.prediction) > 1:
+            return math.log(max(self.facts.prediction[1], 1))
         if not self.matrices.any():
             return math.nan
         last = int(np.argmin(np.where(self.matrices, self.order, np.inf)))
