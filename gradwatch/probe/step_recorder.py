@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch import device
-from gradwatch.autoclip.decision import NOTHING
+from gradwatch.autoclip.decision import NOTHING, Decision
 from gradwatch.errors import PeerError, TrainingUnstableError
 from gradwatch.measure.layers import left_out
 from gradwatch.measure.measured_gradients import Measured
@@ -370,12 +370,14 @@ class StepRecorder:
 
     def _read(self, wait: bool = False) -> None:  # noqa: FBT001, FBT002
         """Judge the rows that have arrived from the device; all rows under way if ``wait``."""
-        for unnumbered, decision, numbers in self._device.rows(wait=wait):
+        for unnumbered, done, numbers in self._device.rows(wait=wait):
             row = unnumbered._replace(step=self.step)
             self.step += 1
             if self._investigator is not None:
                 self._investigator.row_arrived(row)
-            self._judge.judge(row)
+            decided = self._judge.judge(row)
+            # auto-clip may be on, and have left this step as it was
+            decision = Decision() if done is NOTHING and decided is not NOTHING else done
             self._follow()
             if self.peers.ranks is not None and decision.clip is not None and decision.clip.looks_inside:
                 self.peers.clipped_by_value(row, decision, numbers.now_norm)

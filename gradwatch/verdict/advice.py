@@ -65,7 +65,7 @@ def advise(
         return (*lines, f"Look at what sets the learning rate: {burst}.")
     since = next((sign.numbers["high since"] for sign in incident.signs if sign.code == "GW105"), math.inf)
     if incident.kind == "diverging" and since < incident.opened_step and opening.raised_at < 0 and not opening.rising:
-        return (*lines, _what_changed(int(since), beside))
+        return (*lines, _what_changed(int(since)))
     first = _known_cause(incident, opening, moved, of_the_batch=of_the_batch)
     lines += [first] if first else []
     if first and incident.kind == "spike":
@@ -102,11 +102,7 @@ def _known_cause(incident: Incident, opening: Opening, moved: str | None, *, of_
     return ""
 
 
-def _what_changed(step: int, beside: Sequence[Incident]) -> str:
-    cause = next((one for one in beside if one.kind in EXPLOSION and one.left), None)
-    if cause is not None:
-        told = f"the incident that opened at step {cause.opened_step} ({cause.kind})"
-        return f"Follow the advice on {told}: it has probably left this behind."
+def _what_changed(step: int) -> str:
     return (
         f"Look at what changed about step {step}: the data, the scale of the inputs or of the targets, weights that were loaded, "
         "or the loss itself. If that was meant, nothing is wrong as long as the loss comes down again."

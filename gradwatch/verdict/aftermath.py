@@ -6,7 +6,9 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gradwatch.verdict.damage import Before, before_fault, damage_since, level_now, recovered_after
+from gradwatch.history.recurrence import was_one_batch
+from gradwatch.records import EXPLOSION
+from gradwatch.verdict.damage import Before, before_fault, damage_since, is_undone, level_now, recovered_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import ClipRecord, Incident
     from gradwatch.verdict.story import Story
+
+_LASTING = 100  # steps after which what a notice has left makes it a warning
+_SURE = 0.1  # share of the height of a jump below which the next loss shows that it was a single batch
 
 
 class Aftermath:
@@ -33,6 +38,10 @@ class Aftermath:
         self._silent = silent
         self._before: dict[int, Before] = {}  # by the number of the incident
         self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
+        self._high: set[int] = set()  # numbers of those after which the loss stays up
+        self._unmeant: set[int] = (
+            set()
+        )  # numbers of the notices in which the program has not changed its data or targets
         self._excused: list[tuple[int, Before]] = []  # those whose damage was taken for a routine of the program
 
     def __len__(self) -> int:
@@ -72,8 +81,15 @@ class Aftermath:
         self._series.append((number, before))
         return replace(before, loss=math.nan, ceiling=math.nan)
 
-    def close(self, incident: Incident, before: Before, step: int) -> Incident:
-        """Return the incident as it closes at ``step``, with what it has left, and follow that from now on."""
+    def stay_up(self, numbers: Iterable[int]) -> None:
+        """Record that the loss stays up, by a rule of its own, after the incidents with these numbers."""
+        self._high.update(numbers)
+
+    def close(self, incident: Incident, before: Before, step: int, *, of_the_batch: bool = False) -> Incident:
+        """Return the incident as it closes at ``step``, with what it has left, and follow that from now on.
+
+        ``of_the_batch``: whether it opened with a loss that no update has raised.
+        """
         if before.young and incident.severity == "notice":  # no update has raised the loss, and no level is known
             before = replace(before, loss=math.nan, ceiling=math.nan, young=False)
         elif (
@@ -83,6 +99,9 @@ class Aftermath:
         left = damage_since(self._history, before, self._broken(), self._silent())
         if left or before.young:
             self._before[incident.number] = before
+            single = was_one_batch(self._history, incident.opened_step, _SURE)
+            if incident.kind in EXPLOSION and (single or not of_the_batch):
+                self._unmeant.add(incident.number)
         clip = incident.clip and self._judge(incident.clip, before, left)
         return replace(incident, verdict="damaged" if left else "resolved", closed_step=step, clip=clip, left=left)
 
@@ -105,7 +124,17 @@ class Aftermath:
             clip = replace(clip, mended_step=None if left else self._history.row.step)
         if not left and not before.young:
             del self._before[incident.number]
-        return replace(incident, verdict="damaged" if left else "resolved", left=left, clip=clip)
+        notice = incident.severity == "notice"
+        severity = "warning" if notice and left and self._lasts(incident, before) else incident.severity
+        return replace(incident, severity=severity, verdict="damaged" if left else "resolved", left=left, clip=clip)
+
+    def _lasts(self, incident: Incident, before: Before) -> bool:
+        """Return whether the loss stays up, or an explosion or a single batch has undone for long what was learned."""
+        if incident.number in self._high:
+            return True
+        unmeant = incident.number in self._unmeant
+        long = incident.closed_step is not None and self._history.row.step - incident.closed_step >= _LASTING
+        return unmeant and long and is_undone(self._history, before)
 
     def _judge(self, clip: ClipRecord, before: Before, left: tuple[str, ...]) -> ClipRecord:
         """Return the record with what became of the loss. If no loss was seen or no step was changed, nothing is said to help."""

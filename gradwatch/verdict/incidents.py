@@ -210,12 +210,12 @@ class Incidents:
         return frozenset(sign.layer for sign in story.firing.values() if sign.layer and sign.numbers.get("layer"))
 
     def _look_again(self) -> list[Incident]:
-        """Follow what closed incidents have left, and return those whose verdict changed."""
+        """Follow what closed incidents have left, and return those whose verdict or severity changed."""
         news = []
         for place, incident in enumerate(self.all):
             if incident.number in self._aftermath:
                 self.all[place] = self._aftermath.look_again(incident)
-                if self.all[place].verdict != incident.verdict:
+                if (self.all[place].verdict, self.all[place].severity) != (incident.verdict, incident.severity):
                     news.append(self.all[place])
         return news
 
@@ -246,24 +246,10 @@ class Incidents:
             if name == "explosion" and not story.harmed and self._harm.look_for(story):
                 story.harmed = touched = True
             if story.incident is None:
-                jumped = any(sign.kind == "spike" for sign in story.firing.values())
-                story.stays_up = self._harm.has("level", story.firing.values())
-                if name == "explosion" and not (story.harmed or jumped or story.stays_up):
-                    return None  # growth while the loss is fine is kept as a sign, but opens no incident
+                if name == "explosion" and not self._opens(story):
+                    return None
                 touched = True
-                story.ceiling, story.peak = self._history.loss_ceiling(last=1), self._history.row.loss
-                story.jumped = self._harm.has("jump", story.firing.values())
-                story.look_at = self._settings.lasting_steps
-                story.of_the_batch = step in story.odd_steps
-                odd = story.of_the_batch or (story.jumped and is_of_the_batch(self._history))
-                story.odd_batch = odd and not moved_by_another(self._history)
-                story.young = self._history.losses < EARLY and story.of_the_batch
-                if story.of_the_batch and name == "explosion":
-                    one_batch = was_one_batch(self._history, self.recurring.step)
-                    story.recurrence = self.recurring.jumped(step, self._history.row.loss, one_batch=one_batch)
-                    story.lasting = story.recurrence.grows
-                elif name == "explosion" and step - self._exploded <= self._settings.returning_steps:
-                    story.harmed = story.lasting = True  # it comes back: the task has not changed
+                self._begin(name, story, step)
         may_last = not story.lasting and (story.harmed or not story.young) and not story.recurrence.routine
         if may_last and self._history.task_rows < self._history.rows and story.incident is not None:
             # a jump in the row before a new task comes with it, and need not go back to the level of the task before
@@ -281,6 +267,40 @@ class Incidents:
         if not touched:
             return None
         return self._tell(story, step)
+
+    def _opens(self, story: Story) -> bool:
+        """Return whether the signs of an explosion open an incident: the run suffers, or the loss jumps or stays up."""
+        if self._take_as_left(story):
+            return False
+        signs = story.firing.values()
+        story.stays_up = self._harm.has("level", signs)
+        # growth while the loss is fine is kept as a sign, but opens no incident
+        return story.harmed or story.stays_up or any(sign.kind == "spike" for sign in signs)
+
+    def _begin(self, name: str, story: Story, step: int) -> None:
+        """Record what is known of the loss in the step in which an incident opens."""
+        history = self._history
+        story.ceiling, story.peak = history.loss_ceiling(last=1), history.row.loss
+        story.jumped = self._harm.has("jump", story.firing.values())
+        story.look_at = self._settings.lasting_steps
+        story.of_the_batch = step in story.odd_steps
+        odd = story.of_the_batch or (story.jumped and is_of_the_batch(history))
+        story.odd_batch = odd and not moved_by_another(history)
+        story.young = history.losses < EARLY and story.of_the_batch
+        if story.of_the_batch and name == "explosion":
+            one_batch = was_one_batch(history, self.recurring.step)
+            story.recurrence = self.recurring.jumped(step, history.row.loss, one_batch=one_batch)
+            story.lasting = story.recurrence.grows
+        elif name == "explosion" and step - self._exploded <= self._settings.returning_steps:
+            story.harmed = story.lasting = True  # it comes back: the task has not changed
+
+    def _take_as_left(self, story: Story) -> bool:
+        """Take it for what an earlier explosion has left if nothing fires but that the loss stays up; return whether it is."""
+        opening = [sign for sign in story.firing.values() if sign.code in self._opening]
+        earlier = [one.number for one in self.damaged if one.kind in EXPLOSION]
+        told = bool(earlier) and all(self._harm.has("level", [sign]) for sign in opening)
+        self._aftermath.stay_up(earlier if told else ())
+        return told
 
     def _try_to_end(self, name: str, step: int, calm: int) -> bool:
         if self._treatment is None or name != "explosion":
@@ -443,7 +463,7 @@ class Incidents:
         clip = self._treatment.let_go(step) if self._treatment is not None and name == "explosion" else None
         assert story.before is not None
         incident = replace(story.incident, kind=kind, clip=clip or story.incident.clip)
-        closed = self._aftermath.close(incident, story.before, step)
+        closed = self._aftermath.close(incident, story.before, step, of_the_batch=story.of_the_batch)
         self._replace(story, closed)
         changed = closed.clip is not None and closed.clip.clipped + closed.clip.skipped > 0
         if not changed and closed.severity != "notice" and is_undone(self._history, story.before):
