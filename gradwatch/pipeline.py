@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.history.columns import Columns
     from gradwatch.history.history import History
-    from gradwatch.records import Facts, Origin, Role
+    from gradwatch.records import Behind, Facts, Origin, Role
     from gradwatch.reports import Report
     from gradwatch.reports.notes import Notes
     from gradwatch.rules import Rule
@@ -112,9 +112,16 @@ class Pipeline:
             now.pop("maximize", None)  # one may lower the loss and another raise it, as for adversarial inputs
         self.history.know(replace(known, optimizer=name, family=family, optimizer_options=now))
 
-    def loss_found(self, kind: str, prediction: tuple[int, ...] = ()) -> None:
-        """Record the kind of the loss, such as "cross-entropy", and the shape of what it compares with a target."""
-        self.history.know(replace(self.history.facts, loss=kind, prediction=prediction))
+    def loss_found(
+        self, kind: str, prediction: tuple[int, ...] = (), behind: Behind = "more", *, mean: bool = False
+    ) -> None:
+        """Record what is known of the loss of the first backward; see `gradwatch.records.Facts`."""
+        self.history.know(replace(self.history.facts, loss=kind, prediction=prediction, behind=behind, mean=mean))
+
+    def losses_add_up(self) -> None:
+        """Record that the loss of a row is the sum of those of several backwards."""
+        if self.history.facts.behind != "more":
+            self.history.know(replace(self.history.facts, behind="more"))
 
     def losses_oppose(self) -> None:
         """Record that two optimizers take turns, where the loss of one runs through what the other trains."""
@@ -257,7 +264,9 @@ class Pipeline:
         self._resting.look()
         if self.history.is_raised:
             told, loss = self.history.facts.optimizer, self.history.facts.loss
-            self.mistake(f"{told} was made with maximize=True: each step raises the {loss}. Leave maximize out.")
+            self.mistake(
+                f"{told} was made with maximize=True: each step raises the {loss}. Leave maximize out, unless that is meant."
+            )
         self._band.follow(self.history)
         if not row.has_loss and self.history.rows == _NO_LOSS and not self.history.losses:
             # all of the first rows are judged, so this one is

@@ -587,7 +587,7 @@ def test_a_cross_entropy_that_only_rises_is_told_with_the_option_that_raises_it(
         assert monitor.verdict == "suspected"
     incident = next(one for one in monitor.incidents if one.kind == "diverging")
     assert incident.advice == (
-        "SGD was made with maximize=True: each step raises the cross-entropy. Leave maximize out.",
+        "SGD was made with maximize=True: each step raises the cross-entropy. Leave maximize out, unless that is meant.",
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from gradwatch.history.columns import weights_of, widened
 from gradwatch.history.gradient_norms import GradientNorms
-from gradwatch.history.saved import read_state
+from gradwatch.history.saved import FIRST_LOSSES, read_state
 from gradwatch.history.statistics import Typical, median
 from gradwatch.records import Facts, NonFinite, Row
 
@@ -297,13 +297,22 @@ class History(GradientNorms):
         return math.log(max(self.sizes[last] / self.fan_in[last], 1.0))
 
     @property
+    def _sees_loss(self) -> bool:
+        """Whether the losses of rows are what a loss of torch has returned: without another factor than the loss scale."""
+        behind = self.facts.behind
+        seen = behind == "nothing" or (behind == "a factor" and math.isfinite(self.row.loss_scale))
+        return seen and bool(self.facts.loss) and self.row.provenance.loss in ("backward root", "closure")
+
+    @property
     def is_raised(self) -> bool:
-        """True if the optimizer raises what is known to be a loss, and not one with a minus sign."""
-        return self.facts.maximizes and bool(self.facts.loss) and self.first_loss > 0
+        """True if the optimizer, the only one in the first steps, raises what is known to be a loss."""
+        return self.facts.maximizes and self._sees_loss and self.losses >= FIRST_LOSSES
 
     @property
     def guessing(self) -> float:
-        """The loss of guessing, if the loss is known to be a cross-entropy; else NaN."""
+        """The loss of guessing, if the losses of rows are known to be means of cross-entropies; else NaN."""
+        if not (self.facts.mean and self._sees_loss):
+            return math.nan
         binary = self.facts.loss == "binary cross-entropy"
         return math.log(2) if binary else self.chance_loss if self.facts.loss == "cross-entropy" else math.nan
 

@@ -65,6 +65,8 @@ class DeviceRecorder:
         measured = mine.coming.before_clip.measured if mine.coming.before_clip is not None else None
         before = measured if isinstance(measured, Unread) else None
         loss, loss_source = self._losses.unread(mine.coming, returned, self._layers.home)
+        if len(mine.coming.roots) > 1:
+            self._judge.losses_add_up()
         facts = HostFacts(
             source=source,
             clipped=clip_seen(before=before is not None and mine.coming.clips),

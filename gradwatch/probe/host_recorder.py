@@ -139,6 +139,8 @@ class HostRecorder:
     ) -> Row:
         """Return the row of what was measured: ``whole`` before the user's clip, ``now`` as the optimizer sees it."""
         loss, loss_source = self._losses.read(mine.coming, returned)
+        if len(mine.coming.roots) > 1:
+            self._judge.losses_add_up()
         culprits, processes, limit = None, self._peers.count, mine.clips_to()
         if word is not None:
             loss, loss_source, culprits = self._peers.unite(word, loss, loss_source, whole, now, sampled)

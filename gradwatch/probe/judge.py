@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gradwatch.autoclip.policy import AutoClip
     from gradwatch.history.columns import Columns
     from gradwatch.history.schedule import Bounds
-    from gradwatch.records import Facts, Family, Row
+    from gradwatch.records import Behind, Facts, Family, Row
     from gradwatch.rules import Rule
 
 
@@ -53,8 +53,11 @@ class Judge(Protocol):
     def optimizer_found(self, name: str, family: Family, options: Mapping[str, str]) -> None:
         """Record that an optimizer of watched parameters was found: at its first step, or because the user named it."""
 
-    def loss_found(self, kind: str, prediction: tuple[int, ...]) -> None:
+    def loss_found(self, kind: str, prediction: tuple[int, ...], behind: Behind, *, mean: bool) -> None:
         """Record what is known of the loss of the first backward; see `gradwatch.probe.loss_node.SeenLoss`."""
+
+    def losses_add_up(self) -> None:
+        """Record that the loss of a row is the sum of those of several backwards."""
 
     def losses_oppose(self) -> None:
         """Record that two optimizers take turns, where the loss of one runs through what the other trains."""

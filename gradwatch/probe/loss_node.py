@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from gradwatch.records import Behind
 
 _KINDS = {
     "Nll": "cross-entropy",
@@ -14,6 +17,7 @@ _KINDS = {
     "Huber": "Huber",
     "KlDiv": "KL divergence",
 }
+_MEAN = 1  # as torch counts reductions
 _NEAR = 8  # nodes that are followed: a loss may be scaled, averaged or summed with a penalty
 
 
@@ -23,16 +27,21 @@ class SeenLoss(NamedTuple):
     Attributes:
         kind: kind of the loss, such as "cross-entropy"; "" if it is not known.
         prediction: shape of the tensor that the loss compares with a target; empty if it is not known.
+        behind: what stands between the root of the backward and the loss: nothing, one factor such as a loss scale, or more.
+        mean: whether it is a mean over the batch.
     """
 
     kind: str = ""
     prediction: tuple[int, ...] = ()
+    behind: Behind = "more"
+    mean: bool = False
 
 
 def seen_loss(roots: Any) -> SeenLoss:
     """Return what is known of the loss from the first nodes behind the roots of a backward."""
     roots = roots if isinstance(roots, (list, tuple)) else [roots]
     ahead = [getattr(root, "grad_fn", None) for root in roots]
+    first = ahead[0] if len(ahead) == 1 else None
     for _ in range(_NEAR):
         node = ahead.pop(0) if ahead else None
         if node is None:
@@ -40,9 +49,18 @@ def seen_loss(roots: Any) -> SeenLoss:
         name = type(node).__name__
         kind = next((kind for start, kind in _KINDS.items() if name.startswith(start)), None)
         if kind is not None:
-            return SeenLoss(kind, _shape_before(node))
+            mean = getattr(node, "_saved_reduction", None) == _MEAN
+            return SeenLoss(kind, _shape_before(node), _behind(first, node), mean)
         ahead += [following for following, _ in node.next_functions]
     return SeenLoss()
+
+
+def _behind(root: Any, node: Any) -> Behind:
+    """Return what stands between the only root of a backward, or None if there are several, and the node of the loss."""
+    if root is node:
+        return "nothing"
+    factors = [following for following, _ in root.next_functions if following is not None] if root is not None else []
+    return "a factor" if factors == [node] and type(root).__name__.startswith("Mul") else "more"
 
 
 def _shape_before(node: Any) -> tuple[int, ...]:

@@ -192,7 +192,7 @@ class Probe:
         if self.attribution.end(run, fused=bool(self._fused.parts)):
             if not self._loss_known:
                 self._loss_known = True
-                self._guarded(self._judge.loss_found, *seen_loss(run.roots))
+                self._guarded(self._found_loss, run.roots)
             if self.gradient_hooks.came and not run.inside:
                 self.gradient_hooks.end()
             if self.losses.given:
@@ -202,6 +202,10 @@ class Probe:
             elif self._loop.kind != "optimizer":
                 self._guarded(self._end_of_backward)
         self._own_time.seconds = before + perf_counter() - started  # what was called here has counted itself
+
+    def _found_loss(self, roots: Any) -> None:
+        seen = seen_loss(roots)
+        self._judge.loss_found(seen.kind, seen.prediction, seen.behind, mean=seen.mean)
 
     def _end_of_backward(self) -> None:
         if self._loop.backward_ended():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.records.kinds import Family  # noqa: TC001  pydantic reads the annotations
+from gradwatch.records.kinds import Behind, Family  # noqa: TC001  pydantic reads the annotations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +42,8 @@ class Facts:
         mistakes: mistakes of the program that are certain, in sentences.
         optimizer_options: options of the optimizer except its learning rate, as they were when it was found, as text by name.
         prediction: shape of what the first loss compared with a target; empty if it is not known.
+        behind: what stands between the root of the first backward and that loss.
+        mean: whether that loss is a mean over the batch.
         narrow: whether some parameters are numbers of 16 bits.
         opposed_since: step since which two optimizers are known to take turns, where the loss of one runs through what the other
             trains; None: they are not.
@@ -68,6 +70,8 @@ class Facts:
     name: str = ""  # logs of earlier versions do not have this and what follows
     optimizer_options: dict[str, str] = field(default_factory=dict, hash=False)
     prediction: tuple[int, ...] = ()
+    behind: Behind = "more"
+    mean: bool = False
     narrow: bool = False
     opposed_since: int | None = None
     dropouts: tuple[str, ...] = ()

@@ -28,9 +28,10 @@ class AtChance(Rule):
     `value` is the smallest improvement that counts, divided by the improvement so far, as in GW101. It is `0` unless the
     median of the last `window` (50) losses is within `near` (0.03) of `ln(C)`, as a share of it, where `C` is the number of
     predictions that a loss of cross-entropy compares, or else of units of the last matrix, and the reference loss (median of
-    the first 16) within twice as much; or unless all losses kept are above `ln(C)` and known to be cross-entropies. It is also
-    `0` before `min_steps` (200) losses and while the learning rate reached its highest value within the last 50 rows. It fires
-    where `value > limit` (1.0) for `for_steps` (50) steps. A single output unit (a binary loss) has no such level.
+    the first 16) within twice as much; or unless all losses kept are above `ln(C)` and known to be means of cross-entropies:
+    what backward begins at is such a mean, or that times the loss scale. It is also `0` before `min_steps` (200) losses and
+    while the learning rate reached its highest value within the last 50 rows. It fires where `value > limit` (1.0) for
+    `for_steps` (50) steps. A single output unit (a binary loss) has no such level.
 
     ## Why it is bad
     GW101 alone may be a plateau, or a loss that does not measure progress, as in reinforcement learning. A cross-entropy
@@ -80,7 +81,7 @@ class AtChance(Rule):
     @staticmethod
     def _is_there(history: History, loss: float, near: float) -> bool:
         chance = history.chance_loss
-        worse = history.facts.loss == "cross-entropy" and history.least_loss > chance
+        worse = history.guessing == chance < history.least_loss
         return worse or abs(loss - chance) <= near * chance
 
     def numbers(self, history: History, column: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from gradwatch.history.losses import APART
@@ -54,7 +55,8 @@ class Resting:
         resting, last = self._history.resting, self._recurring.last
         if self._history.opposed:
             return _OPPOSED
-        if self._history.facts.maximizes and not self._history.is_raised:
+        begun = not math.isnan(self._history.largest_first_loss)
+        if begun and self._history.facts.maximizes and not self._history.is_raised:
             return _RAISED
         if last.routine and (resting or not self._one_fires()):
             return f"it jumps about every {last.period} steps farther than an update can raise it (a target network, a new task)"
