@@ -89,12 +89,12 @@ def _damage_seen(history: History, *, buffers_are_well: bool) -> str:
 
 
 def constants_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return by name whether each buffer is not finite now, before the run: a causal mask of minus infinity is no damage.
+    """Return by name whether each buffer holds infinity now, before the run: a causal mask of minus infinity is no damage.
 
-    The values are bool tensors of shape (); nothing is read on the host.
+    A buffer that holds NaN is. The values are bool tensors of shape (); nothing is read on the host.
     """
-    found = ((names, (~finite).unbind()) for names, finite in _finite_buffers(model))
-    return {name: one for names, bad in found for name, one in zip(names, bad, strict=True)}
+    found = ((names, torch.isinf(norms).unbind()) for names, norms in _norms_of_buffers(model))
+    return {name: one for names, infinite in found for name, one in zip(names, infinite, strict=True)}
 
 
 def damage_of(model: nn.Module, constants: Mapping[str, Tensor] = NONE) -> str:
@@ -102,13 +102,25 @@ def damage_of(model: nn.Module, constants: Mapping[str, Tensor] = NONE) -> str:
 
     Reads the tensors on the host.
     """
-    for kind, name, tensor in _tensors(model):
-        if math.isfinite(norm_of(tensor)) or (kind == "buffer" and name in constants and constants[name]):
-            continue
-        nans, infs, _ = count_nonfinite(tensor)
-        if nans or infs:  # the norm of finite elements may overflow
-            return f"{kind} {plain_name(name)} holds {nans} NaN and {infs} infinite of {tensor.numel()} elements"
-    return ""
+    found = (_damage_in(kind, name, tensor, constants) for kind, name, tensor in _tensors(model))
+    return next(filter(None, found), "")
+
+
+def damage_of_buffers(model: nn.Module, constants: Mapping[str, Tensor]) -> str:
+    """Return the same as `damage_of`, for buffers alone."""
+    buffers = _measurable(unwrapped(model).named_buffers())
+    return next(filter(None, (_damage_in("buffer", name, tensor, constants) for name, tensor in buffers)), "")
+
+
+def _damage_in(kind: str, name: str, tensor: Tensor, constants: Mapping[str, Tensor]) -> str:
+    if math.isfinite(norm_of(tensor)):
+        return ""
+    nans, infs, _ = count_nonfinite(tensor)
+    if kind == "buffer" and not nans and name in constants and constants[name]:
+        return ""
+    if not (nans or infs):  # the norm of finite elements may overflow
+        return ""
+    return f"{kind} {plain_name(name)} holds {nans} NaN and {infs} infinite of {tensor.numel()} elements"
 
 
 def buffers_are_bad(model: nn.Module, home: torch.device, constants: dict[str, Tensor]) -> Tensor:
@@ -117,16 +129,20 @@ def buffers_are_bad(model: nn.Module, home: torch.device, constants: dict[str, T
     Buffers that the model did not have before are added to ``constants`` as they are: a mask may be made with the first batch.
     """
     fine = [torch.ones((), dtype=torch.bool, device=home)]
-    for names, finite in _finite_buffers(model):
+    for names, norms in _norms_of_buffers(model):
         if not constants.keys() >= set(names):
-            constants.update((name, one) for name, one in zip(names, ~finite, strict=True) if name not in constants)
-        excused = [device.moved(constants[name], finite.device) for name in names]
-        fine.append(device.moved((finite | torch.stack(excused)).all(), home))
+            news = zip(names, torch.isinf(norms), strict=True)
+            constants.update((name, one) for name, one in news if name not in constants)
+        excused = torch.stack([device.moved(constants[name], norms.device) for name in names])
+        fine.append(device.moved((torch.isfinite(norms) | (excused & torch.isinf(norms))).all(), home))
     return ~torch.stack(fine).all()
 
 
-def _finite_buffers(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield the names of buffers of one device and dtype, and whether each is finite in this process, shape (n,)."""
+def _norms_of_buffers(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield the names of buffers of one device and dtype, and a norm of each in this process, shape (n,).
+
+    It is NaN or infinite where an element is; the L2 norm, which is by far the fastest on the CPU, also where it overflows.
+    """
     kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
     for name, tensor in _measurable(unwrapped(model).named_buffers()):
         if tensor.layout is torch.strided and (own := local_of(tensor)).numel():
@@ -134,7 +150,9 @@ def _finite_buffers(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
             kinds.setdefault((real.device, real.dtype), []).append((name, real))
     for together in kinds.values():
         names, tensors = zip(*together, strict=True)
-        yield list(names), torch.isfinite(torch.stack(torch._foreach_norm(list(tensors), torch.inf)))
+        order = 2 if tensors[0].is_cpu else torch.inf
+        wide = torch.promote_types(tensors[0].dtype, torch.float32)
+        yield list(names), torch.stack(torch._foreach_norm(list(tensors), order, dtype=wide))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

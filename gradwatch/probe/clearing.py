@@ -88,7 +88,8 @@ class Clearing:
         gradients = [one.grad for one in owner.parameters if one.grad is not None]
         emptied = all(_can_be_read(one) and not one.any() for one in gradients)
         self._emptied[owner] = self._emptied.get(owner, 0) + 1 if emptied else 0
-        if self._emptied[owner] == _ENOUGH:
+        # one of several may be kept from training so for a while
+        if self._emptied[owner] == _ENOUGH and len(self._left) <= 1:
             self.watches = False
             self._told(
                 f"gradients are cleared between backward() and optimizer.step(): in {_ENOUGH} steps in a row, the optimizer got "

@@ -9,7 +9,7 @@ from gradwatch import device
 from gradwatch.distributed.agreement import PACE, differences, settings_of, told
 from gradwatch.distributed.find import Unsupported, find_ranks
 from gradwatch.distributed.words import Agreed, Local, Word
-from gradwatch.measure.checkpoints import buffers_are_bad
+from gradwatch.measure.checkpoints import buffers_are_bad, damage_of_buffers
 from gradwatch.measure.readback import LAG
 
 if TYPE_CHECKING:
@@ -186,8 +186,10 @@ class Peers:
         return self.buffers_are_well
 
     def _own_are_bad(self) -> bool:
-        model = self._layers.model
-        return model is not None and bool(buffers_are_bad(model, self._layers.home, self._layers.constants))
+        model, constants = self._layers.model, self._layers.constants
+        if model is None or not buffers_are_bad(model, self._layers.home, constants):
+            return False
+        return bool(damage_of_buffers(model, constants))  # the norms that it goes by may have overflowed
 
     def take(self, numbers: UnpackedRow, *, looked: bool) -> None:
         """Apply the agreements of a row that has arrived from a device; ``looked`` is True if its buffers were checked."""

@@ -275,9 +275,10 @@ class Probe:
         """Measure the gradients that the optimizer is about to use; return new arguments if it has a closure, else None."""
         if self._turns.watches:
             self._guarded(self._turns.stepped, optimizer)
-        if self.attribution.clearing.watches:
+        plain = not kwargs and (len(args) == 1 or args[1:] == (None,))  # without a closure
+        if plain and self.attribution.clearing.watches:
             self._guarded(self._look_at_clearing, optimizer)
-        if not kwargs and (len(args) == 1 or args[1:] == (None,)) and self._take_fast_path(optimizer):
+        if plain and self._take_fast_path(optimizer):
             return None
         return self._guarded(self._prepare, optimizer, args, kwargs)
 
