@@ -105,11 +105,9 @@ class Monitor:
         model = self._model()
         if model is None:
             return ""
-        well = self._probe.recorder.peers.buffers_are_well
         try:
             with torch.no_grad():
-                constants = self._layers.constants
-                return damage_without_waiting(model, self.history, buffers_are_well=well, constants=constants)
+                return damage_without_waiting(model, self.history, self._layers.constants)
         except Exception as error:  # a tensor of a kind that cannot be read
             return f"the model cannot be read: {words_of(error)}"
 
@@ -376,10 +374,8 @@ class Monitor:
         model = self._model()
         if model is None:
             return Checkpoint("the model is gone")
-        well, incidents = self._probe.recorder.peers.buffers_are_well, self._pipeline.incidents
-        suspects = [*incidents.open, *incidents.damaged]
-        constants = self._layers.constants
-        return worth_of(model, self.history, suspects, buffers_are_well=well, constants=constants)
+        incidents = self._pipeline.incidents
+        return worth_of(model, self.history, [*incidents.open, *incidents.damaged], self._layers.constants)
 
     def snapshot(self) -> Snapshot:
         """Return the state of the run as reports receive it. It does not wait for rows that are under way on a device."""

@@ -262,15 +262,24 @@ class Pipeline:
             self.history.know_explosions(self.incidents.explosions, self.incidents.destructive)
         self.desk.judged(changes, news)
         self._resting.look()
-        if self.history.is_raised:
-            told, loss = self.history.facts.optimizer, self.history.facts.loss
-            self.mistake(
-                f"{told} was made with maximize=True: each step raises the {loss}. Leave maximize out, unless that is meant."
-            )
+        self._look_for_mistakes()
         self._band.follow(self.history)
         if not row.has_loss and self.history.rows == _NO_LOSS and not self.history.losses:
             # all of the first rows are judged, so this one is
             self.note("no loss seen: the loss rules are inactive. Pass it with monitor.loss(loss).")
+
+    def _look_for_mistakes(self) -> None:
+        if self.history.is_no_entropy:
+            self.mistake(
+                "the cross-entropy is below zero: nll_loss got numbers that are no log-probabilities. Apply log_softmax before "
+                "it, or use cross_entropy."
+            )
+        if self.history.is_raised:
+            facts = self.history.facts
+            how, out = f"the {facts.loss} has a minus sign", "the minus sign"
+            if facts.maximizes:
+                how, out = f"{facts.optimizer} was made with maximize=True", "maximize"
+            self.mistake(f"{how}: each step raises the {facts.loss}. Leave {out} out, unless that is meant.")
 
     def _look_for_new_task(self, row: Row) -> None:
         """Begin a new task if a new optimizer makes its first step at a loss far above the usual, which it cannot have raised."""

@@ -306,7 +306,13 @@ class History(GradientNorms):
     @property
     def is_raised(self) -> bool:
         """True if the optimizer, the only one in the first steps, raises what is known to be a loss."""
-        return self.facts.maximizes and self._sees_loss and self.losses >= FIRST_LOSSES
+        seen = self.facts.behind == "a minus sign" if not self.facts.maximizes else self._sees_loss
+        return seen and bool(self.facts.loss) and self.losses >= FIRST_LOSSES
+
+    @property
+    def is_no_entropy(self) -> bool:
+        """True if the last loss is known to be a cross-entropy of numbers that are no log-probabilities: it is below zero."""
+        return self._sees_loss and self.facts.loss == "cross-entropy" and self.row.loss < 0
 
     @property
     def guessing(self) -> float:
@@ -330,13 +336,19 @@ class History(GradientNorms):
         """Half the norm of a matrix after a usual initialisation, shape (L,): a lower bound for layers that start near zero."""
         return 0.5 * np.sqrt(self.sizes / self.fan_in)
 
-    def relative_gain(self) -> Floats:
-        """Return the gain of each matrix divided by the median gain (at least 0.5), shape (L,).
+    @property
+    def first_weight(self) -> Floats:
+        """The weight norms of the first kept row, where they were sampled, and else the last ones, shape (L,)."""
+        first = self.weight_norm(last=self.task_rows)[0]
+        return np.where(np.isnan(first), self.weight, first)
+
+    def relative_gain(self, weight: Floats | None = None) -> Floats:
+        """Return the gain of each matrix divided by the median gain (at least 0.5), shape (L,); of the last weights by default.
 
         The gain is ``||w|| sqrt(f / n)``, with ``f`` inputs per unit and ``n`` elements: near 1 after a usual initialisation,
         whatever the shape. NaN for layers that are not large matrices, and for all layers if fewer than three are.
         """
-        gain = self.weight * np.sqrt(self.fan_in / self.sizes)
+        gain = (self.weight if weight is None else weight) * np.sqrt(self.fan_in / self.sizes)
         gain[~self.large_matrices] = np.nan
         finite = gain[np.isfinite(gain)]
         if len(finite) < 3:
@@ -344,6 +356,14 @@ class History(GradientNorms):
             return gain
         relative: Floats = gain / max(median(finite), 0.5)
         return relative
+
+    @property
+    def damage_seen(self) -> str:
+        """What was not finite when rows last looked at weights and buffers, in words; empty if all was."""
+        bad = np.flatnonzero(self.nonfinite_weight)
+        if bad.size:
+            return f"parameter {self.layers[int(bad[0])]} was not finite when it was last checked"
+        return "" if self.buffers_bad_since is None else "a buffer was not finite when it was last checked"
 
     def first_nonfinite(self) -> str | None:
         """Return the first layer, in backward order, whose last gradient has NaN or Inf; None if there is none."""

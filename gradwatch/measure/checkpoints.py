@@ -40,8 +40,6 @@ def worth_of(
     model: nn.Module,
     history: History,
     incidents: Sequence[Incident],
-    *,
-    buffers_are_well: bool = True,
     constants: Mapping[str, Tensor] = NONE,
 ) -> Checkpoint:
     """Return whether the model is fit for a checkpoint, as in `gradwatch.Monitor.checkpoint_guard`.
@@ -51,7 +49,6 @@ def worth_of(
             follows from what all processes know.
         history: history of the run.
         incidents: incidents that are open, or over with damage.
-        buffers_are_well: with several processes, whether all buffers were finite at the last exchange.
         constants: which buffers may hold infinities (see `constants_of`).
     """
     if device.capturing():
@@ -67,25 +64,15 @@ def worth_of(
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return Checkpoint(damage_of(model, constants))
     # use only what all processes know: if their answers differed, a collective save would hang
-    return Checkpoint(_damage_seen(history, buffers_are_well=buffers_are_well))
+    return Checkpoint(history.damage_seen)
 
 
-def damage_without_waiting(
-    model: nn.Module, history: History, *, buffers_are_well: bool, constants: Mapping[str, Tensor] = NONE
-) -> str:
+def damage_without_waiting(model: nn.Module, history: History, constants: Mapping[str, Tensor] = NONE) -> str:
     """Return the same as `damage_of`; where the model is on a device, what its rows have said last."""
     # of parts, a process knows its own alone
     if all(device.reading_is_free(one.device) and not is_partitioned(one) for one in model.parameters()):
         return damage_of(model, constants)
-    return _damage_seen(history, buffers_are_well=buffers_are_well)
-
-
-def _damage_seen(history: History, *, buffers_are_well: bool) -> str:
-    """Return a description of what was not finite when rows last looked at weights and buffers; empty if all was."""
-    bad = [name for name, hit in zip(history.layers, history.nonfinite_weight, strict=True) if hit]
-    if bad:
-        return f"parameter {bad[0]} was not finite when it was last checked"
-    return "" if buffers_are_well else "a buffer was not finite when it was last checked"
+    return history.damage_seen
 
 
 def constants_of(model: nn.Module) -> dict[str, Tensor]:

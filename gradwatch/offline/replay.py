@@ -45,7 +45,11 @@ def replay(
         origins: operations that were found while the rows were recorded, which no rows can tell.
     """
     found = {origin.step: origin for origin in origins}
-    pipeline = Pipeline(history, rules, None, [], Notes(strict=True), verdict=verdict, keep=None)
+
+    def broken() -> str:  # there is no model to look at
+        return history.damage_seen
+
+    pipeline = Pipeline(history, rules, None, [], Notes(strict=True), verdict=verdict, keep=None, broken=broken)
     count = 0
     for row in rows:
         count += 1

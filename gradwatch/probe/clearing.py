@@ -83,8 +83,8 @@ class Clearing:
 
     def comes(self, owner: Gradients) -> None:
         """Count a step that is about to be made without any of the gradients that the last backward has brought."""
-        if owner.hidden or owner.sharded or owner not in self._brought:
-            return
+        if owner.hidden or owner.sharded or owner not in self._brought or owner.coming.before_clip is not None:
+            return  # a clip whose norm has overflowed leaves zeros too
         gradients = [one.grad for one in owner.parameters if one.grad is not None]
         emptied = all(_can_be_read(one) and not one.any() for one in gradients)
         self._emptied[owner] = self._emptied.get(owner, 0) + 1 if emptied else 0

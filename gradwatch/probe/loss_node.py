@@ -27,7 +27,8 @@ class SeenLoss(NamedTuple):
     Attributes:
         kind: kind of the loss, such as "cross-entropy"; "" if it is not known.
         prediction: shape of the tensor that the loss compares with a target; empty if it is not known.
-        behind: what stands between the root of the backward and the loss: nothing, one factor such as a loss scale, or more.
+        behind: what stands between the root of the backward and the loss: nothing, one factor such as a loss scale, a minus sign,
+            or more.
         mean: whether it is a mean over the batch.
     """
 
@@ -59,8 +60,10 @@ def _behind(root: Any, node: Any) -> Behind:
     """Return what stands between the only root of a backward, or None if there are several, and the node of the loss."""
     if root is node:
         return "nothing"
-    factors = [following for following, _ in root.next_functions if following is not None] if root is not None else []
-    return "a factor" if factors == [node] and type(root).__name__.startswith("Mul") else "more"
+    if root is None or [following for following, _ in root.next_functions if following is not None] != [node]:
+        return "more"
+    name = type(root).__name__
+    return "a factor" if name.startswith("Mul") else "a minus sign" if name.startswith("Neg") else "more"
 
 
 def _shape_before(node: Any) -> tuple[int, ...]:

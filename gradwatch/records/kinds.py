@@ -27,7 +27,7 @@ Source = Literal[
 Family = Literal["sgd", "adam", "other"]
 CulpritSign = Literal["loss", "backward", "gradient"]
 LossSource = Literal["monitor.loss()", "closure", "backward root", "written", "none"]
-Behind = Literal["nothing", "a factor", "more"]
+Behind = Literal["nothing", "a factor", "a minus sign", "more"]
 Clipped = Literal["no clip before it seen", "before the user's clip", "as the optimizer sees it"]
 
 SEVERITIES: tuple[Severity, ...] = ("notice", "warning", "critical")

@@ -108,6 +108,8 @@ class Dead(Rule):
         if norms.min(initial=np.inf) > 0:  # false for NaN: each layer had a gradient in each row
             return units
         now = norms[-1]
+        if _never_reached(history, part, norms):
+            return np.where(part.held & history.matrices, 1.0, 0.0)
         silent = (now == 0).any() and not (now > 0).any() and not history.nonfinite.any()
         if silent and _is_at_floor(history, part):
             return np.zeros(len(history.layers))
@@ -128,13 +130,16 @@ class Dead(Rule):
         """Return the numbers of the sentence; see `Rule.numbers`."""
         mine, *others = rows_by_optimizer(history, 2 * ABSENT)
         part = next((one for one in others if one.held[column]), mine)
-        absent = column in _stopped(history, part, part.last(ABSENT))
+        norms = part.last(ABSENT)
+        never = _never_reached(history, part, norms)
+        absent = never or column in _stopped(history, part, norms)
         layer = absent or part.last(1)[0, column] == 0
         gaps = _gaps(part, column)
         since = int(part.steps[-max(1, gaps[-1])])
         return {
             "layer": layer,
             "absent": absent,
+            "never": never,
             "since": since,
             "exactly": len(gaps) > 1,
             "left": history.loss_left(since) if layer else 1.0,
@@ -146,6 +151,8 @@ class Dead(Rule):
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
         numbers = alarm.numbers
+        if numbers.get("never"):
+            return f"by step {alarm.step} no gradient had reached {alarm.layer}, nor any other layer that the optimizer holds"
         if numbers["absent"]:
             return (
                 f"at step {alarm.step}, no gradient had reached {alarm.layer} at any measured step since {began(numbers)}, "
@@ -188,6 +195,16 @@ def _is_at_floor(history: History, part: OptimizerRows) -> bool:
         waits = part.places is not None  # one of several optimizers may wait for its turn
         return waits or now == 0 or not np.count_nonzero(np.isfinite(losses)) >= ABSENT
     return not now > _FLOOR * abs(history.reference_loss)  # it is silent for longer than rows are kept
+
+
+def _never_reached(history: History, part: OptimizerRows, norms: Floats) -> bool:
+    """Return whether no gradient has ever reached what the only optimizer holds; ``norms``, (n, L): its last norms."""
+    if len(norms) < ABSENT or part.places is not None or not part.held.any():
+        return False
+    came = (history.typical_grad.seen > 0) | ~np.isnan(norms).all(axis=0) | (history.nonfinite > 0)
+    if history.row.arrived is not None:
+        came |= history.row.arrived
+    return not came[part.held].any()
 
 
 def _stopped(history: History, part: OptimizerRows, norms: Floats) -> list[int]:

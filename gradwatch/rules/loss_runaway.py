@@ -29,8 +29,9 @@ class LossRunaway(Rule):
     last 8 losses. `x_k` are the first 16 finite losses, and losses after jumps that the last update cannot have caused (the
     task became harder). `value = 0` when the loss no longer moves away: `|m|` is below `moving` (1.5) times the absolute
     median of the 32 losses before; for a cross-entropy above `worse` (2.0) times that of guessing, which no plateau explains, of
-    the 32 losses 128 steps before. It fires where `value > limit` (2.5) for `for_steps` (3) steps: at 2.5 times the
-    beginning upwards, and at 100 times downwards, because a loss that may be negative has no natural floor.
+    the 32 losses 128 steps before. `value` is infinite for a cross-entropy below zero, which is none. It fires where
+    `value > limit` (2.5) for `for_steps` (3) steps: at 2.5 times the beginning upwards, and at 100 times downwards, because a
+    loss that may be negative has no natural floor.
 
     ## Why it is bad
     Slow divergence raises the run's own level too, so no single step stands out. A loss that runs downwards has no floor:
@@ -71,7 +72,11 @@ class LossRunaway(Rule):
         now, _ = median_and_mad(history.task_loss(last=8))
         slow = now > self.worse * history.guessing  # a cross-entropy, whose scale is known
         before, _ = median_and_mad(history.task_loss(last=136 if slow else 40)[:-8][:32])
-        if (history.resting and history.resting != APART) or abs(now) < self.moving * abs(before):
+        if history.resting and history.resting != APART:
+            return np.zeros(1)
+        if history.is_no_entropy and now < 0:
+            return np.array([np.inf])
+        if abs(now) < self.moving * abs(before):
             return np.zeros(1)
         return np.array([max(now, -now / self.downwards) / beginning if beginning > 0 else np.nan])
 
@@ -81,11 +86,14 @@ class LossRunaway(Rule):
             "loss": median_and_mad(history.task_loss(last=8))[0],
             "largest": history.largest_first_loss,
             "harder": float(history.became_harder),
+            "no entropy": float(history.is_no_entropy),
         }
 
     def sentence(self, alarm: Alarm) -> str:
         """Return what was seen; see `Rule.sentence`."""
         loss, largest = alarm.numbers["loss"], alarm.numbers["largest"]
+        if alarm.numbers.get("no entropy"):
+            return f"the cross-entropy was about {number(loss)} by step {alarm.step}, and none can be below zero"
         way, limit = ("up", alarm.limit) if loss > 0 else ("down", alarm.limit * self.downwards)
         times, most = apart(abs(loss) / largest, limit)
         size = "" if loss > 0 else "the size of "

@@ -58,7 +58,7 @@ def advise(
     if history.facts.option("weight_decay") > 0:
         told = [line for line in told if "L2 penalty" not in line]  # there is one
     lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
-    if history.is_raised:
+    if history.is_raised or history.is_no_entropy:
         return tuple(lines)
     if opening.burst_at >= 0 and incident.kind in ("exploding", "diverging", "spike"):
         burst = f"it was {number(opening.burst)} at step {opening.burst_at} alone, and {number(opening.rate)} after it"
@@ -248,6 +248,8 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening, *, of
     rate_line = lower_rate(incident, history, opening)
     clip_line = 'Clip by norm when it happens: attach(model, clip="norm").' if facts.clip is None else ""
     if own_clip:
+        clip_line = ""
+    if own_clip and not (of_the_batch or surge_of(opening)):  # it bounds the step of a single batch
         clip_line = "Lower the bound of your own clip: it bounds the length of a step, and the run leaves its range all the same."
     step = opening.surged_at if opening.surged_at >= 0 else incident.opened_step
     known = of_the_batch or _comes_round(incident, opening, of_the_batch=False)  # and told before

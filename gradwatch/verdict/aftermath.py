@@ -55,6 +55,9 @@ class Aftermath:
     def run_before(self, step: int, damaged: Iterable[Incident]) -> Before:
         """Return the run before the first sign at ``step``, or before one of the ``damaged`` incidents if it was better then."""
         before = before_fault(self._history, step)
+        since = self._history.buffers_bad_since
+        if since is not None and since < step:  # of another fault
+            before = replace(before, broken=self._broken())
         for incident in damaged:
             earlier = self._before[incident.number]
             if earlier.task == before.task and earlier.whose == before.whose and earlier.loss < before.loss:

@@ -36,12 +36,13 @@ class Before:
     Attributes:
         step: step of the first sign.
         loss: level of the loss; NaN if it is not known.
-        ceiling: level up to which the loss counts as back; NaN if it is not known. A run that had not learned yet is back once
-            it has learned something.
+        ceiling: level up to which the loss counts as back, within its scatter and a quarter of what had been learned; NaN if it
+            is not known. A run that had not learned yet is back once it has learned something.
         young: whether the fault came with the first steps, so that no level of the loss is known from before.
         began: whether the level is the loss of the first step.
         flowing: whether the gradients of each layer flowed, shape (L,).
         task: number of the row at which the task began that the run then had.
+        broken: which weights or buffers were not finite already, in words; empty if all were.
         held: whether the optimizer of the first sign holds each layer, shape (L,), where several take turns with losses of their
             own: only those of its steps are compared; None: all are.
         whose: the first of these layers; "" if all losses are compared.
@@ -54,6 +55,7 @@ class Before:
     began: bool
     flowing: NDArray[np.bool_]
     task: int
+    broken: str = ""
     held: NDArray[np.bool_] | None = None
     whose: str = ""
 
@@ -76,9 +78,13 @@ def before_fault(history: History, step: int) -> Before:
     known = history.loss()[calm if len(calm) >= EARLY else places]
     known = known[np.isfinite(known)][-_PAST:]
     level, ceiling = _level_and_ceiling(known)
+    if history.first_loss > level:  # what has been learned since must not be lost again
+        learned = _UNDONE * (history.first_loss - level)
+        ceiling = min(ceiling, level + max(learned, abs(level) / 10, median_and_mad(known)[1]))
     young = known.size < EARLY
     began = young and known.size > 0 and level == history.first_loss
-    return Before(step, level, ceiling, young, began, flowing, history.rows - history.task_rows, held, whose)
+    task = history.rows - history.task_rows
+    return Before(step, level, ceiling, young, began, flowing, task, held=held, whose=whose)
 
 
 def _level_and_ceiling(losses: Floats) -> tuple[float, float]:
@@ -131,7 +137,7 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
         more = f" and {counted(len(dead) - _NAMED, 'more layer')}" if len(dead) > _NAMED else ""
         are = "is" if len(dead) == 1 else "are"
         found.append(f"{', '.join(dead[:_NAMED])}{more} {are} dead: no gradient arrives where one did")
-    if broken:
+    if broken and broken != before.broken:
         found.append(broken)
     return tuple(found)
 

@@ -134,8 +134,12 @@ class Harm:
         return (
             any(sign.kind == "spike" and sign.step == now for sign in told)
             or (now not in story.odd_steps and self._history.loss_is_rising())
-            or self._far_beyond(told)
+            or (self._far_beyond(told) and not self._is_held())
         )
+
+    def _is_held(self) -> bool:
+        """Return whether the user's clip, which acts on each step that needs it, has bounded the step of the last row."""
+        return self._history.clipped_by_user and self._history.row.applied < 1
 
     def _at_the_edge(self, signs: Iterable[Alarm]) -> bool:
         """Return True if nothing but norms has grown, over several steps, and each update is one that gradient descent bears.

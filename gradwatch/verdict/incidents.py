@@ -250,7 +250,8 @@ class Incidents:
                     return None
                 touched = True
                 self._begin(name, story, step)
-        may_last = not story.lasting and (story.harmed or not story.young) and not story.recurrence.routine
+        # what no update has raised is another task, unless the loss stays up (GW105)
+        may_last = not story.lasting and (story.harmed or not story.of_the_batch) and not story.recurrence.routine
         if may_last and self._history.task_rows < self._history.rows and story.incident is not None:
             # a jump in the row before a new task comes with it, and need not go back to the level of the task before
             may_last = story.incident.opened_step != self._history.last_step_before_task

@@ -102,7 +102,7 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
     moved_layer, moved = _moved_by_another(history)
     raised_from, raised_at = _raised(history, column)
     first_borne, first_base = _borne_at_first(history) if step < _FIRST else (math.nan, "")
-    gain = _gain(history)
+    gain = _gain(history, history.weight)
     first_rate, top_rate = _rates_of(history, column)
     burst, burst_at = _burst(history)
     surge, surged_at = (math.nan, -1) if column is None or step < _FIRST else _surge(history, column, since)
@@ -158,16 +158,18 @@ def _rates_of(history: History, column: int | None) -> tuple[float, float]:
 
 
 def _too_large(history: History) -> tuple[str | None, float]:
-    relative = history.relative_gain()
+    """Return the one matrix that began too large beside the others, or None for all, and how many times; NaN if none did."""
+    first = history.first_weight  # those of now may be what has exploded
+    relative = history.relative_gain(first)
     if np.isfinite(relative).any() and np.nanmax(relative) > _ODD:
         return history.layers[int(np.nanargmax(relative))], float(np.nanmax(relative))
-    gain = _gain(history)
+    gain = _gain(history, first)
     return None, gain if gain > _LARGE else math.nan
 
 
-def _gain(history: History) -> float:
-    """Return the median gain of the matrices; NaN if none is known."""
-    gains = (history.weight * np.sqrt(history.fan_in / history.sizes))[history.large_matrices]
+def _gain(history: History, weight: Floats) -> float:
+    """Return the median gain of the matrices with these norms; NaN if none is known."""
+    gains = (weight * np.sqrt(history.fan_in / history.sizes))[history.large_matrices]
     gains = gains[np.isfinite(gains)]
     return median(gains) if gains.size else math.nan
 

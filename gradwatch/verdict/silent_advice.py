@@ -153,6 +153,12 @@ def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
 def _dead(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
     facts = history.facts
     gone = [sign for sign in incident.signs if sign.numbers.get("absent")]
+    if any(sign.numbers.get("never") for sign in gone):
+        yield (
+            "Look for what cuts the loss off from the model: no gradient has reached any layer. It may be a loss that is made "
+            "anew from a number (torch.tensor, item()), an argmax, a detach(), or a forward under torch.no_grad()."
+        )
+        return
     if gone:
         sign = next((sign for sign in gone if sign.layer == incident.suspect), gone[0])
         yield (

@@ -154,7 +154,7 @@ def _floor(history: History) -> Floats:
 
 def _odd_scale(history: History) -> str | None:
     """Return the layer with the largest gain if that is more than ten times the median gain, else None."""
-    gain = history.relative_gain()
+    gain = history.relative_gain(history.first_weight)
     if not np.isfinite(gain).any() or not np.nanmax(gain) > 10:
         return None
     return history.layers[int(np.nanargmax(gain))]
