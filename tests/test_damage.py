@@ -88,7 +88,7 @@ def test_a_loss_that_stays_above_its_level_is_damage_until_it_is_back() -> None:
         for parameter, well in zip(model.parameters(), kept, strict=True):
             parameter.copy_(well)
     rate(optimizer, 0.1)
-    learn(model, optimizer, 60)
+    learn(model, optimizer, 100)
     assert monitor.incidents[0].verdict == "resolved"
     assert monitor.incidents[0].left == ()
     monitor.detach()

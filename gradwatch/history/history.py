@@ -342,6 +342,13 @@ class History(GradientNorms):
         first = self.weight_norm(last=self.task_rows)[0]
         return np.where(np.isnan(first), self.weight, first)
 
+    def behind_zeros(self, told: NDArray[np.bool_]) -> list[int]:
+        """Return the columns that come next on the way back after a layer that began at zero, of those of ``told``, shape (L,)."""
+        chain = np.argsort(self.order)
+        chain = chain[told[chain]]
+        columns: list[int] = chain[1:][self.began_at_zero[chain[:-1]]].tolist()
+        return columns
+
     def relative_gain(self, weight: Floats | None = None) -> Floats:
         """Return the gain of each matrix divided by the median gain (at least 0.5), shape (L,); of the last weights by default.
 

@@ -27,12 +27,12 @@ class LossStaysUp(Rule):
     Within some sixty steps the run has lost most of the orders of magnitude that its loss had fallen by.
 
     ## Formula
-    `value = m / max(times b, sqrt(r b))`, where `m` is the median of the last `window` (64) losses, `b` that of as many before
-    them, and `r` the reference loss (median of the first 16): above the root, the loss is back by more than half of the way,
-    measured in logarithms. `value = 0` until three quarters of the older half of the window are above that denominator, and
+    `value = m / max(times b, sqrt(r b), least r)`, where `m` is the median of the last `window` (64) losses, `b` that of as many
+    before them, and `r` the reference loss (median of the first 16): above the root, the loss is back by more than half of the
+    way, measured in logarithms. `value = 0` until three quarters of the older half of the window are above that denominator, and
     while the loss comes down: the median of the newer half is at least a tenth, `falling`, below that of the older half, or has
     halved since the highest of the first 8 losses after the jump. It is also `0` where the loss need not fall. It fires where
-    `value > limit` (1.0), with `times` = 10. Losses at or below zero have no logarithm and do not count.
+    `value > limit` (1.0), with `times` = 10 and `least` = 0.01. Losses at or below zero have no logarithm and do not count.
 
     ## Why it is bad
     GW102 leaves jumps alone that are small beside the first losses, because a converged run and batches with a rare class make
@@ -64,6 +64,7 @@ class LossStaysUp(Rule):
 
     limit: float = Field(default=1.0, gt=0)
     times: float = Field(default=10.0, gt=1)
+    least: float = Field(default=0.01, gt=0)
     falling: float = Field(default=0.1, gt=0, lt=1)
     window: int = Field(default=64, ge=8)
 
@@ -88,7 +89,8 @@ class LossStaysUp(Rule):
         """Return the level up to which losses may rise, given the last two windows of them; NaN if there is none."""
         before = median(losses[: self.window])
         known = before > 0 and history.reference_loss > 0
-        return max(self.times * before, math.sqrt(history.reference_loss * before)) if known else math.nan
+        began = history.reference_loss
+        return max(self.times * before, math.sqrt(began * before), self.least * began) if known else math.nan
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""

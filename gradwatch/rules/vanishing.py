@@ -22,17 +22,18 @@ class Vanishing(Rule):
     """Gradients vanish on their way back through the layers.
 
     ## What it means
-    The gradient elements of a layer, and of all layers farther from the loss, are orders of magnitude smaller than those of the
-    layer with the largest ones, which is nearer to the loss. (In the other direction gradients grow: GW306.)
+    A layer's gradient elements are orders of magnitude smaller than those of the layer with the largest ones, which is nearer
+    to the loss. (In the other direction gradients grow: GW306.)
 
     ## Formula
-    `value = max_k(rms_k) / max_f(rms_f)` over all layers `k`, and over layer `l` and the layers `f` farther from the loss, with
-    `rms_l = t_l / sqrt(n_l)`, `t_l` the typical gradient norm of layer `l` and `n_l` its number of elements: what arrives
-    farther back has not vanished before, but passed by a branch. It is 0 for the layer just behind one whose weights were all
-    zero at first, such as those of a LoRA, which pass little back until they have grown. It fires where `value > limit` (1e6)
-    for `for_steps` (32) steps. While the loss is stuck (at least 100 losses, improved by less than a tenth), `value` is
-    multiplied by `stuck` (3,333), so that a ratio of 300 is enough. Layers whose gradient is exactly zero belong to GW402.
-    Biases and gains are not considered, because the gradient of a bias before a normalisation is mathematically zero.
+    `value = max_k(rms_k) / rms_l`, with `rms_l = t_l / sqrt(n_l)`, `t_l` the typical gradient norm of layer `l` and `n_l`
+    its number of elements. Where a single step from one layer to the next makes half of that ratio or more, measured in
+    logarithms, the layers behind are a branch, and the largest `rms` of those farther from the loss takes the place of `rms_l`:
+    what arrives there has passed by. It is 0 for the layer just behind one whose weights were all zero at first, such as those
+    of a LoRA, which pass little back until they have grown. It fires where `value > limit` (1e6) for `for_steps` (32) steps.
+    While the loss is stuck (at least 100 losses, improved by less than a tenth), `value` is multiplied by `stuck` (3,333), so
+    that a ratio of 300 is enough. Layers whose gradient is exactly zero belong to GW402. Biases and gains are not considered,
+    because the gradient of a bias before a normalisation is mathematically zero.
 
     ## Why it is bad
     The layer hardly learns, while the layers after it adapt to its nearly unchanged output.
@@ -71,14 +72,14 @@ class Vanishing(Rule):
             return rms
         largest = int(np.nanargmax(rms))
         # a small gradient nearer to the loss than the largest has not vanished: from there on gradients grow
-        value: Floats = np.where(history.order > history.order[largest], rms[largest] / _farther(rms, history), np.nan)
-        value[_behind_zeros(rms, history)] = 0.0
+        value: Floats = np.where(history.order > history.order[largest], rms[largest] / _arrives(rms, history), np.nan)
+        value[history.behind_zeros(rms > 0)] = 0.0
         return value * self.stuck if history.stuck else value
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
         rms = history.typical_elements()
-        told = {"element": _farther(rms, history)[column], "largest": np.fmax.reduce(rms), "stuck": history.stuck}
+        told = {"element": _arrives(rms, history)[column], "largest": np.fmax.reduce(rms), "stuck": history.stuck}
         return told | stuck_at(history)
 
     def sentence(self, alarm: Alarm) -> str:
@@ -94,17 +95,19 @@ class Vanishing(Rule):
         )
 
 
-def _farther(rms: Floats, history: History) -> Floats:
-    """Return the largest element of each layer with a gradient and of all that are farther from the loss, shape (L,)."""
-    order = np.argsort(-history.order)
-    largest: Floats = np.empty(len(rms))
-    largest[order] = np.fmax.accumulate(rms[order])
-    return np.where(np.isnan(rms), np.nan, largest)
+def _arrives(rms: Floats, history: History) -> Floats:
+    """Return the element of each layer, or the largest of those farther from the loss where it is one of a branch, shape (L,).
 
-
-def _behind_zeros(rms: Floats, history: History) -> list[int]:
-    """Return the columns of the layers with a gradient that come next on the way back after a layer that began at zero."""
-    order = np.argsort(history.order)
-    chain = order[~np.isnan(rms[order])]
-    columns: list[int] = chain[1:][history.began_at_zero[chain[:-1]]].tolist()
-    return columns
+    A branch is entered in one step down: by half or more of the way from the largest element, measured in logarithms.
+    """
+    chain = np.argsort(history.order)
+    chain = chain[rms[chain] > 0]
+    elements = rms[chain]
+    top = int(np.argmax(elements))
+    steps = np.ones(len(elements))
+    steps[top + 1 :] = elements[top:-1] / elements[top + 1 :]
+    branch = np.maximum.accumulate(steps) ** 2 >= elements[top] / elements
+    farther = np.maximum.accumulate(elements[::-1])[::-1]
+    arriving: Floats = np.full(len(rms), np.nan)
+    np.put(arriving, chain, np.where(branch, farther, elements))
+    return arriving

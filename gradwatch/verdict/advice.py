@@ -134,8 +134,10 @@ def _lines(
     if incident.kind not in EXPLOSION:
         yield from on_silence(incident, history, told, opening, beside)
         return
-    if {sign.code for sign in incident.signs} == {"GW307"}:
-        yield from _buffers()
+    codes = {sign.code for sign in incident.signs}
+    if "GW307" in codes:
+        yield from _buffers(incident)
+    if codes == {"GW307"}:
         return
     both = any(s.sign == "growth" for s in incident.signs) and any(s.kind == "nonfinite" for s in incident.signs)
     if incident.origin is not None and incident.kind == "nonfinite":
@@ -148,30 +150,42 @@ def _lines(
             yield from _explosion(incident, history, opening, of_the_batch=of_the_batch)
         yield from _look_closer(incident)
     else:
-        yield from _runaway_series(incident)
-        if {sign.code for sign in incident.signs if sign.sign == "growth"} == {"GW306"}:
-            yield from told  # no rate suits all layers
-            yield from _structure(history.facts)
-        elif of_the_batch and opening.raised_at < 0 and not any(sign.sign == "growth" for sign in incident.signs):
-            if not incident.in_series:  # no rate has raised the loss
-                yield "If the data or the targets were changed for good, nothing is wrong as long as the loss comes down again."
-        else:
-            yield from _explosion(incident, history, opening, of_the_batch=of_the_batch)
-            yield from told if opening.raised_at < 0 else ()
+        yield from _on_growth(incident, history, told, opening, of_the_batch=of_the_batch)
         if both:
             yield from _nonfinite(incident, history)
             yield from _look_closer(incident)
 
 
-def _buffers() -> Iterator[str]:
+def _on_growth(
+    incident: Incident, history: History, told: Sequence[str], opening: Opening, *, of_the_batch: bool
+) -> Iterator[str]:
+    """Yield what to do about an explosion or a divergence of finite numbers."""
+    yield from _runaway_series(incident)
+    if {sign.code for sign in incident.signs if sign.sign == "growth"} == {"GW306"}:
+        yield from told  # no rate suits all layers
+        yield from _structure(history.facts)
+    elif of_the_batch and opening.raised_at < 0 and not any(sign.sign == "growth" for sign in incident.signs):
+        if not incident.in_series:  # no rate has raised the loss
+            yield "If the data or the targets were changed for good, nothing is wrong as long as the loss comes down again."
+    else:
+        yield from _explosion(incident, history, opening, of_the_batch=of_the_batch)
+        yield from told if opening.raised_at < 0 else ()
+
+
+def _buffers(incident: Incident) -> Iterator[str]:
+    named = [line for line in incident.evidence if ", buffer " in line]
+    if named and not any("running_" in line for line in named):
+        yield "Look at what writes NaN or infinity into that buffer. If infinity is meant there, nothing is wrong."
+        return
     yield (
         "Leave batches with NaN or infinity out before the forward pass: a normalisation takes them into its running statistics "
         "there, whether or not a step is made."
     )
-    yield (
-        "Go back to a checkpoint whose buffers are finite, or call reset_running_stats() on that module and train on: evaluation "
-        "uses these statistics."
-    )
+    if len({sign.code for sign in incident.signs}) == 1:
+        yield (
+            "Go back to a checkpoint whose buffers are finite, or call reset_running_stats() on that module and train on: "
+            "evaluation uses these statistics."
+        )
 
 
 def _runaway_series(incident: Incident) -> Iterator[str]:

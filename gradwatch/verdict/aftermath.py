@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gradwatch.records import ClipRecord, Incident
     from gradwatch.verdict.story import Story
 
+_WELL = 32  # steps without damage after which it is over: one level of the loss may be a dip
 _LASTING = 100  # steps after which what a notice has left makes it a warning
 _SURE = 0.1  # share of the height of a jump below which the next loss shows that it was a single batch
 
@@ -38,6 +39,7 @@ class Aftermath:
         self._silent = silent
         self._before: dict[int, Before] = {}  # by the number of the incident
         self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
+        self._well_since: dict[int, int] = {}  # step since which nothing is left, by the number of the incident
         self._high: set[int] = set()  # numbers of those after which the loss stays up
         self._unmeant: set[int] = (
             set()
@@ -120,6 +122,11 @@ class Aftermath:
         left = damage_since(self._history, before, "", self._silent()) or damage_since(
             self._history, before, self._broken()
         )
+        if left:
+            self._well_since.pop(incident.number, None)
+        elif incident.left:
+            since = self._well_since.setdefault(incident.number, self._history.row.step)
+            left = incident.left if self._history.row.step - since < _WELL else ()
         clip = incident.clip
         if left and clip is not None and clip.helped:
             clip = replace(clip, helped=False, damage="; ".join(left))

@@ -43,8 +43,10 @@ class Evidence:
         codes = dict.fromkeys(sign.code for sign in signs)
         lines = [said([sign for sign in signs if sign.code == code], suspect) for code in codes]
         self._find(story)
-        if any(sign.sign == "growth" for sign in signs):
-            lines += forecast(self._history.global_norm(last=_TREND), self._history.row.step)
+        history = self._history
+        highest = history.row.global_norm >= np.fmax.reduce(history.global_norm(last=history.task_rows), initial=0.0)
+        if highest and any(sign.sign == "growth" for sign in signs):  # else it is as it was before
+            lines += forecast(history.global_norm(last=_TREND), history.row.step)
         return (*lines, *story.findings)
 
     @staticmethod

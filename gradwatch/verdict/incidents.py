@@ -12,7 +12,6 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import is_of_the_batch, moved_by_another, was_one_batch
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
@@ -192,7 +191,10 @@ class Incidents:
             return []
         before = self._history.loss(last=2)[0]
         given = self._origin is not None and self._origin.came_with_the_batch
-        batch = bool(nonfinite) and story.incident.kind == "spike" and (given or before < story.peak / 2)
+        untreated = story.incident.kind == "spike" or (
+            story.incident.kind == "exploding" and story.incident.clip is None
+        )
+        batch = bool(nonfinite) and untreated and (given or before < story.peak / 2)
         if not batch:
             over = step - story.last_fired >= self._settings.apart_steps and len(nonfinite) in (0, len(told))
             if not over or damage_since(self._history, story.before, ""):
@@ -287,7 +289,6 @@ class Incidents:
         story.of_the_batch = step in story.odd_steps
         odd = story.of_the_batch or (story.jumped and is_of_the_batch(history))
         story.odd_batch = odd and not moved_by_another(history)
-        story.young = history.losses < EARLY and story.of_the_batch
         if story.of_the_batch and name == "explosion":
             one_batch = was_one_batch(history, self.recurring.step)
             story.recurrence = self.recurring.jumped(step, history.row.loss, one_batch=one_batch)
@@ -315,7 +316,8 @@ class Incidents:
         moved = self._take_findings(story, kind)
         after = self._described(story, signs, kind, moved, step)
         if before is None:
-            story.opening = opening_of(self._history, after.suspect, min(sign.step for sign in signs))
+            opening = opening_of(self._history, after.suspect, min(sign.step for sign in signs))
+            story.opening = replace(opening, after_damage=any(_is_grave_explosion(one) for one in self.damaged))
         told = advise(
             after,
             self._history,
@@ -346,8 +348,9 @@ class Incidents:
         story.moved = story.moved or moved
         story.weighed |= self._history.row.weight_norm is not None  # on a device some steps after the opening
         story.findings += [finding] if finding else []
-        if self._harm.has("buffer", story.firing.values()) and (named := self._broken()) not in story.findings:
-            story.findings += [named] if named else []
+        if self._harm.has("buffer", story.firing.values()) and not story.named:
+            story.named, named = True, self._broken().replace(" holds ", " held ")  # it may be mended later
+            story.findings += [f"at step {self._history.row.step}, {named}"] if named else []
         if self._origin is not None and kind in EXPLOSION:
             if not self._is_consequence(story, self._origin):
                 story.origin = story.origin or self._origin

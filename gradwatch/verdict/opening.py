@@ -55,6 +55,7 @@ class Opening:
         surge: most times by which the gradient norm of the suspect has grown from one step to the next since the first sign,
             after the first steps of the run, and the step to which (``surged_at``); NaN and -1 if it is not known.
         rising: whether the learning rate was at its highest within the last 50 rows, and well above the first.
+        after_damage: whether an earlier explosion had left damage that was still there.
     """
 
     step: int
@@ -79,6 +80,7 @@ class Opening:
     surge: float = math.nan
     surged_at: int = -1
     rising: bool = False
+    after_damage: bool = False
 
     @property
     def young(self) -> bool:
@@ -97,8 +99,10 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
     layer, times = _too_large(history) if step < _FIRST else (None, math.nan)
     trained = history.matrices & (np.isfinite(history.rate) if np.isfinite(history.rate).any() else True)
     known = trained & ~history.began_at_zero  # those that are still near zero say nothing of a rate
+    if history.row.family != "adam":  # and the gradients of those behind them are small as long
+        known[history.behind_zeros(trained)] = False
     told_of = column if column is not None else int(np.argmax(np.where(known, history.sizes, 0)))
-    usual = _usual_rate(history, told_of) if history.layers and not elsewhere else math.nan
+    usual = _usual_rate(history, told_of) if history.layers and not elsewhere and known[told_of] else math.nan
     moved_layer, moved = _moved_by_another(history)
     raised_from, raised_at = _raised(history, column)
     first_borne, first_base = _borne_at_first(history) if step < _FIRST else (math.nan, "")

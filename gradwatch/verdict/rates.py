@@ -65,7 +65,8 @@ def not_of_the_rate(incident: Incident, opening: Opening) -> str:
 
 def surge_of(opening: Opening) -> str:
     """Return that the gradient grew a hundredfold in one step, at a rate that the run had borne; "" if it did not."""
-    if not opening.surge > _SURGE or opening.raised_at >= 0 or opening.rising:
+    borne = opening.raised_at < 0 and not opening.rising and not opening.after_damage
+    if not (opening.surge > _SURGE and borne):
         return ""
     return (
         f"In one step, the gradient of {opening.usual_layer} became {number(opening.surge)} times as large, at a learning "

@@ -34,7 +34,6 @@ class Story:
     of_the_batch: bool = False  # opened by a jump that the last update cannot have caused
     odd_batch: bool = False  # opened with such a jump, whether or not an update was too long as well
     stays_up: bool = False  # opened after the loss had been far above its level for long
-    young: bool = False  # of_the_batch, and opened before the run had a usual loss level
     look_at: int = 0
     level: float = math.nan
     lasting: bool = False
@@ -44,6 +43,7 @@ class Story:
     moved: str | None = None  # the only layer whose weights were changed before it
     findings: list[str] = field(default_factory=list)
     opening: Opening = field(default_factory=lambda: Opening(-1, math.nan))
+    named: bool = False  # whether a buffer that is not finite was looked for
     harmless: bool = False  # no gradient but zero came with a loss that is not finite
     high_since: int | None = None  # step since which the loss is high again beside a dead part
     weighed: bool = False  # whether weights were sampled since it opened, so that a layer that changed alone is known
