@@ -343,7 +343,7 @@ class History(GradientNorms):
         return np.where(np.isnan(first), self.weight, first)
 
     def behind_zeros(self, told: NDArray[np.bool_]) -> list[int]:
-        """Return the columns that come next on the way back after a layer that began at zero, of those of ``told``, shape (L,)."""
+        """Return the columns that come next on the way back after a layer that began at zero, of those of ``told`` (L,)."""
         chain = np.argsort(self.order)
         chain = chain[told[chain]]
         columns: list[int] = chain[1:][self.began_at_zero[chain[:-1]]].tolist()

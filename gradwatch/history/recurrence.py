@@ -25,7 +25,7 @@ AT_REST = 2.0  # multiple of the typical size up to which values are ordinary
 _TIMES = 3  # excursions of a height that make it usual: two may be chance
 _MOMENTUM = 0.9  # assumed for SGD: an upper bound of the update where the momentum is smaller
 _REMEMBERED = 32  # updates that are summed: with a momentum of 0.9 the rest is 3 %
-ALONE = 0.25  # share of the height of a jump below which the next loss is back
+_ALONE = 0.1  # share of the height of a jump below which the next loss shows that it was one batch
 _BEYOND = 2.0  # multiple of the explained rise beyond which the rise is due to the batch
 
 
@@ -149,8 +149,8 @@ def task_became_harder(history: History) -> bool:
     return history.row.loss > 2 * np.max(before, initial=0.0) and is_of_the_batch(history)
 
 
-def was_one_batch(history: History, step: int, share: float = ALONE) -> bool:
-    """Return whether the loss jumped at ``step`` alone: no more than ``share`` of that height was left in the next one.
+def was_one_batch(history: History, step: int) -> bool:
+    """Return whether the loss jumped at ``step`` alone: less than a tenth of that height was left in the next one.
 
     New targets or new data would have kept it up. False if it is not known.
     """
@@ -159,7 +159,7 @@ def was_one_batch(history: History, step: int, share: float = ALONE) -> bool:
     if not 0 < place < len(losses) - 1 or history.steps()[place] != step:
         return False
     before, peak, after = losses[place - 1 : place + 2]
-    return bool(after - before < share * (peak - before))
+    return bool(after - before < _ALONE * (peak - before))
 
 
 def is_of_the_batch(history: History) -> bool:

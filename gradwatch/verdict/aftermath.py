@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _WELL = 32  # steps without damage after which it is over: one level of the loss may be a dip
 _LASTING = 100  # steps after which what a notice has left makes it a warning
-_SURE = 0.1  # share of the height of a jump below which the next loss shows that it was a single batch
 
 
 class Aftermath:
@@ -104,7 +103,7 @@ class Aftermath:
         left = damage_since(self._history, before, self._broken(), self._silent())
         if left or before.young:
             self._before[incident.number] = before
-            single = was_one_batch(self._history, incident.opened_step, _SURE)
+            single = was_one_batch(self._history, incident.opened_step)
             if incident.kind in EXPLOSION and (single or not of_the_batch):
                 self._unmeant.add(incident.number)
         clip = incident.clip and self._judge(incident.clip, before, left)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _LEVEL = 16  # losses whose median is the level now, and rows in which a part that is not dead has a gradient
 _PAST = 32  # losses before the fault whose median is the level then
 _BACK = 8  # losses of which most are at their level once it is back
+_NOISE = 0.63  # two standard errors of a median of 16 losses, in their scatter
 _UNDONE = 0.25  # share of what the loss had fallen that is lost where what was learned is undone
 _NAMED = 3  # dead layers that are named
 
@@ -80,7 +81,7 @@ def before_fault(history: History, step: int) -> Before:
     level, ceiling = _level_and_ceiling(known)
     if history.first_loss > level:  # what has been learned since must not be lost again
         learned = _UNDONE * (history.first_loss - level)
-        ceiling = min(ceiling, level + max(learned, abs(level) / 10, median_and_mad(known)[1]))
+        ceiling = min(ceiling, level + max(learned, abs(level) / 10, _NOISE * median_and_mad(known)[1]))
     young = known.size < EARLY
     began = young and known.size > 0 and level == history.first_loss
     task = history.rows - history.task_rows

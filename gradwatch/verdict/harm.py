@@ -41,15 +41,16 @@ class Harm:
         """Return whether a rule with this role has fired one of the signs."""
         return any(self._role[sign.code] == role for sign in signs)
 
-    def look_for(self, story: Story) -> bool:
+    def look_for(self, story: Story, *, due: bool = False) -> bool:
         """Return True if the firing signs show harm: the loss suffers, or a sign of growth is far beyond its limit.
 
         Growth alone may be the start of learning. A loss that jumped farther than the last update can explain is caused by the
-        batch, and so is a surge in the same step, unless the update about to be made is too long.
+        batch, and so is a surge in the same step, unless the update about to be made is too long. So is a jump that is ``due``: the
+        next one of a routine of the program.
         """
         signs, now = story.firing.values(), self._history.row.step
         too_long = self.has("update", signs) or self.has("overshoot", signs)
-        if not too_long and is_of_the_batch(self._history):
+        if not too_long and (due or is_of_the_batch(self._history)):
             story.odd_steps.add(now)
         # the program changes its targets or data: what follows settles again, unless it breaks
         if story.recurrence.routine or self._starts_over(story):

@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import is_of_the_batch, moved_by_another, was_one_batch
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
@@ -245,7 +246,8 @@ class Incidents:
         if active:
             story.last_fired = step
             story.fired_steps += 1
-            if name == "explosion" and not story.harmed and self._harm.look_for(story):
+            due = story.incident is None and self.recurring.is_due(step)
+            if name == "explosion" and not story.harmed and self._harm.look_for(story, due=due):
                 story.harmed = touched = True
             if story.incident is None:
                 if name == "explosion" and not self._opens(story):
@@ -317,7 +319,8 @@ class Incidents:
         after = self._described(story, signs, kind, moved, step)
         if before is None:
             opening = opening_of(self._history, after.suspect, min(sign.step for sign in signs))
-            story.opening = replace(opening, after_damage=any(_is_grave_explosion(one) for one in self.damaged))
+            earlier = (one for one in self.all if one.opened_step < EARLY or one.verdict == "damaged")
+            story.opening = replace(opening, shaken=any(_is_grave_explosion(one) for one in earlier))
         told = advise(
             after,
             self._history,

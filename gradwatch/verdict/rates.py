@@ -65,7 +65,7 @@ def not_of_the_rate(incident: Incident, opening: Opening) -> str:
 
 def surge_of(opening: Opening) -> str:
     """Return that the gradient grew a hundredfold in one step, at a rate that the run had borne; "" if it did not."""
-    borne = opening.raised_at < 0 and not opening.rising and not opening.after_damage
+    borne = opening.raised_at < 0 and not opening.rising and not opening.shaken
     if not (opening.surge > _SURGE and borne):
         return ""
     return (

@@ -48,6 +48,10 @@ class Recurring:
         self._others = False  # whether the last jump was not the first
         self.last = Recurrence()
 
+    def is_due(self, step: int) -> bool:
+        """Return whether a jump at ``step`` would be the next one of a routine of the program."""
+        return self.last.routine and self._fits(step - self.step, self.last.period or 1)
+
     def jumped(self, step: int, loss: float, *, one_batch: bool = False) -> Recurrence:
         """Record a jump to ``loss`` at ``step``, and return its place.
 
