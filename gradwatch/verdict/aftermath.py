@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gradwatch.verdict.story import Story
 
 _WELL = 32  # steps without damage after which it is over: one level of the loss may be a dip
+_FAR = 10.0  # multiple of its level before beyond which a loss is no rare batch's, as in GW105
 _LASTING = 100  # steps after which what a notice has left makes it a warning
 
 
@@ -143,7 +144,8 @@ class Aftermath:
             return True
         unmeant = incident.number in self._unmeant
         long = incident.closed_step is not None and self._history.row.step - incident.closed_step >= _LASTING
-        return unmeant and long and is_undone(self._history, before)
+        far = level_now(self._history, before) > _FAR * abs(before.loss)
+        return unmeant and long and far and is_undone(self._history, before)
 
     def _judge(self, clip: ClipRecord, before: Before, left: tuple[str, ...]) -> ClipRecord:
         """Return the record with what became of the loss. If no loss was seen or no step was changed, nothing is said to help."""

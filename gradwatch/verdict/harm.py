@@ -45,8 +45,8 @@ class Harm:
         """Return True if the firing signs show harm: the loss suffers, or a sign of growth is far beyond its limit.
 
         Growth alone may be the start of learning. A loss that jumped farther than the last update can explain is caused by the
-        batch, and so is a surge in the same step, unless the update about to be made is too long. So is a jump that is ``due``: the
-        next one of a routine of the program.
+        batch, and so is a surge in the same step, unless the update about to be made is too long. So is a jump that is ``due``:
+        the next one of a routine of the program.
         """
         signs, now = story.firing.values(), self._history.row.step
         too_long = self.has("update", signs) or self.has("overshoot", signs)

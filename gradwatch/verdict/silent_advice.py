@@ -70,6 +70,8 @@ def _left_by(incident: Incident, beside: Sequence[Incident]) -> str:
     if cause is None or (cause.severity == "notice" and not cause.left):
         return ""
     step = cause.opened_step
+    if cause.severity == "notice":
+        return f"Follow the advice on the incident that opened at step {step} ({cause.kind}): it has probably left this behind."
     begin = "Begin anew" if step < BORN else f"Go back to a checkpoint from before step {step}"
     return (
         f"{begin}, and follow the advice on the incident that opened at step {step} ({cause.kind}): it has probably left this "
