@@ -164,7 +164,8 @@ def test_a_vanilla_rnn_is_advised_gates_and_shorter_sequences() -> None:
 def test_unscaled_targets_are_named_with_the_loss_they_began_with() -> None:
     """The figure comes from the run."""
     case = Case("explosion", None, grad="10x40 10*5x9", loss="2e4x40 2e4*5x9", weight="1x49", family="other")
-    assert "Scale the targets: the loss of the first step was 20,000" in only(run(case)).advice[0]
+    assert only(run(case)).advice[0].startswith("Scale the targets and the inputs to about one, if they are not")
+    assert "the loss of the first step was 20,000" in only(run(case)).advice[0]
 
 
 def test_a_written_run_needs_no_torch() -> None:

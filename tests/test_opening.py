@@ -345,3 +345,17 @@ def test_a_surge_is_seen_although_another_optimizer_steps_in_between() -> None:
     assert incident.opened_step == 400
     assert "In one step, the gradient of a." in incident.advice[0]
     assert not any("Lower the learning rate" in line for line in incident.advice)
+
+
+def test_an_eps_far_above_the_gradients_is_named() -> None:
+    """Each update is then as short as at a rate a thousand times lower."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, eps=100.0)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(300):
+            x = torch.randn(32, 8)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)).backward()
+            optimizer.step()
+    assert monitor.incidents[0].advice[0].startswith("Lower eps: 1e-8 instead of 100.")

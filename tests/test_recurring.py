@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from typing import TYPE_CHECKING
@@ -276,3 +277,23 @@ def test_single_batches_that_come_round_and_ruin_the_run_are_not_healthy() -> No
     grave = next(one for one in monitor.incidents if one.severity != "notice")
     assert (grave.opened_step, grave.severity, grave.verdict) == (399, "warning", "damaged")
     assert grave.advice[0].startswith("Look at what comes about every 200 steps, first at step 199")
+
+
+@pytest.mark.parametrize(("period", "rate"), [(50, 3e-3), (100, 1e-3), (200, 3e-3)])
+def test_values_that_are_learned_from_a_copy_are_healthy_from_the_first_copy_on(period: int, rate: float) -> None:
+    """Fitted value iteration, whose loss is higher after each copy: the values grow, and so does their noise."""
+    torch.manual_seed(0)
+    values = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 3))
+    target, optimizer = copy.deepcopy(values), torch.optim.Adam(values.parameters(), lr=rate)
+    with gradwatch.attach(values, report=None, strict=True) as monitor:
+        for number in range(800):
+            state, action = torch.rand(64, 2), torch.randint(0, 3, (64, 1))
+            with torch.no_grad():
+                goal = state[:, 0] + 0.9 * target(state + 0.1 * torch.randn(64, 2)).max(1).values
+            optimizer.zero_grad()
+            nn.functional.mse_loss(values(state).gather(1, action)[:, 0], goal).backward()
+            optimizer.step()
+            if number % period == period - 1:
+                target.load_state_dict(values.state_dict())
+        assert monitor.verdict == "healthy"
+    assert {incident.severity for incident in monitor.incidents} <= {"notice"}

@@ -715,3 +715,84 @@ def test_classes_are_those_that_the_loss_compares() -> None:
             x = torch.randint(0, 500, (64,))
             step(optimizer, nn.functional.cross_entropy(model(x), (x + 1) % 500))
     assert "above that of guessing among 500 classes (ln 500 = 6.21)" in " ".join(monitor.incidents[0].evidence)
+
+
+def test_a_loss_that_is_made_anew_reaches_no_layer_and_that_is_told() -> None:
+    """It has a gradient of its own, and none of the model's."""
+    model = mlp(5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(120):
+            x = torch.randn(32, 8)
+            loss = nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)).item()
+            step(optimizer, torch.tensor(loss, requires_grad=True))
+        assert monitor.verdict == "suspected"
+    (incident,) = monitor.incidents
+    assert incident.advice[0].startswith(
+        "Look for what cuts the loss off from the model: no gradient has reached any layer."
+    )
+
+
+def test_a_cross_entropy_below_zero_is_none() -> None:
+    """nll_loss of raw scores has no floor: it can only run away."""
+    model = mlp(5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(60):
+            x = torch.randn(32, 8)
+            step(optimizer, nn.functional.nll_loss(model(x), x[:, :5].argmax(1)))
+        assert monitor.verdict == "suspected"
+    (incident,) = monitor.incidents
+    assert "none can be below zero" in incident.evidence[0]
+    (line,) = incident.advice
+    assert line.startswith("The cross-entropy is below zero: nll_loss got numbers that are no log-probabilities.")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_sum_of_losses_is_not_compared_with_guessing(reduction: str) -> None:
+    """Thirty-two samples of which each is far below guessing, at a rate that changes nothing."""
+    torch.manual_seed(0)
+    model = mlp(5)
+    first = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        x = torch.randn(32, 8)
+        step(first, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(320):
+            x = torch.randn(32, 8)
+            loss = nn.functional.cross_entropy(model(x), x[:, :5].argmax(1), reduction=reduction)
+            step(optimizer, loss)
+    assert "GW405" not in {alarm.code for alarm in monitor.alarms}
+    assert monitor.verdict == "healthy"
+
+
+def test_weights_that_have_exploded_are_not_told_to_be_initialised_smaller() -> None:
+    """Within the first steps, at a rate of 0.1: they began as usual."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(30):
+            x = torch.randn(64, 10)
+            step(optimizer, nn.functional.mse_loss(model(x), x[:, :1]))
+    assert monitor.incidents[0].advice[0].startswith("Lower the learning rate: ")
+
+
+def test_a_clip_that_has_held_a_single_batch_is_not_told_to_be_lower() -> None:
+    """The run stays where it was."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(300):
+            x = torch.randn(64, 10)
+            labels = x[:, :5].argmax(1)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(
+                model(x * (300 if number == 200 else 1)), labels.roll(int(number == 200))
+            ).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        assert monitor.verdict == "healthy"
+    assert "Lower the bound" not in advice(monitor)

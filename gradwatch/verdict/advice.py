@@ -307,7 +307,10 @@ def _scale(history: History, opening: Opening) -> Iterator[str]:
     elif opening.large > 1:
         yield f"Initialise the weights anew, by He or Xavier: for their number of inputs, they are {times} times the usual size."
     elif history.first_loss > _LARGE and history.facts.loss in ("", "squared error"):
-        yield f"Scale the targets: the loss of the first step was {number(history.first_loss)}, so the gradients are large too."
+        yield (
+            "Scale the targets and the inputs to about one, if they are not: the loss of the first step was "
+            f"{number(history.first_loss)}, so the gradients are large too."
+        )
 
 
 def _odd_batches(incident: Incident, history: History) -> Iterator[str]:

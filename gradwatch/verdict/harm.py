@@ -87,13 +87,10 @@ class Harm:
 
         The loss is high if it is more than twice its usual ceiling. It decreases, as after a change of the task, if it has come
         back half of the way at the first check (two thirds at later ones), measured in logarithms, or if it is a fifth lower
-        than at the check before. A loss that starts over only has to halve by each check.
+        than at the check before.
         """
         level, _ = self._history.loss_level(story.look_at - 2)
         before, story.level = story.level, level
-        learned = min(story.peak, self._history.first_loss) * self._settings.lasting_steps / (2 * story.look_at)
-        if self._starts_over(story) and level <= learned:
-            return False
         if not level > max(story.ceiling, 2 * story.ceiling):  # for a negative loss, the ceiling itself
             return False
         first = self._settings.lasting_steps

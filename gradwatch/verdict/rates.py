@@ -26,7 +26,7 @@ _USUAL = 1e-3  # share of its weights that an update usually changes
 _RISEN = 10.0  # multiple of the first rate beyond which a rate has risen
 _RAISED = 10.0  # least factor by which a rate is to be raised
 _LEAST = 1e-5  # rate of SGD below which no one trains: it is the gradients that are too large
-_MOST = 10.0  # and above which: they are too small
+_MOST = 1.0  # and above which: they are too small
 _SURGE = 100.0  # growth of a gradient from one step to the next that no rate explains under which the run went well
 
 
@@ -127,8 +127,9 @@ def raise_rate(opening: Opening) -> str:
     if opening.family == "sgd" and opening.usual_rate > _MOST:
         share = f"{number(_USUAL * opening.rate / opening.usual_rate)} of {opening.usual_layer}"
         return (
-            "Look at what makes the gradients so small, such as a loss that is divided twice, or inputs far below one: at a rate "
-            f"of {number(opening.rate)}, an update changes {share}, and no usual rate changes a thousandth."
+            "Look at what makes the gradients so small, such as a loss that is divided twice, inputs far below one, or small "
+            f"initial weights in many layers: at a rate of {number(opening.rate)}, an update changes {share}, and no usual rate "
+            "changes a thousandth."
         )
     return (
         f"Raise the learning rate: {number(opening.usual_rate, 1)} instead of {number(opening.rate)}, so that an update "

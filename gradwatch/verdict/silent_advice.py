@@ -26,6 +26,7 @@ _FLOAT32 = "Keep a float32 copy of half-precision weights: small updates are los
 _ROUNDED = 4.0  # multiple of the rate that changes a thousandth of a layer at which an update is as large as 2^-8 of it
 _CLIPS = 32  # steps whose clips are looked at
 _LITTLE = 0.1  # share of the gradients below which a clip leaves little
+_LARGE_EPS = 1e-2  # eps beyond which next to nothing is left of most updates
 _OVERFIT = "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
 _GOOD = "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
 _GATES = (
@@ -83,14 +84,15 @@ def _stalled(
     incident: Incident, history: History, told: Sequence[str], opening: Opening, beside: Sequence[Incident]
 ) -> Iterator[str]:
     named = next((one for one in beside if one.open and one.kind in _NAMING and one.severity != "notice"), None)
-    if named is not None:
+    known = _held(history, opening) or slower(incident)  # what each update does is known
+    if named is not None and not known:
         yield (
             f"Follow the advice on the incident that is open since step {named.opened_step} first: it names what does not learn "
             f"({named.kind}, {named.suspect})."
         )
     small = (
-        _held(history, opening),
-        slower(incident),
+        known,
+        _large_eps(history.facts),
         shrunk(history, opening),
         raise_rate(opening),
         _rounded(history.facts, opening),
@@ -111,6 +113,15 @@ def _held(history: History, opening: Opening) -> str:
     if not (history.clips_each_step and opening.family == "sgd" and left < _LITTLE):
         return ""
     return f"Raise the bound of your own clip: of the gradients of the last steps, it left {number(100 * left, 2)} % as a median."
+
+
+def _large_eps(facts: Facts) -> str:
+    """Return that the eps of an optimizer like Adam is far above all gradients; "" if it is not."""
+    eps = facts.option("eps")
+    if facts.family != "adam" or not eps > _LARGE_EPS:
+        return ""
+    told = f"{facts.optimizer} divides by the size of the gradients plus this"
+    return f"Lower eps: 1e-8 instead of {number(eps)}. {told}, so that updates are as much shorter."
 
 
 def _rounded(facts: Facts, opening: Opening) -> str:

@@ -634,6 +634,36 @@ def a_gradient_scaler_finds_its_optimizer_as_it_left_it(s: StandIn) -> None:
 
 
 @check("clips")
+def auto_clip_ends_as_on_the_cpu_though_it_has_changed_no_step(s: StandIn) -> None:
+    """A batch with NaN that the program leaves out itself, by which a buffer is broken; an outlier later is clipped again."""
+    ends = []
+    for place in ("cpu", "cuda"):
+        s.begin()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1)).to(place)
+        optimizer = optimizer_of(model, "SGD", fused=True)
+        x = torch.randn(64, 10, generator=torch.Generator().manual_seed(1)).to(place)
+        y = x[:, :1] - x[:, 1:2]
+        with gradwatch.attach(model, clip="norm", report=None, strict=True) as monitor:
+            for number in range(300):
+                loss = nn.functional.mse_loss(
+                    model(x * (math.nan if number == 40 else 1)), y * (400 if number == 200 else 1)
+                )
+                if number != 40:
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+        first, second, *_ = monitor.incidents
+        assert (first.kind, second.kind) == ("nonfinite", "exploding"), place
+        assert first.closed_step is not None
+        assert first.closed_step < 100, place
+        assert second.clip is not None
+        assert second.clip.clipped > 0, place
+        ends.append(loss.item())
+    assert math.isclose(*ends, rel_tol=0.1), ends
+
+
+@check("clips")
 def a_search_for_a_loss_scale_is_no_incident(s: StandIn) -> None:
     """It takes a dozen halvings of the usual first scale to bring such gradients into the range of float32."""
     x, y = (one.cuda() for one in data(64))
