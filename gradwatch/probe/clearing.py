@@ -50,9 +50,8 @@ class Clearing:
         self._steps = 0
         # None: the program clears them
         self._left: weakref.WeakKeyDictionary[Gradients, _Left | None] = weakref.WeakKeyDictionary()
-        self._brought: weakref.WeakSet[Gradients] = (
-            weakref.WeakSet()
-        )  # to which the last backward has brought gradients
+        # to which the last backward has brought gradients
+        self._brought: weakref.WeakSet[Gradients] = weakref.WeakSet()
         self._emptied: weakref.WeakKeyDictionary[Gradients, int] = weakref.WeakKeyDictionary()  # steps in a row
         self.watches = True
 

@@ -124,7 +124,7 @@ class Aftermath:
         )
         if left:
             self._well_since.pop(incident.number, None)
-        elif incident.left:
+        elif any(" the loss is " in line for line in incident.left):
             since = self._well_since.setdefault(incident.number, self._history.row.step)
             left = incident.left if self._history.row.step - since < _WELL else ()
         clip = incident.clip
