@@ -41,9 +41,9 @@ class Aftermath:
         self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
         self._well_since: dict[int, int] = {}  # step since which nothing is left, by the number of the incident
         self._high: set[int] = set()  # numbers of those after which the loss stays up
-        self._unmeant: set[int] = (
+        self._single: set[int] = (
             set()
-        )  # numbers of the notices in which the program has not changed its data or targets
+        )  # numbers of those on a single batch: the program has not changed its data or targets
         self._excused: list[tuple[int, Before]] = []  # those whose damage was taken for a routine of the program
 
     def __len__(self) -> int:
@@ -90,11 +90,8 @@ class Aftermath:
         """Record that the loss stays up, by a rule of its own, after the incidents with these numbers."""
         self._high.update(numbers)
 
-    def close(self, incident: Incident, before: Before, step: int, *, of_the_batch: bool = False) -> Incident:
-        """Return the incident as it closes at ``step``, with what it has left, and follow that from now on.
-
-        ``of_the_batch``: whether it opened with a loss that no update has raised.
-        """
+    def close(self, incident: Incident, before: Before, step: int) -> Incident:
+        """Return the incident as it closes at ``step``, with what it has left, and follow that from now on."""
         if before.young and incident.severity == "notice":  # no update has raised the loss, and no level is known
             before = replace(before, loss=math.nan, ceiling=math.nan, young=False)
         elif (
@@ -104,9 +101,8 @@ class Aftermath:
         left = damage_since(self._history, before, self._broken(), self._silent())
         if left or before.young:
             self._before[incident.number] = before
-            single = was_one_batch(self._history, incident.opened_step)
-            if incident.kind in EXPLOSION and (single or not of_the_batch):
-                self._unmeant.add(incident.number)
+            if incident.kind in EXPLOSION and was_one_batch(self._history, incident.opened_step):
+                self._single.add(incident.number)
         clip = incident.clip and self._judge(incident.clip, before, left)
         return replace(incident, verdict="damaged" if left else "resolved", closed_step=step, clip=clip, left=left)
 
@@ -139,13 +135,12 @@ class Aftermath:
         return replace(incident, severity=severity, verdict="damaged" if left else "resolved", left=left, clip=clip)
 
     def _lasts(self, incident: Incident, before: Before) -> bool:
-        """Return whether the loss stays up, or an explosion or a single batch has undone for long what was learned."""
+        """Return whether the loss stays up, or a single batch has undone for long what was learned."""
         if incident.number in self._high:
             return True
-        unmeant = incident.number in self._unmeant
         long = incident.closed_step is not None and self._history.row.step - incident.closed_step >= _LASTING
         far = level_now(self._history, before) > _FAR * abs(before.loss)
-        return unmeant and long and far and is_undone(self._history, before)
+        return incident.number in self._single and long and far and is_undone(self._history, before)
 
     def _judge(self, clip: ClipRecord, before: Before, left: tuple[str, ...]) -> ClipRecord:
         """Return the record with what became of the loss. If no loss was seen or no step was changed, nothing is said to help."""

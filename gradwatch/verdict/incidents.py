@@ -470,7 +470,7 @@ class Incidents:
         clip = self._treatment.let_go(step) if self._treatment is not None and name == "explosion" else None
         assert story.before is not None
         incident = replace(story.incident, kind=kind, clip=clip or story.incident.clip)
-        closed = self._aftermath.close(incident, story.before, step, of_the_batch=story.of_the_batch)
+        closed = self._aftermath.close(incident, story.before, step)
         self._replace(story, closed)
         changed = closed.clip is not None and closed.clip.clipped + closed.clip.skipped > 0
         if not changed and closed.severity != "notice" and is_undone(self._history, story.before):
