@@ -41,9 +41,7 @@ class Aftermath:
         self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
         self._well_since: dict[int, int] = {}  # step since which nothing is left, by the number of the incident
         self._high: set[int] = set()  # numbers of those after which the loss stays up
-        self._single: set[int] = (
-            set()
-        )  # numbers of those on a single batch: the program has not changed its data or targets
+        self._single: set[int] = set()  # numbers of those on a single batch, which is no new data
         self._excused: list[tuple[int, Before]] = []  # those whose damage was taken for a routine of the program
 
     def __len__(self) -> int:
