@@ -134,10 +134,9 @@ def _lines(
     if incident.kind not in EXPLOSION:
         yield from on_silence(incident, history, told, opening, beside)
         return
-    codes = {sign.code for sign in incident.signs}
-    if "GW307" in codes:
+    if any(sign.code == "GW307" for sign in incident.signs):
         yield from _buffers(incident)
-    if codes == {"GW307"}:
+    if {sign.code for sign in incident.signs if sign.kind == "nonfinite"} == {"GW307"} and incident.kind == "nonfinite":
         return
     both = any(s.sign == "growth" for s in incident.signs) and any(s.kind == "nonfinite" for s in incident.signs)
     if incident.origin is not None and incident.kind == "nonfinite":

@@ -319,7 +319,7 @@ class Incidents:
         after = self._described(story, signs, kind, moved, step)
         if before is None:
             opening = opening_of(self._history, after.suspect, min(sign.step for sign in signs))
-            earlier = (one for one in self.all if one.opened_step < EARLY or one.verdict == "damaged")
+            earlier = (one for one in self.all if one.opened_step < EARLY)
             story.opening = replace(opening, shaken=any(_is_grave_explosion(one) for one in earlier))
         told = advise(
             after,

@@ -55,7 +55,7 @@ class Opening:
         surge: most times by which the gradient norm of the suspect has grown from one step to the next since the first sign,
             after the first steps of the run, and the step to which (``surged_at``); NaN and -1 if it is not known.
         rising: whether the learning rate was at its highest within the last 50 rows, and well above the first.
-        shaken: whether an earlier explosion came with the first steps, or had left damage that was still there.
+        shaken: whether an explosion came with the first steps.
     """
 
     step: int

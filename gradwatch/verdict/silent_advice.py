@@ -68,11 +68,9 @@ def on_silence(
 def _left_by(incident: Incident, beside: Sequence[Incident]) -> str:
     """Return what to do about what an earlier explosion has probably left behind; "" if there was none."""
     cause = next((one for one in beside if one.kind in EXPLOSION and one.opened_step < incident.opened_step), None)
-    if cause is None or (cause.severity == "notice" and not cause.left):
+    if cause is None or cause.severity == "notice":
         return ""
     step = cause.opened_step
-    if cause.severity == "notice":
-        return f"Follow the advice on the incident that opened at step {step} ({cause.kind}): it has probably left this behind."
     begin = "Begin anew" if step < BORN else f"Go back to a checkpoint from before step {step}"
     return (
         f"{begin}, and follow the advice on the incident that opened at step {step} ({cause.kind}): it has probably left this "
