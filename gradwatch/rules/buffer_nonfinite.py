@@ -23,8 +23,8 @@ class BufferNonFinite(Rule):
     ## Formula
     `value = 1` in the row in which a buffer of floating point is first found not to be finite, else `0`. It fires where
     `value > limit` (0). Buffers are looked at with each sample of the weights: in the first 32 rows, at least with every 32nd
-    row later, and in each while an explosion is open. Those that were not finite when the model was attached or when they
-    came, such as a causal mask of minus infinity, do not count.
+    row later, and in each while an explosion is open. Those that held infinity when the model was attached or when they
+    came, such as a causal mask of minus infinity, do not count while they hold no NaN.
 
     ## Why it is bad
     Batch normalisation takes each batch into its running statistics in the forward pass, also one that is left out afterwards

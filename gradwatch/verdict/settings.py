@@ -26,8 +26,8 @@ class VerdictSettings(Settings):
       NaN or infinity after an explosion of finite numbers, or the other way round.
     * `far`: factor beyond its limit at which a surge opens an incident by itself; doubled during the first 24 rows. Otherwise
       growth opens an incident only if the loss suffers too.
-    * `lasting_steps`: number of steps after which a loss that is still high no longer counts as a spike. It is checked then,
-      and each time the number of steps has doubled.
+    * `lasting_steps`: number of steps after which a loss that is still high, and that an update may have raised, no longer counts
+      as a spike. It is checked then, and each time the number of steps has doubled.
     * `returning_steps`: number of steps after the end of an explosion within which a jump of the loss that an update may have
       caused is its return, and no change of the task.
     * `brief_steps`: number of firing steps up to which an explosion without a confirming sign is closed as a spike.
