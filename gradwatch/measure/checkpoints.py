@@ -103,9 +103,8 @@ def _damage_in(kind: str, name: str, tensor: Tensor, constants: Mapping[str, Ten
     if math.isfinite(norm_of(tensor)):
         return ""
     nans, infs, _ = count_nonfinite(tensor)
-    if kind == "buffer" and not nans and name in constants and constants[name]:
-        return ""
-    if not (nans or infs):  # the norm of finite elements may overflow
+    excused = kind == "buffer" and name in constants and bool(constants[name])
+    if not nans and (not infs or excused):  # the norm of finite elements may overflow
         return ""
     return f"{kind} {plain_name(name)} holds {nans} NaN and {infs} infinite of {tensor.numel()} elements"
 

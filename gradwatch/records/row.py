@@ -111,7 +111,7 @@ class Row(NamedTuple):
             update, or several do inside backward.
         order: rank of each layer in the order in which gradients arrived in backward, shape (L,); None: as in the row before.
         loss_scale: factor of the gradient scaler that made the step; NaN if there was none.
-        buffers_well: whether all buffers of the model are finite, but for those that never were; None if they were not sampled.
+        buffers_well: whether all buffers of the model are finite, but for infinities of before the run; None: not sampled.
         begins_task: whether a new task is known to begin with it (see `gradwatch.history.History.begin_task`).
     """
 

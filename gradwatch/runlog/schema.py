@@ -121,7 +121,7 @@ CREATE TABLE families (            -- of a row and of those after it in its sess
     "buffers": """
 CREATE TABLE buffers (             -- rows with a sample in which that changed
     id INTEGER PRIMARY KEY,
-    well INTEGER NOT NULL          -- 1: all buffers of the model were finite, but for those that never were
+    well INTEGER NOT NULL          -- 1: all buffers of the model were finite, but for infinities of before the run
 );
 """,
     "tasks": """

@@ -43,10 +43,10 @@ class Evidence:
         codes = dict.fromkeys(sign.code for sign in signs)
         lines = [said([sign for sign in signs if sign.code == code], suspect) for code in codes]
         self._find(story)
-        history = self._history
-        highest = history.row.global_norm >= np.fmax.reduce(history.global_norm(last=history.task_rows), initial=0.0)
-        if highest and any(sign.sign == "growth" for sign in signs):  # else it is as it was before
-            lines += forecast(history.global_norm(last=_TREND), history.row.step)
+        if any(sign.sign == "growth" for sign in signs):
+            norms = self._history.global_norm(last=self._history.task_rows)
+            highest = norms[-1] >= np.fmax.reduce(norms)  # else norms are as they were before
+            lines += forecast(norms[-_TREND:], self._history.row.step) if highest else []
         return (*lines, *story.findings)
 
     @staticmethod
