@@ -797,3 +797,33 @@ def test_a_clip_that_has_held_a_single_batch_is_not_told_to_be_lower() -> None:
     (incident,) = monitor.incidents
     assert incident.opened_step == 200
     assert "Lower the bound" not in advice(monitor)
+
+
+def _notes_of_a_step(model: nn.Module) -> str:
+    """What is noted in the first step of a training."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = gradwatch.attach(model, report=None)
+    nn.functional.cross_entropy(model(torch.randn(8, 20)), torch.arange(8) % 3).backward()
+    optimizer.step()
+    monitor.detach()
+    return " ".join(monitor.notes)
+
+
+def _constant(*, biases: bool, dropout: float | None = None) -> nn.Module:
+    between = nn.ReLU() if dropout is None else nn.Dropout(dropout)
+    model = nn.Sequential(nn.Linear(20, 16), between, nn.Linear(16, 3))
+    for name, one in model.named_parameters():
+        if biases or "weight" in name:
+            nn.init.constant_(one, 0.1)
+    return model
+
+
+def test_units_that_begin_alike_are_told_and_not_if_something_tells_them_apart() -> None:
+    """The last layer alone, or biases or dropout that differ, leave units that learn different things."""
+    told = _notes_of_a_step(_constant(biases=True))
+    assert "each weight of 0.weight is 0.1, and each of 2.weight is 0.1: the 16 units between them are alike" in told
+    assert "alike" not in _notes_of_a_step(_constant(biases=False))  # random biases
+    assert "alike" not in _notes_of_a_step(_constant(biases=True, dropout=0.1))
+    only_last = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 3))
+    nn.init.constant_(only_last[2].weight, 0.1)  # type: ignore[arg-type]
+    assert "alike" not in _notes_of_a_step(only_last)

@@ -29,7 +29,7 @@ _NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
 _PLAIN = (bool, int, float, str, type(None))
 _MOST_TEXTS = 4  # different values of an option
 _NAMED = 3  # most layers that a sentence names
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _SELF_SCALING = ("adam", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "muon", "adafactor", "lamb")
 
 
@@ -269,7 +269,7 @@ def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
         depth=sum(layers.matrices),
         narrow=any(one.dtype in (torch.float16, torch.bfloat16) for one in model.parameters()),
         clip=clip,
-        dropouts=tuple(name for name, m in model.named_modules() if isinstance(m, _DROPOUTS) and m.p >= 1),
+        dropouts=tuple(name for name, m in model.named_modules() if isinstance(m, DROPOUTS) and m.p >= 1),
     )
 
 

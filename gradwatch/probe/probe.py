@@ -18,6 +18,7 @@ from gradwatch import device
 from gradwatch.errors import ExchangeError, TrainingUnstableError, UsageError
 from gradwatch.measure.deepspeed import OFFLOADED
 from gradwatch.measure.layers import facts_of, family_of, options_of
+from gradwatch.measure.same_units import same_units
 from gradwatch.measure.wrappers import unmeasurable
 from gradwatch.probe import optimizer_hooks, patches
 from gradwatch.probe.attribution import Attribution
@@ -489,6 +490,8 @@ class Probe:
             self._judge.mistake(
                 f"the weight decay of a parameter group is {grows[0]:g}: below zero it makes weights grow. Set it to 0 or more."
             )
+        if alike := same_units(self._layers):
+            self._judge.mistake(alike)
         if self._judge.policy is not None and isinstance(optimizer, torch.optim.LBFGS):
             self._judge.note("auto-clip does not clip inside a line search, such as that of LBFGS.")
         reason = unmeasurable(optimizer=optimizer)
