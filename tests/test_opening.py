@@ -359,3 +359,21 @@ def test_an_eps_far_above_the_gradients_is_named() -> None:
             nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)).backward()
             optimizer.step()
     assert monitor.incidents[0].advice[0].startswith("Lower eps: 1e-8 instead of 100.")
+
+
+def test_averages_of_adam_that_let_updates_grow_are_named_before_the_rate() -> None:
+    """At the usual averages, the same rate trains it."""
+    found = {}
+    for betas in ((0.9, 0.1), (0.9, 0.999)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=betas)
+        with gradwatch.attach(model, report=None, strict=True) as monitor:
+            for _ in range(200):
+                x = torch.randn(32, 8)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)).backward()
+                optimizer.step()
+        found[betas] = [one for one in monitor.incidents if one.severity != "notice"]
+    assert found[(0.9, 0.1)][0].advice[0].startswith("Set betas to (0.9, 0.999) instead of (0.9, 0.1): Adam forgets")
+    assert found[(0.9, 0.999)] == []

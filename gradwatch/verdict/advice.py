@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gradwatch.history.in_use import usual_norms_of
 from gradwatch.records import EXPLOSION
 from gradwatch.text.wording import number
-from gradwatch.verdict.rates import lower_rate, not_of_the_rate, still_rising, surge_of
+from gradwatch.verdict.rates import averages_apart, lower_rate, not_of_the_rate, still_rising, surge_of
 from gradwatch.verdict.silent_advice import BORN, ORTHOGONAL, on_silence
 
 if TYPE_CHECKING:
@@ -246,6 +246,8 @@ def _explosion(incident: Incident, history: History, opening: Opening, *, of_the
         if opening.family == "adam":
             yield f"A{_no_cure(facts)[1:]}."
         return
+    if opening.family == "adam" and (apart := averages_apart(facts)):
+        yield apart
     yield from _rate_and_clip(incident, history, opening, of_the_batch=of_the_batch)
     if facts.recurrent:
         if not facts.gated:

@@ -17,7 +17,7 @@ from gradwatch.verdict.opening import weights_in_words
 
 if TYPE_CHECKING:
     from gradwatch.history.history import History
-    from gradwatch.records import Alarm, Incident
+    from gradwatch.records import Alarm, Facts, Incident
     from gradwatch.verdict.opening import Opening
 
 _BORNE = {"sgd": 0.1}  # share of its weights that an update may change in the first steps
@@ -160,6 +160,28 @@ def shrunk(history: History, opening: Opening) -> str:
 def at(rate: float) -> str:
     """Return the rate at which an incident began, in brackets; "" if it is not known."""
     return f" ({number(rate)} when this began)" if math.isfinite(rate) else ""
+
+
+def averages_apart(facts: Facts) -> str:
+    """Return that Adam forgets the size of gradients before their direction; "" if it does not, or if it is not known.
+
+    Kingma & Ba 2015, arXiv:1412.6980, ask for ``beta1**2 < sqrt(beta2)``.
+    """
+    text = facts.optimizer_options.get("betas", "")
+    try:
+        first, second = (float(one) for one in text.strip("()").split(","))
+    except ValueError:  # none, or different ones of its groups
+        return ""
+    if (
+        facts.optimizer is None
+        or "adam" not in facts.optimizer.lower()
+        or not first * first > math.sqrt(max(second, 0.0))
+    ):
+        return ""
+    return (
+        f"Set betas to (0.9, 0.999) instead of ({number(first, 6)}, {number(second, 6)}): {facts.optimizer} forgets the size of "
+        "gradients before their direction, and its updates need not be bounded by the rate."
+    )
 
 
 def still_rising(history: History, opening: Opening) -> str:

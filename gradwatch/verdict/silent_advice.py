@@ -10,7 +10,7 @@ from gradwatch.records import EXPLOSION
 from gradwatch.rules.dead import began
 from gradwatch.rules.opponent_won import OpponentWon, rate_of_opponent
 from gradwatch.text.wording import number
-from gradwatch.verdict.rates import at, raise_rate, shrunk, slower, still_rising
+from gradwatch.verdict.rates import at, averages_apart, raise_rate, shrunk, slower, still_rising
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -91,6 +91,7 @@ def _stalled(
     small = (
         known,
         _large_eps(history.facts),
+        averages_apart(history.facts),
         shrunk(history, opening),
         raise_rate(opening),
         _rounded(history.facts, opening),
