@@ -827,3 +827,18 @@ def test_units_that_begin_alike_are_told_and_not_if_something_tells_them_apart()
     only_last = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 3))
     nn.init.constant_(only_last[2].weight, 0.1)  # type: ignore[arg-type]
     assert "alike" not in _notes_of_a_step(only_last)
+
+
+def test_a_clip_that_leaves_so_little_that_no_bit_changes_is_named_before_the_rate() -> None:
+    """The rate is fine for the gradients as they come back."""
+    model = mlp(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(120):
+            x = torch.randn(32, 8)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), x[:, :1]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-9)
+            optimizer.step()
+    frozen = next(one for one in monitor.incidents if one.kind == "frozen")
+    assert frozen.advice[0].startswith("Raise the bound of your own clip")

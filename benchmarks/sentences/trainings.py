@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+from math import nan
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -49,6 +51,7 @@ _FAULTY = (
     "first convolution dead by its bias",
     "discriminator's rate too high",
     "LSTM with a huge rate",
+    "weight decay of 10",
 )
 _CLIPPED = (
     "zero_grad forgotten",
@@ -121,6 +124,68 @@ def _line_search(run: Run) -> None:
         run.step(optimizer.step(closure))
 
 
+def _batch_left_out(run: Run) -> None:
+    """A batch of NaN that the program leaves out itself, after the running statistics have met it."""
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(run.seed))
+    model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    run.watch(model)
+    for batch in count():
+        loss = nn.functional.mse_loss(model(x * (nan if batch == 50 else 1)), x[:, :1])
+        if loss.isfinite():
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.step(loss)
+
+
+class _Gates(nn.Module):
+    """Twenty gated residual layers whose weights double what comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(32, 64) for _ in range(20))
+        for block in self.blocks:
+            nn.init.normal_(block.weight, std=2 / 32**0.5)  # type: ignore[arg-type]
+        self.out = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = (x + nn.functional.glu(block(x), 1)) * 0.5**0.5
+        out: Tensor = self.out(x)
+        return out
+
+
+def _large_gates(run: Run) -> None:
+    model, x = _Gates(), 4 * torch.randn(64, 32, generator=torch.Generator().manual_seed(run.seed))
+
+    def objective() -> Tensor:
+        return nn.functional.cross_entropy(model(x), x[:, :5].argmax(1))
+
+    fit(run, model, torch.optim.SGD(model.parameters(), lr=1e-5), objective, clip=0.05)
+
+
+def _saturating_game(run: Run) -> None:
+    """A generator whose loss saturates once its discriminator has won."""
+    model = nn.ModuleDict({"G": mlp(8, 32, 2), "D": mlp(2, 64, 64, 1)})
+    slow = torch.optim.Adam(model["G"].parameters(), lr=2e-4)
+    fast = torch.optim.Adam(model["D"].parameters(), lr=1e-2)
+    softplus = nn.functional.softplus
+    run.watch(model)
+    while True:
+        real, fake = torch.randn(64, 2) / 10 + 3, model["G"](torch.randn(64, 8))
+        fast.zero_grad()
+        loss = (softplus(-model["D"](real)) + softplus(model["D"](fake.detach()))).mean()
+        loss.backward()
+        fast.step()
+        run.step(loss)
+        slow.zero_grad()
+        loss = -softplus(model["D"](model["G"](torch.randn(64, 8)))).mean()
+        loss.backward()
+        slow.step()
+        run.step(loss)
+
+
 def trainings() -> dict[str, Training]:
     """Return the trainings by name."""
     known = {program.name: program for program in PROGRAMS}
@@ -133,6 +198,9 @@ def trainings() -> dict[str, Training]:
     found["three of four units silenced"] = Training(_units_silenced, 100)
     found["Adam at a rate of 3"] = Training(_adam_rate, 100)
     found["optimizer of the first layer only"] = Training(_stale_optimizer, 100)
+    found["batch with NaN left out"] = Training(_batch_left_out, 100)
+    found["gates that double"] = Training(_large_gates, 150)
+    found["loss that saturates in a game"] = Training(_saturating_game, 800)
     found["loss that is no scalar"] = Training(_loss_unseen, 30)
     found["line search"] = Training(_line_search, 30, clip=True)
     return found

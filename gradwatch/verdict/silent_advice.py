@@ -231,15 +231,12 @@ def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[
     if not sign.numbers.get("owned", True):
         yield f"Build the optimizer from model.parameters() after the model is final: none that made a step holds {suspect}."
         return
-    if raised := raise_rate(opening):
-        yield raised
-    if faint := _faint(suspect, history):
-        yield faint
+    known = [line for line in (_held(history, opening), raise_rate(opening), _faint(suspect, history)) if line]
+    yield from known
     if facts.narrow:
         yield _FLOAT32
-    if not faint and not raised:
+    if not known:
         yield f"Check the learning rate of the parameter group of {suspect}{at(opening.rate)}, and its schedule."
-    if not raised:
         yield f"Look for what puts {suspect} back to its old values after a step, such as another copy that is loaded into it."
 
 
