@@ -17,12 +17,14 @@ from gradwatch.history.recurrence import is_of_the_batch, moved_by_another, was_
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
 from gradwatch.verdict.aftermath import Aftermath
+from gradwatch.verdict.causes import Causes
+from gradwatch.verdict.counting import Counting
 from gradwatch.verdict.damage import damage_since, is_undone
 from gradwatch.verdict.evidence import Evidence
 from gradwatch.verdict.gravity import Gravity
 from gradwatch.verdict.harm import Harm
 from gradwatch.verdict.opening import opening_of
-from gradwatch.verdict.recurring import Recurring, Times
+from gradwatch.verdict.recurring import Recurring
 from gradwatch.verdict.story import Story, kind_of, phase_of
 from gradwatch.verdict.suspects import Suspects
 
@@ -76,19 +78,17 @@ class Incidents:
         self._harm = Harm(history, rules, settings)
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
-        self._broken = broken
         self._aftermath = Aftermath(history, broken, self._silent)
         self._gravity = Gravity(history)
         self._suspects = Suspects(history, settings)
+        self._causes = Causes(history, self._harm, self._suspects, broken)
         self._evidence = Evidence(history)
+        self._counting = Counting(self._evidence)
         self._stories: dict[str, Story] = {}
         self.recurring = Recurring()
-        self._nonfinite, self._explosions, self._batches = Times(), Times(), Times()
         self._told = 0
         self._harmful: set[int] = set()  # numbers of explosions that undid what was learned, and changed no step
         self._exploded = -math.inf  # step at which the last explosion that was more than a notice has ended
-        self._origin: Origin | None = None  # of the row that is about to be judged
-        self._unknown = ""
         self.all: list[Incident] = []
 
     def grow(self) -> None:
@@ -164,7 +164,7 @@ class Incidents:
                 story.firing.pop(key, None)
             touched.add(name)
         if was_finite and self._is_nonfinite():
-            self._nonfinite.came(step)
+            self._counting.not_finite(step)
         news = self._end_by_another_cause(step)
         for name in list(self._stories):
             new = self._judge(name, self._stories[name], step, touched=name in touched)
@@ -191,7 +191,7 @@ class Incidents:
         if not told or bool(nonfinite) is (story.incident.kind == "nonfinite"):
             return []
         before = self._history.loss(last=2)[0]
-        given = self._origin is not None and self._origin.came_with_the_batch
+        given = self._causes.origin is not None and self._causes.origin.came_with_the_batch
         untreated = story.incident.kind == "spike" or (
             story.incident.kind == "exploding" and story.incident.clip is None
         )
@@ -230,15 +230,17 @@ class Incidents:
 
     def record_origin(self, origin: Origin) -> None:
         """Attach ``origin``, which has made a step non-finite, to the explosion that is open, or to the next one that opens."""
-        self._origin = origin
+        self._causes.origin = origin
 
     def record_unknown(self, reason: str) -> None:
         """Record why the origin of the explosion that is open, or of the next one that opens, is not known."""
-        self._unknown = reason
+        self._causes.record_unknown(reason)
 
     def _judge(self, name: str, story: Story, step: int, *, touched: bool) -> Incident | None:
         active = any(code in self._opening for code, _ in story.firing)
-        touched = touched or (name == "explosion" and self._origin is not None)  # found in a later step of the incident
+        touched = touched or (
+            name == "explosion" and self._causes.origin is not None
+        )  # found in a later step of the incident
         aftermath = name != "explosion" and self.open_explosion() is not None  # a consequence of the explosion
         if story.incident is None and (aftermath or not active):
             story.signs, story.fired_steps = dict(story.firing), 0
@@ -315,7 +317,7 @@ class Incidents:
         """Open the incident or update it with its signs; return it if it is new or its kind, severity or verdict changed."""
         before, signs = story.incident, tuple(story.signs.values())
         kind = self._kind(story, signs)
-        moved = self._take_findings(story, kind)
+        moved = self._causes.take(story, kind)
         after = self._described(story, signs, kind, moved, step)
         if before is None:
             opening = opening_of(self._history, after.suspect, min(sign.step for sign in signs))
@@ -344,35 +346,6 @@ class Incidents:
         kind = kind_of([s for s in signs if story.harmed or s.sign != "growth"], lasting=story.lasting)
         was_spike = story.incident is not None and story.incident.kind == "spike"
         return "spike" if kind in ("exploding", "diverging") and was_spike and self._harm.falls(story) else kind
-
-    def _take_findings(self, story: Story, kind: Kind) -> str | None:
-        """Give the story what was found of its cause since the last time; return the layer that something has moved, if any."""
-        moved, finding = (None, None) if story.weighed else self._suspects.moved()
-        story.moved = story.moved or moved
-        story.weighed |= self._history.row.weight_norm is not None  # on a device some steps after the opening
-        story.findings += [finding] if finding else []
-        if self._harm.has("buffer", story.firing.values()) and not story.named:
-            story.named, named = True, self._broken().replace(" holds ", " held ")  # it may be mended later
-            story.findings += [f"at step {self._history.row.step}, {named}"] if named else []
-        if self._origin is not None and kind in EXPLOSION:
-            if not self._is_consequence(story, self._origin):
-                story.origin = story.origin or self._origin
-            self._origin = None
-        if self._unknown and kind in EXPLOSION and story.origin is None:
-            story.findings += [] if story.unknown else [self._unknown]  # later steps have the same reason, as a rule
-            story.unknown, self._unknown = True, ""
-        return moved
-
-    @staticmethod
-    def _is_consequence(story: Story, origin: Origin) -> bool:
-        """Return whether a weight was found that an earlier step of the story has damaged, which is no origin of it."""
-        if (
-            origin.subject != "weight"
-            or story.incident is None
-            or (story.incident.clip and story.incident.clip.skipped)
-        ):
-            return False
-        return any(sign.kind == "nonfinite" and sign.step < origin.step for sign in story.incident.signs)
 
     def _described(self, story: Story, signs: tuple[Alarm, ...], kind: Kind, moved: str | None, step: int) -> Incident:
         """Return the incident of the story as its signs have it at ``step``, without advice."""
@@ -406,23 +379,7 @@ class Incidents:
             period=story.recurrence.period,
             since=None,
         )
-        if kind == "nonfinite":
-            return self._counted(after, before)
-        if kind in EXPLOSION and severity != "notice" and not after.in_series:
-            story.returns = story.returns or self._explosions.came(after.opened_step)
-        elif kind == "spike" and story.odd_batch and not after.in_series:
-            story.batch_returns = story.batch_returns or self._batches.came(after.opened_step)
-        if (returns := story.returns or story.batch_returns) is not None:
-            after = replace(after, times=returns.times, since=returns.since, period=returns.period)
-        return after
-
-    def _counted(self, after: Incident, before: Incident | None) -> Incident:
-        """Return a non-finite incident with its place among the times that steps of the run were not finite."""
-        last = self._nonfinite.last
-        if before is None or before.kind != "nonfinite":
-            return replace(after, times=last.times, since=last.since, period=last.period)
-        evidence = (*after.evidence, *self._evidence.returned(before, last))
-        return replace(after, times=before.times, since=before.since, period=before.period, evidence=evidence)
+        return self._counting.counted(after, story)
 
     def _add(self, story: Story, incident: Incident) -> None:
         """Add an incident that opens."""
