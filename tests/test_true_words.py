@@ -842,3 +842,21 @@ def test_a_clip_that_leaves_so_little_that_no_bit_changes_is_named_before_the_ra
             optimizer.step()
     frozen = next(one for one in monitor.incidents if one.kind == "frozen")
     assert frozen.advice[0].startswith("Raise the bound of your own clip")
+
+
+def test_updates_are_lost_in_float32_only_if_they_are_for_long() -> None:
+    """The last step of a cosine schedule is as short, and no reason to say that the weights never change."""
+    for annealed in (True, False):
+        model = mlp(4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.004)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+        fallen = torch.optim.lr_scheduler.MultiStepLR(optimizer, [200], gamma=1e-6)
+        with gradwatch.attach(model, report=None, strict=True) as monitor:
+            for _ in range(400):
+                step(optimizer, nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.randint(0, 4, (32,))))
+                (cosine if annealed else fallen).step()
+        frozen = [one for one in monitor.incidents if one.kind == "frozen"]
+        assert len(frozen) == (not annealed)
+        if not annealed:
+            assert 249 <= frozen[0].opened_step < 320
+            assert "too small to change float32 weights" in frozen[0].evidence[0]

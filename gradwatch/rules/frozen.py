@@ -30,9 +30,9 @@ class Frozen(Rule):
     `value` is the number of steps since watching began, or since the layer became trainable at a learning rate above zero, if
     an exact fingerprint of its bits was the same at every sample; steps at which the layer had no gradient, or one of exactly
     zero, do not count. If instead the loss is stuck (at least 100 losses, improved by less than a tenth) and the update of
-    every layer is too small for float32 (`u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and `u = lr sqrt(n)` for Adam),
-    `value` is the number of losses. If the learning rate of every group is 0, `value` is the number of steps since then.
-    Otherwise it is `0`. It fires where `value > limit` (48). Not considered are biases and gains (the gradient of a critic's
+    every layer is too small for float32 (`u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and `u = lr sqrt(n)` for Adam) even at
+    the highest learning rate `lr` of the last 49 rows, `value` is the number of losses. If the learning rate of every group is
+    0, `value` is the number of steps since then. Otherwise it is `0`. It fires where `value > limit` (48). Not considered are biases and gains (the gradient of a critic's
     last bias cancels), layers whose gradient is missing or exactly zero, and parameter groups at learning rate zero beside
     others that are not, because they wait to be unfrozen.
 
@@ -102,23 +102,26 @@ class Frozen(Rule):
             since = f"{alarm.numbers['still since']:.0f}" + ("" if alarm.numbers["exactly"] else " or before")
             return f"at step {alarm.step}, the learning rate of every group had been 0 since step {since}"
         if alarm.numbers["lost"]:
-            update, weight = alarm.numbers["update"], number(alarm.numbers["weight"])
-            small = (
-                f"{number(update)}, too small to change float32 weights of norm {weight}" if update else "exactly zero"
+            update, weight = number(alarm.numbers["update"]), number(alarm.numbers["weight"])
+            return (
+                f"the update of {alarm.layer} was {update}, too small to change float32 weights of norm {weight} at step "
+                f"{alarm.step}, likewise in every layer and in the steps before, and {in_words(alarm)}"
             )
-            return f"the update of {alarm.layer} was {small} at step {alarm.step}, likewise in every layer, and {in_words(alarm)}"
         steps, limit = counted(alarm.value, "step"), number(alarm.limit)
         told = f"not one bit of {alarm.layer} changed in {steps}"
         if alarm.numbers["owned"]:
             return f"{told} with a gradient, until step {alarm.step} (limit {limit})"
         return f"{told}, until step {alarm.step} (limit {limit}): no optimizer that made a step holds it"
 
-    @staticmethod
-    def _update(history: History) -> Floats | None:
+    def _update(self, history: History) -> Floats | None:
         """Return the size of each layer's update, shape (L,), if the loss is stuck and all are lost in float32; else None."""
         if history.row.family == "other" or not history.stuck:
+            return None
+        rates = history.learning_rate(last=int(self.limit) + 1)
+        if not rates[-1] > 0:
             return None
         told = history.matrices & (history.row.grad_norm > 0)
         sgd = history.row.family == "sgd"
         update: Floats = history.rate * (history.row.grad_norm if sgd else np.sqrt(history.sizes))
-        return update if told.any() and (update[told] / history.weight[told] < _HELD).all() else None
+        highest = update * np.fmax.reduce(rates) / rates[-1]  # the last steps of a schedule are often as short
+        return update if told.any() and (highest[told] / history.weight[told] < _HELD).all() else None

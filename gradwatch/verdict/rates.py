@@ -121,8 +121,8 @@ def raise_rate(opening: Opening) -> str:
         return ""  # weights that have shrunk bear no rate
     if opening.top_rate > _RISEN * opening.rate:
         return (
-            f"The learning rate has fallen from {number(opening.top_rate)} to {number(opening.rate)}: check its schedule, and "
-            f"keep it above {number(opening.usual_rate, 1)}, at which an update changes a thousandth of {opening.usual_layer}."
+            f"The learning rate has fallen from {number(opening.top_rate)} to {number(opening.rate)}: check its schedule. "
+            f"At {number(opening.usual_rate, 1)}, an update changes a thousandth of {opening.usual_layer}."
         )
     if opening.family == "sgd" and opening.usual_rate > _MOST:
         share = f"{number(_USUAL * opening.rate / opening.usual_rate)} of {opening.usual_layer}"
