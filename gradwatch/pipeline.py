@@ -44,6 +44,7 @@ _SPEED_OVER = 0.2  # seconds over which the speed is measured
 _NUMBERS = 1 << 20  # bound of hashes, so that they are exact in float32
 _IDLE = 100  # rows after which layers that never had a gradient are noted
 _NO_LOSS = 5  # rows without a loss after which it is reported that the loss rules are inactive
+_ANEW = 8  # optimizers, each for two steps at most, that are too many
 _RISEN = 2  # rows whose losses are high already before an optimizer comes: it brings no new task then
 
 
@@ -92,7 +93,8 @@ class Pipeline:
         self._resting = Resting(history, self.alarms, self.incidents.recurring, self.note)
         self._own_time = own_time or OwnTime()
         self._limits = {role: _limit(rules, role) for role in ("surge", "jump", "update", "overshoot")}
-        self._told: set[str] = set()  # the codes of the clip signs that were noted
+        self._made = 0  # optimizers so far
+        self._told: set[str] = set()  # what was noted once: codes of clip signs, and mistakes
         self._band = Band(len(history.layers), self.verdict_settings.band)
         self._started = perf_counter()
         self._timed = self._started
@@ -115,7 +117,7 @@ class Pipeline:
     def loss_found(
         self, kind: str, prediction: tuple[int, ...] = (), behind: Behind = "more", *, mean: bool = False
     ) -> None:
-        """Record what is known of the loss of the first backward; see `gradwatch.records.Facts`."""
+        """Record what is known of the losses of the backwards so far; see `gradwatch.records.Facts`."""
         self.history.know(replace(self.history.facts, loss=kind, prediction=prediction, behind=behind, mean=mean))
 
     def losses_add_up(self) -> None:
@@ -174,7 +176,11 @@ class Pipeline:
             self.history.begin_next_task()
         self.history.push(row)
         if row.optimizer > self._newest:
-            self._look_for_new_task(row)
+            self._made = self._made + 1 if self._is_made_anew() else 0
+            if self._made >= _ANEW and self.history.rows <= 2 * self._made:
+                self._tell_made_anew()
+            else:
+                self._look_for_new_task(row)
         begins = self.history.task_rows == 1 < self.history.rows
         self.desk.row(row._replace(begins_task=True) if begins else row)
         try:
@@ -257,22 +263,31 @@ class Pipeline:
             if alarm.sign == "clip" and alarm.state == "firing" and alarm.code not in self._told:
                 self._told.add(alarm.code)
                 self.note(f"{alarm}.")
+        self._look_for_mistakes()
         news = self.incidents.update(changes, row.step)
         if news:
             self.history.know_explosions(self.incidents.explosions, self.incidents.destructive)
         self.desk.judged(changes, news)
         self._resting.look()
-        self._look_for_mistakes()
         self._band.follow(self.history)
         if not row.has_loss and self.history.rows == _NO_LOSS and not self.history.losses:
             # all of the first rows are judged, so this one is
             self.note("no loss seen: the loss rules are inactive. Pass it with monitor.loss(loss).")
 
     def _look_for_mistakes(self) -> None:
-        if self.history.is_no_entropy:
+        if self.history.goes_uphill and "rate" not in self._told:
+            self._told.add("rate")
             self.mistake(
-                "the cross-entropy is below zero: nll_loss got numbers that are no log-probabilities. Apply log_softmax before "
-                "it, or use cross_entropy."
+                f"the learning rate was below zero at step {self.history.row.step}, and such updates raise the loss: check the "
+                "schedule, which may have run past its end."
+            )
+        if self.history.is_no_entropy:
+            binary = self.history.facts.loss == "binary cross-entropy"
+            self.mistake(
+                "the binary cross-entropy is below zero: some targets are not between 0 and 1, such as labels of 1 and 2."
+                if binary
+                else "the cross-entropy is below zero: nll_loss got numbers that are no log-probabilities. Apply log_softmax "
+                "before it, or use cross_entropy."
             )
         if self.history.is_raised:
             facts = self.history.facts
@@ -280,6 +295,22 @@ class Pipeline:
             if facts.maximizes:
                 how, out = f"{facts.optimizer} was made with maximize=True", "maximize"
             self.mistake(f"{how}: each step raises the {facts.loss}. Leave {out} out, unless that is meant.")
+
+    def _is_made_anew(self) -> bool:
+        """Return whether a new optimizer of the layers of the last step has lost what that one knew."""
+        held, before = np.isfinite(self.history.rate), np.isfinite(self.history.previous_rate)
+        kept = self.history.facts.momentum > 0 or self.history.facts.betas is not None
+        return kept and bool(held.any()) and np.array_equal(held, before)
+
+    def _tell_made_anew(self) -> None:
+        """Tell of a program that makes an optimizer for each step or two, and leave new ones alone from now on."""
+        self._newest = self.history.row.optimizer
+        if "optimizers" not in self._told:
+            self._told.add("optimizers")
+            self.mistake(
+                f"the program has made {self._made} optimizers for {self.history.rows} steps: each begins without momentum, and "
+                "without the averages of Adam. Make one before the loop."
+            )
 
     def _look_for_new_task(self, row: Row) -> None:
         """Begin a new task if a new optimizer makes its first step at a loss far above the usual, which it cannot have raised."""

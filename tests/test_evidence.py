@@ -97,6 +97,13 @@ def check_stays_up(told: Told) -> None:
     told.say(middle(told.loss[-64:]), "since about step 151", told.step, middle(told.loss[-128:151]))
 
 
+def check_learning_lost(told: Told) -> None:
+    """The level now, that of the beginning, and the best one with its step."""
+    best = min(middle(part) for part in np.array_split(told.loss[:-64], len(told.loss[:-64]) // 32))
+    told.say(middle(told.loss[-64:]), told.step, middle(told.loss[:16]), best)
+    assert 64 < float(told.alarm.numbers["best at"]) < 110
+
+
 def check_weight_growth(told: Told) -> None:
     """In the second row, the usual norm is the first."""
     told.say(told.alarm.layer or "", told.own_weight[-1], told.step, told.own_weight[-1] / told.own_weight[0], 5.0)
@@ -224,6 +231,7 @@ CHECKS: dict[str, Callable[[Told], None]] = {
     "GW103": check_loss_nonfinite,
     "GW104": check_loss_runaway,
     "GW105": check_stays_up,
+    "GW106": check_learning_lost,
     "GW201": check_weight_growth,
     "GW202": check_weight_nonfinite,
     "GW203": check_above_one,

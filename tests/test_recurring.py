@@ -297,3 +297,25 @@ def test_values_that_are_learned_from_a_copy_are_healthy_from_the_first_copy_on(
                 target.load_state_dict(values.state_dict())
         assert monitor.verdict == "healthy"
     assert {incident.severity for incident in monitor.incidents} <= {"notice"}
+
+
+def test_odd_batches_that_come_round_are_no_notice_while_what_was_learned_is_undone() -> None:
+    """A target of 10,000 every 40 steps holds the loss at several times its level, which one batch alone does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(600):
+            x = torch.randn(64, 8)
+            y = 3 * x[:, :1] + torch.sin(3 * x[:, 1:2])
+            if number >= 200 and number % 40 == 0:
+                y[0] = 1e4
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        level = monitor.history.loss(last=16).mean()
+    assert level > 2 * np.median(monitor.history.loss()[170:200])
+    assert monitor.verdict == "damaged"
+    last = [one for one in monitor.incidents if one.severity == "warning"][-1]
+    assert last.times >= 3
+    assert last.advice[0].startswith("Look at what comes about every 40 steps")

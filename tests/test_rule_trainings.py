@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
+from benchmarks.faults.models import Gates
 from gradwatch.rules import RULES
 from tests.trainings import data, mlp, train
 
@@ -103,6 +104,23 @@ def smaller_targets(faulty: bool) -> gradwatch.Monitor:
     return watched(model, optimizer, 250, each=change, x_y=(x, y))
 
 
+def forgotten(faulty: bool) -> gradwatch.Monitor:
+    """Weights that fade away over a hundred steps, at a rate that has fallen to nothing, against weights that stay."""
+    x, _ = data()
+    y = x[:, :1] - x[:, 1:2]
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def fade(step: int) -> None:
+        optimizer.param_groups[0]["lr"] = 0.01 if step < 100 else 1e-6
+        if faulty and 100 <= step < 200:
+            for parameter in model.parameters():
+                parameter.data.mul_(0.95)
+
+    return watched(model, optimizer, 350, each=fade, x_y=(x, y))
+
+
 def unscaled_targets(faulty: bool) -> gradwatch.Monitor:
     """Targets in the hundreds, against scaled ones."""
     x, y = data()
@@ -127,24 +145,6 @@ def one_bad_batch(faulty: bool) -> gradwatch.Monitor:
         x.div_(100 if faulty and step == 52 else 1)
 
     return watched(model, optimizer, 70, each=spoil, x_y=(x, y))
-
-
-class Gates(nn.Module):
-    """Twenty gated residual layers, initialised with a gain."""
-
-    def __init__(self, gain: float) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(32, 64) for _ in range(20))
-        for block in self.blocks:
-            nn.init.normal_(block.weight, std=gain / 32**0.5)  # type: ignore[arg-type]
-        self.out = nn.Linear(32, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs."""
-        for block in self.blocks:
-            x = (x + nn.functional.glu(block(x), 1)) * 0.5**0.5
-        out: Tensor = self.out(x)
-        return out
 
 
 def large_gates(faulty: bool) -> gradwatch.Monitor:
@@ -304,6 +304,7 @@ TRAININGS: dict[str, Training] = {
     "GW103": logarithm_of_zero,
     "GW104": wrong_sign,
     "GW105": smaller_targets,
+    "GW106": forgotten,
     "GW201": adam_rate,
     "GW202": rate_too_high,
     "GW203": unscaled_targets,

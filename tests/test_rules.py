@@ -106,7 +106,7 @@ def test_a_rule_is_found_by_its_code_in_any_case() -> None:
     [
         ("GW2O3", "Did you mean 'GW203' (gradients above 1.0 in each layer)?"),
         ("GW5", "Did you mean 'GW501' (clip bites on most steps) or 'GW502' (clip never bites)?"),
-        ("gw107", "Did you mean " + ", ".join(f"'{rule.code}' ({rule.name})" for rule in RULES[:4]) + " or 'GW105' ("),
+        ("gw107", "Did you mean " + ", ".join(f"'{rule.code}' ({rule.name})" for rule in RULES[:5]) + " or 'GW106' ("),
         ("GW9", f"`gradwatch rules` lists the {len(RULES)} there are."),
         ("GW", f"`gradwatch rules` lists the {len(RULES)} there are."),
         ("301", "Did you mean 'GW301' (gradient norm surges)?"),

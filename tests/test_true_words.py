@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import re
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import nn
 
 import gradwatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def mlp(outputs: int = 1, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
@@ -345,7 +351,9 @@ def test_a_layer_that_the_program_has_set_anew_is_named_and_not_the_batch() -> N
             x = torch.randn(64, 8)
             step(optimizer, nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)))
         assert monitor.incidents[0].opened_step == 300
-        assert monitor.incidents[0].advice[0].startswith("Look at what changed 4.weight just before step 300")
+        assert (
+            monitor.incidents[0].advice[0].startswith("Look at what changed the weights just before step 300: 4.weight")
+        )
         assert "batch" not in monitor.incidents[0].advice[0]
 
 
@@ -743,7 +751,7 @@ def test_a_cross_entropy_below_zero_is_none() -> None:
             step(optimizer, nn.functional.nll_loss(model(x), x[:, :5].argmax(1)))
         assert monitor.verdict == "suspected"
     (incident,) = monitor.incidents
-    assert "none can be below zero" in incident.evidence[0]
+    assert "no cross-entropy can be below zero" in incident.evidence[0]
     (line,) = incident.advice
     assert line.startswith("The cross-entropy is below zero: nll_loss got numbers that are no log-probabilities.")
 
@@ -860,3 +868,247 @@ def test_updates_are_lost_in_float32_only_if_they_are_for_long() -> None:
         if not annealed:
             assert 249 <= frozen[0].opened_step < 320
             assert "too small to change float32 weights" in frozen[0].evidence[0]
+
+
+def test_a_learning_rate_below_zero_is_named_as_the_only_advice() -> None:
+    """A linear schedule that runs past its end; it was called frozen, and then the batch was blamed."""
+    model = mlp(4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / 100)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(250):
+            x = torch.randn(32, 8)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)))
+            schedule.step()
+    assert monitor.verdict != "healthy"
+    for incident in monitor.incidents:
+        assert incident.kind != "frozen"
+        assert len(incident.advice) == 1
+        assert "The learning rate was below zero at step 1" in incident.advice[0]
+
+
+def test_a_binary_cross_entropy_below_zero_has_targets_that_are_none() -> None:
+    """Labels of 1 and 2: the loss runs down for ever, and was healthy."""
+    model = mlp(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(120):
+            x = torch.randn(32, 8)
+            labels = 1 + (x[:, :1] > 0).float()
+            step(optimizer, nn.functional.binary_cross_entropy_with_logits(model(x), labels))
+    (incident,) = monitor.incidents
+    assert incident.open
+    assert incident.advice[0].startswith("The binary cross-entropy is below zero: some targets are not between 0 and 1")
+
+
+def test_a_loss_that_runs_down_slower_and_slower_is_not_resolved() -> None:
+    """It has no floor, so that nothing brings it back to a level."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(600):
+            optimizer.zero_grad()
+            (model(torch.ones(1, 2)).sum() * 0 + 1 - (number / 20) ** 2).backward()
+            optimizer.step()
+    assert any(one.kind == "diverging" and one.open for one in monitor.incidents)
+
+
+def test_steps_of_a_copy_in_place_of_the_model_are_told() -> None:
+    """Forward and backward go on, and no step changes the model."""
+    model = mlp(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(120):
+            if number == 50:
+                optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.01)
+            step(optimizer, model(torch.randn(8, 8)).square().mean())
+    assert any(note.startswith("since step 50, only an optimizer of other parameters") for note in monitor.notes)
+
+
+def test_a_classifier_that_loses_what_it_had_learned_is_not_healthy() -> None:
+    """The rate is raised bit by bit, so that no update stands out, until the loss is back at guessing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(500):
+            x = torch.randn(32, 8)
+            if 150 <= number < 250:  # the weights fade away
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.mul_(0.95)
+            optimizer.param_groups[0]["lr"] = 0.1 if number < 250 else 1e-3
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)))
+    assert monitor.verdict != "healthy"
+    lost = [line for one in monitor.incidents for line in one.evidence if "(GW106)" in line]
+    assert lost
+    assert "most of what was learned is lost" in lost[0]
+
+
+@pytest.mark.parametrize("cause", ["weight decay", "clip", "none"])
+def test_a_loss_that_stalls_for_a_known_cause_is_no_notice(cause: str) -> None:
+    """A model that was good from the start has neither lost its weights nor a clip that leaves nothing of its gradients."""
+    torch.manual_seed(0)
+    model = mlp(1)
+    decay = 0.5 if cause == "weight decay" else 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05 if decay else 1e-6, momentum=0.9, weight_decay=decay)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(400):
+            x = torch.randn(64, 8)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), x[:, :1] * x[:, 1:2]).backward()
+            if cause == "clip":
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+            optimizer.step()
+    stalled = next(one for one in monitor.incidents if one.kind == "stalled")
+    assert stalled.severity == ("notice" if cause == "none" else "warning")
+    assert (monitor.verdict == "healthy") == (cause == "none")
+    words = {"weight decay": "Lower the weight decay", "clip": "Raise the bound of your own clip", "none": "Raise the"}
+    assert stalled.advice[0].startswith(words[cause])
+    assert ("nothing is wrong" in stalled.advice[0]) == (cause == "none")
+
+
+def test_a_second_tower_has_gradients_of_a_scale_of_its_own() -> None:
+    """Those of a critic's regression are hundreds of times as large as those of the actor beside it, which learns well."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"actor": mlp(4), "critic": mlp(1)})
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(400):
+            x = torch.randn(64, 8)
+            loss = nn.functional.mse_loss(model["critic"](x), 30 * torch.randn(64, 1))
+            step(optimizer, loss + nn.functional.cross_entropy(model["actor"](x), x[:, :4].argmax(1)))
+    assert "vanishing" not in {one.kind for one in monitor.incidents}
+    assert monitor.verdict == "healthy"
+
+
+def test_a_rate_that_a_new_group_brings_is_told_with_its_number() -> None:
+    """The suspect may be of a group whose own rate is as it was."""
+    model = mlp(4, nn.ReLU)
+    body, head = list(model.parameters())[:4], list(model.parameters())[4:]
+    for parameter in body:
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.SGD(head, lr=0.01, momentum=0.9)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(300):
+            if number == 200:
+                for parameter in body:
+                    parameter.requires_grad_(True)
+                optimizer.add_param_group({"params": body, "lr": 10.0})
+            x = torch.randn(64, 8)
+            step(optimizer, nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)))
+    told = advice(monitor)
+    assert re.search(r"(was raised|has risen) from 0\.01 to 10 ", told)
+    assert "from 0.01 to 0.01" not in told
+
+
+def test_an_optimizer_for_each_step_is_told_once() -> None:
+    """It was taken for a new task at each of them."""
+    model = mlp(1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(60):
+            x = torch.randn(64, 8)
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+            step(optimizer, nn.functional.mse_loss(model(x), x[:, :1]))
+    assert [note for note in monitor.notes if "optimizer" in note] == [
+        "the program has made 8 optimizers for 9 steps: each begins without momentum, and without the averages of Adam. Make one "
+        "before the loop."
+    ]
+
+
+def test_a_rate_to_try_leaves_room_for_the_momentum() -> None:
+    """A tenth of the weights in the first update becomes all of them where momentum adds up ten."""
+    found = {}
+    for momentum in (0.0, 0.9):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=10.0, momentum=momentum)
+        with gradwatch.attach(model, report=None, strict=True) as monitor:
+            for _ in range(40):
+                x = torch.randn(64, 8)
+                step(optimizer, nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)))
+        line = next(line for line in monitor.incidents[0].advice if "instead of 10" in line)
+        found[momentum] = float(line.split(": ")[1].split()[0])
+    assert found[0.9] == pytest.approx(found[0.0] / 10, rel=0.1)
+
+
+def _steps_of(losses: list[Callable[[torch.Tensor], torch.Tensor]], each: int, model: nn.Module) -> gradwatch.Monitor:
+    """Train by one loss after the other, each for so many steps."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for loss in losses:
+            for _ in range(each):
+                x = torch.randn(32, 8)
+                step(optimizer, loss(x))
+    return monitor
+
+
+def test_what_is_known_of_a_loss_is_forgotten_once_it_is_another_one() -> None:
+    """A policy gradient that follows on cloning is below zero, and no cross-entropy."""
+    model = mlp(1)
+
+    def clone(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(model(x), (x[:, :1] > 0).float())
+
+    def reinforce(x: torch.Tensor) -> torch.Tensor:
+        policy = torch.distributions.Bernoulli(logits=model(x))
+        action = policy.sample()
+        reward = (action == (x[:, :1] > 0)).float()
+        objective: torch.Tensor = (policy.log_prob(action) * reward).mean()
+        return objective
+
+    monitor = _steps_of([clone, reinforce], 150, model)
+    assert monitor.history.loss(last=32).max() < 0
+    assert not any("cross-entropy" in note for note in monitor.notes)
+    assert monitor.verdict == "healthy"
+    assert not monitor.history.sees_loss
+
+
+def test_a_cross_entropy_among_ever_more_classes_is_not_measured_by_the_first() -> None:
+    """Contrastive pairs: each batch has as many classes as rows."""
+    torch.manual_seed(0)
+    model = mlp(16)
+
+    def contrast(rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def loss(_: torch.Tensor) -> torch.Tensor:
+            x = torch.randn(rows, 8)
+            a, b = model(x), model(x + torch.randn_like(x))
+            return nn.functional.cross_entropy(a @ b.T / 4, torch.arange(rows))
+
+        return loss
+
+    monitor = _steps_of([contrast(4), contrast(128)], 300, model)
+    assert monitor.history.loss(last=32).mean() > math.log(4)
+    assert [one for one in monitor.incidents if one.severity != "notice"] == []
+
+
+def test_optimizers_that_a_program_makes_once_are_no_mistake() -> None:
+    """One for each layer, and one of other tensors that steps many times in between."""
+    model = mlp(1)
+    optimizers = [torch.optim.Adam(layer.parameters(), lr=1e-3) for layer in model if list(layer.parameters())]
+    noise = nn.Parameter(torch.zeros(32, 8))
+    inner = torch.optim.SGD([noise], lr=0.1)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(20):
+            x = torch.randn(32, 8)
+            for _ in range(40):  # an adversary
+                inner.zero_grad()
+                (-nn.functional.mse_loss(model(x + noise), x[:, :1])).backward()
+                inner.step()
+            model.zero_grad()
+            nn.functional.mse_loss(model(x), x[:, :1]).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert not any("optimizer" in note for note in monitor.notes)
+
+
+def test_layers_beside_each_other_may_begin_alike() -> None:
+    """Two linear maps of the whole input, as of a trend and of what is left."""
+    model = nn.ModuleDict({"trend": nn.Linear(16, 16), "rest": nn.Linear(16, 16), "scale": nn.Linear(16, 16)})
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 1 / 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        x = torch.randn(8, 16)
+        step(optimizer, (sum(layer(x) for layer in model.values()) - torch.randn(8, 16)).square().mean())
+    assert not any("alike" in note for note in monitor.notes)

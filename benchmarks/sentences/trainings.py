@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.faults.loops import batch_loss, fit
-from benchmarks.faults.models import mlp
+from benchmarks.faults.models import Gates, mlp
 from benchmarks.faults.programs import PROGRAMS
 
 if TYPE_CHECKING:
@@ -139,25 +139,23 @@ def _batch_left_out(run: Run) -> None:
             run.step(loss)
 
 
-class _Gates(nn.Module):
-    """Twenty gated residual layers whose weights double what comes back."""
+def _faded(run: Run) -> None:
+    """Weights that the program shrinks bit by bit once they have learned, at a rate that has fallen to nothing."""
+    model, objective = _sine(run)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(32, 64) for _ in range(20))
-        for block in self.blocks:
-            nn.init.normal_(block.weight, std=2 / 32**0.5)  # type: ignore[arg-type]
-        self.out = nn.Linear(32, 5)
+    def fade(step: int) -> None:
+        if 200 <= step < 500:
+            for parameter in model.parameters():
+                parameter.data.mul_(0.985)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = (x + nn.functional.glu(block(x), 1)) * 0.5**0.5
-        out: Tensor = self.out(x)
-        return out
+    def rate(step: int) -> float:
+        return 0.1 if step < 200 else 1e-6
+
+    fit(run, model, torch.optim.SGD(model.parameters(), lr=0.1), objective, rate=rate, begin=fade)
 
 
 def _large_gates(run: Run) -> None:
-    model, x = _Gates(), 4 * torch.randn(64, 32, generator=torch.Generator().manual_seed(run.seed))
+    model, x = Gates(gain=2.0), 4 * torch.randn(64, 32, generator=torch.Generator().manual_seed(run.seed))
 
     def objective() -> Tensor:
         return nn.functional.cross_entropy(model(x), x[:, :5].argmax(1))
@@ -199,6 +197,7 @@ def trainings() -> dict[str, Training]:
     found["Adam at a rate of 3"] = Training(_adam_rate, 100)
     found["optimizer of the first layer only"] = Training(_stale_optimizer, 100)
     found["batch with NaN left out"] = Training(_batch_left_out, 100)
+    found["weights that fade"] = Training(_faded, 650)
     found["gates that double"] = Training(_large_gates, 150)
     found["loss that saturates in a game"] = Training(_saturating_game, 800)
     found["loss that is no scalar"] = Training(_loss_unseen, 30)

@@ -301,7 +301,8 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
     known = _known(mark)
     if mark.op in _LOGS and known is None:
         known = _FORWARD["log"]
-    if any(one.dtype == "float16" for one in mark.inputs) and mark.op in _PRODUCTS and not mark.backward:
+    multiplies = mark.op in _PRODUCTS or _overflows(mark)
+    if any(one.dtype == "float16" for one in mark.inputs) and multiplies and not mark.backward:
         known = (
             "the result does not fit into float16 (at most 65,504), and no loss scale helps: use bfloat16, or run this operation "
             "in float32 under torch.autocast(x.device.type, enabled=False), with x.float()."
@@ -311,7 +312,7 @@ def advice_of(mark: Mark) -> tuple[str, ...]:
         lines.append(
             known[0].upper() + known[1:] + " Do it in float32: narrower numbers round such constants away." * narrow
         )
-    elif mark.op not in _PRODUCTS and not _overflows(mark):
+    elif not multiplies:
         lines.append(
             f"Keep what `{mark.op}` gets within the range in which it{' and its derivative are' * mark.backward or ' is'} finite."
         )

@@ -53,6 +53,12 @@ def hangs(history: History) -> bool:
     return not history.is_good_cross_entropy(level) and (history.stuck or bool(_badly(history, level, scatter)))
 
 
+def was_better(history: History) -> bool:
+    """Return whether the loss is above its best level."""
+    level, scatter = median_and_mad(history.task_loss(last=_LEVEL))
+    return bool(_above_its_best(history, level, scatter, *_stretches(history)[:2]))
+
+
 def not_learned(history: History) -> str:
     """Return that the loss is where it began or above, or high and has not fallen for long, as `how_it_stands` does; else ""."""
     level, scatter = median_and_mad(history.task_loss(last=_LEVEL))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gradwatch.history.columns import Columns
     from gradwatch.records import Floats
 
+_SURE = 32  # losses below zero after which a cross-entropy is known to be none
 _SMALLEST = 16  # fewest elements of a matrix whose norm is meaningful
 _WARM = 50  # rows without a new maximum after which the learning rate counts as settled
 RECENT = 100  # rows over which fast growth of weights is measured
@@ -297,8 +298,8 @@ class History(GradientNorms):
         return math.log(max(self.sizes[last] / self.fan_in[last], 1.0))
 
     @property
-    def _sees_loss(self) -> bool:
-        """Whether the losses of rows are what a loss of torch has returned: without another factor than the loss scale."""
+    def sees_loss(self) -> bool:
+        """Whether the losses of rows are what a loss of torch has returned, alone and without a factor but the loss scale."""
         behind = self.facts.behind
         seen = behind == "nothing" or (behind == "a factor" and math.isfinite(self.row.loss_scale))
         return seen and bool(self.facts.loss) and self.row.provenance.loss in ("backward root", "closure")
@@ -306,18 +307,26 @@ class History(GradientNorms):
     @property
     def is_raised(self) -> bool:
         """True if the optimizer, the only one in the first steps, raises what is known to be a loss."""
-        seen = self.facts.behind == "a minus sign" if not self.facts.maximizes else self._sees_loss
+        seen = self.facts.behind == "a minus sign" if not self.facts.maximizes else self.sees_loss
         return seen and bool(self.facts.loss) and self.losses >= FIRST_LOSSES
 
     @property
     def is_no_entropy(self) -> bool:
-        """True if the last loss is known to be a cross-entropy of numbers that are no log-probabilities: it is below zero."""
-        return self._sees_loss and self.facts.loss == "cross-entropy" and self.row.loss < 0
+        """True if the last 32 losses are known to be cross-entropies, binary or not, and are below zero, as none can be."""
+        if not (self.row.loss < 0 and self.sees_loss and self.facts.loss in ("cross-entropy", "binary cross-entropy")):
+            return False
+        last = self.task_loss(last=_SURE)  # within as many steps it is seen that the loss is another one
+        return len(last) == _SURE and bool((last < 0).all())
+
+    @property
+    def goes_uphill(self) -> bool:
+        """True if the last step was made at learning rates below zero, of all groups: one alone may be meant to ascend."""
+        return bool((self.rate < 0).any()) and not bool((self.rate > 0).any())
 
     @property
     def guessing(self) -> float:
         """The loss of guessing, if the losses of rows are known to be means of cross-entropies; else NaN."""
-        if not (self.facts.mean and self._sees_loss):
+        if not (self.facts.mean and self.sees_loss):
             return math.nan
         binary = self.facts.loss == "binary cross-entropy"
         return math.log(2) if binary else self.chance_loss if self.facts.loss == "cross-entropy" else math.nan

@@ -117,7 +117,7 @@ def explained_rise(history: History) -> float:
     ``lr sqrt(n)`` and the measured change of the weight norm. Infinite if the optimizer or its learning rate is not known.
     """
     row = history.row
-    rate = history.previous_rate
+    rate = np.abs(history.previous_rate)  # one below zero goes as far
     if row.family == "other" or not np.isfinite(rate).any():
         return np.inf
     with ignore_fp_warnings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from gradwatch.records import Family
 
+_RELU = re.compile(r"\b_?relu", re.IGNORECASE)  # a function or a name, and not LeakyReLU or PReLU
 _NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
 _PLAIN = (bool, int, float, str, type(None))
 _MOST_TEXTS = 4  # different values of an option
@@ -191,6 +193,11 @@ class Layers:
         engine: Any = self._engine() if self._engine is not None else None
         return engine is not None and engine.optimizer is optimizer
 
+    def have_shapes_of(self, optimizer: Optimizer) -> bool:
+        """Return whether the optimizer holds parameters of the shapes of all trainable layers, as one of a copy does."""
+        mine = sorted(tuple(one.shape) for _, one in self.parameters() if one.requires_grad)
+        return mine == sorted(tuple(one.shape) for group in optimizer.param_groups for one in group["params"])
+
     def take_untold(self) -> list[str]:
         """Return the sentences about what was left out that nobody has asked for yet."""
         untold, self.untold = self.untold, []
@@ -265,7 +272,7 @@ def facts_of(model: nn.Module, layers: Layers, clip: str | None) -> Facts:
         normalised=any("Norm" in type(m).__name__ for m in modules),
         embeds=any("Embedding" in type(m).__name__ for m in modules),
         saturates=any(isinstance(m, (nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid)) for m in modules),
-        rectified=any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in modules) or "relu" in str(model).lower(),
+        rectified=any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in modules) or bool(_RELU.search(str(model))),
         depth=sum(layers.matrices),
         narrow=any(one.dtype in (torch.float16, torch.bfloat16) for one in model.parameters()),
         clip=clip,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gradwatch import device
 from gradwatch.measure.layers import DROPOUTS
 from gradwatch.text.wording import number
 
@@ -29,14 +30,20 @@ def same_units(layers: Layers) -> str:
         if weight.dim() < 2:
             continue
         value = _only_number(weight)
-        if value and before is not None and weight.shape[1] % before[1] == 0:
+        follows = before is not None and weight.shape[1] == before[1]
+        if value and before is not None and follows:
             return (
                 f"each weight of {before[0]} is {number(before[2])}, and each of {name} is {number(value)}: the {before[1]} "
                 "units between them are alike, and stay so, as if there were one. Initialise them with random numbers, by He "
                 "or Xavier."
             )
         bias = held.get(f"{name.rpartition('.')[0]}.bias")
-        alike = weight.shape[0] > 1 and (bias is None or _only_number(bias) is not None)
+        # square ones may lie beside each other, such as those of queries and keys
+        alike = (
+            weight.shape[0] > 1
+            and weight.shape[0] != weight.shape[1]
+            and (bias is None or _only_number(bias) is not None)
+        )
         before = (name, weight.shape[0], value) if value and alike else None
     return ""
 
@@ -45,8 +52,8 @@ def _held(layers: Layers) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield names and values of the weights of linear and convolution layers and of all biases in the memory of the CPU."""
     for column, parameter in layers.measured():
         wanted = parameter.requires_grad and (layers.with_units[column] or not layers.matrices[column])
-        plain = parameter.device.type == "cpu" and type(parameter.data) is torch.Tensor
-        if wanted and plain and parameter.numel():
+        plain = type(parameter.data) is torch.Tensor and parameter.is_floating_point()
+        if wanted and plain and parameter.numel() and device.reading_is_free(parameter.device):
             yield layers.names[column], parameter.detach()
 
 

@@ -54,7 +54,7 @@ class Judge(Protocol):
         """Record that an optimizer of watched parameters was found: at its first step, or because the user named it."""
 
     def loss_found(self, kind: str, prediction: tuple[int, ...], behind: Behind, *, mean: bool) -> None:
-        """Record what is known of the loss of the first backward; see `gradwatch.probe.loss_node.SeenLoss`."""
+        """Record what is known of the losses of the backwards so far; see `gradwatch.probe.loss_node.SeenLoss`."""
 
     def losses_add_up(self) -> None:
         """Record that the loss of a row is the sum of those of several backwards."""

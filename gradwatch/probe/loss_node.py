@@ -37,6 +37,11 @@ class SeenLoss(NamedTuple):
     behind: Behind = "more"
     mean: bool = False
 
+    @property
+    def told(self) -> tuple[str, tuple[int, ...], Behind, bool]:
+        """What two batches of one loss have in common: all but the number of rows."""
+        return self.kind, self.prediction[1:2], self.behind, self.mean
+
 
 def seen_loss(roots: Any) -> SeenLoss:
     """Return what is known of the loss from the first nodes behind the roots of a backward."""

@@ -25,7 +25,7 @@ from gradwatch.probe.attribution import Attribution
 from gradwatch.probe.deepspeed import DeepSpeed
 from gradwatch.probe.fused_steps import FusedSteps
 from gradwatch.probe.gradient_hooks import GradientHooks
-from gradwatch.probe.loss_node import seen_loss
+from gradwatch.probe.loss_node import SeenLoss, seen_loss
 from gradwatch.probe.loss_reader import LossReader
 from gradwatch.probe.owners import Owners
 from gradwatch.probe.peers import Peers
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from gradwatch.probe.patches import Run
     from gradwatch.records import OwnTime, Source
 
+_LOOKED_AT = 8  # first backwards whose losses are looked at, each,
+_LOOK_EVERY = 31  # and how often they are later: an odd number, for two that come by turns
 _STEPS = torch.optim.Optimizer.profile_hook_step.__code__.co_filename  # where torch wraps each step
 
 
@@ -90,7 +92,8 @@ class Probe:
         self.attribution = Attribution(layers, self.owners, self.gradient_hooks, self._mistaken)
         self._investigator = investigator
         self.losses = LossReader(scaler)
-        self._loss_known = False
+        self._loss: SeenLoss | None = None
+        self._told_of_copy = False
         peers = Peers(layers, judge, self.gradient_hooks, pace, looks=investigator is not None)
         self.recorder = StepRecorder(
             layers, judge, self.gradient_hooks, self.losses, peers, every, own_time, investigator
@@ -191,9 +194,8 @@ class Probe:
         if self._turns.watches:
             self._guarded(self._turns.backward_ended, run.roots)
         if self.attribution.end(run, fused=bool(self._fused.parts)):
-            if not self._loss_known:
-                self._loss_known = True
-                self._guarded(self._found_loss, run.roots)
+            if (done := self.attribution.backwards) <= _LOOKED_AT or done % _LOOK_EVERY == 0:
+                self._guarded(self._look_at_loss, run.roots)
             if self.gradient_hooks.came and not run.inside:
                 self.gradient_hooks.end()
             if self.losses.given:
@@ -204,9 +206,13 @@ class Probe:
                 self._guarded(self._end_of_backward)
         self._own_time.seconds = before + perf_counter() - started  # what was called here has counted itself
 
-    def _found_loss(self, roots: Any) -> None:
-        seen = seen_loss(roots)
-        self._judge.loss_found(seen.kind, seen.prediction, seen.behind, mean=seen.mean)
+    def _look_at_loss(self, roots: Any) -> None:
+        seen, known = seen_loss(roots), self._loss
+        if known is None:
+            self._loss = seen
+            self._judge.loss_found(seen.kind, seen.prediction, seen.behind, mean=seen.mean)
+        elif seen.told != known.told:  # losses of several kinds, or among ever more classes, have no scale together
+            self._judge.loss_found(known.kind, (), "more", mean=False)
 
     def _end_of_backward(self) -> None:
         if self._loop.backward_ended():
@@ -347,7 +353,13 @@ class Probe:
         mine = self.owners.get(optimizer)
         # an optimizer of other parameters steps after a backward of this model
         if mine is None:
-            self._loop.stepped_in_vain(self.attribution.backwards)
+            vain = self._loop.stepped_in_vain(self.attribution.backwards, self.recorder.skipping.backwards)
+            if vain and not self._told_of_copy and self._layers.have_shapes_of(optimizer):
+                self._told_of_copy = True
+                self._judge.mistake(
+                    f"since step {self.recorder.step}, only an optimizer of other parameters has stepped, although "
+                    "backward passes reach the model: it may hold a copy. Build it from model.parameters(), and train that."
+                )
             if self._deepspeed.appears():
                 self._meet_deepspeed()
         if mine is None or self._is_inside_another(optimizer):

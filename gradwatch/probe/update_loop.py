@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gradwatch.measure.layers import Layers
 
 _UNDECIDED = 16  # steps of optimizers without watched layers after which the model is assumed to have no optimizer
+_IN_PLACE = 32  # steps in a row of optimizers of other parameters after which the model's own is taken to be out of use
 
 
 class UpdateLoop:
@@ -31,7 +32,7 @@ class UpdateLoop:
         self._layers = layers
         self.kind: Literal["unknown", "optimizer", "backward", "explicit"] = "unknown"
         self._has_optimizer = False
-        self._vain_steps = self._vain_at = self._moves = 0
+        self._vain_steps = self._vain_at = self._moves = self._in_place = 0
         self._awaited = False
         self._weights_then = math.nan
 
@@ -52,13 +53,19 @@ class UpdateLoop:
         """Make rows only where the user says that the update is about to happen."""
         self.kind = "explicit"
 
-    def stepped_in_vain(self, backwards: int) -> None:
+    def stepped_in_vain(self, backwards: int, used: int) -> bool:
         """Count a step of an optimizer that owns no watched parameter, if a backward of the model came since the last one.
 
-        ``backwards`` is the number of backwards of the model so far.
+        Return whether such steps have taken the place of those of the model's own optimizer.
+
+        Args:
+            backwards: number of backwards of the model so far.
+            used: number of those before the last step of an optimizer of its own.
         """
         if backwards > self._vain_at:
+            self._in_place = 1 if self._vain_at <= used else self._in_place + 1
             self._vain_steps, self._vain_at = self._vain_steps + 1, backwards
+        return self.kind == "optimizer" and self._in_place == _IN_PLACE
 
     def backward_ended(self) -> bool:
         """Return whether a row is to be made now, at the end of a backward, because no torch optimizer makes the update.

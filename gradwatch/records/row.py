@@ -38,7 +38,7 @@ _LOSS: dict[LossSource, str] = {
     "closure": "loss from the closure",
     "backward root": "loss from the tensor that backward() began at",
     "written": "loss as written",
-    "none": "no loss seen",
+    "none": "no loss seen in this step",
 }
 
 

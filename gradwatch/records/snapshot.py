@@ -97,6 +97,25 @@ class Facts:
         """Whether the optimizer raises what backward begins at, in each of its groups."""
         return self.optimizer_options.get("maximize") == "True"
 
+    @property
+    def fading(self) -> float:
+        """The share of the sum of earlier updates that SGD's momentum loses in each step; 1.0 without a momentum."""
+        return 1 - self.momentum if 0 <= self.momentum < 1 else 1.0
+
+    @property
+    def betas(self) -> tuple[float, float] | None:
+        """The decays of Adam's two averages; None for other optimizers, or if they are not the same in each group."""
+        first, _, second = self.optimizer_options.get("betas", "").strip("()").partition(", ")
+        try:
+            return (float(first), float(second)) if "adam" in (self.optimizer or "").lower() else None
+        except ValueError:
+            return None
+
+    @property
+    def has_decay(self) -> bool:
+        """Whether any group has a weight decay above zero."""
+        return any(char in "123456789" for char in self.optimizer_options.get("weight_decay", ""))
+
     def option(self, name: str) -> float:
         """Return a number among the options of the optimizer; 0.0 if it is not known, or not the same in each group."""
         try:

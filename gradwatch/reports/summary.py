@@ -61,9 +61,10 @@ class Summary:
         if ending := how_the_loss_stands(snapshot):
             yield Line(f"  {ending}", "bold" if snapshot.verdict != "healthy" else "")
         if snapshot.step >= 0:
-            loss = "not seen" if snapshot.provenance.loss == "none" else number(float(snapshot.loss[-1]), 4)
+            unseen = snapshot.provenance.loss == "none"
+            loss = "no loss in the last step" if unseen else f"last loss {number(float(snapshot.loss[-1]), 4)}"
             norm = number(float(snapshot.global_norm[-1]), 4) if snapshot.measured else "none"
-            yield Line(f"  last loss {loss}, last global gradient norm {norm}")
+            yield Line(f"  {loss}, last global gradient norm {norm}")
             yield from (
                 Line(f"  {answer}") for answer in (snapshot.usual_norms, snapshot.clip_use) if answer is not None
             )
@@ -79,7 +80,7 @@ class Summary:
             yield Line(f"  and {counted(len(told) - _MOST, 'more incident')} in monitor.incidents")
         for incident in notices[:_MOST]:
             yield _indented(headline(incident, self.names), 2)
-            for line in unsaid(incident, advised)[:1] if incident.open else ():
+            for line in unsaid(incident, advised)[:1] if incident.open or incident.left else ():
                 yield _indented(Line(f"do: {self.names.told(line)}", SEVERITY_STYLES["notice"]), 4)
         for note in snapshot.notes:
             yield _indented(Line(f"note: {self.names.told(note)}", "dim"), 2)

@@ -19,6 +19,7 @@ from gradwatch.rules.gradient_nonfinite import GradientNonFinite
 from gradwatch.rules.gradient_surge import GradientSurge
 from gradwatch.rules.gradients_above_one import GradientsAboveOne
 from gradwatch.rules.grows_backward import GrowsBackward
+from gradwatch.rules.learning_lost import LearningLost
 from gradwatch.rules.loss_jump import LossJump
 from gradwatch.rules.loss_nonfinite import LossNonFinite
 from gradwatch.rules.loss_runaway import LossRunaway
@@ -44,6 +45,7 @@ RULES: tuple[type[Rule], ...] = (
     LossNonFinite,
     LossRunaway,
     LossStaysUp,
+    LearningLost,
     WeightGrowth,
     WeightNonFinite,
     GradientsAboveOne,
@@ -113,6 +115,7 @@ __all__ = [
     "GradientSurge",
     "GradientsAboveOne",
     "GrowsBackward",
+    "LearningLost",
     "LossJump",
     "LossNonFinite",
     "LossRunaway",

@@ -22,16 +22,17 @@ class AtChance(Rule):
     """The loss stays at chance level, or above it.
 
     ## What it means
-    Since the beginning of the run, the loss has been that of a model that gives each class the same probability, or worse.
+    For a long time, the loss has been that of a model that gives each class the same probability, or worse.
 
     ## Formula
-    `value` is the smallest improvement that counts, divided by the improvement so far, as in GW101. It is `0` unless the
-    median of the last `window` (50) losses is within `near` (0.03) of `ln(C)`, as a share of it, where `C` is the number of
-    predictions that a loss of cross-entropy compares, or else of units of the last matrix, and the reference loss (median of
-    the first 16) within twice as much; or unless all losses kept are above `ln(C)` and known to be means of cross-entropies:
-    what backward begins at is such a mean, or that times the loss scale. It is also `0` before `min_steps` (200) losses and
-    while the learning rate reached its highest value within the last 50 rows. It fires where `value > limit` (1.0) for
-    `for_steps` (50) steps. A single output unit (a binary loss) has no such level.
+    `value` is the smallest improvement that counts, divided by the improvement so far, as in GW101, where the median of the
+    last `window` (50) losses is at least `(1 - near) ln(C)`, with `near` = 0.03 and `C` the number of predictions that a loss
+    of cross-entropy compares, or else of units of the last matrix. The improvement is that on the reference loss (median of the
+    first 16); if that was above `(1 + 2 near) ln(C)`, the one on the `window` losses up to 400 before the last counts, if it is
+    less. Where losses are not known to be means of cross-entropies (what backward begins at is such a mean, or that times the
+    loss scale), the median has to be within `near` of `ln(C)`, and the reference loss within twice as much. It is `0`
+    elsewhere, before `min_steps` (200) losses and while the learning rate reached its highest value within the last 50 rows. It
+    fires where `value > limit` (1.0) for `for_steps` (50) steps. A single output unit (a binary loss) has no such level.
 
     ## Why it is bad
     GW101 alone may be a plateau, or a loss that does not measure progress, as in reinforcement learning. A cross-entropy
@@ -72,17 +73,16 @@ class AtChance(Rule):
         """Return the required improvement over the actual one, shape (1,); 0 away from chance level."""
         if history.losses < self.min_steps or history.resting or history.warming_up or not history.matrices.any():
             return np.zeros(1)
-        # a run that has learned nothing also began there; this test rejects most runs
-        if not self._is_there(history, history.reference_loss, 2 * self.near):
+        chance, level = history.chance_loss, history.loss_level(self.window)[0]
+        if not level >= (1 - self.near) * chance > 0:
             return np.zeros(1)
-        level, _ = history.loss_level(self.window)
-        return np.array([gain_missing(history, self.window) if self._is_there(history, level, self.near) else 0.0])
-
-    @staticmethod
-    def _is_there(history: History, loss: float, near: float) -> bool:
-        chance = history.chance_loss
-        worse = history.guessing == chance < history.least_loss
-        return worse or abs(loss - chance) <= near * chance
+        far = history.reference_loss > (1 + 2 * self.near) * chance
+        if history.guessing != chance:
+            began = not far and history.reference_loss >= (1 - 2 * self.near) * chance
+            return np.array(
+                [gain_missing(history, self.window) if began and level <= (1 + self.near) * chance else 0.0]
+            )
+        return np.array([gain_missing(history, self.window, recent=far)])
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
@@ -96,9 +96,9 @@ class AtChance(Rule):
         """Return what was seen; see `Rule.sentence`."""
         loss, began, classes = (alarm.numbers[name] for name in ("loss", "began", "classes"))
         chance = math.log(classes)
-        above = loss > (1 + self.near) * chance
-        where = "above that" if above else f"within {percent(self.near)}"
-        then = f"{number(began)} in its first 16 steps" if above else f"as in its first 16 steps ({number(began)})"
+        where = "above that" if loss > (1 + self.near) * chance else f"within {percent(self.near)}"
+        same = abs(began - loss) <= 2 * self.near * chance
+        then = f"as in its first 16 steps ({number(began)})" if same else f"{number(began)} in its first 16 steps"
         return (
             f"the loss was about {number(loss)} at step {alarm.step}, {where} of guessing among {classes:.0f} classes "
             f"(ln {classes:.0f} = {number(chance)}), {then}"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Kind, Sign
 
+_DOWN = 1.02  # multiple of a loss below zero of 128 steps before beyond which it still runs down
+
 
 class LossRunaway(Rule):
     """The loss runs away: it has become many times as large as it was, upwards or downwards.
@@ -29,7 +31,8 @@ class LossRunaway(Rule):
     last 8 losses. `x_k` are the first 16 finite losses, and losses after jumps that the last update cannot have caused (the
     task became harder). `value = 0` when the loss no longer moves away: `|m|` is below `moving` (1.5) times the absolute
     median of the 32 losses before; for a cross-entropy above `worse` (2.0) times that of guessing, which no plateau explains, of
-    the 32 losses 128 steps before. `value` is infinite for a cross-entropy below zero, which is none. It fires where
+    the 32 losses 128 steps before; downwards, below 1.02 times that of those. `value` is infinite for a cross-entropy below zero,
+    which is none. It fires where
     `value > limit` (2.5) for `for_steps` (3) steps: at 2.5 times the beginning upwards, and at 100 times downwards, because a
     loss that may be negative has no natural floor.
 
@@ -70,13 +73,14 @@ class LossRunaway(Rule):
         """Return the loss over the largest loss at the beginning, shape (1,); NaN or 0 before 16 finite losses."""
         beginning = history.largest_first_loss
         now, _ = median_and_mad(history.task_loss(last=8))
-        slow = now > self.worse * history.guessing  # a cross-entropy, whose scale is known
+        down = now < 0
+        slow = down or now > self.worse * history.guessing  # a cross-entropy, whose scale is known
         before, _ = median_and_mad(history.task_loss(last=136 if slow else 40)[:-8][:32])
         if history.resting and history.resting != APART:
             return np.zeros(1)
-        if history.is_no_entropy and now < 0:
+        if history.is_no_entropy and down:
             return np.array([np.inf])
-        if abs(now) < self.moving * abs(before):
+        if abs(now) < (_DOWN if down else self.moving) * abs(before):  # what has no floor may run slower and slower
             return np.zeros(1)
         return np.array([max(now, -now / self.downwards) / beginning if beginning > 0 else np.nan])
 
@@ -93,7 +97,7 @@ class LossRunaway(Rule):
         """Return what was seen; see `Rule.sentence`."""
         loss, largest = alarm.numbers["loss"], alarm.numbers["largest"]
         if alarm.numbers.get("no entropy"):
-            return f"the cross-entropy was about {number(loss)} by step {alarm.step}, and none can be below zero"
+            return f"the cross-entropy was about {number(loss)} by step {alarm.step}, and no cross-entropy can be below zero"
         way, limit = ("up", alarm.limit) if loss > 0 else ("down", alarm.limit * self.downwards)
         times, most = apart(abs(loss) / largest, limit)
         size = "" if loss > 0 else "the size of "

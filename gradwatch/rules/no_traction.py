@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Kind, Sign
 
+_RECENT = 400  # losses over which a recent improvement is measured
+
 
 class NoTraction(Rule):
     """The model gets no traction on the training data: the loss stays poor.
@@ -29,7 +31,8 @@ class NoTraction(Rule):
     improvement so far. `r` is the reference loss (median of the run's first 16 finite losses); `m` and `s` are the median
     and the scaled MAD of the last `window` (50) losses. It fires where `value > limit` (1.0) for `for_steps` (50) steps:
     the loss has improved by less than two per cent, or by less than it varies from batch to batch. It is `0` for a cross-entropy
-    of less than half that of guessing among as many classes as the last matrix has units, which is not poor. It rests where the
+    of less than half that of guessing among as many classes as the last matrix has units, which is not poor, and where the loss
+    is exactly zero. It rests where the
     loss need not fall: where two optimizers take turns and the loss of one runs through what the other trains, and where it
     jumps with a period, farther than an update can raise it.
 
@@ -72,7 +75,8 @@ class NoTraction(Rule):
         """Return the required improvement over the actual one, shape (1,); NaN before ``min_steps`` losses."""
         if history.losses < self.min_steps or history.resting:
             return np.array([np.nan])
-        if history.is_good_cross_entropy(history.loss_level(self.window)[0]):
+        level, scatter = history.loss_level(self.window)
+        if history.is_good_cross_entropy(level) or (level == 0 and scatter == 0):
             return np.zeros(1)
         return np.array([gain_missing(history, self.window)])
 
@@ -104,12 +108,26 @@ class NoTraction(Rule):
         return f"the loss was {begin}, below that of {first}, but by too little: {progress}{partly}"
 
 
-def gain_missing(history: History, window: int) -> float:
-    """Return the smallest improvement that counts, divided by the improvement so far; infinite if there is none."""
+def gain_missing(history: History, window: int, *, recent: bool = False) -> float:
+    """Return the smallest improvement that counts, divided by the improvement so far; infinite if there is none.
+
+    ``recent``: the improvement on the ``window`` losses up to 400 before the last one counts, where it is less than that so far;
+    one per cent counts, or half of the scatter, which is about two standard errors of the difference of two such medians.
+    """
     middle, scatter = median_and_mad(history.task_loss(last=window))
-    gain = history.reference_loss - middle
-    worth = max(scatter, abs(history.reference_loss) / 50)
+    began = history.reference_loss
+    worth = max(scatter, abs(began) / 50)
+    if recent:
+        began = min(began, median_and_mad(history.task_loss(last=_RECENT + window)[:-_RECENT])[0])
+        worth = max(scatter / 2, abs(began) / 100)
+    gain = began - middle
     return worth / gain if gain > 0 else math.inf if gain <= 0 else math.nan
+
+
+def began_at(history: History) -> float:
+    """Return the loss at which the task began: the reference loss, or the first one where an explosion has raised that."""
+    exploded = history.reference_loss > history.first_loss + abs(history.first_loss)
+    return history.first_loss if exploded else history.reference_loss
 
 
 def stuck_at(history: History) -> dict[str, float]:
@@ -117,9 +135,9 @@ def stuck_at(history: History) -> dict[str, float]:
 
     That is the reference loss, or the first loss ("at once") where an explosion in the first steps has raised the reference.
     """
-    exploded = history.reference_loss > history.first_loss + abs(history.first_loss)
-    began = history.first_loss if exploded else history.reference_loss
-    return {"loss": median_and_mad(history.task_loss(last=32))[0], "began": began, "at once": float(exploded)}
+    began = began_at(history)
+    at_once = float(began != history.reference_loss)
+    return {"loss": median_and_mad(history.task_loss(last=32))[0], "began": began, "at once": at_once}
 
 
 def in_words(alarm: Alarm) -> str:

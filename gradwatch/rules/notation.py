@@ -69,6 +69,7 @@ class Case:
         size: number of elements of each layer.
         buffers: series of 1 where all buffers are finite, and 0 where one is not.
         opposed: whether the losses of two optimizers oppose each other.
+        loss_of: kind of the loss, such as "cross-entropy", a mean that backward begins at; "" if it is not known.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Case:
     size: int = 100
     buffers: str = "1"
     opposed: bool = False
+    loss_of: str = ""
 
     def rows(self) -> tuple[History, Iterator[Row]]:
         """Return an empty history and an iterator over the rows to push into it."""
@@ -109,7 +111,14 @@ class Case:
         )
         history = History(layers, sizes=[self.size] * len(layers))
         history.know(
-            Facts(optimizer=_OPTIMIZERS[self.family], family=self.family, opposed_since=0 if self.opposed else None)
+            Facts(
+                optimizer=_OPTIMIZERS[self.family],
+                family=self.family,
+                opposed_since=0 if self.opposed else None,
+                loss=self.loss_of,
+                behind="nothing" if self.loss_of else "more",
+                mean=bool(self.loss_of),
+            )
         )
 
         def written() -> Iterator[Row]:
@@ -144,6 +153,8 @@ def _row(step: int, loss: float, now: dict[str, Floats], applied: float, case: C
         unchanged=now["unchanged"],
         applied=1.0 if math.isnan(applied) else applied,
         provenance=Provenance(
-            "written", "as the optimizer sees it" if math.isnan(applied) else "before the user's clip", "written"
+            "written",
+            "as the optimizer sees it" if math.isnan(applied) else "before the user's clip",
+            "backward root" if case.loss_of else "written",
         ),
     )

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Kind, Sign
 
+LARGE_EPS = 1e-2  # beyond which next to nothing is left of most updates
+
 
 class Overwritten(Rule):
     """Each update overwrites much of the weights, and the loss hangs.
@@ -73,6 +75,8 @@ class Overwritten(Rule):
         """Return the share of its weights by which an update may change the middle matrix, shape (1,); 0 if the loss falls."""
         update, decay = self._shares(history)
         share = update + decay
+        if history.facts.option("eps") > LARGE_EPS:  # which makes each update far shorter than the rate
+            return np.zeros(1)
         return np.array([share if share > self.limit and not history.warming_up and hangs(history) else 0.0])
 
     def numbers(self, history: History, column: int) -> dict[str, float]:

@@ -34,7 +34,7 @@ class UpdateTooLarge(Rule):
     AdamW, NAdam, Adamax and RMSprop change each element by about the learning rate or more in their first steps. There half
     of `lr sqrt(n)` is used, because healthy runs tolerate such an update as large as the weights. For all optimizers but SGD
     a lower bound is measured: `||dw|| >= | ||w_t|| - ||w_{t-k}|| | / k` over the `k` steps between two samples of the weight
-    norm. It fires where `value > limit` (1.0) and resolves below `release * limit` (0.1); healthy values are 1e-4 to 1e-1.
+    norm. It fires where `value > limit` (1.0) and resolves below `release * limit` (0.5); healthy values are 1e-4 to 1e-1.
     Biases, gains and optimizers with a line search are not considered.
 
     ## Why it is bad
@@ -68,7 +68,7 @@ class UpdateTooLarge(Rule):
     )
 
     limit: float = Field(default=1.0, gt=0)
-    release: float = Field(default=0.1, gt=0, le=1)
+    release: float = Field(default=0.5, gt=0, le=1)
 
     def measure(self, history: History) -> Floats:
         """Return the norm of the update over the norm of the weights for each matrix, shape (L,); NaN for other layers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import count
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -32,8 +33,10 @@ class Vanishing(Rule):
     what arrives there has passed by. It is 0 for the layer just behind one whose weights were all zero at first, such as those
     of a LoRA, which pass little back until they have grown. It fires where `value > limit` (1e6) for `for_steps` (32) steps.
     While the loss is stuck (at least 100 losses, improved by less than a tenth), `value` is multiplied by `stuck` (3,333), so
-    that a ratio of 300 is enough. Layers whose gradient is exactly zero belong to GW402. Biases and gains are not considered,
-    because the gradient of a bias before a normalisation is mathematically zero.
+    that a ratio of 300 is enough; in a module beside the one that holds the largest, the ratio within the module has to be as
+    large as well, since a second tower on the same loss, such as an actor beside its critic, has a scale of its own. Layers whose
+    gradient is exactly zero belong to GW402. Biases and gains are not considered, because the gradient of a bias before a
+    normalisation is mathematically zero.
 
     ## Why it is bad
     The layer hardly learns, while the layers after it adapt to its nearly unchanged output.
@@ -74,7 +77,10 @@ class Vanishing(Rule):
         # a small gradient nearer to the loss than the largest has not vanished: from there on gradients grow
         value: Floats = np.where(history.order > history.order[largest], rms[largest] / _arrives(rms, history), np.nan)
         value[history.behind_zeros(rms > 0)] = 0.0
-        return value * self.stuck if history.stuck else value
+        if not history.stuck:
+            return value
+        beside = _shrinks_beside(rms, history, largest) * self.stuck <= self.limit
+        return np.where(beside & ~(value > self.limit), 0.0, value * self.stuck)
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
@@ -93,6 +99,25 @@ class Vanishing(Rule):
             f"the gradient of {alarm.layer} was usually {number(element)} per element by step {alarm.step}, {times} times "
             f"smaller than that of the layer with the largest ({number(largest)}; limit {limit}){while_stuck}"
         )
+
+
+def _shrinks_beside(rms: Floats, history: History, largest: int) -> Floats:
+    """Return the largest element of a layer's own module nearer to the loss, over that of the layer, shape (L,).
+
+    Modules are the children of the model in which layers lie. Infinite in the module of the ``largest`` element, in one that
+    holds a single matrix, and if the children are numbered, as in a chain.
+    """
+    paths = [name.split(".") for name in history.layers]
+    depth = next(depth for depth in count() if len({tuple(path[: depth + 1]) for path in paths}) > 1 or len(paths) == 1)
+    modules = np.array([".".join(path[: depth + 1]) for path in paths])
+    shrinks = np.full(len(rms), np.inf)
+    for module in set(modules.tolist()) - {modules[largest]}:
+        mine = np.flatnonzero((modules == module) & (rms > 0))
+        if len(mine) < 2 or module.rpartition(".")[2].isdecimal():
+            continue
+        chain = mine[np.argsort(history.order[mine])]
+        shrinks[chain] = np.maximum.accumulate(rms[chain]) / rms[chain]
+    return shrinks
 
 
 def _arrives(rms: Floats, history: History) -> Floats:

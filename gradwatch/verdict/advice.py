@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING
 
 from gradwatch.history.in_use import usual_norms_of
 from gradwatch.records import EXPLOSION
+from gradwatch.rules.learning_lost import LearningLost
 from gradwatch.text.wording import number
-from gradwatch.verdict.rates import averages_apart, lower_rate, not_of_the_rate, still_rising, surge_of
+from gradwatch.verdict.rates import (
+    at,
+    averages_apart,
+    has_risen,
+    lower_rate,
+    not_of_the_rate,
+    scale_of_targets,
+    shrunk,
+    still_rising,
+    surge_of,
+)
 from gradwatch.verdict.silent_advice import BORN, ORTHOGONAL, on_silence
 
 if TYPE_CHECKING:
@@ -23,7 +34,6 @@ if TYPE_CHECKING:
     from gradwatch.verdict.opening import Opening
 
 _MOST = 4
-_LARGE = 1e3  # first loss from which targets may need scaling
 _FIRST = 12  # steps in which the weights of one layer may move alone
 _MOMENTUM = 0.99  # momentum of SGD beyond which the momentum is named
 _DEEP = 10  # weight matrices from which a model without normalisation is deep
@@ -55,19 +65,22 @@ def advise(
     lines: list[str] = []
     codes = dict.fromkeys(sign.code for sign in incident.signs)
     told = [remedies[code].format(suspect=incident.suspect) for code in codes if remedies.get(code)]
-    if history.facts.option("weight_decay") > 0:
+    if history.facts.has_decay:
         told = [line for line in told if "L2 penalty" not in line]  # there is one
     lines += [mistake[:1].upper() + mistake[1:] for mistake in history.facts.mistakes]
-    if history.is_raised or history.is_no_entropy:
+    if history.is_raised or history.is_no_entropy or history.goes_uphill:
         return tuple(lines)
     if opening.burst_at >= 0 and incident.kind in ("exploding", "diverging", "spike"):
         burst = f"it was {number(opening.burst)} at step {opening.burst_at} alone, and {number(opening.rate)} after it"
         return (*lines, f"Look at what sets the learning rate: {burst}.")
     since = next((sign.numbers["high since"] for sign in incident.signs if sign.code == "GW105"), math.inf)
     if incident.kind == "diverging" and since < incident.opened_step and opening.raised_at < 0 and not opening.rising:
-        return (*lines, _what_changed(int(since)))
+        return (*lines, what_changed(int(since)))
     first = _known_cause(incident, opening, moved, of_the_batch=of_the_batch)
-    lines += [first] if first else []
+    lost = _lost(incident, opening)
+    lines += [line for line in (first, lost) if line]
+    if lost and not any(sign.sign == "growth" for sign in incident.signs):
+        return tuple(lines)  # no update stands out
     if first and incident.kind == "spike":
         return tuple(lines)
     for line in (
@@ -102,10 +115,22 @@ def _known_cause(incident: Incident, opening: Opening, moved: str | None, *, of_
     return ""
 
 
-def _what_changed(step: int) -> str:
+def what_changed(step: int) -> str:
+    """Return what to look for if the loss has been high since a step, and no update has raised it."""
     return (
         f"Look at what changed about step {step}: the data, the scale of the inputs or of the targets, weights that were loaded, "
         "or the loss itself. If that was meant, nothing is wrong as long as the loss comes down again."
+    )
+
+
+def _lost(incident: Incident, opening: Opening) -> str:
+    """Return where to go back to if most of what was learned is lost; "" if it is not, or if the cause is known."""
+    sign = next((sign for sign in incident.signs if sign.code == LearningLost.code), None)
+    if sign is None or incident.kind != "diverging" or opening.raised_at >= 0:
+        return ""
+    return (
+        f"Go back to a checkpoint from about step {sign.numbers['best at']:.0f}, the best so far, and go on at a lower learning "
+        f"rate{at(opening)}. If the loss itself was changed since, compare its parts."
     )
 
 
@@ -161,7 +186,11 @@ def _on_growth(
     """Yield what to do about an explosion or a divergence of finite numbers."""
     yield from _runaway_series(incident)
     if {sign.code for sign in incident.signs if sign.sign == "growth"} == {"GW306"}:
-        yield from told  # no rate suits all layers
+        if small := shrunk(history, opening):
+            yield small
+            return
+        # no rate suits all layers
+        yield from (line.replace(", or add normalisation", "") if history.facts.normalised else line for line in told)
         yield from _structure(history.facts)
     elif of_the_batch and opening.raised_at < 0 and not any(sign.sign == "growth" for sign in incident.signs):
         if not incident.in_series:  # no rate has raised the loss
@@ -275,8 +304,10 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening, *, of
             yield ORTHOGONAL
     elif any(sign.code in ("GW303", "GW304", "GW305", "GW201") for sign in incident.signs):
         yield rate_line
-        if opening.family == "adam":
+        if opening.family == "adam" and not has_risen(opening):
             yield f"Warm the rate up over the first few hundred steps; {_no_cure(facts)}."
+        elif opening.family == "adam":
+            yield f"A{_no_cure(facts)[1:]}."
         elif clip_line:
             yield clip_line
     elif opening.family == "adam":
@@ -307,11 +338,8 @@ def _scale(history: History, opening: Opening) -> Iterator[str]:
         )
     elif opening.large > 1:
         yield f"Initialise the weights anew, by He or Xavier: for their number of inputs, they are {times} times the usual size."
-    elif history.first_loss > _LARGE and history.facts.loss in ("", "squared error"):
-        yield (
-            "Scale the targets and the inputs to about one, if they are not: the loss of the first step was "
-            f"{number(history.first_loss)}, so the gradients are large too."
-        )
+    elif scaled := scale_of_targets(history):
+        yield scaled
 
 
 def _odd_batches(incident: Incident, history: History) -> Iterator[str]:
@@ -363,7 +391,8 @@ def _nonfinite(incident: Incident, history: History) -> Iterator[str]:
         first = min(incident.opened_step, *(sign.step for sign in incident.signs if sign.kind == "nonfinite"))
         back = "Begin anew" if first < BORN else f"Go back to a checkpoint from before step {first}"
         yield f"{back}: weights hold NaN or infinity since step {lost}, and no update repairs them."
-    if facts.clip is None and not scaled:
+    arrives = any(sign.code in ("GW202", "GW302") for sign in incident.signs)  # only such steps are left out
+    if facts.clip is None and not scaled and arrives:
         yield 'Skip such steps: with attach(model, clip="norm"), they leave parameters and optimizer state untouched.'
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.history.recurrence import was_one_batch
 from gradwatch.records import EXPLOSION
+from gradwatch.verdict.advice import what_changed
 from gradwatch.verdict.damage import Before, before_fault, damage_since, is_undone, level_now, recovered_after
 
 if TYPE_CHECKING:
@@ -19,7 +20,17 @@ if TYPE_CHECKING:
 
 _WELL = 32  # steps without damage after which it is over: one level of the loss may be a dip
 _FAR = 10.0  # multiple of its level before beyond which a loss is no rare batch's, as in GW105
+_ROUND = 3  # times that odd batches came from which on they are not over while what was learned is undone
 _LASTING = 100  # steps after which what a notice has left makes it a warning
+
+
+def has_raised_loss(incident: Incident) -> bool:
+    """Return whether an explosion that was more than a notice is over, and the loss is still high."""
+    return incident.kind in EXPLOSION and incident.severity != "notice" and _names_loss(incident)
+
+
+def _names_loss(incident: Incident) -> bool:
+    return any(" the loss is " in line for line in incident.left)
 
 
 class Aftermath:
@@ -118,7 +129,7 @@ class Aftermath:
         )
         if left:
             self._well_since.pop(incident.number, None)
-        elif any(" the loss is " in line for line in incident.left):
+        elif _names_loss(incident):
             since = self._well_since.setdefault(incident.number, self._history.row.step)
             left = incident.left if self._history.row.step - since < _WELL else ()
         clip = incident.clip
@@ -130,15 +141,19 @@ class Aftermath:
             del self._before[incident.number]
         notice = incident.severity == "notice"
         severity = "warning" if notice and left and self._lasts(incident, before) else incident.severity
+        if severity != incident.severity and incident.number in self._high - self._single:
+            incident = replace(incident, advice=(what_changed(incident.opened_step),))
         return replace(incident, severity=severity, verdict="damaged" if left else "resolved", left=left, clip=clip)
 
     def _lasts(self, incident: Incident, before: Before) -> bool:
         """Return whether the loss stays up, or a single batch has undone for long what was learned."""
         if incident.number in self._high:
             return True
+        if incident.number not in self._single or not is_undone(self._history, before):
+            return False
         long = incident.closed_step is not None and self._history.row.step - incident.closed_step >= _LASTING
         far = level_now(self._history, before) > _FAR * abs(before.loss)
-        return incident.number in self._single and long and far and is_undone(self._history, before)
+        return long and (far or (incident.since is not None and incident.times >= _ROUND))
 
     def _judge(self, clip: ClipRecord, before: Before, left: tuple[str, ...]) -> ClipRecord:
         """Return the record with what became of the loss. If no loss was seen or no step was changed, nothing is said to help."""

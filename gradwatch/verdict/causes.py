@@ -53,10 +53,11 @@ class Causes:
         if self.origin is not None and kind in EXPLOSION:
             if not _is_consequence(story, self.origin):
                 story.origin = story.origin or self.origin
+                story.findings = [one for one in story.findings if one != story.unknown]  # of an earlier step
             self.origin = None
         if self._unknown and kind in EXPLOSION and story.origin is None:
             story.findings += [] if story.unknown else [self._unknown]  # later steps have the same reason, as a rule
-            story.unknown, self._unknown = True, ""
+            story.unknown, self._unknown = story.unknown or self._unknown, ""
         return moved
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gradwatch.history.gradient_norms import ABSENT
+from gradwatch.verdict.silent_advice import learns_nothing
 from gradwatch.verdict.story import severity_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gradwatch.history.history import History
-    from gradwatch.records import Alarm, Kind, Severity, Verdict
+    from gradwatch.records import Alarm, Incident, Kind, Severity, Verdict
+    from gradwatch.verdict.opening import Opening
     from gradwatch.verdict.story import Story
 
 _LOST = 48  # steps after which losses that are not finite are no notice, although no gradient came with them
@@ -44,6 +47,11 @@ class Gravity:
         if kind == "dead" and (self._learns_without(signs) or not self._is_high(story, step)):
             severity = "notice"
         return severity, verdict
+
+    def raised(self, incident: Incident, opening: Opening) -> Incident:
+        """Return the incident, as a warning if it is a notice on a loss that stalls because nothing can be learned."""
+        stalls = incident.kind == "stalled" and incident.severity == "notice"
+        return replace(incident, severity="warning") if stalls and learns_nothing(self._history, opening) else incident
 
     def has_grown(self, name: str, story: Story, step: int) -> bool:
         """Return whether an open notice, which was followed up to this step, is none any more."""

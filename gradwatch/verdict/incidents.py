@@ -16,7 +16,7 @@ from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import is_of_the_batch, moved_by_another, was_one_batch
 from gradwatch.records import EXPLOSION, SEVERITIES, Alarm, ClipRecord, Incident
 from gradwatch.verdict.advice import advise
-from gradwatch.verdict.aftermath import Aftermath
+from gradwatch.verdict.aftermath import Aftermath, has_raised_loss
 from gradwatch.verdict.causes import Causes
 from gradwatch.verdict.counting import Counting
 from gradwatch.verdict.damage import damage_since, is_undone
@@ -87,6 +87,7 @@ class Incidents:
         self._stories: dict[str, Story] = {}
         self.recurring = Recurring()
         self._told = 0
+        self._lost = False  # whether the last row was not finite, as an alarm says
         self._harmful: set[int] = set()  # numbers of explosions that undid what was learned, and changed no step
         self._exploded = -math.inf  # step at which the last explosion that was more than a notice has ended
         self.all: list[Incident] = []
@@ -151,7 +152,6 @@ class Incidents:
             The incidents that opened or closed, or whose kind, severity or verdict changed.
         """
         self._suspects.follow(step)
-        was_finite = not self._is_nonfinite()
         touched = set()
         for alarm in changes:
             name: str = "explosion" if alarm.kind in EXPLOSION else alarm.kind
@@ -163,8 +163,11 @@ class Incidents:
             else:
                 story.firing.pop(key, None)
             touched.add(name)
-        if was_finite and self._is_nonfinite():
+        lost = self._is_nonfinite() and phase_of(self._history) is not None
+        if lost and not self._lost:
             self._counting.not_finite(step)
+            touched.add("explosion")
+        self._lost = lost
         news = self._end_by_another_cause(step)
         for name in list(self._stories):
             new = self._judge(name, self._stories[name], step, touched=name in touched)
@@ -242,6 +245,7 @@ class Incidents:
             name == "explosion" and self._causes.origin is not None
         )  # found in a later step of the incident
         aftermath = name != "explosion" and self.open_explosion() is not None  # a consequence of the explosion
+        aftermath |= name == "stalled" and any(has_raised_loss(one) for one in self.damaged)
         if story.incident is None and (aftermath or not active):
             story.signs, story.fired_steps = dict(story.firing), 0
             return None
@@ -323,6 +327,7 @@ class Incidents:
             opening = opening_of(self._history, after.suspect, min(sign.step for sign in signs))
             earlier = (one for one in self.all if one.opened_step < EARLY)
             story.opening = replace(opening, shaken=any(_is_grave_explosion(one) for one in earlier))
+        after = self._gravity.raised(after, story.opening)
         told = advise(
             after,
             self._history,

@@ -40,10 +40,11 @@ class Opening:
         burst_at: step of that update.
         first_rate: first learning rate above zero; NaN if none is known.
         top_rate: largest learning rate so far; minus infinity if none is known.
-        raised_from, raised_at: the largest rate of the 8 rows or more before, and the step, if the learning rate of the
-            optimizer that holds the suspect has risen at once within its last 32 rows; NaN and -1 if it has not.
+        raised_from, raised_to, raised_at: the largest rate of the 8 rows or more before, that since, and the step, if the
+            learning rate of the optimizer that holds the suspect has risen at once within its last 32 rows; else NaN and -1.
         first_borne: learning rate of SGD at which the first update would have changed a tenth of a matrix, the one that it
             changed most (``first_base``, in words); NaN after the first steps, or if it is not known.
+        fading: share of the sum of earlier updates that SGD's momentum loses in each step; 1.0 without a momentum.
         large: times by which weights are too large for their number of inputs, in the first steps; NaN if they are not.
         large_layer: the only matrix of which that is so, compared with the median one; None: all are, compared with a usual one.
         moved_layer: the matrix that moved farther than rate and gradients explain; None: none did, or it is not known.
@@ -72,8 +73,10 @@ class Opening:
     moved_layer: str | None = None
     moved: float = math.nan
     raised_from: float = math.nan
+    raised_to: float = math.nan
     raised_at: int = -1
     first_borne: float = math.nan
+    fading: float = 1.0
     first_base: str = ""
     zeros: tuple[str, ...] = ()
     gain: float = math.nan
@@ -104,9 +107,9 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
     told_of = column if column is not None else int(np.argmax(np.where(known, history.sizes, 0)))
     usual = _usual_rate(history, told_of) if history.layers and not elsewhere and known[told_of] else math.nan
     moved_layer, moved = _moved_by_another(history)
-    raised_from, raised_at = _raised(history, column)
+    raised_from, raised_to, raised_at = _raised(history, column)
     first_borne, first_base = _borne_at_first(history) if step < _FIRST else (math.nan, "")
-    gain = _gain(history, history.weight)
+    gain = _small_gain(history)
     first_rate, top_rate = _rates_of(history, column)
     burst, burst_at = _burst(history)
     surge, surged_at = (math.nan, -1) if column is None or step < _FIRST else _surge(history, column, since)
@@ -125,11 +128,13 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
         moved_layer=moved_layer,
         moved=moved,
         raised_from=raised_from,
+        raised_to=raised_to,
         raised_at=raised_at,
         first_borne=first_borne,
+        fading=history.facts.fading,
         first_base=first_base,
         zeros=_zeros(history),
-        gain=gain if gain < _SMALL else math.nan,
+        gain=gain,
         surge=surge,
         surged_at=surged_at,
         rising=history.warming_up and rate > _RISING * first_rate,
@@ -178,6 +183,16 @@ def _gain(history: History, weight: Floats) -> float:
     return median(gains) if gains.size else math.nan
 
 
+def _small_gain(history: History) -> float:
+    """Return the median gain of the matrices if it is far below a usual one; else NaN.
+
+    Small weights before a normalisation do no harm, unless they have shrunk since the run began.
+    """
+    gain = _gain(history, history.weight)
+    shrunk = not gain > _gain(history, history.first_weight) / 2
+    return gain if 0 < gain < _SMALL and (shrunk or not history.facts.normalised) else math.nan
+
+
 def _zeros(history: History) -> tuple[str, ...]:
     zero = history.large_matrices & (history.weight == 0) & ~(history.row.grad_norm > 0)
     return tuple(history.layers[column] for column in np.flatnonzero(zero).tolist())
@@ -191,13 +206,14 @@ def _surge(history: History, column: int, since: int | None) -> tuple[float, int
     rows = min(max(rows, 1) + 1, len(steps))
     norms, steps = norms[len(norms) - rows :], steps[len(steps) - rows :]
     with ignore_fp_warnings():
-        times = np.nan_to_num(norms[1:] / np.where(norms[:-1] > 0, norms[:-1], np.nan), nan=0.0)
+        times = norms[1:] / np.where(norms[:-1] > 0, norms[:-1], np.nan)
+        times[~np.isfinite(times)] = 0.0
     most = int(np.argmax(times)) if times.size else -1
     return (float(times[most]), int(steps[most + 1])) if times.size and times[most] > 0 else (math.nan, -1)
 
 
-def _raised(history: History, column: int | None) -> tuple[float, int]:
-    """Return the rate from which the learning rate has risen at once, and the step; (NaN, -1) if it has not.
+def _raised(history: History, column: int | None) -> tuple[float, float, int]:
+    """Return the rates from and to which the learning rate has risen at once, and the step; (NaN, NaN, -1) if it has not.
 
     All rates before are lower by the factor, and all since are higher. Of optimizers that take turns, the rows count in which
     the layer of ``column`` has a gradient.
@@ -210,12 +226,12 @@ def _raised(history: History, column: int | None) -> tuple[float, int]:
     borne = float(np.fmax.reduce(rates[: len(rates) - rows], initial=-math.inf))  # such as before a warm restart
     rates, steps = rates[-rows:], steps[-rows:]
     if rows <= _BEFORE or not (rates > 0).all():
-        return math.nan, -1
+        return math.nan, math.nan, -1
     highest, lowest = np.maximum.accumulate(rates), np.minimum.accumulate(rates[::-1])[::-1]
     times = (lowest[1:] / highest[:-1])[_BEFORE - 1 :]
     at = int(np.argmax(times)) + _BEFORE
     raised = times[at - _BEFORE] > _JUMP and not borne >= lowest[at]
-    return (float(highest[at - 1]), int(steps[at])) if raised else (math.nan, -1)
+    return (float(highest[at - 1]), float(rates[at]), int(steps[at])) if raised else (math.nan, math.nan, -1)
 
 
 def _borne_at_first(history: History) -> tuple[float, str]:
@@ -246,10 +262,14 @@ def weights_in_words(layer: str, *, small: bool) -> str:
 
 
 def beyond_gradients(history: History) -> Floats:
-    """Return how far each matrix's norm has changed since the sample before, over what SGD can have done at most, shape (L,).
+    """Return how far each matrix's norm has changed since the sample before, over what updates can have done at most, shape (L,).
 
-    With momentum ``m``, a gradient moves the weights by at most ``1 / (1 - m)`` times its length. 0.0 where it is not known.
+    With momentum ``m``, SGD moves the weights by at most ``1 / (1 - m)`` times the length of a gradient. Adam changes each by at
+    most ``(1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2))`` times the rate (Cauchy-Schwarz over its two averages), and by
+    its decay, which only shrinks them. 0.0 where it is not known.
     """
+    if history.row.family == "adam":
+        return _beyond_rate(history)
     unknown = np.zeros(len(history.layers))
     rows = min(history.weight_gap + _REMEMBERED, history.task_rows)
     steps, norms = history.steps(last=rows), history.grad_norm(last=rows)[:-1]
@@ -262,6 +282,21 @@ def beyond_gradients(history: History) -> Floats:
         explained = highest * np.nansum(norms, axis=0) / (1 - momentum)
         times = np.abs(history.weight - history.previous_weight) / explained
     return np.where(history.large_matrices & np.isfinite(times), times, unknown)
+
+
+def _beyond_rate(history: History) -> Floats:
+    """Return how far each matrix's norm has grown since the sample before, over what Adam's rate allows, shape (L,)."""
+    unknown = np.zeros(len(history.layers))
+    betas, rows = history.facts.betas, history.weight_gap + 1
+    known = betas is not None and history.facts.optimizer in ("Adam", "AdamW") and betas[0] ** 2 < betas[1] < 1
+    if betas is None or not known or rows > history.task_rows:
+        return unknown
+    with ignore_fp_warnings():
+        rates = history.learning_rate(last=rows)
+        each = (1 - betas[0]) / math.sqrt((1 - betas[1]) * (1 - betas[0] ** 2 / betas[1]))
+        most = each * history.weight_gap * np.fmax.reduce(np.abs(rates))
+        times = (history.weight - history.previous_weight) / (most * np.sqrt(history.sizes))
+    return np.where(history.large_matrices & np.isfinite(times), np.maximum(times, 0.0), unknown)
 
 
 def _moved_by_another(history: History) -> tuple[str | None, float]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _BORNE = {"sgd": 0.1}  # share of its weights that an update may change in the first steps
 _BORNE_ELSE = 0.03
 _USUAL = 1e-3  # share of its weights that an update usually changes
+_LARGE = 1e3  # first loss from which targets may need scaling
+_FALLEN = 2.0  # multiple of a rate beyond which a higher one before is told
 _RISEN = 10.0  # multiple of the first rate beyond which a rate has risen
 _RAISED = 10.0  # least factor by which a rate is to be raised
 _LEAST = 1e-5  # rate of SGD below which no one trains: it is the gradients that are too large
@@ -36,17 +38,19 @@ def lower_rate(incident: Incident, history: History, opening: Opening) -> str:
     if not rate > 0:
         return "Lower the learning rate of its parameter group, or warm it up."
     if opening.raised_at >= 0:
-        before = number(opening.raised_from)
+        before, to = number(opening.raised_from), number(opening.raised_to)
+        other = " of another parameter group" if rate < opening.raised_to / 2 else ""
         return (
-            f"The learning rate was raised from {before} to {number(rate)} at step {opening.raised_at}: check its schedule, and "
+            f"The learning rate{other} was raised from {before} to {to} at step {opening.raised_at}: check its schedule, and "
             f"go back to {before}, which the run had borne until then."
         )
     new, told = _rate_to_try(incident, opening)
-    if math.isnan(new):
-        return f"Lower the learning rate{_whose(incident, history)}{at(rate)}, or warm it up."
-    if rate > _RISEN * opening.first_rate:
+    if has_risen(opening):
         risen = f"The learning rate has risen from {number(opening.first_rate)} to {number(rate)} since the start"
-        return f"{risen}: check its schedule, and keep it below {number(new, 1)}. {told}"
+        below = number(rate / _RISEN if math.isnan(new) else new, 1)
+        return f"{risen}: check its schedule, and keep it below {below}. {told}".rstrip()
+    if math.isnan(new):
+        return f"Lower the learning rate{_whose(incident, history)}{at(opening)}, or warm it up."
     return f"Lower the learning rate{_whose(incident, history)}: {number(new, 1)} instead of {number(rate)}. {told}"
 
 
@@ -77,10 +81,11 @@ def surge_of(opening: Opening) -> str:
 def _rate_to_try(incident: Incident, opening: Opening) -> tuple[float, str]:
     """Return a rate at which updates are borne, and how long one was, in a sentence; (NaN, "") if nothing is known."""
     rate = opening.rate
-    if opening.first_borne < rate / 2 and not rate > _RISEN * opening.first_rate:
+    first = opening.first_borne * opening.fading  # momentum adds up what follows
+    if first < rate / 2 and not has_risen(opening):
         share = _BORNE["sgd"] * rate / opening.first_borne
         return (
-            opening.first_borne,
+            first,
             f"At {number(rate)}, the first update alone is {_length(share, opening.first_base)}.",
         )
     longest, over = _at_first(incident, "GW303"), _at_first(incident, "GW305")
@@ -143,41 +148,52 @@ def shrunk(history: History, opening: Opening) -> str:
         return ""
     small = f"for their number of inputs, the weights are {number(opening.gain, 2)} times the usual size"
     facts = history.facts
-    decay, lasts = facts.option("weight_decay"), 1 - facts.momentum
-    if facts.decay > 0:  # decoupled: no momentum adds to it
-        lasts = 1.0
-    known = facts.decay > 0 or (opening.family == "sgd" and lasts > 0)
+    decay = facts.option("weight_decay")
+    lasts = 1.0 if facts.decay > 0 else facts.fading  # no momentum adds to what is decoupled
+    known = facts.decay > 0 or opening.family == "sgd"
     if decay > 0 and not known:
         return f"Look at the weight decay of {number(decay)}: {small}."
     share = opening.rate * decay / lasts if known else 0.0
     if share > _USUAL:
         new = number(_USUAL / 10 * lasts / opening.rate, 1)
-        told = f"it takes {number(100 * share, 2)} % of the weights in each step"
+        told = f"it takes {number(100 * share * lasts, 2)} % of the weights in each step"
+        told += f", and with the momentum {number(1 / lasts, 2)} times that" if lasts < 1 else ""
         return f"Lower the weight decay: {new} instead of {number(decay)}. {told[:1].upper()}{told[1:]}; {small}."
     return f"Initialise the weights anew, by He or Xavier: {small}."
 
 
-def at(rate: float) -> str:
-    """Return the rate at which an incident began, in brackets; "" if it is not known."""
-    return f" ({number(rate)} when this began)" if math.isfinite(rate) else ""
+def has_risen(opening: Opening) -> bool:
+    """Return whether the rate is far above the first one."""
+    return opening.rate > _RISEN * opening.first_rate
+
+
+def at(opening: Opening) -> str:
+    """Return the rate at which an incident began, in brackets, and the highest one before if far above; "" if unknown."""
+    if not math.isfinite(opening.rate):
+        return ""
+    highest = f", after {number(opening.top_rate)} at its highest" if opening.top_rate > _FALLEN * opening.rate else ""
+    return f" ({number(opening.rate)} when this began{highest})"
+
+
+def scale_of_targets(history: History) -> str:
+    """Return that the targets may have to be scaled, if the first loss was very large; "" if not, or for a cross-entropy."""
+    if not (history.first_loss > _LARGE and history.facts.loss in ("", "squared error")):
+        return ""
+    return (
+        "Scale the targets and the inputs to about one, if they are not: the loss of the first step was "
+        f"{number(history.first_loss)}, so the gradients are large too."
+    )
 
 
 def averages_apart(facts: Facts) -> str:
     """Return that Adam forgets the size of gradients before their direction; "" if it does not, or if it is not known.
 
-    Kingma & Ba 2015, arXiv:1412.6980, ask for ``beta1**2 < sqrt(beta2)``.
+    Its updates are bounded by a multiple of the rate only if ``beta1**2 < beta2``. Kingma & Ba 2015, arXiv:1412.6980, ask for
+    ``beta1**2 < sqrt(beta2)``.
     """
-    text = facts.optimizer_options.get("betas", "")
-    try:
-        first, second = (float(one) for one in text.strip("()").split(","))
-    except ValueError:  # none, or different ones of its groups
+    if facts.betas is None or not facts.betas[0] ** 2 >= facts.betas[1]:
         return ""
-    if (
-        facts.optimizer is None
-        or "adam" not in facts.optimizer.lower()
-        or not first * first > math.sqrt(max(second, 0.0))
-    ):
-        return ""
+    first, second = facts.betas
     return (
         f"Set betas to (0.9, 0.999) instead of ({number(first, 6)}, {number(second, 6)}): {facts.optimizer} forgets the size of "
         "gradients before their direction, and its updates need not be bounded by the rate."
@@ -186,7 +202,7 @@ def averages_apart(facts: Facts) -> str:
 
 def still_rising(history: History, opening: Opening) -> str:
     """Return that the rate is far above the first one and at its highest so far, with what to check; "" if it is not."""
-    if not (history.warming_up and opening.rate > _RISEN * opening.first_rate):
+    if not (history.warming_up and has_risen(opening) and opening.rate >= opening.top_rate):
         return ""
     rise = f"from {number(opening.first_rate)} to {number(opening.rate)}, the highest so far"
     return f"The learning rate has risen {rise}: check that its warm-up ends."

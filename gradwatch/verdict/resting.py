@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradwatch.verdict.alarms import Alarms
     from gradwatch.verdict.recurring import Recurring
 
-_RULES = ("GW101", "GW104", "GW105", "GW405")  # those that expect the loss to fall
+_RULES = ("GW101", "GW104", "GW105", "GW106", "GW405")  # those that expect the loss to fall
 _TURNS = (
     64  # rows after which it is looked for optimizers with losses of their own, a multiple of those between judged rows
 )

@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from gradwatch.history.ending import was_better
 from gradwatch.history.statistics import median
 from gradwatch.records import EXPLOSION
+from gradwatch.rules.at_chance import AtChance
 from gradwatch.rules.dead import began
 from gradwatch.rules.opponent_won import OpponentWon, rate_of_opponent
+from gradwatch.rules.overwritten import LARGE_EPS
 from gradwatch.text.wording import number
-from gradwatch.verdict.rates import at, averages_apart, raise_rate, shrunk, slower, still_rising
+from gradwatch.verdict.rates import (
+    at,
+    averages_apart,
+    has_risen,
+    lower_rate,
+    raise_rate,
+    scale_of_targets,
+    shrunk,
+    slower,
+    still_rising,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,9 +37,10 @@ _NAMED = 3  # layers that are named
 _NAMING = ("dead", "frozen", "vanishing")  # kinds that name what does not learn
 _FLOAT32 = "Keep a float32 copy of half-precision weights: small updates are lost to rounding."
 _ROUNDED = 4.0  # multiple of the rate that changes a thousandth of a layer at which an update is as large as 2^-8 of it
+_WORSE = 1.1  # multiple of the loss of guessing above which it is worse, and not at it
+_GONE = 0.01  # share of a usual size of the weights, below which a model says nothing
 _CLIPS = 32  # steps whose clips are looked at
 _LITTLE = 0.1  # share of the gradients below which a clip leaves little
-_LARGE_EPS = 1e-2  # eps beyond which next to nothing is left of most updates
 _OVERFIT = "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
 _GOOD = "If the model was good from the first step, pre-trained or resumed, nothing is wrong."
 _GATES = (
@@ -48,10 +62,13 @@ def on_silence(
         opening: what was known when it opened.
         beside: the other incidents that are open or have left damage.
     """
+    silent = next((one for one in beside if one.open and one.kind in ("dead", "vanishing")), None)
     if incident.kind in ("stalled", "frozen") and (zero := _zero_rate(history)):
         yield zero
     elif left := _left_by(incident, beside):
         yield left
+    elif incident.kind == "frozen" and silent is not None:
+        yield f"Follow the advice on the incident that is open since step {silent.opened_step} ({silent.kind}, {silent.suspect})."
     elif incident.kind == "stalled":
         yield from _stalled(incident, history, told, opening, beside)
     elif incident.kind == "vanishing":
@@ -82,7 +99,7 @@ def _stalled(
     incident: Incident, history: History, told: Sequence[str], opening: Opening, beside: Sequence[Incident]
 ) -> Iterator[str]:
     named = next((one for one in beside if one.open and one.kind in _NAMING and one.severity != "notice"), None)
-    known = _held(history, opening) or slower(incident)  # what each update does is known
+    known = slower(incident) or cause_of_stall(history, opening)  # what each update does is known
     if named is not None and not known:
         yield (
             f"Follow the advice on the incident that is open since step {named.opened_step} first: it names what does not learn "
@@ -90,34 +107,63 @@ def _stalled(
         )
     small = (
         known,
-        _large_eps(history.facts),
-        averages_apart(history.facts),
-        shrunk(history, opening),
+        scale_of_targets(history),
         raise_rate(opening),
         _rounded(history.facts, opening),
     )
+    guessed = "" if any(small) else _above_guessing(incident, opening)
     gates = _GATES if history.facts.recurrent and not history.facts.gated else ""
-    first, *more = [line for line in (*small, *told, still_rising(history, opening), gates, _OVERFIT) if line]
+    first, *more = [line for line in (*small, guessed, *told, still_rising(history, opening), gates, _OVERFIT) if line]
     # a notice is shown with its first advice alone
-    yield f"{first} {_GOOD}" if incident.severity == "notice" and named is None else first
+    above = history.loss_level()[0] > history.reference_loss + abs(history.reference_loss) / 10
+    good = incident.severity == "notice" and named is None and not above and not was_better(history)
+    yield f"{first} {_GOOD}" if good else first
     yield from more
-    yield f"Change the learning rate{at(opening.rate)} by factors of three in both directions."
+    yield f"Change the learning rate{at(opening)} by factors of three in both directions."
     if not history.facts.embeds:
         yield "Scale the inputs to zero mean and unit variance."
+
+
+def cause_of_stall(history: History, opening: Opening) -> str:
+    """Return what to do about a loss that stalls, where the weights, the user's clip or the optimizer's eps may be the cause."""
+    small = shrunk(history, opening)
+    return _held(history, opening) or _large_eps(history.facts) or averages_apart(history.facts) or small
+
+
+def learns_nothing(history: History, opening: Opening) -> bool:
+    """Return whether the loss stalls for a cause that no model has which was good from the start.
+
+    Hardly anything is left of the weights, or nothing of the gradients.
+    """
+    gone = opening.gain < _GONE
+    return gone or (history.clips_each_step and median(history.clip_coefficient(last=_CLIPS)) < _GONE**2)
+
+
+def _above_guessing(incident: Incident, opening: Opening) -> str:
+    """Return what to do about a cross-entropy that is well above that of guessing; "" if it is not."""
+    sign = next((sign for sign in incident.signs if sign.code == AtChance.code), None)
+    if sign is None or not sign.numbers["loss"] > _WORSE * math.log(sign.numbers["classes"]):
+        return ""
+    return (
+        f"Lower the learning rate{at(opening)}, or bound the outputs: the model is sure of what is wrong, since without any "
+        "knowledge the loss would be lower."
+    )
 
 
 def _held(history: History, opening: Opening) -> str:
     """Return that the user's clip leaves little of each gradient of SGD; "" if it does not."""
     left = median(history.clip_coefficient(last=_CLIPS))
-    if not (history.clips_each_step and opening.family == "sgd" and left < _LITTLE):
+    if not history.clips_each_step or not (left == 0 or (opening.family == "sgd" and left < _LITTLE)):
         return ""
+    if left == 0:
+        return "Raise the bound of your own clip: it leaves nothing of the gradients. A clip that is switched off has no bound."
     return f"Raise the bound of your own clip: of the gradients of the last steps, it left {number(100 * left, 2)} % as a median."
 
 
 def _large_eps(facts: Facts) -> str:
     """Return that the eps of an optimizer like Adam is far above all gradients; "" if it is not."""
     eps = facts.option("eps")
-    if facts.family != "adam" or not eps > _LARGE_EPS:
+    if facts.family != "adam" or not eps > LARGE_EPS:
         return ""
     told = f"{facts.optimizer} divides by the size of the gradients plus this"
     return f"Lower eps: 1e-8 instead of {number(eps)}. {told}, so that updates are as much shorter."
@@ -141,7 +187,8 @@ def _lost(incident: Incident, history: History) -> Iterator[str]:
         "-log D(G(z)) in place of log(1 - D(G(z))), or the Wasserstein loss."
     )
     rate = rate_of_opponent(history, incident.suspect)
-    yield f"Lower the learning rate of the other optimizer{at(rate)}, or let it make fewer steps."
+    told = f" ({number(rate)} when this began)" if math.isfinite(rate) else ""
+    yield f"Lower the learning rate of the other optimizer{told}, or let it make fewer steps."
 
 
 def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
@@ -152,7 +199,7 @@ def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
         )
     if facts.recurrent and not facts.gated:
         yield _GATES
-    if facts.saturates:
+    if facts.saturates and not facts.rectified:
         yield "Use ReLU-like activations instead of sigmoid or tanh, with He initialisation."
     if facts.recurrent:
         yield ORTHOGONAL
@@ -162,28 +209,38 @@ def _vanishing(facts: Facts, opening: Opening) -> Iterator[str]:
     yield "Look at the weights of the layers between: a scale far below one in each of them multiplies."
 
 
-def _dead(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
-    facts = history.facts
+def _gone(incident: Incident) -> str:
+    """Return what to do about layers that no backward reaches; "" if their gradients are zero instead."""
     gone = [sign for sign in incident.signs if sign.numbers.get("absent")]
     if any(sign.numbers.get("never") for sign in gone):
-        yield (
+        return (
             "Look for what cuts the loss off from the model: no gradient has reached any layer. It may be a loss that is made "
             "anew from a number (torch.tensor, item()), an argmax, a detach(), or a forward under torch.no_grad()."
         )
-        return
-    if gone:
-        sign = next((sign for sign in gone if sign.layer == incident.suspect), gone[0])
-        yield (
-            f"Look for what the program does otherwise since {began(sign.numbers)}: from then on, no backward reaches "
-            f"{sign.layer} (a part that is no longer used, an expert that no router chooses, a detach(), a torch.no_grad()). "
-            "If that is meant, freeze it with requires_grad_(False)."
-        )
+    if not gone:
+        return ""
+    sign = next((sign for sign in gone if sign.layer == incident.suspect), gone[0])
+    return (
+        f"Look for what the program does otherwise since {began(sign.numbers)}: from then on, no backward reaches "
+        f"{sign.layer} (a part that is no longer used, an expert that no router chooses, a detach(), a torch.no_grad()). "
+        "If that is meant, freeze it with requires_grad_(False)."
+    )
+
+
+def _dead(incident: Incident, history: History, opening: Opening) -> Iterator[str]:
+    facts = history.facts
+    if gone := _gone(incident):
+        yield gone
         return
     module = (incident.suspect or "").rpartition(".")[0] or incident.suspect
     born = opening.step < BORN and incident.suspect is not None
     if facts.dropouts:
         yield f"Lower the p of dropout {', '.join(facts.dropouts[:_NAMED])}: at 1 it drops everything, and no gradient passes."
         return
+    if not born and (small := shrunk(history, opening)):
+        yield small
+    if has_risen(opening):
+        yield lower_rate(incident, history, opening)
     if opening.zeros:
         more = f" and {len(opening.zeros) - _NAMED} more" if len(opening.zeros) > _NAMED else ""
         yield (
@@ -193,21 +250,27 @@ def _dead(incident: Incident, history: History, opening: Opening) -> Iterator[st
     elif born:
         yield f"Initialise module {module} anew, with biases at zero: {incident.suspect} was dead from the first steps on."
     cut = f"Look for a detach(), an argmax or an output that the loss does not use, between {incident.suspect} and the loss."
-    unused = not facts.saturates and _ends_before_its_bias(incident, history)
+    # ReLU units that have had a gradient die by themselves as a rule
+    unused = not facts.saturates and (born or not facts.rectified) and _ends_before_its_bias(incident, history)
     if unused:
         yield cut
+    yield from _saturated_or_off(facts, opening, born=born)
+    if not unused and any(sign.numbers.get("layer") for sign in incident.signs):
+        yield cut
+
+
+def _saturated_or_off(facts: Facts, opening: Opening, *, born: bool) -> Iterator[str]:
+    """Yield what to do about units that pass no gradient, by the activations of the model."""
     if facts.saturates and not facts.rectified:
         if not facts.embeds:
             yield "Scale the inputs to zero mean and unit variance: far from zero, sigmoid and tanh pass no gradient at all."
-        yield f"Lower the learning rate{at(opening.rate)}: large weights saturate sigmoid and tanh too."
+        yield f"Lower the learning rate{at(opening)}: large weights saturate sigmoid and tanh too."
     elif facts.rectified:
         if not born:
-            yield f"Lower the learning rate{at(opening.rate)}: ReLU units usually die from a single large step."
+            yield f"Lower the learning rate{at(opening)}: ReLU units usually die from a single large step."
         yield "Use LeakyReLU or GELU, and scale the inputs."
     elif facts.recurrent and not born:
-        yield f"Lower the learning rate{at(opening.rate)}: saturated states and gates pass no gradient."
-    if not unused and any(sign.numbers.get("layer") for sign in incident.signs):
-        yield cut
+        yield f"Lower the learning rate{at(opening)}: saturated states and gates pass no gradient."
 
 
 def _ends_before_its_bias(incident: Incident, history: History) -> bool:
@@ -231,13 +294,23 @@ def _frozen(incident: Incident, history: History, opening: Opening) -> Iterator[
     if not sign.numbers.get("owned", True):
         yield f"Build the optimizer from model.parameters() after the model is final: none that made a step holds {suspect}."
         return
+    if was_better(history) and not math.isnan(opening.usual_rate):
+        yield _fallen_silent(opening)
+        return
     known = [line for line in (_held(history, opening), raise_rate(opening), _faint(suspect, history)) if line]
     yield from known
     if facts.narrow:
         yield _FLOAT32
     if not known:
-        yield f"Check the learning rate of the parameter group of {suspect}{at(opening.rate)}, and its schedule."
+        yield f"Check the learning rate of the parameter group of {suspect}{at(opening)}, and its schedule."
         yield f"Look for what puts {suspect} back to its old values after a step, such as another copy that is loaded into it."
+
+
+def _fallen_silent(opening: Opening) -> str:
+    return (
+        f"Go back to a checkpoint from before the loss rose, and go on at a lower learning rate{at(opening)}: the run had "
+        "learned, and has lost it. What is left of its gradients changes nothing, as behind dead or saturated units."
+    )
 
 
 def _faint(suspect: str | None, history: History) -> str:

@@ -48,7 +48,7 @@ class Story:
     high_since: int | None = None  # step since which the loss is high again beside a dead part
     weighed: bool = False  # whether weights were sampled since it opened, so that a layer that changed alone is known
     origin: Origin | None = None
-    unknown: bool = False  # whether it was told why the origin is not known
+    unknown: str = ""  # why the origin is not known, if that was told
     recurrence: Recurrence = field(default_factory=Recurrence)
     returns: Returns | None = None  # the place among the explosions that are more than a notice, once it is one
     batch_returns: Returns | None = None  # the place among the notices on odd batches
