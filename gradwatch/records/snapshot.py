@@ -98,11 +98,6 @@ class Facts:
         return self.optimizer_options.get("maximize") == "True"
 
     @property
-    def fading(self) -> float:
-        """The share of the sum of earlier updates that SGD's momentum loses in each step; 1.0 without a momentum."""
-        return 1 - self.momentum if 0 <= self.momentum < 1 else 1.0
-
-    @property
     def betas(self) -> tuple[float, float] | None:
         """The decays of Adam's two averages; None for other optimizers, or if they are not the same in each group."""
         first, _, second = self.optimizer_options.get("betas", "").strip("()").partition(", ")

@@ -44,7 +44,7 @@ class Opening:
             learning rate of the optimizer that holds the suspect has risen at once within its last 32 rows; else NaN and -1.
         first_borne: learning rate of SGD at which the first update would have changed a tenth of a matrix, the one that it
             changed most (``first_base``, in words); NaN after the first steps, or if it is not known.
-        fading: share of the sum of earlier updates that SGD's momentum loses in each step; 1.0 without a momentum.
+        momentum: momentum of SGD; 0.0 if there is none, or it is not known.
         large: times by which weights are too large for their number of inputs, in the first steps; NaN if they are not.
         large_layer: the only matrix of which that is so, compared with the median one; None: all are, compared with a usual one.
         moved_layer: the matrix that moved farther than rate and gradients explain; None: none did, or it is not known.
@@ -76,7 +76,7 @@ class Opening:
     raised_to: float = math.nan
     raised_at: int = -1
     first_borne: float = math.nan
-    fading: float = 1.0
+    momentum: float = 0.0
     first_base: str = ""
     zeros: tuple[str, ...] = ()
     gain: float = math.nan
@@ -131,7 +131,7 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
         raised_to=raised_to,
         raised_at=raised_at,
         first_borne=first_borne,
-        fading=history.facts.fading,
+        momentum=history.facts.momentum if 0 <= history.facts.momentum < 1 else 0.0,
         first_base=first_base,
         zeros=_zeros(history),
         gain=gain,

@@ -81,11 +81,11 @@ def surge_of(opening: Opening) -> str:
 def _rate_to_try(incident: Incident, opening: Opening) -> tuple[float, str]:
     """Return a rate at which updates are borne, and how long one was, in a sentence; (NaN, "") if nothing is known."""
     rate = opening.rate
-    first = opening.first_borne * opening.fading  # momentum adds up what follows
-    if first < rate / 2 and not has_risen(opening):
+    if opening.first_borne < rate / 2 and not has_risen(opening):
         share = _BORNE["sgd"] * rate / opening.first_borne
         return (
-            first,
+            # momentum adds up earlier updates, whose directions differ
+            opening.first_borne * math.sqrt(1 - opening.momentum**2),
             f"At {number(rate)}, the first update alone is {_length(share, opening.first_base)}.",
         )
     longest, over = _at_first(incident, "GW303"), _at_first(incident, "GW305")
@@ -149,7 +149,8 @@ def shrunk(history: History, opening: Opening) -> str:
     small = f"for their number of inputs, the weights are {number(opening.gain, 2)} times the usual size"
     facts = history.facts
     decay = facts.option("weight_decay")
-    lasts = 1.0 if facts.decay > 0 else facts.fading  # no momentum adds to what is decoupled
+    decoupled = facts.decay > 0 or not 0 <= facts.momentum < 1
+    lasts = 1.0 if decoupled else 1 - facts.momentum  # of what the decay takes; no momentum adds to a decoupled one
     known = facts.decay > 0 or opening.family == "sgd"
     if decay > 0 and not known:
         return f"Look at the weight decay of {number(decay)}: {small}."
