@@ -36,6 +36,9 @@ class NoTraction(Rule):
     loss need not fall: where two optimizers take turns and the loss of one runs through what the other trains, and where it
     jumps with a period, farther than an update can raise it.
 
+    Alone it is a notice, and a warning where the median matrix has less than a hundredth of a usual size, or your own clip leaves
+    less than a ten-thousandth of the gradients: no model is good from the start with that.
+
     ## Why it is bad
     Steps are spent and nothing is learned. Possible causes are a learning rate that is zero, far too small, or so large
     that the weights ended up in a flat region; vanishing gradients; a part of the model that is cut off from the loss; an
