@@ -93,7 +93,7 @@ class Pipeline:
         self._resting = Resting(history, self.alarms, self.incidents.recurring, self.note)
         self._own_time = own_time or OwnTime()
         self._limits = {role: _limit(rules, role) for role in ("surge", "jump", "update", "overshoot")}
-        self._made = 0  # optimizers so far
+        self._made = 0  # new optimizers in a row, each of the layers of the one before
         self._told: set[str] = set()  # what was noted once: codes of clip signs, and mistakes
         self._band = Band(len(history.layers), self.verdict_settings.band)
         self._started = perf_counter()

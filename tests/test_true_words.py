@@ -926,7 +926,7 @@ def test_steps_of_a_copy_in_place_of_the_model_are_told() -> None:
 
 
 def test_a_classifier_that_loses_what_it_had_learned_is_not_healthy() -> None:
-    """The rate is raised bit by bit, so that no update stands out, until the loss is back at guessing."""
+    """Its weights fade bit by bit, so that no update stands out, until the loss is back at guessing."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

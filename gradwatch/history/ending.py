@@ -12,7 +12,10 @@ from gradwatch.history.statistics import median, median_and_mad
 from gradwatch.text.wording import median_in_words, number
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from gradwatch.history.history import History
+    from gradwatch.records import Floats
 
 _LEVEL = 32  # losses whose median is a level
 _ENOUGH = 100  # losses after which a run could have left the level at which it began
@@ -99,9 +102,12 @@ def _stretches(history: History) -> tuple[list[float], list[int], list[int]]:
     losses, steps = history.task_loss(), history.steps(last=history.task_rows)
     seen = np.isfinite(losses)
     losses, steps = losses[seen], steps[seen]
-    if len(losses) < _LONG:
-        return [], [], []
-    stretches = np.array_split(np.arange(len(losses)), len(losses) // _LEVEL)
+    return stretches_of(losses, steps) if len(losses) >= _LONG else ([], [], [])
+
+
+def stretches_of(losses: Floats, steps: NDArray[np.int64]) -> tuple[list[float], list[int], list[int]]:
+    """Return the levels of losses over stretches of about 32, and the middle and last step of each, given their steps."""
+    stretches = np.array_split(np.arange(len(losses)), max(1, len(losses) // _LEVEL))
     return (
         [median(losses[stretch]) for stretch in stretches],
         [int(steps[stretch[len(stretch) // 2]]) for stretch in stretches],

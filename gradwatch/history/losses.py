@@ -68,6 +68,11 @@ class LossLevels(Ring):
         if math.isfinite(self.row.loss):
             self._harder = max(self._harder, abs(self.row.loss))
 
+    @property
+    def need_not_fall(self) -> bool:
+        """True where the loss itself need not fall, and not only several losses have no level together."""
+        return self.resting not in ("", APART)
+
     def rest_loss(self, why: str) -> None:
         """Set why the loss need not fall; "": rules expect it to fall again."""
         self.resting = why

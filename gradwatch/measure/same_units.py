@@ -30,21 +30,17 @@ def same_units(layers: Layers) -> str:
         if weight.dim() < 2:
             continue
         value = _only_number(weight)
-        follows = before is not None and weight.shape[1] == before[1]
-        if value and before is not None and follows:
+        if value and before is not None and weight.shape[1] == before[1]:
             return (
                 f"each weight of {before[0]} is {number(before[2])}, and each of {name} is {number(value)}: the {before[1]} "
                 "units between them are alike, and stay so, as if there were one. Initialise them with random numbers, by He "
                 "or Xavier."
             )
         bias = held.get(f"{name.rpartition('.')[0]}.bias")
-        # square ones may lie beside each other, such as those of queries and keys
-        alike = (
-            weight.shape[0] > 1
-            and weight.shape[0] != weight.shape[1]
-            and (bias is None or _only_number(bias) is not None)
-        )
-        before = (name, weight.shape[0], value) if value and alike else None
+        units, inputs = weight.shape[:2]
+        several = 1 < units != inputs  # square ones may lie beside each other, such as those of queries and keys
+        alike = several and (bias is None or _only_number(bias) is not None)
+        before = (name, units, value) if value and alike else None
     return ""
 
 

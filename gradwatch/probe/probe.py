@@ -211,7 +211,10 @@ class Probe:
         if known is None:
             self._loss = seen
             self._judge.loss_found(seen.kind, seen.prediction, seen.behind, mean=seen.mean)
-        elif seen.told != known.told:  # losses of several kinds, or among ever more classes, have no scale together
+        elif (
+            known.kind and seen.told != known.told
+        ):  # losses of several kinds, or among ever more classes, have no scale
+            self._loss = SeenLoss()
             self._judge.loss_found(known.kind, (), "more", mean=False)
 
     def _end_of_backward(self) -> None:

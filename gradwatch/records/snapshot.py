@@ -41,8 +41,8 @@ class Facts:
         loss: kind of the loss, such as ``"cross-entropy"``; "" if it is not known.
         mistakes: mistakes of the program that are certain, in sentences.
         optimizer_options: options of the optimizer except its learning rate, as they were when it was found, as text by name.
-        prediction: shape of what the first loss compared with a target; empty if it is not known.
-        behind: what stands between the root of the first backward and that loss.
+        prediction: shape of what the first loss compared with a target; empty if it is not known, or if later losses differ.
+        behind: what stands between the root of the first backward and that loss; "more" if later losses differ.
         mean: whether that loss is a mean over the batch.
         narrow: whether some parameters are numbers of 16 bits.
         opposed_since: step since which two optimizers are known to take turns, where the loss of one runs through what the other

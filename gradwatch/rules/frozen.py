@@ -32,10 +32,10 @@ class Frozen(Rule):
     zero, do not count. If instead the loss is stuck (at least 100 losses, improved by less than a tenth) and the update of
     every layer is too small for float32 (`u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and `u = lr sqrt(n)` for Adam) even at
     the highest learning rate `lr` of the last 49 rows, `value` is the number of losses. If the learning rate of every group is
-    0, `value` is the number of steps since then. Otherwise it is `0`. It fires where `value > limit` (48), and resolves
-    after as many steps without. Not considered are
-    biases and gains (the gradient of a critic's last bias cancels), layers whose gradient is missing or exactly zero, and
-    parameter groups at learning rate zero beside others that are not, because they wait to be unfrozen.
+    0, `value` is the number of steps since then. Otherwise it is `0`. It fires where `value > limit` (48), and resolves after as
+    many steps without. Not considered are biases and gains (the gradient of a critic's last bias cancels), layers whose gradient
+    is missing or exactly zero, and parameter groups at learning rate zero beside others that are not, because they wait to be
+    unfrozen.
 
     ## Why it is bad
     The layer is not being trained, and nothing reports it: the optimizer holds another copy of the parameters or was built

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from gradwatch.history.ending import stretches_of
 from gradwatch.history.statistics import median, median_and_mad
 from gradwatch.rules.base import Rule
 from gradwatch.rules.no_traction import began_at
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, Floats, Kind, Role, Sign
 
-_STRETCH = 32  # losses whose median is a level
-
 
 class LearningLost(Rule):
     """What the run had learned is lost: its loss is nearly back where it began, and stays there.
@@ -27,14 +26,15 @@ class LearningLost(Rule):
     The loss had fallen, and has come back for good by most of what it had fallen, at once or little by little.
 
     ## Formula
-    `value = (m - b) / (h - b)`, where `m` is the median of the last `window` (64) losses, `b` the least median of 32 losses in a
-    row among the kept ones before them, and `h = b + share (r - b)`, with `share` = 0.9 and `r` the reference loss (median of the
-    first 16), or the first loss if the reference is more than twice as high. For a mean of cross-entropies, `h` is `share` of
-    that of guessing. `value = 0` where the loss had not fallen by a tenth of `r` and by three times the scatter (scaled MAD) of
-    the last `window` losses, and while it comes down again: the newer half of the window is below the older one by a tenth of
-    `m - b`. It is also `0` before `min_steps` (200) losses, where the loss need not fall, and unless each loss so far is known to
-    be one of torch's, such as a cross-entropy or a squared error: the value of others, such as that of a policy gradient, or of a
-    sum with a penalty, need not measure what was learned. It fires where `value > limit` (1.0) for `for_steps` (32) steps.
+    `value = (m - b) / (h - b)`, where `m` is the median of the last `window` (64) losses, `b` the least median of 32 losses
+    in a row among the kept ones before them, and `h = b + share (r - b)`, with `share` = 0.9 and `r` the reference loss
+    (median of the first 16), or the first loss if the reference is more than twice as high. For a mean of cross-entropies,
+    `h` is `share` of that of guessing, if `b` is below that. `value = 0` where the loss had not fallen by a tenth of `r` and
+    by three times the scatter (scaled MAD) of the last `window` losses, and while it comes down again: the newer half of the
+    window is below the older one by a tenth of `m - b`. It is also `0` before `min_steps` (200) losses, where the loss need
+    not fall, and unless each loss so far is known to be one of torch's, such as a cross-entropy or a squared error: the value
+    of others, such as that of a policy gradient, or of a sum with a penalty, need not measure what was learned. It fires
+    where `value > limit` (1.0) for `for_steps` (32) steps.
 
     ## Why it is bad
     The model is no better than an untrained one. A rate that is too high or dead units do that without a single large jump.
@@ -79,8 +79,8 @@ class LearningLost(Rule):
         now, scatter = median_and_mad(history.task_loss(last=self.window))
         if not now > self._high(history, history.least_loss):
             return np.zeros(1)  # the best level is above the least loss; this rejects most rows
-        best = self._best(history)[0]
-        if not began_at(history) - best > max(abs(began_at(history)) / 10, 3 * scatter):
+        best, began = self._best(history)[0], began_at(history)
+        if not began - best > max(abs(began) / 10, 3 * scatter):
             return np.zeros(1)
         older, newer = np.split(history.task_loss(last=self.window), 2)
         comes_down = median(newer) < median(older) - (now - best) / 10
@@ -94,12 +94,9 @@ class LearningLost(Rule):
     def _best(self, history: History) -> tuple[float, int, int]:
         """Return the least level of the loss before the last losses, and the middle and the last step of its stretch."""
         losses = history.task_loss()[: -self.window]
-        steps = history.steps(last=history.task_rows)[: len(losses)]
-        stretches = np.array_split(np.arange(len(losses)), max(1, len(losses) // _STRETCH))
-        levels = [median(losses[stretch]) for stretch in stretches]
+        levels, middles, ends = stretches_of(losses, history.steps(last=history.task_rows)[: len(losses)])
         best = int(np.nanargmin(levels)) if not np.isnan(levels).all() else 0
-        told = steps[stretches[best]]
-        return levels[best], int(told[len(told) // 2]), int(told[-1])
+        return levels[best], middles[best], ends[best]
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""

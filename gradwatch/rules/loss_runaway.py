@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from gradwatch.history.losses import APART
 from gradwatch.history.statistics import median_and_mad
 from gradwatch.rules.base import Rule
 from gradwatch.rules.notation import Case
@@ -76,7 +75,7 @@ class LossRunaway(Rule):
         down = now < 0
         slow = down or now > self.worse * history.guessing  # a cross-entropy, whose scale is known
         before, _ = median_and_mad(history.task_loss(last=136 if slow else 40)[:-8][:32])
-        if history.resting and history.resting != APART:
+        if history.need_not_fall:
             return np.zeros(1)
         if history.is_no_entropy and down:
             return np.array([np.inf])

@@ -31,14 +31,14 @@ class Overwritten(Rule):
     learned, and training makes no progress.
 
     ## Formula
-    `value` is the median of `lr sqrt(n) / max(||w||, 0.5 * sqrt(n / f)) + lr d` over the matrices with `n >= 16` elements, `f`
-    inputs and a learning rate above zero, with the weight decay `d` where it is decoupled from the gradient, as in AdamW: the
-    share of its weights by which Adam, AdamW, NAdam, Adamax or RMSprop may change a layer in one step; the floor is half of a
-    usual initialisation. It is `0` for other optimizers, while the learning rate reached its highest value within the last 50
-    rows, and unless the loss hangs: at least 100 losses were seen and the loss
-    is stuck (improved by less than a tenth) or where it began, or of 200 losses or more it is above its best level by a quarter
-    of what it had fallen, or above 60 % of where it began and has hardly fallen for two thirds of the run. It fires where
-    `value > limit` (0.1).
+    `value` is the median of `lr sqrt(n) / max(||w||, 0.5 * sqrt(n / f)) + lr d` over the matrices with `n >= 16` elements,
+    `f` inputs and a learning rate above zero, with the weight decay `d` where it is decoupled from the gradient, as in AdamW:
+    the share of its weights by which Adam, AdamW, NAdam, Adamax or RMSprop may change a layer in one step; the floor is half
+    of a usual initialisation. It is `0` for other optimizers, with an eps above 0.01, which makes updates far shorter, while
+    the learning rate reached its highest value within the last 50 rows, and unless the loss hangs: at least 100 losses were
+    seen and the loss is stuck (improved by less than a tenth) or where it began, or of 200 losses or more it is above its
+    best level by a quarter of what it had fallen, or above 60 % of where it began and has hardly fallen for two thirds of the
+    run. It fires where `value > limit` (0.1).
 
     ## Why it is bad
     An update should correct the weights and not replace them. At a tenth of the weights per step, little is left of what was

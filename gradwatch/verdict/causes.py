@@ -27,6 +27,7 @@ class Causes:
 
     Attributes:
         origin: the operation behind the row that is about to be judged; None: it was not found.
+        unknown: why it was not found; "" if that was told, or not looked for.
     """
 
     def __init__(self, history: History, harm: Harm, suspects: Suspects, broken: Callable[[], str]) -> None:
@@ -35,11 +36,7 @@ class Causes:
         self._suspects = suspects
         self._broken = broken
         self.origin: Origin | None = None
-        self._unknown = ""  # why it was not found
-
-    def record_unknown(self, reason: str) -> None:
-        """Record why the origin of the explosion that is open, or of the next one that opens, is not known."""
-        self._unknown = reason
+        self.unknown = ""
 
     def take(self, story: Story, kind: Kind) -> str | None:
         """Give the story what was found since the last time; return the layer that something has moved, if any."""
@@ -55,9 +52,9 @@ class Causes:
                 story.origin = story.origin or self.origin
                 story.findings = [one for one in story.findings if one != story.unknown]  # of an earlier step
             self.origin = None
-        if self._unknown and kind in EXPLOSION and story.origin is None:
-            story.findings += [] if story.unknown else [self._unknown]  # later steps have the same reason, as a rule
-            story.unknown, self._unknown = story.unknown or self._unknown, ""
+        if self.unknown and kind in EXPLOSION and story.origin is None:
+            story.findings += [] if story.unknown else [self.unknown]  # later steps have the same reason, as a rule
+            story.unknown, self.unknown = story.unknown or self.unknown, ""
         return moved
 
 

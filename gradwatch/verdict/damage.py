@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.history.ending import not_learned
-from gradwatch.history.losses import APART, EARLY
+from gradwatch.history.losses import EARLY
 from gradwatch.history.optimizer_rows import places_of, with_losses_of_their_own
 from gradwatch.history.statistics import median, median_and_mad
 from gradwatch.text.wording import counted, median_in_words, number
@@ -126,7 +126,7 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
     found = []
     same_task = history.rows - history.task_rows == before.task
     level = level_now(history, before)
-    high = same_task and not math.isnan(level) and level > before.ceiling and history.resting in ("", APART)
+    high = same_task and not math.isnan(level) and level > before.ceiling and not history.need_not_fall
     if high:
         now = median_in_words(level, len(_last_losses(history, before)))
         where = f", where the optimizer of {before.whose} steps," if before.whose else ""

@@ -237,13 +237,12 @@ class Incidents:
 
     def record_unknown(self, reason: str) -> None:
         """Record why the origin of the explosion that is open, or of the next one that opens, is not known."""
-        self._causes.record_unknown(reason)
+        self._causes.unknown = reason
 
     def _judge(self, name: str, story: Story, step: int, *, touched: bool) -> Incident | None:
         active = any(code in self._opening for code, _ in story.firing)
-        touched = touched or (
-            name == "explosion" and self._causes.origin is not None
-        )  # found in a later step of the incident
+        # the origin may be found in a later step of the incident
+        touched = touched or (name == "explosion" and self._causes.origin is not None)
         aftermath = name != "explosion" and self.open_explosion() is not None  # a consequence of the explosion
         aftermath |= name == "stalled" and any(has_raised_loss(one) for one in self.damaged)
         if story.incident is None and (aftermath or not active):

@@ -39,6 +39,7 @@ _FLOAT32 = "Keep a float32 copy of half-precision weights: small updates are los
 _ROUNDED = 4.0  # multiple of the rate that changes a thousandth of a layer at which an update is as large as 2^-8 of it
 _WORSE = 1.1  # multiple of the loss of guessing above which it is worse, and not at it
 _GONE = 0.01  # share of a usual size of the weights, below which a model says nothing
+_NOTHING = 1e-4  # share of the gradients below which a clip leaves nothing
 _CLIPS = 32  # steps whose clips are looked at
 _LITTLE = 0.1  # share of the gradients below which a clip leaves little
 _OVERFIT = "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
@@ -126,8 +127,8 @@ def _stalled(
 
 def cause_of_stall(history: History, opening: Opening) -> str:
     """Return what to do about a loss that stalls, where the weights, the user's clip or the optimizer's eps may be the cause."""
-    small = shrunk(history, opening)
-    return _held(history, opening) or _large_eps(history.facts) or averages_apart(history.facts) or small
+    facts = history.facts
+    return _held(history, opening) or _large_eps(facts) or averages_apart(facts) or shrunk(history, opening)
 
 
 def learns_nothing(history: History, opening: Opening) -> bool:
@@ -135,8 +136,8 @@ def learns_nothing(history: History, opening: Opening) -> bool:
 
     Hardly anything is left of the weights, or nothing of the gradients.
     """
-    gone = opening.gain < _GONE
-    return gone or (history.clips_each_step and median(history.clip_coefficient(last=_CLIPS)) < _GONE**2)
+    nothing = history.clips_each_step and median(history.clip_coefficient(last=_CLIPS)) < _NOTHING
+    return opening.gain < _GONE or nothing
 
 
 def _above_guessing(incident: Incident, opening: Opening) -> str:
