@@ -15,6 +15,7 @@ import gradwatch
 from gradwatch import rules
 from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.rules import RULES, Rule, rule_by_code
+from gradwatch.rules.opponent_won import OpponentWon
 from gradwatch.verdict.alarms import Alarms
 
 if TYPE_CHECKING:
@@ -37,6 +38,19 @@ def test_a_case_fires_at_its_step_or_not_at_all(rule: type[Rule], case: Case) ->
         if fired is None and any(change.state == "firing" for change in changes):
             fired = row.step
     assert fired == case.fires
+
+
+def test_a_gradient_of_exactly_zero_does_not_resolve_that_an_opponent_has_won() -> None:
+    """It is another rule's, which takes longer to see it: "vanishing resolved" was said while every gradient was zero."""
+    (case,) = (one for one in OpponentWon.cases if one.name == "then exactly zero")
+    history, rows = case.rows()
+    alarms = Alarms((OpponentWon(),), history.layers)
+    for row in rows:
+        with ignore_fp_warnings():
+            history.push(row)
+            alarms.update(history, row.step)
+            history.learn()
+    assert alarms.firing.all()
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.code)

@@ -255,3 +255,26 @@ def test_what_an_incident_has_left_is_compared_with_the_losses_of_its_optimizer(
 def test_gradients_that_are_all_zero_are_told_of_several_optimizers_too() -> None:
     """With the last loss: there is no level of both."""
     assert "in the last step, and every gradient has been zero since step 936" in unequal(silent=400).snapshot().ending
+
+
+def test_a_generator_that_is_silent_but_for_some_turns_is_dead_until_it_lives() -> None:
+    """Its loss is moved by the discriminator: that it is as low as ever says nothing, nor that it wakes up for one step."""
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    discriminator = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 1))
+    slow = torch.optim.Adam(generator.parameters(), lr=1e-3)
+    fast = torch.optim.Adam(discriminator.parameters(), lr=2e-4)
+    models = nn.ModuleDict({"G": generator, "D": discriminator})
+    x, z = torch.randn(64, 2) / 10 + 3, torch.randn(64, 8)
+    words = []
+    with gradwatch.attach(models, report=None, strict=True) as monitor:
+        for turn in range(1100):
+            fake = generator(z)
+            step(fast, bce(discriminator(x), torch.ones(64, 1)) + bce(discriminator(fake.detach()), torch.zeros(64, 1)))
+            active = not (100 <= turn < 900 and turn % 60)
+            judged = -bce(discriminator(fake), torch.zeros(64, 1))
+            step(slow, 1 - judged.detach() + (judged - judged.detach()) * active)
+            words.append({one.verdict for one in monitor.incidents if one.kind == "dead"})
+    assert words.index({"suspected"}) < 300
+    assert words[300:900] == [{"suspected"}] * 600
+    assert words[-1] == {"resolved"}

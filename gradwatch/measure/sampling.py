@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ _FIRST_ROWS = 32  # first rows, with each of which the weights are sampled
 _WATCHED_ROWS = 45  # first rows, which include all of the first unit checks
 _UNIT_CHECK_EVERY = 61  # odd, so that branches used on alternating steps are both checked
 _FIRST_UNIT_CHECKS = frozenset((5, 10, 17, 24, 33, 44))  # even and odd, for the same reason
-_ROUND = 4  # unit checks of a layer after which a unit without any gradient counts as dead
+_ROUND = 4  # unit checks with a gradient of the layer after which a unit without any counts as dead
 
 
 @dataclass(slots=True)
@@ -88,7 +89,7 @@ class Sampling:
         self._prints: dict[int, int] = {}
         self._changed: set[int] = set()  # columns whose weights have changed since, which are not looked at again
         self._first = np.zeros(len(layers))  # number of the row whose weights have the fingerprint
-        self._alive: dict[int, tuple[int, Tensor, Tensor | bool]] = {}
+        self._alive: dict[int, tuple[Tensor, Tensor]] = {}  # looks of the round, live units, by column
         self._alive_at: torch.device | None = None
         self._dead_on: dict[int, Tensor] = {}
         self._prints_on: dict[int, Tensor] = {}
@@ -212,8 +213,9 @@ class Sampling:
         frozen = self._forget_frozen()
         for column in frozen & self._dead_on.keys():
             del self._dead_on[column]
-        rounds = self._finished_rounds(now, frozen)
-        self._dead_on.update({column: moved(found, dead.device) * ~untold for column, found, untold in rounds})
+        for column, over, found in self._looked_at_units(now, frozen):
+            known = self._dead_on.get(column, math.nan)
+            self._dead_on[column] = torch.where(moved(over, dead.device), moved(found, dead.device), known)
         for column, here in self._dead_on.items():
             dead[column].copy_(here if share is None else here * share.part[column])
         unknown = [column for column in range(len(dead)) if column not in self._dead_on]
@@ -244,8 +246,9 @@ class Sampling:
     def _count_units(self, now: Measured) -> None:
         frozen = self._forget_frozen()
         self._dead_share[list(frozen)] = np.nan
-        for column, share, untold in self._finished_rounds(now, frozen):
-            self._dead_share[column] = 0.0 if untold else share.item()
+        for column, over, share in self._looked_at_units(now, frozen):
+            if over:
+                self._dead_share[column] = share.item()
 
     def _forget_frozen(self) -> set[int]:
         """Forget the units seen of layers that are frozen, whose gradients may be left at zero; return their columns."""
@@ -254,10 +257,10 @@ class Sampling:
             del self._alive[column]
         return frozen
 
-    def _finished_rounds(self, now: Measured | Unread, frozen: set[int]) -> Iterator[tuple[int, Tensor, Tensor | bool]]:
-        """Record which units have a gradient; yield the column and dead share, shape (), of layers that finished a round.
+    def _looked_at_units(self, now: Measured | Unread, frozen: set[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Record which units have a gradient; yield the column of each layer, and whether its round is over and its dead share.
 
-        Also yields whether there was a batch without any gradient, which says nothing about single units, in that round.
+        Both have shape (). A look at which the layer has no gradient at all says nothing of its units, and does not count.
         """
         if not now.gradients:  # their tensors no longer exist
             return
@@ -265,18 +268,17 @@ class Sampling:
         if home != self._alive_at:
             self._alive.clear()
             self._alive_at = home
-        silent = now.global_norm == 0 if isinstance(now, Measured) else ~now.norms.any()
         for gradient, column in zip(now.gradients, now.columns.tolist(), strict=True):
             if column in frozen or not self._layers.with_units[column] or not has_units(gradient):
                 continue
-            looks, live, untold = self._alive.get(column, (0, None, False))
-            seen = live_units(gradient)
-            looks, live = looks + 1, seen if live is None else moved(live, seen.device) | seen
-            untold = silent | untold
-            self._alive[column] = looks, live, untold
-            if looks == _ROUND:
-                yield column, 1.0 - live.float().mean(), untold
-                del self._alive[column]
+            live = live_units(gradient)
+            looks = live.any().long()
+            if column in self._alive:
+                before, known = self._alive[column]
+                looks, live = looks + moved(before, live.device), live | moved(known, live.device)
+            over = looks == _ROUND
+            yield column, over, 1.0 - live.float().mean()
+            self._alive[column] = looks * ~over, live & ~over
 
     def _compare(self, row: int, waiting: set[int]) -> None:
         """Compare the exact fingerprints of the weights with those of the first row in which they were to be trained."""

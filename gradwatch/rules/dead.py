@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _LEVEL = 32  # newest losses whose median is the level of a loss
-_FLOOR = 0.01  # share of the first losses below which a loss is at its floor
+_FLOOR = 0.01  # share of what a loss was first, or with the largest gradients, below which it is at its floor
 _CHANCE = 1e-6  # of an absence as long as this one, in a layer that had a gradient as often as this one
 
 
@@ -33,7 +33,7 @@ class Dead(Rule):
 
     ## What it means
     A unit is a row of a weight matrix (an output of a linear layer, a channel of a convolution). It is dead if its
-    gradient was exactly zero at each of the last four samples, each from a different batch.
+    gradient was exactly zero at each of four samples, each from a different batch, in which the layer had a gradient.
 
     ## Formula
     `value = dead units / units` of the layer, over the four samples, minus `1 / sqrt(units)` except in the first layer: at
@@ -48,12 +48,13 @@ class Dead(Rule):
 
     It fires where `value > limit` (0.5) for `for_steps` (16) steps, and resolves once `value` was at most `release * limit`
     (0.25) for more than `keep_steps` (16) steps: a layer that wakes up for one step stays dead. Only the weights of linear
-    and convolutional layers have units; words of an embedding that do not occur are not dead. No unit counts as dead in a
-    round of four samples one of which had no gradient at all, such as a batch without a reward. Where the gradient of all
+    and convolutional layers have units; words of an embedding that do not occur are not dead. Samples in which the layer had
+    no gradient at all, such as one without a reward, say nothing of its units and do not count. Where the gradient of all
     that an optimizer holds is zero, its loss may be at its floor: nothing counts as dead unless the loss (the median of the
-    last 32) is not zero and higher than it was before, or the only optimizer never had a gradient in at least 49 rows. A
-    layer that you have frozen is not dead, nor one without elements, nor a bias whose own weights have a gradient: its
-    gradient cancels, as in the last layer of a critic.
+    last 32) is not zero and higher than it was before, or the only optimizer never had a gradient in at least 49 rows. Where
+    the losses of two optimizers oppose each other, the other one moves the loss too: at its floor it is not negative, and at
+    most a hundredth of what it was when the gradients were largest. A layer that you have frozen is not dead, nor one without
+    elements, nor a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a critic.
 
     While the loss is at most half of the first and of the reference loss, and some gradient arrives, the incident is only a
     notice, unless the loss need not fall (a GAN); it becomes a warning once the loss has been high again for 100 steps. What
@@ -83,6 +84,9 @@ class Dead(Rule):
     cases: ClassVar[tuple[Case, ...]] = (
         Case("a layer with zero gradient", fires=15, grad={"a": "0x40", "b": "1x40"}),
         Case("a loss at its floor", fires=None, grad="0x40"),
+        Case("as low as ever", fires=None, grad="1x50 0x100", loss="1x50 0.9x100"),
+        Case("moved by an opponent", fires=113, grad="1x50 0x100", loss="1x50 0.9x100", opposed=True),
+        Case("won against an opponent", fires=None, grad="1x50 0x100", loss="1x50 1e-3x100", opposed=True),
         Case("three of four units", fires=15, dead="0.75x40"),
         Case("one unit in five", fires=None, dead="0.2x40"),
         Case("zero now and then", fires=None, grad="0 1 0 1 0 1 0 1"),
@@ -124,7 +128,7 @@ class Dead(Rule):
         cancels = dead & (history.weight_of >= 0) & (now[history.weight_of] > 0)
         zero[cancels] = dead[cancels] = 0
         asleep: Floats = np.where(dead, 1.0, np.minimum(zero / 2, self.limit))
-        return np.where(zero > 0, np.fmax(np.where(now == 0, 0.0, units), asleep), units)
+        return np.where(zero > 0, np.fmax(units, asleep), units)
 
     def numbers(self, history: History, column: int) -> dict[str, float]:
         """Return the numbers of the sentence; see `Rule.numbers`."""
@@ -166,7 +170,7 @@ class Dead(Rule):
         share, limit = apart(100 * numbers["share"], 100 * (alarm.limit + numbers["by chance"]))
         return (
             f"{share} % of the {counted(numbers['units'], 'unit')} of {alarm.layer} were dead at step {alarm.step}: a gradient "
-            f"of exactly zero in each of the last four samples (limit {limit} %)"
+            f"of exactly zero in each of four samples (limit {limit} %)"
         )
 
     def _units_beyond_chance(self, history: History) -> Floats:
@@ -189,6 +193,9 @@ def _is_at_floor(history: History, part: OptimizerRows) -> bool:
     since = int(alive[-1]) + 1 if alive.size else 0
     now, _ = median_and_mad(losses[since:][-_LEVEL:])
     before = losses[:since][np.isfinite(losses[:since])]
+    if history.opposed and (history.typical_grad.seen[part.held] > 0).any():
+        _, then = history.largest_typical
+        return bool(0 <= now <= _FLOOR * median_and_mad(then[part.held])[0])
     if before.size:
         return now == 0 or not now > before.min()
     if not (history.typical_grad.seen[part.held] > 0).any():  # no gradient ever

@@ -38,9 +38,9 @@ class OpponentWon(Rule):
     `value = min_l(T_l / m_l)` over the matrices that an optimizer holds, with `m_l` the largest gradient norm of layer `l` in
     that optimizer's last 49 rows, and `T_l` the largest that its typical norm (GW301) has been. It fires where `value > limit`
     (300), as long as the loss of that optimizer (the median of its last 32) is higher, by a tenth, than in the rows in which
-    its typical norms were largest. It resolves once a gradient is back to a thirtieth, or the loss is no longer higher. Only
-    where two optimizers are seen to take turns so, and the first loss of the run is no regression, as that of a critic: its
-    actor's gradient vanishes where the best action is at a bound. Gradients of exactly zero belong to GW402.
+    its typical norms were largest. It resolves once a gradient is back to a thirtieth, or the loss is no longer higher; gradients
+    of exactly zero, which belong to GW402, do not resolve it. Only where two optimizers are seen to take turns so, and the first
+    loss of the run is no regression, as that of a critic: its actor's gradient vanishes where the best action is at a bound.
 
     ## Why it is bad
     What gets no gradient does not learn: the winner has nothing more to learn from it either.
@@ -65,6 +65,7 @@ class OpponentWon(Rule):
     urgent: ClassVar[bool] = False
     cases: ClassVar[tuple[Case, ...]] = (
         Case("falls as the loss rises", fires=98, grad="1x50 1e-3x100", loss="0.5x50 0.9x100", opposed=True),
+        Case("then exactly zero", fires=98, grad="1x50 1e-3x50 0x100", loss="0.5x50 0.9x150", opposed=True),
         Case("falls with the loss", fires=None, grad="1x50 1e-3x100", loss="0.5x50 1e-3x100", opposed=True),
         Case("at a loss as before", fires=None, grad="1x50 1e-3x100", loss="0.5", opposed=True),
         Case("a decade smaller", fires=None, grad="1x50 0.1x200", loss="0.5x50 0.9x200", opposed=True),
@@ -89,8 +90,8 @@ class OpponentWon(Rule):
                 largest, _ = history.largest_typical
                 times = float((largest[mine] / np.fmax.reduce(norms[:, mine], axis=0)).min())
                 now, then = _losses(history, part)
-                # zero and NaN belong to other rules
-                value[mine] = times if math.isfinite(times) and now - then > _HIGHER * abs(then) else 0.0
+                if not math.isnan(times) and now - then > _HIGHER * abs(then):
+                    value[mine] = times if math.isfinite(times) else self.limit  # zero only keeps it up
         return value
 
     def numbers(self, history: History, column: int) -> dict[str, float]:

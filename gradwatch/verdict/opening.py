@@ -262,15 +262,21 @@ def weights_in_words(layer: str, *, small: bool) -> str:
 
 
 def beyond_gradients(history: History) -> Floats:
-    """Return how far each matrix's norm has changed since the sample before, over what updates can have done at most, shape (L,).
+    """Return `moved_over_possible` of each matrix that is not small, shape (L,); 0.0 for others, and where it is not known."""
+    times = moved_over_possible(history)
+    return np.where(history.large_matrices & np.isfinite(times), np.maximum(times, 0.0), 0.0)
+
+
+def moved_over_possible(history: History) -> Floats:
+    """Return how far each norm has changed since the sample before, over what updates can have done at most, shape (L,).
 
     With momentum ``m``, SGD moves the weights by at most ``1 / (1 - m)`` times the length of a gradient. Adam changes each by at
     most ``(1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2))`` times the rate (Cauchy-Schwarz over its two averages), and by
-    its decay, which only shrinks them. 0.0 where it is not known.
+    its decay, which only shrinks them. NaN where it is not known.
     """
     if history.row.family == "adam":
-        return _beyond_rate(history)
-    unknown = np.zeros(len(history.layers))
+        return _grown_over_rate(history)
+    unknown = np.full(len(history.layers), np.nan)
     rows = min(history.weight_gap + _REMEMBERED, history.task_rows)
     steps, norms = history.steps(last=rows), history.grad_norm(last=rows)[:-1]
     momentum = history.facts.momentum
@@ -280,13 +286,13 @@ def beyond_gradients(history: History) -> Floats:
         rates = history.learning_rate(last=rows)
         highest = history.rate * np.fmax.reduce(rates) / rates[-1]  # a rate that was cut meanwhile was higher before
         explained = highest * np.nansum(norms, axis=0) / (1 - momentum)
-        times = np.abs(history.weight - history.previous_weight) / explained
-    return np.where(history.large_matrices & np.isfinite(times), times, unknown)
+        times: Floats = np.abs(history.weight - history.previous_weight) / explained
+    return times
 
 
-def _beyond_rate(history: History) -> Floats:
-    """Return how far each matrix's norm has grown since the sample before, over what Adam's rate allows, shape (L,)."""
-    unknown = np.zeros(len(history.layers))
+def _grown_over_rate(history: History) -> Floats:
+    """Return how far each norm has grown since the sample before, over what Adam's rate allows, shape (L,)."""
+    unknown = np.full(len(history.layers), np.nan)
     betas, rows = history.facts.betas, history.weight_gap + 1
     known = betas is not None and history.facts.optimizer in ("Adam", "AdamW") and betas[0] ** 2 < betas[1] < 1
     if betas is None or not known or rows > history.task_rows:
@@ -295,8 +301,8 @@ def _beyond_rate(history: History) -> Floats:
         rates = history.learning_rate(last=rows)
         each = (1 - betas[0]) / math.sqrt((1 - betas[1]) * (1 - betas[0] ** 2 / betas[1]))
         most = each * history.weight_gap * np.fmax.reduce(np.abs(rates))
-        times = (history.weight - history.previous_weight) / (most * np.sqrt(history.sizes))
-    return np.where(history.large_matrices & np.isfinite(times), np.maximum(times, 0.0), unknown)
+        times: Floats = (history.weight - history.previous_weight) / (most * np.sqrt(history.sizes))
+    return times
 
 
 def _moved_by_another(history: History) -> tuple[str | None, float]:

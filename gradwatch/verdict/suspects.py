@@ -11,7 +11,7 @@ from gradwatch.history.columns import widened
 from gradwatch.history.statistics import ignore_fp_warnings
 from gradwatch.records import EXPLOSION
 from gradwatch.text.wording import counted, number
-from gradwatch.verdict.opening import beyond_gradients
+from gradwatch.verdict.opening import beyond_gradients, moved_over_possible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,6 +109,8 @@ class Suspects:
             change = np.abs(np.log(np.maximum(history.weight, floor) / np.maximum(history.previous_weight, floor)))
         change[history.nonfinite_weight] = np.inf
         change[np.isnan(history.previous_weight)] = np.nan
+        # a bias may grow to many times its size as it learns
+        change[~history.large_matrices & (moved_over_possible(history) <= 1)] = 0.0
         if np.count_nonzero(change >= 0) < 2:
             return None, None
         order = np.argsort(np.nan_to_num(change, nan=-1.0, posinf=np.inf))
