@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -201,6 +202,34 @@ def edge_of_stability_of_a_cross_entropy() -> tuple[nn.Module, torch.optim.Optim
     return full_batch(model, optimizer, 300, squared=False, shape=(1, 8, 8))
 
 
+def edge_of_stability_of_a_regression() -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
+    """The curvature goes past the edge before the loss swings up, tenfold within a few steps."""
+    model = nn.Sequential(nn.Linear(10, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    x, way = torch.randn(256, 10), torch.randn(10, 1)
+    y = torch.sin(x @ way)
+    return model, torch.optim.SGD(model.parameters(), lr=0.2), (nn.functional.mse_loss(model(x), y) for _ in range(400))
+
+
+def values_of_a_chain() -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
+    """Deep Q-learning of a chain of six states: many units act for none of so few inputs, and targets jump every 200 steps."""
+    model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    target = copy.deepcopy(model)
+
+    def losses() -> Iterator[Tensor]:
+        for step in range(2500):
+            if step % 200 == 0:
+                target.load_state_dict(model.state_dict())
+            state, forward = torch.randint(0, 5, (32,)), torch.randint(0, 2, (32,))
+            after = (state + 1) * forward
+            ends = after == 5
+            with torch.no_grad():
+                ahead = target(torch.eye(6)[after]).amax(1)
+            value = model(torch.eye(6)[state])[torch.arange(32), forward]
+            yield nn.functional.smooth_l1_loss(value, torch.where(ends, 1.0, 0.95 * ahead))
+
+    return model, torch.optim.Adam(model.parameters(), lr=1e-3), losses()
+
+
 PROGRAMS: list[Program] = [
     a_line,
     softmax_from_zero,
@@ -217,6 +246,8 @@ PROGRAMS: list[Program] = [
     edge_of_stability_by_convolutions,
     edge_of_stability_with_momentum,
     edge_of_stability_of_a_cross_entropy,
+    edge_of_stability_of_a_regression,
+    values_of_a_chain,
 ]
 
 

@@ -45,14 +45,15 @@ class GradientSurge(Rule):
     ## When it is harmless
     At the end of a plateau, when learning starts; after a change of the task or of the loss. While the loss keeps falling,
     a surge by itself opens no incident unless it is far beyond the limit. Gradient descent on a full batch settles at the edge of
-    stability, where norms and loss swing up and come back: as long as `lr ||g||^2 <= 4 (1 + m) L` with momentum `m` and loss
-    `L`, which proves no curvature beyond that edge, a surge of several steps opens none, unless the learning rate reached its
-    highest value within the last 50 rows.
+    stability, and is thrown to flatter places where the curvature goes past it: norms and loss swing up and come back. As long as
+    `lr ||g||^2 <= 8 L` with loss `L`, which proves no curvature from which they do not (GW305), a surge of several steps opens
+    none, unless the learning rate reached its highest value within the last 50 rows.
 
     ## Source
     In a pilot study, which is not part of the repository, growth relative to the run's own median was a better criterion
     than absolute limits and z-scores: two steps above 10 times detected 24 of 25 explosions and fired in 2 of 70 healthy runs.
-    The edge: Cohen et al. 2021, "Gradient descent on neural networks typically occurs at the edge of stability".
+    The edge: Cohen et al. 2021, "Gradient descent on neural networks typically occurs at the edge of stability"; past it: Lewkowycz
+    et al. 2020, "The large learning rate phase of deep learning: the catapult mechanism", arXiv:2003.02218.
     """
 
     code: ClassVar[str] = "GW301"

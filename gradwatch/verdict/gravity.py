@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gradwatch.history.gradient_norms import ABSENT
+from gradwatch.history.losses import APART
 from gradwatch.verdict.silent_advice import learns_nothing
 from gradwatch.verdict.story import severity_of
 
@@ -60,7 +61,13 @@ class Gravity:
     def _learns_without(self, dead: Iterable[Alarm]) -> bool:
         """Return whether the run learns without what these signs call dead: some gradient arrives, and the loss is low."""
         left = min((sign.numbers.get("left", 1.0) for sign in dead), default=1.0)
-        return self._flows and not self._history.resting and self._history.has_halved(left)
+        return self._flows and self._loss_tells and self._history.has_halved(left)
+
+    @property
+    def _loss_tells(self) -> bool:
+        """Whether the loss tells if the run learns: it is to fall, if only between jumps that the program makes."""
+        history = self._history
+        return not (history.resting == APART or history.opposed or (history.resting and history.facts.maximizes))
 
     @property
     def _flows(self) -> bool:
@@ -74,6 +81,6 @@ class Gravity:
 
     def _is_high(self, story: Story, step: int) -> bool:
         """Return whether the loss is high beside dead parts; in an open notice for 100 steps, since a new task may be learned."""
-        if story.incident is None or not self._flows or self._history.resting:
+        if story.incident is None or not self._flows or not self._loss_tells:
             return True
         return story.high_since is not None and step - story.high_since >= _HIGH

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gradwatch.verdict.settings import VerdictSettings
     from gradwatch.verdict.story import Story
 
+_BACK = 0.25  # share of a jump that may be left of it where the loss comes back
+_BORNE = 8.0  # multiple of the loss that the decrease which an update predicts may have, as in GW305
 _HIGHER = 1.5  # multiple of the first loss up to which a loss is no higher than where the run began
 
 
@@ -65,7 +67,7 @@ class Harm:
                 for sign in signs
             )
             or any(sign.kind == "nonfinite" for sign in signs)
-            or (self._suffers(story, told) and not self._at_the_edge(signs))
+            or (self._suffers(story, told) and not self.at_the_edge(signs))
             or self.has("backward", signs)
             # early on only the coming update can be judged, and only before it is made; a single layer does not
             # amplify gradients
@@ -118,6 +120,26 @@ class Harm:
         settled = history.row.step - story.incident.opened_step >= self._settings.lasting_steps
         return not (settled and bool((history.surge() > self._settings.settled).any()))
 
+    def at_the_edge(self, signs: Iterable[Alarm]) -> bool:
+        """Return True if norms and loss have swung up over several steps, and each update is one from which they come back.
+
+        Where zero is the lowest loss, ``||g||^2 <= 2 h L`` with the largest curvature ``h``. Training settles where ``lr h`` is 2
+        (Cohen et al. 2021), and up to 4 it is thrown to flatter places, where the loss that has risen falls again (Lewkowycz
+        et al. 2020), unless the rate rises. Only ``lr ||g||^2 > 8 L`` proves that it is beyond. A surge of a single step is no
+        swing, nor a jump of the loss alone where ``lr ||g||^2 < L``, since no update has made it.
+        """
+        history = self._history
+        growth = [sign for sign in signs if sign.sign == "growth"]
+        if history.warming_up or any(self._role[sign.code] != "surge" for sign in growth):
+            return False
+        decrease, loss = history.predicted_decrease, history.row.loss
+        known = bool(np.isfinite(decrease).any())
+        if not (known and (0.0 if growth else loss) <= np.nansum(decrease) <= _BORNE * loss):
+            return False
+        columns = [history.layers.index(sign.layer) for sign in growth if sign.layer is not None] or slice(None)
+        before, now = history.grad_norm(last=2)[:, columns]
+        return not (now > ONE_STEP * before).any()
+
     def _starts_over(self, story: Story) -> bool:
         """Return True while a loss that no update has raised is no higher than where the run began.
 
@@ -131,33 +153,22 @@ class Harm:
         now = self._history.row.step
         return (
             any(sign.kind == "spike" and sign.step == now for sign in told)
-            or (now not in story.odd_steps and self._history.loss_is_rising())
+            or (now not in story.odd_steps and self._history.loss_is_rising() and not self._comes_back(story))
             or (self._far_beyond(told) and not self._is_held())
         )
+
+    def _comes_back(self, story: Story) -> bool:
+        """Return whether the loss, after a jump that no update has made, is most of the way back from the losses that followed."""
+        if story.incident is None or not story.of_the_batch:
+            return False
+        since = self._history.row.step - story.incident.opened_step
+        followed = self._history.task_loss(last=since)[:-1]
+        highest = float(np.fmax.reduce(followed)) if len(followed) else story.peak
+        return self._history.row.loss <= story.ceiling + _BACK * (highest - story.ceiling)
 
     def _is_held(self) -> bool:
         """Return whether the user's clip, which acts on each step that needs it, has bounded the step of the last row."""
         return self._history.clipped_by_user and self._history.row.applied < 1
-
-    def _at_the_edge(self, signs: Iterable[Alarm]) -> bool:
-        """Return True if nothing but norms has grown, over several steps, and each update is one that gradient descent bears.
-
-        Where zero is the lowest loss, ``||g||^2 <= 2 h L`` with the largest curvature ``h``, and descent with momentum ``m`` is
-        stable up to ``lr h = 2 (1 + m)``. Training settles at that edge (Cohen et al. 2021): norms and loss swing up and come
-        back by themselves, unless the rate rises. Only ``lr ||g||^2 > 4 (1 + m) L`` proves that it is beyond. A surge of a single
-        step is no swing.
-        """
-        history = self._history
-        growth = [sign for sign in signs if sign.sign == "growth"]
-        if not growth or history.warming_up or any(self._role[sign.code] != "surge" for sign in growth):
-            return False
-        decrease = history.predicted_decrease
-        borne = 4 * (1 + history.facts.momentum) * history.row.loss
-        if not (np.isfinite(decrease).any() and np.nansum(decrease) <= borne):
-            return False
-        columns = [history.layers.index(sign.layer) for sign in growth if sign.layer is not None]
-        before, now = history.grad_norm(last=2)[:, columns]
-        return bool((now <= ONE_STEP * before).all())
 
     def _far_beyond(self, signs: Iterable[Alarm]) -> bool:
         """Return True if a surge is far beyond its limit, and either most layers do not surge so far or the loss is high.

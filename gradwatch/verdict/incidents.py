@@ -300,8 +300,13 @@ class Incidents:
             one_batch = was_one_batch(history, self.recurring.step)
             story.recurrence = self.recurring.jumped(step, history.row.loss, one_batch=one_batch)
             story.lasting = story.recurrence.grows
-        elif name == "explosion" and step - self._exploded <= self._settings.returning_steps:
-            story.harmed = story.lasting = True  # it comes back: the task has not changed
+        elif name == "explosion" and self._returns(story, step):
+            story.harmed = story.lasting = True  # the task has not changed
+
+    def _returns(self, story: Story, step: int) -> bool:
+        """Return whether an explosion returns after a short time, which it does not while it only swings at the edge."""
+        soon = step - self._exploded <= self._settings.returning_steps
+        return soon and not self._harm.at_the_edge(story.firing.values())
 
     def _take_as_left(self, story: Story) -> bool:
         """Take it for what an earlier explosion has left if nothing fires but that the loss stays up; return whether it is."""
