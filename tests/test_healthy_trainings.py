@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -293,6 +294,20 @@ def test_the_edge_is_reached_where_the_loss_goes_up_at_many_steps_and_down_over_
     assert losses[-1] < losses[0] / 2
     assert any(alarm.code == "GW301" for alarm in monitor.alarms)
     assert monitor.verdict == "healthy"
+
+
+def test_a_notice_on_a_swing_says_how_long_the_update_is_and_not_to_look_at_the_batch() -> None:
+    """There is one batch, and the lengths of the updates explain the jump."""
+    torch.manual_seed(0)
+    _, monitor = watched(edge_of_stability_of_a_regression())
+    for incident in monitor.incidents:
+        assert incident.kind == "spike"
+        (line,) = incident.advice
+        assert re.match(
+            r"By its gradients, the update of step \d+ would lower the loss by [\d.]+ times itself: at more", line
+        )
+        assert line.endswith("lower the learning rate (0.2 when this began).")
+    assert monitor.incidents
 
 
 @pytest.mark.parametrize("seed", range(3))

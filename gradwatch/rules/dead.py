@@ -57,9 +57,9 @@ class Dead(Rule):
     elements, nor a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a critic.
 
     While the loss is at most half of the first and of the reference loss, and some gradient arrives, the incident is only a
-    notice, unless the loss does not tell (a GAN, a reward); it becomes a warning once the loss has been high again for 100 steps. What
-    the loss lost at the very step at which a whole layer fell silent does not count as fallen: it may have been the loss of
-    that part.
+    notice, unless the loss does not tell (a GAN, a reward); it becomes a warning once the loss has been high again for 100
+    steps. What the loss lost at the very step at which a whole layer fell silent does not count as fallen: it may have been the
+    loss of that part.
 
     ## Why it is bad
     A dead unit never learns again: no gradient reaches it, so nothing can bring it back.

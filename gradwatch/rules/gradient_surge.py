@@ -52,8 +52,8 @@ class GradientSurge(Rule):
     ## Source
     In a pilot study, which is not part of the repository, growth relative to the run's own median was a better criterion
     than absolute limits and z-scores: two steps above 10 times detected 24 of 25 explosions and fired in 2 of 70 healthy runs.
-    The edge: Cohen et al. 2021, "Gradient descent on neural networks typically occurs at the edge of stability"; past it: Lewkowycz
-    et al. 2020, "The large learning rate phase of deep learning: the catapult mechanism", arXiv:2003.02218.
+    The edge: Cohen et al. 2021, "Gradient descent on neural networks typically occurs at the edge of stability". Past it:
+    Lewkowycz et al. 2020, "The large learning rate phase of deep learning: the catapult mechanism", arXiv:2003.02218.
     """
 
     code: ClassVar[str] = "GW301"

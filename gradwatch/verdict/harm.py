@@ -158,7 +158,7 @@ class Harm:
         )
 
     def _comes_back(self, story: Story) -> bool:
-        """Return whether the loss, after a jump that no update has made, is most of the way back from the losses that followed."""
+        """Return whether the loss, after a jump that no update has made, is well below the losses that followed it."""
         if story.incident is None or not story.of_the_batch:
             return False
         since = self._history.row.step - story.incident.opened_step

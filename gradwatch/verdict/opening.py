@@ -57,6 +57,7 @@ class Opening:
             after the first steps of the run, and the step to which (``surged_at``); NaN and -1 if it is not known.
         rising: whether the learning rate was at its highest within the last 50 rows, and well above the first.
         shaken: whether an explosion came with the first steps.
+        predicted: the decrease of the loss that the update of SGD predicts, over the loss; NaN if it is not known.
     """
 
     step: int
@@ -84,6 +85,7 @@ class Opening:
     surged_at: int = -1
     rising: bool = False
     shaken: bool = False
+    predicted: float = math.nan
 
     @property
     def young(self) -> bool:
@@ -138,7 +140,15 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
         surge=surge,
         surged_at=surged_at,
         rising=history.warming_up and rate > _RISING * first_rate,
+        predicted=_predicted(history),
     )
+
+
+def _predicted(history: History) -> float:
+    """Return the decrease that this update predicts, over the loss where zero may be its lowest; NaN if it is not known."""
+    decrease, loss = history.predicted_decrease, history.row.loss
+    known = history.least_loss >= 0 and loss > 0 and bool(np.isfinite(decrease).any())
+    return float(np.nansum(decrease) / loss) if known else math.nan
 
 
 def _burst(history: History) -> tuple[float, int]:
