@@ -90,3 +90,50 @@ def test_a_clip_that_harms_a_rare_class_is_let_go_and_not_taken_up_again() -> No
     assert "carry a rare signal" in str(record)
     # a still larger gradient switches it on again, but not at a bound that was found to do harm
     assert float((monitor.history.clip_coefficient(last=500) < 1.0).mean()) < 0.02
+
+
+def recurrent(
+    clip: gradwatch.AutoClip | str | None, outlier: int = -1, rate: float = 1e-2
+) -> tuple[list[float], gradwatch.Monitor]:
+    """Train a network under Adam to add up 30 numbers; the gradients of the step ``outlier`` are a million times as large."""
+    torch.manual_seed(0)
+    cell, head = nn.RNN(1, 32, nonlinearity="relu", batch_first=True), nn.Linear(32, 1)
+    model = nn.ModuleList([cell, head])
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    losses = []
+    with gradwatch.attach(model, clip=clip, report=None, strict=True) as monitor:
+        for step in range(150):
+            x = torch.randn(32, 30, 1)
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(head(cell(x)[0][:, -1]), x.sum(1))
+            loss.backward()
+            for parameter in model.parameters() if step == outlier else ():
+                parameter.grad.mul_(1e6)  # type: ignore[union-attr]
+            optimizer.step()
+            losses.append(loss.item())
+    return losses, monitor
+
+
+def test_adam_is_left_an_explosion_that_raised_the_loss() -> None:
+    """Clipped, its loss goes to 2e6, since Adam steps on at full length where it sees no large gradient; unclipped, to 207."""
+    alone, _ = recurrent(None)
+    losses, monitor = recurrent("norm")
+    assert losses == alone
+    assert 100 < max(losses) < 400
+    record = monitor.incidents[0].clip
+    assert record is not None
+    assert (record.clipped, record.helped) == (0, None)
+    assert "not used from step 11 on: this optimizer divides gradients by their average size" in str(record)
+    clipped, _ = recurrent(gradwatch.AutoClip(gradwatch.ClipNorm(1.0)))  # a bound of the user's
+    assert max(clipped) > 100 * max(alone)
+
+
+def test_under_adam_an_outlier_beside_a_usual_loss_is_clipped_alone() -> None:
+    """As of a fault in a single step: Adam would make short steps for long after it."""
+    alone, _ = recurrent(None, outlier=100, rate=3e-3)
+    losses, monitor = recurrent("norm", outlier=100, rate=3e-3)
+    record = monitor.incidents[0].clip
+    assert record is not None
+    assert np.flatnonzero(monitor.history.clip_coefficient() < 1).tolist() == [100]
+    assert record.lifted_step == 101
+    assert np.median(losses[-20:]) < np.median(alone[-20:]) / 10

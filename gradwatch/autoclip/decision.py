@@ -58,6 +58,7 @@ class DevicePlan:
         loss_jump: loss above which it jumps, as in GW102.
         skip_above: global norm above which a step is left out.
         rate: factor on the learning rates of the step.
+        outliers_alone: whether a step that surges is clipped only if its loss is not above its ceiling, as under Adam.
     """
 
     clip: Clip | None = None
@@ -78,3 +79,4 @@ class DevicePlan:
     loss_jump: float = math.inf
     skip_above: float = math.inf
     rate: float = 1.0
+    outliers_alone: bool = False

@@ -96,7 +96,9 @@ class AutoClipEngine:
 
     @property
     def _is_clipping(self) -> bool:
-        return self.policy.when == "always" or (self.record is not None and self._clips)
+        if self.policy.when == "always":
+            return True
+        return self.record is not None and self._clips and self.record.lifted_step is None
 
     @property
     def acts(self) -> bool:
@@ -177,6 +179,7 @@ class AutoClipEngine:
             loss_jump=float(np.nan_to_num(middle + jump * np.fmax(scale, self._jump_scale), nan=np.inf, posinf=np.inf)),
             skip_above=self._skip_above,
             rate=self.further.rate,
+            outliers_alone=self.history.row.family == "adam" and self.policy.threshold == "auto",
         )
 
     def _next_jump(self, *, recurring: bool) -> tuple[float, float]:
@@ -221,6 +224,7 @@ class AutoClipEngine:
         if self.record is not None and self._effect.unlearned is not None:
             self._spare(row.step)
         if self.record is not None:
+            self._lift(row, incident)
             self._go_further(row, incident)
         skips = self._skips_in_a_row.get(row.optimizer, 0)
         if row.global_norm > self._skip_above and skips < self.policy.max_skips:
@@ -234,7 +238,7 @@ class AutoClipEngine:
         return Decision(clip if self._is_clipping else None, rate=self.further.rate, guard=self._guard())
 
     def _guard(self) -> Guard | None:
-        if self.record is None or not self._clips or self.policy.threshold != "auto":
+        if not self._is_clipping or self.record is None or self.policy.threshold != "auto":
             return None
         history = self.history
         usual = self._usual if len(self._usual) == len(history.layers) else np.full(len(history.layers), np.nan)
@@ -322,6 +326,20 @@ class AutoClipEngine:
         record = replace(record, loss_after=self.history.loss_level(self._limits.level)[0])
         self._release.end()
         self.record, self._changed = None, record
+
+    def _lift(self, row: Row, incident: Incident | None) -> None:
+        """Clip no further under Adam and its like where an explosion has raised the loss, or where most steps are clipped.
+
+        They divide gradients by their own average size, so that a clip on each step does not shorten their steps, while a large
+        gradient that they see does, for long. Only a single outlier is better clipped.
+        """
+        assert self.record is not None
+        if row.family != "adam" or self.policy.threshold != "auto" or self.record.lifted_step is not None:
+            return
+        often = self.record.clipped > self._limits.bites * self.record.steps
+        exploded = not self.record.steps and incident is not None and incident.kind != "spike"
+        if often or (exploded and row.loss > self.history.loss_ceiling(last=1)):
+            self.record = self._changed = replace(self.record, lifted_step=row.step)
 
     def try_to_let_go(self, step: int, calm: int) -> bool:
         """Loosen the clip if it still bites after ``calm`` calm steps; return True when the run no longer needs it."""

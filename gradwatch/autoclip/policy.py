@@ -32,8 +32,10 @@ class AutoClip(Settings):
             fewer than 16 norms starts with the clip's own bounds, a norm of 1.0 by default, and goes down to a quarter of
             them. With ``"auto"``, outlier layers are scaled first. With SGD, each group of layers that
             share a learning rate is also scaled so that its predicted decrease does not exceed the loss, and never below a
-            quarter of the clipped gradient (see `gradwatch.autoclip.guard`). None: the clip's own bounds. The default is
-            ``"auto"`` for a clip that is given by name and takes a threshold, unless ``when="always"``; otherwise None.
+            quarter of the clipped gradient (see `gradwatch.autoclip.guard`). Adam and similar optimizers are left explosions
+            that have raised the loss, since a clip does not shorten their steps, and large gradients do. None: the clip's own
+            bounds. The default is ``"auto"`` for a clip that is given by name and takes a threshold, unless
+            ``when="always"``; otherwise None.
         hold: number of optimizer steps without a firing alarm after which the clip may be released and the incident closed.
         escalate: measures to take, in this order, each time that clipping has not helped for ``patience`` steps: ``"skip"``
             leaves out steps that surge, ``"rate"`` halves the learning rate (up to six times), ``"stop"`` raises a

@@ -37,6 +37,8 @@ class ClipRecord:
         narrowed_step: step at which they were lowered last; None: they were not.
         spared: largest global norm of the clipped steps if it was released because of ``unlearned``; NaN otherwise.
         loosened: whether the largest norm came while the bounds were loosened, to release the clip by degrees.
+        lifted_step: step from which on it did not clip, because it bit on most steps of an optimizer that divides gradients by
+            their own size; None: it was not lifted.
         corrected: whether it was left shorter than the bound, because the step would have overshot or a layer stood out.
     """
 
@@ -63,6 +65,7 @@ class ClipRecord:
     loosened: bool = False
     spared: float = float("nan")
     corrected: bool = False
+    lifted_step: int | None = None
 
     @property
     def share(self) -> float:
@@ -81,8 +84,14 @@ class ClipRecord:
         if math.isfinite(self.norm_before):
             parts.append(f"largest norm {number(self.norm_before)}{self._of_it}")
         parts += self.measures
+        if self.lifted_step is not None:
+            used = "used any further" if self.clipped else "used"
+            parts.append(
+                f"not {used} from step {self.lifted_step} on: this optimizer divides gradients by their average size, so a clip "
+                "does not shorten its steps, while a large gradient that it sees does"
+            )
         if self.released_step is None:
-            return "; ".join([*parts, "still on"])
+            return "; ".join(parts if self.lifted_step is not None else [*parts, "still on"])
         if not math.isnan(self.loss_before) and not math.isnan(self.loss_after):
             parts.append(f"loss {number(self.loss_after)}, {number(self.loss_before)} before the fault")
             if self.recovered_after is not None:

@@ -161,6 +161,7 @@ class Aftermath:
             return clip
         level = level_now(self._history, before)
         known = not math.isnan(before.loss) and not math.isnan(level) and clip.clipped + clip.skipped > 0
+        known = known and clip.lifted_step is None
         helped = not left if known else None
         since = recovered_after(self._history, before, clip.from_step, clip.released_step) if helped else None
         damage = "; ".join(left)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gradwatch.verdict.story import Story
 
 _BACK = 0.25  # share of a jump that may be left of it where the loss comes back
+_NO_PLATEAU = 100.0  # growth of a norm in one step beyond which it is not that of a plateau's end
 _BORNE = 8.0  # multiple of the loss that the decrease which an update predicts may have, as in GW305
 _HIGHER = 1.5  # multiple of the first loss up to which a loss is no higher than where the run began
 
@@ -183,6 +184,10 @@ class Harm:
             return False
         if self.has("update", [sign for sign in signs if sign.step == self._history.row.step]):
             return True  # no plateau ends with an update larger than the weights
+        columns = [self._history.layers.index(sign.layer) for sign in far if sign.layer is not None]
+        before, now = self._history.grad_norm(last=2)[:, columns]
+        if (now > _NO_PLATEAU * before).any():
+            return True  # nor in a single step
         middle, scatter = self._history.loss_level()
         judged = int(np.count_nonzero(np.isfinite(self._history.surge())))
         return 2 * len(far) <= judged or not self._history.row.loss <= middle + scatter
