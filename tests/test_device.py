@@ -268,6 +268,10 @@ def test_a_step_surges_far_out_or_beside_a_loss_that_suffers(norms: list[float],
     limits = SquaredLimits(torch.device("cpu")).of(plan, None)
     assert limits is not None
     assert bool(surges(torch.tensor(norms) ** 2, limits, torch.tensor(loss), plan)) is expected
+    alone = surges(torch.tensor(norms) ** 2, limits, torch.tensor(loss), replace(plan, outliers_alone=True))
+    assert bool(alone) is (expected and not loss > plan.loss_ceiling), (
+        "under Adam, an explosion that raised the loss is left"
+    )
     unknown = replace(plan, usual=np.full(3, math.nan))
     assert SquaredLimits(torch.device("cpu")).of(unknown, None) is None
     limits = SquaredLimits(torch.device("cpu")).of(replace(plan, usual=np.array([1.0, math.nan, 1.0])), None)

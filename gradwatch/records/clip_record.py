@@ -37,8 +37,8 @@ class ClipRecord:
         narrowed_step: step at which they were lowered last; None: they were not.
         spared: largest global norm of the clipped steps if it was released because of ``unlearned``; NaN otherwise.
         loosened: whether the largest norm came while the bounds were loosened, to release the clip by degrees.
-        lifted_step: step from which on it did not clip, because it bit on most steps of an optimizer that divides gradients by
-            their own size; None: it was not lifted.
+        lifted_step: step from which on it did not clip, under an optimizer that divides gradients by their own size, because it
+            bit on most steps or an explosion had raised the loss; None: it was not lifted.
         corrected: whether it was left shorter than the bound, because the step would have overshot or a layer stood out.
     """
 

@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 _MOST = 4
 _FIRST = 12  # steps in which the weights of one layer may move alone
 _MOMENTUM = 0.99  # momentum of SGD beyond which the momentum is named
-_SWINGS = (
-    2.0  # decrease that an update predicts, over the loss, beyond which it passes the minimum (Polyak's largest step)
-)
+_SWINGS = 2.0  # decrease that an update predicts, over the loss, beyond which it passes the minimum (Polyak)
 _DEEP = 10  # weight matrices from which a model without normalisation is deep
 
 
