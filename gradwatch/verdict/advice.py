@@ -322,7 +322,9 @@ def _rate_and_clip(incident: Incident, history: History, opening: Opening, *, of
         surged = surge_of(opening)
         yield from _for_a_reason(look, surged) if surged else (rate_line,)
         if facts.clip is None and not own_clip:
-            yield f'If single batches cause it, clip by norm: attach(model, clip="norm"); {_no_cure(facts)}.'
+            to = _twice_usual(incident, history)
+            each = f"clip each step{f' to a norm of {to}' if to else ' by norm'}"
+            yield f"If single batches cause it, {each}; {_no_cure(facts)}."
     else:
         yield from filter(None, (clip_line, rate_line))
 
@@ -355,18 +357,22 @@ def _odd_batches(incident: Incident, history: History) -> Iterator[str]:
     facts = history.facts
     if history.clips_each_step:
         return
-    usual = usual_norms_of(history, incident.opened_step)
-    if usual is not None:
+    if bound := _twice_usual(incident, history):
         why = ""
         if facts.family == "adam":
             why = f": {facts.optimizer} makes shorter steps for long after a gradient that large"
-        bound = number(2 * usual.high, 2)
-        yield f"If such batches recur, clip each step to a norm of {bound}, twice what is usual here{why}."
+        yield f"If such batches recur, clip each step to a norm of {bound}{why}."
     if facts.clip is not None:
         yield (
             "Auto-clip leaves single batches alone, except soon after an explosion; to act on each of them: "
             'attach(model, clip=AutoClip("norm", when="spike")).'
         )
+
+
+def _twice_usual(incident: Incident, history: History) -> str:
+    """Return a bound for norms that leaves usual steps alone, in words; "" if it is not known."""
+    usual = usual_norms_of(history, incident.opened_step)
+    return "" if usual is None else f"{number(2 * usual.high, 2)}, twice what is usual here"
 
 
 def _no_cure(facts: Facts) -> str:
