@@ -452,7 +452,7 @@ class Pipeline:
             incidents=tuple(self.incidents.all),
             verdict=self.verdict,
             clipping=self.clipping.called if self.clipping is not None else None,
-            clip_on=self.clipping is not None and self.armed and self.clipping.on,
+            clip_on=self.clipping is not None and self.armed and self.clipping.on and not self.clipping.lifted,
             clipped=self.clipping.clipped if self.clipping is not None else 0,
             skipped=self.clipping.skipped if self.clipping is not None else 0,
             seconds=now - self._started,

@@ -101,6 +101,12 @@ class AutoClipEngine:
         return self.record is not None and self._clips and self.record.lifted_step is None
 
     @property
+    def lifted(self) -> bool:
+        """True while the clip that is on was lifted and no other measure is in force, so that it changes no step."""
+        lifted = self.record is not None and self.record.lifted_step is not None
+        return lifted and not self.further.skips and self.further.rate == 1.0
+
+    @property
     def acts(self) -> bool:
         """True while every step must be passed to `decide`."""
         return self.on or self.further.rate != 1.0

@@ -162,7 +162,8 @@ function shapes() {
     }
     made.push({ type: "line", xref: "x", yref: "paper", x0, x1: x0, y0: 0, y1: 1, line: { color: mark, width: 1, dash: "dot" } });
     if (incident.clip) {
-      const released = incident.clip.released_step ?? run.step, domain = axes.norm.domain;
+      const lifted = incident.clip.lifted_step ?? null, domain = axes.norm.domain;
+      const released = lifted === null ? incident.clip.released_step ?? run.step : lifted - 1;
       made.push({ type: "rect", xref: "x", yref: "paper", x0: incident.clip.from_step - 0.5, x1: released + 0.5, y0: domain[1], y1: domain[1] + 7 / inner, fillcolor: colour("blue"), opacity: 0.8, line: { width: 0 } });
     }
   }
