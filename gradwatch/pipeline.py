@@ -17,6 +17,7 @@ from gradwatch.autoclip.decision import NOTHING, Decision, DevicePlan
 from gradwatch.errors import TrainingUnstableError
 from gradwatch.history.ending import how_it_stands
 from gradwatch.history.in_use import clip_use_of, usual_norms_of
+from gradwatch.history.losses import EARLY
 from gradwatch.history.recurrence import task_became_harder
 from gradwatch.history.schedule import Bounds, cadence
 from gradwatch.history.statistics import ignore_fp_warnings
@@ -316,7 +317,8 @@ class Pipeline:
         """Begin a new task if a new optimizer makes its first step at a loss far above the usual, which it cannot have raised."""
         first, self._newest = self._newest < 0, row.optimizer
         earlier = self.history.loss(last=_RISEN + 1)[:-1]
-        if first or self.history.losses < 2 or not row.loss > self._band.loss:
+        # of optimizers that take turns, each makes its first step early on
+        if first or self.history.losses < EARLY or not row.loss > self._band.loss:
             return
         explosion = self.incidents.open_explosion()
         if (earlier > self._band.loss).all() or (explosion is not None and explosion.severity != "notice"):

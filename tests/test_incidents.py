@@ -262,6 +262,19 @@ def test_a_jump_soon_after_an_explosion_is_its_return_and_no_change_of_the_task(
     assert (jumped.severity == "notice") is (kind == "spike")
 
 
+def test_an_explosion_has_left_the_dead_units_that_were_found_in_it() -> None:
+    """It was "resolved" in the step in which the incident of the dead units opened."""
+    loss, grad = "1x40 50 80 200 900 1x200", "10x40 2e4 4e4 1e5 5e5 10x200"
+    pipeline = run(Case("dead", None, loss=loss, grad=grad, weight="4x300", dead="0x40 0.9x150 0x100"))
+    exploded, dead, *_ = pipeline.incidents.all
+    assert (exploded.kind, dead.kind) == ("exploding", "dead")
+    assert dead.opened_step == exploded.closed_step
+    assert exploded.verdict == dead.verdict == "resolved"  # at the end they live again
+    early, *_ = run(Case("dead", None, loss=loss, grad=grad, weight="4x200", dead="0x40 0.9x160")).incidents.all
+    assert early.verdict == "damaged"
+    assert "units of layer were dead" in early.left[0]
+
+
 def test_a_jump_before_there_is_a_level_does_not_last() -> None:
     """One that the last update cannot have made: the first losses were small by chance; one that it can have is a divergence."""
     for before, rate, kind in ((4, 0.01, "spike"), (40, 100.0, "diverging")):

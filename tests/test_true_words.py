@@ -1112,3 +1112,20 @@ def test_layers_beside_each_other_may_begin_alike() -> None:
         x = torch.randn(8, 16)
         step(optimizer, (sum(layer(x) for layer in model.values()) - torch.randn(8, 16)).square().mean())
     assert not any("alike" in note for note in monitor.notes)
+
+
+@pytest.mark.parametrize("seed", [1, 8, 14])
+def test_a_first_loss_that_was_high_by_chance_does_not_make_a_run_learned(seed: int) -> None:
+    """Each ends where the best constant does; the losses of single batches differ by more than it has come down."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(9, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 2))
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.2)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(300):
+            x = torch.randn(40, 9)
+            optimizer.zero_grad()
+            y = torch.stack([x[:, 0] * 2 - x[:, 1], x[:, 2].abs()], 1)
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+    assert monitor.verdict != "healthy"
+    assert "the loss is 2." in monitor.incidents[0].left[0]

@@ -257,7 +257,8 @@ def test_gradients_that_are_all_zero_are_told_of_several_optimizers_too() -> Non
     assert "in the last step, and every gradient has been zero since step 936" in unequal(silent=400).snapshot().ending
 
 
-def test_a_generator_that_is_silent_but_for_some_turns_is_dead_until_it_lives() -> None:
+@pytest.mark.parametrize("every", [30, 60])
+def test_a_generator_that_is_silent_but_for_some_turns_is_dead_until_it_lives(every: int) -> None:
     """Its loss is moved by the discriminator: that it is as low as ever says nothing, nor that it wakes up for one step."""
     torch.manual_seed(0)
     generator = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -271,10 +272,22 @@ def test_a_generator_that_is_silent_but_for_some_turns_is_dead_until_it_lives() 
         for turn in range(1100):
             fake = generator(z)
             step(fast, bce(discriminator(x), torch.ones(64, 1)) + bce(discriminator(fake.detach()), torch.zeros(64, 1)))
-            active = not (100 <= turn < 900 and turn % 60)
+            active = not (100 <= turn < 900 and turn % every)
             judged = -bce(discriminator(fake), torch.zeros(64, 1))
             step(slow, 1 - judged.detach() + (judged - judged.detach()) * active)
             words.append({one.verdict for one in monitor.incidents if one.kind == "dead"})
     assert words.index({"suspected"}) < 300
     assert words[300:900] == [{"suspected"}] * 600
     assert words[-1] == {"resolved"}
+
+
+def test_a_second_optimizer_that_makes_its_first_step_early_is_no_new_task() -> None:
+    """As of a generator after some steps of its critic, at another loss."""
+    torch.manual_seed(0)
+    critic, generator = nn.Linear(4, 1), nn.Linear(4, 4)
+    fast, slow = (torch.optim.RMSprop(module.parameters(), lr=1e-4) for module in (critic, generator))
+    with gradwatch.attach(nn.ModuleList([critic, generator]), report=None, strict=True) as monitor:
+        for turn in range(60):
+            judged = critic(generator(torch.randn(64, 4)))
+            step(slow if turn % 6 == 5 else fast, judged.square().mean() * (100 if turn % 6 == 5 else 1))
+        assert not any("new task" in note for note in monitor.notes)

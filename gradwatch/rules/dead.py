@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LEVEL = 32  # newest losses whose median is the level of a loss
 _FLOOR = 0.01  # share of what a loss was first, or with the largest gradients, below which it is at its floor
+_MOSTLY = 0.9  # share of rows without any gradient of one side of two that oppose each other, from which on it is dead
 _CHANCE = 1e-6  # of an absence as long as this one, in a layer that had a gradient as often as this one
 
 
@@ -53,7 +54,8 @@ class Dead(Rule):
     that an optimizer holds is zero, its loss may be at its floor: nothing counts as dead unless the loss (the median of the
     last 32) is not zero and higher than it was before, or the only optimizer never had a gradient in at least 49 rows. Where
     the losses of two optimizers oppose each other, the other one moves the loss too: at its floor it is not negative, and at
-    most a hundredth of what it was when the gradients were largest. A layer that you have frozen is not dead, nor one without
+    most a hundredth of what it was when the gradients were largest. One side whose gradients are all zero in nine of ten of these
+    49 rows is dead, with that share as `value`, also while it wakes up. A layer that you have frozen is not dead, nor one without
     elements, nor a bias whose own weights have a gradient: its gradient cancels, as in the last layer of a critic.
 
     While the loss is at most half of the first and of the reference loss, and some gradient arrives, the incident is only a
@@ -85,7 +87,7 @@ class Dead(Rule):
         Case("a layer with zero gradient", fires=15, grad={"a": "0x40", "b": "1x40"}),
         Case("a loss at its floor", fires=None, grad="0x40"),
         Case("as low as ever", fires=None, grad="1x50 0x100", loss="1x50 0.9x100"),
-        Case("moved by an opponent", fires=113, grad="1x50 0x100", loss="1x50 0.9x100", opposed=True),
+        Case("moved by an opponent", fires=109, grad="1x50 0x100", loss="1x50 0.9x100", opposed=True),
         Case("won against an opponent", fires=None, grad="1x50 0x100", loss="1x50 1e-3x100", opposed=True),
         Case("three of four units", fires=15, dead="0.75x40"),
         Case("one unit in five", fires=None, dead="0.2x40"),
@@ -117,9 +119,11 @@ class Dead(Rule):
         silent = (now == 0).any() and not (now > 0).any() and not history.nonfinite.any()
         if silent and _is_at_floor(history, part):
             return np.zeros(len(history.layers))
+        share = _silent_beside_opponent(history, part, norms)
         frozen = (now == 0) & ~part.held & part.held.any()
         units = np.where(frozen, 0.0, units)
         units[_stopped(history, part, norms)] = 1.0
+        units = np.where(part.held & history.matrices & (share > units), share, units)
         if not (norms == 0).any():
             return units
         zero = np.where(history.sizes > 0, np.mean(norms == 0, axis=0), 0.0)  # a layer without elements cannot die
@@ -202,6 +206,18 @@ def _is_at_floor(history: History, part: OptimizerRows) -> bool:
         waits = part.places is not None  # one of several optimizers may wait for its turn
         return waits or now == 0 or not np.count_nonzero(np.isfinite(losses)) >= ABSENT
     return not now > _FLOOR * abs(history.reference_loss)  # it is silent for longer than rows are kept
+
+
+def _silent_beside_opponent(history: History, part: OptimizerRows, norms: Floats) -> float:
+    """Return the share of rows without any gradient of an optimizer whose loss an opponent moves; 0.0 if it is not at least 0.9.
+
+    ``norms``, (n, L): the last norms of the optimizer. Without an opponent, a reward may be rare.
+    """
+    if not history.opposed or len(norms) < ABSENT or not part.held.any():
+        return 0.0
+    mine = norms[:, part.held]
+    share = float(np.mean((mine == 0).any(axis=1) & ~(mine > 0).any(axis=1)))
+    return share if share >= _MOSTLY and not _is_at_floor(history, part) else 0.0
 
 
 def _never_reached(history: History, part: OptimizerRows, norms: Floats) -> bool:

@@ -14,6 +14,7 @@ from gradwatch.records import EXPLOSION
 from gradwatch.rules.learning_lost import LearningLost
 from gradwatch.text.wording import number
 from gradwatch.verdict.rates import (
+    SWINGS,
     at,
     averages_apart,
     has_risen,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 _MOST = 4
 _FIRST = 12  # steps in which the weights of one layer may move alone
 _MOMENTUM = 0.99  # momentum of SGD beyond which the momentum is named
-_SWINGS = 2.0  # decrease that an update predicts, over the loss, beyond which it passes the minimum (Polyak)
 _DEEP = 10  # weight matrices from which a model without normalisation is deep
 
 
@@ -244,10 +244,10 @@ def _spike(incident: Incident, history: History, opening: Opening, *, of_the_bat
         yield _what_comes_round(incident)
     elif of_the_batch:
         yield f"Look at the batch of step {step}: the last update cannot have raised its loss so far."
-    elif opening.predicted > _SWINGS:
+    elif opening.predicted > SWINGS:
         yield (
             f"By its gradients, the update of step {step} would lower the loss by {number(opening.predicted, 2)} times itself: "
-            f"at more than {_SWINGS:g}, training swings, and comes back by itself as a rule. If it does not, or the swings "
+            f"at more than {SWINGS:g}, training swings, and comes back by itself as a rule. If it does not, or the swings "
             f"grow, lower the learning rate{at(opening)}."
         )
         return

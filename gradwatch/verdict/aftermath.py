@@ -12,10 +12,10 @@ from gradwatch.verdict.advice import what_changed
 from gradwatch.verdict.damage import Before, before_fault, damage_since, is_undone, level_now, recovered_after
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable
+    from collections.abc import Callable, Container, Iterable, Mapping
 
     from gradwatch.history.history import History
-    from gradwatch.records import ClipRecord, Incident
+    from gradwatch.records import Alarm, ClipRecord, Incident
     from gradwatch.verdict.story import Story
 
 _WELL = 32  # steps without damage after which it is over: one level of the loss may be a dip
@@ -40,14 +40,21 @@ class Aftermath:
         history: the history of the run, which is only read.
         broken: returns which weights and buffers are not finite, in words; empty if all are, as far as it is known.
         silent: returns the layers that a rule calls dead, and not yet alive again.
+        signs: returns the signs of silent kinds that fire, by code and layer.
     """
 
     def __init__(
-        self, history: History, broken: Callable[[], str], silent: Callable[[], Container[str]] = frozenset
+        self,
+        history: History,
+        broken: Callable[[], str],
+        silent: Callable[[], Container[str]] = frozenset,
+        signs: Callable[[], Mapping[tuple[str, str | None], Alarm]] = dict,
     ) -> None:
         self._history = history
         self._broken = broken
         self._silent = silent
+        self._signs = signs
+        self._followed_by: dict[int, set[tuple[str, str | None]]] = {}  # signs that began in it and fired at its end
         self._before: dict[int, Before] = {}  # by the number of the incident
         self._series: list[tuple[int, Before]] = []  # numbers of the last jumps, and the runs before them
         self._well_since: dict[int, int] = {}  # step since which nothing is left, by the number of the incident
@@ -107,7 +114,10 @@ class Aftermath:
             before.young and incident.kind == "nonfinite"
         ):  # nothing has exploded, so nothing need be learned to be back
             before = replace(before, ceiling=before.loss + abs(before.loss) / 10)
-        left = damage_since(self._history, before, self._broken(), self._silent())
+        fired = {key for key, sign in self._signs().items() if sign.step > incident.opened_step}
+        if fired and incident.kind in EXPLOSION and incident.severity != "notice":
+            self._followed_by[incident.number] = fired
+        left = damage_since(self._history, before, self._broken(), self._silent()) or self._consequences(incident)
         if left or before.young:
             self._before[incident.number] = before
             if incident.kind in EXPLOSION and was_one_batch(self._history, incident.opened_step):
@@ -124,8 +134,10 @@ class Aftermath:
         if before is None:
             return incident
         # the model is read only where everything else is well
-        left = damage_since(self._history, before, "", self._silent()) or damage_since(
-            self._history, before, self._broken()
+        left = (
+            damage_since(self._history, before, "", self._silent())
+            or self._consequences(incident)
+            or damage_since(self._history, before, self._broken())
         )
         if left:
             self._well_since.pop(incident.number, None)
@@ -139,11 +151,18 @@ class Aftermath:
             clip = replace(clip, mended_step=None if left else self._history.row.step)
         if not left and not before.young:
             del self._before[incident.number]
+            self._followed_by.pop(incident.number, None)
         notice = incident.severity == "notice"
         severity = "warning" if notice and left and self._lasts(incident, before) else incident.severity
         if severity != incident.severity and incident.number in self._high - self._single:
             incident = replace(incident, advice=(what_changed(incident.opened_step),))
         return replace(incident, severity=severity, verdict="damaged" if left else "resolved", left=left, clip=clip)
+
+    def _consequences(self, incident: Incident) -> tuple[str, ...]:
+        """Return the first sign in words that began to fire in an incident, and has fired ever since."""
+        keys, firing = self._followed_by.get(incident.number, set()), self._signs()
+        signs = [firing[key] for key in keys & firing.keys()]
+        return (min(signs, key=lambda sign: sign.step).words,) if signs else ()
 
     def _lasts(self, incident: Incident, before: Before) -> bool:
         """Return whether the loss stays up, or a single batch has undone for long what was learned."""

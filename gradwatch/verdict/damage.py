@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _LEVEL = 16  # losses whose median is the level now, and rows in which a part that is not dead has a gradient
 _PAST = 32  # losses before the fault whose median is the level then
+_NOW = 64  # losses whose scatter is that of a single one now
+_CHANCE = 3.0  # scatters by which a single loss may be above its level by chance
 _BACK = 8  # losses of which most are at their level once it is back
 _NOISE = 0.63  # two standard errors of a median of 16 losses, in their scatter
 _UNDONE = 0.25  # share of what the loss had fallen that is lost where what was learned is undone
@@ -126,13 +128,20 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
     found = []
     same_task = history.rows - history.task_rows == before.task
     level = level_now(history, before)
-    high = same_task and not math.isnan(level) and level > before.ceiling and not history.need_not_fall
-    if high:
+    ceiling = before.ceiling
+    if (
+        before.began and ceiling < before.loss
+    ):  # to be learned from: one single loss, which may have been high by chance
+        _, scatter = median_and_mad(history.task_loss(last=_NOW))
+        ceiling = min(ceiling, before.loss - _CHANCE * scatter)
+    high = same_task and not math.isnan(level) and level > ceiling and not history.need_not_fall
+    stands = not_learned(history) if same_task and before.young and not level > before.ceiling else ""
+    if stands:
+        found.append(f"the loss {stands}")
+    elif high:
         now = median_in_words(level, len(_last_losses(history, before)))
         where = f", where the optimizer of {before.whose} steps," if before.whose else ""
         found.append(f"at step {history.row.step}{where} the loss is {now}, {_then(before, level)}")
-    elif same_task and before.young and (stands := not_learned(history)):
-        found.append(f"the loss {stands}")
     dead = dead_since(history, before, silent) if same_task else []
     if dead and (history.row.global_norm > 0 or high):  # without any gradient, the loss may be at its floor
         more = f" and {counted(len(dead) - _NAMED, 'more layer')}" if len(dead) > _NAMED else ""
@@ -156,6 +165,8 @@ def _then(before: Before, level: float) -> str:
             if before.began
             else f"it was {number(before.loss)} before step {before.step}"
         )
+    if before.began and level < before.loss - abs(before.loss) / 10:
+        return f"below the {number(before.loss)} at which it began by no more than single losses vary"
     then = "at which it began" if before.began else f"that it had before step {before.step}"
     return f"hardly below the {number(before.loss)} {then}"
 

@@ -78,7 +78,7 @@ class Incidents:
         self._harm = Harm(history, rules, settings)
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
-        self._aftermath = Aftermath(history, broken, self._silent)
+        self._aftermath = Aftermath(history, broken, self._silent, self._signs_of_silence)
         self._gravity = Gravity(history)
         self._suspects = Suspects(history, settings)
         self._causes = Causes(history, self._harm, self._suspects, broken)
@@ -214,6 +214,11 @@ class Incidents:
         if story is None:
             return frozenset()
         return frozenset(sign.layer for sign in story.firing.values() if sign.layer and sign.numbers.get("layer"))
+
+    def _signs_of_silence(self) -> dict[tuple[str, str | None], Alarm]:
+        """Return the signs of the silent kinds that fire, by code and layer, which may be consequences of an explosion."""
+        stories = (story for name, story in self._stories.items() if name != "explosion")
+        return {key: sign for story in stories for key, sign in story.firing.items() if key[0] in self._opening}
 
     def _look_again(self) -> list[Incident]:
         """Follow what closed incidents have left, and return those whose verdict or severity changed."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Alarm, Facts, Incident
     from gradwatch.verdict.opening import Opening
 
+SWINGS = 2.0  # decrease that an update predicts, over the loss, beyond which it passes the minimum (Polyak)
 _BORNE = {"sgd": 0.1}  # share of its weights that an update may change in the first steps
 _BORNE_ELSE = 0.03
 _USUAL = 1e-3  # share of its weights that an update usually changes
@@ -90,6 +91,13 @@ def _rate_to_try(incident: Incident, opening: Opening) -> tuple[float, str]:
         )
     longest, over = _at_first(incident, "GW303"), _at_first(incident, "GW305")
     borne = _BORNE.get(opening.family, _BORNE_ELSE)
+    # of a run that has trained, gradients in the explosion say less than how far its updates are too long
+    if not opening.young and opening.predicted > SWINGS and (over or (longest and longest.value > borne)):
+        times = number(opening.predicted, 2)
+        return (
+            rate * SWINGS / opening.predicted,
+            f"By its gradients, an update was to lower the loss by {times} times itself.",
+        )
     if longest is not None and longest.value > borne:
         told = longest.numbers
         small = told.get("weight", 0.0) < told.get("floor", 0.0)
