@@ -108,8 +108,8 @@ class Aftermath:
 
     def close(self, incident: Incident, before: Before, step: int) -> Incident:
         """Return the incident as it closes at ``step``, with what it has left, and follow that from now on."""
-        if before.young and incident.severity == "notice":  # no update has raised the loss, and no level is known
-            before = replace(before, loss=math.nan, ceiling=math.nan, young=False)
+        if before.young and incident.severity == "notice":  # no update has raised the loss, and only one loss is known
+            before = replace(before, ceiling=before.loss + abs(before.loss), young=False)
         elif (
             before.young and incident.kind == "nonfinite"
         ):  # nothing has exploded, so nothing need be learned to be back

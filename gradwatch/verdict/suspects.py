@@ -109,8 +109,9 @@ class Suspects:
             change = np.abs(np.log(np.maximum(history.weight, floor) / np.maximum(history.previous_weight, floor)))
         change[history.nonfinite_weight] = np.inf
         change[np.isnan(history.previous_weight)] = np.nan
-        # a bias may grow to many times its size as it learns
-        change[~history.large_matrices & (moved_over_possible(history) <= 1)] = 0.0
+        # a bias may grow to many times its size as it learns, and the rate of Adam bounds what it moves any weights
+        bounded = ~history.large_matrices | (history.row.family == "adam")
+        change[bounded & (moved_over_possible(history) <= 1)] = 0.0
         if np.count_nonzero(change >= 0) < 2:
             return None, None
         order = np.argsort(np.nan_to_num(change, nan=-1.0, posinf=np.inf))
