@@ -1129,3 +1129,22 @@ def test_a_first_loss_that_was_high_by_chance_does_not_make_a_run_learned(seed: 
             optimizer.step()
     assert monitor.verdict != "healthy"
     assert "the loss is 2." in monitor.incidents[0].left[0]
+
+
+@pytest.mark.parametrize("scheduler", ["warm-up", "one cycle"])
+def test_a_rate_that_warms_up_is_told_with_the_one_that_was_set(scheduler: str) -> None:
+    """The user knows of 3.0, and not of what a warm-up had reached."""
+    torch.manual_seed(0)
+    model, way = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 10)), torch.randn(16, 10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3.0)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+    if scheduler == "one cycle":
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3.0, 400)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(60):
+            x = torch.randn(64, 16)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), (x @ way).argmax(1)).backward()
+            optimizer.step()
+            rates.step()
+    assert "on its way to 3" in monitor.incidents[0].advice[0]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Family
 
 _RELU = re.compile(r"\b_?relu", re.IGNORECASE)  # a function or a name, and not LeakyReLU or PReLU
-_NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
+_NO_OPTIONS = ("params", "param_names", "lr")
 _PLAIN = (bool, int, float, str, type(None))
 _MOST_TEXTS = 4  # different values of an option
 _NAMED = 3  # most layers that a sentence names

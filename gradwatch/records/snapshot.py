@@ -93,6 +93,11 @@ class Facts:
         return self.option("weight_decay") if decoupled else 0.0
 
     @property
+    def set_rate(self) -> float:
+        """The learning rate that a scheduler was given as the highest one; 0.0 if none is known, or not one for all groups."""
+        return self.option("max_lr") or self.option("initial_lr")
+
+    @property
     def maximizes(self) -> bool:
         """Whether the optimizer raises what backward begins at, in each of its groups."""
         return self.optimizer_options.get("maximize") == "True"

@@ -23,6 +23,7 @@ _REMEMBERED = 32  # earlier updates that still move the weights by momentum
 _JUMP = 3.0  # factor by which a rate rises in a single step only if it is set anew: a warm-up rises by two at most
 _BEFORE = 8  # rows before such a rise
 _RISING = 1.5  # multiple of the first rate from which a rate that is at its highest is rising
+_AHEAD = 2.0  # multiple of the highest rate so far from which on the one that is set is still to come
 _BORNE = 0.1  # share of its weights that an update of SGD may change in the first steps
 _USUAL_UPDATE = 1e-3  # share of its weights that an update usually changes
 
@@ -57,6 +58,7 @@ class Opening:
             after the first steps of the run, and the step to which (``surged_at``); NaN and -1 if it is not known.
         rising: whether the learning rate was at its highest within the last 50 rows, and well above the first.
         shaken: whether an explosion came with the first steps.
+        aim: the rate that is set, on the way to which a warm-up was; NaN if it was not, or it is not known.
         predicted: the decrease of the loss that the update of SGD predicts, over the loss; NaN if it is not known.
     """
 
@@ -85,6 +87,7 @@ class Opening:
     surged_at: int = -1
     rising: bool = False
     shaken: bool = False
+    aim: float = math.nan
     predicted: float = math.nan
 
     @property
@@ -140,6 +143,7 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
         surge=surge,
         surged_at=surged_at,
         rising=history.warming_up and rate > _RISING * first_rate,
+        aim=history.facts.set_rate if history.facts.set_rate > _AHEAD * top_rate else math.nan,
         predicted=_predicted(history),
     )
 

@@ -48,11 +48,15 @@ def lower_rate(incident: Incident, history: History, opening: Opening) -> str:
     new, told = _rate_to_try(incident, opening)
     if has_risen(opening):
         risen = f"The learning rate has risen from {number(opening.first_rate)} to {number(rate)} since the start"
+        risen += f", on its way to {number(opening.aim)}" if opening.aim > 0 else ""
         below = number(rate / _RISEN if math.isnan(new) else new, 1)
         return f"{risen}: check its schedule, and keep it below {below}. {told}".rstrip()
     if math.isnan(new):
         return f"Lower the learning rate{_whose(incident, history)}{at(opening)}, or warm it up."
-    return f"Lower the learning rate{_whose(incident, history)}: {number(new, 1)} instead of {number(rate)}. {told}"
+    instead = number(rate)
+    if opening.aim > 0:
+        instead = f"the {number(opening.aim)} that is set, of which {instead} was reached"
+    return f"Lower the learning rate{_whose(incident, history)}: {number(new, 1)} instead of {instead}. {told}"
 
 
 def not_of_the_rate(incident: Incident, opening: Opening) -> str:
@@ -177,11 +181,12 @@ def has_risen(opening: Opening) -> bool:
 
 
 def at(opening: Opening) -> str:
-    """Return the rate at which an incident began, in brackets, and the highest one before if far above; "" if unknown."""
+    """Return the rate at which an incident began, in brackets, and one far above before it or to come; "" if unknown."""
     if not math.isfinite(opening.rate):
         return ""
     highest = f", after {number(opening.top_rate)} at its highest" if opening.top_rate > _FALLEN * opening.rate else ""
-    return f" ({number(opening.rate)} when this began{highest})"
+    aim = f", on its way to {number(opening.aim)}" if opening.aim > 0 else ""
+    return f" ({number(opening.rate)} when this began{highest}{aim})"
 
 
 def scale_of_targets(history: History) -> str:

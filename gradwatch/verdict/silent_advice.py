@@ -44,8 +44,8 @@ _CLIPS = 32  # steps whose clips are looked at
 _LITTLE = 0.1  # share of the gradients below which a clip leaves little
 _OVERFIT = "Overfit one batch first: if the loss stays high there too, the fault is in the program, not in the data."
 _GOOD = (
-    "If the model was good from the first step, pre-trained or resumed, or the loss need not fall, as that of values or a policy, "
-    "nothing is wrong."
+    "If the model was good from the first step, pre-trained or resumed, or the loss need not fall, as that of values or a "
+    "policy, nothing is wrong."
 )
 _GATES = (
     "Use an LSTM or GRU instead of the vanilla RNN, with gates that begin open: a forget-gate bias of ln(T) for sequences of T "
