@@ -40,7 +40,7 @@ class Before:
         step: step of the first sign.
         loss: level of the loss; NaN if it is not known.
         ceiling: level up to which the loss counts as back, within its scatter and a quarter of what had been learned; NaN if it
-            is not known. A run that had not learned yet is back once it has learned something.
+            is not known. A run that had not learned yet is back once it has learned something, more than single losses vary by.
         young: whether the fault came with the first steps, so that no level of the loss is known from before.
         began: whether the level is the loss of the first step.
         flowing: whether the gradients of each layer flowed, shape (L,).

@@ -15,9 +15,10 @@ class VerdictSettings(Settings):
 
     ## What it means
     Rules detect what is unusual. The verdict decides whether that is an incident. An incident closes once the run is calm:
-    resolved if the loss is back near its level before the first sign, gradients arrive in each layer in which they did, and
-    weights and buffers are finite; else over, with damage, until that holds. Jumps that the program makes with a period are not
-    measured by the loss before them: it changes its targets or its data then.
+    resolved if the loss is back near its level before the first sign, gradients arrive in each layer in which they did, weights
+    and buffers are finite, and nothing has been found dead or stalled since an explosion; else over, with damage, until that
+    holds. Jumps that the program makes with a period are not measured by the loss before them: it changes its targets or its
+    data then.
 
     ## Settings
     * `calm_steps`: number of steps without a firing alarm after which an incident closes. With auto-clip, its `hold` is used
