@@ -162,7 +162,10 @@ class Aftermath:
         """Return the first sign in words that began to fire in an incident, and has fired ever since."""
         keys, firing = self._followed_by.get(incident.number, set()), self._signs()
         signs = [firing[key] for key in keys & firing.keys()]
-        return (min(signs, key=lambda sign: sign.step).words,) if signs else ()
+        if not signs:
+            return ()
+        first = min(signs, key=lambda sign: sign.step)
+        return (first.words or f"{first.name} ({first.code}) since step {first.step}",)
 
     def _lasts(self, incident: Incident, before: Before) -> bool:
         """Return whether the loss stays up, or a single batch has undone for long what was learned."""
