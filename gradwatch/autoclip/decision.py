@@ -58,7 +58,8 @@ class DevicePlan:
         loss_jump: loss above which it jumps, as in GW102.
         skip_above: global norm above which a step is left out.
         rate: factor on the learning rates of the step.
-        outliers_alone: whether a step that surges is clipped only if its loss is not above its ceiling, as under Adam.
+        outliers_alone: whether a step that surges is clipped only if its loss is not above its ceiling, as under Adam in a run
+            that has not learned yet.
     """
 
     clip: Clip | None = None

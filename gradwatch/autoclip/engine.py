@@ -77,6 +77,7 @@ class AutoClipEngine:
         self._with_usual = 0  # number of layers of which that is known
         self._least_weight: Floats = np.full(0, np.inf)
         self._jump_scale = math.nan
+        self._outliers_alone = False
         self._narrowed = 1.0
         # by optimizer, since a step of another optimizer does not end a series of skips
         self._skips_in_a_row: dict[int, int] = {}
@@ -158,6 +159,8 @@ class AutoClipEngine:
             self._one_step = one_step_norms(self.history)
             self._with_usual = int(np.count_nonzero(np.isfinite(self._one_step)))
             self._jump_scale = self._next_jump(recurring=True)[1]
+            divides = self.history.row.family == "adam" and self.policy.threshold == "auto"
+            self._outliers_alone = divides and not self.history.has_halved()
             if len(self._least_weight) != len(self.history.layers):
                 self._least_weight = np.where(self.history.large_matrices, self.history.half_usual, np.inf)
             self._reserve = self.history.rows
@@ -185,7 +188,7 @@ class AutoClipEngine:
             loss_jump=float(np.nan_to_num(middle + jump * np.fmax(scale, self._jump_scale), nan=np.inf, posinf=np.inf)),
             skip_above=self._skip_above,
             rate=self.further.rate,
-            outliers_alone=self.history.row.family == "adam" and self.policy.threshold == "auto",
+            outliers_alone=self._outliers_alone,
         )
 
     def _next_jump(self, *, recurring: bool) -> tuple[float, float]:
@@ -334,17 +337,19 @@ class AutoClipEngine:
         self.record, self._changed = None, record
 
     def _lift(self, row: Row, incident: Incident | None) -> None:
-        """Clip no further under Adam and its like where an explosion has raised the loss, or where most steps are clipped.
+        """Clip no further under Adam and its like where most steps are clipped, or an explosion raised a loss not yet learned.
 
         They divide gradients by their own average size, so that a clip on each step does not shorten their steps, while a large
-        gradient that they see does, for long. Only a single outlier is better clipped.
+        gradient that they see does, for long. Only a single outlier is better clipped: beside a usual loss, or of a run that has
+        learned at this rate.
         """
         assert self.record is not None
         if row.family != "adam" or self.policy.threshold != "auto" or self.record.lifted_step is not None:
             return
         often = self.record.clipped > self._limits.bites * self.record.steps
         exploded = not self.record.steps and incident is not None and incident.kind != "spike"
-        if often or (exploded and row.loss > self.history.loss_ceiling(last=1)):
+        raised = row.loss > self.history.loss_ceiling(last=1) and not self.history.has_halved()
+        if often or (exploded and raised):
             self.record = self._changed = replace(self.record, lifted_step=row.step)
 
     def try_to_let_go(self, step: int, calm: int) -> bool:

@@ -33,7 +33,8 @@ class AutoClip(Settings):
             them. With ``"auto"``, outlier layers are scaled first. With SGD, each group of layers that
             share a learning rate is also scaled so that its predicted decrease does not exceed the loss, and never below a
             quarter of the clipped gradient (see `gradwatch.autoclip.guard`). Adam and similar optimizers are left explosions
-            that have raised the loss, since a clip does not shorten their steps, and large gradients do. None: the clip's own
+            that have raised the loss of a run that has not learned yet, and those that go on: a clip does not shorten their
+            steps, and large gradients do. None: the clip's own
             bounds. The default is ``"auto"`` for a clip that is given by name and takes a threshold, unless
             ``when="always"``; otherwise None.
         hold: number of optimizer steps without a firing alarm after which the clip may be released and the incident closed.

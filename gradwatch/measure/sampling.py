@@ -214,8 +214,8 @@ class Sampling:
         for column in frozen & self._dead_on.keys():
             del self._dead_on[column]
         for column, over, found in self._looked_at_units(now, frozen):
-            known = self._dead_on.get(column, math.nan)
-            self._dead_on[column] = torch.where(moved(over, dead.device), moved(found, dead.device), known)
+            known = moved(self._dead_on[column], dead.device) if column in self._dead_on else math.nan
+            self._dead_on.update({column: torch.where(moved(over, dead.device), moved(found, dead.device), known)})
         for column, here in self._dead_on.items():
             dead[column].copy_(here if share is None else here * share.part[column])
         unknown = [column for column in range(len(dead)) if column not in self._dead_on]

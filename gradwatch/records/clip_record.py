@@ -38,7 +38,7 @@ class ClipRecord:
         spared: largest global norm of the clipped steps if it was released because of ``unlearned``; NaN otherwise.
         loosened: whether the largest norm came while the bounds were loosened, to release the clip by degrees.
         lifted_step: step from which on it did not clip, under an optimizer that divides gradients by their own size, because it
-            bit on most steps or an explosion had raised the loss; None: it was not lifted.
+            bit on most steps or an explosion had raised a loss that was not learned yet; None: it was not lifted.
         corrected: whether it was left shorter than the bound, because the step would have overshot or a layer stood out.
     """
 

@@ -115,7 +115,7 @@ class Aftermath:
         ):  # nothing has exploded, so nothing need be learned to be back
             before = replace(before, ceiling=before.loss + abs(before.loss) / 10)
         fired = {key for key, sign in self._signs().items() if sign.step > incident.opened_step}
-        if fired and incident.kind in EXPLOSION and incident.severity != "notice":
+        if fired and incident.kind in ("exploding", "diverging") and incident.severity != "notice":
             self._followed_by[incident.number] = fired
         left = damage_since(self._history, before, self._broken(), self._silent()) or self._consequences(incident)
         if left or before.young:
