@@ -1137,9 +1137,11 @@ def test_a_rate_that_warms_up_is_told_with_the_one_that_was_set(scheduler: str) 
     torch.manual_seed(0)
     model, way = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 10)), torch.randn(16, 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3.0)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
-    if scheduler == "one cycle":
-        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3.0, 400)
+    rates = (
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 3.0, 400)
+        if scheduler == "one cycle"
+        else torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+    )
     with gradwatch.attach(model, report=None, strict=True) as monitor:
         for _ in range(60):
             x = torch.randn(64, 16)
