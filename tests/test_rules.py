@@ -25,9 +25,8 @@ HEADINGS = ["What it means", "Formula", "Why it is bad", "What to do", "When it 
 CASES = [pytest.param(rule, case, id=f"{rule.code} {case.name}") for rule in RULES for case in rule.cases]
 
 
-@pytest.mark.parametrize(("rule", "case"), CASES)
-def test_a_case_fires_at_its_step_or_not_at_all(rule: type[Rule], case: Case) -> None:
-    """Through the real history and state machine."""
+def played(rule: type[Rule], case: Case) -> tuple[Alarms, int | None]:
+    """Play a case through the real history and state machine; return the state, and the step at which the rule fired first."""
     history, rows = case.rows()
     alarms, fired = Alarms((rule(),), history.layers), None
     for row in rows:
@@ -37,19 +36,20 @@ def test_a_case_fires_at_its_step_or_not_at_all(rule: type[Rule], case: Case) ->
             history.learn()
         if fired is None and any(change.state == "firing" for change in changes):
             fired = row.step
+    return alarms, fired
+
+
+@pytest.mark.parametrize(("rule", "case"), CASES)
+def test_a_case_fires_at_its_step_or_not_at_all(rule: type[Rule], case: Case) -> None:
+    """Through the real history and state machine."""
+    _, fired = played(rule, case)
     assert fired == case.fires
 
 
 def test_a_gradient_of_exactly_zero_does_not_resolve_that_an_opponent_has_won() -> None:
     """It is another rule's, which takes longer to see it: "vanishing resolved" was said while every gradient was zero."""
     (case,) = (one for one in OpponentWon.cases if one.name == "then exactly zero")
-    history, rows = case.rows()
-    alarms = Alarms((OpponentWon(),), history.layers)
-    for row in rows:
-        with ignore_fp_warnings():
-            history.push(row)
-            alarms.update(history, row.step)
-            history.learn()
+    alarms, _ = played(OpponentWon, case)
     assert alarms.firing.all()
 
 

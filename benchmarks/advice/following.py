@@ -81,17 +81,13 @@ class Change:
         )
 
 
-_RATE = r"(?:Lower|Raise) the learning rate.*: ([\d.,e-]+) instead of ([\d.,e-]+)[.,] "
+_RATE = r"(?:Lower|Raise) the learning rate.*: ([\d.,e-]+) instead of (?:the )?([\d.,e-]+)(?:[.,] | that is set)"
 _READ: tuple[tuple[str, Callable[..., tuple[Change, ...]]], ...] = (
     (
         r"Raise the learning rate: ([\d.,e-]+) instead of ([\d.,e-]+), .* then by factors of ten",
         lambda new, old: tuple(Change(rate=times * _number(new) / _number(old)) for times in (1, 10, 100, 1000)),
     ),
     (_RATE, lambda new, old: (Change(rate=_number(new) / _number(old)),)),
-    (
-        r"Lower the learning rate.*: ([\d.,e-]+) instead of the ([\d.,e-]+) that is set",
-        lambda new, old: (Change(rate=_number(new) / _number(old)),),
-    ),
     (r"The learning rate has risen .* keep it below ([\d.,e-]+)\.( |$)", lambda cap, _: (Change(cap=_number(cap)),)),
     (r"The learning rate was raised .* go back to ([\d.,e-]+), ", lambda cap: (Change(cap=_number(cap)),)),
     (r".*clip each step to a norm of ([\d.,e-]+), ", lambda bound: (Change(bound=_number(bound)),)),

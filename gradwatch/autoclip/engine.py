@@ -348,8 +348,7 @@ class AutoClipEngine:
             return
         often = self.record.clipped > self._limits.bites * self.record.steps
         exploded = not self.record.steps and incident is not None and incident.kind != "spike"
-        raised = row.loss > self.history.loss_ceiling(last=1) and not self.history.has_halved()
-        if often or (exploded and raised):
+        if often or (exploded and row.loss > self.history.loss_ceiling(last=1) and not self.history.has_halved()):
             self.record = self._changed = replace(self.record, lifted_step=row.step)
 
     def try_to_let_go(self, step: int, calm: int) -> bool:

@@ -12,7 +12,7 @@ from gradwatch.verdict.advice import what_changed
 from gradwatch.verdict.damage import Before, before_fault, damage_since, is_undone, level_now, recovered_after
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from gradwatch.history.history import History
     from gradwatch.records import Alarm, ClipRecord, Incident
@@ -39,7 +39,6 @@ class Aftermath:
     Args:
         history: the history of the run, which is only read.
         broken: returns which weights and buffers are not finite, in words; empty if all are, as far as it is known.
-        silent: returns the layers that a rule calls dead, and not yet alive again.
         signs: returns the signs of silent kinds that fire, by code and layer.
     """
 
@@ -47,12 +46,10 @@ class Aftermath:
         self,
         history: History,
         broken: Callable[[], str],
-        silent: Callable[[], Container[str]] = frozenset,
         signs: Callable[[], Mapping[tuple[str, str | None], Alarm]] = dict,
     ) -> None:
         self._history = history
         self._broken = broken
-        self._silent = silent
         self._signs = signs
         self._followed_by: dict[int, set[tuple[str, str | None]]] = {}  # signs that began in it and fired at its end
         self._before: dict[int, Before] = {}  # by the number of the incident
@@ -117,7 +114,7 @@ class Aftermath:
         fired = {key for key, sign in self._signs().items() if sign.step > incident.opened_step}
         if fired and incident.kind in ("exploding", "diverging") and incident.severity != "notice":
             self._followed_by[incident.number] = fired
-        left = damage_since(self._history, before, self._broken(), self._silent()) or self._consequences(incident)
+        left = damage_since(self._history, before, self._broken(), self._silent) or self._consequences(incident)
         if left or before.young:
             self._before[incident.number] = before
             if incident.kind in EXPLOSION and was_one_batch(self._history, incident.opened_step):
@@ -135,7 +132,7 @@ class Aftermath:
             return incident
         # the model is read only where everything else is well
         left = (
-            damage_since(self._history, before, "", self._silent())
+            damage_since(self._history, before, "", self._silent)
             or self._consequences(incident)
             or damage_since(self._history, before, self._broken())
         )
@@ -157,6 +154,12 @@ class Aftermath:
         if severity != incident.severity and incident.number in self._high - self._single:
             incident = replace(incident, advice=(what_changed(incident.opened_step),))
         return replace(incident, severity=severity, verdict="damaged" if left else "resolved", left=left, clip=clip)
+
+    @property
+    def _silent(self) -> frozenset[str]:
+        """The layers without any gradient, by the rule for dead ones, which takes more than one step to fall silent."""
+        dead = (sign for sign in self._signs().values() if sign.kind == "dead")
+        return frozenset(sign.layer for sign in dead if sign.layer and sign.numbers.get("layer"))
 
     def _consequences(self, incident: Incident) -> tuple[str, ...]:
         """Return the first sign in words that began to fire in an incident, and has fired ever since."""

@@ -129,9 +129,7 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
     same_task = history.rows - history.task_rows == before.task
     level = level_now(history, before)
     ceiling = before.ceiling
-    if (
-        before.began and ceiling < before.loss
-    ):  # to be learned from: one single loss, which may have been high by chance
+    if before.began and ceiling < before.loss:  # a single loss, which may have been high by chance
         _, scatter = median_and_mad(history.task_loss(last=_NOW))
         ceiling = min(ceiling, before.loss - _CHANCE * scatter)
     high = same_task and not math.isnan(level) and level > ceiling and not history.need_not_fall

@@ -78,7 +78,7 @@ class Incidents:
         self._harm = Harm(history, rules, settings)
         self._remedies = {rule.code: rule.remedy for rule in rules}
         self._treatment = treatment
-        self._aftermath = Aftermath(history, broken, self._silent, self._signs_of_silence)
+        self._aftermath = Aftermath(history, broken, self._signs_of_silence)
         self._gravity = Gravity(history)
         self._suspects = Suspects(history, settings)
         self._causes = Causes(history, self._harm, self._suspects, broken)
@@ -207,13 +207,6 @@ class Incidents:
         new = self._stories["explosion"]
         new.signs = nonfinite if batch else dict(new.firing)
         return [closed]
-
-    def _silent(self) -> frozenset[str]:
-        """Return the layers without any gradient, by the rule for dead ones, which takes more than one step to fall silent."""
-        story = self._stories.get("dead")
-        if story is None:
-            return frozenset()
-        return frozenset(sign.layer for sign in story.firing.values() if sign.layer and sign.numbers.get("layer"))
 
     def _signs_of_silence(self) -> dict[tuple[str, str | None], Alarm]:
         """Return the signs of the silent kinds that fire, by code and layer, which may be consequences of an explosion."""
