@@ -22,6 +22,7 @@ from gradwatch.history.saved import entries, refuse, whole_number
 from gradwatch.measure.batch_statistics import numbers_of
 from gradwatch.measure.checkpoints import Checkpoint, damage_without_waiting, worth_of
 from gradwatch.measure.layers import Layers, facts_of
+from gradwatch.measure.parts import Parts
 from gradwatch.measure.wrappers import unwrapped
 from gradwatch.pipeline import Pipeline
 from gradwatch.probe import Budget, Probe
@@ -31,7 +32,7 @@ from gradwatch.shutdown import Failure, all_done
 from gradwatch.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from gradwatch.rules import Rule
 
 
-# model -> its monitor, which is kept alive exactly as long as the model
+# model -> its monitor, which is kept alive as long as the model, or as its parts if the model was no more than a container
 attached: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
 
 
@@ -74,7 +75,6 @@ class Monitor:
         name: str = "",
     ) -> None:
         layers = self._layers = Layers(model)
-        self._model = weakref.ref(model)
         self._notes = Notes(strict=strict)
         self._batch: Any = None
         self.history = History(layers.names, layers.sizes, layers.matrices, layers.fan_in)
@@ -99,10 +99,11 @@ class Monitor:
         self._probe = Probe(layers, self._pipeline, installed | pace, every, scaler, own_time, self._inspector)
         self.attached = False
         self.cell = running_cell()
+        self._finalizers: list[weakref.finalize[..., Any]] = []
 
     def _damage(self) -> str:
         """Return what of the model is not finite, in words; nothing where all of it is."""
-        model = self._model()
+        model = self._layers.model
         if model is None:
             return ""
         try:
@@ -147,17 +148,37 @@ class Monitor:
                 self._log.abandon()
             raise
         self.attached = True
-        model = self._model()
+        model = self._layers.model
         assert model is not None
         attached[model] = self
-        self._finish = weakref.finalize(model, _end, weakref.ref(self))
-        self._finish.atexit = False
+        self._end_with([model], _model_gone)
         atexit.register(self._at_exit)
         try:
             self._pipeline.desk.start()
         except BaseException:
             self.detach()
             raise
+
+    def _end_with(
+        self, objects: Iterable[nn.Module | nn.Parameter], end: Callable[[weakref.ref[Monitor]], None]
+    ) -> None:
+        """From now on, call ``end`` when one of these objects ceases to exist."""
+        for one in self._finalizers:
+            one.detach()
+        self._finalizers = [weakref.finalize(one, end, weakref.ref(self)) for one in objects]
+        for one in self._finalizers:
+            one.atexit = False
+
+    def outlive_model(self) -> None:
+        """Go on with the parts of a model that is gone as long as all of them exist, or end."""
+        parts = self._layers.outlive_model()
+        if parts is None:
+            self.end()
+        else:
+            attached[parts] = self
+            if self._inspector is not None:
+                self._inspector.follow(parts)
+            self._end_with(parts, _end)
 
     def detach(self) -> None:
         """Remove all hooks and patches and end the reports, so that the model is as before. It can be called repeatedly."""
@@ -174,7 +195,7 @@ class Monitor:
         failures = all_done(
             [
                 ("the exit handler", lambda: atexit.unregister(self._at_exit)),
-                ("the finalizer", lambda: self._finish.detach() and None),
+                ("the finalizers", lambda: self._end_with([], _end)),
                 ("the list of monitors", self._forget),
                 ("the probe", self._probe.stop),
                 ("the reports", self._pipeline.desk.close),
@@ -187,9 +208,8 @@ class Monitor:
         return failures
 
     def _forget(self) -> None:
-        model = self._model()
-        if model is not None:
-            attached.pop(model, None)
+        for model in [model for model, monitor in list(attached.items()) if monitor is self]:
+            del attached[model]
 
     def _raise_first(self, failures: list[Failure]) -> None:
         """Raise the first failure that is an interrupt by the user; any failure if strict."""
@@ -199,8 +219,8 @@ class Monitor:
 
     def replaced(self, model: nn.Module) -> str:
         """End because ``model`` is attached anew; return the note in which the new monitor reports it."""
-        steps, log, mine = self.history.row.step + 1, self._log, self._model()
-        same = mine is not None and unwrapped(mine) is unwrapped(model)
+        steps, log, mine = self.history.row.step + 1, self._log, self._layers.model
+        same = mine is not None and _are_one(mine, model)
         again = running_cell()
         self._raise_first([failure for failure in self.end() if not isinstance(failure.error, Exception)])
         told = (
@@ -371,7 +391,7 @@ class Monitor:
         open.
         """
         self._probe.catch_up()
-        model = self._model()
+        model = self._layers.model
         if model is None:
             return Checkpoint("the model is gone")
         incidents = self._pipeline.incidents
@@ -434,8 +454,13 @@ def monitor_of(model: nn.Module) -> Monitor | None:
         raise UsageError(f"monitor_of() got {type(model).__name__}; expected a torch.nn.Module.")
     if model in attached:
         return attached[model]
+    return next((monitor for other, monitor in list(attached.items()) if _are_one(other, model)), None)
+
+
+def _are_one(watched: nn.Module, model: nn.Module) -> bool:
+    """Return whether two models are the same but for wrappers, or one is what was in a container that is gone."""
     mine = unwrapped(model)
-    return next((monitor for other, monitor in list(attached.items()) if unwrapped(other) is mine), None)
+    return unwrapped(watched) is mine or (isinstance(watched, Parts) and watched.are_in(mine))
 
 
 def _asked(question: weakref.WeakMethod[Callable[[], str]]) -> str:
@@ -444,8 +469,14 @@ def _asked(question: weakref.WeakMethod[Callable[[], str]]) -> str:
     return ask() if ask is not None else ""
 
 
+def _model_gone(monitor: weakref.ref[Monitor]) -> None:
+    here = monitor()
+    if here is not None:
+        here.outlive_model()
+
+
 def _end(monitor: weakref.ref[Monitor]) -> None:
-    """End the monitor of a model that no longer exists."""
+    """End the monitor of parts of which one no longer exists."""
     here = monitor()
     if here is not None:
         here.end()

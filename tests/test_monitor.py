@@ -19,6 +19,8 @@ from tests.conftest import left_behind
 from tests.trainings import data, mlp, train
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gradwatch.records import Floats, Kind, Sign, Snapshot
 
 OPTIMIZERS = [
@@ -132,6 +134,52 @@ def test_a_monitor_that_is_not_kept_goes_on_and_ends_with_its_model() -> None:
     gc.collect()
     assert reference() is None
     assert left_behind() == []
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda a, b: nn.ModuleList([a, b]),
+        lambda a, b: nn.ModuleDict({"a": a, "more": nn.ModuleList([b])}),
+        lambda a, b: nn.Sequential(a, nn.ReLU(), b),
+        lambda a, b: nn.ParameterList([*a.parameters(), *b.parameters()]),
+        lambda a, b: torch.compile(nn.ModuleList([a, b])),
+        lambda a, b: nn.DataParallel(nn.ModuleDict({"a": a, "b": b})),
+    ],
+    ids=["list", "nested", "sequential", "parameters", "compiled", "wrapped"],
+)
+def test_what_is_in_a_container_made_for_attach_alone_is_watched(container: Callable[[Any, Any], nn.Module]) -> None:
+    """The program keeps the modules and not the container; watching ends with the first of them."""
+    a, b = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Linear(8, 1)
+    monitor = gradwatch.attach(container(a, b), report=None, strict=True, forensics=True)
+    gc.collect()
+    _train_parts(a, b, monitor)
+    assert monitor.history.rows == 40
+    (incident,) = monitor.incidents
+    assert incident.origin is not None
+    assert incident.origin.op == "log"
+    assert not monitor.checkpoint_guard()
+    again = gradwatch.attach(container(a, b), report=None)
+    assert any("was watched already, for 40 steps" in note for note in again.notes)
+    assert (monitor.attached, again.attached) == (False, True)
+    del b
+    gc.collect()
+    assert not again.attached
+    del a
+    assert left_behind() == []
+
+
+def _train_parts(a: nn.Module, b: nn.Module, monitor: gradwatch.Monitor) -> None:
+    """Train two modules for 40 steps, of which the last loss is NaN, and compare each norm with torch's."""
+    parts = [*a.parameters(), *b.parameters()]
+    optimizer = torch.optim.SGD(parts, lr=0.01)
+    for step in range(40):
+        loss = b(a(torch.randn(16, 8)).relu()).square().mean()
+        optimizer.zero_grad()
+        (loss if step < 39 else (loss - 1e9).log()).backward()
+        norm = torch.stack([p.grad.norm() for p in parts if p.grad is not None]).norm()
+        optimizer.step()
+        assert monitor.history.global_norm(last=1)[0] == pytest.approx(norm.item(), nan_ok=True)
 
 
 def test_the_context_manager_detaches_when_training_raises() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gradwatch.forensics.frames import line_of
+from gradwatch.forensics.frames import line_of, locals_of
 from gradwatch.forensics.source import Scope
 
 if TYPE_CHECKING:
@@ -87,11 +87,7 @@ class Lasting:
 
 
 def _names_of(frame: FrameType) -> dict[str, Any]:
-    names = frame.f_locals
-    kept = {
+    return {
         name: weakref.ref(one) if type(one) is torch.Tensor and one.nbytes > _LARGEST else one
-        for name, one in names.items()
+        for name, one in locals_of(frame).items()
     }
-    if type(names) is dict:  # before Python 3.13 the frame would hold it, and with it what the function deletes
-        names.clear()
-    return kept

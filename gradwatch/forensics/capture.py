@@ -109,6 +109,11 @@ class Capture:
         if self._by_parts or hasattr(type(model), "training_step"):  # as of Lightning, which calls that
             self._watch_parts(model)
 
+    def follow(self, model: nn.Module) -> None:
+        """Go on with what is left of a model that is gone, which is not called as a whole."""
+        self._model = weakref.ref(model)
+        self._by_parts = None
+
     def backward_begins(self) -> None:
         """Capture the calls of the parts of a model from now on, if a backward has come without a call of the model."""
         model = self._model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import sysconfig
@@ -67,6 +68,19 @@ def line_of(frame: FrameType | None) -> tuple[str, int, FrameType | None]:
             return frame.f_code.co_filename, frame.f_lineno, frame
         frame = frame.f_back
     return "", 0, None
+
+
+def locals_of(frame: FrameType) -> dict[str, Any]:
+    """Return the local variables of a frame that is running, without leaving references to them in the frame.
+
+    Before Python 3.13 a frame keeps the dict that it has made, and with it what the function deletes or assigns anew. That of a
+    module or a class is its namespace itself, and under a debugger a function gets back what is in it.
+    """
+    found = frame.f_locals
+    names = dict(found)
+    if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED and sys.gettrace() is None:
+        found.clear()
+    return names
 
 
 def place_of(names: Names, depth: int, until: CodeType | None = None) -> Place:

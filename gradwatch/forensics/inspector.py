@@ -100,6 +100,11 @@ class Inspector:
         """The number of steps that were investigated."""
         return _MOST - self._left
 
+    def follow(self, model: nn.Module) -> None:
+        """Go on with what is left of a model that is gone."""
+        self._model = weakref.ref(model)
+        self._capture.follow(model)
+
     def start(self) -> None:
         """Register the hooks on the model."""
         parameter = next((one for model in [self._model()] if model is not None for one in model.parameters()), None)

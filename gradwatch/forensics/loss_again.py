@@ -18,7 +18,7 @@ import torch
 from gradwatch.forensics import rerun
 from gradwatch.forensics.call import outputs_in
 from gradwatch.forensics.evaluate import Evaluator
-from gradwatch.forensics.frames import line_of
+from gradwatch.forensics.frames import line_of, locals_of
 from gradwatch.forensics.from_source import NO_CALL, NotCalledError, evaluated, resumed
 from gradwatch.forensics.multiples import multiples_of
 from gradwatch.forensics.operands import is_nonfinite
@@ -142,7 +142,7 @@ class LossAgain:
         if frame is None or call.code is not self._at.code:
             raise CannotRepeatError("the model and the backward are not called in one function")
         source = statements_of(call.file, call.line, self._at.line)
-        names = {**frame.f_globals, **frame.f_locals}
+        names = {**frame.f_globals, **locals_of(frame)}
         return self._marks(partial(rerun.run, call.module, names, source), partial(self._same, []), backward)
 
     def _same(self, losses: list[Tensor], root: Any, outputs: list[Tensor]) -> Tensor:

@@ -11,6 +11,8 @@ from collections import ChainMap
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gradwatch.forensics.frames import locals_of
+
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
@@ -26,7 +28,7 @@ class Scope(NamedTuple):
     @classmethod
     def of_frame(cls, frame: types.FrameType) -> Scope:
         """Return the scope of a function that is running; what is assigned in it is not seen by the function."""
-        outside: Any = ChainMap({}, frame.f_locals, frame.f_globals, vars(builtins))
+        outside: Any = ChainMap({}, locals_of(frame), frame.f_globals, vars(builtins))
         return cls(frame.f_code.co_filename, outside)
 
     def inner(self) -> Scope:

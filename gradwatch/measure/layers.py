@@ -15,12 +15,13 @@ from gradwatch.errors import UsageError
 from gradwatch.measure.checkpoints import constants_of
 from gradwatch.measure.deepspeed import Zero, engine_of, zero_under
 from gradwatch.measure.norms import unfit
+from gradwatch.measure.parts import Parts
 from gradwatch.measure.wrappers import local_of, own_name, plain_name, unwrapped, whole_shapes
 from gradwatch.records import Facts
 from gradwatch.text.wording import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.optim import Optimizer
 
@@ -55,7 +56,7 @@ class Layers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self.names: list[str] = []
         self.sizes: list[int] = []
         self.matrices: list[bool] = []
@@ -106,6 +107,15 @@ class Layers:
         fit = any(one.is_floating_point() or one.is_complex() for one in strangers)
         return fit and not any(isinstance(one, UninitializedParameter) for one in strangers)
 
+    def outlive_model(self) -> Parts | None:
+        """Go on with the parts of a model that is gone, and return them; None if one of them is gone as well.
+
+        The model may have been no more than a container or a wrapper, which the program has not kept.
+        """
+        parts = self._parts
+        self._model = lambda: parts if parts.complete else None
+        return parts if parts.complete else None
+
     def look_again(self) -> set[int]:
         """Update the columns for parameters that were replaced or added, and return these columns.
 
@@ -117,6 +127,8 @@ class Layers:
             return set()
         self._ends = []
         inner = unwrapped(model)
+        if not isinstance(inner, Parts):
+            self._parts = Parts(model)
         # rows of these weights are units, each of which receives every input
         united = _weights_of(inner, (nn.Linear, _ConvNd))
         # embeddings are lookups of single rows; tied to an output layer they are ordinary matrices
