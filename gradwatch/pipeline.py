@@ -472,12 +472,11 @@ class Pipeline:
 
     @property
     def verdict(self) -> RunVerdict:
-        """The state of the run, one of `VERDICTS`. Notices do not count."""
+        """The state of the run, one of `VERDICTS`. Notices count only by what they have left."""
         found = [incident.verdict for incident in self.incidents.open if incident.severity != "notice"]
         if found:
             return "confirmed" if "confirmed" in found else "suspected"
-        left = any(incident.severity != "notice" for incident in self.incidents.damaged)
-        return "damaged" if left else "healthy"
+        return "damaged" if any(one.speaks_against_run for one in self.incidents.damaged) else "healthy"
 
 
 def _limit(rules: Sequence[Rule], role: Role) -> float:

@@ -201,6 +201,26 @@ def test_a_run_that_ends_at_nan_says_since_when() -> None:
     monitor.detach()
 
 
+def test_what_a_notice_has_left_is_damage_too() -> None:
+    """A program makes the weights anew in mid-run: a notice, and no checkpoint until the loss is back."""
+    model, monitor = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    before = learn(model, optimizer, 400)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    after = learn(model, optimizer, 40)
+    (incident,) = monitor.incidents
+    assert (incident.opened_step, incident.severity, incident.verdict) == (400, "notice", "damaged")
+    assert min(after) > 2 * np.median(before[-32:])
+    all_say(monitor, "damaged")
+    assert incident.left[0] in standing(monitor._pipeline.snapshot())
+    learn(model, optimizer, 800)
+    assert monitor.incidents[0].verdict == "resolved"
+    all_say(monitor, "healthy")
+    monitor.detach()
+
+
 def test_each_word_of_the_verdict_has_one_definition() -> None:
     """It is printed by `gradwatch explain verdict`, and stands in the documentation."""
     for page in (VerdictSettings.documentation(), (ROOT / "docs" / "detection.md").read_text()):

@@ -54,7 +54,7 @@ def worth_of(
     if device.capturing():
         return Checkpoint("a CUDA graph is being captured, so that no value can be read")
     for one in incidents:
-        if one.severity == "notice":
+        if not one.speaks_against_run:
             continue
         if one.open:
             return Checkpoint(f"an incident has been open since step {one.opened_step}: {one.kind}, {one.severity}")

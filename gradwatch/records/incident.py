@@ -70,6 +70,13 @@ class Incident:
         return self.closed_step is None
 
     @property
+    def speaks_against_run(self) -> bool:
+        """True while it is open and more than a notice, and while it is damaged, for a notice only where an explosion is seen."""
+        if self.severity == "notice":
+            return self.verdict == "damaged" and self.kind in EXPLOSION
+        return self.open or self.verdict == "damaged"
+
+    @property
     def in_series(self) -> bool:
         """True if it is one of a series of jumps that no update has caused."""
         return self.period is not None and self.since is None
