@@ -137,3 +137,36 @@ def test_under_adam_an_outlier_beside_a_usual_loss_is_clipped_alone() -> None:
     assert np.flatnonzero(monitor.history.clip_coefficient() < 1).tolist() == [100]
     assert record.lifted_step == 101
     assert np.median(losses[-20:]) < np.median(alone[-20:]) / 10
+
+
+def flipped(clip: str | None) -> tuple[list[float], gradwatch.Monitor]:
+    """A classifier; one element of Adam's first moment becomes 1e30 at step 150, as a bit flip does it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 5))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    with gradwatch.attach(model, clip=clip, report=None, strict=True) as monitor:
+        for step in range(300):
+            x = torch.randn(64, 8)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), x[:, :5].argmax(1))
+            loss.backward()
+            if step == 150:
+                moment = optimizer.state[model.get_parameter("2.weight")]["exp_avg"].view(-1)
+                moment[moment.abs().argmax()] = -1e30
+            optimizer.step()
+            losses.append(loss.item())
+    return losses, monitor
+
+
+def test_adam_is_not_left_a_gradient_whose_square_is_infinite() -> None:
+    """Its second moment would be infinite, and no weight would move again; smaller ones are left to it."""
+    alone, _ = flipped(None)
+    losses, monitor = flipped("norm")
+    assert alone[-1] > 1e20
+    assert losses[-1] < np.median(losses[100:150]) + 0.5
+    record = monitor.incidents[0].clip
+    assert record is not None
+    assert record.norm_before > 1e20
+    assert record.clipped > 1
+    assert record.lifted_step is not None

@@ -272,6 +272,8 @@ def test_a_step_surges_far_out_or_beside_a_loss_that_suffers(norms: list[float],
     assert bool(alone) is (expected and not loss > plan.loss_ceiling), (
         "under Adam, an explosion that raised the loss is left"
     )
+    infinite = torch.full((3,), math.inf)  # Adam would keep it
+    assert bool(surges(infinite, limits, torch.tensor(2.0), replace(plan, outliers_alone=True)))
     unknown = replace(plan, usual=np.full(3, math.nan))
     assert SquaredLimits(torch.device("cpu")).of(unknown, None) is None
     limits = SquaredLimits(torch.device("cpu")).of(replace(plan, usual=np.array([1.0, math.nan, 1.0])), None)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _SHORTER = 0.99  # share of its bound below which a clipped norm was shortened by more than the clip
 _WEIGHTS = "GW304"  # growth of weights, as that of a run that learns
+_SQUARABLE = math.sqrt(float(np.finfo(np.float32).max))  # norm up to which Adam's average of squares is finite
 _YOUNG = 64  # rows before which the bounds in reserve follow each row
 
 
@@ -341,14 +342,19 @@ class AutoClipEngine:
 
         They divide gradients by their own average size, so that a clip on each step does not shorten their steps, while a large
         gradient that they see does, for long. Only a single outlier is better clipped: beside a usual loss, or of a run that has
-        learned at this rate.
+        learned at this rate. So is a gradient whose square is infinite in float32: weights would not move again.
         """
         assert self.record is not None
-        if row.family != "adam" or self.policy.threshold != "auto" or self.record.lifted_step is not None:
+        if row.family != "adam" or self.policy.threshold != "auto":
+            return
+        if row.global_norm > _SQUARABLE:
+            if self.record.lifted_step is not None:
+                self.record = self._changed = replace(self.record, lifted_step=None)
             return
         often = self.record.clipped > self._limits.bites * self.record.steps
         exploded = not self.record.steps and incident is not None and incident.kind != "spike"
-        if often or (exploded and row.loss > self.history.loss_ceiling(last=1) and not self.history.has_halved()):
+        lifts = often or (exploded and row.loss > self.history.loss_ceiling(last=1) and not self.history.has_halved())
+        if lifts and self.record.lifted_step is None:
             self.record = self._changed = replace(self.record, lifted_step=row.step)
 
     def try_to_let_go(self, step: int, calm: int) -> bool:

@@ -72,7 +72,8 @@ def surges(squares: Tensor, limits: Tensor, loss: Tensor, plan: DevicePlan, *, e
 
     It does if a layer is above the limit and the loss above its ceiling; if a layer is far above the limit and either most
     layers are not or the loss is above its level; or if a layer is to move by more than its weights and the loss jumps: as for
-    an incident of the same step on the CPU. It does not where only outliers are clipped and the loss is above its ceiling.
+    an incident of the same step on the CPU. It does not where only outliers are clipped and the loss is above its ceiling, unless
+    a square is infinite, which an optimizer that divides by it would keep.
 
     Args:
         squares: squared gradient norms of all layers, shape (L,), or for each of the limits, shape (3, L): before any clip, and
@@ -90,7 +91,7 @@ def surges(squares: Tensor, limits: Tensor, loss: Tensor, plan: DevicePlan, *, e
     fires = alone | (surging > (loss <= plan.loss_ceiling))
     if long:
         fires = fires | (long[0] if early else long[0] > (loss <= plan.loss_jump))
-    return fires > (loss > plan.loss_ceiling) if plan.outliers_alone else fires
+    return fires > ((loss > plan.loss_ceiling) & (squares.sum() < math.inf)) if plan.outliers_alone else fires
 
 
 def overshoots(squares: Tensor, rates: Tensor, loss: Tensor, plan: DevicePlan) -> Tensor:
