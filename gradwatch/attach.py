@@ -52,7 +52,8 @@ def attach(
 
     Args:
         model: a module with at least one trainable parameter. A container made for this call alone will do, such as
-            ``nn.ModuleList([encoder, decoder])``: what is in it is watched as long as all of it exists.
+            ``nn.ModuleList([encoder, decoder])``: what is in it is watched as long as it exists, parameters of a list of their
+            own until `Monitor.detach`.
         optimizer: the optimizer. It is found automatically at its first step; pass it to have it checked now.
         scaler: the gradient scaler. It is found automatically when it steps.
         rules: the rules to judge with; None for the default set (`gradwatch.default_rules`).

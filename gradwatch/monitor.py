@@ -100,6 +100,7 @@ class Monitor:
         self.attached = False
         self.cell = running_cell()
         self._finalizers: list[weakref.finalize[..., Any]] = []
+        self._rows_of_model = 0  # rows when a model was gone that its parts have outlived
 
     def _damage(self) -> str:
         """Return what of the model is not finite, in words; nothing where all of it is."""
@@ -170,7 +171,7 @@ class Monitor:
             one.atexit = False
 
     def outlive_model(self) -> None:
-        """Go on with the parts of a model that is gone as long as all of them exist, or end."""
+        """Go on with the parts of a model that is gone, if all of them outlive it; else end."""
         parts = self._layers.outlive_model()
         if parts is None:
             self.end()
@@ -178,7 +179,16 @@ class Monitor:
             attached[parts] = self
             if self._inspector is not None:
                 self._inspector.follow(parts)
-            self._end_with(parts, _end)
+            self._rows_of_model = self.history.rows
+            self._end_with(parts, _part_gone)
+
+    def outlive_part(self) -> None:
+        """Go on with the other parts, unless this is the end of the model itself, whose parts follow it at once."""
+        parts = self._layers.outlive_part() if self.history.rows > self._rows_of_model else None
+        if parts is None:
+            self.end()
+        else:
+            self._end_with(parts, _part_gone)
 
     def detach(self) -> None:
         """Remove all hooks and patches and end the reports, so that the model is as before. It can be called repeatedly."""
@@ -195,7 +205,7 @@ class Monitor:
         failures = all_done(
             [
                 ("the exit handler", lambda: atexit.unregister(self._at_exit)),
-                ("the finalizers", lambda: self._end_with([], _end)),
+                ("the finalizers", lambda: self._end_with([], _part_gone)),
                 ("the list of monitors", self._forget),
                 ("the probe", self._probe.stop),
                 ("the reports", self._pipeline.desk.close),
@@ -475,8 +485,7 @@ def _model_gone(monitor: weakref.ref[Monitor]) -> None:
         here.outlive_model()
 
 
-def _end(monitor: weakref.ref[Monitor]) -> None:
-    """End the monitor of parts of which one no longer exists."""
+def _part_gone(monitor: weakref.ref[Monitor]) -> None:
     here = monitor()
     if here is not None:
-        here.end()
+        here.outlive_part()

@@ -472,11 +472,12 @@ class Pipeline:
 
     @property
     def verdict(self) -> RunVerdict:
-        """The state of the run, one of `VERDICTS`. Notices count only by what they have left."""
+        """The state of the run, one of `VERDICTS`. Notices count only where they have undone what was learned."""
         found = [incident.verdict for incident in self.incidents.open if incident.severity != "notice"]
         if found:
             return "confirmed" if "confirmed" in found else "suspected"
-        return "damaged" if any(one.speaks_against_run for one in self.incidents.damaged) else "healthy"
+        against = any(one.speaks_against_run for one in (*self.incidents.open, *self.incidents.damaged))
+        return "damaged" if against else "healthy"
 
 
 def _limit(rules: Sequence[Rule], role: Role) -> float:

@@ -209,7 +209,11 @@ def test_what_a_notice_has_left_is_damage_too() -> None:
     for layer in model:
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()
-    after = learn(model, optimizer, 40)
+    after = learn(model, optimizer, 12)
+    (incident,) = monitor.incidents
+    assert incident.open
+    all_say(monitor, "damaged")
+    after += learn(model, optimizer, 28)
     (incident,) = monitor.incidents
     assert (incident.opened_step, incident.severity, incident.verdict) == (400, "notice", "damaged")
     assert min(after) > 2 * np.median(before[-32:])

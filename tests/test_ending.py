@@ -80,3 +80,19 @@ def test_the_summary_says_it_beside_healthy() -> None:
         train(model, optimizer, 300)
         assert monitor.verdict == "healthy"
         assert re.search(r"the loss is [0-9.]+ \(median of 32 losses\), above ", str(monitor.summary()))
+
+
+def test_a_classifier_that_falls_to_guessing_is_said_to_be_no_better() -> None:
+    """It begins at ten times that, since its weights are large, and its labels are noise."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 5)
+    with torch.no_grad():
+        model.weight.mul_(30)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for _ in range(500):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(torch.randn(64, 8)), torch.randint(5, (64,))).backward()
+            optimizer.step()
+    assert monitor.history.first_loss > 5
+    assert re.search(r"the loss is 1\.6\d* .*, no better than guessing among 5 classes \(1\.61\)", str(monitor.summary()))

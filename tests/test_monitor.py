@@ -149,7 +149,7 @@ def test_a_monitor_that_is_not_kept_goes_on_and_ends_with_its_model() -> None:
     ids=["list", "nested", "sequential", "parameters", "compiled", "wrapped"],
 )
 def test_what_is_in_a_container_made_for_attach_alone_is_watched(container: Callable[[Any, Any], nn.Module]) -> None:
-    """The program keeps the modules and not the container; watching ends with the first of them."""
+    """The program keeps the modules and not the container; it is watched by its parts."""
     a, b = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Linear(8, 1)
     monitor = gradwatch.attach(container(a, b), report=None, strict=True, forensics=True)
     gc.collect()
@@ -162,11 +162,37 @@ def test_what_is_in_a_container_made_for_attach_alone_is_watched(container: Call
     again = gradwatch.attach(container(a, b), report=None)
     assert any("was watched already, for 40 steps" in note for note in again.notes)
     assert (monitor.attached, again.attached) == (False, True)
+    again.detach()
+
+
+def test_a_module_that_the_program_drops_is_told_and_the_others_are_watched() -> None:
+    """As where a notebook builds the encoder anew, and the list that `attach` got was not kept."""
+    a, b = nn.Linear(8, 8), nn.Linear(8, 1)
+    monitor = gradwatch.attach(nn.ModuleList([a, b]), report=None, strict=True)
+    _train_parts(a, b, monitor)
+    a = nn.Linear(8, 8)
+    gc.collect()
+    train(b, torch.optim.SGD(b.parameters(), lr=0.01), 2)
+    assert monitor.history.rows == 42
+    (note,) = (note for note in monitor.notes if "dropped" in note)
+    assert note.startswith("0 of what was attached: watched no further")
     del b
     gc.collect()
-    assert not again.attached
-    del a
+    assert not monitor.attached
     assert left_behind() == []
+
+
+def test_a_model_that_shares_a_part_with_the_next_one_is_gone_all_the_same() -> None:
+    """As the folds of a cross-validation share a backbone: its monitor ends with it."""
+    backbone = nn.Linear(8, 8)
+    monitors = []
+    for _ in range(2):
+        model = nn.Sequential(backbone, nn.ReLU(), nn.Linear(8, 1))
+        monitors.append(gradwatch.attach(model, report=None))
+        train(model, torch.optim.SGD(model.parameters(), lr=0.01), 2)
+    assert [monitor.attached for monitor in monitors] == [False, True]
+    assert monitors[1].notes == monitors[0].notes
+    monitors[1].detach()
 
 
 def _train_parts(a: nn.Module, b: nn.Module, monitor: gradwatch.Monitor) -> None:

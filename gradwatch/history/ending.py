@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _LEVEL = 32  # losses whose median is a level
 _ENOUGH = 100  # losses after which a run could have left the level at which it began
 _NEAR = 0.05  # share of the first loss within which the level is the same
+_GUESSED = 0.03  # share of the loss of guessing, as in GW405, within which a loss is no better
 _LONG = 200  # losses after which levels of the past are compared with the last one
 _LOST = 0.25  # share of what the loss had fallen by which it is above its best level
 _HIGH = 0.6  # share of the reference loss above which a loss that does not fall has not learned much
@@ -29,8 +30,8 @@ _SILENT = 64  # rows without any gradient after which nothing is learned any mor
 def how_it_stands(history: History) -> str:
     """Return how badly the loss stands at the last row, as the rest of a sentence that begins with "the loss"; else "".
 
-    It is NaN; every gradient is zero; it is where it began or above; it is above its best level; or it is high and has not fallen
-    for long. Where the loss need not fall, only NaN and missing gradients are told.
+    It is NaN; every gradient is zero; it is where it began or above, no better than guessing, or above its best level; or
+    it is high and has not fallen for long. Where the loss need not fall, only NaN and missing gradients are told.
     """
     if history.lost_since is not None:
         now = "NaN" if math.isnan(history.row.loss) else "infinite"
@@ -81,8 +82,8 @@ def _in_words(history: History, level: float) -> str:
 def _badly(history: History, level: float, scatter: float) -> str:
     if history.losses < _ENOUGH or history.resting:
         return ""
-    if beginning := _at_its_beginning(history, level):
-        return beginning
+    if at := _at_its_beginning(history, level) or _no_better_than_guessing(history, level):
+        return at
     levels, middles, ends = _stretches(history)
     return _above_its_best(history, level, scatter, levels, middles) or _has_hardly_fallen(
         history, level, scatter, levels, middles, ends
@@ -95,6 +96,14 @@ def _at_its_beginning(history: History, level: float) -> str:
         return ""
     where = "at" if level <= began + _NEAR * abs(began) else "above"
     return f"is {_in_words(history, level)}, {where} the level at which it began ({number(began)})"
+
+
+def _no_better_than_guessing(history: History, level: float) -> str:
+    guessing = history.guessing
+    if not level >= (1 - _GUESSED) * guessing > 0:
+        return ""
+    classes = f"{math.exp(guessing):.0f} classes ({number(guessing)})"
+    return f"is {_in_words(history, level)}, no better than guessing among {classes}"
 
 
 def _stretches(history: History) -> tuple[list[float], list[int], list[int]]:

@@ -57,7 +57,10 @@ def worth_of(
         if not one.speaks_against_run:
             continue
         if one.open:
-            return Checkpoint(f"an incident has been open since step {one.opened_step}: {one.kind}, {one.severity}")
+            told = "".join(f"; {line}" for line in one.left)
+            return Checkpoint(
+                f"an incident has been open since step {one.opened_step}: {one.kind}, {one.severity}{told}"
+            )
         return Checkpoint(f"the incident of step {one.opened_step} is over, with damage: {'; '.join(one.left)}")
     if history.loss_nonfinite:
         return Checkpoint(f"the loss of step {history.row.step} was {history.row.loss}")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Family
 
 _RELU = re.compile(r"\b_?relu", re.IGNORECASE)  # a function or a name, and not LeakyReLU or PReLU
+_DROPPED = "the program has dropped them"
 _NO_OPTIONS = ("params", "param_names", "lr")
 _PLAIN = (bool, int, float, str, type(None))
 _MOST_TEXTS = 4  # different values of an option
@@ -113,8 +114,19 @@ class Layers:
         The model may have been no more than a container or a wrapper, which the program has not kept.
         """
         parts = self._parts
-        self._model = lambda: parts if parts.complete else None
+        self._model = lambda: parts if any(True for _ in parts) else None
         return parts if parts.complete else None
+
+    def outlive_part(self) -> Parts | None:
+        """Go on with the parts of a model that is gone which still exist, and return them; None if there are none."""
+        parts = self._model()
+        if not isinstance(parts, Parts):
+            return None
+        self.untold = [one for one in self.untold if _DROPPED not in one] + [
+            f"{', '.join(parts.gone)} of what was attached: watched no further, because {_DROPPED}. Attach again if others have "
+            "taken their place, and check that the optimizer holds those."
+        ]
+        return parts
 
     def look_again(self) -> set[int]:
         """Update the columns for parameters that were replaced or added, and return these columns.

@@ -32,7 +32,7 @@ class Parts(nn.Module):
             self._add_children("", inner)
         else:
             self._modules[""] = inner
-        self._size = len(self._modules) + len(self._parameters)
+        self._names = [*self._modules, *self._parameters]
 
     def _add_children(self, prefix: str, module: nn.Module) -> None:
         self._parameters.update({prefix + name: one for name, one in module.named_parameters(recurse=False)})
@@ -48,14 +48,20 @@ class Parts(nn.Module):
         yield from self._parameters.values()  # type: ignore[misc]
 
     @property
+    def gone(self) -> list[str]:
+        """The names of parts that no longer exist."""
+        there = {name for kept in (self._modules, self._parameters) for name, _ in kept.items()}
+        return [name for name in self._names if name not in there]
+
+    @property
     def complete(self) -> bool:
         """Whether the parts are all that the model had, and exist."""
-        return self._complete and len(self._modules) + len(self._parameters) == self._size > 0
+        return self._complete and bool(self._names) and not self.gone
 
     def are_in(self, model: nn.Module) -> bool:
-        """Return whether all parts are in ``model``."""
+        """Return whether all parts that exist are in ``model``."""
         mine = {id(part) for part in (*model.modules(), *model.parameters())}
-        return self.complete and all(id(part) in mine for part in self)
+        return any(True for _ in self) and all(id(part) in mine for part in self)
 
 
 def _has_own(module: nn.Module) -> bool:

@@ -36,10 +36,11 @@ class Incident:
         ranks: processes from which non-finite values originate, if that is known.
         origin: the operation that made the first non-finite number; None if it is not known.
         number: index of the incident in the run, from 0.
-        left: what is worse than before the fault although the incident is closed, in sentences.
+        left: what is worse than before the fault although the incident is closed, or while it is ``undone``, in sentences.
         times: its number in a series of jumps that come back with a period, among the explosions of the run, among its odd
             batches, or among all times that its steps were not finite; 1: it is the first, or there is no series.
         period: number of steps from one of them to the next; None: they come without a period.
+        undone: whether it is a notice, and the loss has lost half of what it had fallen before it.
         since: step of the first explosion, odd batch, or step that was not finite; None: it is of another kind.
     """
 
@@ -63,6 +64,7 @@ class Incident:
     times: int = 1
     period: int | None = None
     since: int | None = None
+    undone: bool = False
 
     @property
     def open(self) -> bool:
@@ -71,10 +73,8 @@ class Incident:
 
     @property
     def speaks_against_run(self) -> bool:
-        """True while it is open and more than a notice, and while it is damaged, for a notice only where an explosion is seen."""
-        if self.severity == "notice":
-            return self.verdict == "damaged" and self.kind in EXPLOSION
-        return self.open or self.verdict == "damaged"
+        """True while it is open or damaged; for a notice, while it has undone most of what was learned."""
+        return self.undone if self.severity == "notice" else self.open or self.verdict == "damaged"
 
     @property
     def in_series(self) -> bool:

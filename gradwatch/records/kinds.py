@@ -32,11 +32,12 @@ Clipped = Literal["no clip before it seen", "before the user's clip", "as the op
 
 SEVERITIES: tuple[Severity, ...] = ("notice", "warning", "critical")
 VERDICTS: dict[RunVerdict, str] = {
-    "healthy": "nothing that is known speaks against the run now; no incident that is more than a notice is open, and no "
-    "explosion, spike or NaN has left something worse than before",
+    "healthy": "nothing that is known speaks against the run now; no incident that is more than a notice is open, and none has left "
+    "something worse than before",
     "suspected": "an incident is open that is more than a notice",
     "confirmed": "such an incident is open, and a confirming sign occurred together with another one",
-    "damaged": "no such incident is open, but one, which may be a notice, has left something worse than before: the loss, a dead "
-    "layer, a value that is not finite; or it came with the first steps, and the loss has not been learned since",
+    "damaged": "no such incident is open, but one has left something worse than before: the loss, a dead layer, a value that is "
+    "not finite; or it came with the first steps, and the loss has not been learned since; or a notice, which may be open, has "
+    "undone half of what the loss had fallen",
 }
 EXPLOSION: tuple[Kind, ...] = ("exploding", "spike", "nonfinite", "diverging")  # stages of one incident

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.records import EXPLOSION
+
 if TYPE_CHECKING:
     from gradwatch.records import Snapshot
 
@@ -18,6 +20,8 @@ def standing(snapshot: Snapshot) -> tuple[str, ...]:
     if snapshot.verdict == "damaged":
         found += [line for incident in snapshot.incidents if incident.speaks_against_run for line in incident.left]
     if snapshot.verdict == "healthy":
+        notices = [one for one in snapshot.incidents if one.severity == "notice" and one.verdict == "damaged"]
+        found += [line for one in notices if one.kind in EXPLOSION for line in one.left]
         found += above_limits(snapshot)
     over = sum(incident.verdict == "resolved" and incident.severity != "notice" for incident in snapshot.incidents)
     if over:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from gradwatch.history.recurrence import was_one_batch
 from gradwatch.records import EXPLOSION
 from gradwatch.verdict.advice import what_changed
-from gradwatch.verdict.damage import Before, before_fault, damage_since, is_undone, level_now, recovered_after
+from gradwatch.verdict.damage import (
+    Before,
+    before_fault,
+    damage_since,
+    is_mostly_undone,
+    is_undone,
+    level_now,
+    recovered_after,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +39,10 @@ def has_raised_loss(incident: Incident) -> bool:
 
 def _names_loss(incident: Incident) -> bool:
     return any(" the loss is " in line for line in incident.left)
+
+
+def _is_minor_explosion(incident: Incident) -> bool:
+    return incident.kind in EXPLOSION and incident.severity == "notice"
 
 
 class Aftermath:
@@ -120,7 +132,8 @@ class Aftermath:
             if incident.kind in EXPLOSION and was_one_batch(self._history, incident.opened_step):
                 self._single.add(incident.number)
         clip = incident.clip and self._judge(incident.clip, before, left)
-        return replace(incident, verdict="damaged" if left else "resolved", closed_step=step, clip=clip, left=left)
+        incident = replace(incident, verdict="damaged" if left else "resolved", closed_step=step, clip=clip, left=left)
+        return self._with_undone(incident, before)
 
     def look_again(self, incident: Incident) -> Incident:
         """Return the closed incident with what it has left now.
@@ -153,7 +166,20 @@ class Aftermath:
         severity = "warning" if notice and left and self._lasts(incident, before) else incident.severity
         if severity != incident.severity and incident.number in self._high - self._single:
             incident = replace(incident, advice=(what_changed(incident.opened_step),))
-        return replace(incident, severity=severity, verdict="damaged" if left else "resolved", left=left, clip=clip)
+        incident = replace(incident, severity=severity, verdict="damaged" if left else "resolved", left=left, clip=clip)
+        return self._with_undone(incident, before)
+
+    def look_meanwhile(self, incident: Incident, before: Before) -> Incident:
+        """Return the open incident with what it has left so far, if it is a notice that has undone what was learned."""
+        if incident.severity != "notice" and not incident.left:
+            return incident
+        undone = _is_minor_explosion(incident) and is_mostly_undone(self._history, before)
+        left = damage_since(self._history, before, "") if undone else ()
+        return self._with_undone(replace(incident, left=left), before)
+
+    def _with_undone(self, incident: Incident, before: Before) -> Incident:
+        undone = _is_minor_explosion(incident) and bool(incident.left) and is_mostly_undone(self._history, before)
+        return incident if undone is incident.undone else replace(incident, undone=undone)
 
     @property
     def _silent(self) -> frozenset[str]:

@@ -28,6 +28,7 @@ _NOW = 64  # losses whose scatter is that of a single one now
 _CHANCE = 3.0  # scatters by which a single loss may be above its level by chance
 _BACK = 8  # losses of which most are at their level once it is back
 _NOISE = 0.63  # two standard errors of a median of 16 losses, in their scatter
+_MOSTLY = 0.5  # share of it from which on a notice counts: a loss that the program changes may stay up
 _UNDONE = 0.25  # share of what the loss had fallen that is lost where what was learned is undone
 _NAMED = 3  # dead layers that are named
 
@@ -150,9 +151,15 @@ def damage_since(history: History, before: Before, broken: str, silent: Containe
     return tuple(found)
 
 
-def is_undone(history: History, before: Before) -> bool:
-    """Return whether the loss is above its level before the fault by a quarter of what it had fallen since the first step."""
-    return level_now(history, before) > before.loss + _UNDONE * max(0.0, history.first_loss - before.loss)
+def is_undone(history: History, before: Before, share: float = _UNDONE) -> bool:
+    """Return whether the loss is above its level before the fault by a ``share`` of what it had fallen since the first step."""
+    return level_now(history, before) > before.loss + share * max(0.0, history.first_loss - before.loss)
+
+
+def is_mostly_undone(history: History, before: Before) -> bool:
+    """Return whether the loss has lost half of what it had fallen before the fault; False where no level of it is known."""
+    known = history.rows - history.task_rows == before.task and not before.began and not history.need_not_fall
+    return known and level_now(history, before) > before.ceiling and is_undone(history, before, _MOSTLY)
 
 
 def _then(before: Before, level: float) -> str:

@@ -173,6 +173,9 @@ class Incidents:
             new = self._judge(name, self._stories[name], step, touched=name in touched)
             if new is not None:
                 news.append(new)
+            story = self._stories[name]
+            if story.incident is not None and story.before is not None and self._aftermath is not None:
+                self._replace(story, self._aftermath.look_meanwhile(story.incident, story.before))
         return news + self._look_again() if self._aftermath else news
 
     def _is_nonfinite(self) -> bool:
@@ -293,7 +296,7 @@ class Incidents:
         story.look_at = self._settings.lasting_steps
         story.of_the_batch = step in story.odd_steps
         odd = story.of_the_batch or (story.jumped and is_of_the_batch(history))
-        story.odd_batch = odd and not moved_by_another(history)
+        story.odd_batch = odd and not story.stays_up and not moved_by_another(history)
         if story.of_the_batch and name == "explosion":
             one_batch = was_one_batch(history, self.recurring.step)
             story.recurrence = self.recurring.jumped(step, history.row.loss, one_batch=one_batch)
