@@ -95,4 +95,6 @@ def test_a_classifier_that_falls_to_guessing_is_said_to_be_no_better() -> None:
             torch.nn.functional.cross_entropy(model(torch.randn(64, 8)), torch.randint(5, (64,))).backward()
             optimizer.step()
     assert monitor.history.first_loss > 5
-    assert re.search(r"the loss is 1\.6\d* .*, no better than guessing among 5 classes \(1\.61\)", str(monitor.summary()))
+    assert re.search(
+        r"the loss is 1\.6\d* .*, no better than guessing among 5 classes \(1\.61\)", str(monitor.summary())
+    )

@@ -1150,3 +1150,20 @@ def test_a_rate_that_warms_up_is_told_with_the_one_that_was_set(scheduler: str) 
             optimizer.step()
             rates.step()
     assert "on its way to 3" in monitor.incidents[0].advice[0]
+
+
+@pytest.mark.parametrize("since", [0, 200])
+def test_inputs_that_are_all_zero_are_named_and_not_the_weights(since: int) -> None:
+    """The gradient of the first bias is there, and that of its weights is exactly zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 5))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for number in range(since + 100):
+            x = torch.randn(64, 8)
+            step(optimizer, nn.functional.cross_entropy(model(x * (number < since)), x[:, :5].argmax(1)))
+    dead = next(incident for incident in monitor.incidents if incident.kind == "dead")
+    assert dead.advice == (
+        "Look at what 0 gets: its inputs are all zero, since 0.bias has a gradient and 0.weight has none. It may be the data, a "
+        "mask, or the layer before.",
+    )

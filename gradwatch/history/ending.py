@@ -92,7 +92,7 @@ def _badly(history: History, level: float, scatter: float) -> str:
 
 def _at_its_beginning(history: History, level: float) -> str:
     began = history.first_loss
-    if not level >= began - _NEAR * abs(began):
+    if not level >= began - _NEAR * abs(began) or began == 0:  # it could not fall
         return ""
     where = "at" if level <= began + _NEAR * abs(began) else "above"
     return f"is {_in_words(history, level)}, {where} the level at which it began ({number(began)})"

@@ -105,10 +105,10 @@ class LossLevels(Ring):
     def stuck(self) -> bool:
         """True if at least 100 losses were seen and the median of the last 32 is less than a tenth below the reference.
 
-        False where the loss need not fall.
+        False where the loss need not fall, and where it began at zero.
         """
         if self._stuck_at != self.rows:
-            waits = self.losses >= 100 and not self.resting
+            waits = self.losses >= 100 and not self.resting and self.reference_loss != 0
             self._stuck_at, self._stuck = self.rows, waits and not self.gained(0.1, last=32)
         return self._stuck
 

@@ -32,8 +32,8 @@ Clipped = Literal["no clip before it seen", "before the user's clip", "as the op
 
 SEVERITIES: tuple[Severity, ...] = ("notice", "warning", "critical")
 VERDICTS: dict[RunVerdict, str] = {
-    "healthy": "nothing that is known speaks against the run now; no incident that is more than a notice is open, and none has left "
-    "something worse than before",
+    "healthy": "nothing that is known speaks against the run now; no incident that is more than a notice is open, and none has "
+    "left something worse than before",
     "suspected": "an incident is open that is more than a notice",
     "confirmed": "such an incident is open, and a confirming sign occurred together with another one",
     "damaged": "no such incident is open, but one has left something worse than before: the loss, a dead layer, a value that is "

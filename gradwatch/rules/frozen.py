@@ -29,13 +29,13 @@ class Frozen(Rule):
     ## Formula
     `value` is the number of steps since watching began, or since the layer became trainable at a learning rate above zero, if
     an exact fingerprint of its bits was the same at every sample; steps at which the layer had no gradient, or one of exactly
-    zero, do not count. If instead the loss is stuck (at least 100 losses, improved by less than a tenth) and the update of
-    every layer is too small for float32 (`u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and `u = lr sqrt(n)` for Adam) even at
-    the highest learning rate `lr` of the last 49 rows, `value` is the number of losses. If the learning rate of every group is
-    0, `value` is the number of steps since then. Otherwise it is `0`. It fires where `value > limit` (48), and resolves after as
-    many steps without. Not considered are biases and gains (the gradient of a critic's last bias cancels), layers whose gradient
-    is missing or exactly zero, and parameter groups at learning rate zero beside others that are not, because they wait to be
-    unfrozen.
+    zero, do not count. If instead the loss is stuck (at least 100 losses, improved by less than a tenth, and not from zero)
+    and the update of every layer is too small for float32 (`u < 6e-8 ||w||`, with `u = lr ||g||` for SGD and `u = lr sqrt(n)`
+    for Adam) even at the highest learning rate `lr` of the last 49 rows, `value` is the number of losses. If the learning
+    rate of every group is 0, `value` is the number of steps since then. Otherwise it is `0`. It fires where `value > limit`
+    (48), and resolves after as many steps without. Not considered are biases and gains (the gradient of a critic's last bias
+    cancels), layers whose gradient is missing or exactly zero, and parameter groups at learning rate zero beside others that
+    are not, because they wait to be unfrozen.
 
     ## Why it is bad
     The layer is not being trained, and nothing reports it: the optimizer holds another copy of the parameters or was built
@@ -64,6 +64,8 @@ class Frozen(Rule):
         Case("changes at step 30", fires=None, unchanged="0+1x30 0x60"),
         Case("the first gradients after a long while", fires=None, grad="0x80 1x20", unchanged="0+1x100"),
         Case("a head that is used now and then", fires=None, grad="1 nanx99 1", unchanged="0+1x101"),
+        Case("updates lost to rounding", fires=99, grad="1e-9", loss="1x200"),
+        Case("likewise, of a loss that began at zero", fires=None, grad="1e-9", loss="0x20 1e-15x200"),
         Case("zero gradient: nothing to learn from", fires=None, grad="0x80", unchanged="0+1x80"),
     )
 

@@ -206,9 +206,10 @@ def _buffers(incident: Incident) -> Iterator[str]:
     if named and not any("running_" in line for line in named):
         yield "Look at what writes NaN or infinity into that buffer. If infinity is meant there, nothing is wrong."
         return
+    restored = incident.clip is not None and incident.clip.skipped > 0
     yield (
         "Leave batches with NaN or infinity out before the forward pass: a normalisation takes them into its running statistics "
-        "there, whether or not a step is made."
+        f"there, {'and auto-clip has to restore these' if restored else 'whether or not a step is made'}."
     )
     if len({sign.code for sign in incident.signs}) == 1:
         yield (

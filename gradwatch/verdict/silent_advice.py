@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gradwatch.history.ending import was_better
 from gradwatch.history.statistics import median
 from gradwatch.records import EXPLOSION
@@ -69,6 +71,8 @@ def on_silence(
     silent = next((one for one in beside if one.open and one.kind in ("dead", "vanishing")), None)
     if incident.kind in ("stalled", "frozen") and (zero := _zero_rate(history)):
         yield zero
+    elif incident.kind == "dead" and (empty := _gets_zeros(incident, history)):
+        yield empty
     elif left := _left_by(incident, beside):
         yield left
     elif incident.kind == "frozen" and silent is not None:
@@ -228,6 +232,21 @@ def _gone(incident: Incident) -> str:
         f"Look for what the program does otherwise since {began(sign.numbers)}: from then on, no backward reaches "
         f"{sign.layer} (a part that is no longer used, an expert that no router chooses, a detach(), a torch.no_grad()). "
         "If that is meant, freeze it with requires_grad_(False)."
+    )
+
+
+def _gets_zeros(incident: Incident, history: History) -> str:
+    """Return that all inputs of the suspect are zero, as a gradient of its bias beside none of its weights shows; else ""."""
+    if incident.suspect not in history.layers:
+        return ""
+    column = history.layers.index(incident.suspect)
+    biases = (history.weight_of == column) & (history.row.grad_norm > 0)
+    if history.row.grad_norm[column] != 0 or not biases.any():
+        return ""
+    bias = history.layers[int(np.argmax(biases))]
+    return (
+        f"Look at what {incident.suspect.rpartition('.')[0] or 'the model'} gets: its inputs are all zero, since {bias} has a "
+        f"gradient and {incident.suspect} has none. It may be the data, a mask, or the layer before."
     )
 
 
