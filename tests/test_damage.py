@@ -250,3 +250,23 @@ def test_a_part_that_wakes_up_for_a_step_is_not_called_well() -> None:
         assert len(found) == 1
         assert found[0].open
         assert monitor.verdict != "healthy"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_first_losses_were_by_chance_is_no_level_that_a_notice_has_undone(seed: int) -> None:
+    """As where the first amounts are all zero: the loss of those to come is not learned yet, and not lost."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+    with torch.no_grad():
+        model[2].weight.mul_(0.1)
+        model[2].bias.zero_()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(400):
+            amounts = torch.randn(32, 1).exp() * (torch.rand(32, 1) < (0.0 if step < 7 else 0.1))
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(torch.randn(32, 8)), amounts).backward()
+            optimizer.step()
+        assert monitor.incidents[0].opened_step == 7
+        assert all(one.severity == "notice" for one in monitor.incidents if one.kind == "spike" and one.opened_step > 7)
+        all_say(monitor, "healthy")

@@ -87,7 +87,8 @@ class Aftermath:
             before = replace(before, broken=self._broken())
         for incident in damaged:
             earlier = self._before[incident.number]
-            if earlier.task == before.task and earlier.whose == before.whose and earlier.loss < before.loss:
+            counts = earlier.settled or incident.severity != "notice"
+            if counts and earlier.task == before.task and earlier.whose == before.whose and earlier.loss < before.loss:
                 before = earlier
         return before
 
@@ -200,7 +201,7 @@ class Aftermath:
         """Return whether the loss stays up, or a single batch has undone for long what was learned."""
         if incident.number in self._high:
             return True
-        if incident.number not in self._single or not is_undone(self._history, before):
+        if incident.number not in self._single or not before.settled or not is_undone(self._history, before):
             return False
         long = incident.closed_step is not None and self._history.row.step - incident.closed_step >= _LASTING
         far = level_now(self._history, before) > _FAR * abs(before.loss)

@@ -44,6 +44,7 @@ class Before:
             is not known. A run that had not learned yet is back once it has learned something, more than single losses vary by.
         young: whether the fault came with the first steps, so that no level of the loss is known from before.
         began: whether the level is the loss of the first step.
+        settled: whether the level is that of enough losses for a notice to have undone it.
         flowing: whether the gradients of each layer flowed, shape (L,).
         task: number of the row at which the task began that the run then had.
         broken: which weights or buffers were not finite already, in words; empty if all were.
@@ -57,6 +58,7 @@ class Before:
     ceiling: float
     young: bool
     began: bool
+    settled: bool
     flowing: NDArray[np.bool_]
     task: int
     broken: str = ""
@@ -88,7 +90,7 @@ def before_fault(history: History, step: int) -> Before:
     young = known.size < EARLY
     began = young and known.size > 0 and level == history.first_loss
     task = history.rows - history.task_rows
-    return Before(step, level, ceiling, young, began, flowing, task, held=held, whose=whose)
+    return Before(step, level, ceiling, young, began, not young, flowing, task, held=held, whose=whose)
 
 
 def _level_and_ceiling(losses: Floats) -> tuple[float, float]:
@@ -158,7 +160,7 @@ def is_undone(history: History, before: Before, share: float = _UNDONE) -> bool:
 
 def is_mostly_undone(history: History, before: Before) -> bool:
     """Return whether the loss has lost half of what it had fallen before the fault; False where no level of it is known."""
-    known = history.rows - history.task_rows == before.task and not before.began and not history.need_not_fall
+    known = history.rows - history.task_rows == before.task and before.settled and not history.need_not_fall
     return known and level_now(history, before) > before.ceiling and is_undone(history, before, _MOSTLY)
 
 
