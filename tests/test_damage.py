@@ -258,8 +258,8 @@ def test_what_the_first_losses_were_by_chance_is_no_level_that_a_notice_has_undo
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
     with torch.no_grad():
-        model[2].weight.mul_(0.1)
-        model[2].bias.zero_()
+        model.get_parameter("2.weight").mul_(0.1)
+        model.get_parameter("2.bias").zero_()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     with gradwatch.attach(model, report=None, strict=True) as monitor:
         for step in range(400):

@@ -176,7 +176,7 @@ class Aftermath:
             return incident
         undone = _is_minor_explosion(incident) and is_mostly_undone(self._history, before)
         left = damage_since(self._history, before, "") if undone else ()
-        return self._with_undone(replace(incident, left=left), before)
+        return replace(incident, left=left, undone=bool(left))
 
     def _with_undone(self, incident: Incident, before: Before) -> Incident:
         undone = _is_minor_explosion(incident) and bool(incident.left) and is_mostly_undone(self._history, before)
