@@ -200,6 +200,24 @@ def test_a_rate_that_was_raised_at_once_comes_before_the_batch(
     assert not any("Look at" in line for line in told)
 
 
+def test_a_burst_of_the_rate_of_one_group_is_named_after_it_is_over() -> None:
+    """For two steps, one of three groups steps at 2,500 times its rate, and the explosion is seen in the step after them."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(5, 32), "b": nn.Linear(5, 32), "head": nn.Linear(64, 5)})
+    optimizer = torch.optim.Adam([{"params": part.parameters()} for part in model.values()], lr=2e-3)
+    with gradwatch.attach(model, report=None, strict=True) as monitor:
+        for step in range(80):
+            optimizer.param_groups[1]["lr"] = 5.0 if step in (60, 61) else 2e-3
+            x = torch.randn(64, 10)
+            hidden = torch.cat([model["a"](x[:, :5]), model["b"](x[:, 5:])], 1)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model["head"](hidden.relu()), x[:, :5].argmax(1)).backward()
+            optimizer.step()
+    grave = next(one for one in monitor.incidents if one.severity != "notice")
+    assert grave.opened_step > 61
+    assert grave.advice == ("Look at what sets the learning rate: it was 5 at steps 60 to 61, and 0.002 after them.",)
+
+
 def test_rates_of_optimizers_that_take_turns_were_not_raised() -> None:
     """One is a hundred times the other from the beginning on."""
     model = mlp(depth=2)

@@ -72,7 +72,11 @@ def advise(
     if history.is_raised or history.is_no_entropy or history.goes_uphill:
         return tuple(lines)
     if opening.burst_at >= 0 and incident.kind in ("exploding", "diverging", "spike"):
-        burst = f"it was {number(opening.burst)} at step {opening.burst_at} alone, and {number(opening.rate)} after it"
+        alone = opening.burst_at == opening.burst_until
+        when = f"step {opening.burst_at} alone" if alone else f"steps {opening.burst_at} to {opening.burst_until}"
+        burst = (
+            f"it was {number(opening.burst)} at {when}, and {number(opening.rate)} after {'it' if alone else 'them'}"
+        )
         return (*lines, f"Look at what sets the learning rate: {burst}.")
     since = next((sign.numbers["high since"] for sign in incident.signs if sign.code == "GW105"), math.inf)
     if incident.kind == "diverging" and since < incident.opened_step and opening.raised_at < 0 and not opening.rising:

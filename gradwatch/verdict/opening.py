@@ -37,8 +37,8 @@ class Opening:
         family: family of the optimizer of that step, or of the run's where it is not known; "other" if another optimizer holds
             the suspect.
         rate: learning rate of the suspect, or the largest one if there is none; NaN if none is known.
-        burst: learning rate of the last update, if it was far above those before and after; NaN otherwise.
-        burst_at: step of that update.
+        burst: highest learning rate of the last updates that was far above those before and after them; NaN otherwise.
+        burst_at, burst_until: first and last step of these updates.
         first_rate: first learning rate above zero; NaN if none is known.
         top_rate: largest learning rate so far; minus infinity if none is known.
         raised_from, raised_to, raised_at: the largest rate of the 8 rows or more before, that since, and the step, if the
@@ -67,6 +67,7 @@ class Opening:
     family: Family = "other"
     burst: float = math.nan
     burst_at: int = -1
+    burst_until: int = -1
     first_rate: float = math.nan
     top_rate: float = -math.inf
     large: float = math.nan
@@ -116,7 +117,7 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
     first_borne, first_base = _borne_at_first(history) if step < _FIRST else (math.nan, "")
     gain = _small_gain(history)
     first_rate, top_rate = _rates_of(history, column)
-    burst, burst_at = _burst(history)
+    burst, burst_at, burst_until = _burst(history)
     surge, surged_at = (math.nan, -1) if column is None or step < _FIRST else _surge(history, column, since)
     return Opening(
         step=step,
@@ -124,6 +125,7 @@ def opening_of(history: History, suspect: str | None, since: int | None = None) 
         family="other" if elsewhere else history.facts.family if history.row.family == "other" else history.row.family,
         burst=burst,
         burst_at=burst_at,
+        burst_until=burst_until,
         first_rate=first_rate,
         top_rate=top_rate,
         large=times,
@@ -155,13 +157,19 @@ def _predicted(history: History) -> float:
     return float(np.nansum(decrease) / loss) if known else math.nan
 
 
-def _burst(history: History) -> tuple[float, int]:
-    """Return the learning rate of the row before the last and its step, if it was far above those beside it; else (NaN, -1)."""
-    rates, steps = history.learning_rate(last=3), history.steps(last=3)
-    if history.task_rows < 3 or history.holders.turns(history.rows, 3):
-        return math.nan, -1
-    before, rate, now = rates.tolist()
-    return (rate, int(steps[1])) if rate > _JUMP * max(before, now) > 0 else (math.nan, -1)
+def _burst(history: History) -> tuple[float, int, int]:
+    """Return the highest learning rate of a burst within the last 8 rows, which is over, and its first and last step.
+
+    All rates of a burst are far above those before and after. (NaN, -1, -1) if there was none.
+    """
+    rows = min(_BEFORE, history.task_rows)
+    rates, steps = history.learning_rate(last=rows), history.steps(last=rows)
+    if rows < 3 or history.holders.turns(history.rows, rows):
+        return math.nan, -1, -1
+    high = np.flatnonzero(rates > _JUMP * max(rates[0], rates[-1]))
+    if not (high.size and min(rates[0], rates[-1]) > 0 and high[-1] - high[0] + 1 == high.size):
+        return math.nan, -1, -1
+    return float(rates[high].max()), int(steps[high[0]]), int(steps[high[-1]])
 
 
 def _rates_of(history: History, column: int | None) -> tuple[float, float]:
