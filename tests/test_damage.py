@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import math
 import re
 from pathlib import Path
@@ -213,6 +214,8 @@ def test_what_a_notice_has_left_is_damage_too() -> None:
     (incident,) = monitor.incidents
     assert incident.open
     all_say(monitor, "damaged")
+    for shown in (str(monitor.summary()), monitor._repr_html_()):
+        assert incident.advice[0] in html.unescape(shown)
     after += learn(model, optimizer, 28)
     (incident,) = monitor.incidents
     assert (incident.opened_step, incident.severity, incident.verdict) == (400, "notice", "damaged")

@@ -77,6 +77,11 @@ class Incident:
         return self.undone if self.severity == "notice" else self.open or self.verdict == "damaged"
 
     @property
+    def told_in_full(self) -> bool:
+        """True if reports tell it with evidence and advice: it is more than a notice, or has undone what was learned."""
+        return self.severity != "notice" or self.undone
+
+    @property
     def in_series(self) -> bool:
         """True if it is one of a series of jumps that no update has caused."""
         return self.period is not None and self.since is None

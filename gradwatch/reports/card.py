@@ -186,7 +186,7 @@ def _bar(share: float) -> str:
 
 
 def _stories(snapshot: Snapshot, names: Names, *, live: bool) -> Iterator[str]:
-    told = [incident for incident in snapshot.incidents if incident.severity != "notice"]
+    told = [incident for incident in snapshot.incidents if incident.told_in_full]
     if live:
         told.sort(key=lambda incident: (incident.open, incident.opened_step))
         yield from (_story(incident, names, brief=True) for incident in told[-_BRIEFLY:])
@@ -194,7 +194,7 @@ def _stories(snapshot: Snapshot, names: Names, *, live: bool) -> Iterator[str]:
     yield from (_story(incident, names, brief=False) for incident in told[:_MOST])
     if len(told) > _MOST:
         yield f"<div>and {counted(len(told) - _MOST, 'more incident')} in monitor.incidents</div>"
-    notices = [incident for incident in snapshot.incidents if incident.severity == "notice"]
+    notices = [incident for incident in snapshot.incidents if not incident.told_in_full]
     yield from (f'<div class="gw-notice">{_text(headline(incident, names))}</div>' for incident in notices[:_MOST])
 
 

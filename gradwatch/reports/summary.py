@@ -47,8 +47,8 @@ class Summary:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         snapshot, facts = self.snapshot, self.snapshot.facts
-        told = [incident for incident in snapshot.incidents if incident.severity != "notice"]
-        notices = [incident for incident in snapshot.incidents if incident.severity == "notice"]
+        told = [incident for incident in snapshot.incidents if incident.told_in_full]
+        notices = [incident for incident in snapshot.incidents if not incident.told_in_full]
         size = f"{counted(facts.layers, 'layer')}, {counted(facts.parameters, 'parameter')}"
         yield Line.assemble(
             ("gradwatch ", "bold"),

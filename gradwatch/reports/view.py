@@ -163,7 +163,7 @@ class View:
         return printable(whole) if self.names.common and cell_len(whole) <= width else self.heading
 
     def _incidents(self, width: int, most: int) -> Iterator[Text]:
-        found = [incident for incident in self.snapshot.incidents if incident.severity != "notice"]
+        found = [incident for incident in self.snapshot.incidents if incident.told_in_full]
         found.sort(key=lambda incident: (incident.open, incident.opened_step))
         for incident in found[-most:]:
             yield headline(incident, self.names, width)
