@@ -110,8 +110,8 @@ def _known_cause(incident: Incident, opening: Opening, moved: str | None, *, of_
     long = opening.rising or any(sign.code in ("GW303", "GW305") for sign in incident.signs)
     if moved is not None and not long and step >= _FIRST and incident.kind in ("exploding", "spike", "diverging"):
         return (
-            f"Look at what changed {moved} just before step {step}: the program, a state that was loaded, or the rate of its group. "
-            "No other layer stands out by its norm."
+            f"Look at what changed {moved} just before step {step}: the program, a state that was loaded, or the rate of its "
+            "group. No other layer stands out by its norm."
         )
     if _comes_round(incident, opening, of_the_batch=of_the_batch):
         return _what_comes_round(incident)
